@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NUMPY_DTYPES", "ImportOptions", "Progress", "Source"]
 
-NUMPY_DTYPES: dict[DType, np.dtype] = {  # type: ignore[type-arg]
+NUMPY_DTYPES: dict[DType, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -64,7 +64,7 @@ class ImportOptions:
             object.__setattr__(self, "group_size", 32)
 
     @property
-    def compute(self) -> np.dtype:  # type: ignore[type-arg]
+    def compute(self) -> np.dtype:
         """The compute type as a numpy dtype (ml_dtypes for bfloat16)."""
         return NUMPY_DTYPES[self.dtype]
 
