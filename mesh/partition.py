@@ -1,0 +1,202 @@
+"""Cut a line of layers into contiguous stages over unlike nodes so that the dearest stage is as cheap as can be. Exact.
+
+Nodes come in kinds (equal nodes are one kind) with a cost for every stage [a, b); an infinite cost forbids the stage. For a
+bound T, the prefixes [0, b) that some set of nodes can cover with stages of cost <= T are kept as the bits of an integer, so
+a step of the search is a handful of word operations whatever the costs look like: nothing about them is assumed. The least
+feasible T is found by bisection over the costs that occur.
+
+Two searches: nodes in the order given (each used or left out), and nodes in any order, where a state is how many of each
+kind are used. The second is taken where it is strictly better and the number of states is bounded; the order given stands
+otherwise. Among cuts with that dearest stage the fewest stages win, then the least sum of squared costs (the most even).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import product
+
+__all__ = ["Stage", "partition"]
+
+Cost = Callable[[int, int, int], float]
+"""cost(kind, start, stop) of a stage: any non-negative number, or math.inf where it is forbidden."""
+
+Stage = tuple[int, int, int]
+"""(position of the node in the sequence given, start, stop)"""
+
+_MOST_STEPS = 500_000  # of the any-order search: states x kinds x layers; about a second
+_CLEARLY = 1e-9  # relative: less is rounding, and no reason to reorder somebody's nodes
+
+
+def partition(layers: int, kinds: Sequence[int], cost: Cost, stages: int | None = None) -> list[Stage] | None:
+    """Stages in layer order, or None where no cut is allowed.
+
+    `kinds[i]` is the kind of node i (0, 1, ...). `stages`: exactly that many nodes are used; None: any number of them.
+    """
+    used = range(1, min(len(kinds), layers) + 1) if stages is None else range(stages, stages + 1)
+    if used.stop > len(kinds) + 1 or used.stop > layers + 1 or used.stop <= 1:
+        return None
+    table = _Table(layers, max(kinds) + 1, cost)
+    search: _Ordered | _AnyOrder
+    found: tuple[float, list[int]] | None = None
+    counts = [kinds.count(kind) for kind in range(max(kinds) + 1)]
+    alike = sum(1 for count in counts if count) == 1
+    if not alike:
+        search = _Ordered(table, kinds, used)
+        found = search.best()
+    if alike or math.prod(count + 1 for count in counts) * len(counts) * layers <= _MOST_STEPS:
+        search = _AnyOrder(table, counts, used)
+        other = search.best()
+        if other and (found is None or other[0] < found[0] * (1 - _CLEARLY)):
+            free = [[i for i, kind in enumerate(kinds) if kind == wanted] for wanted in range(len(counts))]
+            found = other[0], [free[kind].pop(0) for kind in other[1]]
+    if found is None:
+        return None
+    bound, nodes = found
+    return _even_out(table, bound, nodes, kinds)
+
+
+class _Table:
+    """Every cost, once; for a bound T, the stops allowed from each start as the bits of an integer."""
+
+    def __init__(self, layers: int, kinds: int, cost: Cost) -> None:
+        self.layers = layers
+        self.goal = 1 << layers
+        self.cost = [[[cost(kind, a, b) for b in range(a + 1, layers + 1)] for a in range(layers)] for kind in range(kinds)]
+        self.bounds = sorted({value for rows in self.cost for row in rows for value in row if value < math.inf})
+        self.allowed: list[list[int]] = []
+
+    def set_bound(self, bound: float) -> None:
+        self.allowed = [
+            [sum(1 << (a + 1 + i) for i, value in enumerate(row) if value <= bound) for a, row in enumerate(rows)] for rows in self.cost
+        ]
+
+    def extend(self, prefixes: int, kind: int) -> int:
+        """The prefixes reached from any of `prefixes` by one more stage on a node of `kind`."""
+        reached, allowed = 0, self.allowed[kind]
+        prefixes &= self.goal - 1
+        while prefixes:
+            lowest = prefixes & -prefixes
+            reached |= allowed[lowest.bit_length() - 1]
+            prefixes ^= lowest
+        return reached
+
+    def start_of(self, prefixes: int, kind: int, stop: int) -> int | None:
+        """Some start among `prefixes` from which one stage on `kind` ends at `stop`."""
+        return next((a for a in range(stop) if prefixes >> a & 1 and self.allowed[kind][a] >> stop & 1), None)
+
+
+class _Search:
+    def __init__(self, table: _Table) -> None:
+        self.table = table
+
+    def nodes(self) -> list[int] | None:
+        """The nodes, in layer order, of a cut within the bound that is set; None where there is none."""
+        raise NotImplementedError
+
+    def best(self) -> tuple[float, list[int]] | None:
+        """(least bound, its nodes)"""
+
+        def feasible(bound: float) -> bool:
+            self.table.set_bound(bound)
+            return self.nodes() is not None
+
+        bounds = self.table.bounds
+        index = bisect_left(bounds, True, key=feasible)
+        if index == len(bounds):
+            return None
+        self.table.set_bound(bounds[index])
+        nodes = self.nodes()
+        assert nodes is not None
+        return bounds[index], nodes
+
+
+class _Ordered(_Search):
+    """Nodes keep their order; nodes() gives their positions."""
+
+    def __init__(self, table: _Table, kinds: Sequence[int], used: range) -> None:
+        super().__init__(table)
+        self.kinds = kinds
+        self.used = used
+
+    def nodes(self) -> list[int] | None:
+        # reach[i][j]: prefixes that j of the first i nodes cover
+        most = self.used.stop - 1
+        reach = [[1] + [0] * most]
+        for kind in self.kinds:
+            last = reach[-1]
+            reach.append([1] + [last[j] | self.table.extend(last[j - 1], kind) for j in range(1, most + 1)])
+        count = next((j for j in self.used if reach[-1][j] & self.table.goal), None)
+        if count is None:
+            return None
+        nodes: list[int] = []
+        i, stop = len(self.kinds), self.table.layers
+        while count:
+            if not reach[i - 1][count] >> stop & 1:
+                start = self.table.start_of(reach[i - 1][count - 1], self.kinds[i - 1], stop)
+                assert start is not None
+                nodes.append(i - 1)
+                stop, count = start, count - 1
+            i -= 1
+        return nodes[::-1]
+
+
+class _AnyOrder(_Search):
+    """Nodes in whatever order is best; nodes() gives their kinds."""
+
+    def __init__(self, table: _Table, counts: Sequence[int], used: range) -> None:
+        super().__init__(table)
+        states = product(*(range(count + 1) for count in counts))
+        self.states = sorted((state for state in states if sum(state) < used.stop), key=sum)
+        self.used = used
+
+    def nodes(self) -> list[int] | None:
+        reach: dict[tuple[int, ...], int] = {}
+        for state in self.states:
+            prefixes = 0 if any(state) else 1
+            for kind, before in _predecessors(state):
+                prefixes |= self.table.extend(reach[before], kind)
+            reach[state] = prefixes
+            if sum(state) in self.used and prefixes & self.table.goal:
+                break
+        else:
+            return None
+        nodes: list[int] = []
+        stop = self.table.layers
+        while any(state):
+            for kind, before in _predecessors(state):
+                start = self.table.start_of(reach[before], kind, stop)
+                if start is not None:
+                    nodes.append(kind)
+                    state, stop = before, start
+                    break
+        return nodes[::-1]
+
+
+def _predecessors(state: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(kind, (*state[:kind], count - 1, *state[kind + 1 :])) for kind, count in enumerate(state) if count]
+
+
+def _even_out(table: _Table, bound: float, nodes: list[int], kinds: Sequence[int]) -> list[Stage]:
+    """Of all cuts over `nodes` in that order within `bound`, the one with the least sum of squared costs."""
+    layers = table.layers
+    best = [0.0] + [math.inf] * layers
+    cuts: list[list[int]] = []
+    for node in nodes:
+        costs = table.cost[kinds[node]]
+        after, came = [math.inf] * (layers + 1), [0] * (layers + 1)
+        for a in range(layers):
+            if best[a] < math.inf:
+                for b in range(a + 1, layers + 1):
+                    value = costs[a][b - a - 1]
+                    if value <= bound and best[a] + value * value < after[b]:
+                        after[b], came[b] = best[a] + value * value, a
+        best = after
+        cuts.append(came)
+    stages: list[Stage] = []
+    stop = layers
+    for node, came in zip(reversed(nodes), reversed(cuts), strict=True):
+        stages.append((node, came[stop], stop))
+        stop = came[stop]
+    return stages[::-1]
