@@ -1,0 +1,317 @@
+"""Place the layers of a model on nodes. Pure: a model's shape and a list of nodes in, a Placement out.
+
+    even      ranges of equal length; where they cannot be, the middle ones are longer (the ends hold embedding and head)
+    explicit  the ranges given
+    weighted  ranges that make the slowest stage as fast as it can be, given each node's memory, speed and link: exact, see
+              mesh/partition.py. Replicas are on alike nodes, and a stage is as slow as its slowest replica
+
+Each range is served by `replication_factor` shards on distinct nodes. With `overlap_layers` k a shard also holds the k layers
+before and the k after its range, weights and cache, so that a boundary can move or a neighbour's work be taken over without
+loading; where that reaches the end of the model, it holds the embedding or the head as well.
+
+A stage's time is an estimate for comparison: the bytes a decode step reads (weights of its range, a full KV cache) over
+BASE_BANDWIDTH * speed, plus sending the hidden state of every row to the next stage over the node's link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mesh.errors import BadLayerRange, PlanError
+from mesh.memory import DEFAULT_CHUNK, MemoryNeed, ModelShape, predict
+from mesh.partition import partition
+from mesh.placement import LoadBalancing, Node, PlacedRange, PlacedShard, Placement, Strategy
+from mesh.remedies import advise
+from mesh.types import LayerRange
+from mesh.units import format_bytes
+
+__all__ = ["BASE_BANDWIDTH", "PlanRequest", "even_ranges", "place", "plan", "ranges_of", "same_nodes"]
+
+BASE_BANDWIDTH = 20e9
+"""Bytes/s that a node of speed 1.0 reads from memory: an ordinary VM with a few cores."""
+
+_TOKEN_BYTES = 4  # what the last stage sends for a row
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What to place, and where. Errors of the request itself are PlanError (BadLayerRange for the ranges), at construction."""
+
+    model: ModelShape
+    nodes: tuple[Node, ...]
+    strategy: Strategy = "even"
+    shards_count: int | None = None  # layer ranges; None: as many as nodes allow (weighted: as many as help)
+    ranges: tuple[LayerRange, ...] | None = None  # with explicit, and only there
+    replication_factor: int = 1
+    overlap_layers: int = 0
+    batch_size: int = 1  # rows
+    max_sequence_length: int | None = None  # tokens a row; None: the model's context
+    chunk: int = DEFAULT_CHUNK
+    enable_kv_cache: bool = True
+    load_balancing_strategy: LoadBalancing = "least_loaded"
+
+    def __post_init__(self) -> None:
+        layers, nodes, replicas = self.model.layer_count, len(self.nodes), self.replication_factor
+        for name, least in (("replication_factor", 1), ("overlap_layers", 0), ("batch_size", 1), ("chunk", 1)):
+            if getattr(self, name) < least:
+                raise PlanError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not 1 <= self.context <= self.model.context_length:
+            raise PlanError(
+                f"max_sequence_length is {self.context}: {self.model.name} was made for 1 to {self.model.context_length} positions"
+            )
+        if len({node.name for node in self.nodes}) != nodes:
+            raise PlanError("two nodes have the same name: give each its own")
+        if replicas > nodes:
+            raise PlanError(f"replication_factor {replicas} needs {replicas} distinct nodes and there are {nodes}: add nodes or lower it")
+        if (self.strategy == "explicit") != (self.ranges is not None):
+            raise PlanError("layer ranges go with the explicit strategy, and it needs them")
+        if self.shards_count is not None and not 1 <= self.shards_count <= layers:
+            raise BadLayerRange(f"shards_count is {self.shards_count}: {self.model.name} has {layers} layers, so give 1 to {layers}")
+        if self.ranges is not None:
+            _check_cover(self.ranges, self.model)
+            if self.shards_count not in (None, len(self.ranges)):
+                raise PlanError(f"shards_count is {self.shards_count} and there are {len(self.ranges)} layer ranges: make them agree")
+        if self.strategy == "weighted" and self.shards_count and self.shards_count * replicas > nodes:
+            raise PlanError(
+                f"the weighted strategy puts one shard on a node: {self.shards_count} shards_count x {replicas} replication_factor "
+                f"needs {self.shards_count * replicas} nodes and there are {nodes}"
+            )
+
+    @property
+    def context(self) -> int:
+        return self.model.context_length if self.max_sequence_length is None else self.max_sequence_length
+
+
+def plan(request: PlanRequest) -> Placement:
+    """The placement, whether it fits or not; where it does not, with the nearest changes that would. See Placement.require_fit."""
+    placement = place(request)
+    return placement if placement.fits else placement.model_copy(update={"remedies": advise(request, placement, place)})
+
+
+def place(request: PlanRequest) -> Placement:
+    """The placement without remedies."""
+    book = _Book(request)
+    if request.strategy == "weighted":
+        ranges, nodes = _weighted(request, book)
+    else:
+        ranges = request.ranges or even_ranges(request.model.layer_count, request.shards_count or _default_count(request))
+        nodes = _assign([book.need(cut).total_bytes for cut in ranges], request.nodes, request.replication_factor)
+    return _placement(request, book, ranges, nodes)
+
+
+def even_ranges(layers: int, count: int) -> tuple[LayerRange, ...]:
+    """`layers` in `count` ranges whose lengths differ by at most one, the longer ones in the middle."""
+    short, longer = divmod(layers, count)
+    first = (count - longer) // 2
+    ranges, at = [], 0
+    for i in range(count):
+        stop = at + short + (1 if first <= i < first + longer else 0)
+        ranges.append(LayerRange(at, stop))
+        at = stop
+    return tuple(ranges)
+
+
+def ranges_of(layers: int, layers_per_shard: int) -> tuple[LayerRange, ...]:
+    """Ranges of `layers_per_shard` layers each, the last one shorter where they do not divide."""
+    if layers_per_shard < 1:
+        raise BadLayerRange(f"layers_per_shard is {layers_per_shard}: it must be at least 1")
+    return tuple(LayerRange(a, min(a + layers_per_shard, layers)) for a in range(0, layers, layers_per_shard))
+
+
+def same_nodes(count: int, memory_bytes: int) -> tuple[Node, ...]:
+    """`count` equal nodes, node-1 to node-`count`."""
+    return tuple(Node(name=f"node-{i + 1}", memory_bytes=memory_bytes) for i in range(count))
+
+
+@dataclass(frozen=True)
+class _Book:
+    """Needs and times of ranges, each computed once."""
+
+    request: PlanRequest
+    _needs: dict[LayerRange, MemoryNeed] = field(default_factory=dict)
+
+    def held(self, cut: LayerRange) -> LayerRange:
+        overlap = self.request.overlap_layers
+        return LayerRange(max(0, cut.start - overlap), min(self.request.model.layer_count, cut.stop + overlap))
+
+    def need(self, cut: LayerRange) -> MemoryNeed:
+        held = self.held(cut)
+        if held not in self._needs:
+            request = self.request
+            self._needs[held] = predict(
+                request.model,
+                held,
+                embed=held.start == 0,
+                head=held.stop == request.model.layer_count,
+                rows=request.batch_size,
+                context=request.context,
+                chunk=request.chunk,
+                kv_cache=request.enable_kv_cache,
+            )
+        return self._needs[held]
+
+    def step_s(self, cut: LayerRange, node: Node) -> float:
+        model, request = self.request.model, self.request
+        last = cut.stop == model.layer_count
+        read = model.layer_weights[cut.stop] - model.layer_weights[cut.start] + (model.head.weights_bytes if last else 0)
+        cached = model.cache_per_token[cut.stop] - model.cache_per_token[cut.start]
+        read += cached * request.batch_size * request.context
+        sent = request.batch_size * (_TOKEN_BYTES if last else model.hidden_size * model.compute_itemsize)
+        link = node.latency_s + (sent / node.bandwidth if node.bandwidth else 0.0)
+        return read / (BASE_BANDWIDTH * node.speed) + link
+
+
+def _weighted(request: PlanRequest, book: _Book) -> tuple[tuple[LayerRange, ...], list[list[int]]]:
+    groups = _groups(request.nodes, request.replication_factor)
+    traits = [[(n.memory_bytes, n.speed, n.bandwidth, n.latency_s) for n in (request.nodes[i] for i in group)] for group in groups]
+    distinct = [group for i, group in enumerate(traits) if traits.index(group) == i]
+    kinds = [distinct.index(group) for group in traits]
+    members = [[request.nodes[i] for i in groups[kinds.index(kind)]] for kind in range(len(distinct))]
+    memory = [min(node.memory_bytes for node in group) for group in members]
+
+    def slowest(kind: int, start: int, stop: int) -> float:
+        cut = LayerRange(start, stop)
+        if book.need(cut).total_bytes > memory[kind]:
+            return math.inf
+        return max(book.step_s(cut, node) for node in members[kind])
+
+    def fullest(kind: int, start: int, stop: int) -> float:
+        return book.need(LayerRange(start, stop)).total_bytes / memory[kind]
+
+    def cut(cost: Callable[[int, int, int], float]) -> list[tuple[int, int, int]] | None:
+        return partition(request.model.layer_count, kinds, cost, request.shards_count)
+
+    stages = cut(slowest) or cut(fullest)  # nothing fits: what lacks least
+    assert stages is not None  # a finite cost for every stage, and no more of them than groups
+    return tuple(LayerRange(a, b) for _, a, b in stages), [groups[i] for i, _, _ in stages]
+
+
+def _groups(nodes: Sequence[Node], replicas: int) -> list[list[int]]:
+    """Groups of `replicas` alike nodes, in the order of their first; those left over are in none."""
+    if replicas == 1:
+        return [[i] for i in range(len(nodes))]
+    by_size = sorted(range(len(nodes)), key=lambda i: (-nodes[i].memory_bytes, -nodes[i].speed, i))
+    return sorted(sorted(by_size[i : i + replicas]) for i in range(0, len(nodes) - replicas + 1, replicas))
+
+
+def _default_count(request: PlanRequest) -> int:
+    return max(1, min(len(request.nodes) // request.replication_factor, request.model.layer_count))
+
+
+def _assign(needs: Sequence[int], nodes: Sequence[Node], replicas: int) -> list[list[int]]:
+    """The nodes of each range: in the order given, or the largest need to the most free memory where only that fits.
+
+    One shard a node while nodes last (then it fits if anything does); several where there are fewer nodes than shards.
+    """
+    count, total = len(needs), len(nodes)
+    alone = total >= count * replicas
+    simple = [[r * count + i if alone else (i + r) % total for r in range(replicas)] for i in range(count)]
+    free = [node.memory_bytes for node in nodes]
+    for need, chosen in zip(needs, simple, strict=True):
+        for i in chosen:
+            free[i] -= need
+    if min(free) >= 0:
+        return simple
+    free = [node.memory_bytes for node in nodes]
+    busy = [False] * total
+    result: list[list[int]] = [[] for _ in needs]
+    for index in sorted(range(count), key=lambda i: -needs[i]):
+        for _ in range(replicas):
+            choices = [i for i in range(total) if i not in result[index] and not (alone and busy[i])]
+            best = max(choices, key=lambda i: (free[i], -i))
+            result[index].append(best)
+            free[best] -= needs[index]
+            busy[best] = True
+    return result if min(free) >= 0 else simple
+
+
+def _placement(request: PlanRequest, book: _Book, ranges: Sequence[LayerRange], nodes: Sequence[Sequence[int]]) -> Placement:
+    model = request.model
+    used = [0] * len(request.nodes)
+    for cut, chosen in zip(ranges, nodes, strict=True):
+        for i in chosen:
+            used[i] += book.need(cut).total_bytes
+
+    def shard(index: int, replica: int) -> PlacedShard:
+        cut, node = ranges[index], request.nodes[nodes[index][replica]]
+        need, held = book.need(cut), book.held(cut)
+        return PlacedShard(
+            shard_id=replica * len(ranges) + index + 1,
+            node=node.name,
+            replica=replica,
+            layers_start=cut.start,
+            layers_end=cut.stop,
+            held_start=held.start,
+            held_end=held.stop,
+            embed=held.start == 0,
+            head=held.stop == model.layer_count,
+            weights_bytes=need.weights_bytes,
+            cache_bytes=need.cache_bytes,
+            workspace_bytes=need.workspace_bytes,
+            total_bytes=need.total_bytes,
+            memory_bytes=node.memory_bytes,
+            fits=used[nodes[index][replica]] <= node.memory_bytes,
+            step_s=book.step_s(cut, node),
+        )
+
+    placed = tuple(
+        PlacedRange(layers_start=cut.start, layers_end=cut.stop, shards=tuple(shard(i, r) for r in range(request.replication_factor)))
+        for i, cut in enumerate(ranges)
+    )
+    over = [i for i, node in enumerate(request.nodes) if used[i] > node.memory_bytes]
+    return Placement(
+        model=model.name,
+        model_hash=model.model_hash,
+        total_layers=model.layer_count,
+        total_parameters=model.parameters,
+        weights_bytes=model.weights_bytes,
+        quantization_bits=model.bits,
+        strategy=request.strategy,
+        replication_factor=request.replication_factor,
+        overlap_layers=request.overlap_layers,
+        load_balancing_strategy=request.load_balancing_strategy,
+        batch_size=request.batch_size,
+        max_sequence_length=request.context,
+        enable_kv_cache=request.enable_kv_cache,
+        chunk=request.chunk,
+        nodes=request.nodes,
+        ranges=placed,
+        spare_nodes=tuple(node.name for i, node in enumerate(request.nodes) if not used[i]),
+        fits=not over,
+        problem=_problem(request, placed, used, over) if over else None,
+        notes=model.notes,
+    )
+
+
+def _problem(request: PlanRequest, ranges: Sequence[PlacedRange], used: Sequence[int], over: Sequence[int]) -> str:
+    """Why it does not fit, in one sentence without a full stop."""
+    model = request.model
+    worst = max(over, key=lambda i: used[i] / request.nodes[i].memory_bytes)
+    node = request.nodes[worst]
+    held = [shard for placed in ranges for shard in placed.shards if shard.node == node.name]
+    layers = ", ".join(f"{shard.layers}" for shard in held)
+    overlap = f" and {request.overlap_layers} more on either side" if request.overlap_layers else ""
+    sums = [sum(getattr(shard, part) for shard in held) for part in ("weights_bytes", "cache_bytes", "workspace_bytes")]
+    weights, cache, workspace = (format_bytes(value) for value in sums)
+    average = format_bytes(model.weights_bytes / len(ranges), 4)
+    return (
+        f"{model.name} does not fit: {format_bytes(model.weights_bytes)} of weights at {model.bits} bits over {len(ranges)} "
+        f"{'shard is' if len(ranges) == 1 else 'shards is'} {average} a shard before any KV cache; {node.name} has "
+        f"{format_bytes(node.memory_bytes)} and layers {layers}{overlap} need {format_bytes(used[worst])} there "
+        f"(weights {weights}, KV cache {cache}, workspace {workspace})"
+    )
+
+
+def _check_cover(ranges: Sequence[LayerRange], model: ModelShape) -> None:
+    at = 0
+    for cut in ranges:
+        if cut.start != at or not cut.start < cut.stop <= model.layer_count:
+            raise BadLayerRange(
+                f"layer ranges {', '.join(map(str, ranges))} do not cover layers 0-{model.layer_count} of {model.name} in order: "
+                f"{cut} should start at {at}, stop after it starts and not beyond {model.layer_count}"
+            )
+        at = cut.stop
+    if at != model.layer_count:
+        raise BadLayerRange(f"layer ranges end at {at} and {model.name} has layers 0-{model.layer_count}: add {at}-{model.layer_count}")
