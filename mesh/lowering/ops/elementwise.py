@@ -1,0 +1,312 @@
+"""Element-wise arithmetic and comparison, with numpy's broadcasting. Each takes numpy and traced values alike."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from mesh.lowering.basis import Array, basis, is_float
+from mesh.lowering.registry import register
+from mesh.lowering.static import is_traced
+
+
+@register(numpy=True)
+def Abs(X: Array) -> Array:
+    return basis(X).abs(X)
+
+
+@register(numpy=True)
+def Acos(input: Array) -> Array:
+    return basis(input).arccos(input)
+
+
+@register(numpy=True)
+def Acosh(input: Array) -> Array:
+    return basis(input).arccosh(input)
+
+
+@register(numpy=True, since=7)
+def Add(A: Array, B: Array) -> Array:
+    return basis(A, B).add(A, B)
+
+
+@register(numpy=True, since=7)
+def And(A: Array, B: Array) -> Array:
+    return basis(A, B).logical_and(A, B)
+
+
+@register(numpy=True)
+def Asin(input: Array) -> Array:
+    return basis(input).arcsin(input)
+
+
+@register(numpy=True)
+def Asinh(input: Array) -> Array:
+    return basis(input).arcsinh(input)
+
+
+@register(numpy=True)
+def Atan(input: Array) -> Array:
+    return basis(input).arctan(input)
+
+
+@register(numpy=True)
+def Atanh(input: Array) -> Array:
+    return basis(input).arctanh(input)
+
+
+@register(numpy=True, allowed={"direction": ("LEFT", "RIGHT")})
+def BitShift(X: Array, Y: Array, *, direction: str) -> Array:
+    """Unlike XLA's, a shift by the width or more is defined (0, or the sign), as numpy has it."""
+    xp = basis(X, Y)
+    width = X.dtype.itemsize * 8
+    amount = xp.clip(Y, 0, width - 1).astype(X.dtype)
+    if direction == "LEFT":
+        return xp.where(Y >= width, xp.zeros_like(X), xp.left_shift(X, amount))
+    beyond = xp.zeros_like(X) if X.dtype.kind == "u" else xp.right_shift(X, xp.full_like(X, width - 1))
+    return xp.where(Y >= width, beyond, xp.right_shift(X, amount))
+
+
+@register(numpy=True)
+def BitwiseAnd(A: Array, B: Array) -> Array:
+    return basis(A, B).bitwise_and(A, B)
+
+
+@register(numpy=True)
+def BitwiseNot(X: Array) -> Array:
+    return basis(X).bitwise_not(X)
+
+
+@register(numpy=True)
+def BitwiseOr(A: Array, B: Array) -> Array:
+    return basis(A, B).bitwise_or(A, B)
+
+
+@register(numpy=True)
+def BitwiseXor(A: Array, B: Array) -> Array:
+    return basis(A, B).bitwise_xor(A, B)
+
+
+@register(numpy=True)
+def Ceil(X: Array) -> Array:
+    return basis(X).ceil(X)
+
+
+@register(numpy=True, since=11)
+def Clip(input: Array, min: Array | None = None, max: Array | None = None) -> Array:
+    xp = basis(input, min, max)
+    if min is not None:
+        input = xp.maximum(input, min)
+    return input if max is None else xp.minimum(input, max)
+
+
+@register("Clip", numpy=True, since=6)
+def Clip_6(input: Array, *, min: float | None = None, max: float | None = None) -> Array:
+    return Clip(input, None if min is None else np.asarray(min, input.dtype), None if max is None else np.asarray(max, input.dtype))
+
+
+@register(numpy=True)
+def Cos(input: Array) -> Array:
+    return basis(input).cos(input)
+
+
+@register(numpy=True)
+def Cosh(input: Array) -> Array:
+    return basis(input).cosh(input)
+
+
+@register(numpy=True, since=7)
+def Div(A: Array, B: Array) -> Array:
+    """Integers are divided as C does: towards zero."""
+    xp = basis(A, B)
+    if is_float(A.dtype):
+        return xp.divide(A, B)
+    if xp is not np:
+        return jax.lax.div(*xp.broadcast_arrays(A, B))
+    if A.dtype.kind == "u":
+        return np.floor_divide(A, B)
+    quotient = np.floor_divide(A, B)
+    return (quotient + ((np.remainder(A, B) != 0) & ((A < 0) != (B < 0)))).astype(A.dtype)
+
+
+@register(numpy=True, since=7)
+def Equal(A: Array, B: Array) -> Array:
+    return basis(A, B).equal(A, B)
+
+
+@register()
+def Erf(input: Array) -> Array:
+    return jax.lax.erf(input)
+
+
+@register(numpy=True)
+def Exp(input: Array) -> Array:
+    return basis(input).exp(input)
+
+
+@register(numpy=True)
+def Floor(X: Array) -> Array:
+    return basis(X).floor(X)
+
+
+@register(numpy=True, since=7)
+def Greater(A: Array, B: Array) -> Array:
+    return basis(A, B).greater(A, B)
+
+
+@register(numpy=True)
+def GreaterOrEqual(A: Array, B: Array) -> Array:
+    return basis(A, B).greater_equal(A, B)
+
+
+@register(numpy=True)
+def IsInf(X: Array, *, detect_negative: int = 1, detect_positive: int = 1) -> Array:
+    xp = basis(X)
+    infinite = xp.isinf(X)
+    if not detect_negative:
+        infinite = infinite & (X > 0)
+    return infinite if detect_positive else infinite & (X < 0)
+
+
+@register(numpy=True)
+def IsNaN(X: Array) -> Array:
+    return basis(X).isnan(X)
+
+
+@register(numpy=True, since=7)
+def Less(A: Array, B: Array) -> Array:
+    return basis(A, B).less(A, B)
+
+
+@register(numpy=True)
+def LessOrEqual(A: Array, B: Array) -> Array:
+    return basis(A, B).less_equal(A, B)
+
+
+@register(numpy=True)
+def Log(input: Array) -> Array:
+    return basis(input).log(input)
+
+
+@register(numpy=True, since=8)
+def Max(*data_0: Array) -> Array:
+    xp, result = basis(*data_0), data_0[0]
+    for item in data_0[1:]:
+        result = xp.maximum(result, item)
+    return result
+
+
+@register(numpy=True, since=8)
+def Mean(*data_0: Array) -> Array:
+    return Sum(*data_0) / np.asarray(len(data_0), data_0[0].dtype)
+
+
+@register(numpy=True, since=8)
+def Min(*data_0: Array) -> Array:
+    xp, result = basis(*data_0), data_0[0]
+    for item in data_0[1:]:
+        result = xp.minimum(result, item)
+    return result
+
+
+@register(numpy=True)
+def Mod(A: Array, B: Array, *, fmod: int = 0) -> Array:
+    xp = basis(A, B)
+    return xp.fmod(A, B) if fmod else xp.remainder(A, B)
+
+
+@register(numpy=True, since=7)
+def Mul(A: Array, B: Array) -> Array:
+    return basis(A, B).multiply(A, B)
+
+
+@register(numpy=True)
+def Neg(X: Array) -> Array:
+    return basis(X).negative(X)
+
+
+@register(numpy=True)
+def Not(X: Array) -> Array:
+    return basis(X).logical_not(X)
+
+
+@register(numpy=True, since=7)
+def Or(A: Array, B: Array) -> Array:
+    return basis(A, B).logical_or(A, B)
+
+
+@register(numpy=True, since=7)
+def Pow(X: Array, Y: Array) -> Array:
+    """The result has X's type, whatever Y's."""
+    xp = basis(X, Y)
+    if xp is not np and not is_traced(Y) and Y.size == 1 and float(Y.reshape(())) in (2.0, 3.0):
+        power = X * X if float(Y.reshape(())) == 2.0 else X * X * X
+        return xp.broadcast_to(power, np.broadcast_shapes(X.shape, Y.shape))
+    if is_float(X.dtype):
+        return xp.power(X, Y.astype(X.dtype))
+    if is_float(Y.dtype):
+        return xp.power(X.astype(Y.dtype), Y).astype(X.dtype)
+    return xp.power(X, Y).astype(X.dtype)
+
+
+@register(numpy=True)
+def Reciprocal(X: Array) -> Array:
+    return basis(X).reciprocal(X)
+
+
+@register(numpy=True)
+def Round(X: Array) -> Array:
+    return basis(X).rint(X)
+
+
+@register(numpy=True)
+def Sign(input: Array) -> Array:
+    return basis(input).sign(input)
+
+
+@register(numpy=True)
+def Sin(input: Array) -> Array:
+    return basis(input).sin(input)
+
+
+@register(numpy=True)
+def Sinh(input: Array) -> Array:
+    return basis(input).sinh(input)
+
+
+@register(numpy=True)
+def Sqrt(X: Array) -> Array:
+    return basis(X).sqrt(X)
+
+
+@register(numpy=True, since=7)
+def Sub(A: Array, B: Array) -> Array:
+    return basis(A, B).subtract(A, B)
+
+
+@register(numpy=True, since=8)
+def Sum(*data_0: Array) -> Array:
+    xp, result = basis(*data_0), data_0[0]
+    for item in data_0[1:]:
+        result = xp.add(result, item)
+    return result
+
+
+@register(numpy=True)
+def Tan(input: Array) -> Array:
+    return basis(input).tan(input)
+
+
+@register(numpy=True)
+def Tanh(input: Array) -> Array:
+    return basis(input).tanh(input)
+
+
+@register(numpy=True)
+def Where(condition: Array, X: Array, Y: Array) -> Array:
+    return basis(condition, X, Y).where(condition, X, Y)
+
+
+@register(numpy=True, since=7)
+def Xor(A: Array, B: Array) -> Array:
+    return basis(A, B).logical_xor(A, B)

@@ -1,0 +1,124 @@
+"""The op registry: which function evaluates which ONNX op, from which opset on.
+
+An op is one plain function, named and signed as ONNX has it: inputs positional (absent optional ones are None), attributes
+keyword-only with ONNX's own names and defaults. What the registry needs to know about an op it reads from that signature,
+so that an attribute a function does not take is refused before anything is traced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+__all__ = ["MICROSOFT", "Op", "find", "register", "supported"]
+
+MICROSOFT = "com.microsoft"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered function.
+
+    `numpy`: the function takes numpy arrays too and then returns numpy (any other function is evaluated by JAX when all its
+    inputs are numpy, and the result brought back). `takes_outputs` / `takes_scope`: it wants the number of outputs its node
+    names, or the interpreter's scope (control flow).
+    """
+
+    op_type: str
+    domain: str
+    since: int
+    function: Callable[..., Any]
+    numpy: bool
+    attributes: frozenset[str]
+    required: frozenset[str]
+    max_inputs: int | None  # None: variadic
+    allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    takes_outputs: bool = False
+    takes_scope: bool = False
+
+    def problem(self, attributes: Mapping[str, Any], inputs: int) -> str | None:
+        """Why a node with these attributes and that many inputs cannot be evaluated, or None."""
+        unknown = sorted(set(attributes) - self.attributes)
+        if unknown:
+            return f"attribute {', '.join(unknown)} is not known"
+        missing = sorted(self.required - set(attributes))
+        if missing:
+            return f"attribute {', '.join(missing)} is missing"
+        if self.max_inputs is not None and inputs > self.max_inputs:
+            return f"{inputs} inputs where at most {self.max_inputs} are known"
+        for name, values in self.allowed.items():
+            if name in attributes and attributes[name] not in values:
+                return f"attribute {name} = {attributes[name]!r} (supported: {', '.join(map(repr, values))})"
+        return None
+
+
+_OPS: dict[tuple[str, str], dict[int, Op]] = {}
+
+# Keyword parameters that the interpreter fills in; they are no attributes.
+_INJECTED = {"n_outputs", "scope"}
+
+
+def register(
+    op_type: str | None = None,
+    *,
+    domain: str = "",
+    since: int = 1,
+    numpy: bool = False,
+    allowed: Mapping[str, tuple[Any, ...]] | None = None,
+) -> Callable[[_F], _F]:
+    """Register the decorated function as `op_type` (default: its own name) of `domain`, from opset `since` on.
+
+    `allowed` restricts attributes to the values named. A keyword parameter `n_outputs` is given the number of outputs of the
+    node. Other packages may register ops of their own domains; registering the same (domain, op, since) twice is an error.
+    """
+
+    def add(function: _F) -> _F:
+        name = op_type or function.__name__
+        positional, keywords, required = 0, set(), set()
+        variadic = False
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                variadic = True
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                keywords.add(parameter.name)
+                if parameter.default is parameter.empty and parameter.name not in _INJECTED:
+                    required.add(parameter.name)
+            else:
+                positional += 1
+        versions = _OPS.setdefault((domain, name), {})
+        if since in versions:
+            raise ValueError(f"{domain or 'ai.onnx'}.{name} is already registered for opset {since}")
+        versions[since] = Op(
+            op_type=name,
+            domain=domain,
+            since=since,
+            function=function,
+            numpy=numpy,
+            attributes=frozenset(keywords - _INJECTED),
+            required=frozenset(required),
+            max_inputs=None if variadic else positional,
+            allowed=dict(allowed or {}),
+            takes_outputs="n_outputs" in keywords,
+            takes_scope="scope" in keywords,
+        )
+        return function
+
+    return add
+
+
+def find(op_type: str, domain: str, opset: int) -> Op | None:
+    """The newest function compatible with `opset`, or None."""
+    versions = _OPS.get(("" if domain == "ai.onnx" else domain, op_type))
+    if not versions:
+        return None
+    usable = [since for since in versions if since <= opset]
+    return versions[max(usable)] if usable else None
+
+
+def supported(op_type: str, domain: str = "", opset: int = 24) -> bool:
+    """Whether an op can be lowered (its attributes are checked by `lower`)."""
+    return find(op_type, domain, opset) is not None

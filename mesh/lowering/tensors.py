@@ -1,0 +1,122 @@
+"""Initializers as arrays: views of external data where possible, never copies of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from mesh.errors import CorruptModel
+from mesh.lowering import static
+
+__all__ = ["PackedFormat", "TensorReader", "unpack"]
+
+# ONNX types stored several to a byte: bits, and whether the type is signed.
+_PACKED = {TensorProto.INT4: (4, True), TensorProto.UINT4: (4, False), TensorProto.INT2: (2, True), TensorProto.UINT2: (2, False)}
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """A tensor of `shape` whose elements of `bits` bits are stored in bytes, the first in the lowest bits (as ONNX packs them)."""
+
+    shape: tuple[int, ...]
+    bits: int
+    signed: bool
+
+
+def unpack(value: Any, packed: PackedFormat) -> Any:
+    """Packed bytes uint8 [n] -> int8 or uint8 [shape]; anything else (an object the runtime put there) is returned as it is.
+
+    numpy in, numpy out; traced in, traced out.
+    """
+    if not isinstance(value, np.ndarray) and not static.is_traced(value):
+        return value
+    xp: Any = jnp if static.is_traced(value) else np
+    shifts = np.arange(0, 8, packed.bits, dtype=np.uint8)
+    fields = (value[:, None] >> shifts) & np.uint8((1 << packed.bits) - 1)
+    flat = fields.reshape(-1)[: math.prod(packed.shape)].reshape(packed.shape)
+    if not packed.signed:
+        return flat
+    high = np.int8(1 << (packed.bits - 1))
+    return (flat.astype(xp.int8) ^ high) - high
+
+
+class TensorReader:
+    """Reads TensorProtos of one model. External files are mapped once and their tensors are views of the map."""
+
+    def __init__(self, base_dir: Path | None) -> None:
+        self._base_dir = base_dir
+        self._files: dict[str, np.ndarray] = {}
+
+    def read(self, tensor: TensorProto) -> np.ndarray:
+        """The tensor as numpy, small types (bfloat16, float8, int4 ...) by ml_dtypes, one byte or more an element."""
+        if uses_external_data(tensor):
+            packed = self.packed_format(tensor)
+            if packed is not None:
+                whole = unpack(self._external(tensor), packed)
+                return np.asarray(whole).astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            return self._external(tensor)
+        if tensor.HasField("raw_data") and self.packed_format(tensor) is None and tensor.data_type != TensorProto.FLOAT4E2M1:
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            count = math.prod(tensor.dims)
+            if len(tensor.raw_data) != count * dtype.itemsize:
+                raise CorruptModel(f"tensor {tensor.name!r} has {len(tensor.raw_data)} bytes where its shape says {count * dtype.itemsize}")
+            return np.frombuffer(tensor.raw_data, dtype=dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype).reshape(
+                tuple(tensor.dims)
+            )
+        return np.asarray(numpy_helper.to_array(tensor))
+
+    def read_packed(self, tensor: TensorProto) -> np.ndarray:
+        """The bytes of a packed tensor, uint8 [n]."""
+        if uses_external_data(tensor):
+            return self._external(tensor)
+        if tensor.HasField("raw_data"):
+            return np.frombuffer(tensor.raw_data, dtype=np.uint8)
+        return np.asarray(tensor.int32_data, dtype=np.uint8)
+
+    @staticmethod
+    def packed_format(tensor: TensorProto) -> PackedFormat | None:
+        if tensor.data_type not in _PACKED:
+            return None
+        bits, signed = _PACKED[tensor.data_type]
+        return PackedFormat(tuple(tensor.dims), bits, signed)
+
+    def _external(self, tensor: TensorProto) -> np.ndarray:
+        info = ExternalDataInfo(tensor)
+        whole = self._map(info.location, tensor.name)
+        packed = self.packed_format(tensor)
+        count = math.prod(tensor.dims)
+        if packed is not None:
+            dtype, shape = np.dtype(np.uint8), (-(-count * packed.bits // 8),)
+        else:
+            dtype, shape = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)), tuple(tensor.dims)
+        length = math.prod(shape) * dtype.itemsize
+        offset = info.offset or 0
+        if info.length is not None and info.length != length:
+            raise CorruptModel(f"tensor {tensor.name!r} has {info.length} bytes of external data where its shape says {length}")
+        if offset + length > whole.size:
+            raise CorruptModel(
+                f"{info.location} ends at byte {whole.size:,}, but tensor {tensor.name!r} reaches byte {offset + length:,}: "
+                f"the file is truncated; fetch or export it again"
+            )
+        return whole[offset : offset + length].view(dtype).reshape(shape)
+
+    def _map(self, location: str, tensor_name: str) -> np.ndarray:
+        if location not in self._files:
+            path = PurePosixPath(location)
+            if not location or path.is_absolute() or ".." in path.parts or "\\" in location:
+                raise CorruptModel(f"tensor {tensor_name!r} points outside the model's folder ({location!r})")
+            if self._base_dir is None:
+                raise CorruptModel(f"tensor {tensor_name!r} is in {location}, but the model was given without its folder")
+            file = Path(self._base_dir) / path
+            if not file.is_file():
+                raise CorruptModel(f"{file} is missing (tensor {tensor_name!r} is in it): put it beside the model's .onnx file")
+            size = file.stat().st_size
+            self._files[location] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r")) if size else np.zeros(0, np.uint8)
+        return self._files[location]
