@@ -8,13 +8,13 @@ from typing import Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mesh.config import LoadBalancing
 from mesh.errors import ConfigError, DoesNotFit
 from mesh.types import LayerRange
 
-__all__ = ["LoadBalancing", "Node", "PlacedRange", "PlacedShard", "Placement", "Remedy", "Strategy"]
+__all__ = ["Node", "PlacedRange", "PlacedShard", "Placement", "Remedy", "Strategy"]
 
 Strategy = Literal["even", "explicit", "weighted"]
-LoadBalancing = Literal["least_loaded", "round_robin", "queue_group"]
 
 
 class _Strict(BaseModel):

@@ -19,10 +19,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mesh.config import LoadBalancing
 from mesh.errors import BadLayerRange, PlanError
 from mesh.memory import DEFAULT_CHUNK, MemoryNeed, ModelShape, predict
 from mesh.partition import partition
-from mesh.placement import LoadBalancing, Node, PlacedRange, PlacedShard, Placement, Strategy
+from mesh.placement import Node, PlacedRange, PlacedShard, Placement, Strategy
 from mesh.remedies import advise
 from mesh.types import LayerRange
 from mesh.units import format_bytes

@@ -1,0 +1,307 @@
+"""The configuration files, one class each; every key is declared here and nowhere else.
+
+    distributed_config.json    DistributedConfig    `mesh shard-model`, `mesh plan`
+    distributed_config.yaml    ModelConfig          `mesh plan`
+    coordinator config.yaml    CoordinatorConfig    `mesh coordinator`
+    shard config.yaml          ShardConfig          `mesh shard`
+    network config.yaml        NetworkConfig        both
+
+`load_config(path, Class)` reads one; the environment can override any key (see mesh/configfile.py). GB and MB are 10^9 and
+10^6 bytes; durations are `5s`, `24h` or a number of seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mesh.configfile import ConfigFile, Section, load_config
+from mesh.errors import ConfigError
+from mesh.units import GB, MB, parse_seconds
+
+__all__ = [
+    "CoordinatorConfig",
+    "DistributedConfig",
+    "LoadBalancing",
+    "ModelConfig",
+    "NatsSection",
+    "NetworkConfig",
+    "ShardConfig",
+    "load_config",
+]
+
+LoadBalancing = Literal["least_loaded", "round_robin", "queue_group"]
+"""least_loaded: the lighter of two random replicas; round_robin: in turn; queue_group: NATS decides."""
+
+QuantizationBits = Literal[16, 8, 4]
+
+
+def _duration(value: Any) -> float:
+    try:
+        return parse_seconds(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _url_list(value: Any) -> Any:
+    urls = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    if not isinstance(urls, (list, tuple)) or not urls:
+        raise ValueError("should be a list of NATS URLs, such as [nats://10.0.1.100:4222]")
+    for url in urls:
+        if not isinstance(url, str) or url.partition("://")[0] not in ("nats", "tls", "ws", "wss") or not url.partition("://")[2]:
+            raise ValueError(f"{url!r} is not a NATS URL: write it as nats://10.0.1.100:4222 or tls://...")
+    return tuple(urls)
+
+
+Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
+"""Seconds; written `5s`, `1m30s`, `24h` or a number."""
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class NatsSection(Section):
+    """Where the NATS servers are; any one of them is enough to join."""
+
+    urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = ("nats://127.0.0.1:4222",)
+
+
+class PerformanceSection(Section):
+    """What memory is set aside for: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
+
+    batch_size: Count = 1
+    max_sequence_length: Count | None = None  # None: the model's context
+    enable_kv_cache: bool = True  # false: nothing is kept between steps, every step computes the whole prefix
+
+
+class DistributedConfig(ConfigFile):
+    """distributed_config.json: a model to cut over equal shards. The keys after load_balancing_strategy are optional."""
+
+    model_path: str = Field(min_length=1)  # a source or a model directory; relative to the file, then to the working directory
+    total_layers: Count
+    shards_count: Count  # layer ranges; replication_factor shards serve each
+    max_shard_memory_mb: Count
+    replication_factor: Count = 1
+    load_balancing_strategy: LoadBalancing = "least_loaded"
+    layers_per_shard: Count | None = None
+    overlap_layers: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 1
+    max_sequence_length: Count | None = None
+    enable_kv_cache: bool = True
+    quantization_bits: QuantizationBits | None = None
+    total_parameters: Count | None = None  # for an estimate before the model is there
+    vocab_size: Count | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> DistributedConfig:
+        _check_split(self.total_layers, self.shards_count, self.layers_per_shard, "", "")
+        return self
+
+    @property
+    def max_shard_memory_bytes(self) -> int:
+        return self.max_shard_memory_mb * MB
+
+
+class ModelSection(Section):
+    """What is known of a model before it is there. The keys after vocab_size are estimated where absent."""
+
+    name: str = Field(min_length=1)
+    format: Literal["onnx", "safetensors", "gguf"] = "onnx"
+    total_parameters: Count
+    total_layers: Count
+    vocab_size: Count
+    hidden_size: Count | None = None
+    kv_heads: Count | None = None
+    head_dim: Count | None = None
+
+
+class ShardingSection(Section):
+    strategy: Literal["layer_wise"] = "layer_wise"
+    shards_count: Count
+    layers_per_shard: Count | None = None
+    overlap_layers: Annotated[int, Field(ge=0)] = 0  # of the neighbours' layers on either side, held as well
+    replication_factor: Count = 1
+
+
+class MemorySection(Section):
+    max_shard_memory_gb: Gigabytes
+    enable_quantization: bool = True  # false: weights in 32 bits
+    quantization_bits: QuantizationBits = 16
+
+
+class ModelConfig(ConfigFile):
+    """The model configuration: how a model, there or not yet, is to be cut."""
+
+    model: ModelSection
+    sharding: ShardingSection
+    memory: MemorySection
+    performance: PerformanceSection = PerformanceSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> ModelConfig:
+        sharding = self.sharding
+        _check_split(self.model.total_layers, sharding.shards_count, sharding.layers_per_shard, "sharding.", "model.")
+        return self
+
+    @property
+    def bits(self) -> Literal[32, 16, 8, 4]:
+        return self.memory.quantization_bits if self.memory.enable_quantization else 32
+
+    @property
+    def max_shard_memory_bytes(self) -> int:
+        return round(self.memory.max_shard_memory_gb * GB)
+
+
+class CoordinatorSection(Section):
+    listen_port: Port = 8080
+    max_connections: Count = 1000
+    health_check_interval: Duration = 5.0
+
+
+class DistributedSection(Section):
+    shards_count: Count
+    replication_factor: Count = 1
+    failover_timeout: Duration = 30.0
+    load_balancing_strategy: LoadBalancing = "least_loaded"
+
+
+class PoolSection(Section):
+    max_pool_size_gb: Gigabytes = 1.0
+    enable_compression: bool = False
+
+
+class LoggingSection(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    file: str | None = None  # None: standard error
+
+
+class CoordinatorConfig(ConfigFile):
+    coordinator: CoordinatorSection = CoordinatorSection()
+    nats: NatsSection = NatsSection()
+    distributed: DistributedSection
+    memory: PoolSection = PoolSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> CoordinatorConfig:
+        _check_longer(
+            self.distributed.failover_timeout,
+            "distributed.failover_timeout",
+            self.coordinator.health_check_interval,
+            "coordinator.health_check_interval",
+        )
+        return self
+
+
+class ShardSection(Section):
+    elsewhere: ClassVar[dict[str, str]] = {
+        "coordinator_address": "shards meet their coordinators over NATS: remove it and set nats.urls, such as [nats://10.0.1.100:4222]"
+    }
+
+    shard_id: Count
+    listen_port: Port = 8080
+
+
+class ShardModelSection(Section):
+    """The half-open layer range [layers_start, layers_end) of the model directory at `shard_path`."""
+
+    shard_path: str = Field(min_length=1)
+    layers_start: Annotated[int, Field(ge=0)]
+    layers_end: Count
+    overlap_layers: Annotated[int, Field(ge=0)] = 0
+
+
+class ResourcesSection(Section):
+    max_memory_gb: Gigabytes
+    worker_threads: Count | None = None  # None: every core
+    enable_gpu: bool = False
+
+    @property
+    def max_memory_bytes(self) -> int:
+        return round(self.max_memory_gb * GB)
+
+
+class HealthSection(Section):
+    check_interval: Duration = 10.0
+    timeout: Duration = 30.0
+
+
+class ShardConfig(ConfigFile):
+    shard: ShardSection
+    nats: NatsSection = NatsSection()
+    model: ShardModelSection
+    resources: ResourcesSection
+    performance: PerformanceSection = PerformanceSection()
+    health: HealthSection = HealthSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> ShardConfig:
+        start, end = self.model.layers_start, self.model.layers_end
+        if end <= start:
+            raise ValueError(
+                f"model.layers_start {start} and model.layers_end {end} hold no layer: the end is not included, give a larger one"
+            )
+        _check_longer(self.health.timeout, "health.timeout", self.health.check_interval, "health.check_interval")
+        return self
+
+
+class PortsSection(Section):
+    coordinator_port: Port = 8080
+    shard_base_port: Port = 8081
+    health_check_port: Port = 9090
+    metrics_port: Port = 9091
+
+
+class CommunicationSection(Section):
+    protocol: Literal["nats"] = "nats"  # frames travel over NATS; HTTP is only at the edge
+    compression: Literal["none", "gzip"] = "none"
+    timeout_seconds: Duration = 30.0
+    retry_count: Annotated[int, Field(ge=0)] = 3
+
+
+class BalancingSection(Section):
+    strategy: LoadBalancing = "least_loaded"
+    health_check_interval: Duration = 5.0
+    failover_timeout: Duration = 30.0
+
+
+class NetworkConfig(ConfigFile):
+    network: PortsSection = PortsSection()
+    communication: CommunicationSection = CommunicationSection()
+    load_balancing: BalancingSection = BalancingSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> NetworkConfig:
+        ports: dict[int, str] = {}
+        for key in ("coordinator_port", "health_check_port", "metrics_port"):
+            port = getattr(self.network, key)
+            if port in ports:
+                raise ValueError(f"network.{ports[port]} and network.{key} are both {port}: give each its own")
+            ports[port] = key
+        balancing = self.load_balancing
+        _check_longer(
+            balancing.failover_timeout,
+            "load_balancing.failover_timeout",
+            balancing.health_check_interval,
+            "load_balancing.health_check_interval",
+        )
+        return self
+
+
+def _check_split(layers: int, shards: int, per_shard: int | None, sharding: str, model: str) -> None:
+    if shards > layers:
+        raise ValueError(f"{sharding}shards_count {shards} is more than {model}total_layers {layers}: a shard has at least one layer")
+    if per_shard is not None and per_shard * shards != layers:
+        better = f"; {layers // shards} layers_per_shard would be right" if layers % shards == 0 else "; leave layers_per_shard out"
+        raise ValueError(
+            f"{sharding}layers_per_shard {per_shard} x {sharding}shards_count {shards} = {per_shard * shards} "
+            f"is not {model}total_layers {layers}{better}"
+        )
+
+
+def _check_longer(longer: float, longer_key: str, shorter: float, shorter_key: str) -> None:
+    if longer <= shorter:
+        raise ValueError(f"{longer_key} ({longer:g} s) must be longer than {shorter_key} ({shorter:g} s)")
