@@ -1,0 +1,90 @@
+"""A matmul weight as the runtime holds it: [out, in], at its stored width, widened inside the product.
+
+Blocks store the right operand of a MatMul as [in, out] (docs/model-format.md). Every form of product that runs well on
+a CPU reads it output-major, and all of them read the same bytes, so a weight is transposed once at load and kept once,
+whatever the number of rows it will meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+
+from mesh.lowering import linear
+from mesh.lowering.linear import Codes
+from mesh.lowering.tensors import PackedFormat, unpack
+
+__all__ = ["Forms", "PackedWeight", "pack", "pack_nibbles"]
+
+Forms = tuple[tuple[int, str], ...]
+"""(rows at most, form of the product), ascending."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedWeight:
+    """Stands where the initializer stood in a lowered graph.
+
+    Cast and DequantizeLinear of it stay lazy, and MatMul with it as the right operand is one product in the form that `forms`
+    names for the number of rows.
+    """
+
+    codes: Codes
+    forms: Forms = field(default=(), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[in, out]: as the graph sees it."""
+        out, size = self.codes.shape
+        return (size, out)
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    def with_forms(self, forms: Forms) -> PackedWeight:
+        return replace(self, forms=forms)
+
+    def form(self, rows: int) -> str:
+        for limit, name in self.forms:
+            if rows <= limit:
+                return name
+        return linear.default_form(rows, self.codes)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out], of x's type."""
+        lead = x.shape[:-1]
+        flat = x.reshape(-1, x.shape[-1])  # [rows, in]
+        y = linear.product(flat, self.codes, form=self.form(flat.shape[0]))
+        return y.reshape(*lead, y.shape[-1])
+
+    def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
+        if op_type == "Cast" and args[0] is self:
+            return replace(self, codes=replace(self.codes, dtype=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(attrs["to"]))))
+        if op_type == "DequantizeLinear" and args[0] is self:
+            scale = jnp.asarray(args[1])
+            zero = None if len(args) < 3 or args[2] is None else jnp.asarray(args[2]).T
+            return replace(self, codes=replace(self.codes, scale=scale.T, zero_point=zero, dtype=np.dtype(scale.dtype)))
+        if op_type == "MatMul" and args[1] is self:
+            return self.product(jnp.asarray(args[0]))
+        return NotImplemented
+
+
+def pack(array: np.ndarray) -> PackedWeight:
+    """An initializer [in, out], one element or more bytes wide."""
+    return PackedWeight(Codes(jnp.asarray(np.ascontiguousarray(array.T))))
+
+
+def pack_nibbles(stored: np.ndarray, layout: PackedFormat) -> PackedWeight:
+    """An initializer [in, out] of 4-bit codes as ONNX packs them, repacked output-major."""
+    codes = np.asarray(unpack(stored, layout)).T  # int8 or uint8 [out, in]
+    if layout.bits != 4 or codes.shape[1] % 2:
+        return pack(codes.T)
+    low, high = codes[:, 0::2].astype(np.uint8) & 15, codes[:, 1::2].astype(np.uint8) & 15
+    return PackedWeight(Codes(jnp.asarray(np.ascontiguousarray(low | (high << 4))), nibbles="signed" if layout.signed else "unsigned"))

@@ -1,0 +1,65 @@
+"""Which shapes are compiled: rows, chunk and length are rounded up to one of a few sizes, so that compilation is bounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.errors import ConfigError
+from mesh.runtime.cache import SLACK
+
+__all__ = ["Buckets"]
+
+_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+_SHORTEST_LENGTH = 128
+_LENGTH_STEP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Sizes in ascending order; the last of each is the most there can be.
+
+    rows: rows of a decode wave. chunks: tokens of a prefill chunk. lengths: cache slots a step reads.
+    """
+
+    rows: tuple[int, ...]
+    chunks: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def plan(cls, *, rows: int, context: int, chunk: int) -> Buckets:
+        """Buckets for up to `rows` rows of `context` positions, prefilled by up to `chunk` tokens at a time."""
+        for name, value in (("rows", rows), ("context", context), ("chunk", chunk)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}: give at least 1")
+        row_sizes = [size for size in _ROWS if size < rows] + [rows]
+        chunk = max(SLACK, min(chunk, context))
+        chunk_sizes = [SLACK]
+        while chunk_sizes[-1] * 4 < chunk:
+            chunk_sizes.append(chunk_sizes[-1] * 4)
+        if chunk > SLACK:
+            chunk_sizes.append(chunk)
+        lengths = []
+        size = _SHORTEST_LENGTH
+        while size < context:
+            lengths.append(size)
+            size *= _LENGTH_STEP if size >= 512 else 2
+        lengths.append(context)
+        return cls(tuple(row_sizes), tuple(chunk_sizes), tuple(lengths))
+
+    @staticmethod
+    def fit(sizes: tuple[int, ...], value: int) -> int:
+        """The smallest size that holds `value`."""
+        for size in sizes:
+            if value <= size:
+                return size
+        raise ValueError(f"{value} is over the largest bucket {sizes[-1]}")
+
+    def chunk(self, start: int, count: int) -> int:
+        """The chunk bucket for `count` tokens at `start`: the smallest that holds them, or, where its padding would
+        overrun the row, one that does not hold them all (the caller goes on with the rest)."""
+        for size in self.chunks:
+            if count <= size:
+                if start + size <= self.lengths[-1] + SLACK:
+                    return size
+                return self.chunks[0]
+        return self.chunks[-1] if start + self.chunks[-1] <= self.lengths[-1] + SLACK else self.chunks[0]

@@ -1,0 +1,156 @@
+"""Generation in one process through N stages, no network: what the mesh's answers and speed are measured against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mesh.errors import BadRequest, PromptTooLong
+from mesh.lowering.weights import Forms, PackedWeight
+from mesh.model.manifest import Manifest
+from mesh.runtime.sampling import SamplingParams
+from mesh.runtime.stage import Stage, StageConfig, Token
+from mesh.types import LayerRange
+
+__all__ = ["Generation", "Pipeline", "even_ranges"]
+
+
+@dataclass
+class Generation:
+    """What one request produced and how long it took. Seconds; `step_s` has one entry a decode step."""
+
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: str = "length"
+    prefill_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+
+def even_ranges(layers: int, shards: int) -> list[LayerRange]:
+    """Layers 0 .. layers cut into `shards` contiguous ranges whose lengths differ by at most one, the longer ones first."""
+    if not 1 <= shards <= layers:
+        raise BadRequest(f"{shards} shards cannot share {layers} layers: give 1 to {layers}", field="shards")
+    bounds = [0]
+    for index in range(shards):
+        bounds.append(bounds[-1] + layers // shards + (1 if index < layers % shards else 0))
+    return [LayerRange(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+class Pipeline:
+    """All stages of a model, called one after the other."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = list(stages)
+        self.manifest: Manifest = self.stages[0].manifest
+        self.context = min(stage.context for stage in stages)
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        *,
+        shards: int = 1,
+        rows: int = 1,
+        context: int | None = None,
+        chunk: int = 256,
+        max_memory_bytes: int | None = None,
+        forms: Callable[[PackedWeight], Forms] | None = None,
+        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> Pipeline:
+        """Cut the model evenly over `shards` stages. `max_memory_bytes` is for each stage."""
+        manifest = Manifest.load(directory)
+        stages = []
+        for layers in even_ranges(manifest.layers, shards):
+            config = StageConfig(layers, rows=rows, context=context, chunk=chunk, max_memory_bytes=max_memory_bytes)
+            stages.append(Stage.load(directory, config, forms=forms, progress=progress))
+        return cls(stages)
+
+    def warm_up(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
+        for stage in self.stages:
+            stage.warm_up(progress)
+
+    def prefill(self, row: int, start: int, tokens: np.ndarray) -> Token:
+        """One chunk of one row through every stage; the token sampled after it."""
+        hidden: np.ndarray | None = None
+        for stage in self.stages[:-1]:
+            hidden = stage.prefill(row, start, tokens, hidden)  # type: ignore[assignment]
+        result = self.stages[-1].prefill(row, start, tokens, hidden)
+        assert isinstance(result, Token)
+        return result
+
+    def decode(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> list[Token]:
+        """One step of a wave through every stage."""
+        hidden: np.ndarray | None = None
+        for stage in self.stages[:-1]:
+            hidden = stage.decode(rows, positions, tokens, hidden)  # type: ignore[assignment]
+        result = self.stages[-1].decode(rows, positions, tokens, hidden)
+        assert isinstance(result, list)
+        return result
+
+    def start(self, row: int, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int) -> Token:
+        """Check a request, open its row and prefill it; the first token."""
+        check_request(prompt, max_tokens, vocab_size=self.manifest.vocab_size, context=self.context)
+        self.stages[-1].open(row, params, prompt_length=len(prompt))
+        chunk = self.stages[0].buckets.chunks[-1]
+        tokens = np.asarray(prompt, np.int32)
+        token: Token | None = None
+        for start in range(0, len(tokens), chunk):
+            token = self.prefill(row, start, tokens[start : start + chunk])
+        assert token is not None
+        return token
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int, stop_ids: Sequence[int] = (), row: int = 0
+    ) -> Iterator[tuple[Token, Generation]]:
+        """Tokens of one request as they come, each with the generation so far. A stop token ends it and is not given."""
+        generation = Generation()
+        began = time.perf_counter()
+        token = self.start(row, prompt, params, max_tokens=max_tokens)
+        generation.prefill_s = time.perf_counter() - began
+        position = len(prompt)
+        rows = np.array([row], np.int32)
+        while True:
+            if token.id in stop_ids:
+                generation.finish_reason = "stop"
+                break
+            generation.tokens.append(token)
+            yield token, generation
+            if len(generation.tokens) >= max_tokens:
+                break
+            began = time.perf_counter()
+            token = self.decode(rows, np.array([position]), np.array([token.id]))[0]
+            generation.step_s.append(time.perf_counter() - began)
+            position += 1
+
+    def complete(self, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int, stop_ids: Sequence[int] = ()) -> Generation:
+        """`generate` to its end."""
+        generation = Generation()
+        for _, generation in self.generate(prompt, params, max_tokens=max_tokens, stop_ids=stop_ids):
+            pass
+        return generation
+
+
+def check_request(prompt: Sequence[int], max_tokens: int, *, vocab_size: int, context: int) -> None:
+    """BadRequest or PromptTooLong, naming the field."""
+    if not len(prompt):
+        raise BadRequest("the prompt is empty: give at least one token", field="prompt")
+    if max_tokens < 1:
+        raise BadRequest(f"max_tokens is {max_tokens}: give at least 1", field="max_tokens")
+    bad = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise BadRequest(f"token {bad} is not in the vocabulary: ids are 0 to {vocab_size - 1}", field="tokens")
+    if len(prompt) + max_tokens > context:
+        limit = context - max_tokens
+        advice = f"at most {limit} with max_tokens {max_tokens}" if limit > 0 else f"max_tokens must be under {context}"
+        raise PromptTooLong(
+            f"the prompt has {len(prompt)} tokens and {max_tokens} more are asked for, but the context is {context}: {advice}",
+            tokens=len(prompt),
+            limit=max(limit, 0),
+        )

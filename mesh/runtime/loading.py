@@ -1,0 +1,86 @@
+"""Blocks of a model directory, lowered, with their weights as the runtime wants them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import onnx
+
+from mesh.errors import CorruptModel
+from mesh.lowering import Lowered, lower
+from mesh.lowering.weights import Forms, PackedWeight, pack, pack_nibbles
+from mesh.model.manifest import block_name
+from mesh.types import LayerRange
+
+__all__ = ["Block", "block_names", "load_block"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One lowered block and its weights on the device."""
+
+    name: str
+    lowered: Lowered
+    weights: dict[str, Any]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
+
+
+def block_names(layers: LayerRange, *, embed: bool, head: bool) -> list[str]:
+    """Names of the blocks a range runs, in order."""
+    names = [block_name(i) for i in layers]
+    return ([block_name("embed")] if embed else []) + names + ([block_name("head")] if head else [])
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The graph alone; CorruptModel if it is not one."""
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own errors for a damaged file, and the system's for a missing one
+        raise CorruptModel(f"{path} cannot be read ({type(error).__name__}): fetch or import the model again") from None
+
+
+def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Forms] | None = None) -> Block:
+    """Read one block; `forms` chooses the product forms of each packed weight (None: the defaults)."""
+    path = Path(directory) / f"{name}.onnx"
+    lowered = lower(read_model(path), base_dir=path.parent)
+    packable = _matmul_weights(lowered)
+    weights: dict[str, Any] = {}
+    for key, array in lowered.weights.items():
+        if key not in packable:
+            weights[key] = jnp.asarray(array)
+            continue
+        packed = lowered.packed.get(key)
+        weight = pack(array) if packed is None else pack_nibbles(array, packed)
+        weights[key] = weight if forms is None else weight.with_forms(forms(weight))
+    return Block(name, lowered, weights)
+
+
+def _matmul_weights(lowered: Lowered) -> set[str]:
+    """Weights [in, out] that serve only as right operands of MatMul, directly or through one Cast or DequantizeLinear."""
+    uses: dict[str, list[tuple[str, int, tuple[str, ...]]]] = defaultdict(list)  # value -> (op, position, outputs)
+    for node in lowered.graph.nodes:
+        for position, name in enumerate(node.inputs):
+            uses[name].append((node.op.op_type if node.op.domain == "" else "", position, node.outputs))
+
+    def right_operand(name: str) -> bool:
+        return bool(uses[name]) and all(op == "MatMul" and position == 1 for op, position, _ in uses[name])
+
+    def through(name: str) -> bool:
+        return bool(uses[name]) and all(
+            op in ("Cast", "DequantizeLinear") and position == 0 and right_operand(outputs[0]) for op, position, outputs in uses[name]
+        )
+
+    def rank(name: str) -> int:
+        return len(lowered.packed[name].shape) if name in lowered.packed else int(lowered.weights[name].ndim)
+
+    outputs = set(lowered.graph.outputs)
+    return {name for name in lowered.weights if rank(name) == 2 and name not in outputs and (right_operand(name) or through(name))}
