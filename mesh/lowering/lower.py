@@ -122,7 +122,7 @@ def evaluate(node: Node, args: Sequence[Any], scope: Scope | None = None) -> tup
     for arg in args:
         hook = getattr(arg, "__lower_op__", None)
         if hook is not None:
-            answer = hook(op.op_type, args, node.attributes)
+            answer = hook(op.op_type, tuple(args), node.attributes)
             if answer is not NotImplemented:
                 return answer if isinstance(answer, tuple) else (answer,)
     keywords = dict(node.attributes)

@@ -66,6 +66,7 @@ STATIC: dict[tuple[str, str], tuple[int, ...]] = {
     ("", "Unique"): (0,),
     ("", "Unsqueeze"): (1,),
     ("", "Upsample"): (1,),
+    ("com.microsoft", "GroupQueryAttention"): (6,),
 }
 
 # Inputs that are used as numpy when they are known (a cheaper form exists) and may be traced as well.

@@ -6,6 +6,7 @@ Grouped queries share their key and value heads by a reshape of the queries; key
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,7 @@ def grouped_values(p: Array, v: Array) -> Array:
     return y.reshape(b, hq, t, v.shape[3])
 
 
-def masked_softmax(scores: Array, allowed: Array | None, precision: np.dtype | None = None) -> Array:  # type: ignore[type-arg]
+def masked_softmax(scores: Array, allowed: Array | None, precision: np.dtype[Any] | None = None) -> Array:
     """Softmax over the last axis, in float32 or `precision`; a row with nothing allowed is zeros, never NaN."""
     x = scores.astype(precision or wide(scores.dtype))
     if allowed is not None:

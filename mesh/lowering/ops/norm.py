@@ -59,7 +59,7 @@ register("SimplifiedLayerNormalization", domain=MICROSOFT)(_simplified)
 
 @register(domain=MICROSOFT)
 def SkipSimplifiedLayerNormalization(
-    input: Array, skip: Array, gamma: Array, bias: Array | None = None, *, epsilon: float = 1e-5
+    input: Array, skip: Array, gamma: Array, bias: Array | None = None, *, epsilon: float = 1e-12
 ) -> tuple[Array, Array | None, Array, Array]:
     """Output, mean (never given), InvStdDev, and the sum that was normalised: input + skip + bias."""
     total = input + skip if bias is None else input + skip + bias
@@ -69,7 +69,7 @@ def SkipSimplifiedLayerNormalization(
 
 @register(domain=MICROSOFT)
 def SkipLayerNormalization(
-    input: Array, skip: Array, gamma: Array, beta: Array | None = None, bias: Array | None = None, *, epsilon: float = 1e-5
+    input: Array, skip: Array, gamma: Array, beta: Array | None = None, bias: Array | None = None, *, epsilon: float = 1e-12
 ) -> tuple[Array, Array, Array, Array]:
     """Output, mean, InvStdDev, and the sum that was normalised: input + skip + bias."""
     total = input + skip if bias is None else input + skip + bias
