@@ -16,7 +16,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from mesh.model.manifest import BlockInfo, DType
-from mesh.model.quantize import half_type, quantize_rows, quantize_weight
+from mesh.model.quantize import EXPERT_GROUP, half_type, quantize_rows, quantize_weight
 from mesh.model.source import NUMPY_DTYPES, ImportOptions
 from mesh.model.writer import INLINE_BYTES, IR_VERSION, OPSET, BlockWriter, Weight, WeightValue, block_model, producer
 
@@ -91,11 +91,8 @@ class GraphBuilder:
         product = self.op("MatMul", x, self.matrix(name, weight))
         return self.op("Add", product, self.parameter(f"{name}.bias", bias), out=out)
 
-    def matrix(self, name: str, weight: WeightValue, *, shape: Sequence[int] = ()) -> str:
-        """A MatMul weight, stored as the options say; returns its value in the compute type.
-
-        `shape` must be given for a weight of experts [experts, in, out]; otherwise it is [in, out].
-        """
+    def matrix(self, name: str, weight: WeightValue, *, experts: bool = False) -> str:
+        """A MatMul weight [in, out], or [experts, in, out], stored as the options say; returns its value in the compute type."""
         options, produce = self.options, producer(weight)
         if options.bits == 32:
             return self.parameter(f"{name}.weight", weight)
@@ -106,8 +103,8 @@ class GraphBuilder:
         quantized = _Once(lambda: quantize_weight(produce(), options), uses=2)
         values = self.weight(f"{name}.weight", lambda: quantized.get().values)
         scale = self.weight(f"{name}.scale", lambda: quantized.get().scale)
-        if len(shape) == 3:
-            return self.op("DequantizeLinear", values, scale, axis=1, block_size=options.group_size or shape[1])
+        if experts:
+            return self.op("DequantizeLinear", values, scale, axis=1, block_size=options.group_size or EXPERT_GROUP)
         if options.group_size is not None:
             return self.op("DequantizeLinear", values, scale, axis=0, block_size=options.group_size)
         return self.op("DequantizeLinear", values, scale, axis=1)

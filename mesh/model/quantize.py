@@ -33,6 +33,9 @@ SLICE_ELEMENTS = 1 << 20
 FRACTIONS_4 = (1.0, 0.93, 0.86, 0.79, -1.0, -0.93, -0.86, -0.79)
 FLOAT16_MAX = 65504.0
 
+# DequantizeLinear cannot say "one scale an output channel" of a weight that has an expert axis too: groups instead.
+EXPERT_GROUP = 128
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
@@ -53,8 +56,8 @@ def quantize_weight(weight: Array, options: ImportOptions) -> QuantizedWeight:
     The last group of an input length that is no multiple of the group size is shorter, as DequantizeLinear allows.
     """
     *lead, rows, columns = weight.shape
-    group = options.group_size
-    per_channel = group is None and not lead
+    group = options.group_size or (EXPERT_GROUP if lead else None)
+    per_channel = group is None
     block = rows if group is None else min(group, rows)
     groups = -(-rows // block)
     storage = np.dtype(ml_dtypes.int4) if options.bits == 4 else np.dtype(np.int8)

@@ -1,0 +1,1 @@
+"""Decoder blocks built from weights: `spec` says what a decoder is, `decoder` builds its blocks, `huggingface` reads config.json."""

@@ -1,0 +1,167 @@
+"""Text to token ids and back, as a model directory's tokenizer.json says; chat messages to a prompt, as its template says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from mesh.errors import BadRequest, CorruptModel, ModelNotFound
+from mesh.model.manifest import Manifest, TokenizerInfo
+
+__all__ = ["TextStream", "Tokenizer"]
+
+REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character, or none yet
+
+
+class Tokenizer:
+    """A model's tokenizer. Thread-safe: nothing changes after construction."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, info: TokenizerInfo, chat_template: str | None = None) -> None:
+        self._backend = backend
+        self.info = info
+        self._template = _compile(chat_template) if chat_template else None
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """The tokenizer of a model directory. ModelNotFound if there is none; CorruptModel if a file does not read."""
+        directory = Path(directory)
+        info = Manifest.load(directory).tokenizer
+        if info is None:
+            raise ModelNotFound(f"{directory} has no tokenizer: give token ids, or import the model with its tokenizer files")
+        template = directory / "chat_template.jinja"
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+            text = template.read_text(encoding="utf-8") if info.chat_template else None
+            return cls(backend, info, text)
+        except jinja2.TemplateError as error:
+            raise CorruptModel(f"{template} is not a template ({error}): import the model again") from None
+        except Exception as error:  # tokenizers raises plain Exception
+            raise CorruptModel(f"{directory}/tokenizer.json does not read ({error}): import the model again") from None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._backend.get_vocab_size())
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of `text`. `add_special`: with a leading bos where the model wants one (a chat prompt has its own)."""
+        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        if add_special and self.info.add_bos and self.info.bos_id is not None and ids[:1] != [self.info.bos_id]:
+            ids.insert(0, self.info.bos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def token(self, id: int) -> str | None:
+        """The token as the vocabulary has it, None if there is no such id."""
+        text: str | None = self._backend.id_to_token(id)
+        return text
+
+    def stream(self, *, skip_special: bool = True) -> TextStream:
+        """A decoder for tokens that come one by one."""
+        return TextStream(self, skip_special=skip_special)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt for `messages` ({"role": ..., "content": ...}); encode it with add_special=False.
+
+        `variables` are passed to the template (tools, enable_thinking ...). BadRequest if the model has no template or the
+        template refuses the messages.
+        """
+        if self._template is None:
+            raise BadRequest("this model has no chat template: send a prompt instead of messages", field="messages")
+        special = {"bos_token": self._text_of(self.info.bos_id), "eos_token": self._text_of(next(iter(self.info.eos_ids), None))}
+        try:
+            return self._template.render(
+                **{"tools": None, "documents": None, **special, **variables},
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise BadRequest(f"the chat template refuses these messages: {error}", field="messages") from None
+
+    def _text_of(self, id: int | None) -> str:
+        return "" if id is None else self.token(id) or ""
+
+
+class TextStream:
+    """Decodes tokens as they come. What `push` and `finish` return, joined, is the text; no character is ever split.
+
+    Tokens are decoded together with the few before them, because a token's text can depend on these (leading spaces).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._ids: list[int] = []  # context, then the tokens whose text has not been given out
+        self._context = 0
+
+    def push(self, id: int) -> str:
+        """The text that `id` completes; empty while a character is incomplete."""
+        self._ids.append(id)
+        text = self._text(self._ids)
+        if text.endswith(REPLACEMENT):
+            return ""
+        return self._emit(text)
+
+    def finish(self) -> str:
+        """What is left at the end: incomplete bytes, as U+FFFD."""
+        return self._emit(self._text(self._ids))
+
+    def _emit(self, text: str) -> str:
+        before = self._text(self._ids[: self._context])
+        if not text.startswith(before):  # a decoder that rewrites what precedes: nothing of it can be taken back
+            before = text[: len(before)]
+        fresh = text[len(before) :]
+        if fresh:
+            # what has been given out becomes the context, and the context before that is no longer needed
+            self._ids = self._ids[self._context :]
+            self._context = len(self._ids)
+        return fresh
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` marks the assistant's part for training; here it is its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(template: str) -> jinja2.Template:
+    """In a sandbox: templates come with models and are not trusted. Globals are those that Hugging Face gives them."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment.from_string(template)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    """JSON without HTML escapes, unlike jinja2's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
