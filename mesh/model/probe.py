@@ -1,0 +1,360 @@
+"""Run the parts of a graph that depend on shapes and positions only, on concrete sizes, to see what they compute.
+
+A Probe is one choice of (batch, chunk, past). It knows the shape of every value and, where a value does not depend on
+tokens or on the cache, its numbers; both are worked out on demand. That is how masks, positions and shape arithmetic are
+recognised: by what they are, not by how an exporter wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from mesh.errors import UnsupportedModel
+from mesh.model.graph import OPSET, DecoderGraph, Kind, Role
+
+__all__ = ["NotConcrete", "Probe"]
+
+Array = npt.NDArray[Any]
+
+
+class NotConcrete(Exception):  # noqa: N818 - a finding of this probe, caught by those who asked, never shown to users
+    """The value depends on tokens, or its shape does."""
+
+
+# inputs whose numbers, not only whose shapes, decide the shape of the output
+SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
+    "Reshape": (1,), "Expand": (1,), "Slice": (1, 2, 3, 4), "Tile": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "Split": (1,),
+    "Pad": (1, 3), "TopK": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "OneHot": (1,), "Resize": (2, 3),
+    **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
+                     "ReduceLogSumExp", "ReduceSumSquare"), (1,)),
+}  # fmt: skip
+SAME_SHAPE = frozenset((
+    "Cast", "Sqrt", "Reciprocal", "Neg", "Abs", "Exp", "Log", "Tanh", "Sigmoid", "Erf", "Relu", "Cos", "Sin", "Not", "IsNaN", "Softmax",
+    "LogSoftmax", "Gelu", "Identity", "Floor", "Ceil", "Round", "Sign", "Clip", "CastLike", "Swish", "RMSNormalization", "CumSum", "Trilu",
+    "Softplus", "HardSwish", "Elu", "LeakyRelu",
+))  # fmt: skip
+BROADCAST = frozenset((
+    "Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Max", "Min",
+    "Mod",
+))  # fmt: skip
+TO_BOOL = frozenset(("Not", "IsNaN", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"))
+
+
+class Probe:
+    """`batch` rows of `chunk` new tokens after `past` cached ones; the attention mask is all ones.
+
+    overrides: numbers to use for some values in place of what the graph computes.
+    """
+
+    def __init__(
+        self,
+        graph: DecoderGraph,
+        batch: int,
+        chunk: int,
+        past: int,
+        overrides: Mapping[ir.Value, Array] | None = None,
+        parent: Probe | None = None,
+    ) -> None:
+        self.graph, self.batch, self.chunk, self.past = graph, batch, chunk, past
+        self._parent = parent
+        self._values: dict[ir.Value, Array] = dict(overrides or {})
+        self._shapes: dict[ir.Value, tuple[int, ...]] = {}
+        self._dtypes: dict[ir.Value, int] = {}
+
+    def derive(self, overrides: Mapping[ir.Value, Array]) -> Probe:
+        """The same sizes with numbers for some values of the data path; what depends on shapes only is shared with this probe."""
+        return Probe(self.graph, self.batch, self.chunk, self.past, overrides, self)
+
+    @property
+    def total(self) -> int:
+        return self.past + self.chunk
+
+    def value(self, value: ir.Value) -> Array:
+        """The numbers of `value`. NotConcrete where it has none."""
+        self._need(value, numbers=True)
+        return self._values[value]
+
+    def shape(self, value: ir.Value) -> tuple[int, ...]:
+        """The shape of `value`. NotConcrete where it depends on the tokens."""
+        self._need(value, numbers=False)
+        return self._values[value].shape if value in self._values else self._shapes[value]
+
+    def dtype(self, value: ir.Value) -> np.dtype[Any]:
+        """The element type of `value`. NotConcrete where its shape depends on the tokens."""
+        self._need(value, numbers=False)
+        if value in self._values:
+            return self._values[value].dtype
+        return np.dtype(helper.tensor_dtype_to_np_dtype(self._dtypes.get(value, onnx.TensorProto.FLOAT)))
+
+    def _has(self, value: ir.Value, numbers: bool) -> bool:
+        return value in self._values or (not numbers and value in self._shapes)
+
+    def _need(self, value: ir.Value, numbers: bool) -> None:
+        stack = [(value, numbers)]
+        while stack:
+            current, want = stack[-1]
+            if self._has(current, want):
+                stack.pop()
+                continue
+            if self._parent is not None and (not want or self.graph.kind(current) <= Kind.SHAPE):
+                self._inherit(self._parent, current, want)
+                continue
+            node = current.producer()
+            if node is None:
+                self._leaf(current, want)
+                continue
+            wanted = self._wanted(node, want)
+            missing = [(v, w) for v, w in wanted if not self._has(v, w)]
+            if missing:
+                stack.extend(missing)
+                continue
+            if want:
+                self._evaluate(node)
+            else:
+                self._infer(node)
+
+    def _inherit(self, parent: Probe, value: ir.Value, numbers: bool) -> None:
+        parent._need(value, numbers)
+        if value in parent._values:
+            self._values[value] = parent._values[value]
+        else:
+            self._shapes[value] = parent._shapes[value]
+            self._dtypes[value] = parent._dtypes.get(value, onnx.TensorProto.FLOAT)
+
+    def _wanted(self, node: ir.Node, numbers: bool) -> list[tuple[ir.Value, bool]]:
+        if node.op_type in ("Shape", "Size"):
+            return [(v, False) for v in node.inputs if v is not None]
+        if numbers:
+            return [(v, True) for v in node.inputs if v is not None]
+        places = SHAPE_INPUTS.get(node.op_type, ())
+        return [(v, i in places) for i, v in enumerate(node.inputs) if v is not None]
+
+    def _leaf(self, value: ir.Value, numbers: bool) -> None:
+        if value.const_value is not None:
+            if numbers:
+                self._values[value] = value.const_value.numpy()
+            else:
+                self._shapes[value] = tuple(int(dim) for dim in value.const_value.shape)
+                self._dtypes[value] = int(value.const_value.dtype)
+            return
+        role = self.graph.roles.get(value)
+        batch, chunk, past = self.batch, self.chunk, self.past
+        if role in (Role.TOKENS, Role.PAST):
+            if numbers:
+                raise NotConcrete(value.name)
+            self._dtypes[value] = int(value.dtype) if value.dtype is not None else onnx.TensorProto.FLOAT
+            self._shapes[value] = (batch, chunk) if role is Role.TOKENS else past_shape(value, batch, past)
+            return
+        dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.int64)
+        positions = np.arange(past, past + chunk)
+        if role is Role.MASK and (value.shape is None or len(value.shape) == 2):
+            self._values[value] = np.ones((batch, past + chunk), dtype)
+        elif role is Role.SEGMENTS:
+            self._values[value] = np.zeros((batch, chunk), dtype)
+        elif role is Role.CACHE_POSITION:
+            self._values[value] = positions.astype(dtype)
+        elif role is Role.POSITIONS and (value.shape is None or len(value.shape) == 2):
+            self._values[value] = np.broadcast_to(positions, (batch, chunk)).astype(dtype)
+        elif role is Role.POSITIONS and value.shape is not None and len(value.shape) == 1:
+            self._values[value] = positions.astype(dtype)
+        else:
+            raise UnsupportedModel(
+                f"input {value.name} of shape {value.shape} is not understood: export with 2-D input_ids and attention_mask"
+            )
+
+    def _evaluate(self, node: ir.Node) -> None:
+        if node.op_type == "Shape":
+            shape = self.shape(node.inputs[0])
+            start = node.attributes["start"].value if "start" in node.attributes else 0
+            end = node.attributes["end"].value if "end" in node.attributes else None
+            self._values[node.outputs[0]] = np.asarray(shape[start:end], np.int64)
+            return
+        if node.op_type == "Size":
+            self._values[node.outputs[0]] = np.asarray(int(np.prod(self.shape(node.inputs[0]))), np.int64)
+            return
+        inputs = [None if v is None else self._values[v] for v in node.inputs]
+        fast = FAST.get(node.op_type)
+        with np.errstate(all="ignore"):
+            results = [fast(node, *inputs)] if fast is not None else _reference(node, inputs)
+        for output, result in zip(node.outputs, results, strict=False):
+            self._values[output] = np.asarray(result)
+
+    def _infer(self, node: ir.Node) -> None:
+        out = node.outputs[0]
+        shapes = [self.shape(v) if v is not None else () for v in node.inputs]
+        if node.op_type in SAME_SHAPE and len(node.outputs) == 1:
+            self._shapes[out] = shapes[0]
+        elif node.op_type in BROADCAST:
+            self._shapes[out] = np.broadcast_shapes(*shapes)
+        elif node.op_type == "MatMul" and len(shapes[0]) >= 2 and len(shapes[1]) >= 2:
+            self._shapes[out] = (*np.broadcast_shapes(shapes[0][:-2], shapes[1][:-2]), shapes[0][-2], shapes[1][-1])
+        elif node.op_type == "Transpose" and "perm" in node.attributes:
+            self._shapes[out] = tuple(shapes[0][i] for i in node.attributes["perm"].value)
+        elif node.op_type == "Shape":
+            self._evaluate(node)
+        else:
+            self._infer_generic(node)
+            return
+        if node.op_type == "Cast":
+            self._dtypes[out] = int(node.attributes["to"].value)
+        elif node.op_type in TO_BOOL:
+            self._dtypes[out] = onnx.TensorProto.BOOL
+        else:
+            source = node.inputs[1 if node.op_type in ("Where", "CastLike") else 0]
+            self._dtypes[out] = helper.np_dtype_to_tensor_dtype(self.dtype(source))
+
+    def _infer_generic(self, node: ir.Node) -> None:
+        proto = ir.to_proto(node)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
+        except onnx.defs.SchemaError:
+            raise UnsupportedModel(f"operator {node.domain or 'ai.onnx'}.{node.op_type} (node {node.name}) is not known: {HELP}") from None
+        types, data = {}, {}
+        for i, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            if value in self._values:
+                array = self._values[value]
+                types[value.name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+                if i in SHAPE_INPUTS.get(node.op_type, ()):
+                    data[value.name] = numpy_helper.from_array(array)
+            else:
+                types[value.name] = helper.make_tensor_type_proto(self._dtypes.get(value, onnx.TensorProto.FLOAT), self._shapes[value])
+        try:
+            found = onnx.shape_inference.infer_node_outputs(
+                schema, proto, types, data, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10
+            )
+        except Exception as error:
+            raise UnsupportedModel(f"node {node.name} ({node.op_type}) does not fit its inputs ({error}): export the model again") from None
+        for output in node.outputs:
+            kind = found.get(output.name)
+            if kind is None:
+                continue
+            dims = kind.tensor_type.shape.dim
+            if not kind.tensor_type.HasField("shape") or not all(dim.HasField("dim_value") for dim in dims):
+                raise NotConcrete(f"the shape of {output.name} ({node.op_type})")
+            self._shapes[output] = tuple(dim.dim_value for dim in dims)
+            self._dtypes[output] = kind.tensor_type.elem_type
+
+
+HELP = "export with the standard ONNX operators, or with onnxruntime-genai's"
+
+
+def past_shape(value: ir.Value, batch: int, past: int) -> tuple[int, ...]:
+    """The shape of a past input [batch, heads, past, width] or stacked [2, batch, heads, past, width]."""
+    dims = list(value.shape or ())
+    rank = len(dims)
+    row, slot = rank - 4, past_axis(value)
+    shape: list[int] = []
+    for axis, dim in enumerate(dims):
+        if axis == slot:
+            shape.append(past)
+        elif axis == row and not isinstance(dim, int):
+            shape.append(batch)
+        elif isinstance(dim, int):
+            shape.append(dim)
+        else:
+            raise UnsupportedModel(
+                f"input {value.name} has shape {value.shape}: its heads and head size must be numbers; export them as static axes"
+            )
+    return tuple(shape)
+
+
+def past_axis(value: ir.Value) -> int:
+    """The axis of a past input that counts cached positions: the one it is concatenated along, else the last but one."""
+    rank = len(value.shape or ())
+    for node, _ in value.uses():
+        if node.op_type == "Concat" and len(node.inputs) == 2:
+            return int(node.attributes["axis"].value) % rank
+    return rank - 2
+
+
+def _reference(node: ir.Node, inputs: list[Array | None]) -> list[Array]:
+    evaluator = node.meta.get("mesh.evaluator")
+    if evaluator is None:
+        try:
+            evaluator = ReferenceEvaluator(ir.to_proto(node), opsets={"": OPSET})
+        except Exception:
+            raise UnsupportedModel(f"operator {node.domain or 'ai.onnx'}.{node.op_type} (node {node.name}) is not known: {HELP}") from None
+        node.meta["mesh.evaluator"] = evaluator
+    feeds = {v.name: array for v, array in zip(node.inputs, inputs, strict=True) if v is not None}
+    try:
+        return list(evaluator.run(None, feeds))
+    except (IndexError, ValueError, RuntimeError, TypeError) as error:
+        raise NotConcrete(f"{node.op_type} {node.name}: {error}") from None
+
+
+def _cast(node: ir.Node, x: Array) -> Array:
+    return x.astype(ir.DataType(node.attributes["to"].value).numpy())
+
+
+def _divide(_: ir.Node, a: Array, b: Array) -> Array:
+    if a.dtype.kind in "iu":
+        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))).astype(a.dtype)
+    return a / b
+
+
+def _gather(node: ir.Node, x: Array, indices: Array) -> Array:
+    axis = node.attributes["axis"].value if "axis" in node.attributes else 0
+    try:
+        return np.take(x, indices, axis=axis)
+    except IndexError as error:
+        raise NotConcrete(str(error)) from None
+
+
+def _gather_nd(node: ir.Node, x: Array, indices: Array) -> Array:
+    if "batch_dims" in node.attributes and node.attributes["batch_dims"].value:
+        return _reference(node, [x, indices])[0]
+    try:
+        return x[tuple(np.moveaxis(indices, -1, 0))]
+    except IndexError as error:
+        raise NotConcrete(str(error)) from None
+
+
+def _reshape(node: ir.Node, x: Array, target: Array) -> Array:
+    keep = not ("allowzero" in node.attributes and node.attributes["allowzero"].value)
+    dims = [x.shape[i] if dim == 0 and keep else int(dim) for i, dim in enumerate(target)]
+    if x.size == 0 and -1 in dims:
+        # numpy cannot deduce a dimension of an empty array
+        known = int(np.prod([dim for dim in dims if dim > 0]))
+        rest = int(np.prod([dim for dim in x.shape if dim > 0]))
+        dims = [rest // max(known, 1) if dim == -1 else dim for dim in dims]
+    return x.reshape(dims)
+
+
+def _squeeze(_: ir.Node, x: Array, axes: Array | None = None) -> Array:
+    return np.squeeze(x, tuple(int(a) for a in axes) if axes is not None else None)
+
+
+def _transpose(node: ir.Node, x: Array) -> Array:
+    return np.transpose(x, node.attributes["perm"].value if "perm" in node.attributes else None)
+
+
+def _concat(node: ir.Node, *arrays: Array) -> Array:
+    return np.concatenate(arrays, axis=node.attributes["axis"].value)
+
+
+def _binary(function: Callable[..., Any]) -> Callable[..., Array]:
+    return lambda node, a, b: np.asarray(function(a, b))
+
+
+# the operators that shape, position and mask arithmetic is made of; any other goes to onnx's reference implementation
+FAST: dict[str, Callable[..., Array]] = {
+    "Add": _binary(np.add), "Sub": _binary(np.subtract), "Mul": _binary(np.multiply), "Div": _divide,
+    "Equal": _binary(np.equal), "Less": _binary(np.less), "LessOrEqual": _binary(np.less_equal), "Greater": _binary(np.greater),
+    "GreaterOrEqual": _binary(np.greater_equal), "And": _binary(np.logical_and), "Or": _binary(np.logical_or),
+    "Not": lambda node, x: np.logical_not(x), "Where": lambda node, c, a, b: np.where(c, a, b).astype(a.dtype),
+    "Cast": _cast, "Gather": _gather, "GatherND": _gather_nd, "Reshape": _reshape, "Squeeze": _squeeze,
+    "Unsqueeze": lambda node, x, axes: np.expand_dims(x, tuple(int(a) for a in axes)),
+    "Expand": lambda node, x, shape: np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(d) for d in shape))),
+    "Concat": _concat, "Transpose": _transpose, "Range": lambda node, a, b, c: np.arange(a, b, c, dtype=a.dtype),
+    "MatMul": lambda node, a, b: np.matmul(a, b), "Identity": lambda node, x: x,
+}  # fmt: skip
