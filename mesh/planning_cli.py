@@ -1,0 +1,279 @@
+"""`mesh plan` and `mesh shard-model`.
+
+Both exit with 0 where the plan fits and 2 where it does not. With --json nothing but the placement is on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mesh.config import DistributedConfig, ModelConfig, load_config
+from mesh.errors import ConfigError, ModelNotFound, PlanError
+from mesh.memory import DEFAULT_CHUNK, ModelShape
+from mesh.model.manifest import Manifest
+from mesh.placement import Node, Placement, Strategy
+from mesh.placement_table import print_placement
+from mesh.planner import PlanRequest, place, plan, ranges_of, same_nodes
+from mesh.planning import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
+from mesh.units import GB, parse_bytes
+
+__all__ = ["Importer", "add_plan_parser", "add_shard_model_parser", "plan_command", "shard_model_command"]
+
+Importer = Callable[[Path, Path, int | None], object]
+"""importer(source, model directory to make, weight bits or None for its own)"""
+
+_HEADER = "# Written by `mesh shard-model`; the next run of it writes it anew.\n"
+
+
+def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "plan",
+        help="place a model's layers on nodes, and say whether they fit",
+        description="Place the layers of a model on nodes: what each shard holds and takes, whether it fits, and what would.",
+    )
+    parser.add_argument("model", metavar="MODEL_DIR|CONFIG", type=Path, help="a model directory, or a .json or .yaml configuration")
+    parser.add_argument("--nodes", help="memory of each node, such as 32GB,32GB,gpu=80GB:speed=12 or 4x16GB:bandwidth=10Gbit/s:latency=1ms")
+    parser.add_argument("--shards", type=int, metavar="N", help="number of layer ranges")
+    parser.add_argument("--memory", metavar="SIZE", help="of each of equal nodes; alone: the fewest shards that fit")
+    parser.add_argument("--strategy", choices=("even", "weighted"), help="default: weighted over unlike nodes, even otherwise")
+    parser.add_argument("--ranges", metavar="A-B,B-C", help="the layer ranges themselves")
+    parser.add_argument("--layers-per-shard", type=int, metavar="N")
+    parser.add_argument("--replicas", type=int, metavar="R", help="shards for each range, on distinct nodes")
+    parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="of the weights; other than the model's: an estimate")
+    parser.add_argument("--rows", type=int, metavar="N", help="sequences held at once")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="of each row")
+    parser.add_argument("--chunk", type=int, metavar="TOKENS", help=f"of a prefill step (default {DEFAULT_CHUNK})")
+    parser.add_argument("--overlap", type=int, metavar="LAYERS", help="of the neighbours' layers that a shard holds as well")
+    parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
+    parser.set_defaults(run=plan_command)
+    return parser
+
+
+def add_shard_model_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "shard-model",
+        help="write the placement of a model from distributed_config.json",
+        description="Write placement.json and one config.yaml a shard from distributed_config.json; import the model first if need be.",
+    )
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="distributed_config.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: placement/placement.json beside the configuration")
+    parser.add_argument(
+        "--shard-path", metavar="DIR", help="where the model directory lies on the shards' machines; default: where it is here"
+    )
+    parser.add_argument("--nats", metavar="URLS", help="comma separated, for the shards' configuration; default: nats://127.0.0.1:4222")
+    parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
+    parser.set_defaults(run=shard_model_command)
+    return parser
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    """Print the plan; 0 if it fits, 2 if not. Errors are MeshErrors."""
+    placement = plan(_request(args))
+    _show(placement, args.json)
+    return 0 if placement.fits else 2
+
+
+def shard_model_command(args: argparse.Namespace, importer: Importer | None = None) -> int:
+    """Write the placement that the configuration asks for, or raise: DoesNotFit where it does not, and nothing is written.
+
+    A source (ONNX, GGUF, Hugging Face) is imported by `importer` into NAME.mesh beside it, once; without one, the error
+    says how to.
+    """
+    config = load_config(args.config, DistributedConfig)
+    directory = _model_directory(config, args.config, importer)
+    shape = _shape(directory)
+    if config.quantization_bits not in (None, shape.bits):
+        raise ConfigError(
+            f"{args.config}: quantization_bits is {config.quantization_bits} and {directory} holds {shape.bits}-bit weights: "
+            f"import it again with --bits {config.quantization_bits}, or set quantization_bits to {shape.bits}"
+        )
+    placement = plan(from_distributed(config, shape, args.config)).require_fit()
+    out = args.out or args.config.parent / "placement" / "placement.json"
+    shard_path = args.shard_path or str(directory.resolve())
+    _write(placement, config, out, shard_path, args.nats or "nats://127.0.0.1:4222")
+    _show(placement, args.json)
+    if not args.json:
+        print(f"Wrote {out} and {len(placement.shards)} x {out.parent / 'shard_N' / 'config.yaml'}")
+    return 0
+
+
+def _show(placement: Placement, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(placement.to_json().decode())
+    else:
+        print_placement(placement)
+
+
+def _request(args: argparse.Namespace) -> PlanRequest:
+    base, shape = _base(args.model)
+    if args.context and shape.model_hash is None:  # known only by its size: it has no context of its own
+        shape = replace(shape, context_length=max(shape.context_length, args.context))
+    if args.bits:
+        shape = shape.with_bits(args.bits)
+    if args.nodes and args.memory:
+        raise ConfigError("--nodes and --memory: --nodes already says the memory of each; give one of them")
+    if sum(bool(given) for given in (args.strategy, args.ranges, args.layers_per_shard)) > 1:
+        raise ConfigError("--strategy, --ranges and --layers-per-shard each say how to cut: give one of them")
+    changes: dict[str, Any] = {
+        "replication_factor": args.replicas,
+        "batch_size": args.rows,
+        "max_sequence_length": args.context,
+        "chunk": args.chunk,
+        "overlap_layers": args.overlap,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    replicas = changes.get("replication_factor", base.replication_factor if base else 1)
+    if replicas < 1:
+        raise PlanError(f"--replicas is {replicas}: it must be at least 1")
+    ranges = parse_ranges(args.ranges) if args.ranges else None
+    if args.layers_per_shard is not None:
+        ranges = ranges_of(shape.layer_count, args.layers_per_shard)
+    count = len(ranges) if ranges else args.shards
+    if count is not None and count < 1:
+        raise PlanError(f"--shards is {count}: it must be at least 1")
+    memory = parse_bytes(args.memory) if args.memory else base.nodes[0].memory_bytes if base else None
+    if memory is not None and memory < 1:
+        raise ConfigError(f"--memory is {args.memory}: it must be more than zero")
+
+    if args.nodes:
+        nodes = parse_nodes(args.nodes)
+    elif memory is None:
+        raise ConfigError("plan: say what there is: --nodes 32GB,32GB, or --shards N --memory 32GB")
+    else:
+        fewest = count is None and base is None
+        count = count if count is not None or base is None else base.shards_count
+        nodes = same_nodes((shape.layer_count if fewest else count or 1) * replicas, memory)
+    strategy: Strategy = args.strategy or ("weighted" if count is None and len({_traits(node) for node in nodes}) > 1 else "even")
+    request = PlanRequest(
+        **{
+            **(_kept(base) if base else {}),
+            **changes,
+            "model": shape,
+            "nodes": nodes,
+            "strategy": "explicit" if ranges else strategy,
+            "ranges": ranges,
+            "shards_count": count,
+        }
+    )
+    if not args.nodes and base is None and count is None and not ranges:
+        return _fewest(request)
+    return request
+
+
+def _fewest(request: PlanRequest) -> PlanRequest:
+    """`request` with the fewest equal nodes that suffice; one for every layer where none do."""
+    layers = request.model.layer_count
+    for count in range(1, layers + 1):
+        fewer = replace(request, strategy="even", shards_count=count, nodes=request.nodes[: count * request.replication_factor])
+        if place(fewer).fits:
+            return fewer if request.strategy == "even" else replace(fewer, strategy=request.strategy)
+    return replace(request, shards_count=layers)
+
+
+def _traits(node: Node) -> tuple[Any, ...]:
+    return node.memory_bytes, node.speed, node.bandwidth, node.latency_s
+
+
+def _kept(base: PlanRequest) -> dict[str, Any]:
+    names = ("replication_factor", "overlap_layers", "batch_size", "max_sequence_length", "enable_kv_cache", "load_balancing_strategy")
+    return {name: getattr(base, name) for name in names}
+
+
+def _base(path: Path) -> tuple[PlanRequest | None, ModelShape]:
+    """What the argument of `mesh plan` stands for: a configuration's request, or None and the model of a directory."""
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        return None, _shape(path)
+    if config_class(path) is ModelConfig:
+        request = from_model_config(load_config(path, ModelConfig))
+        return request, request.model
+    config = load_config(path, DistributedConfig)
+    located = locate(config, path)
+    if located is not None and not _imported(located):
+        located = _import_target(located)
+        if not _imported(located):
+            raise ModelNotFound(f"{config.model_path} is not imported: run `mesh import {config.model_path} {located}`, then plan again")
+    shape = guess_shape(config, path) if located is None else _shape(located)
+    request = from_distributed(config, shape, path)
+    return request, request.model
+
+
+def _shape(directory: Path) -> ModelShape:
+    return ModelShape.of(Manifest.load(directory))
+
+
+def _imported(path: Path) -> bool:
+    return (path / "manifest.json").exists()
+
+
+def _import_target(source: Path) -> Path:
+    return source.with_name((source.name if source.is_dir() else source.stem) + ".mesh")
+
+
+def _model_directory(config: DistributedConfig, where: Path, importer: Importer | None) -> Path:
+    """The model directory that model_path is, or becomes once imported."""
+    source = locate(config, where)
+    if source is None:
+        # whoever has no model yet learns at least whether it would fit
+        estimate = plan(from_distributed(config, guess_shape(config, where), where))
+        fit = "by its size it would fit" if estimate.fits else f"it would not fit either: {_reason(estimate)}"
+        raise ModelNotFound(f"{where}: model_path {config.model_path} does not exist: put the model there; {fit}")
+    if _imported(source):
+        return source
+    target = _import_target(source)
+    if not _imported(target):
+        if importer is None:
+            raise ModelNotFound(f"{where}: {config.model_path} is not imported: run `mesh import {source} {target}` first")
+        importer(source, target, config.quantization_bits)
+    return target
+
+
+def _reason(placement: Placement) -> str:
+    ways = "; or ".join(remedy.text for remedy in placement.remedies)
+    return f"{placement.problem}. What would fit: {ways}"
+
+
+def _write(placement: Placement, config: DistributedConfig, out: Path, shard_path: str, nats: str) -> None:
+    """placement.json at `out` and shard_N/config.yaml beside it; configurations of an earlier, larger placement go."""
+    files = {out: placement.to_json().decode()}
+    for shard in placement.shards:
+        content = {
+            "shard": {"shard_id": shard.shard_id, "listen_port": 8080},
+            "nats": {"urls": [url.strip() for url in nats.split(",")]},
+            "model": {
+                "shard_path": shard_path,
+                "layers_start": shard.layers_start,
+                "layers_end": shard.layers_end,
+                "overlap_layers": placement.overlap_layers,
+            },
+            "resources": {"max_memory_gb": config.max_shard_memory_bytes / GB},
+            "performance": {
+                "batch_size": placement.batch_size,
+                "max_sequence_length": placement.max_sequence_length,
+                "enable_kv_cache": placement.enable_kv_cache,
+            },
+        }
+        files[out.parent / f"shard_{shard.shard_id}" / "config.yaml"] = _HEADER + yaml.safe_dump(content, sort_keys=False)
+    try:
+        for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(path.name + ".new")
+            fresh.write_text(text, encoding="utf-8")
+        for path in files:
+            path.with_name(path.name + ".new").replace(path)
+        for path in out.parent.glob("shard_*/config.yaml"):
+            if path not in files and re.fullmatch(r"shard_\d+", path.parent.name) and path.read_text(encoding="utf-8").startswith(_HEADER):
+                path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+    except OSError as error:
+        for path in files:
+            path.with_name(path.name + ".new").unlink(missing_ok=True)
+        raise ConfigError(f"{error.filename}: {error.strerror}: give a place that can be written with --out") from None
