@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from mesh.errors import PlanError
+from mesh.errors import BadLayerRange, PlanError
 from mesh.model.manifest import CacheInfo, Manifest
 from mesh.types import LayerRange
 
@@ -232,10 +232,12 @@ def predict(
 
     `rows` sequences are held at once, each of up to `context` tokens; a prefill step takes `prefill_rows` of them by up to
     `chunk` tokens. Without `kv_cache` nothing is kept between steps: every step is a prefill of the whole context, with
-    one layer's keys and values as workspace. Bytes; formulas at the head of this file.
+    one layer's keys and values as workspace. Bytes; formulas at the head of this file. BadLayerRange outside the model.
     """
     shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
     first, stop = layers.start, layers.stop
+    if not 0 <= first < stop <= shape.layer_count:
+        raise BadLayerRange(f"layer range {layers} is not inside {shape.name}: give 0 <= start < stop <= {shape.layer_count}")
     weights = shape.layer_weights[stop] - shape.layer_weights[first]
     weights += shape.embed.weights_bytes if embed else 0
     weights += shape.head.weights_bytes if head else 0

@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def shard_model_command(args: argparse.Namespace, importer: Importer | None = No
     if config.quantization_bits not in (None, shape.bits):
         raise ConfigError(
             f"{args.config}: quantization_bits is {config.quantization_bits} and {directory} holds {shape.bits}-bit weights: "
-            f"import it again with --bits {config.quantization_bits}, or set quantization_bits to {shape.bits}"
+            f"import it again with --bits {config.quantization_bits}, or leave quantization_bits out"
         )
     placement = plan(from_distributed(config, shape, args.config)).require_fit()
     out = args.out or args.config.parent / "placement" / "placement.json"
@@ -275,5 +276,6 @@ def _write(placement: Placement, config: DistributedConfig, out: Path, shard_pat
                     path.parent.rmdir()
     except OSError as error:
         for path in files:
-            path.with_name(path.name + ".new").unlink(missing_ok=True)
+            with suppress(OSError):  # it may be the folder that cannot be
+                path.with_name(path.name + ".new").unlink()
         raise ConfigError(f"{error.filename}: {error.strerror}: give a place that can be written with --out") from None

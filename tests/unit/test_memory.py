@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.errors import PlanError
+from mesh.errors import BadLayerRange, PlanError
 from mesh.memory import BlockShape, ModelShape, predict, stored_bytes
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo, block_name
 from mesh.types import LayerRange
@@ -115,3 +115,9 @@ def test_other_bits_leave_the_imported_model_behind() -> None:
     assert shape.model_hash is not None and other.model_hash is None
     assert other.layers[0] == BlockShape(stored_bytes(PARAMETERS[0], 8, D), PARAMETERS[0])
     assert "estimated" in other.notes[-1]
+
+
+@pytest.mark.parametrize("layers", [LayerRange(0, 5), LayerRange(-1, 2), LayerRange(2, 2), LayerRange(3, 1)])
+def test_a_range_outside_the_model_is_refused(layers: LayerRange) -> None:
+    with pytest.raises(BadLayerRange, match="<= 4"):
+        predict(_manifest(), layers, embed=False, head=False, rows=1, context=8)
