@@ -124,7 +124,7 @@ def measure(weight: Codes, rows: int, dtype: Any, *, repeats: int = 3) -> str:
 
 
 def _dot(x: Any, w: Any) -> Any:
-    return x @ w.T
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
 def _tile(size: int) -> Callable[[Any, Any], Any]:

@@ -69,9 +69,13 @@ class CacheView:
             return replace(self, array=jax.lax.dynamic_update_slice(self.array, update, (self.row, 0, indices[0], 0)))
         if update.shape[2] != 1:
             raise ValueError("a decode wave writes one token a row")
-        rows = jnp.arange(self.rows)
-        array = self.array.at[rows, :, indices].set(update[:, :, 0], mode="promise_in_bounds", unique_indices=True)
-        return replace(self, array=array)
+        rows, tokens = jnp.arange(self.rows), update[:, :, 0]
+        if self.rows == 1:
+            # As one update XLA merges the write into its reader, which then needs the old array too: a copy of the cache. Two
+            # updates it leaves alone, so the second goes to the slot nobody sees.
+            rows, tokens = jnp.zeros(2, jnp.int32), jnp.concatenate([tokens, tokens])
+            indices = jnp.append(indices, self.array.shape[2] - 1)
+        return replace(self, array=self.array.at[rows, :, indices].set(tokens, mode="promise_in_bounds"))
 
     def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
         if op_type == "Shape":
