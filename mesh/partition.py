@@ -103,9 +103,9 @@ class _Search:
             return self.nodes() is not None
 
         bounds = self.table.bounds
-        index = bisect_left(bounds, True, key=feasible)
-        if index == len(bounds):
+        if not bounds or not feasible(bounds[-1]):
             return None
+        index = bisect_left(bounds, True, hi=len(bounds) - 1, key=feasible)
         self.table.set_bound(bounds[index])
         nodes = self.nodes()
         assert nodes is not None

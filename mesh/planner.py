@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from mesh.config import LoadBalancing
 from mesh.errors import BadLayerRange, PlanError
 from mesh.memory import DEFAULT_CHUNK, MemoryNeed, ModelShape, predict
-from mesh.partition import partition
+from mesh.partition import Stage, partition
 from mesh.placement import Node, PlacedRange, PlacedShard, Placement, Strategy
 from mesh.remedies import advise
 from mesh.types import LayerRange
 from mesh.units import format_bytes
 
-__all__ = ["BASE_BANDWIDTH", "PlanRequest", "even_ranges", "place", "plan", "ranges_of", "same_nodes"]
+__all__ = ["BASE_BANDWIDTH", "PlanRequest", "even_ranges", "fits", "place", "plan", "ranges_of", "same_nodes"]
 
 BASE_BANDWIDTH = 20e9
 """Bytes/s that a node of speed 1.0 reads from memory: an ordinary VM with a few cores."""
@@ -88,18 +88,23 @@ class PlanRequest:
 def plan(request: PlanRequest) -> Placement:
     """The placement, whether it fits or not; where it does not, with the nearest changes that would. See Placement.require_fit."""
     placement = place(request)
-    return placement if placement.fits else placement.model_copy(update={"remedies": advise(request, placement, place)})
+    return placement if placement.fits else placement.model_copy(update={"remedies": advise(request, placement, fits)})
 
 
 def place(request: PlanRequest) -> Placement:
     """The placement without remedies."""
     book = _Book(request)
     if request.strategy == "weighted":
-        ranges, nodes = _weighted(request, book)
+        ranges, nodes = _Weighted(request, book).stages()
     else:
         ranges = request.ranges or even_ranges(request.model.layer_count, request.shards_count or _default_count(request))
         nodes = _assign([book.need(cut).total_bytes for cut in ranges], request.nodes, request.replication_factor)
     return _placement(request, book, ranges, nodes)
+
+
+def fits(request: PlanRequest) -> bool:
+    """place(request).fits, for less work."""
+    return _Weighted(request, _Book(request)).possible() if request.strategy == "weighted" else place(request).fits
 
 
 def even_ranges(layers: int, count: int) -> tuple[LayerRange, ...]:
@@ -164,29 +169,42 @@ class _Book:
         return read / (BASE_BANDWIDTH * node.speed) + link
 
 
-def _weighted(request: PlanRequest, book: _Book) -> tuple[tuple[LayerRange, ...], list[list[int]]]:
-    groups = _groups(request.nodes, request.replication_factor)
-    traits = [[(n.memory_bytes, n.speed, n.bandwidth, n.latency_s) for n in (request.nodes[i] for i in group)] for group in groups]
-    distinct = [group for i, group in enumerate(traits) if traits.index(group) == i]
-    kinds = [distinct.index(group) for group in traits]
-    members = [[request.nodes[i] for i in groups[kinds.index(kind)]] for kind in range(len(distinct))]
-    memory = [min(node.memory_bytes for node in group) for group in members]
+class _Weighted:
+    """The weighted strategy: groups of alike nodes, one a stage; equal groups are one kind."""
 
-    def slowest(kind: int, start: int, stop: int) -> float:
-        cut = LayerRange(start, stop)
-        if book.need(cut).total_bytes > memory[kind]:
+    def __init__(self, request: PlanRequest, book: _Book) -> None:
+        self.request, self.book = request, book
+        self.groups = _groups(request.nodes, request.replication_factor)
+        members = [[request.nodes[i] for i in group] for group in self.groups]
+        traits = [[(node.memory_bytes, node.speed, node.bandwidth, node.latency_s) for node in group] for group in members]
+        distinct = [i for i, group in enumerate(traits) if traits.index(group) == i]
+        self.kinds = [distinct.index(traits.index(group)) for group in traits]
+        self.members = [members[i] for i in distinct]  # of each kind
+        self.memory = [min(node.memory_bytes for node in group) for group in self.members]
+        self.totals: dict[tuple[int, int], int] = {}  # each is asked for once a kind
+
+    def stages(self) -> tuple[tuple[LayerRange, ...], list[list[int]]]:
+        """Ranges, and the nodes of each. Where nothing fits, those that lack least in proportion."""
+        stages = self._cut(self._slowest) or self._cut(self._fullness)
+        assert stages is not None  # fullness forbids nothing, and there are no more stages than groups
+        return tuple(LayerRange(a, b) for _, a, b in stages), [self.groups[i] for i, _, _ in stages]
+
+    def possible(self) -> bool:
+        return self._cut(lambda kind, start, stop: 0.0 if self._fullness(kind, start, stop) <= 1 else math.inf) is not None
+
+    def _cut(self, cost: Callable[[int, int, int], float]) -> list[Stage] | None:
+        return partition(self.request.model.layer_count, self.kinds, cost, self.request.shards_count)
+
+    def _slowest(self, kind: int, start: int, stop: int) -> float:
+        if self._fullness(kind, start, stop) > 1:
             return math.inf
-        return max(book.step_s(cut, node) for node in members[kind])
+        return max(self.book.step_s(LayerRange(start, stop), node) for node in self.members[kind])
 
-    def fullest(kind: int, start: int, stop: int) -> float:
-        return book.need(LayerRange(start, stop)).total_bytes / memory[kind]
-
-    def cut(cost: Callable[[int, int, int], float]) -> list[tuple[int, int, int]] | None:
-        return partition(request.model.layer_count, kinds, cost, request.shards_count)
-
-    stages = cut(slowest) or cut(fullest)  # nothing fits: what lacks least
-    assert stages is not None  # a finite cost for every stage, and no more of them than groups
-    return tuple(LayerRange(a, b) for _, a, b in stages), [groups[i] for i, _, _ in stages]
+    def _fullness(self, kind: int, start: int, stop: int) -> float:
+        total = self.totals.get((start, stop))
+        if total is None:
+            total = self.totals[start, stop] = self.book.need(LayerRange(start, stop)).total_bytes
+        return total / self.memory[kind]
 
 
 def _groups(nodes: Sequence[Node], replicas: int) -> list[list[int]]:

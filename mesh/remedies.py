@@ -19,10 +19,10 @@ __all__ = ["advise", "apply"]
 _LOWER_BITS = (16, 8, 4)
 _CONTEXT_STEP = 64
 
-Place = Callable[["PlanRequest"], Placement]
+Fits = Callable[[Remedy], bool]
 
 
-def advise(request: PlanRequest, placement: Placement, place: Place) -> tuple[Remedy, ...]:
+def advise(request: PlanRequest, placement: Placement, fits_request: Callable[[PlanRequest], bool]) -> tuple[Remedy, ...]:
     """Remedies for `placement`, which does not fit: of each sort of change the smallest that suffices alone.
 
     Where neither more shards nor fewer bits do, the smallest number of shards at the first lower number of bits that does.
@@ -30,7 +30,7 @@ def advise(request: PlanRequest, placement: Placement, place: Place) -> tuple[Re
     """
 
     def fits(remedy: Remedy) -> bool:
-        return place(apply(request, remedy)).fits
+        return fits_request(apply(request, remedy))
 
     more = _fewest_shards(request, placement, fits)
     fewer = _first((Remedy(text=f"{bits}-bit weights", quantization_bits=bits) for bits in _bits_below(request)), fits)
@@ -70,9 +70,6 @@ def apply(request: PlanRequest, remedy: Remedy) -> PlanRequest:
     return changed
 
 
-Fits = Callable[[Remedy], bool]
-
-
 def _by_weight(request: PlanRequest, fits: Fits) -> list[Remedy]:
     if request.strategy == "weighted" or len({node.memory_bytes for node in request.nodes}) == 1:
         return []
@@ -88,15 +85,19 @@ def _fewest_shards(request: PlanRequest, placement: Placement, fits: Fits, bits:
 
     if request.strategy == "weighted":
         most = request.model.layer_count * replicas
-        counts = range(present + 1, max(most, present) + 1)
 
         def grown(count: int) -> Remedy:
             text = f"{count} nodes of {largest}" if alike else f"{count - present} more of {largest} ({count} nodes in all)"
             return Remedy(text=text + at, nodes_count=count, quantization_bits=bits)
 
-        # with any number of stages allowed, a further node never hurts: bisect
-        index = bisect_left(counts, True, key=lambda count: fits(grown(count)))
-        return [grown(counts[index])] if index < len(counts) else []
+        # with any number of stages allowed, a further node never hurts: double the step until it fits, then bisect
+        below, step = present, 1
+        while below < most and not fits(grown(min(below + step, most))):
+            below, step = min(below + step, most), 2 * step
+        if below >= most:
+            return []
+        counts = range(below + 1, min(below + step, most) + 1)
+        return [grown(counts[bisect_left(counts, True, hi=len(counts) - 1, key=lambda count: fits(grown(count)))])]
 
     def even(count: int) -> Remedy:
         total = count * replicas

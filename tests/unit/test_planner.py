@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, PlanError
 from mesh.memory import ModelShape, predict
 from mesh.placement import Node, Placement
-from mesh.planner import PlanRequest, even_ranges, place, plan, ranges_of, same_nodes
+from mesh.planner import PlanRequest, even_ranges, fits, place, plan, ranges_of, same_nodes
 from mesh.remedies import apply
 from mesh.types import LayerRange
 from mesh.units import GB
@@ -83,6 +83,7 @@ def test_every_placement_covers_the_model_and_tells_the_truth_about_memory(reque
         assert shard.held_end == min(request.model.layer_count, shard.layers_end + request.overlap_layers)
         used[shard.node] = used.get(shard.node, 0) + need.total_bytes
     assert all(len({shard.node for shard in placed.shards}) == request.replication_factor for placed in placement.ranges)
+    assert fits(request) == placement.fits
     assert placement.fits == all(used.get(node.name, 0) <= node.memory_bytes for node in request.nodes)
     assert set(placement.spare_nodes) == {node.name for node in request.nodes} - set(used)
     assert Placement.model_validate_json(placement.to_json()) == placement
