@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import onnx
 
 from mesh.errors import UnsupportedModel
 from mesh.lowering import static
 from mesh.lowering.prepare import Graph, Node, prepare
+from mesh.lowering.registry import Op
 from mesh.lowering.tensors import PackedFormat, unpack
 
 __all__ = ["Lowered", "Scope", "evaluate", "lower"]
@@ -133,9 +133,12 @@ def evaluate(node: Node, args: Sequence[Any], scope: Scope | None = None) -> tup
     try:
         static.require_static(op.domain, op.op_type, args, node.inputs)
         ignored = static.TYPE_ONLY.get((op.domain, op.op_type), ())
-        if any(static.is_traced(arg) and position not in ignored for position, arg in enumerate(args)) or scope is not None:
-            if (op.domain, op.op_type) not in static.SHAPE_ONLY and scope is None:
-                kept = (*static.static_positions(op.domain, op.op_type), *static.PREFERRED.get((op.domain, op.op_type), ()))
+        traced = any(static.is_traced(arg) and position not in ignored for position, arg in enumerate(args))
+        if scope is not None:
+            traced = traced or any(static.is_traced(scope.values[name]) for name in node.captured())
+        if traced:
+            kept: tuple[int, ...] = (*static.static_positions(op.domain, op.op_type), *static.PREFERRED.get((op.domain, op.op_type), ()))
+            if scope is None and (op.domain, op.op_type) not in static.SHAPE_ONLY:
                 args = [arg if position in kept else static.adopt(arg) for position, arg in enumerate(args)]
             with jax.named_scope(node.label):
                 results = _tuple(op.function(*args, **keywords))
@@ -144,10 +147,12 @@ def evaluate(node: Node, args: Sequence[Any], scope: Scope | None = None) -> tup
                 results = tuple(None if value is None else np.asarray(value) for value in _tuple(op.function(*args, **keywords)))
         else:
             with _exact():
-                arrays = [jnp.asarray(arg) if isinstance(arg, np.ndarray) and arg.dtype != object else arg for arg in args]
                 kept = static.static_positions(op.domain, op.op_type)
-                arrays = [args[position] if position in kept else array for position, array in enumerate(arrays)]
-                results = tuple(None if value is None else np.asarray(value) for value in _tuple(op.function(*arrays, **keywords)))
+                if scope is not None:
+                    results = _tuple(op.function(*args, **keywords))
+                else:
+                    results = _compiled_once(op, args, keywords, kept)
+                results = tuple(None if value is None else np.asarray(value) for value in results)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"node {node.name!r} ({node.label}): {error}") from None
     except Exception as error:
@@ -161,6 +166,16 @@ def _exact() -> Iterator[None]:
     """Evaluate at once, on the CPU, with 64-bit types, even inside a trace."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+def _compiled_once(op: Op, args: Sequence[Any], keywords: Mapping[str, Any], kept: tuple[int, ...]) -> tuple[Any, ...]:
+    """An op on known values, as one compilation instead of one for each primitive in it."""
+    arrays = {i: arg for i, arg in enumerate(args) if isinstance(arg, np.ndarray) and arg.dtype != object and i not in kept}
+
+    def call(arrays: dict[int, Any]) -> tuple[Any, ...]:
+        return _tuple(op.function(*[arrays.get(i, arg) for i, arg in enumerate(args)], **keywords))
+
+    return jax.jit(call)(arrays)  # type: ignore[no-any-return]
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -36,6 +36,10 @@ class Node:
     attributes: Mapping[str, Any]
     label: str
 
+    def captured(self) -> set[str]:
+        """Names that its subgraphs take from the graphs around them."""
+        return {name for value in self.attributes.values() if isinstance(value, Graph) for name in value.captured()}
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -97,22 +101,49 @@ def _inline(model: ModelProto) -> ModelProto:
         model = onnx.inliner.inline_local_functions(model)
     for _ in range(_MOST_FUNCTION_LEVELS):
         opsets = _opsets(model)
-        functions = set()
+        functions: dict[tuple[str, str], Any] = {}
         for node in _live_nodes(model.graph):
             domain = _domain(node)
             if registry.find(node.op_type, domain, opsets.get(domain, 1)) is None and domain in opsets:
-                try:
-                    schema = onnx.defs.get_schema(node.op_type, opsets[domain], domain)
-                except onnx.defs.SchemaError:
-                    continue
-                if schema.has_function or schema.has_context_dependent_function:
-                    functions.add((domain, node.op_type))
+                schema = _function_schema(node.op_type, opsets[domain], domain)
+                if schema is not None:
+                    functions[domain, node.op_type] = schema
         if not functions:
             return model
-        model = onnx.inliner.inline_selected_functions(model, sorted(functions), inline_schema_functions=True)
-        if functions & {(_domain(node), node.op_type) for node in _live_nodes(model.graph)}:
-            return model  # the standard cannot expand this use of it
+        complete = ModelProto()
+        complete.CopyFrom(model)
+        _set_defaults(complete.graph, functions)
+        try:
+            model = onnx.inliner.inline_selected_functions(complete, sorted(functions), inline_schema_functions=True)
+        except RuntimeError:  # the standard's expansion needs types that the graph does not state
+            return model
+        if set(functions) & {(_domain(node), node.op_type) for node in _live_nodes(model.graph)}:
+            return model
     return model
+
+
+def _function_schema(op_type: str, opset: int, domain: str) -> Any:
+    """The schema of a standard op that is defined as a function of others, or None."""
+    try:
+        schema: Any = onnx.defs.get_schema(op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return None
+    return schema if schema.has_function or schema.has_context_dependent_function else None
+
+
+def _set_defaults(graph: GraphProto, functions: Mapping[tuple[str, str], Any]) -> None:
+    """Write out default attributes of function ops: the inliner drops references to attributes that are not there."""
+    for node in graph.node:
+        schema = functions.get((_domain(node), node.op_type))
+        if schema is not None:
+            given = {attribute.name for attribute in node.attribute}
+            node.attribute.extend(
+                attribute.default_value
+                for name, attribute in schema.attributes.items()
+                if name not in given and attribute.default_value.name
+            )
+        for sub in _subgraphs(node):
+            _set_defaults(sub, functions)
 
 
 def _problems(graph: GraphProto, opsets: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -218,7 +249,7 @@ def _last_use(graph: Graph) -> dict[int, tuple[str, ...]]:
 
 def _uses(node: Node) -> set[str]:
     """Names a node reads, its subgraphs' captures included."""
-    return {*node.inputs} | {name for value in node.attributes.values() if isinstance(value, Graph) for name in value.captured()}
+    return {*node.inputs} | node.captured()
 
 
 def _live(graph: GraphProto) -> list[NodeProto]:

@@ -147,4 +147,4 @@ def Swish(X: Array, *, alpha: float = 1.0) -> Array:
 
 @register()
 def ThresholdedRelu(X: Array, *, alpha: float = 1.0) -> Array:
-    return jnp.where(X > alpha, X, jnp.zeros((), X.dtype))
+    return jnp.where(alpha < X, X, jnp.zeros((), X.dtype))

@@ -6,7 +6,6 @@ Grouped queries share their key and value heads by a reshape of the queries; key
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from mesh.errors import UnsupportedModel
 from mesh.lowering.basis import Array, numpy_type, wide
 from mesh.lowering.registry import register
 
-_RAW, _CAPPED, _BIASED, _PROBABILITIES = range(4)  # qk_matmul_output_mode
+_RAW, _, _BIASED, _PROBABILITIES = range(4)  # qk_matmul_output_mode
 
 
 def split_heads(x: Array, heads: int | None) -> Array:
@@ -33,36 +32,48 @@ def join_heads(x: Array) -> Array:
 
 
 def grouped_scores(q: Array, k: Array, scale: float) -> Array:
-    """q [B, Hq, T, D], k [B, Hkv, S, D] -> [B, Hq, T, S] in q's type; Hkv divides Hq.
-
-    Each side is scaled by the square root, which keeps 16-bit products in range.
-    """
+    """q [B, Hq, T, D], k [B, Hkv, S, D] -> q k^T * scale [B, Hq, T, S], in float32 or wider; Hkv divides Hq."""
     b, hq, t, d = q.shape
     hkv = k.shape[1]
     if hq % hkv:
         raise UnsupportedModel(f"{hq} query heads do not divide among {hkv} key heads")
-    root = np.asarray(math.sqrt(scale), q.dtype)
-    scores = jnp.einsum("bhgtd,bhsd->bhgts", (q * root).reshape(b, hkv, hq // hkv, t, d), k * root)
-    return scores.reshape(b, hq, t, k.shape[2])
+    grouped = q.reshape(b, hkv, hq // hkv, t, d)
+    scores = jnp.einsum("bhgtd,bhsd->bhgts", grouped, k, preferred_element_type=wide(q.dtype))
+    return scores.reshape(b, hq, t, k.shape[2]) * np.asarray(scale, scores.dtype)
 
 
-def grouped_values(p: Array, v: Array) -> Array:
-    """p [B, Hq, T, S], v [B, Hkv, S, Dv] -> [B, Hq, T, Dv]."""
-    b, hq, t, s = p.shape
-    hkv = v.shape[1]
-    y = jnp.einsum("bhgts,bhsd->bhgtd", p.reshape(b, hkv, hq // hkv, t, s), v)
-    return y.reshape(b, hq, t, v.shape[3])
+def exponentials(scores: Array, allowed: Array | None, sink: Array | float | None = None) -> tuple[Array, Array]:
+    """Softmax over the last axis, not yet divided: exponentials [B, H, T, S] and their sums [B, H, T, 1].
 
-
-def masked_softmax(scores: Array, allowed: Array | None, precision: np.dtype[Any] | None = None) -> Array:
-    """Softmax over the last axis, in float32 or `precision`; a row with nothing allowed is zeros, never NaN."""
-    x = scores.astype(precision or wide(scores.dtype))
+    A row in which nothing is allowed has exponentials 0 and sum 1: its probabilities are zeros, never NaN. `sink` is one more
+    logit that takes its share and has no value ([1, H, 1, 1], or one number).
+    """
     if allowed is not None:
-        x = jnp.where(allowed, x, -jnp.inf)
-    peak = jnp.max(x, axis=-1, keepdims=True)
-    e = jnp.exp(x - jnp.where(jnp.isneginf(peak), jnp.zeros((), x.dtype), peak))
+        scores = jnp.where(allowed, scores, -jnp.inf)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    if sink is not None:
+        peak = jnp.maximum(peak, sink)
+    peak = jnp.where(jnp.isneginf(peak), jnp.zeros((), scores.dtype), peak)
+    e = jnp.exp(scores - peak)
     total = jnp.sum(e, axis=-1, keepdims=True)
-    return (e / jnp.where(total == 0, jnp.ones((), x.dtype), total)).astype(scores.dtype)
+    if sink is not None:
+        total = total + jnp.exp(sink - peak)
+    return e, jnp.where(total == 0, jnp.ones((), scores.dtype), total)
+
+
+def weighted_values(e: Array, total: Array, v: Array) -> Array:
+    """Exponentials [B, Hq, T, S] and sums [B, Hq, T, 1] with v [B, Hkv, S, Dv] -> [B, Hq, T, Dv] in v's type.
+
+    The division comes last: it is over Dv numbers instead of S, and the result is rounded once. Small exponentials would be lost
+    in float16, which has the bits but not the range, so that type is multiplied as float32.
+    """
+    b, hq, t, s = e.shape
+    hkv, kind = v.shape[1], v.dtype
+    if kind == np.float16:
+        v = v.astype(e.dtype)
+    grouped = e.astype(v.dtype).reshape(b, hkv, hq // hkv, t, s)
+    y = jnp.einsum("bhgts,bhsd->bhgtd", grouped, v, preferred_element_type=e.dtype)
+    return (y.reshape(b, hq, t, v.shape[3]) / total).astype(kind)
 
 
 @register()
@@ -94,7 +105,7 @@ def Attention(
         if attn_mask.dtype == bool:
             allowed = attn_mask
         else:
-            bias = attn_mask.astype(q.dtype)
+            bias = attn_mask
 
     offset = past if nonpad_kv_seqlen is None else (nonpad_kv_seqlen - t).reshape(-1, 1, 1, 1)  # position of the first query
     ahead = np.arange(s)[None, :] - np.arange(t)[:, None] - offset  # key position - query position, [T, S] or [B, 1, T, S]
@@ -111,22 +122,22 @@ def Attention(
         allowed = rule if allowed is None else allowed & rule
 
     scores = grouped_scores(q, k, 1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    shown = scores
     if softcap > 0:
-        scores = (softcap * jnp.tanh(scores / softcap)).astype(q.dtype)
-        shown = scores  # ONNX's reference shows the capped scores in mode 0 too
+        scores = softcap * jnp.tanh(scores / softcap)
+    shown = scores  # ONNX's reference shows capped scores in mode 0 (raw) too
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.astype(scores.dtype)
         # Whatever the scores are (even NaN), what the bias hides is hidden.
         visible = ~jnp.isneginf(bias)
         allowed = visible if allowed is None else allowed & visible
-    if qk_matmul_output_mode == _BIASED and n_outputs > 3:
+    if softmax_precision is not None:
+        scores = scores.astype(jnp.promote_types(numpy_type(softmax_precision), scores.dtype))
+    e, total = exponentials(scores, allowed)
+    y = weighted_values(e, total, v)
+    if n_outputs > 3 and qk_matmul_output_mode == _BIASED:
         shown = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
-    precision = None if softmax_precision is None else numpy_type(softmax_precision)
-    p = masked_softmax(scores, allowed, precision)
-    if qk_matmul_output_mode == _PROBABILITIES:
-        shown = p
-    y = grouped_values(p, v)
+    elif n_outputs > 3 and qk_matmul_output_mode == _PROBABILITIES:
+        shown = e / total
     if Q.ndim == 3:
         y = join_heads(y)
     return y, k, v, shown.astype(q.dtype)

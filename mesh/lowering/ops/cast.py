@@ -28,7 +28,7 @@ def convert(x: Array, dtype: Any, *, saturate: bool = True, round_mode: str = "u
         return _to_float8(xp, x, dtype, saturate)
     if dtype == _E8M0:
         return _to_e8m0(xp, x, saturate, round_mode)
-    if dtype in _SMALL_INTEGERS and not is_float(x.dtype):
+    if dtype in _SMALL_INTEGERS:
         # Like C, the low bits are kept; XLA and ml_dtypes differ on what lies outside, so keep them here.
         return _low_bits(xp, x.astype(xp.int32), dtype)
     if dtype == bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mesh.errors import UnsupportedModel
 from mesh.lowering.basis import Array, wide
-from mesh.lowering.ops.attention import grouped_scores, grouped_values, join_heads, rotate, split_heads
+from mesh.lowering.ops.attention import exponentials, grouped_scores, join_heads, rotate, split_heads, weighted_values
 from mesh.lowering.ops.indexing import TensorScatter
 from mesh.lowering.ops.quant import DequantizeLinear, QuantizeLinear
 from mesh.lowering.registry import MICROSOFT, register
@@ -70,7 +70,7 @@ def GroupQueryAttention(
     length = max(total, 0 if past_key is None else past_key.shape[2])
     present_key, present_value = (_appended(old, new, past, length) for old, new in ((past_key, k), (past_value, v)))
 
-    scores = grouped_scores(q, present_key, scale or 1 / math.sqrt(d)).astype(wide(q.dtype))  # [B, Hq, T, S]
+    scores = grouped_scores(q, present_key, scale or 1 / math.sqrt(d))  # [B, Hq, T, S]
     if softcap > 0:
         scores = softcap * jnp.tanh(scores / softcap)
     if attention_bias is not None:
@@ -83,8 +83,8 @@ def GroupQueryAttention(
     if local_window_size > 0:
         allowed = allowed & (slots > positions[:, None, :, None] - local_window_size)
     sink = head_sink.astype(scores.dtype).reshape(1, -1, 1, 1) if head_sink is not None else 0.0 if smooth_softmax == 1 else None
-    p = _softmax_with_sink(jnp.where(allowed, scores, -jnp.inf), sink).astype(q.dtype)
-    return join_heads(grouped_values(p, present_value)), present_key, present_value
+    e, total_weight = exponentials(scores, allowed, sink)
+    return join_heads(weighted_values(e, total_weight, present_value)), present_key, present_value
 
 
 def _appended(past: Array | None, new: Array, at: Array, length: int) -> Array:
@@ -94,16 +94,6 @@ def _appended(past: Array | None, new: Array, at: Array, length: int) -> Array:
     elif past.shape[2] < length:
         past = jnp.pad(past, [(0, 0), (0, 0), (0, length - past.shape[2]), (0, 0)])
     return TensorScatter(past, new, at)
-
-
-def _softmax_with_sink(scores: Array, sink: Any) -> Array:
-    """Softmax over the last axis with one more, invisible, logit `sink` (None: without)."""
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    if sink is not None:
-        peak = jnp.maximum(peak, sink)
-    e = jnp.exp(scores - peak)
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    return e / (total if sink is None else total + jnp.exp(sink - peak))
 
 
 def _codes(packed: Array, bits: int, count: int) -> Array:

@@ -57,14 +57,14 @@ def Atanh(input: Array) -> Array:
 
 @register(numpy=True, allowed={"direction": ("LEFT", "RIGHT")})
 def BitShift(X: Array, Y: Array, *, direction: str) -> Array:
-    """Unlike XLA's, a shift by the width or more is defined (0, or the sign), as numpy has it."""
+    """A shift by a negative amount, or by the width or more, leaves the sign alone: 0 or (to the right, of a negative number) -1."""
     xp = basis(X, Y)
     width = X.dtype.itemsize * 8
-    amount = xp.clip(Y, 0, width - 1).astype(X.dtype)
+    outside = (Y < 0) | (width - 1 < Y)
+    amount = xp.where(outside, 0, Y).astype(X.dtype)
     if direction == "LEFT":
-        return xp.where(Y >= width, xp.zeros_like(X), xp.left_shift(X, amount))
-    beyond = xp.zeros_like(X) if X.dtype.kind == "u" else xp.right_shift(X, xp.full_like(X, width - 1))
-    return xp.where(Y >= width, beyond, xp.right_shift(X, amount))
+        return xp.where(outside, 0, xp.left_shift(X, amount)).astype(X.dtype)
+    return xp.where(outside, xp.where(X < 0, -1, 0) if X.dtype.kind == "i" else 0, xp.right_shift(X, amount)).astype(X.dtype)
 
 
 @register(numpy=True)

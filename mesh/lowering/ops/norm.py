@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -141,6 +142,12 @@ def LRN(X: Array, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: f
     pads = [(0, 0), (before, after)] + [(0, 0)] * (X.ndim - 2)
     energy = jax.lax.reduce_window(X * X, np.zeros((), X.dtype), jax.lax.add, window, [1] * X.ndim, pads)
     return (X / (bias + alpha / size * energy) ** beta).astype(X.dtype)
+
+
+@register()
+def MeanVarianceNormalization(X: Array, *, axes: Sequence[int] = (0, 2, 3)) -> Array:
+    deviation = jnp.std(X, tuple(axes), keepdims=True)
+    return (X - jnp.mean(X, tuple(axes), keepdims=True)) / (deviation + np.asarray(1e-9, X.dtype))
 
 
 @register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,7 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def _limits(dtype: Any) -> tuple[int, int]:
+def integer_limits(dtype: Any) -> tuple[int, int]:
     dtype = np.dtype(dtype)
     if dtype in _LIMITS:
         return _LIMITS[dtype]
@@ -37,6 +38,11 @@ def _spread(parameter: Array, x: Array, axis: int, block_size: int) -> Array:
     expanded = jnp.broadcast_to(jnp.expand_dims(parameter, axis + 1), (*parameter.shape[: axis + 1], block, *parameter.shape[axis + 1 :]))
     whole = expanded.reshape(*parameter.shape[:axis], count * block, *parameter.shape[axis + 1 :])
     return whole[(slice(None),) * axis + (slice(0, x.shape[axis]),)]
+
+
+def divided(x: Array, scale: Array) -> Array:
+    """x / scale, rounded once. XLA would multiply by the reciprocal of a broadcast divisor, and move ties."""
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
 
 
 @register()
@@ -62,12 +68,12 @@ def QuantizeLinear(
     """Rounded half to even, then saturated to the type of the zero point, or `output_dtype`, or uint8."""
     kind = np.dtype(y_zero_point.dtype) if y_zero_point is not None else type_of(output_dtype or 2, jnp)
     work = type_of(precision, jnp) if precision else wide(y_scale.dtype if y_scale.dtype != ml_dtypes.float8_e8m0fnu else np.float32)
-    scaled = x.astype(work) / _spread(y_scale.astype(work), x, axis, block_size)
+    scaled = divided(x.astype(work), _spread(y_scale.astype(work), x, axis, block_size))
     zero = None if y_zero_point is None else _spread(y_zero_point.astype(work), x, axis, block_size)
     if is_float(kind):
         return convert(scaled if zero is None else scaled + zero, kind, saturate=bool(saturate))
     rounded = jnp.rint(scaled) if zero is None else jnp.rint(scaled) + zero
-    low, high = _limits(kind)
+    low, high = integer_limits(kind)
     return jnp.clip(rounded, low, high).astype(np.int32).astype(kind)
 
 
@@ -75,9 +81,9 @@ def QuantizeLinear(
 def DynamicQuantizeLinear(x: Array) -> tuple[Array, Array, Array]:
     """uint8, its scale and zero point, from the range of x with zero included."""
     low, high = jnp.minimum(jnp.min(x), 0), jnp.maximum(jnp.max(x), 0)
-    scale = jnp.where(high == low, jnp.ones((), x.dtype), (high - low) / 255)
+    scale = jnp.where(high == low, jnp.ones((), x.dtype), divided(high - low, np.asarray(255, x.dtype)))
     zero = jnp.clip(jnp.rint(-low / scale), 0, 255).astype(np.uint8)
-    y = jnp.clip(jnp.rint(x / scale) + zero.astype(x.dtype), 0, 255).astype(np.uint8)
+    y = jnp.clip(jnp.rint(divided(x, scale)) + zero.astype(x.dtype), 0, 255).astype(np.uint8)
     return y, scale.astype(x.dtype), zero
 
 
@@ -94,6 +100,6 @@ def QLinearMatMul(
     right = b.astype(np.int32) - b_zero_point.astype(np.int32)
     product = jnp.matmul(left, right).astype(np.float32)
     scale = rows(a_scale.astype(np.float32)) * b_scale.astype(np.float32) / rows(y_scale.astype(np.float32))
-    low, high = _limits(y_zero_point.dtype)
+    low, high = integer_limits(y_zero_point.dtype)
     rounded = jnp.rint(product * scale) + rows(y_zero_point.astype(np.float32))
     return jnp.clip(rounded, low, high).astype(np.int32).astype(y_zero_point.dtype)
