@@ -7,7 +7,7 @@ An importer module has `open_source(path) -> Source`. Opening reads the descript
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -37,7 +37,8 @@ class ImportOptions:
     """How blocks compute and how they store their weights.
 
     dtype: type of the hidden state, the cache and all arithmetic.
-    bits: width of the stored MatMul weights and embedding tables; 32 under 16-bit compute means 16.
+    bits: width of the stored MatMul weights and embedding tables (at least 8 for tables and the output projection); 32 under
+    16-bit compute means 16.
     group_size: input elements that share a scale, for 8 and 4 bits; None is one scale an output channel at 8 bits and
     groups of 32 at 4 bits.
 
@@ -67,6 +68,13 @@ class ImportOptions:
     def compute(self) -> np.dtype:
         """The compute type as a numpy dtype (ml_dtypes for bfloat16)."""
         return NUMPY_DTYPES[self.dtype]
+
+    def for_head(self) -> ImportOptions:
+        """The options of the output projection: never fewer than 8 bits.
+
+        It decides between tokens directly, so that its error reaches every logit undamped.
+        """
+        return replace(self, bits=8, group_size=None) if self.bits == 4 else self
 
     @property
     def weights(self) -> WeightsInfo:

@@ -138,7 +138,8 @@ class _Weights:
         def part(which: int) -> Callable[[Array], Array]:
             return lambda array: array.reshape(heads, 3, head_dim, -1)[:, which].reshape(heads * head_dim, *array.shape[1:])
 
-        q, k, v = (self.tensors.linear(name, part(which)) for which in range(3))
+        shape = (3 * heads * head_dim, self.spec.hidden_size)
+        q, k, v = (self.tensors.linear(name, part(which), shape=shape) for which in range(3))
         return q, k, v
 
 
@@ -151,7 +152,8 @@ class Gpt2Weights(_Weights):
 
     def layer(self, index: int) -> LayerWeights:
         name, tensors, size = f"h.{index}.", self.tensors, self.spec.hidden_size
-        q, k, v = (self._conv1d(name + "attn.c_attn", slice(part * size, (part + 1) * size)) for part in range(3))
+        parts = (slice(part * size, (part + 1) * size) for part in range(3))
+        q, k, v = (self._conv1d(name + "attn.c_attn", part, outputs=3 * size) for part in parts)
         return LayerWeights(
             q=q,
             k=k,
@@ -163,9 +165,9 @@ class Gpt2Weights(_Weights):
             mlp_norm=tensors.norm(name + "ln_2"),
         )
 
-    def _conv1d(self, name: str, part: slice = slice(None)) -> Linear:
+    def _conv1d(self, name: str, part: slice = slice(None), *, outputs: int | None = None) -> Linear:
         """GPT-2 stores [in, out]."""
-        weight = self.tensors.tensor(f"{name}.weight", lambda array: array[:, part])
+        weight = self.tensors.tensor(f"{name}.weight", lambda array: array[:, part], shape=(None, outputs))
         return Linear(weight, self.tensors.tensor(f"{name}.bias", lambda array: array[part]))
 
 
@@ -209,10 +211,11 @@ class OptWeights(_Weights):
 
     def layer(self, index: int) -> LayerWeights:
         name, tensors = f"layers.{index}.", self.tensors
+        square = (self.spec.hidden_size, self.spec.hidden_size)
         return LayerWeights(
-            q=tensors.linear(name + "self_attn.q_proj"),
-            k=tensors.linear(name + "self_attn.k_proj"),
-            v=tensors.linear(name + "self_attn.v_proj"),
+            q=tensors.linear(name + "self_attn.q_proj", shape=square),
+            k=tensors.linear(name + "self_attn.k_proj", shape=square),
+            v=tensors.linear(name + "self_attn.v_proj", shape=square),
             o=tensors.linear(name + "self_attn.out_proj"),
             up=tensors.linear(name + "fc1"),
             down=tensors.linear(name + "fc2"),

@@ -129,11 +129,13 @@ class LlamaWeights:
         layer, plus_one = f"layers.{index}.", self._plus_one
         attention, mlp = layer + "self_attn.", layer + "mlp."
         if attention + "qkv_proj.weight" in tensors:
-            q_end, k_end = spec.heads * spec.head_dim, (spec.heads + spec.kv_heads) * spec.head_dim
+            q_end, k_end = spec.query_size, spec.query_size + spec.key_size
+            fused = (k_end + spec.key_size, spec.hidden_size)
             parts = (slice(q_end), slice(q_end, k_end), slice(k_end, None))
-            q, k, v = (tensors.linear(attention + "qkv_proj", part) for part in parts)
+            q, k, v = (tensors.linear(attention + "qkv_proj", part, shape=fused) for part in parts)
         else:
-            q, k, v = (tensors.linear(f"{attention}{name}_proj") for name in "qkv")
+            sizes = {"q": spec.query_size, "k": spec.key_size, "v": spec.key_size}
+            q, k, v = (tensors.linear(f"{attention}{name}_proj", shape=(size, spec.hidden_size)) for name, size in sizes.items())
         gate, up, down, router = self._experts(layer) if spec.experts else self._mlp(mlp)
         sandwich = layer + "pre_feedforward_layernorm.weight" in tensors
         after_attention = layer + "post_attention_layernorm"
@@ -141,7 +143,7 @@ class LlamaWeights:
             q=q,
             k=k,
             v=v,
-            o=tensors.linear(attention + "o_proj"),
+            o=tensors.linear(attention + "o_proj", shape=(spec.hidden_size, spec.query_size)),
             up=up,
             down=down,
             gate=gate,

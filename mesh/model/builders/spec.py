@@ -111,6 +111,14 @@ class DecoderSpec:
     experts: Experts | None = None
 
     @property
+    def query_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
     def cache(self) -> tuple[CacheInfo, ...]:
         return tuple(
             CacheInfo(kv_heads=self.kv_heads, key_dim=self.head_dim, value_dim=self.head_dim, window=window) for window in self.window

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mesh.errors import CorruptModel
 from mesh.model.builders.spec import Linear, Norm
 
 __all__ = ["Checkpoint", "Tensors"]
@@ -39,10 +40,17 @@ class Tensors:
         """CorruptModel if the tensor is missing."""
         return self.checkpoint.shape(self.prefix + name)
 
-    def tensor(self, name: str, change: Callable[[Array], Array] | None = None) -> Callable[[], Array]:
-        """A producer of the tensor, after `change`. CorruptModel at once if it is missing."""
+    def tensor(
+        self, name: str, change: Callable[[Array], Array] | None = None, *, shape: tuple[int | None, ...] | None = None
+    ) -> Callable[[], Array]:
+        """A producer of the tensor, after `change`. CorruptModel at once if it is missing or is not of `shape` (None: any size)."""
         full = self.prefix + name
-        self.checkpoint.shape(full)
+        found = self.checkpoint.shape(full)
+        if shape is not None and (
+            len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True))
+        ):
+            wanted = ["any" if size is None else size for size in shape]
+            raise CorruptModel(f"tensor {full} has shape {list(found)} where the configuration needs {wanted}")
         self.used.add(full)
         if change is None:
             return lambda: self.checkpoint.read(full)
@@ -51,10 +59,13 @@ class Tensors:
     def optional(self, name: str, change: Callable[[Array], Array] | None = None) -> Callable[[], Array] | None:
         return self.tensor(name, change) if name in self else None
 
-    def linear(self, name: str, part: slice | Callable[[Array], Array] | None = None) -> Linear:
-        """`name`.weight stored [out, in], and `name`.bias if there is one. `part` takes some of the output rows of both."""
+    def linear(
+        self, name: str, part: slice | Callable[[Array], Array] | None = None, *, shape: tuple[int | None, int | None] = (None, None)
+    ) -> Linear:
+        """`name`.weight stored [out, in] = `shape`, and `name`.bias if there is one. `part` takes some of the output rows of both."""
         pick = part if callable(part) else (lambda array: array[part]) if part is not None else (lambda array: array)
-        return Linear(self.tensor(f"{name}.weight", lambda array: pick(array).T), self.optional(f"{name}.bias", pick))
+        weight = self.tensor(f"{name}.weight", lambda array: pick(array).T, shape=shape)
+        return Linear(weight, self.optional(f"{name}.bias", pick))
 
     def stack(self, names: Sequence[str]) -> Callable[[], Array]:
         """Weights stored [out, in] of several experts, as [experts, in, out]."""

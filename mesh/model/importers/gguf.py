@@ -170,10 +170,10 @@ class _Weights:
         else:
             gate, up, down = (tensors.linear(f"{name}ffn_{part}") for part in ("gate", "up", "down"))
         return LayerWeights(
-            q=tensors.linear(name + "attn_q", self._halves(spec.heads)),
-            k=tensors.linear(name + "attn_k", self._halves(spec.kv_heads)),
-            v=tensors.linear(name + "attn_v"),
-            o=tensors.linear(name + "attn_output"),
+            q=tensors.linear(name + "attn_q", self._halves(spec.heads), shape=(spec.query_size, spec.hidden_size)),
+            k=tensors.linear(name + "attn_k", self._halves(spec.kv_heads), shape=(spec.key_size, spec.hidden_size)),
+            v=tensors.linear(name + "attn_v", shape=(spec.key_size, spec.hidden_size)),
+            o=tensors.linear(name + "attn_output", shape=(spec.hidden_size, spec.query_size)),
             gate=gate,
             up=up,
             down=down,

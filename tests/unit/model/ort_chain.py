@@ -20,6 +20,8 @@ class Chain:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        # by default onnxruntime rounds activations to 8 bits where it fuses DequantizeLinear into MatMul
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         names = [block_name("embed"), *(block_name(i) for i in range(len(cache))), block_name("head")]
         self.sessions = [ort.InferenceSession(directory / f"{name}.onnx", options, providers=["CPUExecutionProvider"]) for name in names]
         dtype = DTYPES[self.sessions[0].get_outputs()[0].type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from ort_chain import Chain, relative_error
+from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.model.blocks import BlockWriter
 from mesh.model.importers.safetensors import open_source
 from mesh.model.source import ImportOptions
 
-torch = pytest.importorskip("torch", reason="the models are made with torch and transformers")
-transformers = pytest.importorskip("transformers")
-
-LLAMA = {
-    "vocab_size": 199,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": None,
-}
 GPT = {"vocab_size": 199, "hidden_size": 60, "num_hidden_layers": 3, "num_attention_heads": 5, "max_position_embeddings": 128}
 
 
@@ -99,33 +86,9 @@ CASES = {
 }
 
 
-def make(case: Case, directory: Path, **saving: Any) -> Any:
-    """A random model of that configuration, saved as Hugging Face does. Every parameter random: zeros and ones hide mistakes."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = getattr(transformers, f"{case.config}Config")(**case.values, attn_implementation="eager")
-        model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                spread = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5 * 1.5
-                parameter.normal_(0.0, spread).add_(
-                    1.0 if parameter.ndim == 1 and "bias" not in name and "gemma" not in case.config.lower() else 0.0
-                )
-        model.save_pretrained(directory, **saving)
-    return model
-
-
-def expected(model: Any, tokens: list[int]) -> np.ndarray:
-    """Logits [len(tokens), vocab] of transformers without a cache."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_chunks_and_decode_agree_with_transformers(name: str, tmp_path: Path) -> None:
-    model = make(CASES[name], tmp_path / "source")
+    model = make_model(CASES[name].config, CASES[name].values, tmp_path / "source")
     source = open_source(tmp_path / "source")
     steps: list[tuple[str, int, int]] = []
     blocks = source.write_blocks(BlockWriter(tmp_path), ImportOptions(), lambda *step: steps.append(step))
@@ -133,7 +96,7 @@ def test_prefill_chunks_and_decode_agree_with_transformers(name: str, tmp_path: 
     assert steps[-1][1:] == (5, 5)
 
     prompt = np.random.default_rng(1).integers(0, source.vocab_size, 23).tolist()
-    want = expected(model, prompt)
+    want = logits_of(model, prompt)
     assert relative_error(Chain(tmp_path, source.cache)(prompt), want) < 1e-4
 
     chunked = Chain(tmp_path, source.cache)
@@ -145,6 +108,93 @@ def test_prefill_chunks_and_decode_agree_with_transformers(name: str, tmp_path: 
     for _ in range(12):
         tokens.append(int(logits.argmax()))
         logits = chunked([tokens[-1]])[0]
-        want = expected(model, tokens)[-1]
+        want = logits_of(model, tokens)[-1]
         assert relative_error(logits, want) < 1e-4
         assert logits.argmax() == want.argmax()
+
+
+def test_shards_and_sixteen_bit_sources_give_the_same_blocks(tmp_path: Path) -> None:
+    """One file or many, bfloat16 widened by us or by torch: the same bytes."""
+    make_model("Llama", LLAMA, tmp_path / "one")
+    model = make_model("Llama", LLAMA)
+    model.bfloat16().save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    model.float().save_pretrained(tmp_path / "widened")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    digests = {}
+    for name in ("one", "many", "widened"):
+        (tmp_path / f"{name}.out").mkdir()
+        blocks = open_source(tmp_path / name).write_blocks(BlockWriter(tmp_path / f"{name}.out"), ImportOptions(), lambda *_: None)
+        digests[name] = [file.sha256 for block in blocks for file in block.files]
+    assert digests["many"] == digests["widened"] != digests["one"]
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_sources_that_cannot_be_imported_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_model("Llama", LLAMA, source)
+    weights = source / "model.safetensors"
+    whole, config = weights.read_bytes(), (source / "config.json").read_text()
+
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(CorruptModel, match=rf"model.safetensors is truncated: it has {len(whole) - 100:,} bytes .* needs {len(whole):,}"):
+        open_source(source)
+    weights.write_bytes(whole[:20])
+    with pytest.raises(CorruptModel, match=r"truncated"):
+        open_source(source)
+    weights.write_bytes(b"{" * 5000)
+    with pytest.raises(CorruptModel, match=r"truncated|not a safetensors"):
+        open_source(source)
+    weights.write_bytes(whole)
+
+    edit_config(source, model_type="bert")
+    with pytest.raises(UnsupportedModel, match=r"model_type 'bert' is not a supported decoder; supported: bloom, gemma3, .*qwen3"):
+        open_source(source)
+    edit_config(source, model_type="llama", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnsupportedModel, match=r"quantized already \(gptq\)"):
+        open_source(source)
+    edit_config(source, quantization_config=None, num_hidden_layers=4)
+    with pytest.raises(CorruptModel, match=r"no tensor model.layers.3"):
+        open_source(source)
+    edit_config(source, num_hidden_layers=2)
+    with pytest.raises(UnsupportedModel, match=r"no use for the tensor model.layers.2"):
+        open_source(source)
+    edit_config(source, num_hidden_layers=3, vocab_size=200)
+    with pytest.raises(CorruptModel, match=r"vocab_size is 200"):
+        open_source(source)
+    edit_config(source, vocab_size=199, num_attention_heads=2, head_dim=None)
+    with pytest.raises(CorruptModel, match=r"k_proj.weight has shape .* where"):
+        open_source(source)
+    (source / "config.json").write_text(config[:50])
+    with pytest.raises(CorruptModel, match=r"config.json is not JSON"):
+        open_source(source)
+    (source / "config.json").write_text(config)
+    weights.unlink()
+    with pytest.raises(ModelNotFound, match=r"neither model.safetensors nor"):
+        open_source(source)
+    with pytest.raises(ModelNotFound, match=r"no config.json"):
+        open_source(tmp_path / "nothing")
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    make_model("Llama", LLAMA, tmp_path, max_shard_size="40KB")
+    part = sorted(tmp_path.glob("*.safetensors"))[1]
+    part.unlink()
+    with pytest.raises(CorruptModel, match=f"{part.name} is missing"):
+        open_source(tmp_path)
+
+
+def test_a_mixture_of_experts_stored_as_one_tensor_is_read_too(tmp_path: Path) -> None:
+    """transformers saves Mixtral as one tensor an expert; newer checkpoints may keep its own fused form."""
+    values = CASES["mixtral"].values
+    model = make_model("Mixtral", values, tmp_path / "split")
+    make_model("Mixtral", values, tmp_path / "fused", save_original_format=False)
+    split, fused = open_source(tmp_path / "split"), open_source(tmp_path / "fused")
+    prompt = np.random.default_rng(1).integers(0, split.vocab_size, 9).tolist()
+    for name, source in (("a", split), ("b", fused)):
+        (tmp_path / name).mkdir()
+        source.write_blocks(BlockWriter(tmp_path / name), ImportOptions(), lambda *_: None)
+        assert relative_error(Chain(tmp_path / name, source.cache)(prompt), logits_of(model, prompt)) < 1e-4
