@@ -19,10 +19,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.model.graph import DecoderGraph, Kind, attribute, scalar
-from mesh.model.probe import NotConcrete, Probe
+from mesh.model.evaluate import NotConcrete
+from mesh.model.graph import DecoderGraph, Kind, argument, attribute, maker, scalar
+from mesh.model.probe import Probe
 
-__all__ = ["Island", "Layout", "Operand", "find_islands"]
+__all__ = ["WINDOW", "Island", "Layout", "Operand", "find_islands"]
 
 Array = npt.NDArray[Any]
 
@@ -51,6 +52,7 @@ SCORE_OPS = frozenset(
         "Neg",
     )
 )
+WINDOW = "mesh.window"  # in the meta of an Attention made by mesh/model/contrib.py: its sliding window in tokens
 # a chunk of 3 tokens for each of 2 rows after 5 cached ones: all different, and small
 BATCH, CHUNK, PAST = 2, 3, 5
 
@@ -138,7 +140,7 @@ def _data_inputs(graph: DecoderGraph, node: ir.Node) -> list[ir.Value]:
 
 
 def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number: int) -> Island | None:
-    product = _scores_product(graph, softmax.inputs[0])
+    product = _scores_product(graph, argument(softmax, 0))
     if product is None:
         return None
     weighted = _weighted_sum(graph, softmax.outputs[0])
@@ -150,14 +152,14 @@ def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number:
     raw = product.outputs[0]
     shape = probe.shape(raw)
     heads = prod(shape[:-2]) // probe.batch
-    q = _operand(graph, probe, product.inputs[0], shape[:-2], heads, False, f"queries of attention {number}")
-    k = _operand(graph, probe, product.inputs[1], shape[:-2], heads, True, f"keys of attention {number}")
+    q = _operand(graph, probe, argument(product, 0), shape[:-2], heads, False, f"queries of attention {number}")
+    k = _operand(graph, probe, argument(product, 1), shape[:-2], heads, True, f"keys of attention {number}")
     v = _operand(
-        graph, probe, weighted.inputs[1], probe.shape(weighted.outputs[0])[:-2], heads, False, f"values of attention {number}", True
+        graph, probe, argument(weighted, 1), probe.shape(weighted.outputs[0])[:-2], heads, False, f"values of attention {number}", True
     )
     if v.scale != 1.0:
         raise UnsupportedModel(f"attention {number}: values are scaled by {v.scale} after the cache: this form is not supported")
-    rank, into = len(shape), softmax.inputs[0]
+    rank, into = len(shape), argument(softmax, 0)
 
     def scores(at: Probe, values: Array) -> Array:
         rows, _, chunk, total = values.shape
@@ -191,7 +193,7 @@ def _scores_product(graph: DecoderGraph, value: ir.Value) -> ir.Node | None:
 
 def _between(graph: DecoderGraph, value: ir.Value, start: ir.Value) -> Iterator[ir.Node]:
     while value is not start:
-        node = value.producer()
+        node = maker(value)
         yield node
         value = next(v for v in node.inputs if v is not None and graph.kind(v) is Kind.TOKENS)
 
@@ -203,7 +205,7 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
     found: ir.Node | None = None
     while frontier:
         for node, place in frontier.pop().uses():
-            if node.op_type == "MatMul" and place == 0 and graph.kind(node.inputs[1]) is Kind.TOKENS:
+            if node.op_type == "MatMul" and place == 0 and graph.kind(argument(node, 1)) is Kind.TOKENS:
                 if found is not None and found is not node:
                     return None
                 found = node
@@ -221,7 +223,7 @@ def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: in
     """What the values are multiplied by is the softmax itself."""
     shape = probe.shape(softmax.outputs[0])
     weights = np.random.default_rng(0).random(shape, np.float32)
-    got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(weighted.inputs[0]), np.float32)
+    got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(argument(weighted, 0)), np.float32)
     axis = attribute(softmax, "axis", -1)
     if axis not in (-1, len(shape) - 1) or not np.allclose(got.reshape(-1), weights.reshape(-1), rtol=1e-2, atol=1e-6):
         raise UnsupportedModel(f"attention {number} ({softmax.name}): the attention weights are changed after the softmax: not supported")
@@ -232,7 +234,8 @@ def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: in
 
 def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: int) -> Island:
     inputs = [*node.inputs, *([None] * (7 - len(node.inputs)))]
-    query, key, value, mask, past_key = inputs[:5]
+    query, key, value = (argument(node, place) for place in range(3))
+    mask, past_key = inputs[3:5]
     where = f"attention {number} ({node.name})"
     if any(output.uses() for output in node.outputs[3:]):
         raise UnsupportedModel(f"{where}: its scores are used elsewhere: this form is not supported")
@@ -253,7 +256,7 @@ def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: 
     scale = float(attribute(node, "scale", 0.0) or 0.0) or width**-0.5
     softcap, causal = float(attribute(node, "softcap", 0.0) or 0.0), bool(attribute(node, "is_causal", 0))
     offset = past_key is not None
-    window = int(attribute(node, "mesh_window", 0) or 0)  # set by mesh/model/contrib.py
+    window = int(node.meta.get(WINDOW, 0))
 
     def scores(at: Probe, values: Array) -> Array:
         result = np.asarray(values, np.float64) * scale
@@ -295,7 +298,7 @@ def _operand(
     leading: the axes before the last two of the product the operand takes part in; None for an operand of Attention.
     """
     cached = transposed if cached is None else cached
-    best: tuple[tuple[int, int, int], Operand] | None = None
+    best: tuple[tuple[int, int, int, int], Operand] | None = None
     seen_cache = not (cached and graph.has_past) or own_cache
     for depth, (value, scale, past) in enumerate(_walk(graph, probe, operand)):
         if past is not None:
@@ -326,7 +329,7 @@ def _walk(graph: DecoderGraph, probe: Probe, value: ir.Value) -> Iterator[tuple[
             value = data[0]
         elif node.op_type in ("Mul", "Div") and len(data) == 1:
             other = node.inputs[1] if node.inputs[0] is data[0] else node.inputs[0]
-            factor = _scalar(probe, other)
+            factor = _scalar(probe, other) if other is not None else None
             if factor is None or (node.op_type == "Div" and data[0] is not node.inputs[0]):
                 return
             scale *= factor if node.op_type == "Mul" else 1.0 / factor
@@ -402,8 +405,7 @@ def _caches(graph: DecoderGraph, operand: ir.Value, value: ir.Value) -> Iterator
     """The past values joined in between `value` and `operand`."""
     current = operand
     while current is not value:
-        node = current.producer()
-        data = _data_inputs(graph, node)
+        data = _data_inputs(graph, maker(current))
         yield from (v for v in data if graph.kind(v) is Kind.PAST)
         current = next(v for v in data if graph.kind(v) is Kind.TOKENS)
 

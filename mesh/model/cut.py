@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
 from mesh.model.attention import Island
-from mesh.model.graph import DecoderGraph, Kind, Role
-from mesh.model.probe import NotConcrete, Probe
+from mesh.model.evaluate import NotConcrete
+from mesh.model.graph import DecoderGraph, Kind, Role, maker
+from mesh.model.probe import Probe
 
 __all__ = ["Cut", "DataPath", "find_cuts"]
 
@@ -141,4 +142,4 @@ def _last_layer_end(path: DataPath, values: Sequence[ir.Value], after: Sequence[
 
 
 def _signature(path: DataPath, value: ir.Value, start: ir.Value) -> Counter[str]:
-    return Counter("island" if v in path.islands else v.producer().op_type for v in path.between(value, start))
+    return Counter("island" if v in path.islands else maker(v).op_type for v in path.between(value, start))

@@ -20,10 +20,11 @@ from mesh.errors import UnsupportedModel
 from mesh.model.attention import Island, Layout, Operand
 from mesh.model.blocks import GraphBuilder, Weight, attention_block
 from mesh.model.cut import DataPath
-from mesh.model.graph import Kind, Role
+from mesh.model.evaluate import NotConcrete
+from mesh.model.graph import Kind, Role, argument, maker
 from mesh.model.mask import ScoreRule
 from mesh.model.positions import Computed, Constant, InputParts, Positions, Sizes, Table
-from mesh.model.probe import BROADCAST, NotConcrete, Probe
+from mesh.model.probe import BROADCAST, Probe
 
 __all__ = ["Emitter", "Part"]
 
@@ -84,7 +85,7 @@ class Emitter:
             if island is not None:
                 self.names[value] = self._island(island)
                 continue
-            node = value.producer()
+            node = maker(value)
             if node in done:
                 continue
             done.add(node)
@@ -103,7 +104,7 @@ class Emitter:
             return
         inputs = [self._input(node, i) for i in range(len(node.inputs))]
         attributes = _attributes(node)
-        if node.op_type == "Reshape" and self.graph.kind(node.inputs[1]) is not Kind.CONSTANT:
+        if node.op_type == "Reshape" and self.graph.kind(argument(node, 1)) is not Kind.CONSTANT:
             attributes.pop("allowzero", None)
         self._place(node, inputs, attributes)
 
@@ -218,7 +219,7 @@ class Emitter:
             if leaf is not None:
                 self._leaf(current, leaf)
                 continue
-            node = current.producer()
+            node = maker(current)
             missing = [v for v in node.inputs if v is not None and v not in self.names]
             if missing:
                 stack.extend(missing)
@@ -316,7 +317,7 @@ class Emitter:
             factors = [(int(n), 0, 0, 0) for n in leaf.array.reshape(-1)]
         else:
             factors = list(leaf.factors)
-        return self._size_vector(self._short_target(node.op_type, node.inputs[0], factors))
+        return self._size_vector(self._short_target(node.op_type, argument(node, 0), factors))
 
     def _short_target(self, op_type: str, data: ir.Value, factors: list[tuple[int, int, int, int]]) -> list[int | str]:
         own = self._dims(data)
@@ -401,7 +402,7 @@ class Emitter:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def _matmul(self, node: ir.Node) -> bool:
-        data, weight = node.inputs
+        data, weight = argument(node, 0), argument(node, 1)
         if self.graph.kind(weight) is not Kind.CONSTANT or self.graph.kind(data) is not Kind.TOKENS:
             return False
         shape = self.inputs.probes[0].shape(weight)
@@ -414,7 +415,7 @@ class Emitter:
         return True
 
     def _gemm(self, node: ir.Node) -> bool:
-        data, weight = node.inputs[:2]
+        data, weight = argument(node, 0), argument(node, 1)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         attributes = _attributes(node)
         plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA", 0)
@@ -438,7 +439,7 @@ class Emitter:
 
     def _gather(self, node: ir.Node) -> bool:
         """The embedding of the token ids."""
-        table, ids = node.inputs
+        table, ids = argument(node, 0), argument(node, 1)
         if self.graph.kind(table) is not Kind.CONSTANT or self.graph.roles.get(ids) is not Role.TOKENS or self._kept(table):
             return False
         if _attributes(node).get("axis", 0) != 0 or len(self.inputs.probes[0].shape(table)) != 2:
@@ -461,7 +462,7 @@ class Emitter:
         if value in self.names:
             return self.names[value]
         if self._kept(value):
-            node = value.producer()
+            node = maker(value)
             inputs = [self._constant(v) if v is not None else "" for v in node.inputs]
             self._place(node, inputs, _attributes(node))
             return self.names[value]

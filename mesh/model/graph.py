@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from onnx_ir.passes import common as passes
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
 
-__all__ = ["DecoderGraph", "Kind", "Role", "attribute", "constant", "load", "producer", "scalar"]
+__all__ = ["DecoderGraph", "Kind", "Role", "argument", "attribute", "constant", "load", "maker", "scalar"]
 
 OPSET = 24
 SMALL = 4096  # elements: what counts as a constant rather than as a weight
@@ -91,13 +92,21 @@ class DecoderGraph:
             stack.extend(v for v in node.inputs if v is not None)
 
 
-def producer(value: ir.Value | None) -> tuple[str, ir.Node | None]:
-    """(op type, node) that makes `value`; ("", None) for inputs and weights."""
-    node = value.producer() if value is not None else None
-    return (node.op_type, node) if node is not None else ("", None)
+def maker(value: ir.Value) -> ir.Node:
+    """The node that makes `value`, which is no input and no weight."""
+    node = value.producer()
+    assert node is not None, f"{value.name} is made by no node"
+    return node
 
 
-def attribute(node: ir.Node, name: str, default: object = None) -> object:
+def argument(node: ir.Node, place: int) -> ir.Value:
+    """An input that is not left out."""
+    value = node.inputs[place]
+    assert value is not None, f"input {place} of {node.name} is left out"
+    return value
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """The value of a node's attribute, `default` where it is absent."""
     found = node.attributes.get(name)
     return default if found is None else found.value
@@ -248,5 +257,5 @@ def _drop_identities(model: ir.Model) -> None:
         if node.domain == "" and (node.op_type in ("Identity", "Dropout") or single):
             if node.op_type == "Dropout" and len(node.outputs) > 1 and node.outputs[1].uses():
                 continue
-            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)
+            ir.convenience.replace_all_uses_with(node.outputs[0], argument(node, 0), replace_graph_outputs=True)
             model.graph.remove(node, safe=False)

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel
 from mesh.model.attention import Island
+from mesh.model.evaluate import NotConcrete
 from mesh.model.graph import DecoderGraph
-from mesh.model.probe import NotConcrete, Probe
+from mesh.model.probe import Probe
 
 __all__ = ["MaskReader", "ScoreRule"]
 

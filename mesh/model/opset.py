@@ -116,7 +116,7 @@ def inline_branch(model: ir.Model, node: ir.Node, taken: bool) -> None:
     """Replace the If `node` by its then or else branch."""
     branch = node.attributes["then_branch" if taken else "else_branch"].value
     outputs = list(branch.outputs)
-    graph = node.graph
+    graph = model.graph
     for name, value in list(branch.initializers.items()):
         del branch.initializers[name]
         value.name = f"{name}__{len(graph.initializers)}" if name in graph.initializers else name

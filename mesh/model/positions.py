@@ -24,8 +24,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.model.graph import DecoderGraph, Kind
-from mesh.model.probe import NotConcrete, Probe
+from mesh.model.evaluate import NotConcrete
+from mesh.model.graph import DecoderGraph, Kind, argument, attribute
+from mesh.model.probe import Probe
 
 __all__ = ["Computed", "Constant", "Description", "InputParts", "Positions", "Sizes", "Table", "context_limit"]
 
@@ -288,20 +289,23 @@ def context_limit(graph: DecoderGraph) -> int | None:
     past = 4 if graph.has_past else 0
     near, far = Probe(graph, 1, 3, past), Probe(graph, 1, 5, past)
     for node in graph.nodes:
+        if node.op_type == "RotaryEmbedding" and len(node.inputs) > 3 and graph.kind(argument(node, 1)) is Kind.CONSTANT:
+            rows = near.shape(argument(node, 1))[0]
+            limit = rows if limit is None else min(limit, rows)
         if node.op_type not in ("Gather", "Slice") or graph.kind(node.outputs[0]) is not Kind.SHAPE:
             continue
-        table = node.inputs[0]
+        table = argument(node, 0)
         if graph.kind(table) is not Kind.CONSTANT:
             continue
         try:
             shape = near.shape(table)
             if node.op_type == "Gather":
-                size = shape[node.attributes["axis"].value if "axis" in node.attributes else 0]
-                last = [int(p.value(node.inputs[1]).max()) for p in (near, far)]
+                size = shape[attribute(node, "axis", 0)]
+                last = [int(p.value(argument(node, 1)).max()) for p in (near, far)]
             else:
-                axes = near.value(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else [0]
+                axes = near.value(argument(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else [0]
                 size = shape[int(np.asarray(axes).reshape(-1)[0])]
-                last = [int(p.value(node.inputs[2]).reshape(-1)[0]) - 1 for p in (near, far)]
+                last = [int(p.value(argument(node, 2)).reshape(-1)[0]) - 1 for p in (near, far)]
         except (NotConcrete, ValueError):
             continue
         if last[1] - last[0] == 2 and last[0] >= near.total - 1:

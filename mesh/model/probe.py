@@ -7,7 +7,8 @@ recognised: by what they are, not by how an exporter wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,14 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from mesh.errors import UnsupportedModel
-from mesh.model.graph import OPSET, DecoderGraph, Kind, Role
+from mesh.model.evaluate import HELP, NotConcrete, evaluate
+from mesh.model.graph import OPSET, DecoderGraph, Kind, Role, argument, attribute
 
-__all__ = ["NotConcrete", "Probe"]
+__all__ = ["Probe"]
 
 Array = npt.NDArray[Any]
-
-
-class NotConcrete(Exception):  # noqa: N818 - a finding of this probe, caught by those who asked, never shown to users
-    """The value depends on tokens, or its shape does."""
 
 
 # inputs whose numbers, not only whose shapes, decide the shape of the output
@@ -142,7 +139,7 @@ class Probe:
             if numbers:
                 self._values[value] = value.const_value.numpy()
             else:
-                self._shapes[value] = tuple(int(dim) for dim in value.const_value.shape)
+                self._shapes[value] = tuple(value.const_value.shape.numpy())
                 self._dtypes[value] = int(value.const_value.dtype)
             return
         role = self.graph.roles.get(value)
@@ -172,20 +169,16 @@ class Probe:
 
     def _evaluate(self, node: ir.Node) -> None:
         if node.op_type == "Shape":
-            shape = self.shape(node.inputs[0])
-            start = node.attributes["start"].value if "start" in node.attributes else 0
-            end = node.attributes["end"].value if "end" in node.attributes else None
+            shape = self.shape(argument(node, 0))
+            start, end = attribute(node, "start", 0), attribute(node, "end")
             self._values[node.outputs[0]] = np.asarray(shape[start:end], np.int64)
             return
         if node.op_type == "Size":
-            self._values[node.outputs[0]] = np.asarray(int(np.prod(self.shape(node.inputs[0]))), np.int64)
+            self._values[node.outputs[0]] = np.asarray(prod(self.shape(argument(node, 0))), np.int64)
             return
         inputs = [None if v is None else self._values[v] for v in node.inputs]
-        fast = FAST.get(node.op_type)
-        with np.errstate(all="ignore"):
-            results = [fast(node, *inputs)] if fast is not None else _reference(node, inputs)
-        for output, result in zip(node.outputs, results, strict=False):
-            self._values[output] = np.asarray(result)
+        for output, result in zip(node.outputs, evaluate(node, inputs), strict=False):
+            self._values[output] = result
 
     def _infer(self, node: ir.Node) -> None:
         out = node.outputs[0]
@@ -208,7 +201,7 @@ class Probe:
         elif node.op_type in TO_BOOL:
             self._dtypes[out] = onnx.TensorProto.BOOL
         else:
-            source = node.inputs[1 if node.op_type in ("Where", "CastLike") else 0]
+            source = argument(node, 1 if node.op_type in ("Where", "CastLike") else 0)
             self._dtypes[out] = helper.np_dtype_to_tensor_dtype(self.dtype(source))
 
     def _infer_generic(self, node: ir.Node) -> None:
@@ -217,17 +210,19 @@ class Probe:
             schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
         except onnx.defs.SchemaError:
             raise UnsupportedModel(f"operator {node.domain or 'ai.onnx'}.{node.op_type} (node {node.name}) is not known: {HELP}") from None
-        types, data = {}, {}
+        types: dict[str, onnx.TypeProto] = {}
+        data: dict[str, onnx.TensorProto] = {}
         for i, value in enumerate(node.inputs):
             if value is None:
                 continue
+            name = str(value.name)
             if value in self._values:
                 array = self._values[value]
-                types[value.name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+                types[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
                 if i in SHAPE_INPUTS.get(node.op_type, ()):
-                    data[value.name] = numpy_helper.from_array(array)
+                    data[name] = numpy_helper.from_array(array)
             else:
-                types[value.name] = helper.make_tensor_type_proto(self._dtypes.get(value, onnx.TensorProto.FLOAT), self._shapes[value])
+                types[name] = helper.make_tensor_type_proto(self._dtypes.get(value, onnx.TensorProto.FLOAT), self._shapes[value])
         try:
             found = onnx.shape_inference.infer_node_outputs(
                 schema, proto, types, data, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10
@@ -235,7 +230,7 @@ class Probe:
         except Exception as error:
             raise UnsupportedModel(f"node {node.name} ({node.op_type}) does not fit its inputs ({error}): export the model again") from None
         for output in node.outputs:
-            kind = found.get(output.name)
+            kind = found.get(str(output.name))
             if kind is None:
                 continue
             dims = kind.tensor_type.shape.dim
@@ -243,9 +238,6 @@ class Probe:
                 raise NotConcrete(f"the shape of {output.name} ({node.op_type})")
             self._shapes[output] = tuple(dim.dim_value for dim in dims)
             self._dtypes[output] = kind.tensor_type.elem_type
-
-
-HELP = "export with the standard ONNX operators, or with onnxruntime-genai's"
 
 
 def past_shape(value: ir.Value, batch: int, past: int) -> tuple[int, ...]:
@@ -275,86 +267,3 @@ def past_axis(value: ir.Value) -> int:
         if node.op_type == "Concat" and len(node.inputs) == 2:
             return int(node.attributes["axis"].value) % rank
     return rank - 2
-
-
-def _reference(node: ir.Node, inputs: list[Array | None]) -> list[Array]:
-    evaluator = node.meta.get("mesh.evaluator")
-    if evaluator is None:
-        try:
-            evaluator = ReferenceEvaluator(ir.to_proto(node), opsets={"": OPSET})
-        except Exception:
-            raise UnsupportedModel(f"operator {node.domain or 'ai.onnx'}.{node.op_type} (node {node.name}) is not known: {HELP}") from None
-        node.meta["mesh.evaluator"] = evaluator
-    feeds = {v.name: array for v, array in zip(node.inputs, inputs, strict=True) if v is not None}
-    try:
-        return list(evaluator.run(None, feeds))
-    except (IndexError, ValueError, RuntimeError, TypeError) as error:
-        raise NotConcrete(f"{node.op_type} {node.name}: {error}") from None
-
-
-def _cast(node: ir.Node, x: Array) -> Array:
-    return x.astype(ir.DataType(node.attributes["to"].value).numpy())
-
-
-def _divide(_: ir.Node, a: Array, b: Array) -> Array:
-    if a.dtype.kind in "iu":
-        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))).astype(a.dtype)
-    return a / b
-
-
-def _gather(node: ir.Node, x: Array, indices: Array) -> Array:
-    axis = node.attributes["axis"].value if "axis" in node.attributes else 0
-    try:
-        return np.take(x, indices, axis=axis)
-    except IndexError as error:
-        raise NotConcrete(str(error)) from None
-
-
-def _gather_nd(node: ir.Node, x: Array, indices: Array) -> Array:
-    if "batch_dims" in node.attributes and node.attributes["batch_dims"].value:
-        return _reference(node, [x, indices])[0]
-    try:
-        return x[tuple(np.moveaxis(indices, -1, 0))]
-    except IndexError as error:
-        raise NotConcrete(str(error)) from None
-
-
-def _reshape(node: ir.Node, x: Array, target: Array) -> Array:
-    keep = not ("allowzero" in node.attributes and node.attributes["allowzero"].value)
-    dims = [x.shape[i] if dim == 0 and keep else int(dim) for i, dim in enumerate(target)]
-    if x.size == 0 and -1 in dims:
-        # numpy cannot deduce a dimension of an empty array
-        known = int(np.prod([dim for dim in dims if dim > 0]))
-        rest = int(np.prod([dim for dim in x.shape if dim > 0]))
-        dims = [rest // max(known, 1) if dim == -1 else dim for dim in dims]
-    return x.reshape(dims)
-
-
-def _squeeze(_: ir.Node, x: Array, axes: Array | None = None) -> Array:
-    return np.squeeze(x, tuple(int(a) for a in axes) if axes is not None else None)
-
-
-def _transpose(node: ir.Node, x: Array) -> Array:
-    return np.transpose(x, node.attributes["perm"].value if "perm" in node.attributes else None)
-
-
-def _concat(node: ir.Node, *arrays: Array) -> Array:
-    return np.concatenate(arrays, axis=node.attributes["axis"].value)
-
-
-def _binary(function: Callable[..., Any]) -> Callable[..., Array]:
-    return lambda node, a, b: np.asarray(function(a, b))
-
-
-# the operators that shape, position and mask arithmetic is made of; any other goes to onnx's reference implementation
-FAST: dict[str, Callable[..., Array]] = {
-    "Add": _binary(np.add), "Sub": _binary(np.subtract), "Mul": _binary(np.multiply), "Div": _divide,
-    "Equal": _binary(np.equal), "Less": _binary(np.less), "LessOrEqual": _binary(np.less_equal), "Greater": _binary(np.greater),
-    "GreaterOrEqual": _binary(np.greater_equal), "And": _binary(np.logical_and), "Or": _binary(np.logical_or),
-    "Not": lambda node, x: np.logical_not(x), "Where": lambda node, c, a, b: np.where(c, a, b).astype(a.dtype),
-    "Cast": _cast, "Gather": _gather, "GatherND": _gather_nd, "Reshape": _reshape, "Squeeze": _squeeze,
-    "Unsqueeze": lambda node, x, axes: np.expand_dims(x, tuple(int(a) for a in axes)),
-    "Expand": lambda node, x, shape: np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(d) for d in shape))),
-    "Concat": _concat, "Transpose": _transpose, "Range": lambda node, a, b, c: np.arange(a, b, c, dtype=a.dtype),
-    "MatMul": lambda node, a, b: np.matmul(a, b), "Identity": lambda node, x: x,
-}  # fmt: skip

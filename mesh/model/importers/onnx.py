@@ -19,6 +19,7 @@ from mesh.model.attention import BATCH, CHUNK, PAST, Island, find_islands
 from mesh.model.blocks import BlockWriter, GraphBuilder
 from mesh.model.cut import DataPath, find_cuts
 from mesh.model.emit import Emitter, Part
+from mesh.model.evaluate import NotConcrete
 from mesh.model.graph import DecoderGraph, load
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, block_name
 from mesh.model.mask import MaskReader, ScoreRule
@@ -47,6 +48,15 @@ class OnnxSource:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        try:
+            self._analyse(file)
+        except NotConcrete as error:
+            raise UnsupportedModel(
+                f"{file}: {error} depends on the tokens: export without data-dependent shapes (experts as batched products, "
+                "such as experts_implementation='batched_mm' of transformers)"
+            ) from None
+
+    def _analyse(self, file: Path) -> None:
         self.graph: DecoderGraph = load(file)
         self._config = _read_config(file)
         self.islands: list[Island] = find_islands(self.graph)
@@ -110,7 +120,7 @@ class OnnxSource:
         """The graph of one block."""
         builder = GraphBuilder(part.name, options)
         emitter = Emitter(self._path, self._inputs, builder, part, self._type)
-        hidden = ["batch", "chunk", self.hidden_size]
+        hidden: list[int | str] = ["batch", "chunk", self.hidden_size]
         out = "logits" if part.end is self.graph.logits else "hidden_out"
         emitter.emit(out)
         if part.start is None:
@@ -126,7 +136,7 @@ class OnnxSource:
             cache = self.cache[self._cut.values.index(part.start)]
             builder.input("write_indices", ["batch"], TensorProto.INT64)
             for which, width in (("key", cache.key_dim), ("value", cache.value_dim)):
-                shape = ["batch", cache.kv_heads, "cache", width]
+                shape: list[int | str] = ["batch", cache.kv_heads, "cache", width]
                 builder.input(f"past_{which}", shape)
                 builder.output(f"present_{which}", shape)
         return builder

@@ -1,0 +1,43 @@
+"""Unpack onnxruntime's quantized weights to the signed codes of DequantizeLinear: code - 2**(bits - 1), so no zero point is the default one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["unpack_matmul_nbits", "unpack_rows"]
+
+Array = npt.NDArray[Any]
+
+
+def unpack_matmul_nbits(packed: Array, bits: int, columns: int, rows: int) -> Array:
+    """Codes or zero points of MatMulNBits, packed by output column, as int4 or int8 [rows, columns].
+
+    packed: uint8 [columns, blocks, bytes], or [columns * bytes] for zero points; the low half of a byte comes first and a
+    column is filled up to whole bytes.
+    """
+    codes = _unpack(np.ascontiguousarray(packed).view(np.uint8).reshape(columns, -1), bits)[:, :rows]
+    return codes.T.astype(ml_dtypes.int4 if bits == 4 else np.int8)
+
+
+def unpack_rows(table: Array, bits: int, width: int) -> Array:
+    """Codes or zero points of GatherBlockQuantized as int8 [rows, width]: uint8 packed along a row, or one 4-bit element each."""
+    if table.dtype == np.uint8:
+        return _unpack(table.reshape(table.shape[0], -1), bits)[:, :width]
+    if table.dtype == ml_dtypes.uint4:
+        return table.astype(np.int8) - np.int8(8)
+    return table.astype(np.int8)
+
+
+def _unpack(packed: Array, bits: int) -> Array:
+    """int8 codes [rows, n] around zero."""
+    if bits == 8:
+        return (packed.astype(np.int16) - 128).astype(np.int8)
+    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
+    codes[:, 0::2] = packed & 15
+    codes[:, 1::2] = packed >> 4
+    codes -= 8
+    return codes
