@@ -76,6 +76,14 @@ class Pipeline:
         for stage in self.stages:
             stage.warm_up(progress)
 
+    def compile_for(
+        self, prompt_length: int, max_tokens: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    ) -> None:
+        """Compile only what one request of this size runs."""
+        for index, stage in enumerate(self.stages):
+            progress(f"compile stage {index}", index, len(self.stages))
+            stage.compile_for(prompt_length, max_tokens)
+
     def prefill(self, row: int, start: int, tokens: np.ndarray) -> Token:
         """One chunk of one row through every stage; the token sampled after it."""
         hidden: np.ndarray | None = None

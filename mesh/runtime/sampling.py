@@ -176,7 +176,9 @@ def _filter(scaled: Any, top_k: Any, top_p: Any, min_p: Any) -> Any:
     weights = jnp.where((weights >= k_threshold) | (top_k == 0), weights, 0.0)
     # The largest threshold whose tokens together weigh top_p of the rest.
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    p_threshold = _largest(lambda t: jnp.sum(jnp.where(weights >= t, weights, 0.0), axis=-1, keepdims=True) >= top_p * total, weights.shape[0])
+    p_threshold = _largest(
+        lambda t: jnp.sum(jnp.where(weights >= t, weights, 0.0), axis=-1, keepdims=True) >= top_p * total, weights.shape[0]
+    )
     weights = jnp.where((weights >= p_threshold) | (top_p >= 1), weights, 0.0)
     weights = jnp.where(weights >= min_p, weights, 0.0)
     return jnp.where(weights > 0, scaled, -jnp.inf)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,7 @@ class Stage:
         self.counters = Counters()
         self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
         graphs = [block.lowered for block in blocks]
-        self.program = Program(
-            embed=graphs.pop(0) if self.first else None, head=graphs.pop() if self.last else None, layers=tuple(graphs)
-        )
+        self.program = Program(embed=graphs.pop(0) if self.first else None, head=graphs.pop() if self.last else None, layers=tuple(graphs))
         self._weights = tuple(block.weights for block in blocks)
         self._table = RowTable(config.rows)
         self._dtype = np.dtype(_DTYPES[manifest.hidden.dtype])
@@ -123,9 +121,7 @@ class Stage:
         embed = layers.start == 0 if config.embed is None else config.embed
         head = layers.stop == manifest.layers if config.head is None else config.head
         context = min(config.context or manifest.context_length, manifest.context_length)
-        config = StageConfig(
-            layers, embed, head, config.rows, context, config.chunk, config.max_memory_bytes, config.checksums
-        )
+        config = StageConfig(layers, embed, head, config.rows, context, config.chunk, config.max_memory_bytes, config.checksums)
         need = predict(manifest, layers, embed=embed, head=head, rows=config.rows, context=context, chunk=config.chunk)
         allowed = config.max_memory_bytes
         if allowed is not None and need.total_bytes > allowed:
@@ -155,6 +151,18 @@ class Stage:
             self._executable(*key)
         progress("compiled", len(wanted), len(wanted))
 
+    def compile_for(self, prompt_length: int, max_tokens: int) -> None:
+        """Compile the programs of one request alone: its prefill chunks, then decode steps of one row."""
+        chunk = self.buckets.chunks[-1]
+        for start in range(0, prompt_length, chunk):
+            count = min(chunk, prompt_length - start)
+            self._executable("prefill", self.buckets.chunk(start, count), Buckets.fit(self.buckets.lengths, start + count))
+        for size in self.buckets.lengths:
+            if size >= Buckets.fit(self.buckets.lengths, prompt_length) and max_tokens > 1:
+                self._executable("decode", self.buckets.rows[0], size)
+            if size >= prompt_length + max_tokens:
+                break
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def open(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
@@ -180,7 +188,9 @@ class Stage:
         while done < len(tokens):
             size = self.buckets.chunk(start + done, len(tokens) - done)
             count = min(size, len(tokens) - done)
-            result = self._prefill_chunk(row, start + done, tokens[done : done + count], None if hidden is None else hidden[done : done + count], size)
+            result = self._prefill_chunk(
+                row, start + done, tokens[done : done + count], None if hidden is None else hidden[done : done + count], size
+            )
             if not self.last:
                 pieces.append(np.asarray(result)[:count])
             done += count
@@ -190,7 +200,9 @@ class Stage:
         self.counters.prefill_s += time.perf_counter() - began
         return answer
 
-    def decode(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | list[Token]:
+    def decode(
+        self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray, hidden: np.ndarray | None = None
+    ) -> np.ndarray | list[Token]:
         """One step of a wave: tokens [n] (and hidden [n, D] unless this is the first stage) of `rows` [n] at `positions` [n].
 
         Returns hidden [n, D] in the same order, or on the last stage n tokens. Rows that are not named stay as they are.

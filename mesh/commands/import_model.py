@@ -1,0 +1,68 @@
+"""`mesh import`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from mesh.commands.progress import progress_bar
+from mesh.model.manifest import Manifest
+from mesh.units import format_bytes, format_count, format_seconds
+
+__all__ = ["add_parser", "import_command"]
+
+_DESCRIPTION = """\
+Turn an exported ONNX decoder, a Hugging Face directory (config.json + safetensors) or a GGUF file into a model directory:
+one standard ONNX block a layer, verified against onnxruntime. Nothing is left on disk if anything goes wrong."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("import", help="make a model directory from ONNX, safetensors or GGUF", description=_DESCRIPTION)
+    parser.add_argument("source", metavar="SRC", type=Path, help=".onnx or .gguf file, or a Hugging Face directory")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the model directory to make")
+    parser.add_argument("--name", help="default: the source's; letters, digits, - and _")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the arithmetic and the KV cache")
+    parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), default=32, help="stored width of the weights (quantization_bits)")
+    parser.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale, at 8 and 4 bits")
+    parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=import_command)
+
+
+def import_command(args: argparse.Namespace) -> int:
+    from mesh.model.importing import import_model
+    from mesh.model.source import ImportOptions
+    from mesh.runtime.device import prepare
+
+    prepare()
+    options = ImportOptions(dtype=args.dtype, bits=args.bits, group_size=args.group_size)
+    began = time.perf_counter()
+    with progress_bar(quiet=args.quiet) as progress:
+        manifest = import_model(args.source, args.out, options, name=args.name, report=args.report, force=args.force, progress=progress)
+    _describe(manifest, args.out, time.perf_counter() - began)
+    return 0
+
+
+def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
+    parameters = sum(block.parameters for block in manifest.blocks)
+    stored = sum(block.weight_bytes for block in manifest.blocks)
+    weights = manifest.weights
+    width = f"{weights.bits}-bit" + (f", groups of {weights.group_size}" if weights.group_size else "")
+    report = manifest.report
+    print(f"{manifest.name} ({manifest.architecture}) in {out}, {format_seconds(seconds)}")
+    print(f"  {manifest.layers} layers, {format_count(parameters)} parameters, {format_bytes(stored)} of {width} weights")
+    print(f"  context {manifest.context_length:,} tokens, vocabulary {manifest.vocab_size:,}, {manifest.hidden.dtype} arithmetic")
+    checked = f"  verified over {report['positions']} positions"
+    if report.get("oracle_error") is not None:
+        checked += f": blocks equal onnxruntime's to {report['oracle_error']:.1e}"
+    if "source_error" in report:
+        checked += f", logits the source's to {report['source_error']:.1e}, {report['source_greedy_equal']:.0%} of greedy tokens equal"
+    print(checked)
+    if "perplexity" in report:
+        print(
+            f"  perplexity {report['perplexity']:.3f} where 32-bit weights have {report['perplexity_float32']:.3f}; "
+            f"relative error of the logits {report['logits_error_float32']:.2g} ({report['tokens']} tokens)"
+        )

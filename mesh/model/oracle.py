@@ -1,0 +1,137 @@
+"""Outside oracles: stock onnxruntime, on a model's source and on its blocks. Needs the `import` extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mesh.errors import ConfigError, CorruptModel, UnsupportedModel
+
+__all__ = ["OrtBlock", "OrtSource", "session"]
+
+Array = npt.NDArray[Any]
+
+
+def session(model: Path | bytes) -> Any:
+    """An onnxruntime session on the CPU. Weights stay mapped files: no packed copies. UnsupportedModel if it cannot run the model."""
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise ConfigError("this needs onnxruntime: install it with `pip install 'stagemesh[import]'`") from None
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = False
+    try:
+        return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a class of its own for each status; each says why in its first line
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModel(f"onnxruntime cannot run {model if isinstance(model, Path) else 'the graph'}: {reason}") from None
+
+
+class OrtBlock:
+    """One block in stock onnxruntime, with a static cache of `slots` for one row."""
+
+    def __init__(
+        self, directory: Path, name: str, *, slots: int = 0, cache: tuple[tuple[int, int], tuple[int, int]] | None = None, dtype: Any = None
+    ):
+        self._session = session(Path(directory) / f"{name}.onnx")
+        self.inputs = {item.name for item in self._session.get_inputs()}
+        self.output = "logits" if name == "head" else "hidden_out"
+        self._past: dict[str, Array] = {}
+        if cache is not None:
+            for which, (heads, width) in zip(("key", "value"), cache, strict=True):
+                self._past[which] = np.zeros((1, heads, slots, width), dtype)
+
+    def run(self, x: Array, start: int) -> Array:
+        """x: token ids [T] for embed, hidden [T, D] otherwise, at positions from `start` -> hidden [T, D] or logits [T, V]."""
+        positions = np.arange(start, start + len(x), dtype=np.int64)[None]
+        given = {
+            "input_ids": x[None],
+            "hidden_in": x[None],
+            "position_ids": positions,
+            "write_indices": np.array([start], np.int64),
+            **{f"past_{which}": array for which, array in self._past.items()},
+        }
+        names = [self.output, *(f"present_{which}" for which in self._past)]
+        results = self._session.run(names, {name: given[name] for name in self.inputs})
+        for which, array in zip(self._past, results[1:], strict=True):
+            self._past[which] = array
+        return np.asarray(results[0][0])
+
+
+class OrtSource:
+    """An exported decoder in stock onnxruntime, one row, its own cache if it has one."""
+
+    def __init__(self, file: Path, roles: dict[str, str], logits: str) -> None:
+        """`roles`: graph input name -> input_ids, attention_mask, position_ids, cache_position, token_type_ids or past."""
+        self._session = session(file)
+        self._logits = logits
+        self._roles = roles
+        self._inputs = self._session.get_inputs()
+        self._outputs = [item.name for item in self._session.get_outputs()]
+        self.has_past = "past" in roles.values()
+
+    def logits(self, tokens: Array) -> Array:
+        """The whole sequence at once, no past: tokens [T] -> [T, V] float32."""
+        results = self._session.run([self._logits], self._feed(tokens))
+        return np.asarray(results[0][0], np.float32)
+
+    def greedy(self, prompt: Array, count: int) -> Array:
+        """prompt [T] and the `count` tokens that greedy decoding adds -> [T + count]."""
+        tokens = np.asarray(prompt, np.int64)
+        for _ in range(count):
+            tokens = np.append(tokens, self.logits(tokens)[-1].argmax())
+        return tokens
+
+    def _feed(self, tokens: Array) -> dict[str, Array]:
+        length = len(tokens)
+        feed = {}
+        for item in self._inputs:
+            role = self._roles.get(item.name)
+            dtype = _ORT_TYPES.get(item.type)
+            if role is None and item.name in _SWITCHES and dtype is not None:
+                feed[item.name] = np.full([dim if isinstance(dim, int) else 1 for dim in item.shape], _SWITCHES[item.name], dtype)
+                continue
+            if role is None or dtype is None:
+                raise UnsupportedModel(f"input {item.name} of the source ({item.type}) is of no known use")
+            if role == "past":
+                shape = [dim if isinstance(dim, int) else 1 if axis == 0 else 0 for axis, dim in enumerate(item.shape)]
+                feed[item.name] = np.zeros(shape, dtype)
+                continue
+            value = {
+                "input_ids": tokens[None],
+                "attention_mask": np.ones((1, length)),
+                "position_ids": np.arange(length)[None],
+                "cache_position": np.arange(length),
+                "token_type_ids": np.zeros((1, length)),
+            }.get(role)
+            if value is None:
+                raise UnsupportedModel(f"input {item.name} of the source has the unknown role {role}")
+            feed[item.name] = value.astype(dtype)
+        return feed
+
+
+def open_oracle(file: Path, roles: dict[str, str], logits: str) -> OrtSource:
+    """OrtSource, CorruptModel if onnxruntime refuses the file."""
+    try:
+        return OrtSource(file, roles, logits)
+    except UnsupportedModel as error:
+        raise CorruptModel(f"{error}; check that the source runs in onnxruntime before importing it") from None
+
+
+# Inputs of optimum's merged decoders: the branch with a past, the logits of every position.
+_SWITCHES = {"use_cache_branch": 1, "num_logits_to_keep": 0, "logits_to_keep": 0}
+
+_ORT_TYPES: dict[str, Any] = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bool)": np.bool_,
+    "tensor(double)": np.float64,
+}
