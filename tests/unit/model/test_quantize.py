@@ -82,7 +82,7 @@ OPTIONS = [
     ImportOptions(bits=8),
     ImportOptions(bits=8, group_size=16),
     ImportOptions(bits=4),
-    ImportOptions("float16", bits=4, group_size=16),
+    ImportOptions(bits=4, group_size=16),
 ]
 
 

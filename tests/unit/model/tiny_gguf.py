@@ -8,14 +8,16 @@ from typing import Any
 import gguf
 import numpy as np
 
+MERGES = ["a b", "Ġ a"]
 ARCHITECTURES = {"llama": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
 
 
 def byte_vocabulary(size: int) -> list[str]:
-    """Byte-level tokens, padded to `size` with control tokens."""
+    """Byte-level tokens, what MERGES make of them, and control tokens up to `size`."""
     visible = [chr(c) for c in range(33, 127)] + [chr(c) for c in range(161, 173)] + [chr(c) for c in range(174, 256)]
     letters = visible + [chr(256 + n) for n in range(256 - len(visible))]
-    return (letters + [f"<pad{n}>" for n in range(size)])[:size]
+    merged = [merge.replace(" ", "") for merge in MERGES]
+    return (letters + merged + [f"<pad{n}>" for n in range(size)])[:size]
 
 
 def write_gguf(path: Path, model: Any, kind: gguf.GGMLQuantizationType | None = None, extra: dict[str, np.ndarray] | None = None) -> None:
@@ -50,8 +52,8 @@ def write_gguf(path: Path, model: Any, kind: gguf.GGMLQuantizationType | None = 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(byte_vocabulary(config.vocab_size))
-    writer.add_token_types([1 if n < 256 else 3 for n in range(config.vocab_size)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([1 if n < 256 + len(MERGES) else 3 for n in range(config.vocab_size)])
+    writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
