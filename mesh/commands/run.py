@@ -59,7 +59,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.model.manifest import Manifest
     from mesh.model.tokenizer import Tokenizer
     from mesh.runtime.device import prepare
-    from mesh.runtime.generate import Pipeline, check_request
+    from mesh.runtime.generate import Generation, Pipeline, check_request
     from mesh.runtime.sampling import SamplingParams
 
     prepare()
@@ -94,20 +94,19 @@ def run_command(args: argparse.Namespace) -> int:
     stop = () if args.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
     text = tokenizer.stream() if tokenizer is not None else None
     pieces = []
-    generation = None
-    for token, generation in pipeline.generate(prompt, params, max_tokens=args.max_tokens, stop_ids=stop):
+    generation = Generation()
+    for token in pipeline.generate(prompt, params, max_tokens=args.max_tokens, stop_ids=stop, into=generation):
         piece = text.push(token.id) if text is not None else f"{token.id} "
         pieces.append(piece)
         if not args.json:
             print(piece, end="", flush=True)
-    assert generation is not None
     if text is not None:
         pieces.append(text.finish())
         if not args.json:
             print(pieces[-1], end="")
     median = float(np.median(generation.step_s)) if generation.step_s else 0.0
     if args.json:
-        answer = {
+        answer: dict[str, Any] = {
             "tokens": generation.ids,
             "text": "".join(pieces) if text is not None else None,
             "finish_reason": generation.finish_reason,

@@ -99,7 +99,7 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
     of tiny calls, and their operands would have to be copied out of the cache first.
     """
     batch, q_heads, tokens, dim = q.shape
-    _, heads, length, value_dim = values.shape
+    _, heads, _, value_dim = values.shape
     group = q_heads // heads
     q32 = q.astype(jnp.float32).reshape(batch, heads, group, tokens, dim) * scale
     bias = _bias(mask, heads, group)  # [B or 1, Hkv or 1, G or 1, T, L]

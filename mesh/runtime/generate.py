@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def even_ranges(layers: int, shards: int) -> list[LayerRange]:
     bounds = [0]
     for index in range(shards):
         bounds.append(bounds[-1] + layers // shards + (1 if index < layers % shards else 0))
-    return [LayerRange(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [LayerRange(a, b) for a, b in pairwise(bounds)]
 
 
 class Pipeline:
@@ -115,32 +116,37 @@ class Pipeline:
         return token
 
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int, stop_ids: Sequence[int] = (), row: int = 0
-    ) -> Iterator[tuple[Token, Generation]]:
-        """Tokens of one request as they come, each with the generation so far. A stop token ends it and is not given."""
-        generation = Generation()
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+        row: int = 0,
+        into: Generation | None = None,
+    ) -> Iterator[Token]:
+        """Tokens of one request as they come; `into` is filled in meanwhile. A stop token ends it and is not given."""
+        generation = Generation() if into is None else into
         began = time.perf_counter()
         token = self.start(row, prompt, params, max_tokens=max_tokens)
         generation.prefill_s = time.perf_counter() - began
-        position = len(prompt)
         rows = np.array([row], np.int32)
-        while True:
+        for position in range(len(prompt), len(prompt) + max_tokens):
             if token.id in stop_ids:
                 generation.finish_reason = "stop"
-                break
+                return
             generation.tokens.append(token)
-            yield token, generation
-            if len(generation.tokens) >= max_tokens:
-                break
+            yield token
+            if len(generation.tokens) == max_tokens:
+                return
             began = time.perf_counter()
             token = self.decode(rows, np.array([position]), np.array([token.id]))[0]
             generation.step_s.append(time.perf_counter() - began)
-            position += 1
 
     def complete(self, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int, stop_ids: Sequence[int] = ()) -> Generation:
         """`generate` to its end."""
         generation = Generation()
-        for _, generation in self.generate(prompt, params, max_tokens=max_tokens, stop_ids=stop_ids):
+        for _ in self.generate(prompt, params, max_tokens=max_tokens, stop_ids=stop_ids, into=generation):
             pass
         return generation
 

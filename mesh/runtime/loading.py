@@ -16,6 +16,7 @@ from mesh.errors import CorruptModel
 from mesh.lowering import Lowered, lower
 from mesh.lowering.weights import Forms, PackedWeight, pack, pack_nibbles
 from mesh.model.manifest import block_name
+from mesh.runtime.canonical import canonical
 from mesh.types import LayerRange
 
 __all__ = ["Block", "block_names", "load_block"]
@@ -23,9 +24,10 @@ __all__ = ["Block", "block_names", "load_block"]
 
 @dataclass(frozen=True)
 class Block:
-    """One lowered block and its weights on the device."""
+    """One lowered block, under canonical names, and its weights on the device. Blocks of equal `signature` are one program."""
 
     name: str
+    signature: str
     lowered: Lowered
     weights: dict[str, Any]
 
@@ -51,7 +53,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Forms] | None = None) -> Block:
     """Read one block; `forms` chooses the product forms of each packed weight (None: the defaults)."""
     path = Path(directory) / f"{name}.onnx"
-    lowered = lower(read_model(path), base_dir=path.parent)
+    signature, lowered = canonical(lower(read_model(path), base_dir=path.parent))
     packable = _matmul_weights(lowered)
     weights: dict[str, Any] = {}
     for key, array in lowered.weights.items():
@@ -61,7 +63,7 @@ def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Fo
         packed = lowered.packed.get(key)
         weight = pack(array) if packed is None else pack_nibbles(array, packed)
         weights[key] = weight if forms is None else weight.with_forms(forms(weight))
-    return Block(name, lowered, weights)
+    return Block(name, signature, lowered, weights)
 
 
 def _matmul_weights(lowered: Lowered) -> set[str]:

@@ -88,6 +88,14 @@ class RowTable:
         top_k = min(params.top_k, 2**31 - 1)
         self.ints[row] = [top_k, low, high, prompt_length, -1 if params.logprobs is None else params.logprobs]
 
+    def only(self, rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(floats, ints) of a wave of `size` rows in which just `rows` ask for anything; the others are greedy."""
+        floats, ints = np.zeros((size, len(self.FLOATS)), np.float32), np.zeros((size, len(self.INTS)), np.int32)
+        floats[:, 1] = floats[:, 3] = 1.0
+        ints[:, -1] = -1
+        floats[rows], ints[rows] = self.floats[rows], self.ints[rows]
+        return floats, ints
+
 
 class Sampled(NamedTuple):
     """tokens [B] int32; logprob [B] float32 of the chosen token; top_tokens, top_logprobs [B, MAX_LOGPROBS].

@@ -15,11 +15,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -31,8 +30,9 @@ from mesh.model.manifest import Manifest
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
 from mesh.runtime.loading import Block, block_names, load_block
+from mesh.runtime.programs import Bucket, Programs, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
-from mesh.runtime.step import LayerCache, Program, State
+from mesh.runtime.step import LayerCache
 from mesh.types import LayerRange
 from mesh.units import format_bytes
 
@@ -96,13 +96,15 @@ class Stage:
         self.need = need
         self.counters = Counters()
         self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
-        graphs = [block.lowered for block in blocks]
-        self.program = Program(embed=graphs.pop(0) if self.first else None, head=graphs.pop() if self.last else None, layers=tuple(graphs))
-        self._weights = tuple(block.weights for block in blocks)
+        inner = list(blocks)
+        embed = inner.pop(0) if self.first else None
+        head = inner.pop() if self.last else None
+        self.programs = Programs(embed, inner, head)
         self._table = RowTable(config.rows)
         self._dtype = np.dtype(_DTYPES[manifest.hidden.dtype])
-        self._state = self._fresh_state()
-        self._compiled: dict[tuple[str, int, int], Any] = {}
+        slots = self.context + SLACK
+        self._caches = [self._fresh_cache(layer, slots) for layer in self.layers]
+        self._history: Any = jnp.zeros((self.rows, slots), jnp.int32) if self.last else None  # input tokens by position
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -144,24 +146,21 @@ class Stage:
 
     def warm_up(self, progress: Progress = lambda what, done, total: None) -> None:
         """Compile every program the buckets allow. Idempotent."""
-        wanted = [key for key in self._programs() if key not in self._compiled]
-        for index, key in enumerate(wanted):
-            kind, size, length = key
-            progress(f"compile {kind} {size} x {length}", index, len(wanted))
-            self._executable(*key)
+        wanted = list(self._buckets())
+        for index, bucket in enumerate(wanted):
+            progress(f"compile {bucket}", index, len(wanted))
+            self._compile(bucket)
         progress("compiled", len(wanted), len(wanted))
 
     def compile_for(self, prompt_length: int, max_tokens: int) -> None:
         """Compile the programs of one request alone: its prefill chunks, then decode steps of one row."""
         chunk = self.buckets.chunks[-1]
         for start in range(0, prompt_length, chunk):
-            count = min(chunk, prompt_length - start)
-            self._executable("prefill", self.buckets.chunk(start, count), Buckets.fit(self.buckets.lengths, start + count))
-        for size in self.buckets.lengths:
-            if size >= Buckets.fit(self.buckets.lengths, prompt_length) and max_tokens > 1:
-                self._executable("decode", self.buckets.rows[0], size)
-            if size >= prompt_length + max_tokens:
-                break
+            self._compile(self._prefill_bucket(start, min(chunk, prompt_length - start)))
+        longest = Buckets.fit(self.buckets.lengths, min(prompt_length + max_tokens, self.context))
+        for length in self.buckets.lengths:
+            if max_tokens > 1 and Buckets.fit(self.buckets.lengths, prompt_length + 1) <= length <= longest:
+                self._compile(Bucket(False, self.buckets.rows[0], length))
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -186,13 +185,12 @@ class Stage:
         result: Any = None
         done = 0
         while done < len(tokens):
-            size = self.buckets.chunk(start + done, len(tokens) - done)
-            count = min(size, len(tokens) - done)
-            result = self._prefill_chunk(
-                row, start + done, tokens[done : done + count], None if hidden is None else hidden[done : done + count], size
-            )
+            bucket = self._prefill_bucket(start + done, len(tokens) - done)
+            count = min(bucket.size, len(tokens) - done)
+            piece = slice(done, done + count)
+            result = self._prefill_chunk(row, start + done, tokens[piece], None if hidden is None else hidden[piece], bucket)
             if not self.last:
-                pieces.append(np.asarray(result)[:count])
+                pieces.append(result[:count])
             done += count
         answer = self._token(result, 0, row) if self.last else pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         self.counters.prefill_steps += 1
@@ -222,22 +220,23 @@ class Stage:
         began = time.perf_counter()
         size = Buckets.fit(self.buckets.rows, high + 1)
         length = Buckets.fit(self.buckets.lengths, last + 1)
-        wave_tokens = np.zeros(size, np.int32)
-        wave_positions = np.zeros(size, np.int32)
+        wave_tokens = np.zeros((size, 1), np.int32)
+        wave_positions = np.zeros((size, 1), np.int32)
         writes = np.full(size, self.context + SLACK - 1, np.int32)  # the slot nobody sees
-        wave_tokens[rows], wave_positions[rows], writes[rows] = tokens, positions, positions
-        x = self._no_hidden(size)
+        wave_tokens[rows, 0], wave_positions[rows, 0], writes[rows] = tokens, positions, positions
+        x = None
         if hidden is not None:
-            x = np.zeros((size, self.manifest.hidden.size), self._dtype)
-            x[rows] = hidden
-        run = self._executable("decode", size, length)
-        floats, ints = self._table.floats[:size], self._table.ints[:size]
-        self._state, result = run(self._weights, self._state, x, wave_tokens, wave_positions, writes, floats, ints)
+            x = np.zeros((size, 1, self.manifest.hidden.size), self._dtype)
+            x[rows, 0] = hidden
+        floats, ints = self._table.only(rows, size)
+        self._history, result = self.programs.run(
+            Bucket(False, size, length), self._caches, self._history, x, wave_tokens, wave_positions, writes, floats=floats, ints=ints
+        )
         if self.last:
-            host = Sampled(*(np.asarray(part) for part in result))
+            host = to_host(result)
             answer: Any = [self._token(host, int(row), int(row)) for row in rows]
         else:
-            answer = np.asarray(result)[rows]
+            answer = np.asarray(result)[rows, 0]
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(rows)
         self.counters.decode_s += time.perf_counter() - began
@@ -245,63 +244,42 @@ class Stage:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, size: int) -> Any:
-        count = len(tokens)
-        padded = np.zeros(size, np.int32)
-        padded[:count] = tokens
-        x = self._no_hidden(size)
+    def _prefill_bucket(self, start: int, count: int) -> Bucket:
+        """The bucket of a chunk; where its padding would overrun the row it holds fewer than `count` tokens."""
+        size = self.buckets.chunk(start, count)
+        return Bucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
+
+    def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: Bucket) -> Any:
+        count, size = len(tokens), bucket.size
+        padded = np.zeros((1, size), np.int32)
+        padded[0, :count] = tokens
+        positions = np.arange(start, start + size, dtype=np.int32)[None]
+        x = None
         if hidden is not None:
-            x = np.zeros((size, self.manifest.hidden.size), self._dtype)
-            x[:count] = hidden
-        length = Buckets.fit(self.buckets.lengths, start + count)
-        run = self._executable("prefill", size, length)
+            x = np.zeros((1, size, self.manifest.hidden.size), self._dtype)
+            x[0, :count] = hidden
         floats, ints = self._table.floats[row : row + 1], self._table.ints[row : row + 1]
-        scalars = (np.int32(row), np.int32(start), np.int32(count))
-        self._state, result = run(self._weights, self._state, x, padded, *scalars, floats, ints)
-        return Sampled(*(np.asarray(part) for part in result)) if self.last else result
+        self._history, result = self.programs.run(
+            bucket, self._caches, self._history, x, padded, positions, positions[:, 0], row=row, count=count, floats=floats, ints=ints
+        )
+        return to_host(result) if self.last else np.asarray(result)[0]
 
-    def _fresh_state(self) -> State:
-        slots = self.context + SLACK
-        caches = []
-        dtype = _DTYPES[self.manifest.cache_dtype]
-        for layer in self.layers:
-            info = self.manifest.cache[layer]
-            shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
-            caches.append(LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes)))
-        history = jnp.zeros((self.rows, slots) if self.last else (), jnp.int32)
-        return State(tuple(caches), history)
+    def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
+        info, dtype = self.manifest.cache[layer], _DTYPES[self.manifest.cache_dtype]
+        shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
+        return LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def _programs(self) -> Iterator[tuple[str, int, int]]:
+    def _buckets(self) -> Iterator[Bucket]:
+        """Every shape a step can have."""
         for length in self.buckets.lengths:
             for rows in self.buckets.rows:
-                yield ("decode", rows, length)
-            for chunk in self.buckets.chunks:
-                if chunk <= length or chunk == self.buckets.chunks[0]:
-                    yield ("prefill", chunk, length)
+                yield Bucket(False, rows, length)
+            for smaller, chunk in pairwise((0, *self.buckets.chunks)):
+                if length > smaller:
+                    yield Bucket(True, chunk, length)
 
-    def _executable(self, kind: str, size: int, length: int) -> Any:
-        key = (kind, size, length)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(*key)
-        return self._compiled[key]
-
-    def _compile(self, kind: str, size: int, length: int) -> Any:
-        def shape(dims: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(dims, dtype)
-
-        table_rows = size if kind == "decode" else 1
-        floats = shape((table_rows, self._table.floats.shape[1]), np.float32)
-        ints = shape((table_rows, self._table.ints.shape[1]))
-        x = shape(self._no_hidden(size).shape if self.first else (size, self.manifest.hidden.size), self._dtype)
-        vector, scalar = shape((size,)), shape(())
-        step = getattr(self.program, kind)
-        args = (x, vector, vector, vector, floats, ints) if kind == "decode" else (x, vector, scalar, scalar, scalar, floats, ints)
-        jitted = jax.jit(partial(step, length=length), donate_argnums=1)
-        return jitted.lower(self._weights, self._state, *args).compile()
-
-    def _no_hidden(self, size: int) -> np.ndarray:
-        """What a first stage is given for a hidden state it does not read: [size, 0]."""
-        return np.zeros((size, 0), self._dtype)
+    def _compile(self, bucket: Bucket) -> None:
+        self.programs.compile(bucket, self._caches, self._history, self.manifest.hidden.size, self._dtype)
 
     def _token(self, sampled: Sampled, index: int, row: int) -> Token:
         wanted = int(self._table.ints[row, -1])

@@ -1,16 +1,17 @@
-"""The two programs a stage runs, as pure functions of its weights and state.
+"""The programs a stage runs, as pure functions of weights, state and a step's input.
 
-    decode     one token for each of the rows 0 .. rows-1 of the wave
-    prefill    up to `chunk` tokens of one row
+    embed      token ids -> hidden state                            first stage
+    layers     a few consecutive layers, their caches updated       every stage, as often as its layers need
+    head       hidden state -> sampled tokens                       last stage
 
-A program runs the stage's blocks in order: embed if the stage is the first, its layers, and, if it is the last, the head and
-the sampler. State is donated: the caches are updated where they lie.
+Each takes either a decode step (one token for each of the rows 0 .. B-1 of a wave) or a prefill chunk (T tokens of one row).
+Layers run a few at a time, not all at once: groups of equal layers are one compiled program, so that the time to compile does
+not grow with depth, and a handful of calls a step is lost in its time. State is donated: caches are updated where they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,10 @@ from mesh.lowering import Lowered
 from mesh.runtime.cache import CacheView
 from mesh.runtime.sampling import Sampled, sample
 
-__all__ = ["LayerCache", "Program", "State"]
+__all__ = ["LayerCache", "embed", "group_sizes", "head_decode", "head_prefill", "layers"]
+
+GROUP_LAYERS = 6
+"""The most layers in one program."""
 
 
 class LayerCache(NamedTuple):
@@ -30,111 +34,94 @@ class LayerCache(NamedTuple):
     value: Any
 
 
-class State(NamedTuple):
-    """What a stage keeps between steps: a cache a layer, and on the last stage the input tokens by position [R, S] int32."""
+def group_sizes(count: int) -> list[int]:
+    """How many layers go into each program for a run of `count` equal ones: as equal as can be, so that few programs differ."""
+    groups = -(-count // GROUP_LAYERS)
+    return [count // groups + (1 if index < count % groups else 0) for index in range(groups)]
 
-    caches: tuple[LayerCache, ...]
-    history: Any
+
+def embed(block: Lowered, weights: Mapping[str, Any], tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """tokens, positions [B, T] -> hidden [B, T, D]."""
+    with jax.named_scope("embed"):
+        return _run(block, weights, {"input_ids": tokens, "position_ids": positions})["hidden_out"]
 
 
-@dataclass(frozen=True)
-class Program:
-    """The blocks of a stage as lowered graphs; hashable by identity, so it can be a static argument."""
+def layers(
+    blocks: Sequence[Lowered],
+    weights: Sequence[Mapping[str, Any]],
+    caches: Sequence[LayerCache],
+    hidden: jax.Array,
+    positions: jax.Array,
+    writes: jax.Array,
+    row: jax.Array,
+    *,
+    prefill: bool,
+    length: int,
+) -> tuple[tuple[LayerCache, ...], jax.Array]:
+    """hidden [B, T, D], positions [B, T], writes [B] -> the caches and hidden [B, T, D].
 
-    embed: Lowered | None
-    layers: tuple[Lowered, ...]
-    head: Lowered | None
+    `prefill`: B is 1 and the row is `row`; otherwise T is 1, the rows are 0 .. B-1 and `row` is not read. `length` slots are read.
+    """
+    given: dict[str, Any] = {"position_ids": positions, "write_indices": writes}
+    updated = []
+    for index, (block, own, cache) in enumerate(zip(blocks, weights, caches, strict=True)):
+        given["hidden_in"] = hidden
+        for which, array in (("past_key", cache.key), ("past_value", cache.value)):
+            given[which] = CacheView(array, row if prefill else None, hidden.shape[0], length)
+        with jax.named_scope(f"layer{index}"):
+            out = _run(block, own, given)
+        hidden = out["hidden_out"]
+        updated.append(LayerCache(out["present_key"].array, out["present_value"].array))
+    return tuple(updated), hidden
 
-    def decode(
-        self,
-        weights: Sequence[Mapping[str, Any]],
-        state: State,
-        x: jax.Array,
-        tokens: jax.Array,
-        positions: jax.Array,
-        writes: jax.Array,
-        floats: jax.Array,
-        ints: jax.Array,
-        *,
-        length: int,
-    ) -> tuple[State, jax.Array | Sampled]:
-        """One token a row. x [B, D] hidden (ignored by a first stage), tokens, positions, writes [B] int32; floats, ints are rows of
-        a RowTable. `length` slots are read. Returns hidden [B, D], or what was sampled."""
-        rows = positions.shape[0]
-        with jax.named_scope("decode"):
-            hidden, caches = self._blocks(
-                weights, state.caches, x[:, None], tokens[:, None], positions[:, None], writes, row=None, rows=rows, length=length
-            )
-        if self.head is None:
-            return State(caches, state.history), hidden[:, 0]
-        history = state.history.at[jnp.arange(rows), writes].set(tokens, mode="promise_in_bounds", unique_indices=True)
-        logits = self._logits(weights, hidden)
-        seen = jax.lax.slice(history, (0, 0), (rows, length))
-        return State(caches, history), sample(logits, floats, ints, seen, positions)
 
-    def prefill(
-        self,
-        weights: Sequence[Mapping[str, Any]],
-        state: State,
-        x: jax.Array,
-        tokens: jax.Array,
-        row: jax.Array,
-        start: jax.Array,
-        count: jax.Array,
-        floats: jax.Array,
-        ints: jax.Array,
-        *,
-        length: int,
-    ) -> tuple[State, jax.Array | Sampled]:
-        """`count` tokens of `row` at positions start .. start + count - 1, padded to the chunk. x [T, D], tokens [T]; floats [1, 6],
-        ints [1, 5]. Returns hidden [T, D], or what was sampled after the last token (arrays of one)."""
-        positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        with jax.named_scope("prefill"):
-            hidden, caches = self._blocks(
-                weights, state.caches, x[None], tokens[None], positions[None], start[None], row=row, rows=1, length=length
-            )
-        if self.head is None:
-            return State(caches, state.history), hidden[0]
-        history = jax.lax.dynamic_update_slice(state.history, tokens[None], (row, start))
-        last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)  # [1, 1, D]
-        seen = jax.lax.dynamic_slice(history, (row, 0), (1, length))
-        return State(caches, history), sample(self._logits(weights, last), floats, ints, seen, (start + count - 1)[None])
+def head_decode(
+    block: Lowered,
+    weights: Mapping[str, Any],
+    history: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    writes: jax.Array,
+    floats: jax.Array,
+    ints: jax.Array,
+    *,
+    length: int,
+) -> tuple[jax.Array, Sampled]:
+    """hidden [B, 1, D]; tokens, positions [B, 1]; writes [B]; history [R, S] of input tokens by position; floats, ints of a
+    RowTable -> the history and what was sampled for each row."""
+    rows = hidden.shape[0]
+    at = jnp.arange(rows)
+    history = history.at[at, writes].set(tokens[:, 0], mode="promise_in_bounds", unique_indices=True)
+    seen = jax.lax.slice(history, (0, 0), (rows, length))
+    return history, sample(_logits(block, weights, hidden), floats, ints, seen, positions[:, 0])
 
-    def _blocks(
-        self,
-        weights: Sequence[Mapping[str, Any]],
-        caches: tuple[LayerCache, ...],
-        hidden: jax.Array,
-        tokens: jax.Array,
-        positions: jax.Array,
-        writes: jax.Array,
-        *,
-        row: Any,
-        rows: int,
-        length: int,
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """Embed and layers: hidden [B, T, D], tokens and positions [B, T], writes [B] -> hidden [B, T, D] and the caches."""
-        given: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "write_indices": writes}
-        index = 0
-        if self.embed is not None:
-            hidden = _run(self.embed, weights[0], given)["hidden_out"]
-            index = 1
-        updated = []
-        for lowered, cache in zip(self.layers, caches, strict=True):
-            given["hidden_in"] = hidden
-            given["past_key"] = CacheView(cache.key, row, rows, length)
-            given["past_value"] = CacheView(cache.value, row, rows, length)
-            out = _run(lowered, weights[index], given)
-            hidden = out["hidden_out"]
-            updated.append(LayerCache(out["present_key"].array, out["present_value"].array))
-            index += 1
-        return hidden, tuple(updated)
 
-    def _logits(self, weights: Sequence[Mapping[str, Any]], hidden: jax.Array) -> jax.Array:
-        """hidden [B, 1, D] -> [B, V]."""
-        assert self.head is not None
-        with jax.named_scope("head"):
-            return _run(self.head, weights[-1], {"hidden_in": hidden})["logits"][:, 0]
+def head_prefill(
+    block: Lowered,
+    weights: Mapping[str, Any],
+    history: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    row: jax.Array,
+    count: jax.Array,
+    floats: jax.Array,
+    ints: jax.Array,
+    *,
+    length: int,
+) -> tuple[jax.Array, Sampled]:
+    """hidden [1, T, D] of which `count` positions are real -> the history and what was sampled after the last, arrays of one."""
+    history = jax.lax.dynamic_update_slice(history, tokens, (row, positions[0, 0]))
+    last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)  # [1, 1, D]
+    seen = jax.lax.dynamic_slice(history, (row, 0), (1, length))
+    return history, sample(_logits(block, weights, last), floats, ints, seen, (positions[0, 0] + count - 1)[None])
+
+
+def _logits(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array) -> jax.Array:
+    """hidden [B, 1, D] -> [B, V]."""
+    with jax.named_scope("head"):
+        return _run(block, weights, {"hidden_in": hidden})["logits"][:, 0]
 
 
 def _run(lowered: Lowered, weights: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
