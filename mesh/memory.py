@@ -4,13 +4,18 @@ The planner places layers with these figures and the runtime refuses a range wit
 fits is a placement which loads. Weights and KV cache are exact; workspace is an upper estimate from what a manifest knows.
 
     weights     the blocks' `weight_bytes`: as stored, quantized ones at their stored width
-    KV cache    rows * context * kv_heads * (key_dim + value_dim) * itemsize, summed over the layers. A layer with a sliding
-                window holds the whole context too: its cache is addressed by absolute position
-    workspace   of the larger step, a prefill chunk or a decode wave, over all live buffers at once:
+    KV cache    rows * (context + slack) * kv_heads * (key_dim + value_dim) * itemsize, summed over the layers. A layer with a
+                sliding window holds the whole context too: its cache is addressed by absolute position
+    workspace   of the larger step, a decode wave (a token for each row) or a prefill chunk of `prefill_rows`:
                   activations   tokens * (4 D + 3 W) * 4 bytes: residual, normed, attention's in and out; gate, up and product
                   scores        2 * tokens * query_heads * context * 4 bytes: scores and probabilities of one layer
+                  reads         rows of the step * context * kv_heads * (key_dim + value_dim) * 4 bytes: one layer's keys and
+                                values as attention reads them
+                and for either step
                   logits        3 * rows * vocab * 4 bytes (head only): logits, their sorted copy, the penalty counts
-                  widening      the largest matrix at the compute type, when weights are stored narrower than that
+                  history       rows * (context + slack) * 4 bytes (head only): the tokens that penalties look at
+                  widening      the largest matrix at the compute type, when weights are stored narrower than that: XLA is
+                                expected to widen one matrix at a time
 
 A manifest names neither query heads nor the MLP's width W. Query heads are taken as D / key_dim (never fewer than kv_heads);
 W as what the layer's parameters leave for one up and one down matrix after attention, an upper bound for a gated MLP.
@@ -27,10 +32,13 @@ from mesh.errors import BadLayerRange, PlanError
 from mesh.model.manifest import CacheInfo, Manifest
 from mesh.types import LayerRange
 
-__all__ = ["DEFAULT_CHUNK", "BlockShape", "MemoryNeed", "ModelShape", "predict", "stored_bytes"]
+__all__ = ["CACHE_SLACK", "DEFAULT_CHUNK", "BlockShape", "MemoryNeed", "ModelShape", "predict", "stored_bytes"]
 
 DEFAULT_CHUNK = 256
 """Tokens of a prefill chunk where nobody says otherwise."""
+
+CACHE_SLACK = 16
+"""Slots a row has beyond its context; also the smallest prefill chunk. The runtime's, see mesh/runtime/cache.py."""
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
@@ -242,20 +250,23 @@ def predict(
     weights += shape.embed.weights_bytes if embed else 0
     weights += shape.head.weights_bytes if head else 0
 
-    per_token = shape.cache_per_token
-    cache, scratch = (per_token[stop] - per_token[first]) * rows * context, 0
+    per_token, slots = shape.cache_per_token, context + CACHE_SLACK
+    cache, scratch = (per_token[stop] - per_token[first]) * rows * slots, 0
+    largest = max(per_token[i + 1] - per_token[i] for i in layers)
     if not kv_cache:
         chunk, prefill_rows = context, rows
-        largest = max(per_token[i + 1] - per_token[i] for i in layers)
-        cache, scratch = 0, largest * rows * context
+        cache, scratch = 0, largest * rows * slots
 
-    tokens = max(rows, prefill_rows * min(chunk, context))
     width = max(shape.widths[first:stop])
-    activations = tokens * (4 * shape.hidden_size + 3 * width) * _FLOAT32
-    scores = 2 * tokens * max(shape.query_heads[first:stop]) * context * _FLOAT32
-    logits = 3 * rows * shape.vocab_size * _FLOAT32 if head else 0
+    activations = (4 * shape.hidden_size + 3 * width) * _FLOAT32
+    scores = 2 * max(shape.query_heads[first:stop]) * context * _FLOAT32
+    reads = largest // shape.cache_itemsize * context * _FLOAT32
+    prefill_tokens = prefill_rows * max(CACHE_SLACK, min(chunk, context))
+    steps = ((rows, rows), (prefill_tokens, prefill_rows))  # (tokens, rows)
+    step = max(tokens * (activations + scores) + step_rows * reads for tokens, step_rows in steps)
+    sampling = rows * (3 * shape.vocab_size + slots) * _FLOAT32 if head else 0
     widening = 0
     if shape.bits < 8 * shape.compute_itemsize:
         columns = max(width, shape.vocab_size) if head else width
         widening = shape.hidden_size * columns * shape.compute_itemsize
-    return MemoryNeed(weights, cache, activations + scores + logits + widening + scratch)
+    return MemoryNeed(weights, cache, step + sampling + widening + scratch)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadLayerRange, PlanError
-from mesh.memory import BlockShape, ModelShape, predict, stored_bytes
+from mesh.memory import CACHE_SLACK, BlockShape, ModelShape, predict, stored_bytes
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo, block_name
+from mesh.runtime.cache import SLACK
 from mesh.types import LayerRange
 
 D, V, KV, DK, DV = 64, 1000, 2, 16, 8
@@ -40,21 +41,28 @@ def test_weights_and_cache_of_a_range_are_exact() -> None:
     need = predict(_manifest(), LayerRange(1, 3), embed=False, head=False, rows=3, context=100, chunk=10)
     assert need.weights_bytes == 4 * (50_000 + 60_000)
     # a sliding window does not shrink the cache, which is addressed by absolute position
-    assert need.cache_bytes == 2 * 3 * 100 * KV * (DK + DV) * 2
+    assert need.cache_bytes == 2 * 3 * (100 + CACHE_SLACK) * KV * (DK + DV) * 2
 
 
 def test_embedding_and_head_are_counted_where_they_are_held() -> None:
     bare = predict(_manifest(), LayerRange(0, 4), embed=False, head=False, rows=3, context=100, chunk=10)
     full = predict(_manifest(), LayerRange(0, 4), embed=True, head=True, rows=3, context=100, chunk=10)
     assert full.weights_bytes - bare.weights_bytes == 4 * (V * D + V * D + D)
-    assert full.workspace_bytes - bare.workspace_bytes == 3 * 3 * V * 4
+    assert full.workspace_bytes - bare.workspace_bytes == 3 * (3 * V + 100 + CACHE_SLACK) * 4
 
 
-def test_workspace_follows_its_formula() -> None:
-    need = predict(_manifest(), LayerRange(3, 4), embed=False, head=False, rows=3, context=100, chunk=10)
+def test_workspace_is_that_of_the_larger_step() -> None:
     heads = D // DK
     width = (70_000 - D * (heads + KV) * (DK + DV)) // (2 * D)
-    assert need.workspace_bytes == 10 * (4 * D + 3 * width) * 4 + 2 * 10 * heads * 100 * 4
+    token = (4 * D + 3 * width) * 4 + 2 * heads * 100 * 4
+    read = 100 * KV * (DK + DV) * 4
+    for rows, chunk, expected in ((3, 40, 40 * token + read), (300, 40, 300 * (token + read)), (3, 1, CACHE_SLACK * token + read)):
+        need = predict(_manifest(), LayerRange(3, 4), embed=False, head=False, rows=rows, context=100, chunk=chunk)
+        assert need.workspace_bytes == expected
+
+
+def test_the_slack_is_the_runtimes() -> None:
+    assert SLACK == CACHE_SLACK
 
 
 def test_narrow_weights_need_room_to_be_widened_in() -> None:
