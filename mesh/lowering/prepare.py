@@ -3,7 +3,7 @@ from constants."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -323,13 +323,14 @@ def _constant_tensor(node: NodeProto) -> TensorProto | None:
         return None
     attribute = node.attribute[0]
     if attribute.name == "value":
-        return attribute.t
-    array = {
+        tensor: TensorProto = attribute.t
+        return tensor
+    arrays: dict[str, Callable[[], np.ndarray]] = {
         "value_float": lambda: np.array(attribute.f, np.float32),
         "value_floats": lambda: np.array(attribute.floats, np.float32),
         "value_int": lambda: np.array(attribute.i, np.int64),
         "value_ints": lambda: np.array(attribute.ints, np.int64),
         "value_string": lambda: np.array(attribute.s.decode(), object),
         "value_strings": lambda: np.array([item.decode() for item in attribute.strings], object),
-    }.get(attribute.name)
-    return None if array is None else onnx.numpy_helper.from_array(array())
+    }
+    return onnx.numpy_helper.from_array(arrays[attribute.name]()) if attribute.name in arrays else None

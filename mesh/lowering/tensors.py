@@ -18,7 +18,12 @@ from mesh.lowering import static
 __all__ = ["PackedFormat", "TensorReader", "unpack"]
 
 # ONNX types stored several to a byte: bits, and whether the type is signed.
-_PACKED = {TensorProto.INT4: (4, True), TensorProto.UINT4: (4, False), TensorProto.INT2: (2, True), TensorProto.UINT2: (2, False)}
+_PACKED: dict[int, tuple[int, bool]] = {
+    TensorProto.INT4: (4, True),
+    TensorProto.UINT4: (4, False),
+    TensorProto.INT2: (2, True),
+    TensorProto.UINT2: (2, False),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class PackedFormat:
     shape: tuple[int, ...]
     bits: int
     signed: bool
+
+
+def _stored_bits(tensor: TensorProto) -> int | None:
+    """Bits of an element where several share a byte, else None."""
+    return 4 if tensor.data_type == TensorProto.FLOAT4E2M1 else _PACKED.get(tensor.data_type, (None,))[0]
 
 
 def unpack(value: Any, packed: PackedFormat) -> Any:
@@ -57,12 +67,15 @@ class TensorReader:
     def read(self, tensor: TensorProto) -> np.ndarray:
         """The tensor as numpy, small types (bfloat16, float8, int4 ...) by ml_dtypes, one byte or more an element."""
         if uses_external_data(tensor):
-            packed = self.packed_format(tensor)
-            if packed is not None:
-                whole = unpack(self._external(tensor), packed)
-                return np.asarray(whole).astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-            return self._external(tensor)
-        if tensor.HasField("raw_data") and self.packed_format(tensor) is None and tensor.data_type != TensorProto.FLOAT4E2M1:
+            stored = self._external(tensor)
+            bits = _stored_bits(tensor)
+            if bits is None:
+                return stored
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            if tensor.data_type == TensorProto.FLOAT4E2M1:  # ml_dtypes keeps its code in the low bits of a byte
+                return np.asarray(unpack(stored, PackedFormat(tuple(tensor.dims), bits, signed=False))).view(dtype)
+            return np.asarray(unpack(stored, PackedFormat(tuple(tensor.dims), bits, _PACKED[tensor.data_type][1]))).astype(dtype)
+        if tensor.HasField("raw_data") and _stored_bits(tensor) is None:
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             count = math.prod(tensor.dims)
             if len(tensor.raw_data) != count * dtype.itemsize:
@@ -88,18 +101,21 @@ class TensorReader:
         return PackedFormat(tuple(tensor.dims), bits, signed)
 
     def _external(self, tensor: TensorProto) -> np.ndarray:
-        info = ExternalDataInfo(tensor)
+        try:
+            info = ExternalDataInfo(tensor)
+        except ValueError as error:
+            raise CorruptModel(str(error)) from None
         whole = self._map(info.location, tensor.name)
-        packed = self.packed_format(tensor)
-        count = math.prod(tensor.dims)
-        if packed is not None:
-            dtype, shape = np.dtype(np.uint8), (-(-count * packed.bits // 8),)
+        bits = _stored_bits(tensor)
+        if bits is not None:
+            dtype, shape = np.dtype(np.uint8), (-(-math.prod(tensor.dims) * bits // 8),)
         else:
             dtype, shape = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)), tuple(tensor.dims)
         length = math.prod(shape) * dtype.itemsize
         offset = info.offset or 0
-        if info.length is not None and info.length != length:
-            raise CorruptModel(f"tensor {tensor.name!r} has {info.length} bytes of external data where its shape says {length}")
+        stated: Any = info.length
+        if stated is not None and stated != length:
+            raise CorruptModel(f"tensor {tensor.name!r} has {stated} bytes of external data where its shape says {length}")
         if offset + length > whole.size:
             raise CorruptModel(
                 f"{info.location} ends at byte {whole.size:,}, but tensor {tensor.name!r} reaches byte {offset + length:,}: "

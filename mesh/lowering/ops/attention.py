@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, numpy_type, wide
+from mesh.lowering.basis import Array, type_of, wide
 from mesh.lowering.registry import register
 
 _RAW, _, _BIASED, _PROBABILITIES = range(4)  # qk_matmul_output_mode
@@ -92,7 +92,7 @@ def Attention(
         raise UnsupportedModel("past_key and past_value go together")
     q, k, v = split_heads(Q, q_num_heads), split_heads(K, kv_num_heads), split_heads(V, kv_num_heads)
     past = 0
-    if past_key is not None:
+    if past_key is not None and past_value is not None:
         past = past_key.shape[2]
         k, v = jnp.concatenate([past_key, k], axis=2), jnp.concatenate([past_value, v], axis=2)
     t, s = q.shape[2], k.shape[2]
@@ -131,7 +131,7 @@ def Attention(
         visible = ~jnp.isneginf(bias)
         allowed = visible if allowed is None else allowed & visible
     if softmax_precision is not None:
-        scores = scores.astype(jnp.promote_types(numpy_type(softmax_precision), scores.dtype))
+        scores = scores.astype(jnp.promote_types(type_of(softmax_precision, jnp), scores.dtype))
     e, total = exponentials(scores, allowed)
     y = weighted_values(e, total, v)
     if n_outputs > 3 and qk_matmul_output_mode == _BIASED:

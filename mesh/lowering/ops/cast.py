@@ -22,7 +22,7 @@ _SMALL_INTEGERS = {
 def convert(x: Array, dtype: Any, *, saturate: bool = True, round_mode: str = "up") -> Array:
     """`x` as `dtype`, in numpy or JAX as `x` is."""
     xp, dtype = basis(x), np.dtype(dtype)
-    if xp is np and (x.dtype == object or dtype == object):
+    if xp is np and "O" in (x.dtype.kind, dtype.kind):
         return _strings(x, dtype)
     if dtype in _FLOAT8:
         return _to_float8(xp, x, dtype, saturate)
@@ -31,7 +31,7 @@ def convert(x: Array, dtype: Any, *, saturate: bool = True, round_mode: str = "u
     if dtype in _SMALL_INTEGERS:
         # Like C, the low bits are kept; XLA and ml_dtypes differ on what lies outside, so keep them here.
         return _low_bits(xp, x.astype(xp.int32), dtype)
-    if dtype == bool:
+    if dtype.kind == "b":
         return x != 0
     return x.astype(dtype)
 
@@ -48,7 +48,8 @@ def _to_float8(xp: Any, x: Array, dtype: np.dtype[Any], saturate: bool) -> Array
     """Saturating: what is too large becomes the largest number, infinities too. Otherwise NaN, or infinity where the type has it."""
     x = x.astype(np.float32) if x.dtype != np.float64 else x
     if saturate:
-        largest = np.asarray(ml_dtypes.finfo(dtype).max, np.float32).astype(x.dtype)
+        limits = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+        largest = np.asarray(float(limits.max), x.dtype)
         x = xp.where(xp.isnan(x), x, xp.clip(x, -largest, largest))
     return x.astype(dtype)
 
@@ -71,7 +72,7 @@ def _to_e8m0(xp: Any, x: Array, saturate: bool, round_mode: str) -> Array:
 
 
 def _strings(x: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    if dtype == object:
+    if dtype.kind == "O":
         return np.asarray([str(item) for item in x.ravel()], object).reshape(x.shape)
     return np.asarray([float(item) if is_float(dtype) else int(item) for item in x.ravel()]).astype(dtype).reshape(x.shape)
 

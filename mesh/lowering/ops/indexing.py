@@ -99,8 +99,13 @@ def TensorScatter(past_cache: Array, update: Array, write_indices: Array | None 
         rows = np.arange(past_cache.shape[0])[:, None]
         moved = jnp.moveaxis(past_cache, axis, 1).at[rows, slots].set(jnp.moveaxis(update, axis, 1))
         return jnp.moveaxis(moved, 1, axis)
-    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis - 1))
-    return write(past_cache, update, write_indices)
+    if past_cache.shape[0] == 1:
+        return jax.lax.dynamic_update_slice_in_dim(past_cache, update, write_indices[0], axis)
+
+    def write(row: Array, new: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis - 1)
+
+    return jax.vmap(write)(past_cache, update, write_indices)
 
 
 @register(numpy=True)
@@ -133,7 +138,7 @@ def Unique(X: Array, *, axis: int | None = None, sorted: int = 1) -> tuple[Array
     if not sorted:  # in order of first appearance
         order = np.argsort(first)
         rank = np.argsort(order)
-        values = np.take(values, order, axis=axis if axis is not None else 0)
+        values = np.take(values, order, axis=axis or 0)
         first, inverse, counts = first[order], rank[inverse], counts[order]
     return values, first.astype(np.int64), inverse.reshape(-1).astype(np.int64), counts.astype(np.int64)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, numpy_type, positive_axis, wide
+from mesh.lowering.basis import Array, positive_axis, type_of, wide
 from mesh.lowering.registry import MICROSOFT, register
 
 
@@ -19,7 +19,7 @@ def _normalized_axes(x: Array, axis: int) -> tuple[int, ...]:
 
 def _stash(x: Array, stash_type: int) -> Array:
     """Input in the type that statistics are taken in; never narrower than the input."""
-    return x.astype(jnp.promote_types(x.dtype, numpy_type(stash_type)) if stash_type else wide(x.dtype))
+    return x.astype(jnp.promote_types(x.dtype, type_of(stash_type, jnp)) if stash_type else wide(x.dtype))
 
 
 @register()

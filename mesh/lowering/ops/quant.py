@@ -14,8 +14,11 @@ from mesh.lowering.ops.cast import convert
 from mesh.lowering.registry import register
 
 _LIMITS = {
-    np.dtype(ml_dtypes.int4): (-8, 7), np.dtype(ml_dtypes.uint4): (0, 15), np.dtype(ml_dtypes.int2): (-2, 1), np.dtype(ml_dtypes.uint2): (0, 3)
-}  # fmt: skip
+    np.dtype(ml_dtypes.int4): (-8, 7),
+    np.dtype(ml_dtypes.uint4): (0, 15),
+    np.dtype(ml_dtypes.int2): (-2, 1),
+    np.dtype(ml_dtypes.uint2): (0, 3),
+}
 
 
 def integer_limits(dtype: Any) -> tuple[int, int]:
@@ -42,7 +45,8 @@ def _spread(parameter: Array, x: Array, axis: int, block_size: int) -> Array:
 
 def divided(x: Array, scale: Array) -> Array:
     """x / scale, rounded once. XLA would multiply by the reciprocal of a broadcast divisor, and move ties."""
-    return x / jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
+    whole: Array = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))  # type: ignore[no-untyped-call]
+    return x / whole
 
 
 @register()

@@ -37,7 +37,7 @@ def _activations(
     names: Sequence[str] | None, default: Sequence[str], directions: int, alpha: Sequence[float] | None, beta: Sequence[float] | None
 ) -> list[list[Any]]:
     """For each direction its functions. Alphas and betas are given in order to the functions that take them."""
-    chosen = list(names or default * directions)
+    chosen = list(names or [*default] * directions)
     alphas, betas = iter(alpha or ()), iter(beta or ())
     functions = []
     for name in chosen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from mesh.lowering.basis import Array, axes_of, basis, int64, is_float, positive_axis, wide
@@ -37,7 +37,8 @@ def _extreme(least: bool) -> _Kernel:
         if is_float(x.dtype):
             initial: Any = np.asarray(np.inf if least else -np.inf, x.dtype)
         else:
-            initial = jnp.iinfo(x.dtype).max if least else jnp.iinfo(x.dtype).min
+            info = ml_dtypes.iinfo(x.dtype)  # type: ignore[no-untyped-call]
+            initial = info.max if least else info.min
         return (xp.min if least else xp.max)(x, axis=axes, keepdims=keep, initial=initial)
 
     return kernel
