@@ -13,6 +13,7 @@ import numpy as np
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.lowering.weights import Forms, PackedWeight
 from mesh.model.manifest import Manifest
+from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig, Token
 from mesh.types import LayerRange
@@ -68,9 +69,10 @@ class Pipeline:
         """Cut the model evenly over `shards` stages. `max_memory_bytes` is for each stage."""
         manifest = Manifest.load(directory)
         stages = []
+        compiled: Compiled = {}
         for layers in even_ranges(manifest.layers, shards):
             config = StageConfig(layers, rows=rows, context=context, chunk=chunk, max_memory_bytes=max_memory_bytes)
-            stages.append(Stage.load(directory, config, forms=forms, progress=progress))
+            stages.append(Stage.load(directory, config, forms=forms, compiled=compiled, progress=progress))
         return cls(stages)
 
     def warm_up(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:

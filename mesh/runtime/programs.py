@@ -17,7 +17,11 @@ from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled
 from mesh.runtime.step import LayerCache
 
-__all__ = ["Bucket", "Group", "Programs", "to_host"]
+__all__ = ["Bucket", "Compiled", "Group", "Programs", "to_host"]
+
+
+Compiled = dict[tuple[Any, ...], Any]
+"""(kind, bucket, signature, shape of the state) -> executable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,14 @@ class Group:
 
 
 class Programs:
-    """Compiles on demand and keeps what it compiled. Groups of equal signature and shapes share a program."""
+    """Compiles on demand and keeps what it compiled. Groups of equal signature and shapes share a program, and stages of one
+    process do that are given the same `compiled`."""
 
-    def __init__(self, embed: Block | None, layers: Sequence[Block], head: Block | None) -> None:
+    def __init__(self, embed: Block | None, layers: Sequence[Block], head: Block | None, compiled: Compiled | None = None) -> None:
         self.embed = embed
         self.head = head
         self.groups = list(_groups(layers))
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: Compiled = {} if compiled is None else compiled
         self._weights = [tuple(block.weights for block in group.blocks) for group in self.groups]
 
     @property
@@ -107,8 +112,7 @@ class Programs:
             self._get("head", bucket, self.head, history, x)
 
     def _get(self, kind: str, bucket: Bucket, what: Any, state: Any = None, x: Any = None) -> Any:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)) if kind == "layers" else ()
-        key = (kind, bucket, what.signature, shapes)
+        key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
         found = self._compiled.get(key)
         if found is None:
             build: Callable[..., Any] = {"embed": _compile_embed, "layers": _compile_layers, "head": _compile_head}[kind]

@@ -30,7 +30,7 @@ from mesh.model.manifest import Manifest
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
 from mesh.runtime.loading import Block, block_names, load_block
-from mesh.runtime.programs import Bucket, Programs, to_host
+from mesh.runtime.programs import Bucket, Compiled, Programs, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.step import LayerCache
 from mesh.types import LayerRange
@@ -85,7 +85,9 @@ class Counters:
 class Stage:
     """See the module's docstring. Made by `load`."""
 
-    def __init__(self, manifest: Manifest, config: StageConfig, blocks: Sequence[Block], need: MemoryNeed) -> None:
+    def __init__(
+        self, manifest: Manifest, config: StageConfig, blocks: Sequence[Block], need: MemoryNeed, compiled: Compiled | None = None
+    ) -> None:
         self.manifest = manifest
         self.config = config
         self.layers = config.layers
@@ -99,7 +101,7 @@ class Stage:
         inner = list(blocks)
         embed = inner.pop(0) if self.first else None
         head = inner.pop() if self.last else None
-        self.programs = Programs(embed, inner, head)
+        self.programs = Programs(embed, inner, head, compiled)
         self._table = RowTable(config.rows)
         self._dtype = np.dtype(_DTYPES[manifest.hidden.dtype])
         slots = self.context + SLACK
@@ -115,9 +117,12 @@ class Stage:
         config: StageConfig,
         *,
         forms: Callable[[PackedWeight], Forms] | None = None,
+        compiled: Compiled | None = None,
         progress: Progress = lambda what, done, total: None,
     ) -> Stage:
-        """Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel."""
+        """`compiled`: programs to share with other stages of this process.
+
+        Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel."""
         manifest = Manifest.load(directory)
         layers = manifest.check_range(config.layers)
         embed = layers.start == 0 if config.embed is None else config.embed
@@ -142,7 +147,7 @@ class Stage:
             progress(f"load {name}", index, len(names))
             blocks.append(load_block(Path(directory), name, forms=forms))
         progress("loaded", len(names), len(names))
-        return cls(manifest, config, blocks, need)
+        return cls(manifest, config, blocks, need, compiled)
 
     def warm_up(self, progress: Progress = lambda what, done, total: None) -> None:
         """Compile every program the buckets allow. Idempotent."""
