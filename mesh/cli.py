@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from mesh.commands import import_model, run
+from mesh.commands.planning import add_plan_parser, add_shard_model_parser
 from mesh.errors import MeshError
-from mesh.planning_cli import add_plan_parser, add_shard_model_parser
 
 __all__ = ["main"]
 

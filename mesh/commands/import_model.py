@@ -11,7 +11,7 @@ from mesh.commands.progress import progress_bar
 from mesh.model.manifest import Manifest
 from mesh.units import format_bytes, format_count, format_seconds
 
-__all__ = ["add_parser", "import_command"]
+__all__ = ["add_parser", "import_command", "import_quietly"]
 
 _DESCRIPTION = """\
 Turn an exported ONNX decoder, a Hugging Face directory (config.json + safetensors) or a GGUF file into a model directory:
@@ -44,6 +44,17 @@ def import_command(args: argparse.Namespace) -> int:
         manifest = import_model(args.source, args.out, options, name=args.name, report=args.report, force=args.force, progress=progress)
     _describe(manifest, args.out, time.perf_counter() - began)
     return 0
+
+
+def import_quietly(source: Path, out: Path, bits: int | None) -> None:
+    """What `mesh shard-model` imports a source with: `bits` None are the source's 32."""
+    from mesh.model.importing import import_model
+    from mesh.model.source import ImportOptions
+    from mesh.runtime.device import prepare
+
+    prepare()
+    with progress_bar() as progress:
+        import_model(source, out, ImportOptions(bits=bits or 32), progress=progress)  # type: ignore[arg-type]
 
 
 def _describe(manifest: Manifest, out: Path, seconds: float) -> None:

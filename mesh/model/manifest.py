@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,7 +14,7 @@ from mesh.types import LayerRange
 
 __all__ = ["FORMAT", "BlockInfo", "CacheInfo", "FileInfo", "HiddenInfo", "Manifest", "TokenizerInfo", "WeightsInfo", "block_name"]
 
-FORMAT = 1
+FORMAT: Final = 1
 FILE_NAME = "manifest.json"
 
 DType = Literal["float32", "bfloat16", "float16"]

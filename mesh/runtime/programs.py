@@ -159,10 +159,8 @@ def _compile_head(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
     tokens, writes = _vectors(bucket)
     rows = bucket.tokens_shape[0]
     table = (_shape((rows, len(RowTable.FLOATS)), np.float32), _shape((rows, len(RowTable.INTS))))
-    if bucket.prefill:
-        program, scalars = step.head_prefill, (_shape(()), _shape(()))
-    else:
-        program, scalars = step.head_decode, (writes,)  # type: ignore[assignment]
+    program: Callable[..., Any] = step.head_prefill if bucket.prefill else step.head_decode
+    scalars = (_shape(()), _shape(())) if bucket.prefill else (writes,)
     jitted = jax.jit(partial(program, block.lowered, length=bucket.length), donate_argnums=1)
     return jitted.lower(block.weights, history, x, tokens, tokens, *scalars, *table).compile()
 

@@ -8,7 +8,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.partition import partition
+from mesh.planner.partition import partition
 
 
 def _brute_force(layers: int, kinds: list[int], costs: dict[tuple[int, int, int], float], counts: range) -> float:

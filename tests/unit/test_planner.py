@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, PlanError
 from mesh.memory import ModelShape, predict
-from mesh.placement import Node, Placement
-from mesh.planner import PlanRequest, even_ranges, fits, place, plan, ranges_of, same_nodes
-from mesh.remedies import apply
+from mesh.planner.placement import Node, Placement
+from mesh.planner.plan import PlanRequest, even_ranges, fits, place, plan, ranges_of, same_nodes
+from mesh.planner.remedies import apply
 from mesh.types import LayerRange
 from mesh.units import GB
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from mesh.commands.planning import add_plan_parser, add_shard_model_parser, shard_model_command
 from mesh.config import ShardConfig, load_config
 from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, MeshError, ModelNotFound, PlanError
 from mesh.memory import predict
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo, block_name
-from mesh.placement import Placement
-from mesh.planning import parse_nodes, parse_ranges
-from mesh.planning_cli import add_plan_parser, add_shard_model_parser, shard_model_command
+from mesh.planner.placement import Placement
+from mesh.planner.requests import parse_nodes, parse_ranges
 from mesh.types import LayerRange
 
 LAYERS = 6

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from mesh.config import LoadBalancing
 from mesh.errors import BadLayerRange, PlanError
 from mesh.memory import DEFAULT_CHUNK, MemoryNeed, ModelShape, predict
-from mesh.partition import Stage, partition
-from mesh.placement import Node, PlacedRange, PlacedShard, Placement, Strategy
-from mesh.remedies import advise
+from mesh.planner.partition import Stage, partition
+from mesh.planner.placement import Node, PlacedRange, PlacedShard, Placement, Strategy
+from mesh.planner.remedies import advise
 from mesh.types import LayerRange
 from mesh.units import format_bytes
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mesh.placement import Placement
+from mesh.planner.placement import Placement
 from mesh.units import format_bytes, format_count, format_seconds
 
 __all__ = ["print_placement"]

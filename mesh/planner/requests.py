@@ -10,8 +10,8 @@ from mesh.config import DistributedConfig, ModelConfig
 from mesh.configfile import read_mapping
 from mesh.errors import ConfigError, ModelNotFound
 from mesh.memory import ModelShape
-from mesh.placement import Node
-from mesh.planner import PlanRequest, same_nodes
+from mesh.planner.placement import Node
+from mesh.planner.plan import PlanRequest, same_nodes
 from mesh.types import LayerRange
 from mesh.units import parse_bytes, parse_count, parse_rate, parse_seconds
 

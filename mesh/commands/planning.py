@@ -16,14 +16,15 @@ from typing import Any
 
 import yaml
 
+from mesh.commands.import_model import import_quietly
+from mesh.commands.placement_table import print_placement
 from mesh.config import DistributedConfig, ModelConfig, load_config
 from mesh.errors import ConfigError, ModelNotFound, PlanError
 from mesh.memory import DEFAULT_CHUNK, ModelShape
 from mesh.model.manifest import Manifest
-from mesh.placement import Node, Placement, Strategy
-from mesh.placement_table import print_placement
-from mesh.planner import PlanRequest, place, plan, ranges_of, same_nodes
-from mesh.planning import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
+from mesh.planner.placement import Node, Placement, Strategy
+from mesh.planner.plan import PlanRequest, place, plan, ranges_of, same_nodes
+from mesh.planner.requests import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
 from mesh.units import GB, parse_bytes
 
 __all__ = ["Importer", "add_plan_parser", "add_shard_model_parser", "plan_command", "shard_model_command"]
@@ -71,7 +72,7 @@ def add_shard_model_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--nats", metavar="URLS", help="comma separated, for the shards' configuration; default: nats://127.0.0.1:4222")
     parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
-    parser.set_defaults(run=shard_model_command)
+    parser.set_defaults(run=lambda args: shard_model_command(args, import_quietly))
     return parser
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mesh.placement import Node, Placement, Remedy
+from mesh.planner.placement import Node, Placement, Remedy
 from mesh.units import GB, MB, format_bytes
 
 if TYPE_CHECKING:
-    from mesh.planner import PlanRequest
+    from mesh.planner.plan import PlanRequest
 
 __all__ = ["advise", "apply"]
 
