@@ -80,7 +80,8 @@ class Operand:
     scale: float
 
 
-# (probe, scores [B, H, T, S] before scaling) -> what the softmax sees, same shape
+# (probe, scores [B, H, T, S] before scaling) -> what the softmax sees, same shape; where the heads are an axis of their own,
+# scores [B, 1, T, S] may stand for those of every head
 Scores = Callable[[Probe, Array], Array]
 
 
@@ -163,8 +164,8 @@ def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number:
 
     def scores(at: Probe, values: Array) -> Array:
         rows, _, chunk, total = values.shape
-        given = values.reshape(at.shape(raw)) if rank != 4 else values
-        return np.asarray(at.derive({raw: given}).value(into), np.float64).reshape(rows, heads, chunk, total)
+        given = values if rank == 4 else np.broadcast_to(values, (rows, heads, chunk, total)).reshape(at.shape(raw))
+        return np.reshape(at.derive({raw: given}).value(into), (rows, -1, chunk, total))
 
     _check_weights(probe, softmax, weighted, number)
     between = {value for node in _between(graph, into, raw) for value in node.inputs if value is not None}
@@ -259,7 +260,7 @@ def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: 
     window = int(node.meta.get(WINDOW, 0))
 
     def scores(at: Probe, values: Array) -> Array:
-        result = np.asarray(values, np.float64) * scale
+        result = values * scale
         if softcap:
             result = np.tanh(result / softcap) * softcap
         chunk, total = result.shape[-2:]
@@ -267,7 +268,7 @@ def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: 
         rows, slots = np.arange(chunk)[:, None] + first, np.arange(total)[None, :]
         if mask is not None:
             bias = at.value(mask)
-            result = np.where(bias, result, -np.inf) if bias.dtype == np.bool_ else result + np.asarray(bias, np.float64)
+            result = np.where(bias, result, -np.inf) if bias.dtype == np.bool_ else result + bias
         if causal:
             result = np.where(slots <= rows, result, -np.inf)
         return np.where(slots > rows - window, result, -np.inf) if window else result

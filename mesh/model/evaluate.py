@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 HELP = "export with the standard ONNX operators, or with onnxruntime-genai's"
 
 
-class NotConcrete(Exception):  # noqa: N818 - a finding of this probe, caught by those who asked, never shown to users
+class NotConcrete(Exception):
     """The value depends on tokens, or its shape does."""
 
 
@@ -27,7 +27,10 @@ def evaluate(node: ir.Node, inputs: list[Array | None]) -> list[Array]:
     """The outputs of `node`. NotConcrete if these inputs do not fit it, UnsupportedModel for an operator nobody knows."""
     fast = FAST.get(node.op_type) if node.domain == "" else None
     with np.errstate(all="ignore"):
-        results = [fast(node, *inputs)] if fast is not None else _reference(node, inputs)
+        try:
+            results = [fast(node, *inputs)] if fast is not None else _reference(node, inputs)
+        except (IndexError, ValueError, TypeError) as error:
+            raise NotConcrete(f"{node.op_type} {node.name}: {error}") from None
     return [np.asarray(result) for result in results]
 
 

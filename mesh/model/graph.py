@@ -132,6 +132,8 @@ def load(path: Path) -> DecoderGraph:
     """
     # normalisation lives beside this file; imported here because those files use its helpers
     from mesh.model.contrib import rewrite_contrib
+    from mesh.model.experts import make_experts_static, mask_chosen_rows
+    from mesh.model.normalise import free_batch, inline_branches, rewrite_einsum
     from mesh.model.opset import convert_opset
 
     if not path.is_file():
@@ -152,15 +154,40 @@ def load(path: Path) -> DecoderGraph:
     model.graph.outputs.append(logits)
     roles = _roles(path, model)
     convert_opset(model)
-    rewrite_contrib(model, roles)
-    _drop_identities(model)
+    while True:
+        rewrite_contrib(model, roles)
+        rewrite_einsum(model)
+        _drop_identities(model)
+        graph = _decoder(path, model, roles)
+        if not inline_branches(graph):
+            break
+    free_batch(graph)
+    graph = _decoder(path, model, roles)
+    while make_experts_static(graph):
+        graph = _decoder(path, model, roles)
+    if mask_chosen_rows(graph):
+        graph = _decoder(path, model, roles)
+    return graph
+
+
+def _decoder(path: Path, model: ir.Model, roles: dict[ir.Value, Role]) -> DecoderGraph:
     passes.RemoveUnusedNodesPass()(model)
     model.graph.sort()
     logits = model.graph.outputs[0]
     used = {value for node in model.graph for value in node.inputs}
+    used |= {value for node in model.graph for graph in _subgraphs(node) for inner in graph for value in inner.inputs}
     if not any(role is Role.TOKENS and value in used for value, role in roles.items()):
         raise UnsupportedModel(f"{path}: the output {logits.name!r} does not depend on the token ids: export the model with its lm head")
     return DecoderGraph(path, model, list(model.graph), {v: r for v, r in roles.items() if v in used}, logits)
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for value in node.attributes.values():
+        if value.type == ir.AttributeType.GRAPH:
+            graph = value.as_graph()
+            yield graph
+            for inner in graph:
+                yield from _subgraphs(inner)
 
 
 def _first_line(error: BaseException) -> str:
@@ -208,9 +235,7 @@ def _roles(path: Path, model: ir.Model) -> dict[ir.Value, Role]:
             if value.shape is not None and len(value.shape) >= 4:
                 roles[value] = Role.PAST
             elif any(True for _ in value.uses()):
-                raise UnsupportedModel(
-                    f"{path}: input {value.name} is floating point and no key/value cache: export with input_ids, not embeddings or features"
-                )
+                raise UnsupportedModel(f"{path}: input {value.name} is floating point and no key/value cache: export with input_ids")
         elif "mask" in name:
             roles[value] = Role.MASK
         elif "cache_position" in name:
@@ -232,9 +257,7 @@ def _roles(path: Path, model: ir.Model) -> dict[ir.Value, Role]:
         if len(tokens[0].shape) != 2:
             raise UnsupportedModel(f"{path}: input {tokens[0].name} has shape {tokens[0].shape} where [batch, tokens] is needed")
         if isinstance(tokens[0].shape[1], int):
-            raise UnsupportedModel(
-                f"{path}: exported for exactly {tokens[0].shape[1]} tokens: export it with a dynamic sequence length (dynamic_axes or dynamic_shapes)"
-            )
+            raise UnsupportedModel(f"{path}: exported for exactly {tokens[0].shape[1]} tokens: export it with a dynamic sequence length")
     roles[tokens[0]] = Role.TOKENS
     return roles
 

@@ -24,7 +24,7 @@ __all__ = ["MaskReader", "ScoreRule"]
 Array = npt.NDArray[Any]
 
 HIDDEN = -9e3  # scores this low are masked: exporters use -inf, the lowest float, -1e9 and -1e4
-LONGEST_SQUARE = 8200  # a mask [T, T] for a source without a cache is evaluated up to this T
+LONGEST_SQUARE = 4200  # a mask [T, T] for a source without a cache is evaluated up to this T
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ class MaskReader:
         shape = (probe.batch, island.heads, probe.chunk, probe.total)
         try:
             with np.errstate(all="ignore"):
-                return island.scores(probe, np.broadcast_to(np.asarray(value, np.float32), shape))
+                scores = island.scores(probe, np.broadcast_to(np.asarray(value, np.float32), shape))
+                return np.broadcast_to(np.asarray(scores, np.float64), shape)
         except NotConcrete as error:
             raise UnsupportedModel(f"the mask of attention {island.number} ({island.node.name}) cannot be evaluated: {error}") from None
 
@@ -100,8 +101,9 @@ class MaskReader:
             sizes = [64, 512, 2048, *(int(c) + 2 for c in self._candidates(island))]
             probes = [(size, 0) for size in sorted({min(size, limit) for size in sizes if size <= LONGEST_SQUARE or size >= limit})]
         for chunk, past in probes:
+            # squares are large: not kept for other islands
             probe = self._probe(1, chunk, past) if past else Probe(self.graph, 1, chunk, past)
-            last = self._scores(island, probe)[:, :, -1]  # [1, H, S]
+            last = self._last_row(island, probe)
             if slopes is not None:
                 last = last - np.asarray(slopes)[None, :, None] * (np.arange(probe.total) - probe.total + 1)
                 last = last - last[..., -1:]
@@ -114,6 +116,18 @@ class MaskReader:
             if count < probe.total:
                 return count
         return None
+
+    def _last_row(self, island: Island, probe: Probe) -> Array:
+        """Scores [1, H or 1, S] of the last position for raw scores of zero."""
+        one = np.zeros((1, 1, probe.chunk, probe.total), np.float32)
+        try:
+            with np.errstate(all="ignore"):
+                scores = island.scores(probe, one)[:, :, -1]
+        except NotConcrete:  # the heads are merged with another axis
+            return self._scores(island, probe)[:, :, -1]
+        if scores.shape[1] not in (1, island.heads):
+            return self._scores(island, probe)[:, :, -1]
+        return np.asarray(scores, np.float64)
 
     def _candidates(self, island: Island) -> list[int]:
         """Integers in the mask's own arithmetic that could be a window longer than what is probed anyway."""
@@ -138,10 +152,8 @@ def _check_causal(visible: Array, positions: Array, slots: Array, where: str) ->
     later = visible & (slots > positions)
     if later.any():
         row = int(np.argwhere(later)[0][2])
-        raise UnsupportedModel(
-            f"{where}: attends to later positions (position {int(positions[row, 0])} sees {_runs(visible[0, 0, row])} of {visible.shape[-1]}): "
-            "an encoder or prefix model, not a decoder"
-        )
+        seen = f"position {int(positions[row, 0])} sees {_runs(visible[0, 0, row])} of {visible.shape[-1]}"
+        raise UnsupportedModel(f"{where}: attends to later positions ({seen}): an encoder or prefix model, not a decoder")
     if not (visible | (slots != positions)).all() or (visible != visible[:1, :1]).any():
         row = visible[0, 0, -1]
         raise UnsupportedModel(

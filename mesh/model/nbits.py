@@ -1,4 +1,7 @@
-"""Unpack onnxruntime's quantized weights to the signed codes of DequantizeLinear: code - 2**(bits - 1), so no zero point is the default one."""
+"""Unpack onnxruntime's quantized weights to signed codes for DequantizeLinear.
+
+A stored code c stands for c - 2**(bits - 1), the zero point where none is given: as signed codes they need none.
+"""
 
 from __future__ import annotations
 

@@ -262,9 +262,10 @@ class InputParts:
         for part, start in ((late, max(context - 3, 0)), (early, 1)):
             wanted = np.take(whole, np.arange(start, start + part.shape[token]), axis=token)
             if part.shape != wanted.shape or not np.allclose(part, wanted, rtol=1e-5, atol=1e-6):
+                apart = np.abs(part - wanted).max() if part.shape == wanted.shape else np.inf
                 raise UnsupportedModel(
                     f"{value.name} depends on the length of the whole sequence, not on each position alone (such as rotary "
-                    f"frequencies that change with the length: at position {start} they differ by {np.abs(part - wanted).max():.3g}): not supported"
+                    f"frequencies that change with the length: at position {start} they differ by {apart:.3g}): not supported"
                 )
         rows = np.moveaxis(whole, token, 0)
         if batch >= 0:

@@ -39,8 +39,8 @@ SAME_SHAPE = frozenset((
     "Softplus", "HardSwish", "Elu", "LeakyRelu",
 ))  # fmt: skip
 BROADCAST = frozenset((
-    "Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Max", "Min",
-    "Mod",
+    "Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual",
+    "Max", "Min", "Mod",
 ))  # fmt: skip
 TO_BOOL = frozenset(("Not", "IsNaN", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"))
 
@@ -186,7 +186,10 @@ class Probe:
         if node.op_type in SAME_SHAPE and len(node.outputs) == 1:
             self._shapes[out] = shapes[0]
         elif node.op_type in BROADCAST:
-            self._shapes[out] = np.broadcast_shapes(*shapes)
+            try:
+                self._shapes[out] = np.broadcast_shapes(*shapes)
+            except ValueError as error:
+                raise _misfit(node, error) from None
         elif node.op_type == "MatMul" and len(shapes[0]) >= 2 and len(shapes[1]) >= 2:
             self._shapes[out] = (*np.broadcast_shapes(shapes[0][:-2], shapes[1][:-2]), shapes[0][-2], shapes[1][-1])
         elif node.op_type == "Transpose" and "perm" in node.attributes:
@@ -228,7 +231,7 @@ class Probe:
                 schema, proto, types, data, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10
             )
         except Exception as error:
-            raise UnsupportedModel(f"node {node.name} ({node.op_type}) does not fit its inputs ({error}): export the model again") from None
+            raise _misfit(node, error) from None
         for output in node.outputs:
             kind = found.get(str(output.name))
             if kind is None:
@@ -238,6 +241,13 @@ class Probe:
                 raise NotConcrete(f"the shape of {output.name} ({node.op_type})")
             self._shapes[output] = tuple(dim.dim_value for dim in dims)
             self._dtypes[output] = kind.tensor_type.elem_type
+
+
+def _misfit(node: ir.Node, error: Exception) -> UnsupportedModel:
+    detail = " ".join(str(error).split())
+    return UnsupportedModel(
+        f"node {node.name} ({node.op_type}) does not fit its inputs ({detail}): export the model again with dynamic axes"
+    )
 
 
 def past_shape(value: ir.Value, batch: int, past: int) -> tuple[int, ...]:
