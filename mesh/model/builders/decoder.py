@@ -163,7 +163,7 @@ def _rotate(builder: GraphBuilder, rotary: Rotary, head_dim: int, q: str, k: str
             table = builder.op("Cast", table, to=tensor_type(builder.options.dtype))
         tables.append(table)
     partial = rotary.dim if rotary.dim < head_dim else 0
-    q, k = (builder.op("RotaryEmbedding", x, *tables, interleaved=int(rotary.interleaved), rotary_embedding_dim=partial) for x in (q, k))
+    q, k = (builder.op("RotaryEmbedding", x, *tables, rotary_embedding_dim=partial) for x in (q, k))
     return q, k
 
 

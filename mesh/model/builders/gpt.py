@@ -145,7 +145,8 @@ class _Weights:
 
 class Gpt2Weights(_Weights):
     def embed(self) -> EmbedWeights:
-        return EmbedWeights(self.tensors.tensor("wte.weight"), self.tensors.tensor("wpe.weight"))
+        shape = (self.spec.context_length, self.spec.hidden_size)
+        return EmbedWeights(self.tensors.tensor("wte.weight"), self.tensors.tensor("wpe.weight", shape=shape))
 
     def head(self) -> HeadWeights:
         return HeadWeights(self._logits("wte.weight", "lm_head"), self.tensors.norm("ln_f"))
@@ -195,9 +196,10 @@ class GptNeoxWeights(_Weights):
 
 class OptWeights(_Weights):
     def embed(self) -> EmbedWeights:
+        rows = self.spec.context_length + OPT_POSITION_OFFSET
         return EmbedWeights(
             tokens=self.tensors.tensor("embed_tokens.weight"),
-            positions=self.tensors.tensor("embed_positions.weight"),
+            positions=self.tensors.tensor("embed_positions.weight", shape=(rows, self.spec.hidden_size)),
             position_offset=OPT_POSITION_OFFSET,
             project=self.tensors.linear("project_in") if "project_in.weight" in self.tensors else None,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mesh.errors import UnsupportedModel
 from mesh.model.builders.config import Config
 from mesh.model.builders.rotary import rope_settings, rotary_from_config, trained_context
 from mesh.model.builders.spec import DecoderSpec, EmbedWeights, Experts, HeadWeights, LayerWeights, Linear, Rotary
@@ -40,6 +41,8 @@ def spec_of(config: Config) -> DecoderSpec:
     """CorruptModel or UnsupportedModel where the configuration makes no decoder."""
     config = config.with_defaults(DEFAULTS[config.model_type])
     gemma = config.model_type == "gemma3_text"
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel(f"{config.path}: use_bidirectional_attention makes it an encoder: only decoders are supported")
     layers, hidden, heads = config.integer("num_hidden_layers"), config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.get("head_dim") or hidden // heads
     windows = [_window(config, index) for index in range(layers)]

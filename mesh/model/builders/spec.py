@@ -52,13 +52,12 @@ ACTIVATIONS: dict[str, str] = {
 class Rotary:
     """Rotary position embedding: angle = position * inverse_frequencies [rotary_dim / 2] (float32), radians.
 
-    `factor` multiplies cos and sin (YaRN, LongRoPE). `interleaved`: pairs are (0, 1), (2, 3) ...; otherwise the first half of
-    the rotated dimensions pairs with the second. Dimensions beyond rotary_dim pass through.
+    `factor` multiplies cos and sin (YaRN, LongRoPE). The first half of the rotated dimensions pairs with the second;
+    dimensions beyond rotary_dim pass through.
     """
 
     inverse_frequencies: npt.NDArray[np.float32]
     factor: float = 1.0
-    interleaved: bool = False
 
     @property
     def dim(self) -> int:

@@ -122,6 +122,8 @@ def _spec(metadata: _Metadata, checkpoint: GgufCheckpoint) -> DecoderSpec:
 def _rotary(metadata: _Metadata, checkpoint: GgufCheckpoint, head_dim: int, context: int, *, local: bool) -> Rotary:
     """`local`: Gemma-3's sliding layers, which have a base of their own and no scaling."""
     dim = metadata.integer("rope.dimension_count", head_dim)
+    if dim != head_dim:
+        raise UnsupportedModel(f"{metadata.path}: rotation over {dim} of {head_dim} dimensions of a head is not supported")
     base = GEMMA3_LOCAL_BASE if local else metadata.get("rope.freq_base", 10000.0)
     settings: dict[str, Any] = {"rope_theta": base, "rope_type": "default", "partial_rotary_factor": 1.0}
     kind = metadata.get("rope.scaling.type") or ("linear" if metadata.get("rope.scale_linear") else "none")
@@ -140,7 +142,7 @@ def _rotary(metadata: _Metadata, checkpoint: GgufCheckpoint, head_dim: int, cont
         if factors.shape != frequencies.shape:
             raise CorruptModel(f"{metadata.path}: rope_freqs.weight has {factors.size} entries where {frequencies.size} are needed")
         frequencies = (frequencies / factors).astype(np.float32)
-    return Rotary(frequencies, rotary.factor, interleaved=metadata.architecture == "llama" and dim != head_dim)
+    return Rotary(frequencies, rotary.factor)
 
 
 class _Weights:
@@ -194,11 +196,7 @@ class _Weights:
         return Linear(self.tensors.stack([f"{name}ffn_{part}.{expert}.weight" for expert in range(self.spec.experts.count)]))
 
     def _halves(self, heads: int) -> Callable[[Array], Array] | None:
-        """llama's q and k are stored with rotary pairs side by side; put them back to halves, which run faster.
-
-        With rotation over part of a head they stay, and the rotary embedding is interleaved.
-        """
-        rotary = self.spec.rotary[0]
-        if self.spec.architecture != "llama" or (rotary is not None and rotary.interleaved):
+        """llama's q and k are stored with rotary pairs side by side: put them back to halves, as all others have them."""
+        if self.spec.architecture != "llama":
             return None
         return lambda array: array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)

@@ -71,6 +71,15 @@ def test_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     assert relative_error(run(tmp_path / "model.gguf", tmp_path / "out"), logits_of(model, PROMPT)) < 1e-4
 
 
+def test_yarn_is_that_of_llama_cpp(tmp_path: Path) -> None:
+    rope = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    model = make_model("Llama", {**BASE, "rope_parameters": rope})
+    write_gguf(tmp_path / "model.gguf", model)
+    got = run(tmp_path / "model.gguf", tmp_path / "out")
+    assert relative_error(got, llama_cpp_logits(tmp_path / "model.gguf")) < 1e-4
+    assert relative_error(got, logits_of(model, PROMPT)) < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_quantized_tensors_give_the_weights_that_they_stand_for(kind: str, tmp_path: Path) -> None:
     """Against a float32 file with the same values; rows are dequantized a few at a time."""
@@ -171,6 +180,10 @@ def test_what_is_no_supported_decoder_is_refused_by_name(whole: bytes, tmp_path:
         open_source(path)
     path.write_bytes(replaced(whole, struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"bertx"))
     with pytest.raises(UnsupportedModel, match=r"architecture 'bertx' is not a supported decoder; supported: gemma3, llama, qwen2, qwen3"):
+        open_source(path)
+    dimensions = b"llama.rope.dimension_count" + struct.pack("<I", 4)
+    path.write_bytes(replaced(whole, dimensions + struct.pack("<I", 16), dimensions + struct.pack("<I", 8)))
+    with pytest.raises(UnsupportedModel, match=r"rotation over 8 of 16 dimensions"):
         open_source(path)
     path.write_bytes(replaced(whole, b"blk.2.attn_q.weight", b"blk.2.attn_z.weight"))
     with pytest.raises(CorruptModel, match=r"no tensor blk.2.attn_q.weight"):

@@ -153,7 +153,10 @@ def test_sources_that_cannot_be_imported_are_refused_before_anything_is_written(
     edit_config(source, model_type="bert")
     with pytest.raises(UnsupportedModel, match=r"model_type 'bert' is not a supported decoder; supported: bloom, gemma3, .*qwen3"):
         open_source(source)
-    edit_config(source, model_type="llama", quantization_config={"quant_method": "gptq"})
+    edit_config(source, model_type="gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedModel, match=r"makes it an encoder"):
+        open_source(source)
+    edit_config(source, model_type="llama", use_bidirectional_attention=None, quantization_config={"quant_method": "gptq"})
     with pytest.raises(UnsupportedModel, match=r"quantized already \(gptq\)"):
         open_source(source)
     edit_config(source, quantization_config=None, num_hidden_layers=4)
@@ -198,3 +201,45 @@ def test_a_mixture_of_experts_stored_as_one_tensor_is_read_too(tmp_path: Path) -
         (tmp_path / name).mkdir()
         source.write_blocks(BlockWriter(tmp_path / name), ImportOptions(), lambda *_: None)
         assert relative_error(Chain(tmp_path / name, source.cache)(prompt), logits_of(model, prompt)) < 1e-4
+
+
+def digests(source: Path, out: Path) -> list[str]:
+    out.mkdir()
+    blocks = open_source(source).write_blocks(BlockWriter(out), ImportOptions(), lambda *_: None)
+    return [file.sha256 for block in blocks for file in block.files]
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "llama-linear", "gemma3", "gpt-neox", "phi3-longrope"])
+def test_older_configurations_mean_the_same(name: str, tmp_path: Path) -> None:
+    """Before rope_parameters there were rope_theta, rope_scaling and names of each architecture's own."""
+    source = tmp_path / "source"
+    make_model(CASES[name].config, CASES[name].values, source)
+    new = digests(source, tmp_path / "new")
+    config = json.loads((source / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    if name == "gemma3":
+        config |= {"rope_theta": rope["full_attention"]["rope_theta"], "rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        config |= {"layer_types": None, "sliding_window_pattern": 2, "rope_scaling": None}
+    elif name == "gpt-neox":
+        config |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
+    else:
+        config |= {"rope_theta": rope.pop("rope_theta"), "partial_rotary_factor": rope.pop("partial_rotary_factor", None)}
+        kind = rope.pop("rope_type")
+        config["rope_scaling"] = {**rope, "type": "su" if kind == "longrope" else kind}
+    (source / "config.json").write_text(json.dumps(config))
+    assert digests(source, tmp_path / "old") == new
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_a_multimodal_gemma_is_found(prefix: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    source = tmp_path / "source"
+    make_model(CASES["gemma3"].config, CASES["gemma3"].values, source)
+    plain = digests(source, tmp_path / "plain")
+    tensors = {prefix + name.removeprefix("model."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    tensors["vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
+    save_file(tensors, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config, "vision_config": {}}))
+    assert digests(source, tmp_path / "wrapped") == plain

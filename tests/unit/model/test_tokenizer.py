@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.model.importers.gguf_tokenizer import PRE_TOKENIZERS, write_gguf_tokenizer
 from mesh.model.importers.tokenizer import write_huggingface_tokenizer
-from mesh.model.manifest import TokenizerInfo
+from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, TokenizerInfo, WeightsInfo
 from mesh.model.tokenizer import Tokenizer
 
 TEXTS = [
@@ -236,6 +236,39 @@ def test_templates_have_what_hugging_face_gives_them(smollm: Tokenizer) -> None:
         escape.apply_chat_template([])
 
 
-def test_a_directory_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+def save_manifest(directory: Path, info: TokenizerInfo | None) -> None:
+    blocks = tuple(BlockInfo(name=name, files=(), weight_bytes=0, parameters=0) for name in ("embed", "layer_000", "head"))
+    Manifest(
+        name="m",
+        architecture="a",
+        source="gguf",
+        layers=1,
+        vocab_size=10,
+        context_length=10,
+        hidden=HiddenInfo(size=4, dtype="float32"),
+        cache=(CacheInfo(kv_heads=1, key_dim=4, value_dim=4),),
+        cache_dtype="float32",
+        weights=WeightsInfo(bits=32),
+        blocks=blocks,
+        tokenizer=info,
+    ).save(directory)
+
+
+def test_a_model_directory_gives_its_tokenizer_or_says_what_to_do(tmp_path: Path, smollm: Tokenizer) -> None:
     with pytest.raises(ModelNotFound, match=r"not a model directory"):
+        Tokenizer.load(tmp_path)
+    save_manifest(tmp_path, None)
+    with pytest.raises(ModelNotFound, match=r"has no tokenizer: give token ids"):
+        Tokenizer.load(tmp_path)
+    save_manifest(tmp_path, TokenizerInfo(eos_ids=(2,), chat_template=True))
+    smollm._backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi<|im_end|>"
+    assert tokenizer.encode("hi there") == smollm.encode("hi there")
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CorruptModel, match=r"chat_template.jinja is not a template"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[")
+    with pytest.raises(CorruptModel, match=r"tokenizer.json does not read"):
         Tokenizer.load(tmp_path)

@@ -20,7 +20,13 @@ def byte_vocabulary(size: int) -> list[str]:
     return (letters + merged + [f"<pad{n}>" for n in range(size)])[:size]
 
 
-def write_gguf(path: Path, model: Any, kind: gguf.GGMLQuantizationType | None = None, extra: dict[str, np.ndarray] | None = None) -> None:
+def write_gguf(
+    path: Path,
+    model: Any,
+    kind: gguf.GGMLQuantizationType | None = None,
+    *,
+    extra: dict[str, np.ndarray] | None = None,
+) -> None:
     """`kind` is the type of the 2-D weights (None: float32); norms and biases stay float32."""
     config = model.config
     name = ARCHITECTURES[config.model_type]
