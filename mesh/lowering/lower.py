@@ -175,7 +175,7 @@ def _compiled_once(op: Op, args: Sequence[Any], keywords: Mapping[str, Any], kep
     def call(arrays: dict[int, Any]) -> tuple[Any, ...]:
         return _tuple(op.function(*[arrays.get(i, arg) for i, arg in enumerate(args)], **keywords))
 
-    return jax.jit(call)(arrays)  # type: ignore[no-any-return]
+    return jax.jit(call)(arrays)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

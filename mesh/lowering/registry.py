@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["MICROSOFT", "Op", "find", "register", "supported"]
+__all__ = ["MICROSOFT", "Op", "find", "register"]
 
 MICROSOFT = "com.microsoft"
 
@@ -117,8 +117,3 @@ def find(op_type: str, domain: str, opset: int) -> Op | None:
         return None
     usable = [since for since in versions if since <= opset]
     return versions[max(usable)] if usable else None
-
-
-def supported(op_type: str, domain: str = "", opset: int = 24) -> bool:
-    """Whether an op can be lowered (its attributes are checked by `lower`)."""
-    return find(op_type, domain, opset) is not None

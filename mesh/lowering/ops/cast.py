@@ -48,7 +48,7 @@ def _to_float8(xp: Any, x: Array, dtype: np.dtype[Any], saturate: bool) -> Array
     """Saturating: what is too large becomes the largest number, infinities too. Otherwise NaN, or infinity where the type has it."""
     x = x.astype(np.float32) if x.dtype != np.float64 else x
     if saturate:
-        limits = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+        limits = ml_dtypes.finfo(dtype)
         largest = np.asarray(float(limits.max), x.dtype)
         x = xp.where(xp.isnan(x), x, xp.clip(x, -largest, largest))
     return x.astype(dtype)

@@ -87,7 +87,7 @@ def TensorScatter(past_cache: Array, update: Array, write_indices: Array | None 
     """Each row's update is written along `axis` from that row's index on.
 
     past_cache [B, ..., S, ...], update [B, ..., T, ...], write_indices [B]. Linear: a start beyond S - T is ONNX's error; compiled
-    code clamps it. One dynamic slice update a row, so that a donated cache is updated in place.
+    code clamps it. Written so that XLA updates a donated cache in place.
     """
     axis = positive_axis(axis, past_cache.ndim)
     size, count = past_cache.shape[axis], update.shape[axis]

@@ -45,7 +45,7 @@ def _spread(parameter: Array, x: Array, axis: int, block_size: int) -> Array:
 
 def divided(x: Array, scale: Array) -> Array:
     """x / scale, rounded once. XLA would multiply by the reciprocal of a broadcast divisor, and move ties."""
-    whole: Array = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))  # type: ignore[no-untyped-call]
+    whole: Array = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
     return x / whole
 
 

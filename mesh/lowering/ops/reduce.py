@@ -37,7 +37,7 @@ def _extreme(least: bool) -> _Kernel:
         if is_float(x.dtype):
             initial: Any = np.asarray(np.inf if least else -np.inf, x.dtype)
         else:
-            info = ml_dtypes.iinfo(x.dtype)  # type: ignore[no-untyped-call]
+            info = ml_dtypes.iinfo(x.dtype)
             initial = info.max if least else info.min
         return (xp.min if least else xp.max)(x, axis=axes, keepdims=keep, initial=initial)
 
