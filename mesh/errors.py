@@ -14,9 +14,19 @@ arise. The message is one line that names what is wrong and what would be right;
     │   ├── BadLayerRange               outside the model, empty, or overlapping wrongly
     │   └── DoesNotFit                  more memory than there is
     ├── ConfigError                     a configuration file or flag
-    └── RequestError                    a generation request
-        ├── BadRequest                  a field is missing or out of range
-        └── PromptTooLong               longer than the context
+    ├── RequestError                    a generation request
+    │   ├── BadRequest                  a field is missing or out of range
+    │   └── PromptTooLong               longer than the context
+    └── ServiceError                    a request that is right and was not served; the same one can succeed later
+        ├── Busy                        every row and the queue are taken; says when to come back
+        ├── Unavailable                 nobody serves it: no server, no replica of a layer range, a shard that left
+        ├── DeadlineExceeded            no answer in time
+        ├── Cancelled                   the caller took it back
+        ├── Denied                      the server's accounts, or a token, do not allow it
+        └── ProtocolError               what came over the wire is not what the subject carries
+            ├── FrameRejected           a frame: damaged, of another version or model, or out of turn
+            ├── MessageRejected         a control message
+            └── PayloadTooLarge         more than the server takes in one message
 """
 
 from __future__ import annotations
@@ -26,15 +36,25 @@ from typing import ClassVar
 __all__ = [
     "BadLayerRange",
     "BadRequest",
+    "Busy",
+    "Cancelled",
     "ConfigError",
     "CorruptModel",
+    "DeadlineExceeded",
+    "Denied",
     "DoesNotFit",
+    "FrameRejected",
     "MeshError",
+    "MessageRejected",
     "ModelError",
     "ModelNotFound",
+    "PayloadTooLarge",
     "PlanError",
     "PromptTooLong",
+    "ProtocolError",
     "RequestError",
+    "ServiceError",
+    "Unavailable",
     "UnsupportedModel",
     "VerificationFailed",
 ]
@@ -121,3 +141,72 @@ class PromptTooLong(RequestError):
         super().__init__(message)
         self.tokens = tokens
         self.limit = limit
+
+
+class ServiceError(MeshError):
+    code = "service"
+    retryable = True
+
+
+class Busy(ServiceError):
+    """`retry_after_s` is when a place is expected to be free."""
+
+    code = "busy"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(ServiceError):
+    code = "unavailable"
+
+
+class DeadlineExceeded(ServiceError):
+    code = "deadline_exceeded"
+
+
+class Cancelled(ServiceError):
+    code = "cancelled"
+    retryable = False
+
+
+class Denied(ServiceError):
+    code = "denied"
+    retryable = False
+
+
+class ProtocolError(ServiceError):
+    code = "protocol"
+    retryable = False
+
+
+class FrameRejected(ProtocolError):
+    """`reason` is one of the few words that rejected frames are counted under."""
+
+    code = "frame_rejected"
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class MessageRejected(ProtocolError):
+    """`field` is the path of the offending key, empty where it is the whole message."""
+
+    code = "message_rejected"
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PayloadTooLarge(ProtocolError):
+    """Both in bytes; nothing was sent."""
+
+    code = "payload_too_large"
+
+    def __init__(self, message: str, *, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(message)
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes

@@ -1,0 +1,114 @@
+"""The names of the mesh on NATS: every subject, bucket, stream and queue group, made and taken apart here and nowhere else.
+
+    mesh.v1.MODEL.generate                  a generation request                        queue group `coordinators`
+    mesh.v1.MODEL.cancel.COORDINATOR        take a generation back                      that coordinator
+    mesh.v1.MODEL.layers.A-B                open a session on layers [A, B)             queue group `replicas`
+    mesh.v1.MODEL.layers.A-B.SHARD          frames for that shard
+    mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, gaps
+    mesh.v1.MODEL.coordinators              coordinators saying that they live          every shard of the model
+    mesh.v1.control.SHARD.VERB              open, close, drain, stats                   that shard
+    mesh.v1.events.KIND                     what happened                               anyone
+
+The version of the protocol is in the name: other versions cannot meet. MODEL, SHARD and COORDINATOR are tokens: letters,
+digits, `-` and `_`; `token` makes one of any name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, Literal
+
+from mesh.errors import BadRequest
+from mesh.types import LayerRange
+
+__all__ = [
+    "ANY_EVENT",
+    "COORDINATORS_QUEUE",
+    "KV_PLACEMENT",
+    "KV_SESSIONS",
+    "KV_SHARDS",
+    "OBJECTS_MODELS",
+    "REPLICAS_QUEUE",
+    "STREAM_BATCH",
+    "VERSION",
+    "Verb",
+    "cancel",
+    "check_token",
+    "control",
+    "coordinators",
+    "event",
+    "frames",
+    "generate",
+    "is_token",
+    "layers",
+    "token",
+    "tokens",
+]
+
+VERSION: Final = "v1"
+COORDINATORS_QUEUE: Final = "coordinators"
+REPLICAS_QUEUE: Final = "replicas"
+
+KV_SHARDS: Final = "mesh_shards"
+KV_PLACEMENT: Final = "mesh_placement"
+KV_SESSIONS: Final = "mesh_sessions"
+OBJECTS_MODELS: Final = "mesh_models"
+STREAM_BATCH: Final = "mesh_batch"
+
+MAX_TOKEN = 64
+ANY_EVENT: Final = f"mesh.{VERSION}.events.>"
+
+Verb = Literal["open", "close", "drain", "stats"]
+
+_TOKEN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}")
+
+
+def is_token(text: str) -> bool:
+    return _TOKEN.fullmatch(text) is not None
+
+
+def token(name: str) -> str:
+    """`name` as one token of a subject: what else it holds than letters, digits, - and _ becomes _."""
+    made = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_TOKEN]
+    if not made:
+        raise BadRequest("a name is empty: give letters, digits, - and _", field="name")
+    return made
+
+
+def check_token(text: str, field: str) -> str:
+    """`text` itself, or BadRequest naming `field`: nothing a caller writes may reach into another subject."""
+    if not is_token(text):
+        raise BadRequest(f"{field} is {text!r}: give letters, digits, - and _, at most {MAX_TOKEN}", field=field)
+    return text
+
+
+def generate(model: str) -> str:
+    return f"mesh.{VERSION}.{token(model)}.generate"
+
+
+def cancel(model: str, coordinator: str) -> str:
+    return f"mesh.{VERSION}.{token(model)}.cancel.{check_token(coordinator, 'coordinator')}"
+
+
+def layers(model: str, held: LayerRange) -> str:
+    return f"mesh.{VERSION}.{token(model)}.layers.{held}"
+
+
+def frames(model: str, held: LayerRange, shard: str) -> str:
+    return f"{layers(model, held)}.{check_token(shard, 'shard')}"
+
+
+def tokens(model: str, coordinator: str) -> str:
+    return f"mesh.{VERSION}.{token(model)}.tokens.{check_token(coordinator, 'coordinator')}"
+
+
+def coordinators(model: str) -> str:
+    return f"mesh.{VERSION}.{token(model)}.coordinators"
+
+
+def control(shard: str, verb: Verb) -> str:
+    return f"mesh.{VERSION}.control.{check_token(shard, 'shard')}.{verb}"
+
+
+def event(kind: str) -> str:
+    return f"mesh.{VERSION}.events.{check_token(kind, 'kind')}"

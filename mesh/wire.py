@@ -1,0 +1,74 @@
+"""Tensors on the wire: types by number, and the two ways to make them smaller.
+
+    BF16    float32 rounded to the nearest bfloat16, ties to even: half the bytes, 3 significant digits; not what was computed
+    ZSTD    the bytes of equal significance together (all signs and exponents, then ...), then zstd: exact
+
+Neither changes integers' values; BF16 leaves whatever is not float32 alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import zstandard
+
+__all__ = ["WireError", "pack", "unpack"]
+
+_TYPES: Final[tuple[Any, ...]] = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint32, np.int64))
+_CODES: Final = {dtype: code for code, dtype in enumerate(_TYPES)}
+_FLOAT32: Final = 0
+_BFLOAT16: Final = _TYPES[1]
+_LEVEL = 1
+
+
+class WireError(ValueError):
+    """A tensor that cannot be what its table says."""
+
+
+def pack(tensor: np.ndarray, *, bf16: bool, zstd: bool) -> tuple[int, Any]:
+    """(type number of the tensor itself, bytes-like body)."""
+    code = _CODES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"a tensor of {tensor.dtype} does not travel: {', '.join(map(str, _TYPES))} do")
+    if bf16 and code == _FLOAT32:
+        tensor = tensor.astype(_BFLOAT16)
+    tensor = np.ascontiguousarray(tensor)
+    if not zstd:
+        return code, tensor.reshape(-1).view(np.uint8).data if tensor.size else b""
+    planes = tensor.reshape(-1).view(np.uint8).reshape(-1, tensor.dtype.itemsize).T if tensor.size else tensor
+    # A compressor is no object of two threads, and making one costs less than what it compresses.
+    return code, zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(np.ascontiguousarray(planes).tobytes())
+
+
+def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int, *, bf16: bool, zstd: bool, limit_bytes: int) -> np.ndarray:
+    """The tensor of `shape` in data[at : at + stored]; WireError where it is not one. Read-only where it shares `data`'s memory."""
+    if code >= len(_TYPES):
+        raise WireError(f"tensor type {code}")
+    dtype = _TYPES[code]
+    travels = _BFLOAT16 if bf16 and code == _FLOAT32 else dtype
+    count = math.prod(shape)
+    expected = count * travels.itemsize
+    if expected > limit_bytes:
+        raise WireError(f"a tensor of {expected:,} bytes, where {limit_bytes:,} are the most")
+    if not zstd:
+        if stored != expected:
+            raise WireError(f"{stored:,} bytes for a tensor {shape} of {travels}")
+        flat = np.frombuffer(data, travels, count, at)
+    else:
+        flat = _inflate(memoryview(data)[at : at + stored], expected, travels)
+    return flat.reshape(shape).astype(dtype, copy=False)
+
+
+def _inflate(body: memoryview, expected: int, dtype: Any) -> np.ndarray:
+    try:
+        if zstandard.frame_content_size(body) != expected:  # never unfold more than the table says
+            raise WireError("a compressed tensor of another size than its shape's")
+        raw = zstandard.ZstdDecompressor().decompress(body, max_output_size=expected) if expected else b""
+    except zstandard.ZstdError as error:
+        raise WireError(f"a compressed tensor that does not unfold ({error})") from None
+    if len(raw) != expected:
+        raise WireError("a compressed tensor of another size than its shape's")
+    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T).reshape(-1).view(dtype)
