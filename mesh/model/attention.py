@@ -50,6 +50,7 @@ SCORE_OPS = frozenset(
         "Squeeze",
         "Identity",
         "Neg",
+        "Flatten",
     )
 )
 WINDOW = "mesh.window"  # in the meta of an Attention made by mesh/model/contrib.py: its sliding window in tokens

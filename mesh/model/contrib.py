@@ -34,7 +34,7 @@ def rewrite_contrib(model: ir.Model, roles: dict[ir.Value, Role]) -> None:
             left = [output for output in node.outputs if output.uses()]
             if left:
                 raise UnsupportedModel(f"{node.op_type} {node.name}: its output {left[0].name} is used, which is not supported")
-            model.graph.remove(node, safe=False)
+            model.graph.remove(node, safe=True)
         elif node.domain not in ("", "ai.onnx"):
             raise UnsupportedModel(
                 f"operator {node.domain}.{node.op_type} (node {node.name}) is not known: export with the standard ONNX operators, "

@@ -34,7 +34,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat1
 SMALL_BYTES = 1024
 # computed in float32 under a 16-bit compute type
 WIDE = frozenset((
-    "Pow", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "ReduceSumSquare", "Sqrt", "Reciprocal", "Exp", "Log", "Softmax", "LogSoftmax",
+    "Pow", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceSumSquare", "Sqrt", "Reciprocal", "Exp", "Log", "Softmax", "LogSoftmax",
     "Cos", "Sin", "Erf",
 ))  # fmt: skip
 # take and give the compute type

@@ -51,13 +51,13 @@ def _reference(node: ir.Node, inputs: list[Array | None]) -> list[Array]:
 
 
 def _cast(node: ir.Node, x: Array) -> Array:
-    return x.astype(ir.DataType(node.attributes["to"].value).numpy())
+    return np.asarray(x, ir.DataType(attribute(node, "to")).numpy())
 
 
 def _divide(_: ir.Node, a: Array, b: Array) -> Array:
     if a.dtype.kind in "iu":
-        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))).astype(a.dtype)
-    return a / b
+        return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1)), a.dtype)
+    return np.asarray(a / b)
 
 
 def _gather(node: ir.Node, x: Array, indices: Array) -> Array:
@@ -66,6 +66,12 @@ def _gather(node: ir.Node, x: Array, indices: Array) -> Array:
         return np.asarray(np.take(x, indices, axis=axis))
     except IndexError as error:
         raise NotConcrete(str(error)) from None
+
+
+def _gather_elements(node: ir.Node, x: Array, indices: Array) -> Array:
+    axis = attribute(node, "axis", 0) % x.ndim
+    rows = tuple(slice(None) if a == axis else slice(size) for a, size in enumerate(indices.shape))
+    return np.take_along_axis(x[rows], indices, axis)
 
 
 def _gather_nd(node: ir.Node, x: Array, indices: Array) -> Array:
@@ -110,7 +116,7 @@ FAST: dict[str, Callable[..., Array]] = {
     "Equal": _binary(np.equal), "Less": _binary(np.less), "LessOrEqual": _binary(np.less_equal), "Greater": _binary(np.greater),
     "GreaterOrEqual": _binary(np.greater_equal), "And": _binary(np.logical_and), "Or": _binary(np.logical_or),
     "Not": lambda node, x: np.logical_not(x), "Where": lambda node, c, a, b: np.asarray(np.where(c, a, b), a.dtype),
-    "Cast": _cast, "Gather": _gather, "GatherND": _gather_nd, "Reshape": _reshape, "Squeeze": _squeeze,
+    "Cast": _cast, "Gather": _gather, "GatherND": _gather_nd, "GatherElements": _gather_elements, "Reshape": _reshape, "Squeeze": _squeeze,
     "Unsqueeze": lambda node, x, axes: np.expand_dims(x, tuple(int(a) for a in axes)),
     "Expand": lambda node, x, shape: np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(d) for d in shape))),
     "Concat": _concat, "Transpose": _transpose, "Range": lambda node, a, b, c: np.arange(a, b, c, dtype=a.dtype),

@@ -50,7 +50,7 @@ def make_experts_static(graph: DecoderGraph) -> bool:
             assert made is not None
             made.meta[MASK] = mask
         ir.convenience.replace_all_uses_with(node.outputs[0], grid)
-        graph.model.graph.remove(node, safe=False)
+        graph.model.graph.remove(node, safe=True)
         found = True
     if blocked and not found:
         raise UnsupportedModel(f"node {blocked} (NonZero) chooses among what was chosen by the tokens: not supported")

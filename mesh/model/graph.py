@@ -281,4 +281,4 @@ def _drop_identities(model: ir.Model) -> None:
             if node.op_type == "Dropout" and len(node.outputs) > 1 and node.outputs[1].uses():
                 continue
             ir.convenience.replace_all_uses_with(node.outputs[0], argument(node, 0), replace_graph_outputs=True)
-            model.graph.remove(node, safe=False)
+            model.graph.remove(node, safe=True)

@@ -50,7 +50,7 @@ def rewrite_einsum(model: ir.Model) -> None:
         model.graph.insert_before(node, product)
         result = _transposed(model, node, product.outputs[0], out)
         ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
-        model.graph.remove(node, safe=False)
+        model.graph.remove(node, safe=True)
 
 
 def _product(equation: str) -> tuple[list[int], list[int], list[int]] | None:

@@ -88,7 +88,7 @@ def _convert_softmax(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_before(node, [shape, flat, inner, back])
     back.outputs[0].name = None
     ir.convenience.replace_all_uses_with(node.outputs[0], back.outputs[0], replace_graph_outputs=True)
-    graph.remove(node, safe=False)
+    graph.remove(node, safe=True)
 
 
 def _set_input(node: ir.Node, place: int, value: ir.Value) -> None:
@@ -127,4 +127,4 @@ def inline_branch(model: ir.Model, node: ir.Node, taken: bool) -> None:
     graph.insert_before(node, nodes)
     for old, new in zip(node.outputs, outputs, strict=True):
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(node, safe=False)
+    graph.remove(node, safe=True)

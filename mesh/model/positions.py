@@ -33,6 +33,7 @@ __all__ = ["Computed", "Constant", "Description", "InputParts", "Positions", "Si
 Array = npt.NDArray[Any]
 
 LARGEST_TABLE = 64 << 20  # bytes
+POSITION_READERS = ("Gather", "GatherElements", "GatherND", "Slice", "RotaryEmbedding")
 MOST_SIZES = 64  # elements of an integer vector that is looked at as sizes
 
 
@@ -290,26 +291,40 @@ def context_limit(graph: DecoderGraph) -> int | None:
     past = 4 if graph.has_past else 0
     near, far = Probe(graph, 1, 3, past), Probe(graph, 1, 5, past)
     for node in graph.nodes:
-        if node.op_type == "RotaryEmbedding" and len(node.inputs) > 3 and graph.kind(argument(node, 1)) is Kind.CONSTANT:
-            rows = near.shape(argument(node, 1))[0]
-            limit = rows if limit is None else min(limit, rows)
-        if node.op_type not in ("Gather", "Slice") or graph.kind(node.outputs[0]) is not Kind.SHAPE:
-            continue
-        table = argument(node, 0)
-        if graph.kind(table) is not Kind.CONSTANT:
+        if node.op_type not in POSITION_READERS:
             continue
         try:
-            shape = near.shape(table)
-            if node.op_type == "Gather":
-                size = shape[attribute(node, "axis", 0)]
-                last = [int(p.value(argument(node, 1)).max()) for p in (near, far)]
-            else:
-                axes = near.value(argument(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else [0]
-                size = shape[int(np.asarray(axes).reshape(-1)[0])]
-                last = [int(p.value(argument(node, 2)).reshape(-1)[0]) - 1 for p in (near, far)]
-        except (NotConcrete, ValueError):
+            rows = _table_rows(graph, node, near, far)
+        except (NotConcrete, ValueError, IndexError):
             continue
-        if last[1] - last[0] == 2 and last[0] >= near.total - 1:
-            rows = size - (last[0] - (near.total - 1))
+        if rows is not None:
             limit = rows if limit is None else min(limit, rows)
     return limit
+
+
+def _table_rows(graph: DecoderGraph, node: ir.Node, near: Probe, far: Probe) -> int | None:
+    """How many positions a table has that `node` reads by position: one more token in the sequence, one row further."""
+    if node.op_type == "RotaryEmbedding":
+        constant = len(node.inputs) > 3 and graph.kind(argument(node, 1)) is Kind.CONSTANT
+        return near.shape(argument(node, 1))[0] if constant else None
+    if graph.kind(node.outputs[0]) is not Kind.SHAPE:
+        return None
+    table, axis = argument(node, 0), attribute(node, "axis", 0)
+    if node.op_type == "Slice":
+        axes = near.value(argument(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else np.zeros(1, np.int64)
+        axis = int(axes.reshape(-1)[0])
+    if node.op_type == "GatherND" and near.shape(argument(node, 1))[-1] != 1:
+        return None
+    size = near.shape(table)[axis]
+    if far.shape(table)[axis] != size:
+        return None
+    if node.op_type != "Slice":
+        last = [int(probe.value(argument(node, 1)).max()) for probe in (near, far)]
+    else:
+        starts = [int(probe.value(argument(node, 1)).reshape(-1)[0]) for probe in (near, far)]
+        if starts[0] - starts[1] == far.total - near.total:  # the last rows of the table
+            return near.total + (starts[0] if starts[0] >= 0 else size + starts[0])
+        last = [int(probe.value(argument(node, 2)).reshape(-1)[0]) - 1 for probe in (near, far)]
+    if last[1] - last[0] != far.total - near.total or last[0] < near.total - 1:
+        return None
+    return size - (last[0] - (near.total - 1))

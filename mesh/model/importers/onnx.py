@@ -8,9 +8,11 @@ emit        one block's nodes
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx_ir as ir
 import orjson
 from onnx import TensorProto
 
@@ -113,8 +115,16 @@ class OnnxSource:
         for done, part in enumerate(parts):
             progress(part.name, done, total)
             blocks.append(self.build(part, options).write(writer))
+            self._release()
         progress("done", total, total)
         return tuple(blocks)
+
+    def _release(self) -> None:
+        """Let go of the mapped weights: pages of a file that was read count as memory until they are unmapped."""
+        for value in self.graph.model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                with suppress(BufferError):  # a table that the analysis still looks at
+                    value.const_value.release()
 
     def build(self, part: Part, options: ImportOptions) -> GraphBuilder:
         """The graph of one block."""
