@@ -33,14 +33,15 @@ FORMS = ("dot", *_TILES, "rows", "reduce")
 class Codes:
     """A weight [out, in] as stored: value = (data - zero_point) * scale, seen as `dtype` (None: data's own).
 
-    `scale` and `zero_point` are [out], [out, groups] along `in`, scalars, or None. With `nibbles`, data is uint8 [out, in / 2],
-    two 4-bit codes a byte, the even one low.
+    `scale` and `zero_point` are [out], [out, groups] along `in`, scalars, or None; a group is `group` elements, the last one maybe
+    fewer. With `nibbles`, data is uint8 [out, in / 2], two 4-bit codes a byte, the even one low.
     """
 
     data: Any
     scale: Any = None
     zero_point: Any = None
     dtype: Any = field(default=None, metadata={"static": True})
+    group: int = field(default=0, metadata={"static": True})
     nibbles: Literal["signed", "unsigned"] | None = field(default=None, metadata={"static": True})
 
     @property
@@ -66,12 +67,15 @@ class Codes:
         values = self.integers(dtype)
         if self.scale is None:
             return values
-        out, size = self.shape
-        groups = self.scale.shape[1] if self.scale.ndim == 2 else 1
-        grouped = values.reshape(out, groups, size // groups)
         if self.zero_point is not None:
-            grouped = grouped - jnp.broadcast_to(self.zero_point.astype(dtype).reshape(-1, groups, 1), (out, groups, 1))
-        return (grouped * self.scale.astype(dtype).reshape(-1, groups, 1)).reshape(out, size)
+            values = values - self._spread(self.zero_point.astype(dtype))
+        return values * self._spread(self.scale.astype(dtype))
+
+    def _spread(self, each: Any) -> Any:
+        """One number a channel or a group, over the elements it is for: broadcasts to [out, in]."""
+        if each.ndim < 2:
+            return each.reshape(-1, 1)
+        return jnp.repeat(each, self.group, axis=1)[:, : self.shape[1]]
 
 
 def product(x: Any, weight: Codes, *, form: str) -> Any:

@@ -70,7 +70,8 @@ class PackedWeight:
         if op_type == "DequantizeLinear" and args[0] is self:
             scale = jnp.asarray(args[1])
             zero = None if len(args) < 3 or args[2] is None else jnp.asarray(args[2]).T
-            return replace(self, codes=replace(self.codes, scale=scale.T, zero_point=zero, dtype=np.dtype(scale.dtype)))
+            codes = replace(self.codes, scale=scale.T, zero_point=zero, dtype=np.dtype(scale.dtype), group=attrs.get("block_size", 0))
+            return replace(self, codes=codes)
         if op_type == "MatMul" and args[1] is self:
             return self.product(jnp.asarray(args[0]))
         return NotImplemented

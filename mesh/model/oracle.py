@@ -24,6 +24,7 @@ def session(model: Path | bytes) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # activations stay float32
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
     try:
@@ -58,7 +59,10 @@ class OrtBlock:
             **{f"past_{which}": array for which, array in self._past.items()},
         }
         names = [self.output, *(f"present_{which}" for which in self._past)]
-        results = self._session.run(names, {name: given[name] for name in self.inputs})
+        try:
+            results = self._session.run(names, {name: given[name] for name in self.inputs})
+        except Exception as error:  # some kernels are found missing only when a session first runs
+            raise UnsupportedModel(f"onnxruntime cannot run the block: {str(error).splitlines()[0]}") from None
         for which, array in zip(self._past, results[1:], strict=True):
             self._past[which] = array
         return np.asarray(results[0][0])

@@ -232,8 +232,8 @@ def _against_source(
     for got, want, prompt in zip(logits, expected, sequences.prompts, strict=True):
         got, want = got[prompt - 1 :], want[prompt - 1 :]
         margin = np.take_along_axis(want, want.argmax(-1)[:, None], -1) - np.take_along_axis(want, got.argmax(-1)[:, None], -1)
-        # Two tokens nearer to each other than the tolerance are a tie: rounding decides it in the source too.
-        tie = margin[:, 0] <= tolerance * np.abs(want).max(-1)
+        # Two tokens nearer to each other than rounding are a tie: rounding decides it in the source too.
+        tie = margin[:, 0] <= TOLERANCE[manifest.hidden.dtype] * np.abs(want).max(-1)
         same += int(((got.argmax(-1) == want.argmax(-1)) | tie).sum())
         total += len(got)
     exact = manifest.weights.bits == 32 and manifest.hidden.dtype == "float32"

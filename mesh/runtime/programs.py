@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mesh.runtime import step
@@ -84,12 +83,11 @@ class Programs:
         ints: np.ndarray,
     ) -> tuple[Any, Any]:
         """One step. `caches` is updated in place; returns (history, hidden [B, T, D] or Sampled)."""
-        tokens_, positions_ = jnp.asarray(tokens), jnp.asarray(positions)
-        writes_, row_ = jnp.asarray(writes), jnp.asarray(row, jnp.int32)
+        tokens_, positions_, writes_, row_ = jax.device_put((tokens, positions, writes, np.int32(row)))
         if self.embed is not None:
             x = self._get("embed", bucket, self.embed)(self.embed.weights, tokens_, positions_)
         else:
-            x = jnp.asarray(hidden)
+            x = jax.device_put(hidden)
         for group, weights in zip(self.groups, self._weights, strict=True):
             stop = group.first + len(group.blocks)
             run = self._get("layers", bucket, group, caches[group.first : stop], x)
@@ -98,7 +96,7 @@ class Programs:
             return history, x
         run = self._get("head", bucket, self.head, history, x)
         if bucket.prefill:
-            return run(self.head.weights, history, x, tokens_, positions_, row_, jnp.asarray(count, jnp.int32), floats, ints)
+            return run(self.head.weights, history, x, tokens_, positions_, row_, np.int32(count), floats, ints)
         return run(self.head.weights, history, x, tokens_, positions_, writes_, floats, ints)
 
     def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any, hidden_size: int, dtype: Any) -> None:

@@ -1,0 +1,73 @@
+"""A small Llama with random weights, imported once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mesh.model.importing import import_model
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, MLP, VOCAB, CONTEXT = 5, 48, 6, 2, 8, 80, 131, 96
+
+
+def write_llama(directory: Path, *, seed: int = 0) -> Path:
+    """config.json and model.safetensors of a random Llama whose greedy tokens vary."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+    def matrix(out: int, size: int) -> np.ndarray:
+        return (rng.standard_normal((out, size)) * 1.6 / np.sqrt(size)).astype(np.float32)
+
+    def norm() -> np.ndarray:
+        return (1 + 0.2 * rng.standard_normal(HIDDEN)).astype(np.float32)
+
+    tensors = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN) * 5, "model.norm.weight": norm(), "lm_head.weight": matrix(VOCAB, HIDDEN) * 3}
+    for layer in range(LAYERS):
+        shapes = {
+            "self_attn.q_proj": (HEADS * DIM, HIDDEN),
+            "self_attn.k_proj": (KV_HEADS * DIM, HIDDEN),
+            "self_attn.v_proj": (KV_HEADS * DIM, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HEADS * DIM),
+            "mlp.gate_proj": (MLP, HIDDEN),
+            "mlp.up_proj": (MLP, HIDDEN),
+            "mlp.down_proj": (HIDDEN, MLP),
+        }
+        prefix = f"model.layers.{layer}."
+        tensors |= {f"{prefix}{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        tensors |= {f"{prefix}{name}.weight": norm() for name in ("input_layernorm", "post_attention_layernorm")}
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama_source(tmp_path_factory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, llama_source) -> Path:
+    """The model directory."""
+    out = tmp_path_factory.mktemp("models") / "llama"
+    import_model(llama_source, out)
+    return out
