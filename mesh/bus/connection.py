@@ -1,0 +1,366 @@
+"""One connection to NATS: kept for ever, with every limit checked before a write.
+
+nats-py compares max_payload with the payload alone while the server counts headers too and drops the connection over it; and
+its subscriptions drop what overflows them. Here an oversize publish is an error before anything is sent, and what a
+subscription drops is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nats
+import nats.aio.client
+import nats.aio.msg
+import nats.aio.subscription
+import nats.errors
+
+from mesh.bus.mapping import mapped, mapped_error
+from mesh.errors import ConfigError, DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
+from mesh.messages import ErrorReply, Message
+from mesh.units import format_bytes
+
+__all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "BusOptions", "Received", "Subscription", "reply_error"]
+
+log = logging.getLogger("mesh.bus")
+
+ERROR_HEADER = "Nats-Service-Error"
+ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+
+M = TypeVar("M", bound=Message)
+
+_PENDING_BYTES = 8 * 1024 * 1024  # what is kept to be sent after a reconnection; more is Unavailable
+_RECONNECT_WAIT_S = 0.25
+_PING_INTERVAL_S = 5  # a connection that answers two of these no more is given up
+_STATUS_NO_RESPONDERS = "503"
+
+
+@dataclass(frozen=True, slots=True)
+class BusOptions:
+    """Where and as whom. `credentials`: a .creds file (JWT and seed). `tls_*`: PEM files; `tls_ca` alone checks the server,
+    with `tls_cert` and `tls_key` this side shows itself too."""
+
+    urls: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    credentials: str | None = None
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """For the connection; ConfigError where a file is not what it should be."""
+        if self.tls_ca is None and self.tls_cert is None:
+            return None
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key belong together: give both or neither")
+        try:
+            context = ssl.create_default_context(cafile=self.tls_ca)
+            if self.tls_cert is not None:
+                context.load_cert_chain(self.tls_cert, self.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"TLS files {self.tls_ca}, {self.tls_cert}, {self.tls_key}: {error}") from None
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message. `reply` is empty where nobody waits for an answer."""
+
+    subject: str
+    reply: str
+    data: bytes
+    headers: Mapping[str, str]
+
+
+Handler = Callable[[Received], Awaitable[None]]
+
+
+class Subscription:
+    """Made by Bus.subscribe; `stop` ends it, and what had arrived is still handled."""
+
+    def __init__(self, inner: nats.aio.subscription.Subscription) -> None:
+        self._inner = inner
+
+    @property
+    def pending(self) -> int:
+        """Messages that arrived and are not yet handled."""
+        return self._inner.pending_msgs
+
+    async def stop(self) -> None:
+        try:
+            await self._inner.drain()
+        except (nats.errors.ConnectionClosedError, nats.errors.BadSubscriptionError):
+            return  # it has ended already
+        except nats.errors.Error as error:
+            log.debug("ending a subscription: %s", error)
+
+
+class Bus:
+    """A connection. Methods raise errors of the one tree: Unavailable, DeadlineExceeded, Denied, PayloadTooLarge, ...
+
+    `counters`: reconnects, dropped (messages that came faster than they were handled), handler_errors, and rejected.
+    """
+
+    def __init__(self, client: nats.aio.client.Client) -> None:
+        self.client = client
+        self.counters: Counter[str] = Counter()
+        self._watchers: list[Callable[[bool], None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    async def connect(cls, options: BusOptions, *, name: str, timeout_s: float | None = 10.0) -> Bus:
+        """Connect to any one of the servers, trying again for `timeout_s` (None: for ever). Afterwards it reconnects for ever.
+
+        Unavailable: no server answered in that time. Denied: one did, and refused. ConfigError: TLS or credentials files.
+        """
+        client = nats.aio.client.Client()
+        bus = cls(client)
+        refused: list[Exception] = []
+
+        async def on_error(error: Exception) -> None:
+            if not client.is_connected and isinstance(error, (nats.errors.AuthorizationError, nats.errors.SecureConnRequiredError)):
+                refused.append(error)
+            bus._note(error)
+
+        async def on_lost() -> None:
+            bus._changed(False)
+
+        async def on_back() -> None:
+            bus.counters["reconnects"] += 1
+            bus._changed(True)
+
+        arguments: dict[str, Any] = {
+            "servers": list(options.urls),
+            "name": name,
+            "error_cb": on_error,
+            "disconnected_cb": on_lost,
+            "reconnected_cb": on_back,
+            "max_reconnect_attempts": -1,
+            "reconnect_time_wait": _RECONNECT_WAIT_S,
+            "connect_timeout": 2,
+            "ping_interval": _PING_INTERVAL_S,
+            "pending_size": _PENDING_BYTES,
+            "tls": options.ssl_context(),
+            "user": options.user,
+            "password": options.password,
+            "token": options.token,
+        }
+        if options.credentials is not None:
+            if not Path(options.credentials).is_file():
+                raise ConfigError(f"{options.credentials}: no such file: give the path of a .creds file")
+            arguments["user_credentials"] = options.credentials
+        where = ", ".join(_without_password(url) for url in options.urls)
+        with mapped(f"connecting to {where}"):
+            connecting = asyncio.ensure_future(client.connect(**arguments))
+            deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+            while not connecting.done() and not refused:
+                left = None if deadline is None else deadline - asyncio.get_running_loop().time()
+                if left is not None and left <= 0:
+                    break
+                await asyncio.wait([connecting], timeout=0.1 if left is None else min(left, 0.1))
+            if not connecting.done():
+                connecting.cancel()
+                await asyncio.gather(connecting, return_exceptions=True)
+                await client.close()
+                if refused:
+                    raise refused[0]
+                raise Unavailable(f"no NATS server answers at {where}: start one, or give its address with nats.urls or --nats")
+            connecting.result()
+        return bus
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        return self.client.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        """The most a message may be, in bytes, headers included."""
+        return self.client.max_payload
+
+    def on_change(self, call: Callable[[bool], None]) -> None:
+        """`call(connected)` whenever the connection is lost or back."""
+        self._watchers.append(call)
+
+    # -- sending -------------------------------------------------------------------------------------------------------
+
+    async def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        """Send one message. PayloadTooLarge before anything is written; Unavailable when disconnected and the buffer is full."""
+        size = len(data) + _headers_size(headers)
+        limit = self.client.max_payload
+        if size > limit > 0:
+            raise PayloadTooLarge(
+                f"{subject}: a message of {format_bytes(size)} where the server takes {format_bytes(limit)}: "
+                "raise max_payload in the server's configuration, or send less at a time",
+                size_bytes=size,
+                limit_bytes=limit,
+            )
+        with mapped(f"publishing to {subject}"):
+            await self.client.publish(subject, data, reply=reply, headers=None if headers is None else dict(headers))
+
+    async def send(self, subject: str, message: Message) -> None:
+        """Publish a message, wanting no answer."""
+        await self.publish(subject, message.to_bytes())
+
+    async def request(self, subject: str, message: Message, reply: type[M], *, timeout_s: float) -> M:
+        """Ask and wait. What the other side raised is raised here; Unavailable where nobody listens."""
+        answer = await self.ask(subject, message.to_bytes(), timeout_s=timeout_s)
+        return reply.parse(answer.data)
+
+    async def ask(self, subject: str, data: bytes, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> Received:
+        """`request` with bytes both ways."""
+        size = len(data) + _headers_size(headers)
+        if size > self.client.max_payload > 0:
+            raise PayloadTooLarge(f"{subject}: a request of {format_bytes(size)}", size_bytes=size, limit_bytes=self.client.max_payload)
+        try:
+            with mapped(subject):
+                message = await self.client.request(subject, data, timeout=timeout_s, headers=None if headers is None else dict(headers))
+        except DeadlineExceeded:
+            raise DeadlineExceeded(f"{subject}: no answer within {timeout_s:g} s") from None
+        received = _received(message)
+        raise_error(received)
+        return received
+
+    async def flush(self, timeout_s: float = 5.0) -> None:
+        """Wait until the server has what was sent."""
+        with mapped("flushing"):
+            await self.client.flush(timeout=timeout_s)  # type: ignore[arg-type]  # a float is as good
+
+    def new_inbox(self) -> str:
+        """A subject nobody else uses."""
+        return self.client.new_inbox()
+
+    # -- receiving -----------------------------------------------------------------------------------------------------
+
+    async def subscribe(
+        self, subject: str, handler: Handler, *, queue: str = "", pending_messages: int = 4096, pending_bytes: int = 256 * 1024 * 1024
+    ) -> Subscription:
+        """Call `handler` with each message, one after the other. Its errors are logged and counted, and end nothing."""
+
+        async def call(message: nats.aio.msg.Msg) -> None:
+            try:
+                await handler(_received(message))
+            except MessageRejected as error:
+                self.counters["rejected"] += 1
+                log.warning("%s: %s", message.subject, error)
+            except MeshError as error:
+                self.counters["handler_errors"] += 1
+                log.warning("%s: %s", message.subject, error)
+            except Exception:
+                self.counters["handler_errors"] += 1
+                log.exception("handling a message on %s", message.subject)
+
+        with mapped(f"subscribing to {subject}"):
+            inner = await self.client.subscribe(
+                subject, queue=queue, cb=call, pending_msgs_limit=pending_messages, pending_bytes_limit=pending_bytes
+            )
+        return Subscription(inner)
+
+    async def respond(self, to: Received, message: Message) -> None:
+        """Answer a request; nothing where nobody waits."""
+        if to.reply:
+            await self.publish(to.reply, message.to_bytes())
+
+    async def respond_error(self, to: Received, error: MeshError) -> None:
+        """Answer with an error: headers for whoever speaks NATS's convention, a body from which our side makes it again."""
+        if to.reply:
+            data, headers = reply_error(error)
+            await self.publish(to.reply, data, headers=headers)
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    def spawn(self, work: Awaitable[Any], name: str) -> asyncio.Task[Any]:
+        """A task that this bus keeps until it is done; its errors are logged, and `close` cancels it."""
+
+        async def run() -> Any:
+            try:
+                return await work
+            except asyncio.CancelledError:
+                raise
+            except MeshError as error:
+                self.counters["handler_errors"] += 1
+                log.warning("%s: %s", name, error)
+            except Exception:
+                self.counters["handler_errors"] += 1
+                log.exception("%s", name)
+
+        task = asyncio.get_running_loop().create_task(run(), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Send what is left, then end. Never raises for a server that is gone."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            if self.client.is_connected:
+                await self.client.flush(timeout=1)
+        except (TimeoutError, nats.errors.Error, OSError):
+            pass
+        await self.client.close()
+
+    async def __aenter__(self) -> Bus:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _changed(self, connected: bool) -> None:
+        log.info("NATS %s", "connected again" if connected else "connection lost")
+        for call in self._watchers:
+            call(connected)
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self.counters["dropped"] += 1
+        ours = mapped_error(error, "NATS")
+        log.warning("%s", ours if ours is not None else repr(error))
+
+
+def reply_error(error: MeshError) -> tuple[bytes, dict[str, str]]:
+    """(body, headers) of an error reply."""
+    reply = ErrorReply.of(error)
+    message = " ".join(reply.message.split())  # a header is one line
+    return reply.to_bytes(), {ERROR_HEADER: message, ERROR_CODE_HEADER: str(reply.status)}
+
+
+def raise_error(message: Received) -> None:
+    """Raise what an error reply carries; nothing for any other message."""
+    described = message.headers.get(ERROR_HEADER)
+    if described is None:
+        return
+    try:
+        error = ErrorReply.parse(message.data).error()
+    except MessageRejected:  # another service's error: it has the headers alone
+        raise MeshError(described) from None
+    raise error
+
+
+def _received(message: nats.aio.msg.Msg) -> Received:
+    return Received(message.subject, message.reply, message.data, message.headers or {})
+
+
+def _headers_size(headers: Mapping[str, str] | None) -> int:
+    """Bytes that the server counts for headers: NATS/1.0 and a line each."""
+    if not headers:
+        return 0
+    return 12 + sum(len(key.encode()) + len(value.encode()) + 4 for key, value in headers.items())
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"

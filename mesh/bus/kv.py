@@ -1,0 +1,217 @@
+"""Small shared state in JetStream key-value buckets, for control only: leases, placement, session records.
+
+A lease is a key its owner writes again and again; a bucket's TTL forgets it when the owner does not. Readers do not rely on
+the server to say so: LeaseTable drops a lease by its own clock when no renewal has come for the TTL. While disconnected nobody is
+heard, which says nothing of anybody: the clock stands still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import nats.js.api
+import nats.js.errors
+import nats.js.kv
+
+from mesh.bus.connection import Bus
+from mesh.bus.mapping import mapped
+from mesh.errors import MeshError, MessageRejected, ServiceError
+from mesh.messages import Message
+
+__all__ = ["Bucket", "Entry", "LeaseTable"]
+
+log = logging.getLogger("mesh.bus")
+
+M = TypeVar("M", bound=Message)
+
+_WATCH_RETRY_S = 0.5
+_WATCH_CHECK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key's value; None where it was deleted. `revision` grows with every write to the bucket."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
+class Bucket:
+    """A key-value bucket, made when it is not there. In memory on the server unless `durable`."""
+
+    def __init__(self, bus: Bus, name: str, *, ttl_s: float | None = None, durable: bool = False, max_value_bytes: int = 65536) -> None:
+        self.bus = bus
+        self.name = name
+        self.ttl_s = ttl_s
+        self._durable = durable
+        self._max_value_bytes = max_value_bytes
+        self._kv: nats.js.kv.KeyValue | None = None
+
+    async def put(self, key: str, value: bytes) -> int:
+        """Write; the new revision. A bucket that was lost with its server is made again."""
+        try:
+            with mapped(f"{self.name}/{key}"):
+                return await (await self._open()).put(key, value)
+        except MeshError:
+            self._kv = None  # perhaps the server was restarted without its memory: one more try with a new bucket
+            with mapped(f"{self.name}/{key}"):
+                return await (await self._open()).put(key, value)
+
+    async def update(self, key: str, value: bytes, *, revision: int) -> int | None:
+        """Compare and set: write if the key's revision is still `revision` (0: it does not exist). None: it is not."""
+        with mapped(f"{self.name}/{key}"):
+            kv = await self._open()
+            try:
+                return await (kv.update(key, value, last=revision) if revision else kv.create(key, value))
+            except nats.js.errors.KeyWrongLastSequenceError:
+                return None
+
+    async def get(self, key: str) -> Entry | None:
+        with mapped(f"{self.name}/{key}"):
+            try:
+                entry = await (await self._open()).get(key)
+            except nats.js.errors.NotFoundError:
+                return None
+        return Entry(key, entry.value, entry.revision or 0)
+
+    async def delete(self, key: str) -> None:
+        with mapped(f"{self.name}/{key}"):
+            await (await self._open()).delete(key)
+
+    async def entries(self) -> list[Entry]:
+        """All there is."""
+        found = []
+        async for entry in self._watch():
+            if entry is None:
+                break
+            if entry.value is not None:
+                found.append(entry)
+        return found
+
+    async def _open(self) -> nats.js.kv.KeyValue:
+        if self._kv is None:
+            js = self.bus.client.jetstream()
+            try:
+                self._kv = await js.key_value(self.name)
+            except nats.js.errors.NotFoundError:
+                storage = nats.js.api.StorageType.FILE if self._durable else nats.js.api.StorageType.MEMORY
+                # who comes second finds the same configuration, which is no error
+                self._kv = await js.create_key_value(
+                    bucket=self.name, ttl=self.ttl_s, history=1, storage=storage, max_value_size=self._max_value_bytes
+                )
+        return self._kv
+
+    async def _watch(self) -> AsyncIterator[Entry | None]:
+        """Entries as they are and, after a None, as they change. Ends with an error when the server is lost."""
+        with mapped(f"watching {self.name}"):
+            kv = await self._open()
+            watcher = await kv.watchall()
+        try:
+            while True:
+                try:
+                    update = await watcher.updates(timeout=_WATCH_CHECK_S)
+                except TimeoutError:
+                    # A watch outlives neither its bucket nor its server, and says nothing when they go.
+                    with mapped(f"watching {self.name}"):
+                        await watcher._sub.consumer_info()  # type: ignore[union-attr]  # set since it was made
+                    continue
+                if update is None:
+                    yield None
+                    continue
+                gone = update.operation in (nats.js.kv.KV_DEL, nats.js.kv.KV_PURGE)
+                yield Entry(update.key, None if gone else update.value or b"", update.revision or 0)
+        finally:
+            with suppress(Exception):  # it is over either way
+                await watcher.stop()
+
+
+class LeaseTable(Generic[M]):
+    """The live leases of a bucket, followed for ever. `leases` maps key to message.
+
+    on_change(key, lease or None) is called in the event loop for each lease that is new, changed or gone.
+    """
+
+    def __init__(self, bucket: Bucket, kind: type[M], on_change: Callable[[str, M | None], None] = lambda key, lease: None) -> None:
+        if bucket.ttl_s is None:
+            raise ValueError("leases are of a bucket with a TTL")
+        self._bucket = bucket
+        self._kind = kind
+        self._on_change = on_change
+        self._ttl_s = bucket.ttl_s
+        self._leases: dict[str, M] = {}
+        self._seen: dict[str, float] = {}
+        self._synced = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.rejected = 0
+
+    @property
+    def leases(self) -> Mapping[str, M]:
+        return self._leases
+
+    async def start(self, *, timeout_s: float = 10.0) -> None:
+        """Follow; returns once what is there now is known. Unavailable or DeadlineExceeded where it cannot be."""
+        self._tasks = [
+            self._bucket.bus.spawn(self._follow(), f"watching {self._bucket.name}"),
+            self._bucket.bus.spawn(self._expire(), f"expiring {self._bucket.name}"),
+        ]
+        try:
+            with mapped(f"reading {self._bucket.name}"):
+                await asyncio.wait_for(self._synced.wait(), timeout_s)
+        except MeshError:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async for entry in self._bucket._watch():
+                    if entry is None:
+                        self._synced.set()
+                    else:
+                        self._take(entry)
+            except ServiceError as error:
+                log.warning("%s; trying again", error)
+            self._bucket._kv = None
+            await asyncio.sleep(_WATCH_RETRY_S)
+
+    def _take(self, entry: Entry) -> None:
+        if entry.value is None:
+            self._drop(entry.key)
+            return
+        try:
+            lease = self._kind.parse(entry.value)
+        except MessageRejected as error:  # another version's, or anybody's: not a lease
+            self.rejected += 1
+            log.warning("%s/%s: %s", self._bucket.name, entry.key, error)
+            self._drop(entry.key)
+            return
+        self._seen[entry.key] = asyncio.get_running_loop().time()
+        if self._leases.get(entry.key) != lease:
+            self._leases[entry.key] = lease
+            self._on_change(entry.key, lease)
+
+    def _drop(self, key: str) -> None:
+        self._seen.pop(key, None)
+        if self._leases.pop(key, None) is not None:
+            self._on_change(key, None)
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / 10)
+            now = asyncio.get_running_loop().time()
+            if not self._bucket.bus.connected:
+                self._seen = dict.fromkeys(self._seen, now)
+            oldest = now - self._ttl_s
+            for key in [key for key, seen in self._seen.items() if seen < oldest]:
+                self._drop(key)

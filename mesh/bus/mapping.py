@@ -1,0 +1,64 @@
+"""nats-py's errors as ours. The one place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import nats.errors as ne
+import nats.js.errors as je
+
+from mesh.errors import BadRequest, DeadlineExceeded, Denied, MeshError, PayloadTooLarge, ServiceError, Unavailable
+
+__all__ = ["mapped", "mapped_error"]
+
+
+def mapped_error(error: BaseException, what: str) -> MeshError | None:
+    """`error`, met while doing `what`, as one of ours; None where it is not of NATS."""
+    match error:
+        case MeshError():
+            return error
+        case ne.NoRespondersError() | je.NoStreamResponseError():
+            return Unavailable(f"{what}: nobody listens there")
+        case ne.MaxPayloadError():
+            return PayloadTooLarge(f"{what}: more than the server takes in one message", size_bytes=0, limit_bytes=0)
+        case ne.AuthorizationError() | ne.InvalidUserCredentialsError():
+            return Denied(f"{what}: the NATS server refuses these credentials")
+        case ne.SecureConnFailedError() | ne.SecureConnRequiredError() | ne.SecureConnWantedError():
+            return Denied(f"{what}: the NATS server and this side do not agree on TLS ({error})")
+        case ne.NoServersError():
+            return Unavailable(f"{what}: no NATS server answers")
+        case (
+            ne.ConnectionClosedError()
+            | ne.ConnectionDrainingError()
+            | ne.ConnectionReconnectingError()
+            | ne.OutboundBufferLimitError()
+            | ne.StaleConnectionError()
+        ):
+            return Unavailable(f"{what}: not connected to a NATS server")
+        case ne.BadSubjectError() | ne.BadHeaderError():
+            return BadRequest(f"{what}: not a name NATS takes", field="subject")
+        case je.ServiceUnavailableError():
+            return Unavailable(f"{what}: JetStream is not available on this NATS server; enable it (nats/README.md)")
+        case je.APIError():
+            return ServiceError(f"{what}: {error.description or error.err_code}")
+        case TimeoutError() | asyncio.TimeoutError():
+            return DeadlineExceeded(f"{what}: no answer in time")
+        case ne.Error():
+            return ServiceError(f"{what}: {error}")
+        case OSError():
+            return Unavailable(f"{what}: {error.strerror or error}")
+    return None
+
+
+@contextmanager
+def mapped(what: str) -> Iterator[None]:
+    """Errors of NATS inside leave as ours, with `what` in front of the message."""
+    try:
+        yield
+    except Exception as error:
+        ours = mapped_error(error, what)
+        if ours is None or ours is error:
+            raise
+        raise ours from None

@@ -1,0 +1,199 @@
+"""Models in the object store `mesh_models`, so that a shard anywhere can fetch just the blocks it serves.
+
+    sha256.<digest>     the bytes of one file; models that share a file share the object
+    model.<NAME>        the manifest, written last: a model that can be seen is whole
+
+Every file is checked against the manifest's checksum as it arrives; it takes its name only when it is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import nats.js.api
+import nats.js.errors
+import nats.js.object_store
+from pydantic import ValidationError
+
+from mesh import subjects
+from mesh.bus.connection import Bus
+from mesh.bus.mapping import mapped
+from mesh.errors import CorruptModel, ModelNotFound
+from mesh.model.manifest import FileInfo, Manifest, block_name, check_file
+from mesh.types import LayerRange
+
+__all__ = ["ModelStore", "Progress", "files_of"]
+
+Progress = Callable[[str, int, int], None]
+"""(what, bytes done, bytes in all)"""
+
+_CHUNK_BYTES = 512 * 1024
+
+
+def files_of(manifest: Manifest, layers: LayerRange | None = None, *, embed: bool = True, head: bool = True) -> list[FileInfo]:
+    """What a range needs (None: all layers), tokenizer and template with the head or the embedding."""
+    names = [block_name(i) for i in layers or LayerRange(0, manifest.layers)]
+    names = ([block_name("embed")] if embed else []) + names + ([block_name("head")] if head else [])
+    files = [file for name in names for file in manifest.block(name).files]
+    return files + (list(manifest.extra_files) if embed or head else [])
+
+
+class ModelStore:
+    """The models of a mesh."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._store: nats.js.object_store.ObjectStore | None = None
+
+    async def names(self) -> list[str]:
+        """Models that are there, whole."""
+        with mapped("listing models"):
+            try:
+                found = await (await self._open()).list(ignore_deletes=True)
+            except nats.js.errors.NotFoundError:
+                return []
+        return sorted(info.name.removeprefix("model.") for info in found if info.name and info.name.startswith("model."))
+
+    async def manifest(self, name: str) -> Manifest:
+        """ModelNotFound where no such model was pushed."""
+        with mapped(f"fetching {name}"):
+            try:
+                result = await (await self._open()).get(f"model.{subjects.token(name)}")
+            except nats.js.errors.NotFoundError:
+                raise ModelNotFound(f"the mesh has no model {name}: push it with `mesh push MODEL_DIR`") from None
+        try:
+            return Manifest.model_validate_json(result.data or b"")
+        except ValidationError:
+            raise CorruptModel(f"the manifest of {name} in the object store is damaged: push the model again") from None
+
+    async def push(self, directory: Path, progress: Progress = lambda what, done, total: None) -> Manifest:
+        """Copy a model directory into the store; what is there already is left. CorruptModel: a file is not what the manifest says."""
+        manifest = await asyncio.to_thread(Manifest.load, directory)
+        store = await self._open()
+        files = files_of(manifest)
+        total, done = sum(file.bytes for file in files), 0
+        for file in files:
+            path = directory / file.name
+            await asyncio.to_thread(check_file, path, file, checksum=True)
+            if not await self._has(file):
+                meter = _Meter(await asyncio.to_thread(path.open, "rb"), partial(_step, progress, file.name, done, total))
+                with mapped(f"pushing {file.name}"), meter:
+                    options = nats.js.api.ObjectMetaOptions(max_chunk_size=min(_CHUNK_BYTES, self._bus.max_payload // 2))
+                    meta = nats.js.api.ObjectMeta(name=_object(file), options=options)
+                    await store.put(_object(file), meter, meta=meta)  # type: ignore[arg-type]  # it only reads
+            done += file.bytes
+            progress(file.name, done, total)
+        with mapped(f"pushing {manifest.name}"):
+            await store.put(f"model.{subjects.token(manifest.name)}", manifest.model_dump_json().encode())
+        return manifest
+
+    async def pull(
+        self,
+        name: str,
+        directory: Path,
+        layers: LayerRange | None = None,
+        *,
+        embed: bool = True,
+        head: bool = True,
+        progress: Progress = lambda what, done, total: None,
+    ) -> Manifest:
+        """Copy a model, or what a range of it needs, into `directory`; what is there already, and right, is left.
+
+        Nothing half-written takes a file's name. CorruptModel: what arrived is not what the manifest says.
+        """
+        manifest = await self.manifest(name)
+        directory.mkdir(parents=True, exist_ok=True)
+        files = files_of(manifest, layers, embed=embed, head=head)
+        total, done = sum(file.bytes for file in files), 0
+        for file in files:
+            if not await asyncio.to_thread(_is_there, directory / file.name, file):
+                await self._fetch(file, directory, partial(_step, progress, file.name, done, total))
+            done += file.bytes
+            progress(file.name, done, total)
+        await asyncio.to_thread(manifest.save, directory)
+        return manifest
+
+    async def _fetch(self, file: FileInfo, directory: Path, progress: Callable[[int], None]) -> None:
+        handle, part = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=directory)
+        try:
+            with _Meter(os.fdopen(handle, "wb"), progress) as sink, mapped(f"fetching {file.name}"):
+                try:
+                    await (await self._open()).get(_object(file), writeinto=sink)  # type: ignore[arg-type]  # it only writes
+                except nats.js.errors.NotFoundError:
+                    raise CorruptModel(f"{file.name} is not in the object store: push the model again") from None
+                except nats.js.errors.DigestMismatchError:
+                    raise CorruptModel(f"{file.name} arrived damaged: fetch it again, or push the model again") from None
+            if sink.count != file.bytes or sink.digest.hexdigest() != file.sha256:
+                raise CorruptModel(f"{file.name} of the object store does not match the manifest: push the model again")
+            await asyncio.to_thread(os.replace, part, directory / file.name)
+        finally:
+            Path(part).unlink(missing_ok=True)
+
+    async def _has(self, file: FileInfo) -> bool:
+        with mapped(f"looking for {file.name}"):
+            try:
+                info = await (await self._open()).get_info(_object(file))
+            except nats.js.errors.NotFoundError:
+                return False
+        return info.size == file.bytes
+
+    async def _open(self) -> nats.js.object_store.ObjectStore:
+        if self._store is None:
+            js = self._bus.client.jetstream(timeout=30)
+            with mapped("opening the object store"):
+                try:
+                    self._store = await js.object_store(subjects.OBJECTS_MODELS)
+                except nats.js.errors.NotFoundError:
+                    self._store = await js.create_object_store(subjects.OBJECTS_MODELS)
+        return self._store
+
+
+def _step(progress: Progress, name: str, before: int, total: int, count: int) -> None:
+    progress(name, before + count, total)
+
+
+def _object(file: FileInfo) -> str:
+    return f"sha256.{file.sha256}"
+
+
+def _is_there(path: Path, file: FileInfo) -> bool:
+    try:
+        check_file(path, file, checksum=True)
+    except CorruptModel:
+        return False
+    return True
+
+
+class _Meter(io.RawIOBase):
+    """A file that says how much of it went through, and its checksum."""
+
+    def __init__(self, inner: BinaryIO, progress: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._progress = progress
+        self.count = 0
+        self.digest = hashlib.sha256()
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        count = self._inner.readinto(buffer)  # type: ignore[attr-defined]
+        self.count += count
+        self._progress(self.count)
+        return int(count)
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self._inner.write(data)
+        self.digest.update(data)
+        self.count += len(data)
+        self._progress(self.count)
+        return len(data)
+
+    def close(self) -> None:
+        self._inner.close()
+        super().close()

@@ -1,0 +1,131 @@
+"""Micro services: what `nats micro ls` shows, with typed requests and errors of the one tree."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import nats.micro
+import nats.micro.request
+import nats.micro.service
+
+from mesh.bus.connection import Bus, Received, reply_error
+from mesh.bus.mapping import mapped
+from mesh.errors import MeshError
+from mesh.messages import Message
+
+__all__ = ["Endpoint", "Service"]
+
+log = logging.getLogger("mesh.bus")
+
+_INTERNAL = MeshError("an internal error; the log of the service says more")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One subject. `handler` returns the reply (None: it answers itself, or nobody is to be answered) or raises a MeshError.
+
+    `concurrent`: each request is a task of its own, at most `limit` at once, and beyond it the handler is still called: it is
+    the one to say busy. Otherwise requests are handled one after the other.
+    """
+
+    name: str
+    subject: str
+    handler: Callable[[Received], Awaitable[Message | bytes | None]]
+    queue: str = ""
+    concurrent: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class Service:
+    """A running micro service; `stop` ends it. `stats` is shown as each endpoint's data in $SRV.STATS."""
+
+    def __init__(self, bus: Bus, inner: nats.micro.service.Service) -> None:
+        self._bus = bus
+        self._inner = inner
+
+    @classmethod
+    async def start(
+        cls,
+        bus: Bus,
+        *,
+        name: str,
+        version: str,
+        description: str,
+        endpoints: Sequence[Endpoint],
+        metadata: dict[str, str] | None = None,
+        stats: Callable[[], dict[str, Any]] | None = None,
+    ) -> Service:
+        config = nats.micro.service.ServiceConfig(
+            name=name,
+            version=version,
+            description=description,
+            metadata=metadata or {},
+            stats_handler=None if stats is None else lambda _endpoint: stats(),
+        )
+        with mapped(f"starting the service {name}"):
+            service = cls(bus, await nats.micro.add_service(bus.client, config))
+        for endpoint in endpoints:
+            await service.add(endpoint)
+        return service
+
+    @property
+    def id(self) -> str:
+        return self._inner.id
+
+    async def add(self, endpoint: Endpoint) -> None:
+        """Serve one more subject."""
+
+        async def handle(request: nats.micro.request.Request) -> None:
+            received = Received(request.subject, request._msg.reply, request.data, request.headers or {})
+            if endpoint.concurrent:
+                self._bus.spawn(self._answer(endpoint, received), f"request on {received.subject}")
+            else:
+                await self._answer(endpoint, received)
+
+        with mapped(f"serving {endpoint.subject}"):
+            await self._inner.add_endpoint(
+                name=endpoint.name,
+                subject=endpoint.subject,
+                handler=handle,
+                # without a queue every instance is to hear it, which in this protocol is a queue group of its own
+                queue_group=endpoint.queue or f"one-{self.id}",
+                metadata=endpoint.metadata,
+            )
+
+    async def remove(self, name: str) -> None:
+        """Serve the endpoints of this name no more."""
+        for endpoint in [e for e in self._inner._endpoints if e._name == name]:
+            self._inner._endpoints.remove(endpoint)
+            with mapped(f"ending {endpoint._subject}"):
+                await endpoint._stop()
+
+    async def stop(self) -> None:
+        try:
+            with mapped("ending the service"):
+                await self._inner.stop()
+        except MeshError as error:  # the server is gone, and the service with it
+            log.debug("%s", error)
+
+    async def _answer(self, endpoint: Endpoint, received: Received) -> None:
+        try:
+            reply = await endpoint.handler(received)
+        except MeshError as error:
+            await self._fail(endpoint, received, error)
+        except Exception:
+            log.exception("answering %s", received.subject)
+            await self._fail(endpoint, received, _INTERNAL)
+        else:
+            if reply is not None and received.reply:
+                await self._bus.publish(received.reply, reply.to_bytes() if isinstance(reply, Message) else reply)
+
+    async def _fail(self, endpoint: Endpoint, received: Received, error: MeshError) -> None:
+        for shown in self._inner._endpoints:  # nats-py counts what a handler raises, and cannot show a body with it
+            if shown._subject == endpoint.subject:
+                shown._num_errors += 1
+                shown._last_error = f"{error.code}: {error}"
+        if received.reply:
+            data, headers = reply_error(error)
+            await self._bus.publish(received.reply, data, headers=headers)

@@ -1,0 +1,44 @@
+"""Child processes that do not outlive their parent, however it ends.
+
+On Linux the kernel ends them (PR_SET_PDEATHSIG); that is set by a small Python in between, which then becomes the program: doing
+it between fork and exec of a process with threads is not safe. Elsewhere a child ends only with an orderly parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+__all__ = ["die_with_parent", "dying_with_parent"]
+
+_PR_SET_PDEATHSIG = 1
+
+_WRAPPER = """\
+import ctypes, os, sys
+parent, number, *command = sys.argv[1:]
+ctypes.CDLL(None).prctl(1, int(number), 0, 0, 0)
+if os.getppid() != int(parent):
+    sys.exit(0)
+os.execv(command[0], command)
+"""
+
+
+def dying_with_parent(command: Sequence[str], *, sig: signal.Signals = signal.SIGKILL) -> list[str]:
+    """`command` (its program an absolute path) in a form that gets `sig` when the thread that starts it ends.
+
+    Start it from a thread that lives as long as the process: the main one.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-S", "-I", "-c", _WRAPPER, str(os.getpid()), str(int(sig)), *command]
+
+
+def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
+    """The same for a program of ours, called early in it. Where the parent is gone already it ends at once."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
+        if os.getppid() == 1 and os.environ.get("MESH_PARENT") not in (None, "1"):
+            sys.exit(0)
