@@ -227,13 +227,8 @@ class InputParts:
         try:
             expected = [self._at(value, start, chunk, token) for start in starts]
             rows = np.stack([np.arange(start, start + chunk) for start in starts])
-            probe = Probe(
-                self.graph,
-                2,
-                chunk,
-                4 if self.graph.has_past else 0,
-                {v: shape_positions(rows, p) for v, p in leaves.items() if isinstance(p, Positions)},
-            )
+            given = {v: self._stand_in(v, leaf, rows) for v, leaf in leaves.items()}
+            probe = Probe(self.graph, 2, chunk, 4 if self.graph.has_past else 0, given)
             got = probe.value(value)
         except NotConcrete:
             return None
@@ -246,6 +241,16 @@ class InputParts:
             if mine.shape != wanted.shape or not np.allclose(mine, wanted, rtol=1e-5, atol=1e-6):
                 return None
         return Computed(extra)
+
+    def _stand_in(self, value: ir.Value, leaf: Constant | Sizes | Positions, rows: Array) -> Array:
+        """What a block has in place of `value` for positions `rows` [B, T]."""
+        if isinstance(leaf, Constant):
+            return leaf.array
+        if isinstance(leaf, Positions):
+            return shape_positions(rows, leaf)
+        batch, chunk = rows.shape
+        numbers = [a + b * batch + c * chunk + d * batch * chunk for a, b, c, d in leaf.factors]
+        return np.asarray(numbers, self.probes[0].dtype(value)).reshape([-1] if leaf.rank else [])
 
     def _table(self, value: ir.Value, shapes: list[tuple[int, ...]], token: int, batch: int, unknown: ir.Value | None) -> Table:
         context = self.context_length
