@@ -178,7 +178,7 @@ def _decoder(path: Path, model: ir.Model, roles: dict[ir.Value, Role]) -> Decode
     used |= {value for node in model.graph for graph in _subgraphs(node) for inner in graph for value in inner.inputs}
     if not any(role is Role.TOKENS and value in used for value, role in roles.items()):
         raise UnsupportedModel(f"{path}: the output {logits.name!r} does not depend on the token ids: export the model with its lm head")
-    return DecoderGraph(path, model, list(model.graph), {v: r for v, r in roles.items() if v in used}, logits)
+    return DecoderGraph(path, model, list(model.graph), dict(roles), logits)
 
 
 def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
