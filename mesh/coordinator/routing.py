@@ -1,0 +1,205 @@
+"""Which replicas a session goes through.
+
+The table holds what each replica said last (its lease) and what this coordinator has taken from it since. A route is one
+replica for each of a chain of layer ranges from 0 to the last layer; where ranges of different cuts are present the chain with
+the fewest stages that has a row free is taken. Among the replicas of a range the strategy decides:
+
+    least_loaded   the one with the larger share of free rows of two drawn at random (Mitzenmacher 2001: almost as good as
+                   the best of all, and coordinators that know equally little do not all run to the same one)
+    round_robin    in turn
+    queue_group    nobody is named: the range's queue group answers, so NATS decides
+
+Free rows are an estimate between leases: other coordinators open rows too. A replica that refuses is believed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from mesh.types import LayerRange
+
+__all__ = ["Hop", "Replica", "Replicas", "Route", "Strategy"]
+
+Strategy = Literal["least_loaded", "round_robin", "queue_group"]
+
+REFUSAL_REST_S = 1.0
+"""How long a replica that refused for another reason than want of rows is left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One stage of a route; `shard` None until a queue group has answered."""
+
+    layers: LayerRange
+    shard: str | None
+
+
+Route = tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A shard as its lease says. context: positions a row; chunk: the most tokens a prefill frame may bring it."""
+
+    shard: str
+    layers: LayerRange
+    rows: int
+    free_rows: int
+    context: int
+    chunk: int
+    instance: str = ""  # another one: the process is new, and its rows are empty
+    draining: bool = False
+
+
+@dataclass(slots=True)
+class _Entry:
+    replica: Replica
+    held: set[int] = field(default_factory=set)  # session keys with a row here, or one being opened
+    held_at_lease: int = 0
+    full: bool = False  # it refused for want of rows, and none of ours has been closed since
+    rest_until: float = 0.0
+    suspected: bool = False  # a step through it did not come back
+
+    def free(self, now: float) -> int:
+        if self.replica.draining or self.full or now < self.rest_until:
+            return 0
+        held = len(self.held)
+        # A lease may be older than what was taken since it was written: never more than the rows there are.
+        return max(0, min(self.replica.free_rows + self.held_at_lease, self.replica.rows) - held)
+
+
+class Replicas:
+    """The lease table. `layers` is the number of layers of the model."""
+
+    def __init__(self, layers: int, strategy: Strategy, random: Random) -> None:
+        self._layers = layers
+        self._strategy = strategy
+        self._random = random
+        self._entries: dict[str, _Entry] = {}
+        self._turns: dict[LayerRange, int] = {}
+
+    def __contains__(self, shard: str) -> bool:
+        return shard in self._entries
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter([entry.replica for entry in self._entries.values()])
+
+    def get(self, shard: str) -> Replica | None:
+        entry = self._entries.get(shard)
+        return None if entry is None else entry.replica
+
+    # -- what is known -------------------------------------------------------------------------------------------------
+
+    def seen(self, replica: Replica) -> bool:
+        """A lease was renewed; True where it is another process, or another range, than before: what was held there is gone."""
+        entry = self._entries.get(replica.shard)
+        if entry is None or (entry.replica.layers, entry.replica.instance) != (replica.layers, replica.instance):
+            self._entries[replica.shard] = _Entry(replica)
+            return entry is not None
+        entry.replica = replica
+        entry.held_at_lease = len(entry.held)
+        entry.full = entry.suspected = False
+        return False
+
+    def gone(self, shard: str) -> None:
+        self._entries.pop(shard, None)
+
+    def suspect(self, shard: str) -> None:
+        """A step through it did not come back: the others are preferred until its next lease."""
+        if shard in self._entries:
+            self._entries[shard].suspected = True
+
+    def take(self, shard: str, key: int) -> None:
+        """Session `key` has, or is asking for, a row of `shard`."""
+        if shard in self._entries:
+            self._entries[shard].held.add(key)
+
+    def give_back(self, shard: str, key: int) -> None:
+        entry = self._entries.get(shard)
+        if entry is not None and key in entry.held:
+            entry.held.discard(key)
+            entry.full = False
+
+    def refused(self, shard: str, key: int, *, full: bool, now: float) -> None:
+        """`shard` would not open a row: for want of one, or for another reason."""
+        entry = self._entries.get(shard)
+        if entry is None:
+            return
+        entry.held.discard(key)
+        if full:
+            entry.full = True
+        else:
+            entry.rest_until = now + REFUSAL_REST_S
+
+    # -- decisions -----------------------------------------------------------------------------------------------------
+
+    def route(self, positions: int, now: float) -> Route | None:
+        """Replicas with a free row for a session of `positions`, first stage first; None where there is no such chain."""
+        free: dict[int, list[_Entry]] = {}
+        for entry in self._entries.values():
+            if entry.free(now) > 0 and entry.replica.context >= positions:
+                free.setdefault(entry.replica.layers.start, []).append(entry)
+        hops = self._hops_to_end(free)
+        if 0 not in hops:
+            return None
+        route: list[Hop] = []
+        at = 0
+        while at < self._layers:
+            best = [entry for entry in free[at] if hops.get(entry.replica.layers.stop) == hops[at] - 1]
+            layers = min(entry.replica.layers for entry in best)
+            route.append(self._choose(layers, [entry for entry in best if entry.replica.layers == layers], now))
+            at = layers.stop
+        return tuple(route)
+
+    def longest(self) -> int | None:
+        """The most positions any chain of replicas holds, busy or not; None where no chain is complete."""
+        best = {self._layers: 2**62}
+        for start in sorted({entry.replica.layers.start for entry in self._entries.values()}, reverse=True):
+            reach = [
+                min(entry.replica.context, best[entry.replica.layers.stop])
+                for entry in self._entries.values()
+                if entry.replica.layers.start == start and entry.replica.layers.stop in best
+            ]
+            if reach:
+                best[start] = max(reach)
+        return best.get(0)
+
+    def capacity(self) -> int:
+        """Sessions that fit at once: the rows of the scarcest range of those that are there."""
+        rows: dict[LayerRange, int] = {}
+        for entry in self._entries.values():
+            layers = entry.replica.layers
+            rows[layers] = rows.get(layers, 0) + entry.replica.rows
+        return min(rows.values(), default=0)
+
+    def check(self) -> None:
+        for entry in self._entries.values():
+            assert len(entry.held) <= entry.replica.rows, f"{entry.replica.shard} holds more than its rows"
+
+    def held(self) -> dict[str, frozenset[int]]:
+        """Session keys by shard."""
+        return {shard: frozenset(entry.held) for shard, entry in self._entries.items()}
+
+    def _hops_to_end(self, free: dict[int, list[_Entry]]) -> dict[int, int]:
+        hops = {self._layers: 0}
+        for start in sorted(free, reverse=True):
+            ahead = [hops[entry.replica.layers.stop] for entry in free[start] if entry.replica.layers.stop in hops]
+            if ahead:
+                hops[start] = 1 + min(ahead)
+        return hops
+
+    def _choose(self, layers: LayerRange, candidates: list[_Entry], now: float) -> Hop:
+        if self._strategy == "queue_group":
+            return Hop(layers, None)
+        candidates = [entry for entry in candidates if not entry.suspected] or candidates
+        candidates.sort(key=lambda entry: entry.replica.shard)
+        if self._strategy == "round_robin":
+            turn = self._turns.get(layers, 0)
+            self._turns[layers] = turn + 1
+            return Hop(layers, candidates[turn % len(candidates)].replica.shard)
+        if len(candidates) > 2:
+            candidates = self._random.sample(candidates, 2)
+        return Hop(layers, max(candidates, key=lambda entry: entry.free(now) / entry.replica.rows).replica.shard)

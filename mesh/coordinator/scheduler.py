@@ -1,0 +1,243 @@
+"""Which frame goes out next.
+
+Decode. The sessions of one route are put in order of their rows and cut into as many lanes as the route has stages (fewer where
+there are fewer sessions). A lane has at most one frame in flight, so that with every lane under way every stage has work, and a
+frame that comes back can go out again at once with those that joined meanwhile. Lanes follow the order of the rows, so that the
+rows of a frame lie together: a stage computes over a block of rows.
+
+Prefill. A history goes out in chunks. While anybody decodes through a shard it gets one chunk at a time, so that a step waits
+for one chunk at most; otherwise as many as there are stages. Chunks are given by virtual finishing time: a session's turn is
+the number of chunks sent when it came plus the number it needs, so that a short prompt overtakes a long one, and a long one is
+not overtaken for ever (Demers, Keshav, Shenker 1989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from mesh.coordinator.events import FrameOut, FrameRow
+from mesh.coordinator.routing import Route
+from mesh.coordinator.session import Session, State
+
+__all__ = ["Flight", "Scheduler"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A frame that is out."""
+
+    out: FrameOut
+    sessions: tuple[Session, ...]
+    lane: int  # of decode frames
+    sent_at: float
+
+    @property
+    def decode(self) -> bool:
+        return self.out.kind == "decode"
+
+
+@dataclass(slots=True)
+class _Group:
+    """The sessions of one route. `order` is sorted by row of the first stage."""
+
+    route: Route
+    chunk: int
+    order: list[Session] = field(default_factory=list)
+    prefilling: list[Session] = field(default_factory=list)
+    lanes_out: dict[int, int] = field(default_factory=dict)  # lane -> frame
+
+
+class Scheduler:
+    """`chunk_of`: the most tokens a prefill frame may bring through a route."""
+
+    def __init__(self, chunk_of: Callable[[Route], int]) -> None:
+        self._chunk_of = chunk_of
+        self._groups: dict[Route, _Group] = {}
+        self._touched: dict[Route, None] = {}
+        self._flights: dict[int, Flight] = {}
+        self._next_frame = 1
+        self._chunks_sent = 0
+        self._chunks_out: dict[str, int] = {}  # shard -> prefill frames on their way through it
+        self._decoders: dict[str, int] = {}  # shard -> sessions that decode through it
+
+    @property
+    def flights(self) -> dict[int, Flight]:
+        return self._flights
+
+    # -- membership ----------------------------------------------------------------------------------------------------
+
+    def begin(self, session: Session) -> None:
+        """A session whose rows are open: its history is to be prefilled."""
+        group = self._group(session)
+        session.turn = self._chunks_sent + -(-len(session.history) // group.chunk)
+        group.prefilling.append(session)
+        group.prefilling.sort(key=lambda s: (s.turn, s.number))
+
+    def join(self, session: Session) -> None:
+        """It has its first token and takes part in the waves from now on."""
+        group = self._group(session)
+        group.prefilling.remove(session)
+        group.order.append(session)
+        group.order.sort(key=lambda s: s.rows[0])
+        for hop in group.route:
+            self._decoders[str(hop.shard)] = self._decoders.get(str(hop.shard), 0) + 1
+
+    def leave(self, session: Session) -> None:
+        """It takes no further part; its frames in flight are not called back."""
+        if session.route is None or session.route not in self._groups:
+            return
+        group = self._group(session)
+        if session in group.order:
+            group.order.remove(session)
+            for hop in group.route:
+                self._decoders[str(hop.shard)] -= 1
+                if not self._decoders[str(hop.shard)]:
+                    del self._decoders[str(hop.shard)]
+        elif session in group.prefilling:
+            group.prefilling.remove(session)
+
+    # -- frames --------------------------------------------------------------------------------------------------------
+
+    def landed(self, frame: int) -> Flight | None:
+        """A frame is back, or given up; None if it was already."""
+        flight = self._flights.pop(frame, None)
+        if flight is None:
+            return None
+        for session in flight.sessions:
+            session.in_flight -= 1
+        route = flight.out.route
+        if flight.decode:
+            group = self._groups.get(route)
+            if group is not None:
+                group.lanes_out.pop(flight.lane, None)
+        else:
+            for hop in route:
+                self._chunks_out[str(hop.shard)] -= 1
+                if not self._chunks_out[str(hop.shard)]:
+                    del self._chunks_out[str(hop.shard)]
+            # it may have been what kept the prompts of another route waiting
+            self._touched.update(dict.fromkeys(other for other in self._groups if not set(other).isdisjoint(route)))
+        self._touched[route] = None
+        return flight
+
+    def drop(self, frame: int, keys: frozenset[int]) -> list[Session]:
+        """Some rows of a frame will not come back: their sessions. The others are still under way."""
+        flight = self._flights.get(frame)
+        if flight is None:
+            return []
+        dropped = [session for session in flight.sessions if session.key in keys]
+        if len(dropped) == len(flight.sessions):
+            self.landed(frame)
+            return dropped
+        kept = [index for index, session in enumerate(flight.sessions) if session.key not in keys]
+        out = replace(flight.out, rows=tuple(flight.out.rows[index] for index in kept))
+        self._flights[frame] = replace(flight, out=out, sessions=tuple(flight.sessions[index] for index in kept))
+        for session in dropped:
+            session.in_flight -= 1
+        return dropped
+
+    def plan(self, now: float) -> list[FrameOut]:
+        """Frames to send now, decode before prefill; they count as in flight."""
+        frames: list[FrameOut] = []
+        touched, self._touched = self._touched, {}
+        for route in touched:
+            group = self._groups.get(route)
+            if group is None:
+                continue
+            if group.order:
+                frames.extend(self._decode(group, now))
+            if group.prefilling:
+                frames.extend(self._prefill(group, now))
+            if not group.order and not group.prefilling and not group.lanes_out:
+                del self._groups[route]
+        return frames
+
+    def check(self) -> None:
+        counts: dict[int, int] = {}
+        chunks: dict[str, int] = {}
+        for number, flight in self._flights.items():
+            for session in flight.sessions:
+                counts[id(session)] = counts.get(id(session), 0) + 1
+                assert session.in_flight >= 1
+            if flight.decode:
+                group = self._groups[flight.out.route]
+                assert group.lanes_out.get(flight.lane) == number, "a lane does not know its frame"
+                assert len(group.lanes_out) <= len(group.route), "more frames in flight than stages"
+            else:
+                for hop in flight.out.route:
+                    chunks[str(hop.shard)] = chunks.get(str(hop.shard), 0) + 1
+        assert chunks == self._chunks_out, "prefill frames are miscounted"
+        decoders: dict[str, int] = {}
+        for route, group in self._groups.items():
+            for frame in group.lanes_out.values():
+                assert frame in self._flights, "a lane waits for a frame that is not out"
+            for session in group.order:
+                assert session.state is State.DECODING and session.route == route
+                for hop in route:
+                    decoders[str(hop.shard)] = decoders.get(str(hop.shard), 0) + 1
+            for session in group.prefilling:
+                assert session.state is State.PREFILLING and session.route == route
+        assert decoders == self._decoders, "decoding sessions are miscounted"
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _group(self, session: Session) -> _Group:
+        route = session.route
+        assert route is not None
+        self._touched[route] = None
+        group = self._groups.get(route)
+        if group is None:
+            group = self._groups[route] = _Group(route, self._chunk_of(route))
+        return group
+
+    def _decode(self, group: _Group, now: float) -> list[FrameOut]:
+        live = len(group.order)
+        lanes = min(live, len(group.route))
+        frames = []
+        for lane in range(lanes):
+            if lane in group.lanes_out:
+                continue
+            members = group.order[-(-lane * live // lanes) : -(-(lane + 1) * live // lanes)]
+            ready = tuple(session for session in members if not session.in_flight)
+            if not ready:
+                continue
+            rows = tuple(_row(session, len(session.history) - 1, len(session.history)) for session in ready)
+            out = FrameOut(self._number(), "decode", group.route, rows)
+            group.lanes_out[lane] = out.frame
+            self._fly(Flight(out, ready, lane, now))
+            frames.append(out)
+        return frames
+
+    def _prefill(self, group: _Group, now: float) -> list[FrameOut]:
+        frames: list[FrameOut] = []
+        shards = [str(hop.shard) for hop in group.route]
+        for session in group.prefilling:
+            while session.sent < len(session.history):
+                limit = 1 if any(shard in self._decoders for shard in shards) else len(shards)
+                if any(self._chunks_out.get(shard, 0) >= limit for shard in shards):
+                    return frames
+                stop = min(session.sent + group.chunk, len(session.history))
+                last = stop == len(session.history)
+                out = FrameOut(self._number(), "prefill", group.route, (_row(session, session.sent, stop),), last)
+                session.sent = stop
+                self._chunks_sent += 1
+                for shard in shards:
+                    self._chunks_out[shard] = self._chunks_out.get(shard, 0) + 1
+                self._fly(Flight(out, (session,), 0, now))
+                frames.append(out)
+        return frames
+
+    def _fly(self, flight: Flight) -> None:
+        self._flights[flight.out.frame] = flight
+        for session in flight.sessions:
+            session.in_flight += 1
+
+    def _number(self) -> int:
+        self._next_frame += 1
+        return self._next_frame - 1
+
+
+def _row(session: Session, start: int, stop: int) -> FrameRow:
+    rows = tuple(session.rows[stage] for stage in range(len(session.rows)))
+    return FrameRow(session.key, rows, start, tuple(session.history[start:stop]))

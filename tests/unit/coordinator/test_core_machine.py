@@ -1,0 +1,137 @@
+"""The core against a perfect model of shards: whatever is interleaved, tokens come in order, none lost or repeated, no row leaks,
+no session is stuck."""
+
+from __future__ import annotations
+
+from random import Random
+
+import hypothesis.strategies as st
+from fake_stages import FakeMesh, expected
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mesh.coordinator.core import Core, CoreConfig
+from mesh.coordinator.events import Cancel, Finish, ReplicaGone, Tick
+from mesh.coordinator.session import Request
+from mesh.types import LayerRange
+
+CUTS = {1: [(0, 6)], 2: [(0, 3), (3, 6)], 3: [(0, 2), (2, 4), (4, 6)]}
+
+
+class CoreMachine(RuleBasedStateMachine):
+    @initialize(
+        stages=st.sampled_from([1, 2, 3]),
+        replicas=st.integers(1, 2),
+        rows=st.integers(1, 4),
+        strategy=st.sampled_from(["least_loaded", "round_robin", "queue_group"]),
+        seed=st.integers(0, 2**16),
+    )
+    def begin(self, stages: int, replicas: int, rows: int, strategy: str, seed: int) -> None:
+        self.random = Random(seed)
+        config = CoreConfig(6, strategy, queue_limit=4, failover_timeout_s=30, step_timeout_s=10)  # type: ignore[arg-type]
+        self.mesh = FakeMesh(Core(config, Random(seed + 1)))
+        self.ranges = [LayerRange(*cut) for cut in CUTS[stages]]
+        self.rows = rows
+        self.count = 0
+        self.spawned = 0
+        for layers in self.ranges:
+            for _ in range(replicas):
+                self.spawn(layers)
+
+    def spawn(self, layers: LayerRange) -> None:
+        self.spawned += 1
+        self.mesh.join(f"s{self.spawned}", layers, rows=self.rows, chunk=3, instance=str(self.spawned))
+
+    @rule(
+        prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12), most=st.integers(1, 8), stop=st.sets(st.integers(0, 49), max_size=3)
+    )
+    def submit(self, prompt: list[int], most: int, stop: set[int]) -> None:
+        self.count += 1
+        self.mesh.submit(Request(f"r{self.count}", tuple(prompt), most, None, frozenset(stop)))
+
+    @rule(count=st.integers(1, 40))
+    def deliver(self, count: int) -> None:
+        for _ in range(count):
+            self.mesh.deliver(self.random)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.count:
+            self.mesh.event(Cancel(f"r{data.draw(st.integers(1, self.count))}"))
+
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        if self.count:
+            self.mesh.event(Finish(f"r{data.draw(st.integers(1, self.count))}"))
+
+    @rule(data=st.data(), noticed=st.booleans())
+    def kill(self, data: st.DataObject, noticed: bool) -> None:
+        if self.mesh.shards:
+            self.mesh.kill(data.draw(st.sampled_from(sorted(self.mesh.shards))), noticed=noticed)
+
+    @rule(data=st.data())
+    def join(self, data: st.DataObject) -> None:
+        self.spawn(data.draw(st.sampled_from(self.ranges)))
+
+    @precondition(lambda self: self.mesh.shards)
+    @rule(data=st.data())
+    def restart_under_the_same_name(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.mesh.shards)))
+        layers = self.mesh.shards[name].replica.layers
+        self.mesh.kill(name, noticed=False)
+        self.spawned += 1
+        self.mesh.join(name, layers, rows=self.rows, chunk=3, instance=str(self.spawned))
+
+    @precondition(lambda self: self.mesh.shards)
+    @rule(data=st.data())
+    def lease(self, data: st.DataObject) -> None:
+        self.mesh.lease(data.draw(st.sampled_from(sorted(self.mesh.shards))))
+
+    @rule(seconds=st.floats(0, 12))
+    def time_passes(self, seconds: float) -> None:
+        self.mesh.now += seconds
+        self.mesh.event(Tick())
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "mesh"):
+            self.mesh.check()
+
+    def teardown(self) -> None:
+        """With a shard for each range and nothing going wrong any more, everything comes to its end."""
+        if not hasattr(self, "mesh"):
+            return
+        mesh = self.mesh
+        alive = {shard.replica.shard for shard in mesh.shards.values()}
+        for replica in list(mesh.core.replicas):
+            if replica.shard not in alive:  # a death nobody noticed: its lease ends
+                mesh.event(ReplicaGone(replica.shard))
+        for layers in self.ranges:
+            self.spawn(layers)
+        for _ in range(1000):
+            mesh.settle(self.random)
+            if mesh.core.idle:
+                break
+            for shard in sorted(mesh.shards):
+                mesh.lease(shard)
+            mesh.now += 0.5
+            mesh.event(Tick())
+        mesh.settle(self.random)
+        assert mesh.core.idle, "a session is stuck"
+        for shard in mesh.shards.values():
+            assert not shard.rows, "a row leaked"
+        for id, request in mesh.requests.items():
+            if id in mesh.rejected:
+                assert not mesh.tokens[id]
+                continue
+            ended = mesh.ended[id]
+            assert ended.tokens == len(mesh.tokens[id])
+            if ended.reason == "length" or (ended.reason == "stop" and mesh.tokens[id] == expected(request)):
+                assert mesh.tokens[id] == expected(request)
+        mesh.check()
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
