@@ -1,0 +1,98 @@
+"""The one thread that computes, and what a step is: a frame in, a frame out, through a stage. Knows neither asyncio's loop nor NATS
+beyond a function that carries results back."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mesh.frames import Flags, Frame, Kind, Timing
+from mesh.runtime.sampling import MAX_LOGPROBS
+from mesh.runtime.stage import Stage, Token
+
+__all__ = ["ComputeThread", "run_step"]
+
+log = logging.getLogger("mesh.shard")
+
+Deliver = Callable[..., object]
+"""Calls a function with arguments in the event loop's thread: loop.call_soon_threadsafe."""
+
+
+class ComputeThread:
+    """Runs what it is given, in order, one after the other. Who gives bounds how much (ShardState.queued)."""
+
+    def __init__(self, deliver: Deliver, name: str = "compute") -> None:
+        self._deliver = deliver
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.busy_s = 0.0  # read by the loop; a float is replaced whole
+        self._thread.start()
+
+    def submit(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """Run `work` in the thread, then done(result, None) or done(None, error) in the loop."""
+        self._work.put((work, done))
+
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """Finish what was given and end; False where that takes longer (the thread then ends with the process)."""
+        self._work.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            work, done = item
+            began = time.perf_counter()
+            result, error = None, None
+            try:
+                result = work()
+            except BaseException as caught:
+                error = caught
+            self.busy_s += time.perf_counter() - began
+            try:
+                self._deliver(done, result, error)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                return
+            del item, work, done, result, error  # hold no arrays while waiting
+
+
+def run_step(stage: Stage, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
+    """What `frame` becomes on `stage`: the hidden state for the next one, or on the last the sampled tokens (ACK for a prefill
+    chunk that is not the prompt's last). `timing(compute_s)` is the record it leaves in the frame."""
+    rows = frame.slots[frame.hop]
+    hidden = frame.tensors[0] if frame.tensors else None
+    began = time.perf_counter()
+    result: Any
+    if frame.kind is Kind.PREFILL:
+        result = stage.prefill(int(rows[0]), int(frame.positions[0]), frame.tokens, hidden)
+    else:
+        result = stage.decode(rows.astype(np.int32), frame.positions.astype(np.int32), frame.tokens, hidden)
+    record = timing(time.perf_counter() - began)
+    if not stage.last:
+        return frame.forward(result, record)
+    if frame.kind is Kind.PREFILL and Flags.FINAL not in frame.flags:
+        return frame.answer(Kind.ACK, record)
+    tokens: list[Token] = [result] if isinstance(result, Token) else result
+    ids = np.fromiter((token.id for token in tokens), np.int32, len(tokens))
+    return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
+
+
+def _logprobs(tokens: list[Token]) -> tuple[np.ndarray, ...]:
+    """(chosen [n], ids [n, k], logprobs [n, k]), NaN where a row has none; nothing where no row asked."""
+    if all(token.logprob is None for token in tokens):
+        return ()
+    width = min(MAX_LOGPROBS, max(len(token.top) for token in tokens))
+    chosen = np.full(len(tokens), np.nan, np.float32)
+    ids = np.zeros((len(tokens), width), np.int32)
+    values = np.full((len(tokens), width), np.nan, np.float32)
+    for row, token in enumerate(tokens):
+        if token.logprob is not None:
+            chosen[row] = token.logprob
+            for column, (candidate, logprob) in enumerate(token.top[:width]):
+                ids[row, column], values[row, column] = candidate, logprob
+    return chosen, ids, values

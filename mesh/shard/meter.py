@@ -1,0 +1,50 @@
+"""What a shard counts: frames, bytes, time. Written by the event loop alone."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+__all__ = ["Meter", "resident_bytes"]
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Meter:
+    """Counts since start, seconds; `rejected` by reason."""
+
+    frames_in: int = 0
+    frames_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    queue_s: float = 0.0
+    codec_s: float = 0.0
+    rejected: Counter[str] = field(default_factory=Counter)
+    _steps: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    _window: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=8))
+
+    def decode_step(self, seconds: float) -> None:
+        self._steps.append(seconds)
+
+    @property
+    def step_s(self) -> float:
+        """Median decode step of late; 0 before any."""
+        return statistics.median(self._steps) if self._steps else 0.0
+
+    def load(self, now: float, busy_s: float) -> float:
+        """Share of the time since some calls ago spent computing, 0 to 1. Call it at even times with the thread's busy time."""
+        self._window.append((now, busy_s))
+        (began, before), (end, after) = self._window[0], self._window[-1]
+        return min(1.0, max(0.0, (after - before) / (end - began))) if end > began else 0.0
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  # no file of a user's
+            return int(file.read().split()[1]) * _PAGE
+    except OSError:
+        return 0

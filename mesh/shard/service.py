@@ -1,0 +1,478 @@
+"""A shard: one stage on the mesh.
+
+    connect, say "loading" -> load and warm up in the compute thread -> listen, say "ready" -> ... -> drain -> say goodbye
+
+The event loop receives, decides (ShardState) and publishes; the compute thread computes. A frame's life here:
+
+    message -> decode -> admit -> queue -> run_step and encode, in the thread -> publish to the frame's next subject
+                            \\-> GAP to the coordinator for rows that cannot be computed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from mesh import frames, subjects, telemetry
+from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription
+from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
+from mesh.frames import Frame, Gap, Kind, Timing
+from mesh.memory import DEFAULT_CHUNK
+from mesh.messages import Beat, Close, Closed, Drain, Drained, Event, Open, Opened, ShardLease, ShardStats, StatsRequest
+from mesh.model.manifest import Manifest
+from mesh.runtime.sampling import SamplingParams
+from mesh.runtime.stage import Stage, StageConfig
+from mesh.shard.compute import ComputeThread, run_step
+from mesh.shard.meter import Meter, resident_bytes
+from mesh.shard.state import ShardShape, ShardState
+from mesh.types import LayerRange
+
+__all__ = ["LEASE_TTL_S", "Shard", "ShardOptions"]
+
+log = logging.getLogger("mesh.shard")
+
+LEASE_TTL_S = 5.0
+_RENEW_S = 1.5
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+Status = Literal["loading", "warming", "ready", "draining"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """What one shard is. rows: sessions at once. context None: the model's. warm_up False: programs are compiled when they
+    are first needed (for tests). drain_s: how long an asked-for end waits for open sessions."""
+
+    name: str
+    directory: Path
+    layers: LayerRange
+    rows: int = 8
+    context: int | None = None
+    chunk: int = DEFAULT_CHUNK
+    max_memory_bytes: int | None = None
+    checksums: bool = False
+    warm_up: bool = True
+    drain_s: float = 30.0
+    lease_ttl_s: float = LEASE_TTL_S
+
+
+class Shard:
+    """See the module's docstring. `run` is its whole life; `ready` is set while it serves."""
+
+    def __init__(self, bus: Bus, options: ShardOptions, *, progress: Progress = lambda what, done, total: None) -> None:
+        self.bus = bus
+        self.options = options
+        self.instance = secrets.token_hex(6)
+        self.manifest = Manifest.load(options.directory)
+        self.meter = Meter()
+        self.ready = asyncio.Event()
+        self._progress = progress
+        layers = self.manifest.check_range(options.layers)
+        context = min(options.context or self.manifest.context_length, self.manifest.context_length)
+        self.state = ShardState(
+            ShardShape(
+                shard=subjects.check_token(options.name, "shard_id"),
+                model_hash=self.manifest.model_hash,
+                layers=layers,
+                total_layers=self.manifest.layers,
+                rows=options.rows,
+                context=context,
+                vocab_size=self.manifest.vocab_size,
+                hidden_size=self.manifest.hidden.size,
+                hidden_dtype=_DTYPES[self.manifest.hidden.dtype],
+                # a session has one decode step or prefill chunk in flight; twice that is a coordinator that does not count
+                queue_limit=2 * options.rows + 8,
+            )
+        )
+        self._stage: Stage | None = None
+        self._compute: ComputeThread | None = None
+        self._service: Service | None = None
+        self._subscriptions: list[Subscription] = []
+        self._leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=options.lease_ttl_s)
+        self._status: Status = "loading"
+        self._stop = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._renew = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._drainer: asyncio.Task[Any] | None = None
+        self._encode_s = dict.fromkeys(Kind, 0.0)  # how long writing the last frame of each kind took
+        self._started = time.time()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Load, serve until `stop`, `drain` or a failure, and leave. Raises what made it fail."""
+        model, shape = self.manifest.name, self.state.shape
+        await self._require_alone()
+        loop = asyncio.get_running_loop()
+        self._compute = ComputeThread(loop.call_soon_threadsafe)
+        leases = self.bus.spawn(self._keep_lease(), "lease")
+        try:
+            await self._announce("joined", f"layers {shape.layers} of {model}")
+            await self._listen_control()
+            self._stage = await self._in_thread(self._load)
+            if self.options.warm_up:
+                self._set_status("warming")
+                await self._in_thread(partial(self._stage.warm_up, self._report))
+            await self._listen()
+            self._set_status("ready")
+            self.ready.set()
+            await self._announce("ready", f"layers {shape.layers} of {model}, {shape.rows} rows of {shape.context}")
+            log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
+            await self._stop.wait()
+            if self._failure is not None:
+                raise ServiceError(f"the computation failed ({self._failure!r}): the shard ends, start it again") from self._failure
+        finally:
+            self.ready.clear()
+            leases.cancel()
+            await asyncio.gather(leases, return_exceptions=True)
+            await self._leave()
+
+    def stop(self) -> None:
+        """End now; what is open is lost to this shard."""
+        self._stop.set()
+
+    def drain(self, timeout_s: float | None = None, *, stop: bool = True) -> int:
+        """Take no new sessions, then end once none is open, or after `timeout_s` (None: drain_s). How many are open."""
+        count = self.state.drain()
+        self._set_status("draining")
+        if self._drainer is None or self._drainer.done():
+            wait_s = self.options.drain_s if timeout_s is None else timeout_s
+            self._drainer = self.bus.spawn(self._drain(wait_s, stop), "drain")
+        return count
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    async def on_open(self, received: Received) -> Opened:
+        message = Open.parse(received.data)
+        if not self.ready.is_set() or self._stage is None or self._compute is None:
+            raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
+        params = SamplingParams(**message.sampling.model_dump())
+        seat = self.state.open(message, time.monotonic())
+        self._idle.clear()
+        shape = self.state.shape
+        if shape.last:
+            set_row = partial(self._stage.open, seat.row, params, prompt_length=message.prompt_length)
+            self._compute.submit(set_row, self._after_open)
+        return Opened(
+            session=seat.session,
+            epoch=seat.epoch,
+            shard=shape.shard,
+            instance=self.instance,
+            layers_start=shape.layers.start,
+            layers_end=shape.layers.stop,
+            row=seat.row,
+            filled=seat.filled,
+            context=shape.context,
+            chunk=self.options.chunk,
+        )
+
+    async def on_close(self, received: Received) -> Closed:
+        closed = self.state.close(Close.parse(received.data), time.monotonic())
+        self._note_sessions()
+        return Closed(closed=closed, free_rows=self.state.free_rows)
+
+    async def on_drain(self, received: Received) -> Drained:
+        message = Drain.parse(received.data)
+        return Drained(shard=self.options.name, sessions=self.drain(message.timeout_s, stop=message.stop))
+
+    async def on_stats(self, received: Received) -> ShardStats:
+        StatsRequest.parse(received.data or b"{}")
+        return self.stats()
+
+    async def on_beat(self, received: Received) -> None:
+        try:
+            self.state.beat(Beat.parse(received.data), time.monotonic())
+        except MessageRejected:
+            self.meter.rejected["beat"] += 1
+            raise
+
+    def stats(self) -> ShardStats:
+        counters, meter, state = (self._stage.counters if self._stage else None), self.meter, self.state
+        return ShardStats(
+            shard=self.options.name,
+            instance=self.instance,
+            model=self.manifest.name,
+            state=self._status,
+            uptime_s=time.time() - self._started,
+            rows=state.shape.rows,
+            free_rows=state.free_rows,
+            sessions=state.sessions,
+            queue_frames=state.queued,
+            prefill_steps=counters.prefill_steps if counters else 0,
+            prefill_tokens=counters.prefill_tokens if counters else 0,
+            prefill_s=counters.prefill_s if counters else 0.0,
+            decode_steps=counters.decode_steps if counters else 0,
+            decode_tokens=counters.decode_tokens if counters else 0,
+            decode_s=counters.decode_s if counters else 0.0,
+            queue_s=meter.queue_s,
+            codec_s=meter.codec_s,
+            frames_in=meter.frames_in,
+            frames_out=meter.frames_out,
+            bytes_in=meter.bytes_in,
+            bytes_out=meter.bytes_out,
+            gaps=dict(state.gaps),
+            rejected=dict(meter.rejected),
+            memory_bytes=resident_bytes(),
+        )
+
+    # -- frames --------------------------------------------------------------------------------------------------------
+
+    async def on_frame(self, received: Received) -> None:
+        arrived = time.perf_counter()
+        meter, state = self.meter, self.state
+        meter.frames_in += 1
+        meter.bytes_in += len(received.data)
+        try:
+            frame = frames.decode(received.data, model_hash=state.shape.model_hash)
+            admission = state.admit(frame, time.monotonic())
+        except FrameRejected as error:
+            meter.rejected[error.reason] += 1
+            log.debug("%s: %s", received.subject, error)
+            return
+        for gap in admission.gaps:
+            await self._send(gap.subject(self.manifest.name), frames.encode(gap))
+        if admission.nothing:
+            return
+        if admission.rows is not None:
+            frame = frame.only(admission.rows)
+        queued = time.perf_counter()
+        assert self._stage is not None and self._compute is not None
+        work = partial(self._step, self._stage, frame, queued, queued - arrived)
+        self._compute.submit(work, partial(self._stepped, frame))
+
+    def _step(self, stage: Stage, frame: Frame, queued: float, decode_s: float) -> tuple[Frame, bytes, Timing, float]:
+        """In the compute thread."""
+        codec_s = decode_s + self._encode_s[frame.kind]
+        wait_s = time.perf_counter() - queued
+
+        def timing(compute_s: float) -> Timing:
+            return Timing(int(wait_s * 1e6), int(compute_s * 1e6), int(codec_s * 1e6))
+
+        out = run_step(stage, frame, timing)
+        began = time.perf_counter()
+        data = frames.encode(out)
+        return out, data, out.timings[-1], time.perf_counter() - began
+
+    def _stepped(self, frame: Frame, result: tuple[Frame, bytes, Timing, float] | None, error: BaseException | None) -> None:
+        """Back in the loop."""
+        self.state.done()
+        if error is not None or result is None:
+            self._failed(frame, error)
+            return
+        out, data, timing, encode_s = result
+        self._encode_s[frame.kind] = encode_s
+        self.meter.queue_s += timing.queue_us / 1e6
+        self.meter.codec_s += timing.codec_us / 1e6
+        if frame.kind is Kind.DECODE:
+            self.meter.decode_step(timing.compute_us / 1e6)
+        self.bus.spawn(self._pass_on(frame, out.subject(self.manifest.name), data), "publish")
+
+    async def _pass_on(self, frame: Frame, subject: str, data: bytes) -> None:
+        try:
+            await self._send(subject, data)
+        except PayloadTooLarge as error:
+            log.warning("%s", error)
+            await self._gap(frame, Gap.TOO_LARGE)
+
+    def _failed(self, frame: Frame, error: BaseException | None) -> None:
+        """A step that the stage refused changed nothing; any other failure may have taken the caches with it, so the shard ends."""
+        refused = isinstance(error, MeshError)
+        log.error("step %d of wave %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error)
+        self.bus.spawn(self._gap(frame, Gap.BAD_INPUT if refused else Gap.FAILED), "gap")
+        if not refused and self._failure is None:
+            self._failure = error
+            self._stop.set()
+
+    async def _gap(self, frame: Frame, why: Gap) -> None:
+        self.state.gaps[why.name.lower()] += frame.rows
+        gap = frame.gap(why, range(frame.rows))
+        await self._send(gap.subject(self.manifest.name), frames.encode(gap))
+
+    async def _send(self, subject: str, data: bytes) -> None:
+        await self.bus.publish(subject, data)
+        self.meter.frames_out += 1
+        self.meter.bytes_out += len(data)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> Stage:
+        options = self.options
+        config = StageConfig(
+            options.layers,
+            rows=options.rows,
+            context=options.context,
+            chunk=options.chunk,
+            max_memory_bytes=options.max_memory_bytes,
+            checksums=options.checksums,
+        )
+        return Stage.load(options.directory, config, progress=self._report)
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        self._progress(what, done, total)
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        """Run in the compute thread, the loop going on meanwhile; ServiceError when told to stop before it is done."""
+        assert self._compute is not None
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def done(result: Any, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        self._compute.submit(work, done)
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([future, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                future.cancel()
+                raise ServiceError("told to stop before it was ready")
+            return future.result()
+        finally:
+            stopped.cancel()
+
+    def _after_open(self, _result: Any, error: BaseException | None) -> None:
+        if error is not None:
+            log.error("opening a row: %r", error)
+
+    async def _listen_control(self) -> None:
+        name, shape = self.options.name, self.state.shape
+        control = partial(subjects.control, name)
+        self._service = await Service.start(
+            self.bus,
+            name="mesh-shard",
+            version=telemetry.version(),
+            description=f"layers {shape.layers} of {self.manifest.name}",
+            metadata={"shard": name, "instance": self.instance, "model": self.manifest.name, "layers": str(shape.layers)},
+            stats=lambda: self.stats().model_dump(mode="json"),
+            endpoints=[
+                Endpoint("close", control("close"), self.on_close),
+                Endpoint("drain", control("drain"), self.on_drain),
+                Endpoint("stats", control("stats"), self.on_stats),
+            ],
+        )
+
+    async def _listen(self) -> None:
+        assert self._service is not None
+        name, model, shape = self.options.name, self.manifest.name, self.state.shape
+        self._subscriptions.append(await self.bus.subscribe(subjects.frames(model, shape.layers, name), self.on_frame))
+        self._subscriptions.append(await self.bus.subscribe(subjects.coordinators(model), self.on_beat))
+        await self._service.add(Endpoint("open", subjects.control(name, "open"), self.on_open))
+        await self._service.add(Endpoint("open-any", subjects.layers(model, shape.layers), self.on_open, queue=subjects.REPLICAS_QUEUE))
+        await self.bus.flush()
+
+    async def _require_alone(self) -> None:
+        """Two shards of one name would answer each other's frames."""
+        name = self.options.name
+        try:
+            other = await self.bus.request(subjects.control(name, "stats"), StatsRequest(), ShardStats, timeout_s=1.0)
+        except (Unavailable, DeadlineExceeded):
+            return
+        raise ConfigError(f"shard {name} runs already (instance {other.instance}): give this one another shard_id")
+
+    async def _keep_lease(self) -> None:
+        name = self.options.name
+        while True:
+            now = time.monotonic()
+            expired = self.state.expire(now)
+            if expired:
+                log.info("closed %d sessions of a coordinator that is gone", len(expired))
+                self._note_sessions()
+            try:
+                await self._leases.put(name, self._lease(now).to_bytes())
+            except MeshError as error:
+                log.warning("renewing the lease: %s", error)
+            try:
+                await asyncio.wait_for(self._renew.wait(), min(_RENEW_S, self.options.lease_ttl_s / 3))
+            except TimeoutError:
+                continue
+            self._renew.clear()
+
+    def _lease(self, now: float) -> ShardLease:
+        shape, busy_s = self.state.shape, self._compute.busy_s if self._compute else 0.0
+        return ShardLease(
+            shard=self.options.name,
+            instance=self.instance,
+            model=self.manifest.name,
+            model_hash=shape.model_hash,
+            layers_start=shape.layers.start,
+            layers_end=shape.layers.stop,
+            total_layers=shape.total_layers,
+            state=self._status,
+            rows=shape.rows,
+            free_rows=self.state.free_rows,
+            context=shape.context,
+            chunk=self.options.chunk,
+            hidden_size=shape.hidden_size,
+            hidden_itemsize=shape.hidden_dtype.itemsize,
+            max_frame_bytes=self.bus.max_payload,
+            queue_limit=shape.queue_limit,
+            queue_frames=self.state.queued,
+            load=self.meter.load(now, busy_s),
+            step_s=self.meter.step_s,
+            memory_bytes=resident_bytes(),
+            frame_version=frames.VERSION,
+            version=telemetry.version(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_unix_s=self._started,
+        )
+
+    def _set_status(self, status: Status) -> None:
+        self._status = status
+        self._renew.set()
+
+    def _note_sessions(self) -> None:
+        if self.state.sessions == 0:
+            self._idle.set()
+
+    async def _drain(self, timeout_s: float, stop: bool) -> None:
+        if self._service is not None:
+            await self._service.remove("open-any")
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            log.warning("drained with %d sessions still open after %g s", self.state.sessions, timeout_s)
+        await self._announce("drained", f"{self.state.sessions} sessions were still open")
+        if stop:
+            self._stop.set()
+
+    async def _leave(self) -> None:
+        """Take the lease back and say so, as far as the server is there; never raises."""
+        for ending in [s.stop() for s in self._subscriptions] + ([self._service.stop()] if self._service else []):
+            await ending
+        if self._compute is not None:
+            compute = self._compute
+            await asyncio.to_thread(compute.stop)
+        if self.bus.connected:
+            try:
+                await self._leases.delete(self.options.name)
+                await self._announce("left", "")
+            except MeshError as error:
+                log.warning("leaving: %s", error)
+
+    async def _announce(self, kind: Literal["joined", "ready", "drained", "left"], detail: str) -> None:
+        layers = str(self.state.shape.layers)
+        event = Event(
+            kind=kind, who=self.options.name, model=self.manifest.name, at_unix_s=time.time(), detail=detail, data={"layers": layers}
+        )
+        await self.bus.send(subjects.event(kind), event)

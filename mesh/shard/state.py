@@ -1,0 +1,276 @@
+"""What a shard decides: who has which row, and which rows of a frame may be computed. No I/O, no clock of its own.
+
+Theory of operation. A shard has `rows` rows; a session takes the lowest free one. Per row it knows the session, its epoch and
+`filled`: positions 0 .. filled-1 of the row's cache are computed, or will be by steps already queued (the compute thread takes
+steps in the order in which they were admitted, so what is queued may be counted as done).
+
+    event                  row of that session      what happens
+    open                   none                     lowest free row, filled 0; Busy where there is none
+    open, same epoch       there                    the same answer again
+    open, higher epoch     there                    row kept, filled = min(filled, keep); lower epochs are fenced from now on
+    open, lower epoch      there                    refused
+    frame row, its epoch   there, start <= filled   computed; filled = max(filled, start + count)
+    frame row, its epoch   there, start > filled    GAP hole, from `filled` on: a step was lost
+    frame row, lower epoch there                    GAP stale_epoch
+    frame row              none, or a higher epoch  GAP unknown_session
+    close, expiry          there                    row free
+    drain                  any                      no new sessions; those that are open go on
+
+A frame that could not have been meant for this shard (route, shapes, types) is refused whole. Repeating a step changes nothing
+(mesh/runtime/stage.py), so a row that was computed before is simply computed again: recovery is replay.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
+from mesh.frames import Frame, Gap, Kind
+from mesh.messages import Beat, Close, Open
+from mesh.types import LayerRange
+
+__all__ = ["Admission", "Seat", "ShardShape", "ShardState"]
+
+DEFAULT_TTL_S = 10.0
+"""How long a coordinator may be silent where it did not say."""
+
+_RETRY_AFTER_S = 0.5
+_MAX_COORDINATORS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ShardShape:
+    """What cannot change while a shard runs. `hidden_dtype` and `hidden_size` are of the state that crosses a cut."""
+
+    shard: str
+    model_hash: str
+    layers: LayerRange
+    total_layers: int
+    rows: int
+    context: int
+    vocab_size: int
+    hidden_size: int
+    hidden_dtype: Any  # numpy dtype
+    queue_limit: int  # frames admitted and not yet computed
+
+    @property
+    def first(self) -> bool:
+        return self.layers.start == 0
+
+    @property
+    def last(self) -> bool:
+        return self.layers.stop == self.total_layers
+
+
+@dataclass(slots=True)
+class Seat:
+    """A session's place."""
+
+    session: int
+    epoch: int
+    coordinator: str
+    row: int
+    filled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What of a frame is computed: `rows` (indices into it; None: all of them), and the GAP frames to send for the others."""
+
+    rows: np.ndarray | None
+    gaps: tuple[Frame, ...]
+
+    @property
+    def nothing(self) -> bool:
+        return self.rows is not None and len(self.rows) == 0
+
+
+@dataclass
+class ShardState:
+    shape: ShardShape
+    draining: bool = False
+    queued: int = 0  # frames admitted and not yet computed
+    gaps: Counter[str] = field(default_factory=Counter)  # rows, by why they were not computed
+    _seats: dict[int, Seat] = field(default_factory=dict)  # by session
+    _free: list[int] = field(default_factory=list)  # heap
+    _heard: dict[str, tuple[float, float]] = field(default_factory=dict)  # coordinator -> (silent since, allowed for)
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.shape.rows))
+
+    @property
+    def free_rows(self) -> int:
+        return len(self._free)
+
+    @property
+    def sessions(self) -> int:
+        return len(self._seats)
+
+    def seat(self, session: int) -> Seat | None:
+        return self._seats.get(session)
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def open(self, message: Open, now: float) -> Seat:
+        """The session's seat. Busy: no row is free. Unavailable: draining. PromptTooLong. MessageRejected: model or epoch."""
+        if message.model_hash != self.shape.model_hash:
+            raise MessageRejected(
+                f"model_hash: {message.model_hash} is another model than {self.shape.model_hash}, which is served here", field="model_hash"
+            )
+        if message.prompt_length > self.shape.context:
+            raise PromptTooLong(
+                f"a prompt of {message.prompt_length} tokens, and this shard holds {self.shape.context} a row",
+                tokens=message.prompt_length,
+                limit=self.shape.context,
+            )
+        seat = self._seats.get(message.session)
+        if seat is not None:
+            if message.epoch < seat.epoch:
+                raise MessageRejected(f"epoch: {message.epoch} is over, the session is at {seat.epoch}", field="epoch")
+            if message.epoch > seat.epoch:
+                seat.filled = min(seat.filled, message.keep)
+                seat.epoch = message.epoch
+                seat.coordinator = message.coordinator
+            self._hear(message.coordinator, now)
+            return seat
+        if self.draining:
+            raise Unavailable(f"shard {self.shape.shard} is draining: open the session on another replica of layers {self.shape.layers}")
+        if not self._free:
+            raise Busy(
+                f"all {self.shape.rows} rows of shard {self.shape.shard} (layers {self.shape.layers}) are taken",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        seat = Seat(message.session, message.epoch, message.coordinator, heapq.heappop(self._free), 0)
+        self._seats[message.session] = seat
+        self._hear(message.coordinator, now)
+        return seat
+
+    def close(self, message: Close, now: float) -> int:
+        """How many sessions of that coordinator were closed."""
+        self._hear(message.coordinator, now)
+        wanted = tuple(self._seats) if message.all else message.sessions
+        mine = [seat for s in wanted if (seat := self._seats.get(s)) is not None and seat.coordinator == message.coordinator]
+        for seat in mine:
+            self._leave(seat)
+        return len(mine)
+
+    def beat(self, message: Beat, now: float) -> None:
+        """A coordinator lives, and says how long it may be silent."""
+        if message.coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
+            self._heard[message.coordinator] = (now, message.ttl_s)
+
+    def expire(self, now: float) -> list[int]:
+        """Close the sessions of coordinators that have been silent for too long; which they were."""
+        silent = {name for name, (since, ttl_s) in self._heard.items() if now - since > ttl_s}
+        for name in silent:
+            del self._heard[name]
+        gone = [seat for seat in self._seats.values() if seat.coordinator in silent]
+        for seat in gone:
+            self._leave(seat)
+        return [seat.session for seat in gone]
+
+    def drain(self) -> int:
+        """Take no new sessions; how many are still open."""
+        self.draining = True
+        return self.sessions
+
+    # -- frames --------------------------------------------------------------------------------------------------------
+
+    def admit(self, frame: Frame, now: float) -> Admission:
+        """Which rows are computed. FrameRejected: the frame is not for this shard as it is."""
+        self._check(frame)
+        if self.queued >= self.shape.queue_limit:
+            return self._refuse(frame, Gap.OVERLOADED)
+        count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
+        slots = frame.slots[frame.hop].tolist()
+        kept: list[int] = []
+        refused: dict[Gap, list[tuple[int, int]]] = {}  # why -> (index, where to go on)
+        for index, (session, epoch, start) in enumerate(
+            zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
+        ):
+            seat = self._seats.get(session)
+            why = self._why_not(seat, frame.coordinator, epoch, start, count, slots[index])
+            if why is Gap.NONE:
+                assert seat is not None
+                kept.append(index)
+                seat.filled = max(seat.filled, start + count)
+            else:
+                go_on = seat.filled if why is Gap.HOLE and seat is not None else start
+                refused.setdefault(why, []).append((index, go_on))
+        if kept:
+            self._hear(frame.coordinator, now)
+            self.queued += 1
+        gaps = []
+        for why, rows in refused.items():
+            self.gaps[why.name.lower()] += len(rows)
+            gaps.append(frame.gap(why, [index for index, _ in rows], np.array([position for _, position in rows], np.uint32)))
+        return Admission(None if len(kept) == frame.rows else np.array(kept, np.intp), tuple(gaps))
+
+    def done(self) -> None:
+        """An admitted frame has been computed."""
+        assert self.queued > 0
+        self.queued -= 1
+
+    def check(self) -> None:
+        """Every row is free or has one session."""
+        taken = [seat.row for seat in self._seats.values()]
+        assert sorted(taken + self._free) == list(range(self.shape.rows)), (taken, self._free)
+        assert all(session == seat.session for session, seat in self._seats.items())
+        assert all(0 <= seat.filled <= self.shape.context for seat in self._seats.values())
+        assert all(seat.coordinator in self._heard for seat in self._seats.values())
+        assert self.queued >= 0
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _why_not(self, seat: Seat | None, coordinator: str, epoch: int, start: int, count: int, slot: int) -> Gap:
+        if seat is None or epoch > seat.epoch:
+            return Gap.UNKNOWN_SESSION
+        if epoch < seat.epoch:
+            return Gap.STALE_EPOCH
+        if seat.coordinator != coordinator or seat.row != slot or start + count > self.shape.context:
+            return Gap.BAD_INPUT
+        return Gap.HOLE if start > seat.filled else Gap.NONE
+
+    def _refuse(self, frame: Frame, why: Gap) -> Admission:
+        self.gaps[why.name.lower()] += frame.rows
+        return Admission(np.zeros(0, np.intp), (frame.gap(why, range(frame.rows)),))
+
+    def _check(self, frame: Frame) -> None:
+        """Refuse what was put together for another shard, or by another hand."""
+        shape = self.shape
+
+        def refuse(reason: str, message: str) -> None:
+            raise FrameRejected(f"frame rejected: {message}", reason=reason)
+
+        if frame.model_hash != shape.model_hash:
+            refuse("model", f"it is of model {frame.model_hash}, and here is {shape.model_hash}")
+        if frame.kind not in (Kind.PREFILL, Kind.DECODE):
+            refuse("kind", f"a shard computes nothing for {frame.kind.name}")
+        hop = frame.route[frame.hop]
+        if hop.layers != shape.layers or hop.shard != shape.shard:
+            refuse("route", f"it is for {hop.shard} and layers {hop.layers}")
+        if frame.route[0].layers.start != 0 or frame.route[-1].layers.stop != shape.total_layers:
+            refuse("route", f"its route does not go through all {shape.total_layers} layers")
+        if len(set(frame.sessions.tolist())) != frame.rows:
+            refuse("rows", "a session is in it twice")
+        tokens = frame.tokens
+        if int(tokens.min()) < 0 or int(tokens.max()) >= shape.vocab_size:
+            refuse("input", f"a token is not in the vocabulary of {shape.vocab_size}")
+        if frame.hop:
+            hidden = frame.tensors[0]
+            if hidden.shape != (len(tokens), shape.hidden_size) or hidden.dtype != shape.hidden_dtype:
+                want = f"{shape.hidden_dtype} {(len(tokens), shape.hidden_size)}"
+                refuse("input", f"a hidden state of {hidden.dtype} {hidden.shape} where {want} belongs")
+
+    def _hear(self, coordinator: str, now: float) -> None:
+        _, ttl_s = self._heard.get(coordinator, (now, DEFAULT_TTL_S))
+        self._heard[coordinator] = (now, ttl_s)
+
+    def _leave(self, seat: Seat) -> None:
+        del self._seats[seat.session]
+        heapq.heappush(self._free, seat.row)
