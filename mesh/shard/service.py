@@ -32,6 +32,7 @@ from mesh.frames import Frame, Gap, Kind, Timing
 from mesh.memory import DEFAULT_CHUNK
 from mesh.messages import Beat, Close, Closed, Drain, Drained, Event, Open, Opened, ShardLease, ShardStats, StatsRequest
 from mesh.model.manifest import Manifest
+from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import ComputeThread, run_step
@@ -73,13 +74,22 @@ class ShardOptions:
 class Shard:
     """See the module's docstring. `run` is its whole life; `ready` is set while it serves."""
 
-    def __init__(self, bus: Bus, options: ShardOptions, *, progress: Progress = lambda what, done, total: None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        options: ShardOptions,
+        *,
+        compiled: Compiled | None = None,
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread."""
         self.bus = bus
         self.options = options
         self.instance = secrets.token_hex(6)
         self.manifest = Manifest.load(options.directory)
         self.meter = Meter()
         self.ready = asyncio.Event()
+        self._compiled = compiled
         self._progress = progress
         layers = self.manifest.check_range(options.layers)
         context = min(options.context or self.manifest.context_length, self.manifest.context_length)
@@ -128,7 +138,7 @@ class Shard:
             self._stage = await self._in_thread(self._load)
             if self.options.warm_up:
                 self._set_status("warming")
-                await self._in_thread(partial(self._stage.warm_up, self._report))
+                await self._in_thread(partial(self._stage.warm_up, self._progress))
             await self._listen()
             self._set_status("ready")
             self.ready.set()
@@ -321,10 +331,7 @@ class Shard:
             max_memory_bytes=options.max_memory_bytes,
             checksums=options.checksums,
         )
-        return Stage.load(options.directory, config, progress=self._report)
-
-    def _report(self, what: str, done: int, total: int) -> None:
-        self._progress(what, done, total)
+        return Stage.load(options.directory, config, compiled=self._compiled, progress=self._progress)
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         """Run in the compute thread, the loop going on meanwhile; ServiceError when told to stop before it is done."""

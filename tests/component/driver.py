@@ -1,0 +1,153 @@
+"""A coordinator reduced to what a test says: it opens sessions, sends frames and waits for what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+
+from mesh import frames, subjects
+from mesh.bus import Bus, BusOptions, Received
+from mesh.frames import Flags, Frame, Hop, Kind
+from mesh.messages import Beat, Close, Closed, Open, Opened, Sampling, ShardStats, StatsRequest
+from mesh.model.manifest import Manifest
+from mesh.runtime.generate import even_ranges
+from mesh.runtime.programs import Compiled
+from mesh.shard.service import Shard, ShardOptions
+from mesh.types import LayerRange
+
+_unique = itertools.count(1)
+CONTEXT = 64
+COMPILED: Compiled = {}  # by every shard of this process, so that each program is made once
+
+
+@asynccontextmanager
+async def shards(url: str, model: Path, ranges: Sequence[LayerRange], **options: object) -> AsyncIterator[list[Shard]]:
+    """Running shards, one a range, each with a connection of its own; `check()` at the end."""
+    running: list[Shard] = []
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for layers in ranges:
+            name = f"s{next(_unique)}"
+            bus = await Bus.connect(BusOptions((url,)), name=name)
+            settings = {"rows": 4, "context": CONTEXT, "chunk": 16, "warm_up": False, **options}
+            running.append(Shard(bus, ShardOptions(name=name, directory=model, layers=layers, **settings), compiled=COMPILED))  # type: ignore[arg-type]
+            tasks.append(asyncio.create_task(running[-1].run()))
+        for shard, task in zip(running, tasks, strict=True):
+            ready = asyncio.create_task(shard.ready.wait())
+            await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+            if task.done():
+                task.result()
+        yield running
+    finally:
+        for shard in running:
+            shard.stop()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for shard in running:
+            shard.state.check()
+            await shard.bus.close()
+        del results
+
+
+class Driver:
+    """One route of shards, and the sessions on it."""
+
+    def __init__(self, bus: Bus, manifest: Manifest, running: Sequence[Shard]) -> None:
+        self.bus = bus
+        self.manifest = manifest
+        self.name = f"c{next(_unique)}"
+        self.route = tuple(Hop(shard.state.shape.layers, shard.options.name) for shard in running)
+        self.answers: asyncio.Queue[Frame] = asyncio.Queue()
+        self.rows: dict[int, list[Opened]] = {}
+        self.flags = Flags(0)
+        self._step = itertools.count(1)
+
+    @classmethod
+    @asynccontextmanager
+    async def on(cls, url: str, model: Path, running: Sequence[Shard]) -> AsyncIterator[Driver]:
+        async with await Bus.connect(BusOptions((url,)), name="driver") as bus:
+            driver = cls(bus, Manifest.load(model), running)
+            await bus.subscribe(subjects.tokens(driver.manifest.name, driver.name), driver._take)
+            # the first use of a program compiles it, which on a busy machine takes longer than a coordinator may be silent
+            await bus.send(subjects.coordinators(driver.manifest.name), Beat(coordinator=driver.name, ttl_s=600))
+            yield driver
+
+    async def _take(self, received: Received) -> None:
+        self.answers.put_nowait(frames.decode(received.data, model_hash=self.manifest.model_hash))
+
+    async def open(self, session: int, prompt_length: int, sampling: Sampling | None = None, *, epoch: int = 1, keep: int = 0) -> None:
+        message = Open(
+            session=session,
+            epoch=epoch,
+            coordinator=self.name,
+            model_hash=self.manifest.model_hash,
+            prompt_length=prompt_length,
+            keep=keep,
+            sampling=sampling or Sampling(temperature=0.0),
+        )
+        self.rows[session] = [
+            await self.bus.request(subjects.control(hop.shard, "open"), message, Opened, timeout_s=10) for hop in self.route
+        ]
+
+    async def close(self, *sessions: int) -> list[Closed]:
+        message = Close(coordinator=self.name, sessions=sessions)
+        return [await self.bus.request(subjects.control(hop.shard, "close"), message, Closed, timeout_s=10) for hop in self.route]
+
+    def frame(self, kind: Kind, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int], **fields: object) -> Frame:
+        slots = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
+        return Frame(
+            kind,
+            self.manifest.model_hash,
+            self.name,
+            self.route,
+            np.array(sessions, np.uint64),
+            np.array([self.rows[session][0].epoch for session in sessions], np.uint32),
+            np.array(positions, np.uint32),
+            np.array(slots, np.uint32),
+            np.array(tokens, np.int32),
+            step=next(self._step),
+            **{"flags": self.flags, **fields},  # type: ignore[arg-type]
+        )
+
+    async def send(self, frame: Frame) -> None:
+        await self.bus.publish(frame.subject(self.manifest.name), frames.encode(frame))
+
+    async def answer(self) -> Frame:
+        return await asyncio.wait_for(self.answers.get(), 60)
+
+    async def prefill(self, session: int, prompt: Sequence[int], *, start: int = 0, chunk: int = 16) -> Frame:
+        """All chunks, in flight together; the answer to the last. Those before are acknowledged."""
+        pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
+        for index, piece in enumerate(pieces):
+            flags = self.flags | (Flags.FINAL if index == len(pieces) - 1 else Flags(0))
+            await self.send(self.frame(Kind.PREFILL, [session], [start + index * chunk], piece, flags=flags))
+        for _ in pieces[:-1]:
+            assert (await self.answer()).kind is Kind.ACK
+        return await self.answer()
+
+    async def decode(self, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int]) -> Frame:
+        await self.send(self.frame(Kind.DECODE, sessions, positions, tokens))
+        return await self.answer()
+
+    async def generate(self, session: int, prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
+        await self.open(session, len(prompt), sampling)
+        answer = await self.prefill(session, prompt)
+        assert answer.kind is Kind.TOKENS, answer
+        tokens = [int(answer.tokens[0])]
+        while len(tokens) < count:
+            answer = await self.decode([session], [len(prompt) + len(tokens) - 1], tokens[-1:])
+            assert answer.kind is Kind.TOKENS, answer
+            tokens.append(int(answer.tokens[0]))
+        return tokens
+
+    async def stats(self, hop: int = 0) -> ShardStats:
+        return await self.bus.request(subjects.control(self.route[hop].shard, "stats"), StatsRequest(), ShardStats, timeout_s=10)
+
+
+def ranges(shards: int) -> list[LayerRange]:
+    return even_ranges(3, shards)
