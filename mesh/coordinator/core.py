@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from mesh.coordinator.admission import Admission
 from mesh.coordinator.events import (
+    Admitted,
     Cancel,
     CloseRow,
     Effect,
@@ -213,6 +214,7 @@ class Core:
         session = Session(request, (self._base | self._count) + 1, self._now)
         self.counters.prompt_tokens += len(request.prompt)
         self._by_id[request.id] = session
+        self._effects.append(Admitted(request.id))
         self.admission.push(session)
 
     def _start_waiting(self) -> None:

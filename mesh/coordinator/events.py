@@ -11,6 +11,7 @@ from mesh.errors import MeshError
 from mesh.types import LayerRange
 
 __all__ = [
+    "Admitted",
     "Cancel",
     "CloseRow",
     "Effect",
@@ -166,6 +167,13 @@ class FrameOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that will be generated, now or when there is a row."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """The token number `index` (from 0) of `session`."""
 
@@ -197,4 +205,4 @@ class Ended:
     error: MeshError | None = None
 
 
-Effect = OpenRow | CloseRow | FrameOut | Emit | Rejected | Ended
+Effect = OpenRow | CloseRow | FrameOut | Admitted | Emit | Rejected | Ended

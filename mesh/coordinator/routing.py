@@ -155,13 +155,14 @@ class Replicas:
         return tuple(route)
 
     def longest(self) -> int | None:
-        """The most positions any chain of replicas holds, busy or not; None where no chain is complete."""
+        """The most positions any chain of replicas holds, busy or not; None where no chain is complete. Who drains takes nobody."""
+        there = [entry.replica for entry in self._entries.values() if not entry.replica.draining]
         best = {self._layers: 2**62}
-        for start in sorted({entry.replica.layers.start for entry in self._entries.values()}, reverse=True):
+        for start in sorted({replica.layers.start for replica in there}, reverse=True):
             reach = [
-                min(entry.replica.context, best[entry.replica.layers.stop])
-                for entry in self._entries.values()
-                if entry.replica.layers.start == start and entry.replica.layers.stop in best
+                min(replica.context, best[replica.layers.stop])
+                for replica in there
+                if replica.layers.start == start and replica.layers.stop in best
             ]
             if reach:
                 best[start] = max(reach)

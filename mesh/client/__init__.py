@@ -1,0 +1,31 @@
+"""The Python client of a mesh.
+
+    from mesh.client import MeshClient
+
+    with MeshClient("nats://127.0.0.1:4222") as mesh:
+        print(mesh.generate("What is rain?", max_tokens=50).text)
+        for chunk in mesh.stream("Tell me a story."):
+            print(chunk.text, end="", flush=True)
+
+AsyncMeshClient is the same for asyncio. It speaks to coordinators over NATS and needs neither a model nor JAX.
+"""
+
+from mesh.client.aio import AsyncMeshClient
+from mesh.client.results import Chunk, Completion, CoordinatorStatus, Health, MeshStatus, Timing, Token, Usage
+from mesh.client.stream import Stream
+from mesh.client.sync import MeshClient, SyncStream
+
+__all__ = [
+    "AsyncMeshClient",
+    "Chunk",
+    "Completion",
+    "CoordinatorStatus",
+    "Health",
+    "MeshClient",
+    "MeshStatus",
+    "Stream",
+    "SyncStream",
+    "Timing",
+    "Token",
+    "Usage",
+]

@@ -1,0 +1,209 @@
+"""The client for asyncio. See mesh.client for both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from mesh import messages, subjects
+from mesh.bus import Bucket, Bus, BusOptions, Received
+from mesh.client.results import Completion, CoordinatorStatus, Health, MeshStatus
+from mesh.client.stream import Retry, Stream
+from mesh.errors import BadRequest, MeshError, MessageRejected, Unavailable
+
+__all__ = ["AsyncMeshClient"]
+
+COORDINATOR_SERVICE = "mesh-coordinator"
+_LEASE_TTL_S = 5.0
+_GATHER_S = 1.0
+_QUIET_S = 0.15
+
+
+class AsyncMeshClient:
+    """A connection to a mesh.
+
+        async with AsyncMeshClient("nats://127.0.0.1:4222") as mesh:
+            answer = await mesh.generate("What is rain?", max_tokens=50)
+            print(answer.text, answer.usage.completion_tokens, answer.timing.tokens_per_s)
+            async with mesh.stream("Tell me a story.") as stream:
+                async for chunk in stream:
+                    print(chunk.text, end="", flush=True)
+
+    model: whose; None: the only one there. timeout_s: for each request, None for no limit. retries: how often a request is asked
+    again where that can help. Errors are those of mesh.errors: BadRequest, PromptTooLong, Busy, Unavailable, DeadlineExceeded ...
+    """
+
+    def __init__(
+        self,
+        servers: str | Sequence[str] = "nats://127.0.0.1:4222",
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        retries: int = 3,
+        stall_timeout_s: float = 60.0,
+        options: BusOptions | None = None,
+    ) -> None:
+        urls = tuple(servers.split(",")) if isinstance(servers, str) else tuple(servers)
+        self._options = options or BusOptions(urls=urls)
+        self._model = model
+        self._timeout_s = timeout_s
+        self._retry = Retry(retries, stall_timeout_s)
+        self._bus: Bus | None = None
+
+    async def connect(self, *, timeout_s: float = 10.0) -> None:
+        """Idempotent; Unavailable where no server answers, Denied where it refuses."""
+        if self._bus is None:
+            self._bus = await Bus.connect(self._options, name="mesh-client", timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        bus, self._bus = self._bus, None
+        if bus is not None:
+            await bus.close()
+
+    async def __aenter__(self) -> AsyncMeshClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    # -- generating ----------------------------------------------------------------------------------------------------
+
+    async def open_stream(self, prompt: str | None = None, **request: Any) -> Stream:
+        """As `stream`, where the model is still to be found out: the stream, nothing of it read yet."""
+        model = request.pop("model", None) or self._model or await self._only_model()
+        return self.stream(prompt, model=model, **request)
+
+    def stream(self, prompt: str | None = None, *, model: str | None = None, timeout_s: float | None = None, **request: Any) -> Stream:
+        """A generation token by token. `request`: the fields of mesh.messages.Generate: messages or tokens instead of a prompt,
+        max_tokens, temperature, top_k, top_p, min_p, penalties, seed, logprobs, stop, ignore_eos, raw, session."""
+        name = model or self._model
+        if name is None:
+            raise BadRequest("say which model: AsyncMeshClient(..., model=NAME), or use open_stream, which finds it out", field="model")
+        message = _message(prompt, request)
+        return Stream(self._connected, name, message, timeout_s=timeout_s or self._timeout_s, retry=self._retry)
+
+    async def generate(self, prompt: str | None = None, **request: Any) -> Completion:
+        """A whole generation; the arguments of `stream`. Cancelling the task cancels the generation."""
+        async with await self.open_stream(prompt, **request) as stream:
+            async for _ in stream:
+                pass
+        assert stream.completion is not None
+        return stream.completion
+
+    async def chat(self, messages: Iterable[Mapping[str, str]], **request: Any) -> Completion:
+        """The assistant's next message after `messages` ({"role", "content"})."""
+        return await self.generate(messages=list(messages), **request)
+
+    async def batch(
+        self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Any
+    ) -> list[Completion | MeshError]:
+        """Many generations, `concurrency` at a time; for each request, in order, its completion or its error. A request is a prompt
+        or a mapping of the arguments of `generate`; `common` are those of all."""
+        if concurrency < 1:
+            raise BadRequest(f"concurrency is {concurrency}: give at least 1", field="concurrency")
+        gate = asyncio.Semaphore(concurrency)
+
+        async def one(request: str | Mapping[str, Any]) -> Completion | MeshError:
+            own = {"prompt": request} if isinstance(request, str) else dict(request)
+            async with gate:
+                try:
+                    return await self.generate(**{**common, **own})
+                except MeshError as error:
+                    return error
+
+        return list(await asyncio.gather(*(one(request) for request in requests)))
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    async def models(self) -> list[str]:
+        """Names of the models that a coordinator serves."""
+        return sorted({coordinator.model for coordinator in await self._coordinators()})
+
+    async def status(self) -> MeshStatus:
+        """Shards and coordinators, as they say themselves."""
+        entries = await Bucket(self._connected, subjects.KV_SHARDS, ttl_s=_LEASE_TTL_S).entries()
+        shards = []
+        for entry in entries:
+            try:
+                shards.append(messages.ShardLease.parse(entry.value or b""))
+            except MessageRejected:
+                continue  # another version's
+        shards.sort(key=lambda shard: (shard.model, shard.layers, shard.shard))
+        return MeshStatus(tuple(shards), tuple(await self._coordinators()))
+
+    async def health(self, model: str | None = None) -> Health:
+        """Whether a request would be generated now."""
+        name = model or self._model
+        try:
+            coordinators = [c for c in await self._coordinators() if name is None or c.model == name]
+        except MeshError as error:
+            return Health(False, str(error), name)
+        if not coordinators:
+            return Health(False, f"no coordinator serves {name or 'any model'}", name)
+        serving = next((c for c in coordinators if c.serving), None)
+        if serving is None:
+            return Health(False, "some layer range has no shard that is ready", coordinators[0].model)
+        return Health(True, "", serving.model)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _connected(self) -> Bus:
+        if self._bus is None:
+            raise Unavailable("not connected: use `async with AsyncMeshClient(...)`, or `await client.connect()` first")
+        return self._bus
+
+    async def _only_model(self) -> str:
+        models = await self.models()
+        if len(models) == 1:
+            self._model = models[0]
+            return models[0]
+        if models:
+            raise BadRequest(f"there are several models, {', '.join(models)}: say which with model=", field="model")
+        raise Unavailable("no coordinator answers: start one, or see `mesh status`")
+
+    async def _coordinators(self) -> list[CoordinatorStatus]:
+        found = []
+        for answer in await self._gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
+            data: dict[str, Any] = next((e["data"] for e in orjson.loads(answer.data)["endpoints"] if e["name"] == "generate"), {})
+            if {"coordinator", "model", "live", "queued", "capacity", "serving"} <= data.keys():
+                name, load = data["coordinator"], (data["live"], data["queued"], data["capacity"])
+                found.append(CoordinatorStatus(name, data["model"], *load, serving=data["serving"], counters=data))
+        return sorted(found, key=lambda c: (c.model, c.name))
+
+    async def _gather(self, subject: str) -> list[Received]:
+        """Every answer to a question to nobody in particular: until it has been quiet for a while."""
+        bus = self._connected
+        answers: asyncio.Queue[Received] = asyncio.Queue()
+        inbox = bus.new_inbox()
+        subscription = await bus.subscribe(inbox, answers.put)
+        found: list[Received] = []
+        try:
+            await bus.publish(subject, b"", reply=inbox)
+            while True:
+                async with asyncio.timeout(_QUIET_S if found else _GATHER_S):
+                    answer = await answers.get()
+                if answer.headers.get("Status") == "503":
+                    break
+                found.append(answer)
+        except TimeoutError:
+            pass
+        finally:
+            await subscription.stop()
+        return found
+
+
+def _message(prompt: str | None, request: Mapping[str, Any]) -> messages.Generate:
+    """Through JSON, so that lists and tuples, numbers of either kind are taken as they would be from any other client."""
+    values = {"prompt": prompt, **request}
+    try:
+        return messages.Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
+    except MessageRejected as error:
+        raise BadRequest(str(error), field=error.field) from None
+    except TypeError as error:
+        raise BadRequest(f"the request cannot be written as JSON: {error}", field="request") from None

@@ -1,0 +1,143 @@
+"""The client for programs without asyncio: the same client, run by a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from mesh.bus import BusOptions
+from mesh.client.aio import AsyncMeshClient
+from mesh.client.results import Chunk, Completion, Health, MeshStatus
+from mesh.client.stream import Stream
+from mesh.errors import MeshError, Unavailable
+
+__all__ = ["MeshClient", "SyncStream"]
+
+T = TypeVar("T")
+
+
+class SyncStream:
+    """Chunks of one generation: `for chunk in stream`. Afterwards `completion` is set. Leaving `with` early cancels it."""
+
+    def __init__(self, client: MeshClient, stream: Stream) -> None:
+        self._client = client
+        self._stream = stream
+
+    @property
+    def completion(self) -> Completion | None:
+        return self._stream.completion
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        chunk = self._client._run(self._next())
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        self._client._run(self._stream.aclose())
+
+    def __enter__(self) -> SyncStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def _next(self) -> Chunk | None:
+        try:
+            return await anext(self._stream)
+        except StopAsyncIteration:
+            return None
+
+
+class MeshClient:
+    """A connection to a mesh, for any thread.
+
+        with MeshClient("nats://127.0.0.1:4222") as mesh:
+            print(mesh.generate("What is rain?", max_tokens=50).text)
+
+    Arguments and errors are those of AsyncMeshClient.
+    """
+
+    def __init__(
+        self,
+        servers: str | Sequence[str] = "nats://127.0.0.1:4222",
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        retries: int = 3,
+        stall_timeout_s: float = 60.0,
+        options: BusOptions | None = None,
+    ) -> None:
+        self._client = AsyncMeshClient(
+            servers, model=model, timeout_s=timeout_s, retries=retries, stall_timeout_s=stall_timeout_s, options=options
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def connect(self) -> None:
+        """Idempotent."""
+        if self._loop is not None:
+            return
+        loop = self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=loop.run_forever, name="mesh-client", daemon=True)
+        self._thread.start()
+        try:
+            self._run(self._client.connect())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is None or self._thread is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._client.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.join()
+        loop.close()
+
+    def __enter__(self) -> MeshClient:
+        self.connect()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def stream(self, prompt: str | None = None, **request: Any) -> SyncStream:
+        return SyncStream(self, self._run(self._client.open_stream(prompt, **request)))
+
+    def generate(self, prompt: str | None = None, **request: Any) -> Completion:
+        return self._run(self._client.generate(prompt, **request))
+
+    def chat(self, messages: Iterable[Mapping[str, str]], **request: Any) -> Completion:
+        return self._run(self._client.chat(messages, **request))
+
+    def batch(self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Any) -> list[Completion | MeshError]:
+        return self._run(self._client.batch(requests, concurrency=concurrency, **common))
+
+    def models(self) -> list[str]:
+        return self._run(self._client.models())
+
+    def status(self) -> MeshStatus:
+        return self._run(self._client.status())
+
+    def health(self, model: str | None = None) -> Health:
+        return self._run(self._client.health(model))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """`work` in the client's thread. An interruption (Ctrl-C) cancels it there too."""
+        if self._loop is None:
+            work.close()
+            raise Unavailable("not connected: use `with MeshClient(...)`, or call connect() first")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise

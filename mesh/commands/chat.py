@@ -1,0 +1,63 @@
+"""`mesh chat`: a conversation with a mesh, in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from mesh.commands.generate import add_connection_arguments
+from mesh.errors import RequestError
+
+__all__ = ["add_parser", "run_command"]
+
+_DESCRIPTION = "Talk with the model. Ctrl-C stops an answer, Ctrl-D or /quit ends, /new begins another conversation."
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("chat", help="talk with a mesh", description=_DESCRIPTION)
+    add_connection_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="most tokens of an answer (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.set_defaults(run=run_command)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+    from mesh.local import default_url
+
+    beginning = [{"role": "system", "content": args.system}] if args.system else []
+    history = list(beginning)
+    options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    with MeshClient(args.nats or default_url(), model=args.model) as client:
+        while True:
+            try:
+                said = input("> " if sys.stdin.isatty() else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return 0
+            if said == "/quit":
+                return 0
+            if said == "/new":
+                history = list(beginning)
+                continue
+            if not said:
+                continue
+            history.append({"role": "user", "content": said})
+            answer = ""
+            try:
+                with client.stream(messages=history, **options) as stream:
+                    for chunk in stream:
+                        answer += chunk.text
+                        print(chunk.text, end="", flush=True)
+            except KeyboardInterrupt:
+                print(" [stopped]", end="")
+            except RequestError as error:  # too long, say: the conversation goes on without this question
+                print(f"mesh: {error}", file=sys.stderr)
+                history.pop()
+                continue
+            print()
+            history.append({"role": "assistant", "content": answer})

@@ -1,0 +1,103 @@
+"""`mesh generate`: one generation by a mesh."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from mesh.commands.run import add_generation_arguments
+from mesh.errors import BadRequest
+from mesh.units import format_seconds
+
+__all__ = ["add_connection_arguments", "add_parser", "ask", "hop_line", "request_of", "run_command"]
+
+_DESCRIPTION = """\
+Generate by a mesh: the options and the --json object are those of `mesh run`. A model with a chat template is given the prompt as a
+user's message; --raw gives it as it is."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("generate", help="generate by a mesh", description=_DESCRIPTION)
+    add_generation_arguments(parser)
+    add_connection_arguments(parser)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
+    parser.add_argument("--hops", action="store_true", help="say where the time of a step went")
+    parser.set_defaults(run=run_command)
+
+
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that speaks to a mesh has."""
+    parser.add_argument("--nats", metavar="URL[,URL]", help="NATS servers (default: $MESH_NATS_URL, the `mesh up` here, port 4222)")
+    parser.add_argument("--model", metavar="NAME", help="default: the only one there")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    from mesh.local import default_url
+
+    request = request_of(args)
+    if args.stop:
+        request["stop"] = args.stop
+    return ask(args.nats or default_url(), args.model, request, timeout_s=args.timeout, as_json=args.json, hops=args.hops)
+
+
+def request_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request from the arguments of `add_generation_arguments`."""
+    if (args.tokens is None) == (args.prompt is None):
+        raise BadRequest('give either a prompt, such as "What is rain?", or --tokens 5,17,33', field="prompt")
+    request: dict[str, Any] = {}
+    if args.tokens is not None:
+        try:
+            request["tokens"] = [int(part) for part in args.tokens.split(",") if part.strip()]
+        except ValueError:
+            raise BadRequest(f"--tokens {args.tokens} is no list of token ids: give numbers such as 5,17,33", field="tokens") from None
+    else:
+        request["prompt"] = sys.stdin.read() if args.prompt == "-" else args.prompt
+        request["raw"] = args.raw
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs", "ignore_eos")
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    return request | {name: getattr(args, name) for name in names + penalties}
+
+
+def ask(
+    url: str, model: str | None, request: Mapping[str, Any], *, timeout_s: float | None = None, as_json: bool = False, hops: bool = False
+) -> int:
+    """Generate and print: the text as it comes and a line of figures on standard error, or one JSON object."""
+    from mesh.client import MeshClient
+
+    with MeshClient(url, model=model, timeout_s=timeout_s) as client, client.stream(**request) as stream:
+        for chunk in stream:
+            if not as_json:
+                text = chunk.text if chunk.token is None or chunk.text else ""
+                print(text, end="", flush=True)
+        done = stream.completion
+    assert done is not None
+    if as_json:
+        answer = {name: done.raw[name] for name in ("tokens", "text", "finish_reason", "usage", "timing", "logprobs") if name in done.raw}
+        sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
+        return 0
+    if done.text is None:
+        print(" ".join(map(str, done.tokens)), end="")
+    print()
+    timing = done.timing
+    rate = f", {timing.tokens_per_s:.1f} tokens/s (median step {format_seconds(timing.decode_step_s)})" if timing.tokens_per_s else ""
+    print(
+        f"{done.usage.prompt_tokens} prompt tokens, the first token after {format_seconds(timing.first_token_s or 0)}, "
+        f"{done.usage.completion_tokens} generated{rate}",
+        file=sys.stderr,
+    )
+    if hops and timing.hops.get("steps"):
+        print(hop_line(timing.hops), file=sys.stderr)
+    return 0
+
+
+def hop_line(hops: Mapping[str, float]) -> str:
+    """Where a decode step went, in words."""
+    return (
+        f"a step of {format_seconds(hops['step_s'])}: {format_seconds(hops['compute_s'])} computing, "
+        f"{format_seconds(hops['queue_s'])} waiting for other work, {format_seconds(hops['hop_s'])} for each hop"
+    )

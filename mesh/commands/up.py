@@ -1,0 +1,98 @@
+"""`mesh up`: a whole mesh on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from mesh.commands.progress import progress_bar
+from mesh.units import format_seconds, parse_bytes
+
+__all__ = ["add_parser", "run_command"]
+
+_DESCRIPTION = """\
+Start a NATS server, a coordinator and shards as child processes on this machine, wait until they serve, and end them all on
+Ctrl-C. `mesh generate`, `mesh chat`, `mesh status` and `mesh bench` find it by themselves."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("up", help="a whole mesh on this machine", description=_DESCRIPTION)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="layer ranges (default 1)")
+    parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
+    parser.add_argument("--coordinators", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument("--nats", metavar="URL", help="use this NATS server (with JetStream) instead of starting one")
+    parser.add_argument("--port", type=int, metavar="PORT", help="of the NATS server it starts (default: a free one)")
+    parser.add_argument("--rows", type=int, default=8, metavar="N", help="sessions at once in each shard (default 8)")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a session may have (default: the model's)")
+    parser.add_argument("--memory", metavar="SIZE", help="most that a shard may take, such as 8GB")
+    parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait for a row (default 256)")
+    parser.add_argument("--strategy", choices=("least_loaded", "round_robin", "queue_group"), default="least_loaded")
+    parser.add_argument("--compression", action="store_true", help="send hidden states compressed (exact)")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the processes' logs there")
+    parser.add_argument("--ask", metavar="PROMPT", help="answer this, streaming, say where the time went, and stop")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="with --ask (default 128)")
+    parser.set_defaults(run=run_command)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    from mesh.local import LocalMesh, LocalOptions
+
+    options = LocalOptions(
+        model=args.model,
+        shards=args.shards,
+        replicas=args.replicas,
+        coordinators=args.coordinators,
+        nats=args.nats,
+        port=args.port,
+        rows=args.rows,
+        context=args.context,
+        memory_bytes=None if args.memory is None else parse_bytes(args.memory),
+        strategy=args.strategy,
+        compression=args.compression,
+        logs=args.logs,
+        coordinator_arguments=("--queue", str(args.queue)),
+    )
+    mesh = LocalMesh(options)
+
+    def interrupted(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    began = time.perf_counter()
+    try:
+        with progress_bar() as progress:
+            mesh.start(progress=progress)
+        name = mesh.manifest.name
+        where = ", ".join(str(layers) for layers in mesh.ranges)
+        print(
+            f"{name} is served by {mesh.shard_count} shard{'s' if mesh.shard_count > 1 else ''} (layers {where}) after "
+            f"{format_seconds(time.perf_counter() - began)}",
+            file=sys.stderr,
+        )
+        if args.ask is not None:
+            from mesh.commands.generate import ask
+
+            return ask(mesh.url, name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
+        print(
+            f"NATS {mesh.url}\n"
+            f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
+            f'  nats -s {mesh.url} req mesh.v1.{name}.generate \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
+            "Ctrl-C ends it.",
+            file=sys.stderr,
+        )
+        mesh.wait()
+    except KeyboardInterrupt:
+        print("stopping", file=sys.stderr)
+        return 130
+    finally:
+        # a second Ctrl-C does not interrupt the ending; SIGKILL does, and the kernel ends the children then
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        mesh.stop()
+    return 0

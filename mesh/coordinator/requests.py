@@ -1,0 +1,64 @@
+"""From a request as it arrives to what the core is given: the prompt in tokens, every field checked."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+from mesh import messages
+from mesh.coordinator.session import Request
+from mesh.errors import BadRequest, PromptTooLong
+from mesh.model.manifest import Manifest
+from mesh.model.tokenizer import Tokenizer
+
+__all__ = ["prepare"]
+
+_INLINE_CHARACTERS = 2000
+"""Longer texts are tokenized in a thread: the event loop carries everyone's tokens."""
+
+
+async def prepare(message: messages.Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> Request:
+    """BadRequest or PromptTooLong, naming the field. The ranges of sampling fields are checked by the shard that samples."""
+    if message.tokens is not None:
+        tokens, field = list(message.tokens), "tokens"
+    else:
+        field = "prompt" if message.prompt is not None else "messages"
+        if tokenizer is None:
+            raise BadRequest(f"{manifest.name} has no tokenizer: send token ids as `tokens`", field=field)
+        size = len(message.prompt or "") + sum(len(part.content) for part in message.messages or ())
+        if size > _INLINE_CHARACTERS:
+            tokens = await asyncio.to_thread(_tokenize, message, tokenizer)
+        else:
+            tokens = _tokenize(message, tokenizer)
+    if not tokens:
+        raise BadRequest("the prompt is empty: give at least one token", field=field)
+    bad = next((token for token in tokens if token >= manifest.vocab_size), None)
+    if bad is not None:
+        raise BadRequest(f"token {bad} is not in the vocabulary: ids are 0 to {manifest.vocab_size - 1}", field=field)
+    if len(tokens) + message.max_tokens > manifest.context_length:
+        raise PromptTooLong(
+            f"the prompt has {len(tokens)} tokens and {message.max_tokens} more are asked for, but the context is "
+            f"{manifest.context_length}: shorten the prompt or ask for fewer with max_tokens",
+            tokens=len(tokens),
+            limit=max(manifest.context_length - message.max_tokens, 0),
+        )
+    if message.stop and tokenizer is None:
+        raise BadRequest("stop texts need a tokenizer, which this model has not", field="stop")
+    if any(not text for text in message.stop):
+        raise BadRequest("a stop text is empty: give at least one character, or leave it out", field="stop")
+    stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
+    values = message.model_dump(include=set(messages.Sampling.model_fields) - {"seed"})
+    sampling = messages.Sampling(**values, seed=secrets.randbits(62) if message.seed is None else message.seed)
+    return Request(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops))
+
+
+def _tokenize(message: messages.Generate, tokenizer: Tokenizer) -> list[int]:
+    if message.messages is not None:
+        if not message.messages:
+            raise BadRequest("messages is empty: give at least one", field="messages")
+        chat = [part.model_dump() for part in message.messages]
+        return tokenizer.encode(tokenizer.apply_chat_template(chat), add_special=False)
+    assert message.prompt is not None
+    if tokenizer.has_chat_template and not message.raw:
+        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": message.prompt}]), add_special=False)
+    return tokenizer.encode(message.prompt)

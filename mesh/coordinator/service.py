@@ -1,0 +1,430 @@
+"""The coordinator on the mesh: NATS, timers and tokenization around the core, and nothing else.
+
+    request -> Generate -> tokens -> Submit -> core -> effects, in order:
+      OpenRow, CloseRow   requests to shards
+      FrameOut            a frame to the first stage; its answer comes back on this coordinator's own subject
+      Emit, Ended         documents to the client
+
+A client that has gone is noticed at the next token: each token document names a reply subject nobody is meant to use, and the
+server answers there when the client's own subject has no subscriber any more. Who wants to stop earlier says so on the cancel
+subject that the first document names. A request without a stream has no documents on the way, so it can only be cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import orjson
+
+from mesh import frames, messages, subjects, telemetry
+from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription
+from mesh.bus.connection import reply_error
+from mesh.coordinator.core import Core, CoreConfig
+from mesh.coordinator.events import (
+    Admitted,
+    Cancel,
+    CloseRow,
+    Effect,
+    Emit,
+    Ended,
+    Event,
+    Finish,
+    FrameLost,
+    FrameOut,
+    Opened,
+    OpenRefused,
+    OpenRow,
+    Rejected,
+    ReplicaGone,
+    ReplicaSeen,
+    Result,
+    Submit,
+    Tick,
+)
+from mesh.coordinator.replies import HopMeter, Job
+from mesh.coordinator.requests import prepare
+from mesh.coordinator.routing import Strategy
+from mesh.coordinator.translate import epoch_of, event_of, frame_of, replica_of
+from mesh.errors import BadRequest, Busy, FrameRejected, MeshError, Unavailable
+from mesh.frames import Flags, Kind
+from mesh.messages import ShardLease
+from mesh.model.manifest import Manifest
+from mesh.model.tokenizer import Tokenizer
+
+__all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
+
+log = logging.getLogger("mesh.coordinator")
+
+SERVICE_NAME = "mesh-coordinator"
+
+LEASE_TTL_S = 5.0
+EXACT = Flags(0)
+"""Hidden states travel as they were computed."""
+_BEAT_S = 3.0
+_BEAT_TTL_S = 12.0
+_REMEMBERED = 256
+"""Answers kept for clients that ask again because the first one was lost on the way."""
+
+
+@dataclass(frozen=True)
+class CoordinatorOptions:
+    """model: a model directory, of which only the manifest and the tokenizer are read. queue_limit: requests that may wait.
+    flags: how hidden states travel (Flags.BF16, Flags.ZSTD)."""
+
+    model: Path
+    name: str = ""
+    strategy: Strategy = "least_loaded"
+    queue_limit: int = 256
+    failover_timeout_s: float = 30.0
+    step_timeout_s: float = 15.0
+    open_timeout_s: float = 5.0
+    flags: Flags = EXACT
+
+
+@dataclass(frozen=True, slots=True)
+class _Mail:
+    subject: str
+    data: bytes
+    reply: str = ""
+    headers: dict[str, str] | None = None
+
+
+class Coordinator:
+    """See the module's docstring. `run` is its whole life; `ready` is set while it serves."""
+
+    def __init__(self, bus: Bus, options: CoordinatorOptions) -> None:
+        self.bus = bus
+        self.options = options
+        self.name = subjects.check_token(options.name or f"c-{secrets.token_hex(4)}", "name")
+        self.manifest = Manifest.load(options.model)
+        self.tokenizer = Tokenizer.load(options.model) if self.manifest.tokenizer is not None else None
+        config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
+        self.core = Core(config, Random(secrets.randbits(64)))
+        self.ready = asyncio.Event()
+        self.hops = HopMeter()
+        self.rejected: Counter[str] = Counter()
+        self._jobs: dict[str, Job] = {}
+        self._answers: OrderedDict[str, tuple[messages.Generate, bytes]] = OrderedDict()
+        self._preparing = 0
+        self._outbox: deque[_Mail | FrameOut] = deque()
+        self._sending = False
+        self._sent_at: dict[int, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._stop = asyncio.Event()
+        self._leases = LeaseTable(Bucket(bus, subjects.KV_SHARDS, ttl_s=LEASE_TTL_S), ShardLease, self._on_lease)
+        self._service: Service | None = None
+        self._subscriptions: list[Subscription] = []
+        self._probe = bus.new_inbox()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        model = self.manifest.name
+        beat = self.bus.spawn(self._beat(), "beat")
+        try:
+            self._subscriptions = [
+                await self.bus.subscribe(subjects.tokens(model, self.name), self._on_answer),
+                await self.bus.subscribe(subjects.cancel(model, self.name), self._on_cancel),
+                await self.bus.subscribe(f"{self._probe}.*", self._on_probe),
+            ]
+            await self._leases.start()
+            self._service = await Service.start(
+                self.bus,
+                name=SERVICE_NAME,
+                version=telemetry.version(),
+                description=f"generation with {model}",
+                metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
+                stats=self.stats,
+                endpoints=[
+                    Endpoint("generate", subjects.generate(model), self._on_generate, queue=subjects.COORDINATORS_QUEUE, concurrent=True)
+                ],
+            )
+            await self.bus.flush()
+            self.ready.set()
+            log.info("ready: %s serves %s as %s", self.name, model, subjects.generate(model))
+            await self._stop.wait()
+        finally:
+            self.ready.clear()
+            beat.cancel()
+            await asyncio.gather(beat, return_exceptions=True)
+            await self._leave()
+
+    def stop(self) -> None:
+        """End; what is being generated is answered with an error that can be retried."""
+        self._stop.set()
+
+    def stats(self) -> dict[str, Any]:
+        """For $SRV.STATS: counts since start, means of decode steps."""
+        return {
+            "coordinator": self.name,
+            "model": self.manifest.name,
+            "live": self.core.live,
+            "queued": len(self.core.admission),
+            "capacity": self.core.replicas.capacity(),
+            "serving": self.core.replicas.longest() is not None,
+            "rejected_frames": dict(self.rejected),
+            "hops": self.hops.as_dict(),
+            **self.core.counters.as_dict(),
+        }
+
+    async def _leave(self) -> None:
+        if self._service is not None:
+            await self._service.stop()
+        gone = Unavailable("the coordinator is going away: send the request again")
+        for job in list(self._jobs.values()):
+            self._answer_error(job.reply, gone)
+        await self._send()
+        if self.bus.connected:
+            for shard in {replica.shard for replica in self.core.replicas}:
+                close = messages.Close(coordinator=self.name, sessions=(), all=True)
+                await self.bus.send(subjects.control(shard, "close"), close)
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._leases.stop()
+        for subscription in self._subscriptions:
+            await subscription.stop()
+
+    async def _beat(self) -> None:
+        """Shards free what a silent coordinator held."""
+        while True:
+            try:
+                await self.bus.send(subjects.coordinators(self.manifest.name), messages.Beat(coordinator=self.name, ttl_s=_BEAT_TTL_S))
+            except MeshError as error:
+                log.warning("%s", error)
+            await asyncio.sleep(_BEAT_S)
+
+    # -- what arrives --------------------------------------------------------------------------------------------------
+
+    async def _on_generate(self, received: Received) -> None:
+        """Answers itself, on the way and at the end; what it raises is the answer."""
+        message = messages.Generate.parse(received.data)
+        if not received.reply:
+            raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
+        id = message.session or secrets.token_hex(12)
+        if await self._again(id, message, received.reply):
+            return
+        if self._preparing >= self.options.queue_limit:
+            raise Busy("too many requests arrive at once: try again in 1 s", retry_after_s=1.0)
+        self._preparing += 1
+        try:
+            request = await prepare(message, id, self.manifest, self.tokenizer)
+        finally:
+            self._preparing -= 1
+        if await self._again(id, message, received.reply):  # it came twice while the first was prepared
+            return
+        self._jobs[id] = Job.of(message, request, received.reply, self.tokenizer)
+        await self._handle(Submit(request))
+
+    async def _again(self, id: str, message: messages.Generate, reply: str) -> bool:
+        """A request of a name that is known: the same one goes on to this reply subject, from its first token on."""
+        known = self._answers.get(id)
+        job = self._jobs.get(id)
+        if known is None and job is None:
+            return False
+        if (known[0] if known is not None else job.message if job is not None else None) != message:
+            raise BadRequest(f"session {id} was another request: give this one its own name", field="session")
+        if known is not None:
+            await self.bus.publish(reply, known[1])
+        elif job is not None:
+            job.reply = reply
+            if message.stream:
+                self._accept(job)
+                for document in job.documents():
+                    self._say(job, document)
+                await self._send()
+        return True
+
+    async def _on_answer(self, received: Received) -> None:
+        try:
+            frame = frames.decode(received.data, model_hash=self.manifest.model_hash)
+            event = event_of(frame)
+            if event is None:
+                raise FrameRejected("frame rejected: only answers are sent here", reason="kind")
+        except FrameRejected as error:
+            self.rejected[error.reason] += 1
+            log.debug("%s: %s", received.subject, error)
+            return
+        if isinstance(event, Result):
+            self._measure(frame)
+        await self._handle(event)
+
+    async def _on_cancel(self, received: Received) -> None:
+        await self._handle(Cancel(messages.Cancel.parse(received.data).request))
+
+    async def _on_probe(self, received: Received) -> None:
+        if received.headers.get("Status") == "503":
+            await self._handle(Cancel(received.subject.rpartition(".")[2]))
+
+    def _on_lease(self, shard: str, lease: ShardLease | None) -> None:
+        there = (
+            lease is not None
+            and lease.model_hash == self.manifest.model_hash
+            and lease.frame_version == frames.VERSION
+            and lease.state in ("ready", "draining")
+        )
+        if there and lease is not None:
+            self.bus.spawn(self._handle(ReplicaSeen(replica_of(lease))), "lease")
+        elif shard in self.core.replicas:
+            log.info("shard %s is gone", shard)
+            self.bus.spawn(self._handle(ReplicaGone(shard)), "lease")
+
+    # -- the core ------------------------------------------------------------------------------------------------------
+
+    async def _handle(self, event: Event) -> None:
+        now = time.monotonic()
+        effects = self.core.handle(event, now)
+        for effect in effects:  # the next step first: the stages wait for it
+            if isinstance(effect, FrameOut):
+                self._outbox.append(effect)
+        finishes = [id for effect in effects if (id := self._carry_out(effect)) is not None]
+        self._arm(now)
+        await self._send()
+        for id in finishes:
+            await self._handle(Finish(id))
+
+    def _carry_out(self, effect: Effect) -> str | None:
+        """Put what is to be sent in the outbox; the session that a stop text has ended, if so."""
+        match effect:
+            case OpenRow():
+                self.bus.spawn(self._open(effect), "opening a row")
+            case CloseRow(key, shard):
+                close = messages.Close(coordinator=self.name, sessions=(key,))
+                self._outbox.append(_Mail(subjects.control(shard, "close"), close.to_bytes()))
+            case Admitted(id):
+                admitted = self._jobs[id]
+                if admitted.message.stream:
+                    self._accept(admitted)
+            case Emit(id, _, token):
+                job = self._jobs.get(id)
+                if job is None or job.stopped:
+                    return None
+                document, stopped = job.push(token)
+                if job.message.stream:
+                    self._say(job, document)
+                if stopped:
+                    return id
+            case Rejected(id, error):
+                self._answer_error(self._jobs.pop(id).reply, error)
+            case Ended():
+                self._ended(effect)
+        return None
+
+    def _ended(self, ended: Ended) -> None:
+        job = self._jobs.pop(ended.session, None)
+        if job is None:
+            return
+        if ended.error is not None:
+            self._answer_error(job.reply, ended.error)
+            return
+        answer = orjson.dumps(job.finished(ended))
+        self._answers[ended.session] = (job.message, answer)
+        while len(self._answers) > _REMEMBERED:
+            self._answers.popitem(last=False)
+        self._outbox.append(_Mail(job.reply, answer))
+
+    async def _open(self, effect: OpenRow) -> None:
+        """Ask for a row; whatever comes of it is an event."""
+        request, key = effect.request, effect.key
+        message = messages.Open(
+            session=key,
+            epoch=epoch_of(key),
+            coordinator=self.name,
+            model_hash=self.manifest.model_hash,
+            prompt_length=len(request.prompt),
+            sampling=request.sampling,
+        )
+        if effect.shard is None:
+            subject = subjects.layers(self.manifest.name, effect.layers)
+        else:
+            subject = subjects.control(effect.shard, "open")
+        event: Event
+        try:
+            opened = await self.bus.request(subject, message, messages.Opened, timeout_s=self.options.open_timeout_s)
+            event = Opened(key, effect.stage, opened.shard, opened.row)
+        except MeshError as error:
+            full = isinstance(error, Busy)
+            if not full:
+                log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", error)
+            event = OpenRefused(key, effect.stage, full, error, permanent=not error.retryable)
+        await self._handle(event)
+
+    def _arm(self, now: float) -> None:
+        """Have the core called at its deadline. A timer that is too early is left: it asks again."""
+        due = self.core.deadline()
+        loop = asyncio.get_running_loop()
+        if due is None or (self._timer is not None and self._timer.when() <= loop.time() + max(due - now, 0)):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(max(due - now, 0), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.bus.spawn(self._handle(Tick()), "tick")
+
+    # -- sending -------------------------------------------------------------------------------------------------------
+
+    def _accept(self, job: Job) -> None:
+        self._say(job, job.accepted(self.manifest.name, subjects.cancel(self.manifest.name, self.name)))
+
+    def _say(self, job: Job, document: bytes) -> None:
+        self._outbox.append(_Mail(job.reply, document, f"{self._probe}.{job.request.id}"))
+
+    def _answer_error(self, reply: str, error: MeshError) -> None:
+        data, headers = reply_error(error)
+        self._outbox.append(_Mail(reply, data, headers=headers))
+
+    async def _send(self) -> None:
+        """Send what is in the outbox, in order, whoever put it there."""
+        if self._sending:
+            return
+        self._sending = True
+        try:
+            while self._outbox:
+                item = self._outbox.popleft()
+                try:
+                    if isinstance(item, FrameOut):
+                        await self._send_frame(item)
+                    else:
+                        await self.bus.publish(item.subject, item.data, reply=item.reply, headers=item.headers)
+                except MeshError as error:
+                    log.warning("%s", error)
+                    if isinstance(item, FrameOut):
+                        self.bus.spawn(self._handle(FrameLost(item.frame)), "frame lost")
+        finally:
+            self._sending = False
+
+    async def _send_frame(self, out: FrameOut) -> None:
+        frame = frame_of(out, model_hash=self.manifest.model_hash, coordinator=self.name, flags=self.options.flags)
+        data = frames.encode(frame)
+        if out.kind == "decode":
+            self._sent_at[out.frame] = time.perf_counter()
+            while len(self._sent_at) > 4096:  # of frames that never came back
+                del self._sent_at[next(iter(self._sent_at))]
+        await self.bus.publish(frame.subject(self.manifest.name), data)
+
+    def _measure(self, frame: frames.Frame) -> None:
+        """Where the time of a decode step went."""
+        sent_at = self._sent_at.pop(frame.step, None)
+        if sent_at is None or frame.kind is not Kind.TOKENS:
+            return
+        wall_s = time.perf_counter() - sent_at
+        compute_s, queue_s, codec_s = (
+            sum(us) / 1e6 for us in zip(*((t.compute_us, t.queue_us, t.codec_us) for t in frame.timings), strict=True)
+        )
+        hops = len(frame.route) + 1
+        self.hops.add(wall_s, compute_s, queue_s, codec_s, hops)
+        flight = self.core.scheduler.flights.get(frame.step)
+        for session in flight.sessions if flight is not None else ():
+            job = self._jobs.get(session.id)
+            if job is not None:
+                job.hops.add(wall_s, compute_s, queue_s, codec_s, hops)

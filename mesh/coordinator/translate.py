@@ -1,0 +1,98 @@
+"""Between the core's plain values and what travels: frames to the shards and back, leases to replicas."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from mesh import frames
+from mesh.coordinator.events import FrameLost, FrameOut, Result, ResultRow
+from mesh.coordinator.replies import Token
+from mesh.coordinator.routing import Replica
+from mesh.errors import FrameRejected
+from mesh.frames import Flags, Frame, Gap, Kind
+from mesh.messages import ShardLease
+
+__all__ = ["epoch_of", "event_of", "frame_of", "replica_of"]
+
+_EPOCHS: Final = 0x3FFF
+
+_HOPELESS: Final = {Gap.BAD_INPUT: "input", Gap.TOO_LARGE: "too_large"}
+"""Gaps that no other route mends."""
+
+
+def epoch_of(key: int) -> int:
+    """A session's key ends in its epoch (mesh/coordinator/session.py)."""
+    return key & _EPOCHS
+
+
+def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) -> Frame:
+    sessions = np.array([row.key for row in out.rows], np.uint64)
+    if out.kind == "prefill" and out.last:
+        flags |= Flags.FINAL
+    return Frame(
+        kind=Kind.PREFILL if out.kind == "prefill" else Kind.DECODE,
+        model_hash=model_hash,
+        coordinator=coordinator,
+        route=tuple(frames.Hop(hop.layers, str(hop.shard)) for hop in out.route),
+        sessions=sessions,
+        epochs=(sessions & np.uint64(_EPOCHS)).astype(np.uint32),
+        positions=np.array([row.start for row in out.rows], np.uint32),
+        slots=np.array([row.rows for row in out.rows], np.uint32).T,
+        tokens=np.array([token for row in out.rows for token in row.tokens], np.int32),
+        step=out.frame,
+        flags=flags,
+    )
+
+
+def event_of(frame: Frame) -> Result | FrameLost | None:
+    """What an answer means to the core; None for a frame that is no answer."""
+    match frame.kind:
+        case Kind.ACK:
+            return Result(frame.step)
+        case Kind.TOKENS:
+            keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
+            tokens = [Token(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
+            return Result(frame.step, tuple(map(ResultRow, keys, positions, tokens)))
+        case Kind.GAP:
+            shard = frame.route[frame.hop].shard
+            reason = _HOPELESS.get(frame.reason)
+            error = None
+            if reason is not None:
+                error = FrameRejected(
+                    f"shard {shard} refused a step of this request ({frame.reason.name.lower()}): see its log", reason=reason
+                )
+            blamed = shard if frame.reason in (Gap.DRAINING, Gap.FAILED, Gap.OVERLOADED) else None
+            return FrameLost(frame.step, frozenset(frame.sessions.tolist()), blamed, error)
+    return None
+
+
+def replica_of(lease: ShardLease) -> Replica:
+    return Replica(
+        shard=lease.shard,
+        layers=lease.layers,
+        rows=lease.rows,
+        free_rows=lease.free_rows,
+        context=lease.context,
+        chunk=_chunk(lease),
+        instance=lease.instance,
+        draining=lease.state != "ready",
+    )
+
+
+def _chunk(lease: ShardLease) -> int:
+    """The most tokens a prefill frame may bring, so that the hidden state the shard passes on still fits in one message."""
+    room = lease.max_frame_bytes - frames.overhead_bytes(1, lease.chunk, frames.MAX_HOPS)
+    return max(1, min(lease.chunk, room // (lease.hidden_size * lease.hidden_itemsize)))
+
+
+def _with_logprobs(ids: list[int], chosen: np.ndarray, top: np.ndarray, logprobs: np.ndarray) -> list[Token]:
+    tokens = []
+    for index, id in enumerate(ids):
+        if np.isnan(chosen[index]):
+            tokens.append(Token(id))
+            continue
+        pairs = zip(top[index].tolist(), logprobs[index].tolist(), strict=True)
+        tokens.append(Token(id, float(chosen[index]), tuple((i, p) for i, p in pairs if np.isfinite(p))))
+    return tokens

@@ -1,0 +1,304 @@
+"""A whole mesh on this machine: a nats-server (or one that is there already), a coordinator and shards as child processes.
+
+Every child is told by the kernel to die with this process, so nothing is left behind however it ends; in the orderly case they are
+asked to stop, coordinator first. Children have sessions of their own: Ctrl-C in a terminal reaches this process alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import yaml
+
+from mesh.bus import Bucket, Bus, BusOptions, LeaseTable
+from mesh.client import AsyncMeshClient
+from mesh.errors import BadRequest, DeadlineExceeded, ServiceError
+from mesh.messages import ShardLease
+from mesh.model.manifest import Manifest
+from mesh.process import dying_with_parent
+from mesh.server import NatsServer
+from mesh.subjects import KV_SHARDS
+from mesh.types import LayerRange
+from mesh.units import GB
+
+__all__ = ["LocalMesh", "LocalOptions", "default_url", "even_ranges"]
+
+DEFAULT_URL = "nats://127.0.0.1:4222"
+_LEASE_TTL_S = 5.0
+_STOP_S = 10.0
+_SHOWN_LINES = 15
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """shards: layer ranges; replicas: shards of each. nats: use these servers instead of one of its own. rows, context: of each
+    shard (None: the model's context). memory_bytes: the most a shard may take (None: what the machine has). port: of the
+    embedded server (None: a free one). coordinator_arguments: more of `mesh coordinator`'s own."""
+
+    model: Path
+    shards: int = 1
+    replicas: int = 1
+    coordinators: int = 1
+    nats: str | None = None
+    port: int | None = None
+    rows: int = 8
+    context: int | None = None
+    memory_bytes: int | None = None
+    strategy: str = "least_loaded"
+    failover_timeout_s: float = 30.0
+    compression: bool = False
+    logs: Path | None = None
+    coordinator_arguments: tuple[str, ...] = ()
+
+
+@dataclass
+class _Child:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class LocalMesh:
+    """A context manager; start it from the main thread. `url` is where clients connect."""
+
+    def __init__(self, options: LocalOptions) -> None:
+        self.options = options
+        self.manifest = Manifest.load(options.model)
+        self.ranges = even_ranges(self.manifest.layers, options.shards)
+        for name in ("replicas", "coordinators", "rows"):
+            if getattr(options, name) < 1:
+                raise BadRequest(f"{name} is {getattr(options, name)}: give at least 1", field=name)
+        self.url = ""
+        self._server: NatsServer | None = None
+        self._children: list[_Child] = []
+        self._folder: Path | None = None
+        self._run_file: Path | None = None
+
+    @property
+    def shard_count(self) -> int:
+        return len(self.ranges) * self.options.replicas
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of every child process, by name."""
+        found = {child.name: child.process.pid for child in self._children}
+        if self._server is not None:
+            found["nats-server"] = self._server.pid
+        return found
+
+    @property
+    def processes(self) -> dict[str, subprocess.Popen[bytes]]:
+        return {child.name: child.process for child in self._children}
+
+    def start(self, *, timeout_s: float = 600.0, progress: Progress = lambda what, done, total: None) -> None:
+        """Start everything; returns when a request would be generated. Errors: those of the children, DeadlineExceeded."""
+        options = self.options
+        self._folder = Path(tempfile.mkdtemp(prefix="mesh-up-"))
+        logs = options.logs or self._folder
+        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            if options.nats is None:
+                self._server = NatsServer.start(port=options.port)
+                self.url = self._server.url
+            else:
+                self.url = options.nats
+            number = 0
+            for layers in self.ranges:
+                for _ in range(options.replicas):
+                    number += 1
+                    config = self._write(f"shard-{number}.yaml", self._shard_config(number, layers))
+                    self._spawn(f"shard-{number}", ["shard", "--config", str(config)], logs)
+            config = self._write("coordinator.yaml", self._coordinator_config())
+            arguments = ["coordinator", "--config", str(config), "--model", str(options.model.absolute()), *options.coordinator_arguments]
+            for index in range(options.coordinators):
+                self._spawn(f"coordinator-{index + 1}", arguments, logs)
+            asyncio.run(self._wait_ready(timeout_s, progress))
+            self._run_file = _remember(self.url)
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self) -> None:
+        """Until a child ends by itself, which is an error: ServiceError with its last words."""
+        while True:
+            self._require_alive()
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End everything, the coordinator first. Idempotent."""
+        for group in ("coordinator", "shard"):
+            members = [child for child in self._children if child.name.startswith(group)]
+            for child in members:
+                child.process.terminate()
+            deadline = time.monotonic() + _STOP_S
+            for child in members:
+                try:
+                    child.process.wait(max(deadline - time.monotonic(), 0))
+                except subprocess.TimeoutExpired:
+                    child.process.kill()
+                    child.process.wait()
+        self._children = []
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+        if self._run_file is not None:
+            self._run_file.unlink(missing_ok=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def __enter__(self) -> LocalMesh:
+        if not self.url:
+            self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, name: str, arguments: Sequence[str], logs: Path) -> None:
+        log = logs / f"{name}.log"
+        command = dying_with_parent([sys.executable, "-m", "mesh.cli", *arguments])
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        self._children.append(_Child(name, process, log))
+
+    def _write(self, name: str, content: object) -> Path:
+        assert self._folder is not None
+        path = self._folder / name
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def _shard_config(self, number: int, layers: LayerRange) -> object:
+        options = self.options
+        memory = options.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        performance: dict[str, object] = {"batch_size": options.rows}
+        if options.context is not None:
+            performance["max_sequence_length"] = options.context
+        return {
+            "shard": {"shard_id": number},
+            "nats": {"urls": self.url.split(",")},
+            "model": {"shard_path": str(options.model.absolute()), "layers_start": layers.start, "layers_end": layers.stop},
+            "resources": {"max_memory_gb": memory / GB},
+            "performance": performance,
+        }
+
+    def _coordinator_config(self) -> object:
+        options = self.options
+        interval = min(5.0, options.failover_timeout_s / 2)
+        return {
+            "coordinator": {"health_check_interval": interval},
+            "nats": {"urls": self.url.split(",")},
+            "distributed": {
+                "shards_count": len(self.ranges),
+                "replication_factor": options.replicas,
+                "failover_timeout": options.failover_timeout_s,
+                "load_balancing_strategy": options.strategy,
+            },
+            "memory": {"enable_compression": options.compression},
+        }
+
+    async def _wait_ready(self, timeout_s: float, progress: Progress) -> None:
+        mine = {child.process.pid for child in self._children}
+        changed = asyncio.Event()
+        async with (
+            asyncio.timeout(timeout_s) as limit,
+            await Bus.connect(BusOptions(urls=tuple(self.url.split(","))), name="mesh-up") as bus,
+        ):
+            table = LeaseTable(Bucket(bus, KV_SHARDS, ttl_s=_LEASE_TTL_S), ShardLease, lambda name, lease: changed.set())
+            await table.start()
+            async with AsyncMeshClient(self.url, model=self.manifest.name) as client:
+                try:
+                    while True:
+                        self._require_alive()
+                        leases = [lease for lease in table.leases.values() if lease.pid in mine]
+                        ready = sum(lease.state == "ready" for lease in leases)
+                        states = sorted({lease.state for lease in leases} - {"ready"})
+                        progress(f"shards {', '.join(states) or 'starting'}", ready, self.shard_count)
+                        if ready == self.shard_count and (await client.health()).ready:
+                            return
+                        changed.clear()
+                        try:
+                            await asyncio.wait_for(changed.wait(), 0.25)  # a child that ended says nothing
+                        except TimeoutError:
+                            continue
+                except asyncio.CancelledError:
+                    if limit.expired():
+                        raise DeadlineExceeded(f"the mesh was not ready within {timeout_s:g} s: {self._last_words()}") from None
+                    raise
+                finally:
+                    await table.stop()
+
+    def _require_alive(self) -> None:
+        for child in self._children:
+            code = child.process.poll()
+            if code is not None:
+                words = child.log.read_text(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
+                raise ServiceError(f"{child.name} ended with code {code}: " + ("\n  ".join(["", *words]) if words else "it said nothing"))
+        if self._server is not None:
+            self._server.require_running()
+
+    def _last_words(self) -> str:
+        lines = []
+        for child in self._children:
+            words = child.log.read_text(errors="replace").strip().splitlines()
+            lines.append(f"{child.name}: {words[-1] if words else 'nothing said'}")
+        return "; ".join(lines)
+
+
+def even_ranges(layers: int, shards: int) -> list[LayerRange]:
+    """Contiguous ranges whose lengths differ by at most one, the longer ones first."""
+    if not 1 <= shards <= layers:
+        raise BadRequest(f"{shards} shards cannot share {layers} layers: give 1 to {layers}", field="shards")
+    bounds = [index * (layers // shards) + min(index, layers % shards) for index in range(shards + 1)]
+    return [LayerRange(bounds[index], bounds[index + 1]) for index in range(shards)]
+
+
+# -- where the last one runs -----------------------------------------------------------------------------------------------
+
+
+def default_url() -> str:
+    """Where commands look for a mesh that are not told: $MESH_NATS_URL, the `mesh up` that runs here, NATS's own port."""
+    given = os.environ.get("MESH_NATS_URL")
+    if given:
+        return given
+    try:
+        with _run_path().open() as file:
+            said = json.load(file)
+        os.kill(said["pid"], 0)
+        return str(said["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_URL
+
+
+def _remember(url: str) -> Path | None:
+    """Write down where this mesh is; the path, None where it cannot be written."""
+    path = _run_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file: IO[str]
+        with path.open("w") as file:
+            json.dump({"url": url, "pid": os.getpid()}, file)
+    except OSError:
+        return None
+    return path
+
+
+def _run_path() -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "stagemesh" / "up.json"
