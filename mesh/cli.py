@@ -8,7 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from mesh.commands import chat, coordinator, generate, import_model, run, status, up
+from mesh.commands.drain import add_drain_parser
 from mesh.commands.planning import add_plan_parser, add_shard_model_parser
+from mesh.commands.push import add_pull_parser, add_push_parser
+from mesh.commands.shard import add_join_parser, add_shard_parser
 from mesh.errors import MeshError
 
 __all__ = ["main"]
@@ -37,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     add_plan_parser(subparsers)
     add_shard_model_parser(subparsers)
+    for add in (add_shard_parser, add_join_parser, add_push_parser, add_pull_parser, add_drain_parser):
+        add(subparsers)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))

@@ -1,0 +1,84 @@
+"""`mesh push` and `mesh pull`: models in the mesh's object store."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.progress import progress_bar
+from mesh.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from mesh.types import LayerRange
+
+__all__ = ["add_pull_parser", "add_push_parser"]
+
+
+def add_push_parser(subparsers: Any) -> None:
+    text = "Copy a model directory into the mesh, so that shards anywhere can fetch the blocks they serve. What is there is left."
+    parser = subparsers.add_parser("push", help="copy a model directory into the mesh", description=text)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_connection_arguments(parser)
+    parser.set_defaults(run=push_command)
+
+
+def add_pull_parser(subparsers: Any) -> None:
+    text = "Copy a model of the mesh, or a layer range of it, into a directory. Files that are there and right are left."
+    parser = subparsers.add_parser("pull", help="copy a model from the mesh", description=text)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument("--layers", metavar="A-B", help="only layers [A, B) and what goes with them")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_connection_arguments(parser)
+    parser.set_defaults(run=pull_command)
+
+
+def push_command(args: argparse.Namespace) -> int:
+    from mesh.bus import Bus, ModelStore
+
+    async def work() -> None:
+        began = time.perf_counter()
+        async with await Bus.connect(bus_options(args), name="mesh-push") as bus:
+            with progress_bar(quiet=args.quiet) as progress:
+                manifest = await ModelStore(bus).push(args.model, progress)
+        size = sum(file.bytes for block in manifest.blocks for file in block.files)
+        print(f"{manifest.name} is in the mesh: {format_bytes(size)} in {format_seconds(time.perf_counter() - began)}")
+
+    asyncio.run(work())
+    return 0
+
+
+def pull_command(args: argparse.Namespace) -> int:
+    from mesh.bus import Bus, ModelStore
+
+    async def work() -> None:
+        layers = _one_range(args.layers)
+        async with await Bus.connect(bus_options(args), name="mesh-pull") as bus:
+            store = ModelStore(bus)
+            manifest = await store.manifest(args.name)
+            if layers is not None:
+                manifest.check_range(layers)
+            first, last = layers is None or layers.start == 0, layers is None or layers.stop == manifest.layers
+            with progress_bar(quiet=args.quiet) as progress:
+                await store.pull(args.name, args.directory, layers, embed=first, head=last, progress=progress)
+        print(f"{manifest.name} in {args.directory}: layers {layers or f'0-{manifest.layers}'}")
+
+    asyncio.run(work())
+    return 0
+
+
+def _one_range(text: str | None) -> LayerRange | None:
+    from mesh.errors import ConfigError
+    from mesh.planner.requests import parse_ranges
+
+    if text is None:
+        return None
+    found = parse_ranges(text)
+    if len(found) != 1:
+        raise ConfigError(f"--layers {text}: give one half-open range, such as 0-12")
+    return found[0]

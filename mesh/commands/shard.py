@@ -1,0 +1,148 @@
+"""`mesh shard` and `mesh join`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.progress import progress_bar
+from mesh.errors import ConfigError
+from mesh.units import parse_bytes
+
+if TYPE_CHECKING:
+    from mesh.bus import Bus
+    from mesh.shard.service import ShardOptions
+
+__all__ = ["add_join_parser", "add_shard_parser"]
+
+log = logging.getLogger("mesh.shard")
+
+_SHARD = """\
+Serve one layer range of a model, as a configuration file says. The model directory at model.shard_path may be there, or hold
+nothing yet: then the blocks are fetched from the mesh (`mesh push`), by the directory's name or model.shard_path models:NAME.
+SIGTERM lets open sessions end first; a second one does not."""
+
+_JOIN = """\
+Serve what the mesh lacks most and this machine's memory allows: layers that nobody holds, else the range with the fewest
+replicas. The blocks are fetched from the mesh (`mesh push`)."""
+
+
+def add_shard_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("shard", help="serve one layer range, as a file says", description=_SHARD)
+    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="config.yaml; MESH_ variables override its keys")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=shard_command)
+
+
+def add_join_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("join", help="serve what the mesh lacks most", description=_JOIN)
+    add_connection_arguments(parser)
+    parser.add_argument("--model", metavar="NAME", help="default: the only one that was pushed")
+    parser.add_argument("--name", help="of this shard (default: one of its own)")
+    parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 8GB (default: 0.8 of what is free)")
+    parser.add_argument("--rows", type=int, metavar="N", help="sessions at once (default: as the other shards, or 8)")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a row (default: as the other shards, or 2048)")
+    parser.add_argument("--dir", metavar="DIR", type=Path, help="where blocks are kept (default: the cache directory)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
+    parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=join_command)
+
+
+def shard_command(args: argparse.Namespace) -> int:
+    from mesh.bus import BusOptions, ModelStore
+    from mesh.config import ShardConfig, load_config
+    from mesh.runtime.device import prepare
+    from mesh.shard.process import choose_device, limit_threads, run_loop, serve
+    from mesh.shard.service import ShardOptions
+    from mesh.telemetry import setup_logging
+    from mesh.types import LayerRange
+
+    config = load_config(args.config, ShardConfig)
+    setup_logging(config.logging.level, config.logging.file)
+    if not config.performance.enable_kv_cache:
+        raise ConfigError(f"{args.config}: performance.enable_kv_cache: a shard keeps its cache: set it to true")
+    limit_threads(config.resources.worker_threads, turn=config.shard.shard_id - 1)
+    choose_device(gpu=config.resources.enable_gpu)
+    prepare()
+    layers = LayerRange(config.model.layers_start, config.model.layers_end)
+    model, directory = _model_and_directory(config.model.shard_path)
+
+    with progress_bar(quiet=args.quiet) as progress:
+
+        async def make(bus: Bus) -> ShardOptions:
+            if not (directory / "manifest.json").exists():
+                store = ModelStore(bus)
+                manifest = await store.manifest(model)
+                manifest.check_range(layers)
+                await store.pull(model, directory, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
+            return ShardOptions(
+                name=f"shard-{config.shard.shard_id}",
+                directory=directory,
+                layers=layers,
+                rows=config.performance.batch_size,
+                context=config.performance.max_sequence_length,
+                max_memory_bytes=config.resources.max_memory_bytes,
+                drain_s=config.health.timeout,
+            )
+
+        run_loop(serve(BusOptions(urls=config.nats.urls), make, progress=progress))
+    return 0
+
+
+def join_command(args: argparse.Namespace) -> int:
+    from mesh.runtime.device import prepare
+    from mesh.shard.process import choose_device, limit_threads, run_loop, serve
+    from mesh.telemetry import setup_logging
+
+    setup_logging()
+    limit_threads(args.threads)
+    choose_device(gpu=args.gpu)
+    prepare()
+    memory = parse_bytes(args.memory) if args.memory else round(0.8 * _free_memory())
+    name = args.name or f"join-{secrets.token_hex(4)}"
+    with progress_bar(quiet=args.quiet) as progress:
+
+        async def make(bus: Bus) -> ShardOptions:
+            from mesh.shard.placing import place
+
+            return await place(
+                bus,
+                name,
+                model=args.model,
+                memory_bytes=memory,
+                rows=args.rows,
+                context=args.context,
+                directory=args.dir,
+                progress=progress,
+            )
+
+        run_loop(serve(bus_options(args), make, progress=progress))
+    return 0
+
+
+def _model_and_directory(shard_path: str) -> tuple[str, Path]:
+    """`models:NAME` is a model of the mesh, kept in the cache directory; anything else a directory, named after its model."""
+    from mesh.runtime.device import cache_directory
+
+    scheme, _, name = shard_path.partition(":")
+    if scheme == "models" and name:
+        return name, cache_directory() / "models" / name
+    directory = Path(shard_path).expanduser()
+    return directory.name, directory
+
+
+def _free_memory() -> int:
+    """Bytes that can be used without swapping; ConfigError where the system does not say."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    raise ConfigError("this system does not say how much memory is free: give --memory, such as --memory 8GB")

@@ -1,0 +1,122 @@
+"""`mesh join`: agree with the others on a range, and fetch it.
+
+Two machines that join at the same moment must not take the same gap: who takes a range says so in KV `mesh_placement`, by compare
+and set, before it loads. A claim counts until its shard's lease is there, or for CLAIM_S.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from mesh import subjects
+from mesh.bus import Bucket, Bus, ModelStore
+from mesh.errors import BadRequest, MessageRejected, ModelNotFound, Unavailable
+from mesh.memory import DEFAULT_CHUNK, predict
+from mesh.messages import Message, ShardLease
+from mesh.model.manifest import Manifest
+from mesh.runtime.device import cache_directory
+from mesh.shard.join import Held, choose_range
+from mesh.shard.service import LEASE_TTL_S, Progress, ShardOptions
+from mesh.types import LayerRange
+
+__all__ = ["place"]
+
+CLAIM_S = 300.0
+_TRIES = 20
+_DEFAULT_ROWS = 8
+_DEFAULT_CONTEXT = 2048
+
+
+class Claim(Message):
+    shard: str
+    layers_start: Annotated[int, Field(ge=0)]
+    layers_end: Annotated[int, Field(ge=1)]
+    at_unix_s: float
+
+
+class Claims(Message):
+    claims: tuple[Claim, ...] = ()
+
+
+async def place(
+    bus: Bus,
+    name: str,
+    *,
+    model: str | None,
+    memory_bytes: int,
+    rows: int | None,
+    context: int | None,
+    directory: Path | None,
+    progress: Progress,
+) -> ShardOptions:
+    """Choose, claim and fetch. ModelNotFound: nothing was pushed. DoesNotFit: nothing that is wanted fits."""
+    subjects.check_token(name, "name")
+    store = ModelStore(bus)
+    model = model or await _only_model(store)
+    manifest = await store.manifest(model)
+    leases = await _leases(bus, manifest)
+    if any(lease.shard == name for lease in leases):
+        raise BadRequest(f"a shard {name} is there already: give another --name", field="name")
+    rows = rows or max((lease.rows for lease in leases), default=_DEFAULT_ROWS)
+    context = min(context or max((lease.context for lease in leases), default=_DEFAULT_CONTEXT), manifest.context_length)
+    layers = await _claim(bus, name, manifest, rows=rows, context=context, memory_bytes=memory_bytes)
+    kept = directory or cache_directory() / "models" / f"{subjects.token(model)}-{manifest.model_hash}"
+    await store.pull(model, kept, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
+    return ShardOptions(name=name, directory=kept, layers=layers, rows=rows, context=context, max_memory_bytes=memory_bytes)
+
+
+async def _only_model(store: ModelStore) -> str:
+    names = await store.names()
+    if not names:
+        raise ModelNotFound("the mesh has no model yet: push one with `mesh push MODEL_DIR`")
+    if len(names) > 1:
+        raise BadRequest(f"the mesh has {len(names)} models: give one with --model: {', '.join(names)}", field="model")
+    return names[0]
+
+
+async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:
+    found = []
+    for entry in await Bucket(bus, subjects.KV_SHARDS, ttl_s=LEASE_TTL_S).entries():
+        try:
+            lease = ShardLease.parse(entry.value or b"")
+        except MessageRejected:
+            continue
+        if lease.model_hash == manifest.model_hash and lease.state != "draining":
+            found.append(lease)
+    return found
+
+
+async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context: int, memory_bytes: int) -> LayerRange:
+    bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True)
+    key = f"claims.{subjects.token(manifest.name)}"
+
+    def needed(layers: LayerRange) -> int:
+        embed, head = layers.start == 0, layers.stop == manifest.layers
+        return predict(manifest, layers, embed=embed, head=head, rows=rows, context=context, chunk=DEFAULT_CHUNK).total_bytes
+
+    for _ in range(_TRIES):
+        entry = await bucket.get(key)
+        now = time.time()
+        claims = [claim for claim in _claims(entry.value if entry else None) if now - claim.at_unix_s < CLAIM_S and claim.shard != name]
+        leases = await _leases(bus, manifest)
+        there = {lease.shard for lease in leases}
+        claims = [claim for claim in claims if claim.shard not in there]
+        held = [Held(lease.shard, lease.layers, lease.load) for lease in leases]
+        held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
+        layers = choose_range(manifest.layers, held, needed, memory_bytes)
+        mine = Claim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
+        if await bucket.update(key, Claims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0) is not None:
+            return layers
+    raise Unavailable("other shards keep joining at the same moment: try again")
+
+
+def _claims(value: bytes | None) -> tuple[Claim, ...]:
+    """Of a value that cannot be read: none, and it is written anew."""
+    try:
+        return Claims.parse(value).claims if value else ()
+    except MessageRejected:
+        return ()

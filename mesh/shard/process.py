@@ -1,0 +1,82 @@
+"""A shard as a process: the settings that must be made before JAX is, signals, and the loop.
+
+SIGTERM or SIGINT drains; a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mesh.bus import Bus, BusOptions
+from mesh.errors import ConfigError
+from mesh.shard.service import Progress, Shard, ShardOptions
+
+__all__ = ["choose_device", "limit_threads", "run_loop", "serve"]
+
+log = logging.getLogger("mesh.shard")
+
+
+def limit_threads(count: int | None, *, turn: int = 0) -> None:
+    """Compute on `count` cores (None: all). XLA takes as many threads as the process may use cores, so it is given those; `turn`
+    picks other ones for each shard of a machine. Call it before JAX is used."""
+    if count is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if count < len(cores):
+        os.sched_setaffinity(0, {cores[(turn * count + i) % len(cores)] for i in range(count)})
+
+
+def choose_device(*, gpu: bool) -> None:
+    """Compute on the GPU, or on the CPU. ConfigError where there is no GPU. Call it before JAX is used."""
+    import jax
+
+    jax.config.update("jax_platforms", "cuda" if gpu else "cpu")
+    if gpu:
+        try:
+            jax.devices()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"resources.enable_gpu: JAX finds no GPU ({error}): install stagemesh[gpu] and a driver, or set it to false"
+            ) from None
+
+
+async def serve(
+    bus_options: BusOptions, make: Callable[[Bus], Awaitable[ShardOptions]], *, progress: Progress, connect_s: float | None = 60.0
+) -> None:
+    """Connect, let `make` say what to be, and be it until told to end."""
+    async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
+        shard = Shard(bus, await make(bus), progress=progress)
+        loop = asyncio.get_running_loop()
+        asked = False
+
+        def end() -> None:
+            nonlocal asked
+            if asked or not shard.ready.is_set():
+                shard.stop()
+            else:
+                log.info("draining %d sessions; again to end now", shard.drain())
+            asked = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end)
+        await shard.run()
+
+
+def run_loop(work: Awaitable[Any]) -> None:
+    """asyncio.run, on uvloop where there is one."""
+
+    async def main() -> None:
+        await work
+
+    if sys.platform == "win32":
+        asyncio.run(main())
+        return
+    import uvloop
+
+    uvloop.run(main())
