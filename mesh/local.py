@@ -273,8 +273,8 @@ def even_ranges(layers: int, shards: int) -> list[LayerRange]:
 
 
 def default_url() -> str:
-    """Where commands look for a mesh that are not told: $MESH_NATS_URL, the `mesh up` that runs here, NATS's own port."""
-    given = os.environ.get("MESH_NATS_URL")
+    """Where commands look for a mesh that are not told: $MESH_NATS_URLS, the `mesh up` that runs here, NATS's own port."""
+    given = os.environ.get("MESH_NATS_URLS")
     if given:
         return given
     try:

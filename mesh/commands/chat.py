@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from mesh.commands.generate import add_connection_arguments
+from mesh.client import MeshClient
+from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.errors import RequestError
 
 __all__ = ["add_parser", "run_command"]
@@ -16,7 +17,7 @@ _DESCRIPTION = "Talk with the model. Ctrl-C stops an answer, Ctrl-D or /quit end
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("chat", help="talk with a mesh", description=_DESCRIPTION)
-    add_connection_arguments(parser)
+    add_mesh_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="most tokens of an answer (default 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -26,13 +27,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    from mesh.client import MeshClient
-    from mesh.local import default_url
-
     beginning = [{"role": "system", "content": args.system}] if args.system else []
     history = list(beginning)
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    with MeshClient(args.nats or default_url(), model=args.model) as client:
+    with MeshClient(options=mesh_options(args), model=args.model) as client:
         while True:
             try:
                 said = input("> " if sys.stdin.isatty() else "").strip()

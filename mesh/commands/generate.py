@@ -9,11 +9,15 @@ from typing import Any
 
 import orjson
 
+from mesh.bus import BusOptions
+from mesh.client import MeshClient
+from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.run import add_generation_arguments
 from mesh.errors import BadRequest
+from mesh.local import default_url
 from mesh.units import format_seconds
 
-__all__ = ["add_connection_arguments", "add_parser", "ask", "hop_line", "request_of", "run_command"]
+__all__ = ["add_mesh_arguments", "add_parser", "ask", "hop_line", "mesh_options", "request_of", "run_command"]
 
 _DESCRIPTION = """\
 Generate by a mesh: the options and the --json object are those of `mesh run`. A model with a chat template is given the prompt as a
@@ -23,26 +27,31 @@ user's message; --raw gives it as it is."""
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("generate", help="generate by a mesh", description=_DESCRIPTION)
     add_generation_arguments(parser)
-    add_connection_arguments(parser)
+    add_mesh_arguments(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
     parser.add_argument("--hops", action="store_true", help="say where the time of a step went")
     parser.set_defaults(run=run_command)
 
 
-def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that speaks to a mesh has."""
-    parser.add_argument("--nats", metavar="URL[,URL]", help="NATS servers (default: $MESH_NATS_URL, the `mesh up` here, port 4222)")
+def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that asks a mesh has."""
+    add_connection_arguments(parser)
     parser.add_argument("--model", metavar="NAME", help="default: the only one there")
 
 
-def run_command(args: argparse.Namespace) -> int:
-    from mesh.local import default_url
+def mesh_options(args: argparse.Namespace) -> BusOptions:
+    """Where the mesh is: what the flags and the environment say, else the `mesh up` that runs on this machine."""
+    if not args.nats:
+        args.nats = default_url()
+    return bus_options(args)
 
+
+def run_command(args: argparse.Namespace) -> int:
     request = request_of(args)
     if args.stop:
         request["stop"] = args.stop
-    return ask(args.nats or default_url(), args.model, request, timeout_s=args.timeout, as_json=args.json, hops=args.hops)
+    return ask(mesh_options(args), args.model, request, timeout_s=args.timeout, as_json=args.json, hops=args.hops)
 
 
 def request_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,12 +73,16 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ask(
-    url: str, model: str | None, request: Mapping[str, Any], *, timeout_s: float | None = None, as_json: bool = False, hops: bool = False
+    options: BusOptions,
+    model: str | None,
+    request: Mapping[str, Any],
+    *,
+    timeout_s: float | None = None,
+    as_json: bool = False,
+    hops: bool = False,
 ) -> int:
     """Generate and print: the text as it comes and a line of figures on standard error, or one JSON object."""
-    from mesh.client import MeshClient
-
-    with MeshClient(url, model=model, timeout_s=timeout_s) as client, client.stream(**request) as stream:
+    with MeshClient(options=options, model=model, timeout_s=timeout_s) as client, client.stream(**request) as stream:
         for chunk in stream:
             if not as_json:
                 text = chunk.text if chunk.token is None or chunk.text else ""

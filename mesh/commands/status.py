@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from rich.console import Console
 from rich.table import Table
 
-from mesh.commands.generate import add_connection_arguments
+from mesh.client import MeshClient, MeshStatus
+from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from mesh.client import MeshStatus
 
 __all__ = ["add_parser", "coordinator_table", "run_command", "shard_table"]
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("status", help="who serves what", description="Show the shards and coordinators of a mesh.")
-    add_connection_arguments(parser)
+    add_mesh_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one object {ready, shards, coordinators}")
     parser.set_defaults(run=run_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Exit code 0 when a request would be generated now, 1 otherwise."""
-    from mesh.client import MeshClient
-    from mesh.local import default_url
-
-    with MeshClient(args.nats or default_url()) as client:
+    with MeshClient(options=mesh_options(args)) as client:
         status, health = client.status(), client.health(args.model)
     shards = [shard for shard in status.shards if args.model in (None, shard.model)]
     coordinators = [c for c in status.coordinators if args.model in (None, c.model)]
@@ -45,7 +40,7 @@ def run_command(args: argparse.Namespace) -> int:
         sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
         return 0 if health.ready else 1
     console = Console()
-    chosen = type(status)(tuple(shards), tuple(coordinators))
+    chosen = MeshStatus(tuple(shards), tuple(coordinators))
     console.print(shard_table(chosen))
     console.print(coordinator_table(chosen))
     console.print("ready" if health.ready else f"not ready: {health.reason}")

@@ -76,9 +76,10 @@ def run_command(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         if args.ask is not None:
+            from mesh.bus import BusOptions
             from mesh.commands.generate import ask
 
-            return ask(mesh.url, name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
+            return ask(BusOptions(urls=tuple(mesh.url.split(","))), name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
         print(
             f"NATS {mesh.url}\n"
             f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"

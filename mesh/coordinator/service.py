@@ -167,6 +167,8 @@ class Coordinator:
         return {
             "coordinator": self.name,
             "model": self.manifest.name,
+            "vocab_size": self.manifest.vocab_size,
+            "context": self.core.replicas.longest(),
             "live": self.core.live,
             "queued": len(self.core.admission),
             "capacity": self.core.replicas.capacity(),
