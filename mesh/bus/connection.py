@@ -115,6 +115,7 @@ class Bus:
         self.counters: Counter[str] = Counter()
         self._watchers: list[Callable[[bool], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
     @classmethod
     async def connect(cls, options: BusOptions, *, name: str, timeout_s: float | None = 10.0) -> Bus:
@@ -301,6 +302,7 @@ class Bus:
 
     async def close(self) -> None:
         """Send what is left, then end. Never raises for a server that is gone."""
+        self._closing = True
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -320,6 +322,8 @@ class Bus:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _changed(self, connected: bool) -> None:
+        if self._closing:
+            return
         log.info("NATS %s", "connected again" if connected else "connection lost")
         for call in self._watchers:
             call(connected)

@@ -34,6 +34,10 @@ class ComputeThread:
         self.busy_s = 0.0  # read by the loop; a float is replaced whole
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def submit(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
         """Run `work` in the thread, then done(result, None) or done(None, error) in the loop."""
         self._work.put((work, done))

@@ -105,7 +105,7 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
         leases = await _leases(bus, manifest)
         there = {lease.shard for lease in leases}
         claims = [claim for claim in claims if claim.shard not in there]
-        held = [Held(lease.shard, lease.layers, lease.load) for lease in leases]
+        held = [Held(lease.shard, lease.layers, lease.load if lease.state == "ready" else 0.0) for lease in leases]
         held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
         layers = choose_range(manifest.layers, held, needed, memory_bytes)
         mine = Claim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)

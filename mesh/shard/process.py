@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from mesh.bus import Bus, BusOptions
@@ -48,8 +48,8 @@ def choose_device(*, gpu: bool) -> None:
 
 async def serve(
     bus_options: BusOptions, make: Callable[[Bus], Awaitable[ShardOptions]], *, progress: Progress, connect_s: float | None = 60.0
-) -> None:
-    """Connect, let `make` say what to be, and be it until told to end."""
+) -> bool:
+    """Connect, let `make` say what to be, and be it until told to end. Whether a thread is still computing."""
     async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
         shard = Shard(bus, await make(bus), progress=progress)
         loop = asyncio.get_running_loop()
@@ -66,17 +66,20 @@ async def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
         await shard.run()
+        return shard.computing
 
 
-def run_loop(work: Awaitable[Any]) -> None:
-    """asyncio.run, on uvloop where there is one."""
-
-    async def main() -> None:
-        await work
-
+def run_loop(work: Coroutine[Any, Any, bool]) -> None:
+    """asyncio.run for `serve`, on uvloop where there is one."""
     if sys.platform == "win32":
-        asyncio.run(main())
-        return
-    import uvloop
+        busy = asyncio.run(work)
+    else:
+        import uvloop
 
-    uvloop.run(main())
+        busy = uvloop.run(work)
+    if busy:
+        # An interpreter that ends below a thread inside a compiler takes the process down with a signal.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

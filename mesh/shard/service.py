@@ -71,6 +71,10 @@ class ShardOptions:
     lease_ttl_s: float = LEASE_TTL_S
 
 
+class _StoppedError(Exception):
+    """Told to stop before it was ready."""
+
+
 class Shard:
     """See the module's docstring. `run` is its whole life; `ready` is set while it serves."""
 
@@ -135,9 +139,11 @@ class Shard:
         try:
             await self._announce("joined", f"layers {shape.layers} of {model}")
             await self._listen_control()
+            log.info("loading layers %s of %s", shape.layers, model)
             self._stage = await self._in_thread(self._load)
             if self.options.warm_up:
                 self._set_status("warming")
+                log.info("compiling")
                 await self._in_thread(partial(self._stage.warm_up, self._progress))
             await self._listen()
             self._set_status("ready")
@@ -147,11 +153,18 @@ class Shard:
             await self._stop.wait()
             if self._failure is not None:
                 raise ServiceError(f"the computation failed ({self._failure!r}): the shard ends, start it again") from self._failure
+        except _StoppedError:
+            log.info("told to stop before it was ready")
         finally:
             self.ready.clear()
             leases.cancel()
             await asyncio.gather(leases, return_exceptions=True)
             await self._leave()
+
+    @property
+    def computing(self) -> bool:
+        """Whether the compute thread lives: after `run`, that it could not be ended (a compilation cannot be interrupted)."""
+        return self._compute is not None and self._compute.alive
 
     def stop(self) -> None:
         """End now; what is open is lost to this shard."""
@@ -334,7 +347,7 @@ class Shard:
         return Stage.load(options.directory, config, compiled=self._compiled, progress=self._progress)
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run in the compute thread, the loop going on meanwhile; ServiceError when told to stop before it is done."""
+        """Run in the compute thread, the loop going on meanwhile; _StoppedError when told to stop before it is done."""
         assert self._compute is not None
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -352,7 +365,7 @@ class Shard:
             await asyncio.wait([future, stopped], return_when=asyncio.FIRST_COMPLETED)
             if not future.done():
                 future.cancel()
-                raise ServiceError("told to stop before it was ready")
+                raise _StoppedError
             return future.result()
         finally:
             stopped.cancel()
@@ -469,7 +482,8 @@ class Shard:
             await ending
         if self._compute is not None:
             compute = self._compute
-            await asyncio.to_thread(compute.stop)
+            if not await asyncio.to_thread(compute.stop):
+                log.warning("the compute thread is still busy; it ends with the process")
         if self.bus.connected:
             try:
                 await self._leases.delete(self.options.name)
