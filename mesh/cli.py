@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mesh.commands import bench, chat, coordinator, generate, import_model, run, status, up
+from mesh.commands import bench, chat, coordinator, generate, import_model, run, status, tune, up
 from mesh.commands.drain import add_drain_parser
 from mesh.commands.planning import add_plan_parser, add_shard_model_parser
 from mesh.commands.push import add_pull_parser, add_push_parser
@@ -38,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_parser(subparsers)
     for command in (up, generate, chat, status, bench, coordinator):
         command.add_parser(subparsers)
-    for command in (up, generate, chat, status, coordinator):
-        command.add_parser(subparsers)
     add_plan_parser(subparsers)
+    tune.add_parser(subparsers)
     add_shard_model_parser(subparsers)
     for add in (add_shard_parser, add_join_parser, add_push_parser, add_pull_parser, add_drain_parser):
         add(subparsers)

@@ -4,18 +4,21 @@ XLA on a CPU runs the same product at very different speeds depending on how it 
 the form is chosen per weight shape and number of rows by measuring (`measure`), and `default_form` stands in where nothing
 was measured. Forms, for x [rows, in] and W [out, in]:
 
-    dot      x @ W.T: one row is a matrix-vector product that reads narrow weights directly; many rows are one large GEMM
+    dot      one contraction: one row is a matrix-vector product, many rows are one large GEMM
     tile32   einsum over tiles [out/32, 32, in], then a transpose of the small result: several rows share each read
     tile64   the same with 64, tile96 with 96
-    rows     one matrix-vector product a row: few rows of narrow weights
-    reduce   multiply and sum, fused: narrow weights are widened in registers, never in memory
+    rows     x_i @ W.T, row by row: XLA fuses the widening of a narrow weight into it, so that it reads 8 bits where float32 reads 32
+    stream   a loop over tiles of at most 512 outputs: many rows of a narrow weight, widened a tile at a time
+
+A narrow weight in any other form is first widened whole, by one thread, into memory.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -25,7 +28,9 @@ import numpy as np
 __all__ = ["FORMS", "Codes", "candidates", "default_form", "measure", "product"]
 
 _TILES = {"tile32": 32, "tile64": 64, "tile96": 96}
-FORMS = ("dot", *_TILES, "rows", "reduce")
+FORMS = ("dot", *_TILES, "rows", "stream")
+_STREAMED = 512
+_BEYOND_CACHE = 96 << 20
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +88,8 @@ def product(x: Any, weight: Codes, *, form: str) -> Any:
 
     A scale an output channel is applied to the result, so that the product reads the codes themselves.
     """
+    if form == "stream":
+        return _stream(x, weight)
     if weight.scale is None:
         return _FORMS[form](x, weight.integers(x.dtype))
     if weight.scale.ndim < 2 and weight.zero_point is None:
@@ -92,39 +99,44 @@ def product(x: Any, weight: Codes, *, form: str) -> Any:
 
 def default_form(rows: int, weight: Codes) -> str:
     """What measured best on the CPUs seen so far; on an accelerator always the plain product."""
-    if jax.default_backend() != "cpu" or rows == 1 or rows > 64:
+    if jax.default_backend() != "cpu":
         return "dot"
     if weight.narrow:
-        return "rows" if rows <= 4 else "dot"
+        # What is more than a conversion XLA would widen once for all rows, into memory.
+        few = 1 if weight.nibbles or (weight.scale is not None and weight.scale.ndim == 2) else 8
+        return "rows" if rows <= few else "stream"
+    if rows == 1 or rows > 64:
+        return "dot"
     return "tile32" if rows <= 8 else "tile64"
 
 
 def candidates(rows: int, weight: Codes) -> tuple[str, ...]:
-    """The forms worth measuring."""
-    if jax.default_backend() != "cpu" or rows > 64:
-        return ("dot",)
-    if weight.narrow:
-        return ("dot",) if rows == 1 else ("dot", "reduce", "rows") if rows <= 8 else ("dot", "reduce")
+    """The forms worth measuring: there is a choice for few rows of a wide weight on a CPU."""
+    if jax.default_backend() != "cpu" or weight.narrow or rows == 1 or rows > 64:
+        return (default_form(rows, weight),)
     return ("dot", *(name for name, size in _TILES.items() if weight.shape[0] % size == 0))
 
 
-def measure(weight: Codes, rows: int, dtype: Any, *, repeats: int = 3) -> str:
-    """The fastest candidate for x [rows, in] of `dtype`, each by the best of `repeats` timed runs."""
+def measure(weight: Codes, rows: int, *, repeats: int = 5) -> dict[str, float]:
+    """Best seconds of each candidate for x [rows, in], over enough copies of the weight that none is still in a cache."""
     names = candidates(rows, weight)
-    if len(names) == 1:
-        return names[0]
+    dtype = weight.data.dtype
     x = jnp.ones((rows, weight.shape[1]), dtype)
-    seconds: dict[str, float] = {}
+    copies = [weight.data + np.asarray(index, dtype) for index in range(max(1, -(-_BEYOND_CACHE // weight.data.nbytes)))]
+
+    @partial(jax.jit, static_argnames="form")
+    def run(x: Any, copies: list[Any], form: str) -> Any:
+        return sum(product(x, Codes(each), form=form)[:, 0] for each in copies)
+
+    seconds = dict.fromkeys(names, float("inf"))
     for name in names:
-        run = jax.jit(product, static_argnames="form")
-        run(x, weight, form=name).block_until_ready()
-        best = float("inf")
-        for _ in range(repeats):
+        run(x, copies, name).block_until_ready()
+    for _ in range(repeats):
+        for name in names:
             start = time.perf_counter()
-            run(x, weight, form=name).block_until_ready()
-            best = min(best, time.perf_counter() - start)
-        seconds[name] = best
-    return min(seconds, key=lambda name: seconds[name])
+            run(x, copies, name).block_until_ready()
+            seconds[name] = min(seconds[name], (time.perf_counter() - start) / len(copies))
+    return seconds
 
 
 def _dot(x: Any, w: Any) -> Any:
@@ -143,16 +155,31 @@ def _tile(size: int) -> Callable[[Any, Any], Any]:
 
 
 def _rows(x: Any, w: Any) -> Any:
-    return jnp.concatenate([_dot(x[i : i + 1], w) for i in range(x.shape[0])])
+    return jnp.concatenate([x[i : i + 1] @ w.T for i in range(x.shape[0])])
 
 
-def _reduce(x: Any, w: Any) -> Any:
-    return jnp.sum(x[:, None, :] * w[None], axis=-1)
+def _stream(x: Any, weight: Codes) -> Any:
+    out = weight.shape[0]
+    tile = max(size for size in range(1, min(out, _STREAMED) + 1) if out % size == 0)
+    if tile * 8 < min(out, _STREAMED):  # an awkward number of outputs: no tile is worth a turn of the loop
+        return _FORMS["dot"](x, weight.widened(x.dtype))
+    tiles = jax.tree.map(lambda leaf: leaf.reshape(out // tile, tile, *leaf.shape[1:]) if leaf.ndim else leaf, _per_output(weight))
+    y = jax.lax.map(lambda each: _dot(x, each.widened(x.dtype)), tiles)  # [out/tile, rows, tile]
+    return y.transpose(1, 0, 2).reshape(x.shape[0], out)
+
+
+def _per_output(weight: Codes) -> Codes:
+    """The same with its scale and zero point spread over the outputs, where they are one number for all."""
+    out = weight.shape[0]
+
+    def spread(each: Any) -> Any:
+        return jnp.broadcast_to(each.reshape(-1), (out,)) if each is not None and each.ndim < 2 else each
+
+    return replace(weight, scale=spread(weight.scale), zero_point=spread(weight.zero_point))
 
 
 _FORMS: dict[str, Callable[[Any, Any], Any]] = {
     "dot": _dot,
     **{name: _tile(size) for name, size in _TILES.items()},
     "rows": _rows,
-    "reduce": _reduce,
 }

@@ -1,10 +1,13 @@
-"""Choosing the form of each product by measuring it on this machine, once: the choices are kept beside the compiled programs."""
+"""Which form each product takes: measured on this machine by `mesh tune`, kept beside the compiled programs, looked up at load.
+
+Measuring takes seconds a shape, so a stage does not do it: without an entry it takes the default of mesh/lowering/linear.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,44 +17,43 @@ from mesh.lowering import linear
 from mesh.lowering.weights import Forms, PackedWeight
 from mesh.runtime.device import cache_directory
 
-__all__ = ["Tuner"]
-
-_LARGEST = 64  # rows; beyond, every product is one GEMM
+__all__ = ["FormTable"]
 
 
-class Tuner:
-    """Measures products for the row counts a stage will run, remembering by shape, stored type, rows, machine and JAX version."""
+class FormTable:
+    """Forms by (machine, JAX version, weight shape and type, rows)."""
 
-    def __init__(self, rows: Sequence[int], *, path: Path | None = None) -> None:
-        self.rows = sorted({count for count in rows if count <= _LARGEST})
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_directory() / "forms.json"
-        self._machine = f"{jax.__version__} {jax.default_backend()} {os.cpu_count()} {_processor()}"
+        self._machine = f"{_processor()}, {os.cpu_count()} cores, {jax.default_backend()}, jax {jax.__version__}"
         self._known = self._load()
-        self._dtype = jax.numpy.float32
 
-    def forms(self, weight: PackedWeight) -> Forms:
-        """The fastest form for each row count, ascending."""
-        chosen = []
-        for rows in self.rows:
-            names = linear.candidates(rows, weight.codes)
-            chosen.append((rows, names[0] if len(names) == 1 else self._best(weight, rows)))
-        return tuple(chosen)
+    def lookup(self, weight: PackedWeight) -> Forms:
+        """What was measured for this weight, ascending in rows; empty where nothing was."""
+        return tuple(sorted((int(rows), form) for rows, form in self._known.get(self._key(weight), {}).items() if form in linear.FORMS))
 
-    def _best(self, weight: PackedWeight, rows: int) -> str:
+    def tune(self, weights: Iterable[PackedWeight], rows: Sequence[int]) -> Iterable[tuple[str, int, dict[str, float]]]:
+        """Measure what is not known yet, each shape once; yields (weight, rows, seconds of each form) as it goes."""
+        for weight in weights:
+            known = self._known.setdefault(self._key(weight), {})
+            for count in rows:
+                if str(count) in known or len(linear.candidates(count, weight.codes)) == 1:
+                    continue
+                seconds = linear.measure(weight.codes, count)
+                known[str(count)] = min(seconds, key=lambda form: seconds[form])
+                self._save()
+                yield f"{weight.shape[0]} x {weight.shape[1]}", count, seconds
+
+    def _key(self, weight: PackedWeight) -> str:
         codes = weight.codes
-        kind = codes.nibbles or codes.data.dtype.name
-        key = f"{self._machine} | {codes.shape[0]}x{codes.shape[1]} {kind} | {rows}"
-        if self._known.get(key) not in linear.FORMS:
-            self._known[key] = linear.measure(codes, rows, self._dtype)
-            self._save()
-        return self._known[key]
+        return f"{self._machine}: {codes.shape[0]}x{codes.shape[1]} {codes.nibbles or codes.data.dtype.name}"
 
-    def _load(self) -> dict[str, str]:
+    def _load(self) -> dict[str, dict[str, str]]:
         try:
             found = orjson.loads(self.path.read_bytes())
         except (OSError, orjson.JSONDecodeError):
             return {}
-        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
 
     def _save(self) -> None:
         """Whole or not at all; a folder that cannot be written costs measuring again next time."""
@@ -67,4 +69,4 @@ def _processor() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return "unknown"
+    return "processor unknown"

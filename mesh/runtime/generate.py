@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from mesh.errors import BadRequest, PromptTooLong
-from mesh.lowering.weights import Forms, PackedWeight
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
@@ -63,16 +62,16 @@ class Pipeline:
         context: int | None = None,
         chunk: int = 256,
         max_memory_bytes: int | None = None,
-        forms: Callable[[PackedWeight], Forms] | None = None,
+        compiled: Compiled | None = None,
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> Pipeline:
-        """Cut the model evenly over `shards` stages. `max_memory_bytes` is for each stage."""
+        """Cut the model evenly over `shards` stages. `max_memory_bytes` is for each stage; `compiled` as for Stage.load."""
         manifest = Manifest.load(directory)
         stages = []
-        compiled: Compiled = {}
+        compiled = {} if compiled is None else compiled
         for layers in even_ranges(manifest.layers, shards):
             config = StageConfig(layers, rows=rows, context=context, chunk=chunk, max_memory_bytes=max_memory_bytes)
-            stages.append(Stage.load(directory, config, forms=forms, compiled=compiled, progress=progress))
+            stages.append(Stage.load(directory, config, compiled=compiled, progress=progress))
         return cls(stages)
 
     def warm_up(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:

@@ -113,8 +113,7 @@ class Programs:
         key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
         found = self._compiled.get(key)
         if found is None:
-            build: Callable[..., Any] = {"embed": _compile_embed, "layers": _compile_layers, "head": _compile_head}[kind]
-            found = self._compiled[key] = build(bucket, what, state, x)
+            found = self._compiled[key] = _COMPILE[kind](bucket, what, state, x)
         return found
 
 
@@ -161,6 +160,9 @@ def _compile_head(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
     scalars = (_shape(()), _shape(())) if bucket.prefill else (writes,)
     jitted = jax.jit(partial(program, block.lowered, length=bucket.length), donate_argnums=1)
     return jitted.lower(block.weights, history, x, tokens, tokens, *scalars, *table).compile()
+
+
+_COMPILE: dict[str, Callable[..., Any]] = {"embed": _compile_embed, "layers": _compile_layers, "head": _compile_head}
 
 
 def to_host(sampled: Any) -> Sampled:

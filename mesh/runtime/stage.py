@@ -24,11 +24,11 @@ import ml_dtypes
 import numpy as np
 
 from mesh.errors import BadRequest, DoesNotFit, PromptTooLong
-from mesh.lowering.weights import Forms, PackedWeight
 from mesh.memory import MemoryNeed, predict
 from mesh.model.manifest import Manifest
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
+from mesh.runtime.forms import FormTable
 from mesh.runtime.loading import Block, block_names, load_block
 from mesh.runtime.programs import Bucket, Compiled, Programs, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
@@ -116,7 +116,6 @@ class Stage:
         directory: Path,
         config: StageConfig,
         *,
-        forms: Callable[[PackedWeight], Forms] | None = None,
         compiled: Compiled | None = None,
         progress: Progress = lambda what, done, total: None,
     ) -> Stage:
@@ -142,10 +141,10 @@ class Stage:
             )
         manifest.verify_files(Path(directory), layers, checksums=config.checksums, embed=embed, head=head)
         names = block_names(layers, embed=embed, head=head)
-        blocks = []
+        blocks, forms = [], FormTable()
         for index, name in enumerate(names):
             progress(f"load {name}", index, len(names))
-            blocks.append(load_block(Path(directory), name, forms=forms))
+            blocks.append(load_block(Path(directory), name, forms=forms.lookup))
         progress("loaded", len(names), len(names))
         return cls(manifest, config, blocks, need, compiled)
 

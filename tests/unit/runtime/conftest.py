@@ -42,7 +42,11 @@ def write_llama(directory: Path, *, seed: int = 0) -> Path:
     def norm() -> np.ndarray:
         return (1 + 0.2 * rng.standard_normal(HIDDEN)).astype(np.float32)
 
-    tensors = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN) * 5, "model.norm.weight": norm(), "lm_head.weight": matrix(VOCAB, HIDDEN) * 3}
+    tensors = {
+        "model.embed_tokens.weight": matrix(VOCAB, HIDDEN) * 5,
+        "model.norm.weight": norm(),
+        "lm_head.weight": matrix(VOCAB, HIDDEN) * 3,
+    }
     for layer in range(LAYERS):
         shapes = {
             "self_attn.q_proj": (HEADS * DIM, HIDDEN),

@@ -14,6 +14,8 @@ from mesh.runtime.sampling import MAX_LOGPROBS, RowTable, SamplingParams, _filte
 
 VOCAB = 50
 SLOTS = 24
+FILTER = jax.jit(_filter)
+SAMPLE = jax.jit(sample)
 
 
 def run(logits, params, history=None, positions=None, prompt_lengths=None):
@@ -23,7 +25,7 @@ def run(logits, params, history=None, positions=None, prompt_lengths=None):
         table.set(row, each, prompt_length=(prompt_lengths or [0] * batch)[row])
     history = np.zeros((batch, SLOTS), np.int32) if history is None else history
     positions = np.zeros(batch, np.int32) if positions is None else positions
-    return jax.jit(sample)(jnp.asarray(logits), table.floats, table.ints, history, positions)
+    return SAMPLE(jnp.asarray(logits), table.floats, table.ints, history, positions)
 
 
 def random_logits(batch, seed=0):
@@ -54,7 +56,7 @@ def kept(scaled, top_k, top_p, min_p):
 def test_filters_keep_what_sorting_keeps(seed, top_k, top_p, min_p):
     logits = random_logits(1, seed)
     column = [np.array([[value]]) for value in (np.int32(top_k), np.float32(top_p), np.float32(min_p))]
-    ours = np.isfinite(np.asarray(_filter(jnp.asarray(logits), *map(jnp.asarray, column))))[0]
+    ours = np.isfinite(np.asarray(FILTER(logits, *column)))[0]
     assert np.array_equal(ours, kept(logits[0], top_k, np.float32(top_p), min_p))
 
 

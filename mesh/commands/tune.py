@@ -1,0 +1,45 @@
+"""`mesh tune`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mesh.units import format_seconds
+
+__all__ = ["add_parser", "tune_command"]
+
+_DESCRIPTION = """\
+Measure on this machine which form of each matrix product is fastest, for each number of rows; stages loaded afterwards use it.
+Worth doing once a machine for models at 32 bits on a CPU; elsewhere there is no choice to make."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("tune", help="measure the fastest products on this machine", description=_DESCRIPTION)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("--rows", type=int, default=32, metavar="N", help="the most sessions a stage will hold (default 32)")
+    parser.set_defaults(run=tune_command)
+
+
+def tune_command(args: argparse.Namespace) -> int:
+    from mesh.lowering.weights import PackedWeight
+    from mesh.model.manifest import Manifest, block_name
+    from mesh.runtime.buckets import Buckets
+    from mesh.runtime.forms import FormTable
+    from mesh.runtime.loading import load_block
+
+    manifest = Manifest.load(args.model)
+    table = FormTable()
+    rows = [count for count in Buckets.plan(rows=args.rows, context=128, chunk=16).rows if count <= args.rows]
+    measured = 0
+    for name in (block_name(0), block_name("head")):
+        manifest.block(name)
+        weights = [weight for weight in load_block(args.model, name).weights.values() if isinstance(weight, PackedWeight)]
+        for what, count, seconds in table.tune(weights, rows):
+            best = min(seconds, key=lambda form: seconds[form])
+            others = ", ".join(f"{form} {format_seconds(time)}" for form, time in sorted(seconds.items(), key=lambda item: item[1]))
+            print(f"{what}, {count} rows: {best} ({others})")
+            measured += 1
+    print(f"{measured} measured, kept in {table.path}" if measured else "nothing to measure: known already, or one form only")
+    return 0
