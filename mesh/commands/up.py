@@ -63,7 +63,8 @@ def run_command(args: argparse.Namespace) -> int:
     def interrupted(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job begins with it ignored
+        signal.signal(number, interrupted)
     began = time.perf_counter()
     try:
         with progress_bar() as progress:
