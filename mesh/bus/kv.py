@@ -43,13 +43,16 @@ class Entry:
 
 
 class Bucket:
-    """A key-value bucket, made when it is not there. In memory on the server unless `durable`."""
+    """A key-value bucket, made when it is not there: in memory on the server unless `durable`, on `replicas` servers of a cluster."""
 
-    def __init__(self, bus: Bus, name: str, *, ttl_s: float | None = None, durable: bool = False, max_value_bytes: int = 65536) -> None:
+    def __init__(
+        self, bus: Bus, name: str, *, ttl_s: float | None = None, durable: bool = False, replicas: int = 1, max_value_bytes: int = 65536
+    ) -> None:
         self.bus = bus
         self.name = name
         self.ttl_s = ttl_s
         self._durable = durable
+        self._replicas = replicas
         self._max_value_bytes = max_value_bytes
         self._kv: nats.js.kv.KeyValue | None = None
 
@@ -103,7 +106,12 @@ class Bucket:
                 storage = nats.js.api.StorageType.FILE if self._durable else nats.js.api.StorageType.MEMORY
                 # who comes second finds the same configuration, which is no error
                 self._kv = await js.create_key_value(
-                    bucket=self.name, ttl=self.ttl_s, history=1, storage=storage, max_value_size=self._max_value_bytes
+                    bucket=self.name,
+                    ttl=self.ttl_s,
+                    history=1,
+                    storage=storage,
+                    replicas=self._replicas,
+                    max_value_size=self._max_value_bytes,
                 )
         return self._kv
 

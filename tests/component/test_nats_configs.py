@@ -1,0 +1,135 @@
+"""The server configurations of nats/, started as they stand (on free ports), with what a mesh needs of them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh import subjects
+from mesh.bus import Bucket, Bus, BusOptions, Received
+from mesh.errors import ServiceError, Unavailable
+from mesh.messages import TOPICS
+from mesh.server import NatsServer
+
+NATS = Path(__file__).parents[2] / "nats"
+Run = Callable[[Any], Any]
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def start(name: str, tmp_path: Path, *arguments: str, port: int | None = None, **environment: str) -> NatsServer:
+    folder = tmp_path / name.removesuffix(".conf")
+    return NatsServer.start(config=NATS / name, directory=folder, port=port, arguments=arguments, environment=environment)
+
+
+async def eventually(attempt: Callable[[], Any], *, within_s: float = 30.0) -> Any:
+    """The first success; a cluster chooses a leader before it takes a write."""
+    deadline = asyncio.get_running_loop().time() + within_s
+    while True:
+        try:
+            return await attempt()
+        except ServiceError:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+
+
+def test_single(run: Run, tmp_path: Path) -> None:
+    async def work(url: str) -> None:
+        async with await Bus.connect(BusOptions((url,)), name="t") as bus:
+            assert bus.max_payload == 8_000_000 or bus.max_payload == 8 * 1024 * 1024
+            bucket = Bucket(bus, subjects.KV_SHARDS, ttl_s=5.0)
+            await bucket.put("a", b"1")
+            assert [entry.key for entry in await bucket.entries()] == ["a"]
+
+    with start("single.conf", tmp_path) as server:
+        run(work(server.url))
+        assert (tmp_path / "single" / "jetstream").is_dir()
+
+
+def test_cluster_of_three_survives_the_loss_of_one(run: Run, tmp_path: Path) -> None:
+    async def work(servers: list[NatsServer]) -> None:
+        urls = tuple(server.url for server in servers)
+        async with await Bus.connect(BusOptions(urls), name="t") as bus:
+            bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True, replicas=3)
+            await eventually(lambda: bucket.put("a", b"1"))
+            lost = next(server for server in servers if server.port == bus.client.connected_url.port)
+            lost.kill()
+            await eventually(lambda: bucket.put("a", b"2"))
+            entry = await eventually(lambda: bucket.get("a"))
+            assert entry.value == b"2"
+
+    ports = free_ports(6)
+    routes = ",".join(f"nats://127.0.0.1:{port}" for port in ports[3:])
+    with ExitStack() as stack:
+        servers = []
+        for index in range(3):
+            listen = f"nats://127.0.0.1:{ports[3 + index]}"
+            name = f"cluster-{index + 1}.conf"
+            servers.append(stack.enter_context(start(name, tmp_path, "--cluster_listen", listen, "--routes", routes, port=ports[index])))
+        run(work(servers))
+
+
+def test_leaf_node_shares_subjects_and_leases_with_its_hub(run: Run, tmp_path: Path) -> None:
+    async def work(hub_url: str, leaf_url: str) -> None:
+        async with (
+            await Bus.connect(BusOptions((hub_url,)), name="hub") as hub,
+            await Bus.connect(BusOptions((leaf_url,)), name="leaf") as leaf,
+        ):
+
+            async def answer(received: Received) -> None:
+                await hub.publish(received.reply, received.data + b"!")
+
+            await hub.subscribe("mesh.v1.m.layers.0-1", answer, queue=subjects.REPLICAS_QUEUE)
+            await hub.flush()
+            reply = await eventually(lambda: leaf.ask("mesh.v1.m.layers.0-1", b"hello", timeout_s=1))
+            assert reply.data == b"hello!"
+            await Bucket(leaf, subjects.KV_SHARDS, ttl_s=5.0).put("a", b"from the leaf")
+            entry = await Bucket(hub, subjects.KV_SHARDS, ttl_s=5.0).get("a")
+            assert entry is not None and entry.value == b"from the leaf"
+
+    # the leaf listener's port is the one thing nats-server takes from nowhere but its file
+    (port,) = free_ports(1)
+    for name in ("hub.conf", "single.conf", "common.conf"):
+        text = (NATS / name).read_text()
+        (tmp_path / name).write_text(text.replace("listen: 127.0.0.1:7422", f"listen: 127.0.0.1:{port}"))
+    with (
+        NatsServer.start(config=tmp_path / "hub.conf", directory=tmp_path / "hub") as hub,
+        start("leaf.conf", tmp_path, MESH_HUB=f"nats://127.0.0.1:{port}") as leaf,
+    ):
+        run(work(hub.url, leaf.url))
+
+
+def test_a_configuration_that_is_wrong_is_an_error_that_says_so(tmp_path: Path) -> None:
+    from mesh.errors import ConfigError
+
+    (tmp_path / "wrong.conf").write_text("max_paylode: 8MB\n")
+    with pytest.raises(ConfigError, match="max_paylode"):
+        NatsServer.start(config=tmp_path / "wrong.conf", directory=tmp_path)
+
+
+def test_no_server_is_unavailable_and_names_the_address(run: Run) -> None:
+    (port,) = free_ports(1)
+    url = f"nats://user:secret@127.0.0.1:{port}"
+    with pytest.raises(Unavailable, match=str(port)) as caught:
+        run(Bus.connect(BusOptions((url,)), name="t", timeout_s=0.5))
+    assert "secret" not in str(caught.value)
+
+
+def test_every_subject_is_documented() -> None:
+    text = (NATS / "README.md").read_text()
+    for topic in TOPICS:
+        assert f"`{topic.pattern}`" in text, topic.pattern
+    for bucket in (subjects.KV_SHARDS, subjects.KV_PLACEMENT, subjects.OBJECTS_MODELS):
+        assert f"`{bucket}`" in text
