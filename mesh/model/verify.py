@@ -179,7 +179,7 @@ def _runtime_group(
 ) -> list[Array]:
     """The rows through the layers as a stage runs them. Input tokens [T] or hidden [T, D]; hidden [T, D] of each."""
     longest = max(len(row) for row in rows)
-    config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk)
+    config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
     stage = Stage.load(directory, config)
     tokens = sequences.tokens
     out: list[list[Array]] = [[] for _ in rows]

@@ -19,7 +19,9 @@ def cache_directory() -> Path:
 
 
 def prepare() -> None:
-    """Keep compiled programs across processes. A cache that cannot be written is done without."""
+    """Keep compiled programs across processes (a cache that cannot be written is done without), and let float32 mean float32: a
+    GPU would otherwise multiply in TF32, and greedy tokens would differ from the reference's."""
+    jax.config.update("jax_default_matmul_precision", "highest")
     directory = cache_directory() / "xla"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ class StageConfig:
     """What a stage holds and for how much. embed and head None: as the range begins at 0 and ends at the last layer.
 
     rows: sessions held at once. context: positions a row, at most (None: the model's). chunk: prefill tokens at a time.
-    max_memory_bytes: refuse to load over this (None: no limit). checksums: read every file and compare its sha256.
+    max_memory_bytes: refuse to load over this (None: no limit). checksums: read every file first and compare its sha256.
     """
 
     layers: LayerRange
@@ -58,7 +58,7 @@ class StageConfig:
     context: int | None = None
     chunk: int = 256
     max_memory_bytes: int | None = None
-    checksums: bool = False
+    checksums: bool = True
 
 
 @dataclass(frozen=True, slots=True)
