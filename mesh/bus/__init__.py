@@ -7,9 +7,9 @@ objects      models in the object store: push and pull with checksums
 mapping      nats-py's errors to ours, once
 """
 
-from mesh.bus.connection import Bus, BusOptions, Received, Subscription
+from mesh.bus.connection import Bus, BusOptions, Received, Subscription, end_tasks
 from mesh.bus.kv import Bucket, LeaseTable
 from mesh.bus.objects import ModelStore
 from mesh.bus.service import Endpoint, Service
 
-__all__ = ["Bucket", "Bus", "BusOptions", "Endpoint", "LeaseTable", "ModelStore", "Received", "Service", "Subscription"]
+__all__ = ["Bucket", "Bus", "BusOptions", "Endpoint", "LeaseTable", "ModelStore", "Received", "Service", "Subscription", "end_tasks"]

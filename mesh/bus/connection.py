@@ -22,12 +22,12 @@ import nats.aio.msg
 import nats.aio.subscription
 import nats.errors
 
-from mesh.bus.mapping import mapped, mapped_error
+from mesh.bus.mapping import is_refusal, mapped, mapped_error
 from mesh.errors import ConfigError, DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
 from mesh.messages import ErrorReply, Message
 from mesh.units import format_bytes
 
-__all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "BusOptions", "Received", "Subscription", "reply_error"]
+__all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "BusOptions", "Received", "Subscription", "end_tasks", "reply_error"]
 
 log = logging.getLogger("mesh.bus")
 
@@ -128,7 +128,7 @@ class Bus:
         refused: list[Exception] = []
 
         async def on_error(error: Exception) -> None:
-            if not client.is_connected and isinstance(error, (nats.errors.AuthorizationError, nats.errors.SecureConnRequiredError)):
+            if not client.is_connected and is_refusal(error):
                 refused.append(error)
             bus._note(error)
 
@@ -303,9 +303,7 @@ class Bus:
     async def close(self) -> None:
         """Send what is left, then end. Never raises for a server that is gone."""
         self._closing = True
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         try:
             if self.client.is_connected:
                 await self.client.flush(timeout=1)
@@ -333,6 +331,15 @@ class Bus:
             self.counters["dropped"] += 1
         ours = mapped_error(error, "NATS")
         log.warning("%s", ours if ours is not None else repr(error))
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel, and wait. Again where it was of no use: nats-py swallows a cancellation that meets it while it flushes."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.1)
 
 
 def reply_error(error: MeshError) -> tuple[bytes, dict[str, str]]:

@@ -18,7 +18,7 @@ import nats.js.api
 import nats.js.errors
 import nats.js.kv
 
-from mesh.bus.connection import Bus
+from mesh.bus.connection import Bus, end_tasks
 from mesh.bus.mapping import mapped
 from mesh.errors import MeshError, MessageRejected, ServiceError
 from mesh.messages import Message
@@ -176,9 +176,7 @@ class LeaseTable(Generic[M]):
             raise
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
     async def _follow(self) -> None:
         while True:

@@ -11,7 +11,14 @@ import nats.js.errors as je
 
 from mesh.errors import BadRequest, DeadlineExceeded, Denied, MeshError, PayloadTooLarge, ServiceError, Unavailable
 
-__all__ = ["mapped", "mapped_error"]
+__all__ = ["is_refusal", "mapped", "mapped_error"]
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a server said no to whoever connects, so that trying again is of no use."""
+    return isinstance(error, (ne.AuthorizationError, ne.InvalidUserCredentialsError, ne.SecureConnRequiredError)) or (
+        isinstance(error, ne.Error) and "authorization violation" in str(error).lower()
+    )
 
 
 def mapped_error(error: BaseException, what: str) -> MeshError | None:
@@ -24,6 +31,8 @@ def mapped_error(error: BaseException, what: str) -> MeshError | None:
         case ne.MaxPayloadError():
             return PayloadTooLarge(f"{what}: more than the server takes in one message", size_bytes=0, limit_bytes=0)
         case ne.AuthorizationError() | ne.InvalidUserCredentialsError():
+            return Denied(f"{what}: the NATS server refuses these credentials")
+        case ne.Error() if is_refusal(error):  # in the handshake nats-py knows only the server's words
             return Denied(f"{what}: the NATS server refuses these credentials")
         case ne.SecureConnFailedError() | ne.SecureConnRequiredError() | ne.SecureConnWantedError():
             return Denied(f"{what}: the NATS server and this side do not agree on TLS ({error})")

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from mesh import frames, subjects, telemetry
-from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription
+from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, end_tasks
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.frames import Frame, Gap, Kind, Timing
 from mesh.memory import DEFAULT_CHUNK
@@ -157,8 +157,7 @@ class Shard:
             log.info("told to stop before it was ready")
         finally:
             self.ready.clear()
-            leases.cancel()
-            await asyncio.gather(leases, return_exceptions=True)
+            await end_tasks(leases)
             await self._leave()
 
     @property

@@ -1,0 +1,289 @@
+"""The NATS edge on a real server: limits, errors, leases, models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from mesh import subjects
+from mesh.bus import Bucket, Bus, BusOptions, Endpoint, LeaseTable, ModelStore, Received, Service
+from mesh.errors import (
+    Busy,
+    ConfigError,
+    CorruptModel,
+    DeadlineExceeded,
+    Denied,
+    MeshError,
+    MessageRejected,
+    ModelNotFound,
+    PayloadTooLarge,
+    Unavailable,
+)
+from mesh.messages import Beat, StatsRequest
+from mesh.model.manifest import Manifest
+from mesh.server import NatsServer
+from mesh.types import LayerRange
+
+Run = Callable[[Any], Any]
+
+
+async def connect(server: NatsServer) -> Bus:
+    return await Bus.connect(BusOptions((server.url,)), name="test")
+
+
+def test_an_oversize_publish_is_an_error_here_and_the_connection_lives(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            got: asyncio.Queue[Received] = asyncio.Queue()
+
+            async def take(received: Received) -> None:
+                got.put_nowait(received)
+
+            await bus.subscribe("big", take)
+            limit = bus.max_payload
+            headers = {"Key": "value"}
+            for data, extra in ((bytes(limit + 1), None), (bytes(limit), headers), (bytes(limit - 20), headers)):
+                with pytest.raises(PayloadTooLarge) as caught:
+                    await bus.publish("big", data, headers=extra)
+                assert caught.value.limit_bytes == limit < caught.value.size_bytes
+            with pytest.raises(PayloadTooLarge):
+                await bus.ask("big", bytes(limit + 1), timeout_s=1)
+            await bus.publish("big", bytes(limit))
+            await bus.publish("big", bytes(limit - 24), headers=headers)  # to the byte what the server takes
+            assert [len((await got.get()).data) for _ in range(2)] == [limit, limit - 24]
+            assert bus.connected and bus.counters["reconnects"] == 0
+
+    run(work())
+
+
+def test_errors_of_the_other_side_are_raised_here_as_what_they_were(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            raised: list[BaseException] = [
+                Busy("no row is free", retry_after_s=0.25),
+                MessageRejected("a: wrong", field="a"),
+                ValueError("a secret of the inside"),
+            ]
+
+            async def handler(received: Received) -> None:
+                raise raised[int(received.data)]
+
+            service = await Service.start(
+                bus, name="t", version="1.0.0", description="", endpoints=[Endpoint("e", "fails", handler, concurrent=True)]
+            )
+            for index, kind in enumerate((Busy, MessageRejected, MeshError)):
+                with pytest.raises(kind) as caught:
+                    await bus.ask("fails", str(index).encode(), timeout_s=5)
+                assert "secret" not in str(caught.value)
+                assert vars(caught.value) == (vars(raised[index]) if isinstance(raised[index], MeshError) else {})
+            message = await bus.client.request("fails", b"0", timeout=5)
+            assert message.headers == {"Nats-Service-Error": "no row is free", "Nats-Service-Error-Code": "429"}
+            stats = orjson.loads((await bus.ask(f"$SRV.STATS.t.{service.id}", b"", timeout_s=5)).data)
+            assert stats["endpoints"][0]["num_errors"] == 4
+            await service.stop()
+            with pytest.raises(Unavailable, match="nobody listens"):
+                await bus.ask("fails", b"0", timeout_s=5)
+
+    run(work())
+
+
+def test_no_answer_in_time_is_deadline_exceeded(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+
+            async def silent(received: Received) -> None:
+                pass
+
+            await bus.subscribe("silent", silent)
+            with pytest.raises(DeadlineExceeded, match="silent"):
+                await bus.request("silent", StatsRequest(), Beat, timeout_s=0.1)
+
+    run(work())
+
+
+def test_a_handler_that_fails_ends_nothing(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            got = asyncio.Event()
+
+            async def handler(received: Received) -> None:
+                if received.data == b"bad":
+                    Beat.parse(received.data)
+                if received.data == b"worse":
+                    raise KeyError("x")
+                got.set()
+
+            await bus.subscribe("s", handler)
+            for data in (b"bad", b"worse", b"good"):
+                await bus.publish("s", data)
+            await asyncio.wait_for(got.wait(), 10)
+            assert bus.counters["rejected"] == 1 and bus.counters["handler_errors"] == 1
+
+    run(work())
+
+
+def test_leases_appear_change_and_vanish(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            changes: asyncio.Queue[tuple[str, Beat | None]] = asyncio.Queue()
+            bucket = Bucket(bus, "leases_test", ttl_s=0.5)
+            await bucket.put("there", Beat(coordinator="there").to_bytes())
+            table = LeaseTable(bucket, Beat, lambda key, lease: changes.put_nowait((key, lease)))
+            await table.start()
+            assert set(table.leases) == {"there"}
+
+            async def renew() -> None:
+                while True:
+                    await bucket.put("kept", Beat(coordinator="kept").to_bytes())
+                    await asyncio.sleep(0.1)
+
+            keeping = asyncio.create_task(renew())
+            seen = [await asyncio.wait_for(changes.get(), 10) for _ in range(3)]
+            assert [(key, lease is None) for key, lease in seen] == [("there", False), ("kept", False), ("there", True)]
+            await bucket.put("junk", b"\xff")
+            await bucket.put("gone", Beat(coordinator="gone").to_bytes())
+            await bucket.delete("gone")
+            assert [await asyncio.wait_for(changes.get(), 10) for _ in range(2)] == [("gone", Beat(coordinator="gone")), ("gone", None)]
+            assert table.rejected == 1 and set(table.leases) == {"kept"}
+            keeping.cancel()
+            assert (await asyncio.wait_for(changes.get(), 10)) == ("kept", None)
+            await table.stop()
+
+    run(work())
+
+
+def test_a_server_that_restarts_without_its_memory_is_met_again(run: Run, tmp_path: Path) -> None:
+    first = NatsServer.start(directory=tmp_path)
+
+    async def work() -> NatsServer:
+        async with await connect(first) as bus:
+            back = asyncio.Event()
+            bus.on_change(lambda connected: back.set() if connected else None)
+            changes: asyncio.Queue[tuple[str, Beat | None]] = asyncio.Queue()
+            bucket = Bucket(bus, "leases_test", ttl_s=1.0)
+            table = LeaseTable(bucket, Beat, lambda key, lease: changes.put_nowait((key, lease)))
+            await table.start()
+            await bucket.put("a", Beat(coordinator="a").to_bytes())
+            assert (await asyncio.wait_for(changes.get(), 10))[0] == "a"
+            first.kill()
+            second = NatsServer.start(directory=tmp_path, port=first.port)
+            await asyncio.wait_for(back.wait(), 20)
+            async with asyncio.timeout(30):
+                wanted = None
+                while wanted != ("b", Beat(coordinator="b")):
+                    await bucket.put("b", Beat(coordinator="b").to_bytes())
+                    try:
+                        wanted = await asyncio.wait_for(changes.get(), 0.3)
+                    except TimeoutError:
+                        continue
+            assert bus.counters["reconnects"] == 1
+            await table.stop()
+            return second
+
+    run(work()).stop()
+    first.stop()
+
+
+def test_compare_and_set(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            bucket = Bucket(bus, "cas_test", durable=True)
+            assert await bucket.get("a") is None
+            revision = await bucket.update("a", b"1", revision=0)
+            assert revision is not None
+            assert await bucket.update("a", b"2", revision=0) is None
+            assert await bucket.update("a", b"2", revision=revision + 7) is None
+            assert await bucket.update("a", b"2", revision=revision) is not None
+            entry = await bucket.get("a")
+            assert entry is not None and entry.value == b"2"
+
+    run(work())
+
+
+def test_a_model_goes_there_and_back(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            store = ModelStore(bus)
+            with pytest.raises(ModelNotFound, match="mesh push"):
+                await store.manifest("nothing")
+            steps: list[tuple[int, int]] = []
+            manifest = await store.push(model, lambda what, done, total: steps.append((done, total)))
+            assert steps == sorted(steps) and steps[-1][0] == steps[-1][1] > 100_000
+            assert "tiny" in await store.names()
+            again: list[int] = []
+            await store.push(model, lambda what, done, total: again.append(done))
+            assert len(again) < len(steps)
+            assert await store.pull("tiny", tmp_path / "whole") == manifest
+            for file in sorted(model.iterdir()):
+                if file.name != "manifest.json":
+                    assert (tmp_path / "whole" / file.name).read_bytes() == file.read_bytes()
+            assert Manifest.load(tmp_path / "whole") == manifest
+            await store.pull("tiny", tmp_path / "part", LayerRange(1, 2), embed=False, head=False)
+            names = {file.name for file in (tmp_path / "part").iterdir()}
+            assert names == {"manifest.json", "layer_001.onnx", "layer_001.onnx.data"}
+
+    run(work())
+
+
+def test_what_is_there_and_right_is_left_and_the_rest_fetched(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            store = ModelStore(bus)
+            await store.push(model)
+            await store.pull("tiny", tmp_path)
+            good, bad = tmp_path / "layer_000.onnx.data", tmp_path / "layer_001.onnx.data"
+            stamp = good.stat().st_mtime_ns
+            bad.write_bytes(bad.read_bytes()[:-1] + b"\0")
+            (tmp_path / "head.onnx").unlink()
+            await store.pull("tiny", tmp_path)
+            assert good.stat().st_mtime_ns == stamp
+            Manifest.load(tmp_path).verify_files(tmp_path, LayerRange(0, 3), checksums=True, embed=True, head=True)
+            assert not list(tmp_path.glob(".*"))
+
+    run(work())
+
+
+def test_a_damaged_object_is_refused_and_leaves_nothing(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            store = ModelStore(bus)
+            manifest = await store.push(model)
+            (file,) = (f for f in manifest.block("layer_002").files if f.name.endswith(".data"))
+            inner = await bus.client.jetstream().object_store(subjects.OBJECTS_MODELS)
+            right = (model / file.name).read_bytes()
+            await inner.put(f"sha256.{file.sha256}", b"\0" + right[1:])
+            with pytest.raises(CorruptModel, match=r"layer_002\.onnx\.data"):
+                await store.pull("tiny", tmp_path)
+            assert not (tmp_path / file.name).exists() and not list(tmp_path.glob(".*"))
+            assert not (tmp_path / "manifest.json").exists()
+            await inner.put(f"sha256.{file.sha256}", right)
+
+    run(work())
+
+
+def test_wrong_credentials_are_denied_at_once(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "auth.conf").write_text('authorization { user: "mesh", password: "right" }\n')
+    with NatsServer.start(config=tmp_path / "auth.conf", directory=tmp_path) as server:
+        with pytest.raises(Denied):
+            run(Bus.connect(BusOptions((server.url,), user="mesh", password="wrong"), name="t", timeout_s=20))
+
+        async def work() -> None:
+            async with await Bus.connect(BusOptions((server.url,), user="mesh", password="right"), name="t") as bus:
+                assert bus.connected
+
+        run(work())
+
+
+def test_files_that_are_not_there_are_named(run: Run, server: NatsServer) -> None:
+    for options in (
+        BusOptions((server.url,), credentials="nowhere.creds"),
+        BusOptions((server.url,), tls_ca="nowhere.pem"),
+        BusOptions((server.url,), tls_cert="one.pem"),
+    ):
+        with pytest.raises(ConfigError):
+            run(Bus.connect(options, name="t"))

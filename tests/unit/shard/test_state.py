@@ -1,0 +1,215 @@
+"""ShardState against a plain model of it, through any order of events."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
+from mesh.frames import Flags, Frame, Gap, Hop, Kind
+from mesh.messages import Beat, Close, Open
+from mesh.shard.state import ShardShape, ShardState
+from mesh.types import LayerRange
+
+HASH = "0" * 16
+ROWS, CONTEXT, QUEUE = 3, 32, 6
+LAYERS = LayerRange(0, 4)
+SHAPE = ShardShape("a", HASH, LAYERS, 4, ROWS, CONTEXT, 100, 8, np.dtype(np.float32), QUEUE)
+
+sessions = st.integers(1, 6)
+epochs = st.integers(0, 3)
+names = st.sampled_from(["c", "d"])
+
+
+def opening(session: int, epoch: int = 1, coordinator: str = "c", keep: int = 0, prompt_length: int = 1) -> Open:
+    return Open(session=session, epoch=epoch, coordinator=coordinator, model_hash=HASH, prompt_length=prompt_length, keep=keep)
+
+
+def frame(kind: Kind, rows: list[tuple[int, int, int, int]], tokens: list[int], coordinator: str = "c") -> Frame:
+    """rows: (session, epoch, position, slot)"""
+    columns = np.array(rows).T
+    return Frame(
+        kind,
+        HASH,
+        coordinator,
+        (Hop(LAYERS, "a"),),
+        columns[0].astype(np.uint64),
+        columns[1].astype(np.uint32),
+        columns[2].astype(np.uint32),
+        columns[3:4].astype(np.uint32),
+        np.array(tokens, np.int32),
+        flags=Flags(0),
+    )
+
+
+class Machine(RuleBasedStateMachine):
+    """The model: session -> [epoch, coordinator, row, filled]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = ShardState(SHAPE)
+        self.open: dict[int, list[object]] = {}
+        self.heard: dict[str, float] = {}
+        self.ttl: dict[str, float] = {}
+        self.now = 0.0
+        self.queued = 0
+
+    def hear(self, name: str) -> None:
+        self.heard[name] = self.now
+        self.ttl.setdefault(name, 10.0)
+
+    @rule(session=sessions, epoch=epochs, coordinator=names, keep=st.integers(0, 8))
+    def opens(self, session: int, epoch: int, coordinator: str, keep: int) -> None:
+        message = opening(session, epoch, coordinator, keep)
+        there = self.open.get(session)
+        if there is not None and epoch < there[0]:  # type: ignore[operator]
+            with pytest.raises(MessageRejected):
+                self.state.open(message, self.now)
+            return
+        if there is None and self.state.draining:
+            with pytest.raises(Unavailable):
+                self.state.open(message, self.now)
+            return
+        if there is None and len(self.open) == ROWS:
+            with pytest.raises(Busy):
+                self.state.open(message, self.now)
+            return
+        seat = self.state.open(message, self.now)
+        if there is None:
+            taken = {seat[2] for seat in self.open.values()}
+            there = self.open[session] = [epoch, coordinator, min(set(range(ROWS)) - taken), 0]
+        elif epoch > there[0]:  # type: ignore[operator]
+            there[:] = [epoch, coordinator, there[2], min(there[3], keep)]  # type: ignore[type-var]
+        assert [seat.epoch, seat.coordinator, seat.row, seat.filled] == there
+        self.hear(coordinator)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), count=st.integers(1, 8), shift=st.integers(-3, 1), stale=st.booleans())
+    def prefills(self, data: st.DataObject, count: int, shift: int, stale: bool) -> None:
+        session = data.draw(st.sampled_from(sorted(self.open)))
+        epoch, coordinator, row, filled = self.open[session]
+        start = max(0, filled + shift)  # type: ignore[operator]
+        sent = frame(Kind.PREFILL, [(session, epoch - stale if epoch else epoch, start, row)], [1] * count, coordinator)  # type: ignore[list-item,operator,arg-type]
+        admission = self.state.admit(sent, self.now)
+        if self.queued >= QUEUE:
+            assert admission.nothing and admission.gaps[0].reason is Gap.OVERLOADED
+        elif stale and epoch:
+            assert admission.nothing and admission.gaps[0].reason is Gap.STALE_EPOCH
+        elif start + count > CONTEXT:
+            assert admission.nothing and admission.gaps[0].reason is Gap.BAD_INPUT
+        elif start > filled:  # type: ignore[operator]
+            assert admission.nothing and admission.gaps[0].reason is Gap.HOLE
+            assert admission.gaps[0].positions.tolist() == [filled]
+        else:
+            assert admission.rows is None and not admission.gaps
+            self.open[session][3] = max(filled, start + count)  # type: ignore[type-var]
+            self.queued += 1
+            self.hear(coordinator)  # type: ignore[arg-type]
+
+    @rule(chosen=st.sets(sessions, min_size=1), coordinator=names)
+    def decodes(self, chosen: set[int], coordinator: str) -> None:
+        """Rows of open and of unknown sessions together: just the good ones are computed."""
+        rows = []
+        good = []
+        for index, session in enumerate(sorted(chosen)):
+            there = self.open.get(session)
+            rows.append((session, 0, 0, 0) if there is None else (session, there[0], there[3], there[2]))
+            if there is not None and there[1] == coordinator and there[3] < CONTEXT:  # type: ignore[operator]
+                good.append(index)
+        admission = self.state.admit(frame(Kind.DECODE, rows, [1] * len(rows), coordinator), self.now)  # type: ignore[arg-type]
+        if self.queued >= QUEUE:
+            assert admission.nothing
+            return
+        computed = list(range(len(rows))) if admission.rows is None else admission.rows.tolist()
+        assert computed == good
+        assert sum(gap.rows for gap in admission.gaps) == len(rows) - len(good)
+        for index in good:
+            self.open[rows[index][0]][3] += 1  # type: ignore[operator]
+        if good:
+            self.queued += 1
+            self.hear(coordinator)
+
+    @precondition(lambda self: self.queued)
+    @rule()
+    def computes(self) -> None:
+        self.state.done()
+        self.queued -= 1
+
+    @rule(chosen=st.sets(sessions), coordinator=names, everything=st.booleans())
+    def closes(self, chosen: set[int], coordinator: str, everything: bool) -> None:
+        message = Close(coordinator=coordinator, sessions=tuple(chosen), all=everything)
+        gone = [s for s, seat in self.open.items() if seat[1] == coordinator and (everything or s in chosen)]
+        assert self.state.close(message, self.now) == len(gone)
+        for session in gone:
+            del self.open[session]
+        self.hear(coordinator)
+
+    @rule(coordinator=names, ttl_s=st.sampled_from([1.0, 20.0]))
+    def beats(self, coordinator: str, ttl_s: float) -> None:
+        self.state.beat(Beat(coordinator=coordinator, ttl_s=ttl_s), self.now)
+        self.hear(coordinator)
+        self.ttl[coordinator] = ttl_s
+
+    @rule(seconds=st.sampled_from([0.5, 5.0, 15.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        silent = {name for name, since in self.heard.items() if self.now - since > self.ttl[name]}
+        gone = [session for session, seat in self.open.items() if seat[1] in silent]
+        assert sorted(self.state.expire(self.now)) == sorted(gone)
+        for session in gone:
+            del self.open[session]
+        for name in silent:
+            del self.heard[name], self.ttl[name]
+
+    @rule()
+    def drains(self) -> None:
+        assert self.state.drain() == len(self.open)
+
+    @invariant()
+    def agrees(self) -> None:
+        self.state.check()
+        assert self.state.sessions == len(self.open) and self.state.free_rows == ROWS - len(self.open)
+        for session, (epoch, coordinator, row, filled) in self.open.items():
+            seat = self.state.seat(session)
+            assert seat is not None and (seat.epoch, seat.coordinator, seat.row, seat.filled) == (epoch, coordinator, row, filled)
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAnyOrderOfEvents = Machine.TestCase
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_hash": "1" * 16}, "model"),
+        ({"kind": Kind.ACK, "tokens": np.zeros(0, np.int32)}, "kind"),
+        ({"route": (Hop(LAYERS, "b"),)}, "route"),
+        ({"route": (Hop(LayerRange(0, 3), "a"),)}, "route"),
+        ({"sessions": np.array([1, 1], np.uint64)}, "rows"),
+        ({"tokens": np.array([1, 100], np.int32)}, "input"),
+        ({"tokens": np.array([1, -1], np.int32)}, "input"),
+    ],
+)
+def test_a_frame_for_another_shard_is_refused_whole(change: dict[str, object], reason: str) -> None:
+    from dataclasses import replace
+
+    state = ShardState(SHAPE)
+    for session in (1, 2):
+        state.open(opening(session), 0.0)
+    good = frame(Kind.DECODE, [(1, 1, 0, 0), (2, 1, 0, 1)], [1, 2])
+    with pytest.raises(FrameRejected) as caught:
+        state.admit(replace(good, **change), 0.0)  # type: ignore[arg-type]
+    assert caught.value.reason == reason
+    assert state.queued == 0 and all(seat.filled == 0 for s in (1, 2) if (seat := state.seat(s)) is not None)
+    assert state.admit(good, 0.0).rows is None
+    state.check()
+
+
+def test_a_prompt_beyond_the_context_is_refused() -> None:
+    state = ShardState(SHAPE)
+    with pytest.raises(PromptTooLong):
+        state.open(opening(1, prompt_length=CONTEXT + 1), 0.0)
+    state.check()
