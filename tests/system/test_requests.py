@@ -1,0 +1,190 @@
+"""What a client may ask, what it is told, and what becomes of the rows when it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import orjson
+import pytest
+from system_tools import all_rows_free, raw
+
+from mesh.bus import Bus, BusOptions, Received
+from mesh.client import AsyncMeshClient, MeshClient
+from mesh.errors import BadRequest, Busy, PromptTooLong
+from mesh.subjects import generate
+
+SUBJECT = generate("tiny")
+LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
+
+
+def test_a_plain_request_is_answered_by_one_document(mesh, run, oracle):
+    answer = run(raw(mesh.url, SUBJECT, {"tokens": [5, 17, 33], "max_tokens": 4}))
+    document = orjson.loads(answer.data)
+    assert document["done"] is True
+    assert document["tokens"] == oracle.greedy([5, 17, 33], 4)
+    assert document["finish_reason"] == "length"
+    assert document["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert document["timing"]["hops"]["steps"] == 3
+
+
+def test_a_prompt_and_messages_become_the_tokens_of_their_text(mesh, oracle):
+    with MeshClient(mesh.url) as client:
+        plain = client.generate("rain", max_tokens=6, raw=True)
+        assert list(plain.tokens) == oracle.greedy([ord(c) - 32 for c in "rain"], 6)
+        assert plain.text == "".join(chr(32 + token) if token < 95 else "<unk>" for token in plain.tokens)
+        chat = client.chat([{"role": "user", "content": "rain"}], max_tokens=6)
+        assert list(chat.tokens) == oracle.greedy([ord(c) - 32 for c in "u:rain;a:"], 6)
+        assert client.generate("rain", max_tokens=6).tokens == chat.tokens
+
+
+def test_a_stop_text_ends_the_text_before_it(mesh):
+    with MeshClient(mesh.url) as client:
+        whole = client.generate("snow", max_tokens=12, raw=True)
+        assert whole.text is not None
+        stop = whole.text[5:8]
+        cut = client.generate("snow", max_tokens=12, raw=True, stop=[stop])
+        assert cut.finish_reason == "stop"
+        assert cut.text == whole.text[: whole.text.index(stop)]
+        with client.stream("snow", max_tokens=12, raw=True, stop=[stop]) as stream:
+            assert "".join(chunk.text for chunk in stream) == cut.text
+
+
+def test_log_probabilities_come_with_each_token(mesh):
+    with MeshClient(mesh.url) as client:
+        answer = client.generate(tokens=[1, 2, 3], max_tokens=3, logprobs=2)
+    assert answer.logprobs is not None
+    assert [token.id for token in answer.logprobs] == list(answer.tokens)
+    for token in answer.logprobs:
+        assert token.logprob is not None and token.logprob <= 0
+        assert len(token.top) == 2 and token.top[0] == (token.id, pytest.approx(token.logprob))
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "status"),
+    [
+        ({"max_tokens": 3}, "exactly one of prompt, messages and tokens", "400"),
+        ({"prompt": "a", "tokens": [1]}, "exactly one of prompt, messages and tokens", "400"),
+        ({"tokens": [1], "max_tokens": 0}, "max_tokens", "400"),
+        ({"tokens": [1], "max_tokens": "many"}, "max_tokens", "400"),
+        ({"tokens": [], "max_tokens": 3}, "the prompt is empty", "400"),
+        ({"tokens": [96], "max_tokens": 3}, "token 96 is not in the vocabulary", "400"),
+        ({"tokens": [1], "temperature": 200}, "temperature", "400"),
+        ({"tokens": [1], "top_p": 0}, "top_p", "400"),
+        ({"tokens": [1], "colour": "red"}, "colour", "400"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "400"),
+        ({"messages": [{"role": "king", "content": "a"}]}, "messages.0.role", "400"),
+        ({"tokens": [1] * 60, "max_tokens": 10}, "shorten the prompt", "400"),
+        ({"tokens": [1], "stop": [""]}, "a stop text is empty", "400"),
+        ({"tokens": [1], "session": "no spaces"}, "session", "400"),
+    ],
+)
+def test_a_malformed_request_is_answered_by_an_error_that_names_the_field(mesh, run, request_, field, status):
+    answer = run(raw(mesh.url, SUBJECT, {"max_tokens": 3} | request_))
+    assert answer.headers["Nats-Service-Error-Code"] == status
+    assert field in answer.headers["Nats-Service-Error"]
+    assert orjson.loads(answer.data)["retryable"] is False
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"7"])
+def test_what_is_no_json_object_is_answered_by_an_error(mesh, run, data):
+    answer = run(raw(mesh.url, SUBJECT, data))
+    assert answer.headers["Nats-Service-Error-Code"] == "400"
+
+
+def test_the_client_raises_errors_of_the_one_tree(mesh):
+    with MeshClient(mesh.url, retries=0) as client:
+        with pytest.raises(BadRequest) as caught:
+            client.generate(tokens=[1], max_tokens=3, temperature=200)
+        assert caught.value.field == "temperature"
+        with pytest.raises(BadRequest) as caught:
+            client.generate(tokens=[1], colour="red")
+        assert caught.value.field == "colour"
+        with pytest.raises(PromptTooLong):
+            client.generate(tokens=[1] * 60, max_tokens=30)
+
+
+def test_a_stream_left_early_frees_its_rows(mesh, run):
+    async def leave() -> None:
+        async with AsyncMeshClient(mesh.url, model="tiny") as client:
+            for _ in range(3):
+                async with client.stream(**LONG) as stream:
+                    async for chunk in stream:
+                        if chunk.index == 2:
+                            break
+            await all_rows_free(mesh)
+            status = await client.status()
+            assert sum(c.live for c in status.coordinators) == 0
+            assert sum(c.counters["cancelled"] for c in status.coordinators) >= 3
+
+    run(leave())
+
+
+def test_a_client_that_vanishes_without_a_word_frees_its_rows(mesh, run):
+    async def vanish() -> None:
+        bus = await Bus.connect(BusOptions(urls=(mesh.url,)), name="vanishing")
+        seen = asyncio.Event()
+
+        async def note(received: Received) -> None:
+            if b'"index"' in received.data:
+                seen.set()
+
+        inbox = bus.new_inbox()
+        await bus.subscribe(inbox, note)
+        await bus.publish(SUBJECT, orjson.dumps(LONG | {"stream": True}), reply=inbox)
+        await seen.wait()
+        await bus.client.close()
+        await all_rows_free(mesh)
+
+    run(vanish())
+
+
+def test_a_repeated_request_of_the_same_name_is_the_same_generation(mesh, run):
+    async def twice() -> None:
+        async with AsyncMeshClient(mesh.url, model="tiny") as client:
+            first = await client.generate(tokens=[9, 8, 7], max_tokens=5, seed=1, session="once")
+            before = sum(c.counters["submitted"] for c in (await client.status()).coordinators)
+            second = await client.generate(tokens=[9, 8, 7], max_tokens=5, seed=1, session="once")
+            after = sum(c.counters["submitted"] for c in (await client.status()).coordinators)
+            assert first.tokens == second.tokens and before == after
+            with pytest.raises(BadRequest):
+                await client.generate(tokens=[9, 8, 6], max_tokens=5, seed=1, session="once")
+
+    run(twice())
+
+
+def test_a_full_queue_is_busy_at_once_and_those_accepted_go_on(mesh, run):
+    """4 rows and 16 places in the queue: of 30 at once the rest is refused with a time, and what was accepted is right."""
+
+    async def overload() -> None:
+        async with AsyncMeshClient(mesh.url, model="tiny", retries=0) as client:
+
+            async def one() -> tuple[int, ...] | float:
+                """Its tokens, or the seconds after which it was refused."""
+                began = time.perf_counter()
+                try:
+                    return (await client.generate(**LONG)).tokens
+                except Busy as error:
+                    assert error.retry_after_s > 0
+                    return time.perf_counter() - began
+
+            answers = await asyncio.gather(*(one() for _ in range(30)))
+            refused = [answer for answer in answers if isinstance(answer, float)]
+            right = [answer for answer in answers if isinstance(answer, tuple)]
+            assert len(right) >= 20 and len(refused) >= 1
+            assert min(refused) < 0.05
+            assert len(set(right)) == 1 and len(right[0]) == 60
+
+    run(overload())
+
+
+def test_status_and_health_say_who_is_there(mesh):
+    with MeshClient(mesh.url) as client:
+        assert client.models() == ["tiny"]
+        assert client.health().ready
+        status = client.status()
+        assert [str(shard.layers) for shard in status.shards] == ["0-2", "2-3"]
+        assert all(shard.state == "ready" for shard in status.shards)
+        missing: Any = client.health("another")
+        assert not missing.ready and "another" in missing.reason
