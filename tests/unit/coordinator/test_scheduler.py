@@ -1,0 +1,197 @@
+"""Waves, lanes and chunks: what goes out when."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from fake_stages import FakeMesh, expected
+
+from mesh.coordinator.core import Core, CoreConfig
+from mesh.coordinator.events import Cancel, FrameOut, Tick
+from mesh.coordinator.session import TERMINAL, TRANSITIONS, Act, IllegalTransition, Request, Session, State
+from mesh.errors import Busy, PromptTooLong, Unavailable
+from mesh.types import LayerRange
+
+RANGES = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)]
+
+
+def make(
+    *, rows: int = 8, queue: int = 4, context: int = 512, chunk: int = 16, replicas: int = 1, strategy: str = "least_loaded"
+) -> FakeMesh:
+    mesh = FakeMesh(Core(CoreConfig(6, strategy, queue_limit=queue), Random(0)))  # type: ignore[arg-type]
+    for number in range(replicas):
+        for layers in RANGES:
+            mesh.join(f"s{layers.start}-{number}", layers, rows=rows, context=context, chunk=chunk)
+    return mesh
+
+
+def ask(mesh: FakeMesh, name: str, prompt: int, most: int) -> Request:
+    request = Request(name, tuple(range(prompt)), most, None)
+    mesh.submit(request)
+    return request
+
+
+def run_until(mesh: FakeMesh, condition, random: Random) -> None:
+    while not condition():
+        assert mesh.deliver(random), "nothing is under way any more"
+
+
+def test_every_transition_is_in_the_table_and_no_other_is_possible():
+    for state in State:
+        for act in Act:
+            session = Session(Request("a", (1,), 1, None), 1, 0.0, state=state)
+            if act in TRANSITIONS[state]:
+                session.act(act)
+                assert session.state is TRANSITIONS[state][act]
+            else:
+                with pytest.raises(IllegalTransition):
+                    session.act(act)
+    assert all(not TRANSITIONS[state] for state in TERMINAL)
+
+
+def test_as_many_waves_are_in_flight_as_there_are_stages():
+    mesh, random = make(), Random(1)
+    requests = [ask(mesh, f"r{number}", 3, 30) for number in range(7)]
+    run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 5 for r in requests), random)
+    decodes = [flight for flight in mesh.core.scheduler.flights.values() if flight.decode]
+    assert len(decodes) == 3
+    assert sorted(len(flight.sessions) for flight in decodes) == [2, 2, 3]
+    mesh.settle(random)
+    assert all(mesh.tokens[r.id] == expected(r) for r in requests)
+
+
+def test_a_single_session_is_one_frame_at_a_time():
+    mesh, random = make(), Random(2)
+    request = ask(mesh, "r", 3, 10)
+    while mesh.deliver(random):
+        assert len(mesh.core.scheduler.flights) <= 1
+    assert mesh.tokens["r"] == expected(request)
+
+
+def test_while_others_decode_a_long_prompt_has_one_chunk_under_way():
+    mesh, random = make(), Random(3)
+    short = ask(mesh, "short", 3, 60)
+    run_until(mesh, lambda: len(mesh.tokens["short"]) >= 2, random)
+    ask(mesh, "long", 300, 4)
+    while len(mesh.tokens["long"]) == 0:
+        assert mesh.deliver(random)
+        if "short" not in mesh.ended:
+            assert sum(not flight.decode for flight in mesh.core.scheduler.flights.values()) <= 1
+    mesh.settle(random)
+    assert mesh.tokens["short"] == expected(short)
+
+
+def test_with_nobody_decoding_a_prompt_fills_every_stage():
+    mesh, random = make(), Random(4)
+    ask(mesh, "long", 300, 4)
+    run_until(mesh, lambda: len(mesh.core.scheduler.flights) == 3, random)
+
+
+def test_a_short_prompt_overtakes_a_long_one_and_is_not_overtaken_for_ever():
+    mesh, random = make(), Random(5)
+    ask(mesh, "decoding", 3, 400)
+    run_until(mesh, lambda: mesh.tokens["decoding"], random)
+    ask(mesh, "long", 400, 2)
+    run_until(mesh, lambda: mesh.core.session("long").sent >= 32, random)
+    ask(mesh, "short", 10, 2)
+    run_until(mesh, lambda: mesh.tokens["short"], random)
+    assert not mesh.tokens["long"]
+    number = 0
+    while not mesh.tokens["long"]:  # short ones come again and again
+        if mesh.core.session(f"s{number}") is None:
+            number += 1
+            ask(mesh, f"s{number}", 10, 2)
+        assert number < 60, "the long prompt starves"
+        mesh.deliver(random)
+
+
+def test_a_full_queue_refuses_at_once_with_a_time():
+    mesh = make(rows=2, queue=3)
+    for number in range(5):
+        ask(mesh, f"r{number}", 3, 5)
+    assert not mesh.rejected
+    ask(mesh, "late", 3, 5)
+    error = mesh.rejected["late"].error
+    assert isinstance(error, Busy) and error.retry_after_s > 0
+
+
+def test_a_request_longer_than_every_row_is_refused_at_once():
+    mesh = make(context=32)
+    ask(mesh, "long", 30, 5)
+    error = mesh.rejected["long"].error
+    assert isinstance(error, PromptTooLong) and error.limit == 27
+
+
+def test_without_a_complete_chain_a_request_waits_and_then_fails_saying_so():
+    mesh = make()
+    mesh.kill("s2-0")
+    ask(mesh, "r", 3, 5)
+    mesh.now = 29.0
+    mesh.event(Tick())
+    assert not mesh.ended
+    mesh.now = 30.5
+    mesh.event(Tick())
+    assert isinstance(mesh.ended["r"].error, Unavailable) and "layer range" in str(mesh.ended["r"].error)
+
+
+def test_a_request_that_waited_for_a_shard_goes_on_when_it_comes():
+    mesh, random = make(), Random(6)
+    mesh.kill("s2-0")
+    request = ask(mesh, "r", 3, 5)
+    mesh.now = 20.0
+    mesh.join("s2-1", RANGES[1])
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request)
+
+
+def test_a_cancelled_session_keeps_its_row_until_its_frame_is_back():
+    mesh, random = make(rows=1), Random(7)
+    ask(mesh, "first", 3, 50)
+    run_until(mesh, lambda: len(mesh.tokens["first"]) == 3 and len(mesh.core.scheduler.flights) == 1, random)
+    mesh.event(Cancel("first"))
+    second = ask(mesh, "second", 3, 5)
+    assert mesh.core.session("second").state is State.QUEUED
+    mesh.settle(random)
+    assert mesh.tokens["second"] == expected(second)
+
+
+def test_a_shard_that_dies_costs_no_token_and_repeats_none():
+    mesh, random = make(replicas=2), Random(8)
+    requests = [ask(mesh, f"r{number}", 20, 20) for number in range(6)]
+    run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 5 for r in requests), random)
+    mesh.kill("s2-0")
+    mesh.settle(random)
+    assert all(mesh.tokens[r.id] == expected(r) for r in requests)
+    assert all(mesh.ended[r.id].reason == "length" for r in requests)
+
+
+def test_a_step_that_never_comes_back_is_done_again():
+    mesh, random = make(), Random(9)
+    request = ask(mesh, "r", 3, 10)
+    run_until(mesh, lambda: len(mesh.tokens["r"]) == 4 and mesh.core.scheduler.flights, random)
+    mesh.boxes.clear()
+    assert mesh.core.deadline() == pytest.approx(15.0)
+    mesh.now = 15.0
+    mesh.event(Tick())
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 1
+
+
+@pytest.mark.parametrize("strategy", ["least_loaded", "round_robin"])
+def test_sessions_spread_over_replicas(strategy):
+    mesh = make(replicas=2, strategy=strategy)
+    for number in range(8):
+        ask(mesh, f"r{number}", 3, 5)
+    held = {shard: len(keys) for shard, keys in mesh.core.replicas.held().items()}
+    assert min(held.values()) >= 2 and sum(held.values()) == 24
+
+
+def test_frames_hold_rows_that_lie_together():
+    mesh, random = make(rows=9), Random(10)
+    requests = [ask(mesh, f"r{number}", 3, 40) for number in range(9)]
+    run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 6 for r in requests), random)
+    last: list[FrameOut] = [frame for frame in mesh.frames if frame.kind == "decode"][-3:]
+    for frame in last:
+        rows = [row.rows[0] for row in frame.rows]
+        assert rows == list(range(rows[0], rows[0] + 3))
