@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import yaml
 
@@ -33,7 +33,7 @@ from mesh.subjects import KV_SHARDS
 from mesh.types import LayerRange
 from mesh.units import GB
 
-__all__ = ["LocalMesh", "LocalOptions", "default_url", "even_ranges"]
+__all__ = ["LocalMesh", "LocalOptions", "announced", "default_url", "even_ranges"]
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 _LEASE_TTL_S = 5.0
@@ -86,7 +86,6 @@ class LocalMesh:
         self._server: NatsServer | None = None
         self._children: list[_Child] = []
         self._folder: Path | None = None
-        self._run_file: Path | None = None
 
     @property
     def shard_count(self) -> int:
@@ -127,7 +126,6 @@ class LocalMesh:
             for index in range(options.coordinators):
                 self._spawn(f"coordinator-{index + 1}", arguments, logs)
             asyncio.run(self._wait_ready(timeout_s, progress))
-            self._run_file = _remember(self.url)
         except BaseException:
             self.stop()
             raise
@@ -155,8 +153,6 @@ class LocalMesh:
         if self._server is not None:
             self._server.stop()
             self._server = None
-        if self._run_file is not None:
-            self._run_file.unlink(missing_ok=True)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -286,17 +282,24 @@ def default_url() -> str:
         return DEFAULT_URL
 
 
-def _remember(url: str) -> Path | None:
-    """Write down where this mesh is; the path, None where it cannot be written."""
+@contextmanager
+def announced(url: str) -> Iterator[None]:
+    """Meanwhile `default_url` finds this mesh, unless a later one is announced, or the file cannot be written."""
     path = _run_path()
+    said = json.dumps({"url": url, "pid": os.getpid()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file: IO[str]
-        with path.open("w") as file:
-            json.dump({"url": url, "pid": os.getpid()}, file)
+        path.write_text(said)
     except OSError:
-        return None
-    return path
+        pass
+    try:
+        yield
+    finally:
+        try:
+            if path.read_text() == said:
+                path.unlink()
+        except OSError:
+            pass
 
 
 def _run_path() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +43,8 @@ def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
 
 def mesh_options(args: argparse.Namespace) -> BusOptions:
     """Where the mesh is: what the flags and the environment say, else the `mesh up` that runs on this machine."""
+    # One line says what went wrong, at the end; what the connection tries meanwhile is not for the terminal.
+    logging.getLogger("mesh").addHandler(logging.NullHandler())
     if not args.nats:
         args.nats = default_url()
     return bus_options(args)

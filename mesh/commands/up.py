@@ -41,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    from mesh.local import LocalMesh, LocalOptions
+    from mesh.local import LocalMesh, LocalOptions, announced
+    from mesh.subjects import generate as generate_subject
 
     options = LocalOptions(
         model=args.model,
@@ -81,14 +82,15 @@ def run_command(args: argparse.Namespace) -> int:
             from mesh.commands.generate import ask
 
             return ask(BusOptions(urls=tuple(mesh.url.split(","))), name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
-        print(
-            f"NATS {mesh.url}\n"
-            f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
-            f'  nats -s {mesh.url} req mesh.v1.{name}.generate \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
-            "Ctrl-C ends it.",
-            file=sys.stderr,
-        )
-        mesh.wait()
+        with announced(mesh.url):
+            print(
+                f"NATS {mesh.url}\n"
+                f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
+                f'  nats -s {mesh.url} req {generate_subject(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
+                "Ctrl-C ends it.",
+                file=sys.stderr,
+            )
+            mesh.wait()
     except KeyboardInterrupt:
         print("stopping", file=sys.stderr)
         return 130
