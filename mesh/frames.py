@@ -8,7 +8,7 @@ It carries its route, so a stage knows the next subject from the frame alone; an
 A stage that cannot take some of the rows leaves them out and tells the coordinator with a GAP frame.
 
     header     magic "SMsh", version u8, kind u8, flags u16, model hash 8 bytes, wave u32, step u64, hop u8, hops u8,
-               reason u8, tensors u8, rows u16, timings u8, coordinator length u8, tokens u32
+               reason u8, tensors u8, rows u16, timings u8, route length u16, coordinator length u8, tokens u32
     route      for each hop: start u16, stop u16, name length u8, name
     coordinator, traceparent (26 bytes, when flag TRACED)
     rows       session u64 [n], epoch u32 [n], position u32 [n], slot u32 [hops, n], tokens i32 [m]
@@ -61,7 +61,7 @@ REASONS: Final = (
 )
 """Everything a rejected frame is counted under."""
 
-_HEADER = struct.Struct("<4sBBH8sIQBBBBHBBI")
+_HEADER = struct.Struct("<4sBBH8sIQBBBBHBHBI")
 _HOP = struct.Struct("<HHB")
 _TIMING = struct.Struct("<III")
 _TENSOR = struct.Struct("<BB")
@@ -87,6 +87,8 @@ class Flags(IntFlag):
 
 NO_FLAGS: Final = Flags(0)
 _ALL_FLAGS: Final = sum(Flags)
+_FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))  # making a member anew is slow
+_BF16, _ZSTD, _TRACED, _FINAL = (int(flag) for flag in (Flags.BF16, Flags.ZSTD, Flags.TRACED, Flags.FINAL))
 
 
 class Gap(IntEnum):
@@ -101,6 +103,10 @@ class Gap(IntEnum):
     BAD_INPUT = 6  # the stage refused it
     FAILED = 7  # the computation failed; the shard is going away
     TOO_LARGE = 8  # its output is more than the connection takes
+
+
+_KINDS: Final = {int(kind): kind for kind in Kind}
+_GAPS: Final = {int(gap): gap for gap in Gap}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +174,25 @@ class Frame:
 
     def forward(self, hidden: np.ndarray, timing: Timing) -> Frame:
         """The same step on its way to the next stage, with hidden state [m, D]."""
-        return replace(self, hop=self.hop + 1, tensors=(hidden,), timings=(*self.timings, timing), stored_bytes=0)
+        return Frame(
+            self.kind,
+            self.model_hash,
+            self.coordinator,
+            self.route,
+            self.sessions,
+            self.epochs,
+            self.positions,
+            self.slots,
+            self.tokens,
+            self.wave,
+            self.step,
+            self.hop + 1,
+            self.flags,
+            self.reason,
+            (hidden,),
+            (*self.timings, timing),
+            self.traceparent,
+        )
 
     def answer(self, kind: Kind, timing: Timing, *, tokens: np.ndarray | None = None, tensors: tuple[np.ndarray, ...] = ()) -> Frame:
         """What the last stage tells the coordinator: TOKENS, with their positions, or ACK."""
@@ -235,13 +259,14 @@ def encode(frame: Frame) -> bytes:
         raise ValueError(problem[1])
     if len(frame.epochs) != n or len(frame.positions) != n or frame.slots.shape != (hops, n):
         raise ValueError(f"row table of {n} sessions, {len(frame.epochs)} epochs, {len(frame.positions)} positions, {frame.slots.shape}")
-    flags = (frame.flags & ~Flags.TRACED) | (Flags.TRACED if frame.traceparent else Flags(0))
-    name = frame.coordinator.encode()
-    counts = (frame.hop, hops, frame.reason, len(frame.tensors), n, len(frame.timings), len(name), m)
+    flags = int(frame.flags) & ~_TRACED | (_TRACED if frame.traceparent else 0)
+    name = subjects.check_token(frame.coordinator, "coordinator").encode()
+    route = _encode_route(frame.route)
+    counts = (frame.hop, hops, frame.reason, len(frame.tensors), n, len(frame.timings), len(route), len(name), m)
     header = _HEADER.pack(MAGIC, VERSION, frame.kind, flags, bytes.fromhex(frame.model_hash), frame.wave, frame.step, *counts)
     parts: list[Any] = [
         header,
-        _encode_route(frame.route),
+        route,
         name,
     ]
     if frame.traceparent:
@@ -256,7 +281,7 @@ def encode(frame: Frame) -> bytes:
         parts.append(np.ascontiguousarray(array, dtype).tobytes())
     parts.extend(_TIMING.pack(*(min(us, 2**32 - 1) for us in (t.queue_us, t.compute_us, t.codec_us))) for t in frame.timings)
     if frame.tensors:
-        _append_tensors(parts, frame.tensors, bf16=Flags.BF16 in flags, zstd=Flags.ZSTD in flags)
+        _append_tensors(parts, frame.tensors, bf16=bool(flags & _BF16), zstd=bool(flags & _ZSTD))
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
@@ -314,7 +339,9 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
         raise reject("truncated", f"{size} bytes are less than a header")
     if size > MAX_FRAME_BYTES:
         raise reject("too_large", f"{size:,} bytes")
-    (magic, version, kind_, flags_, hash_, wave, step, hop, hops, reason_, tensors_, n, timings_, name_len, m) = _HEADER.unpack_from(data)
+    (magic, version, kind_, flags_, hash_, wave, step, hop, hops, reason_, tensors_, n, timings_, route_len, name_len, m) = (
+        _HEADER.unpack_from(data)
+    )
     if magic != MAGIC:
         raise reject("magic", "this is no frame")
     if version != VERSION:
@@ -324,27 +351,26 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
         raise reject("checksum", "its checksum is wrong")
     if model_hash is not None and hash_.hex() != model_hash:
         raise reject("model", f"it is of model {hash_.hex()}, and here is {model_hash}")
-    try:
-        kind, reason = Kind(kind_), Gap(reason_)
-    except ValueError:
-        raise reject("kind", f"kind {kind_}, reason {reason_}") from None
+    kind, reason = _KINDS.get(kind_), _GAPS.get(reason_)
+    if kind is None or reason is None:
+        raise reject("kind", f"kind {kind_}, reason {reason_}")
     if flags_ & ~_ALL_FLAGS:
         raise reject("flags", f"flags {flags_:#x}")
-    flags = Flags(flags_)
+    flags = _FLAGS[flags_]
     problem = _shape_problem(kind, n, m, hops, hop, tensors_, flags, reason)
     if problem is not None:
         raise reject(*problem)
     reader = _Reader(data, _HEADER.size, body)
-    route = reader.route(hops)
-    coordinator = reader.name(name_len)
-    traceparent = reader.trace() if Flags.TRACED in flags else None
+    at = reader.take(route_len + name_len)
+    route, coordinator = _read_names(data[at : at + route_len + name_len], hops, name_len)
+    traceparent = reader.trace() if flags_ & _TRACED else None
     sessions = reader.array("<u8", n)
     epochs = reader.array("<u4", n)
     positions = reader.array("<u4", n)
     slots = reader.array("<u4", hops * n).reshape(hops, n)
     tokens = reader.array("<i4", m)
     timings = tuple(Timing(*_TIMING.unpack_from(data, reader.take(_TIMING.size))) for _ in range(timings_))
-    tensors = reader.tensors(tensors_, bf16=Flags.BF16 in flags, zstd=Flags.ZSTD in flags) if tensors_ else ()
+    tensors = reader.tensors(tensors_, bf16=bool(flags_ & _BF16), zstd=bool(flags_ & _ZSTD)) if tensors_ else ()
     if reader.at != body:
         raise reject("length", f"{body - reader.at} bytes too many")
     return Frame(
@@ -375,23 +401,50 @@ def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int
         return "route", f"hop {hop} of {hops}"
     if not 1 <= n <= MAX_ROWS:
         return "rows", f"{n} rows"
-    good = {
-        Kind.PREFILL: n == 1 <= m,
-        Kind.DECODE: m == n,
-        Kind.TOKENS: m == n,
-        Kind.ACK: m == 0,
-        Kind.GAP: m == 0,
-    }[kind]
+    if kind is Kind.PREFILL:
+        good = n == 1 <= m
+    elif kind is Kind.DECODE or kind is Kind.TOKENS:
+        good = m == n
+    else:
+        good = m == 0
     if not good:
         return "rows", f"{kind.name} with {n} rows and {m} tokens"
-    most = {Kind.PREFILL: min(hop, 1), Kind.DECODE: min(hop, 1), Kind.TOKENS: 3}.get(kind, 0)
-    if tensors > most or (kind in (Kind.PREFILL, Kind.DECODE) and tensors != most) or (kind is Kind.TOKENS and tensors not in (0, 3)):
+    forward = kind is Kind.PREFILL or kind is Kind.DECODE
+    if forward:
+        good = tensors == (1 if hop else 0)
+    else:
+        good = tensors == 0 or (kind is Kind.TOKENS and tensors == 3)
+    if not good:
         return "tensor", f"{kind.name} at hop {hop} with {tensors} tensors"
-    if Flags.FINAL in flags and kind is not Kind.PREFILL:
+    if int(flags) & _FINAL and kind is not Kind.PREFILL:
         return "flags", f"FINAL on {kind.name}"
     if (reason is Gap.NONE) == (kind is Kind.GAP):
         return "kind", f"{kind.name} with reason {reason.name}"
     return None
+
+
+@lru_cache(maxsize=256)
+def _read_names(data: bytes, hops: int, name_len: int) -> tuple[tuple[Hop, ...], str]:
+    """(route, coordinator), which are the same for frame after frame."""
+    reader = _Reader(data, 0, len(data))
+    route: list[Hop] = []
+    for _ in range(hops):
+        start, stop, length = _HOP.unpack_from(data, reader.take(_HOP.size))
+        layers = LayerRange(start, stop)
+        if stop <= start or (route and route[-1].layers.stop != start):
+            raise reject("route", f"layers {layers} after {route[-1].layers if route else 'nothing'}")
+        route.append(Hop(layers, _name(data, reader.take(length), length)))
+    coordinator = _name(data, reader.take(name_len), name_len)
+    if reader.at != len(data):
+        raise reject("route", f"{len(data) - reader.at} bytes too many")
+    return tuple(route), coordinator
+
+
+def _name(data: bytes, at: int, length: int) -> str:
+    text = data[at : at + length].decode("ascii", "replace")
+    if not subjects.is_token(text):
+        raise reject("route", f"{text!r} is no name")
+    return text
 
 
 class _Reader:
@@ -410,23 +463,6 @@ class _Reader:
 
     def array(self, dtype: str, count: int) -> np.ndarray:
         return np.frombuffer(self.data, dtype, count, self.take(count * int(dtype[-1])))
-
-    def name(self, length: int) -> str:
-        at = self.take(length)
-        text = self.data[at : at + length].decode("ascii", "replace")
-        if not subjects.is_token(text):
-            raise reject("route", f"{text!r} is no name")
-        return text
-
-    def route(self, hops: int) -> tuple[Hop, ...]:
-        route: list[Hop] = []
-        for _ in range(hops):
-            start, stop, length = _HOP.unpack_from(self.data, self.take(_HOP.size))
-            layers = LayerRange(start, stop)
-            if stop <= start or (route and route[-1].layers.stop != start):
-                raise reject("route", f"layers {layers} after {route[-1].layers if route else 'nothing'}")
-            route.append(Hop(layers, self.name(length)))
-        return tuple(route)
 
     def trace(self) -> str:
         version, trace, span, flags = _TRACE.unpack_from(self.data, self.take(_TRACE.size))

@@ -16,6 +16,7 @@ digits, `-` and `_`; `token` makes one of any name.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final, Literal
 
 from mesh.errors import BadRequest
@@ -94,10 +95,12 @@ def layers(model: str, held: LayerRange) -> str:
     return f"mesh.{VERSION}.{token(model)}.layers.{held}"
 
 
+@lru_cache(maxsize=1024)
 def frames(model: str, held: LayerRange, shard: str) -> str:
     return f"{layers(model, held)}.{check_token(shard, 'shard')}"
 
 
+@lru_cache(maxsize=1024)
 def tokens(model: str, coordinator: str) -> str:
     return f"mesh.{VERSION}.{token(model)}.tokens.{check_token(coordinator, 'coordinator')}"
 
