@@ -1,0 +1,56 @@
+"""Two shards of each range, two coordinators: the load is shared, and a shard that dies costs a pause."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system_tools import all_rows_free
+
+from mesh.client import AsyncMeshClient
+from mesh.local import LocalMesh, LocalOptions
+
+LONG = {"max_tokens": 50, "ignore_eos": True}
+
+
+@pytest.fixture
+def pairs(model: Path) -> Iterator[LocalMesh]:
+    """Ranges 0-2 and 2-3, each on two shards; two coordinators."""
+    with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, coordinators=2, rows=4, context=64)) as running:
+        yield running
+
+
+def test_load_is_shared_and_a_killed_shard_costs_no_token(pairs, oracle, run):
+    async def generate() -> None:
+        async with AsyncMeshClient(pairs.url, model="tiny") as client:
+            assert len((await client.status()).coordinators) == 2
+            prompts = [[number, 7, 2 * number, 11] for number in range(8)]
+            begun = [asyncio.Event() for _ in prompts]
+
+            async def one(number: int) -> tuple[list[int], Any]:
+                seen = []
+                async with client.stream(tokens=prompts[number], **LONG) as stream:
+                    async for chunk in stream:
+                        if chunk.token is not None:
+                            seen.append(chunk.token.id)
+                        if len(seen) == 5:
+                            begun[number].set()
+                return seen, stream.completion
+
+            tasks = [asyncio.create_task(one(number)) for number in range(len(prompts))]
+            for event in begun:
+                await event.wait()
+            pairs.processes["shard-1"].kill()
+            for prompt, (seen, completion) in zip(prompts, await asyncio.gather(*tasks), strict=True):
+                assert seen == oracle.greedy(prompt, 50) == list(completion.tokens)
+            status = await client.status()
+            assert sum(c.counters["finished"] for c in status.coordinators) == 8
+            assert sum(c.counters["failed"] for c in status.coordinators) == 0
+            assert all(c.counters["tokens"] > 0 for c in status.coordinators), "one coordinator had all the requests"
+            assert sum(c.counters["restarts"] for c in status.coordinators) >= 1
+        await all_rows_free(pairs)
+
+    run(generate())
