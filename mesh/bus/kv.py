@@ -30,6 +30,7 @@ log = logging.getLogger("mesh.bus")
 M = TypeVar("M", bound=Message)
 
 _WATCH_RETRY_S = 0.5
+_TIMEOUT_S = 2.0  # of one request: a lease that is not renewed within its TTL is lost
 _WATCH_CHECK_S = 1.0
 
 
@@ -99,7 +100,7 @@ class Bucket:
 
     async def _open(self) -> nats.js.kv.KeyValue:
         if self._kv is None:
-            js = self.bus.client.jetstream()
+            js = self.bus.client.jetstream(timeout=_TIMEOUT_S)
             try:
                 self._kv = await js.key_value(self.name)
             except nats.js.errors.NotFoundError:

@@ -19,6 +19,8 @@ from mesh.shard.service import Progress, Shard, ShardOptions
 
 __all__ = ["choose_device", "limit_threads", "run_loop", "serve"]
 
+_SWITCH_S = 0.0005
+
 log = logging.getLogger("mesh.shard")
 
 
@@ -51,6 +53,8 @@ async def serve(
 ) -> bool:
     """Connect, let `make` say what to be, and be it until told to end. Whether a thread is still computing."""
     async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
+        # The loop and the compute thread take turns with the interpreter; at the usual 5 ms a frame could wait for a step's dispatch.
+        sys.setswitchinterval(_SWITCH_S)
         shard = Shard(bus, await make(bus), progress=progress)
         loop = asyncio.get_running_loop()
         asked = False

@@ -410,6 +410,7 @@ class Shard:
 
     async def _keep_lease(self) -> None:
         name = self.options.name
+        self.bus.on_change(lambda connected: self._renew.set())
         while True:
             now = time.monotonic()
             expired = self.state.expire(now)
@@ -417,7 +418,8 @@ class Shard:
                 log.info("closed %d sessions of a coordinator that is gone", len(expired))
                 self._note_sessions()
             try:
-                await self._leases.put(name, self._lease(now).to_bytes())
+                if self.bus.connected:  # else it waits for the connection, and says so at once when it is back
+                    await self._leases.put(name, self._lease(now).to_bytes())
             except MeshError as error:
                 log.warning("renewing the lease: %s", error)
             try:
