@@ -134,6 +134,8 @@ class Stream:
         if "cancel" in document:
             self._cancel_subject = document["cancel"]
             return None
+        if "waiting" in document:
+            return None
         if document["index"] != self._next:  # told before
             return None
         self._next += 1

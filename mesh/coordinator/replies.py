@@ -1,6 +1,7 @@
 """What one client is told: documents of a stream or the one document, the text as it becomes whole, stop texts.
 
     stream, first    {"request", "cancel", "model", "done": false}         the name to cancel it by, and where to say so
+    stream, waiting  {"waiting": n, "done": false}                         every few seconds, n others are before it
     stream, token    {"index", "token", "text", "done": false}             and "logprob", "top" where asked for
     last, or only    {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message

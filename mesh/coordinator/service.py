@@ -196,9 +196,14 @@ class Coordinator:
             await subscription.stop()
 
     async def _beat(self) -> None:
-        """Shards free what a silent coordinator held."""
+        """Shards free what a silent coordinator held; a client that waits hears that it does, or is found to have gone."""
         while True:
             try:
+                for place, session in enumerate(self.core.admission):
+                    job = self._jobs.get(session.id)
+                    if job is not None and job.message.stream:
+                        self._say(job, orjson.dumps({"waiting": place, "done": False}))
+                await self._send()
                 await self.bus.send(subjects.coordinators(self.manifest.name), messages.Beat(coordinator=self.name, ttl_s=_BEAT_TTL_S))
             except MeshError as error:
                 log.warning("%s", error)

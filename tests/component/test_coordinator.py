@@ -1,0 +1,117 @@
+"""A coordinator on a real server with real shards: what is damaged is counted and changes nothing; what is over leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from driver import CONTEXT, shards
+
+from mesh import frames, subjects
+from mesh.bus import Bus, BusOptions
+from mesh.client import AsyncMeshClient
+from mesh.coordinator.service import Coordinator, CoordinatorOptions
+from mesh.frames import Frame, Hop, Kind
+from mesh.messages import Close
+from mesh.runtime.generate import Pipeline, even_ranges
+from mesh.runtime.sampling import SamplingParams
+
+LONG = {"tokens": [5, 17, 33], "max_tokens": 40, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[int]:
+    return Pipeline.load(model, context=CONTEXT).complete(LONG["tokens"], SamplingParams(temperature=0.0), max_tokens=40).ids
+
+
+@asynccontextmanager
+async def coordinator(url: str, model: Path, **options: object) -> AsyncIterator[Coordinator]:
+    """Running; its core is checked, and idle, at the end."""
+    async with await Bus.connect(BusOptions(urls=(url,)), name="coordinator") as bus:
+        running = Coordinator(bus, CoordinatorOptions(model, **options))  # type: ignore[arg-type]
+        task = asyncio.create_task(running.run())
+        try:
+            ready = asyncio.create_task(running.ready.wait())
+            await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+            if task.done():
+                task.result()
+            yield running
+            running.core.check()
+            assert running.core.idle
+        finally:
+            running.stop()
+            await task
+
+
+def damaged(whole: bytes, random: Random) -> list[bytes]:
+    """A flipped byte anywhere, a cut anywhere, another version, noise, nothing."""
+    at, cut = random.randrange(len(whole)), random.randrange(len(whole))
+    flipped = bytearray(whole)
+    flipped[at] ^= 1 << random.randrange(8)
+    other_version = bytearray(whole)
+    other_version[4] += 1
+    return [bytes(flipped), whole[:cut], bytes(other_version), random.randbytes(200), b""]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(server, model, run, expected, count):
+    async def disturb() -> None:
+        random = Random(0)
+        ranges = even_ranges(3, count)
+        async with shards(server.url, model, ranges), coordinator(server.url, model) as running, AsyncMeshClient(server.url) as client:
+            name = running.manifest.name
+            answers, cancels = subjects.tokens(name, running.name), subjects.cancel(name, running.name)
+            one = np.ones(1)
+            route = tuple(Hop(layers, "s") for layers in ranges)
+            stranger = Frame(
+                Kind.TOKENS, running.manifest.model_hash, running.name, route, one.astype(np.uint64), one.astype(np.uint32),
+                one.astype(np.uint32), np.ones((count, 1), np.uint32), one.astype(np.int32), step=10**9,
+            )  # fmt: skip
+            whole = frames.encode(stranger)
+            sent = 0
+            async with client.stream(model=name, **LONG) as stream:
+                tokens = []
+                async for chunk in stream:
+                    if chunk.token is not None:
+                        tokens.append(chunk.token.id)
+                        for data in damaged(whole, random):
+                            await running.bus.publish(answers, data)
+                            await running.bus.publish(cancels, data)
+                            sent += 1
+                        await running.bus.publish(answers, whole)  # well-formed, of no step of ours
+            assert tokens == expected
+            await running.bus.flush()
+            assert sum(running.rejected.values()) >= sent - 5
+            assert running.core.counters.late >= 1
+            assert running.core.counters.restarts == 0
+
+    run(disturb())
+
+
+def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, model, run, expected):
+    async def disturb() -> None:
+        async with (
+            shards(server.url, model, even_ranges(3, 2)) as running,
+            coordinator(server.url, model) as serving,
+            AsyncMeshClient(server.url) as client,
+        ):
+            async with client.stream(model=serving.manifest.name, **LONG) as stream:
+                tokens = []
+                async for chunk in stream:
+                    if chunk.token is not None:
+                        tokens.append(chunk.token.id)
+                    if chunk.index == 10 and chunk.token is not None:
+                        session = serving.core.session(stream.request)
+                        assert session is not None
+                        close = Close(coordinator=serving.name, sessions=(session.key,))
+                        await serving.bus.send(subjects.control(running[1].options.name, "close"), close)
+            assert tokens == expected
+            assert serving.core.counters.restarts >= 1
+
+    run(disturb())
