@@ -1,0 +1,61 @@
+"""Machines that join a mesh: they agree on ranges, fetch just those, and make a mesh that answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh.bus import Bus, BusOptions, ModelStore
+from mesh.errors import DoesNotFit, ModelNotFound
+from mesh.memory import predict
+from mesh.model.manifest import Manifest
+from mesh.server import NatsServer
+from mesh.shard.placing import place
+from mesh.types import LayerRange
+
+Run = Callable[[Any], Any]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def test_machines_that_join_at_once_take_different_layers(run: Run, model: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(model)
+
+    def needed(layers: LayerRange) -> int:
+        embed, head = layers.start == 0, layers.stop == 3
+        return predict(manifest, layers, embed=embed, head=head, rows=2, context=64, chunk=256).total_bytes
+
+    # room for two layers with the embedding, not for three
+    memory = needed(LayerRange(0, 2))
+    assert memory < needed(LayerRange(0, 3))
+
+    async def work(url: str) -> None:
+        async with await Bus.connect(BusOptions((url,)), name="t") as bus:
+
+            async def join(name: str, memory_bytes: int = memory) -> Any:
+                return await place(
+                    bus, name, model=None, memory_bytes=memory_bytes, rows=2, context=64, directory=tmp_path / name, progress=quiet
+                )
+
+            with pytest.raises(ModelNotFound, match="mesh push"):
+                await join("early")
+            await ModelStore(bus).push(model)
+            with pytest.raises(DoesNotFit):
+                await join("small", 1000)
+            both = await asyncio.gather(join("a"), join("b"))
+            assert sorted(options.layers for options in both) == [LayerRange(0, 2), LayerRange(2, 3)]
+            for options in both:
+                embed, head = options.layers.start == 0, options.layers.stop == 3
+                manifest.verify_files(options.directory, options.layers, checksums=True, embed=embed, head=head)
+                assert (options.directory / "embed.onnx").exists() == embed
+            third = await join("c")
+            assert third.layers in (LayerRange(0, 2), LayerRange(2, 3))
+
+    with NatsServer.start() as server:
+        run(work(server.url))
