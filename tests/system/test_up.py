@@ -103,7 +103,7 @@ def test_commands_find_the_mesh_that_is_up(up, oracle):
 
 
 def test_a_mesh_that_cannot_start_says_why(model, tmp_path):
-    up = Up(model, tmp_path, "--memory", "1MB")
+    up = Up(model, tmp_path, "--memory", "1kB")
     _, said = up.process.communicate(timeout=READY_S)
     assert up.process.returncode == 2
     assert b"need" in said and b"are allowed" in said
