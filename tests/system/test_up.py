@@ -42,8 +42,8 @@ class Up:
             if "Ctrl-C ends it" in line:
                 return
 
-    def command(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run([*MESH, *arguments], capture_output=True, text=True, env=self.environment, timeout=READY_S)
+    def command(self, *arguments: str, code: int = 0, said: str = "") -> str:
+        done = subprocess.run([*MESH, *arguments], capture_output=True, input=said, text=True, env=self.environment, timeout=READY_S)
         assert done.returncode == code, done.stderr
         return done.stdout
 
@@ -100,6 +100,8 @@ def test_commands_find_the_mesh_that_is_up(up, oracle):
     assert report["bare_hop_s"] > 0 and report["step"]["hop_s"] > 0
     assert report["first_token_s"]["p50"] <= report["first_token_s"]["p99"]
     assert up.command("generate", "--tokens", "5,1700", code=2) == ""
+    first, second, end = up.command("chat", "--max-tokens", "4", said="hi\n/new\nhi\n/quit\n").split("\n")
+    assert first == second and len(first) >= 4 and end == ""
 
 
 def test_a_mesh_that_cannot_start_says_why(model, tmp_path):
