@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy as np
 from mesh.errors import ConfigError, CorruptModel, ModelNotFound
 from mesh.model.blocks import BlockWriter
 from mesh.model.manifest import HiddenInfo, Manifest
+from mesh.model.oracle import OrtParts, open_oracle
 from mesh.model.source import ImportOptions, Progress, Source
 from mesh.model.verify import Reference, verify
 
 __all__ = ["detect", "import_model"]
 
-GREEDY_SOURCE_BYTES = 2 << 30
-"""Up to this size a source is run whole, token by token; a larger one is compared layer by layer only."""
+WHOLE_SOURCE_BYTES = 2 << 30
+"""Up to this size a source is run whole, token by token; a larger one is compared layer by layer, on random tokens."""
 
 
 def import_model(
@@ -51,8 +53,8 @@ def import_model(
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         manifest = _write(opened, staging, options, name, progress)
-        reference, whole = _reference(opened)
-        measured = verify(staging, manifest, reference=reference, greedy=whole, progress=progress)
+        reference, parts = _oracles(opened)
+        measured = verify(staging, manifest, reference=reference, parts=parts, progress=progress)
         manifest = manifest.model_copy(update={"report": measured})
         manifest.save(staging)
         if report:
@@ -138,18 +140,18 @@ def _name(text: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in text).strip("-") or "model"
 
 
-def _reference(source: Source) -> tuple[Reference | None, bool]:
-    """What answers for the source, and whether it is small enough to be asked token by token."""
+def _oracles(source: Source) -> tuple[Reference | None, OrtParts | None]:
+    """What answers for the source: the whole of it where it is small enough, and its parts one at a time."""
     if source.kind != "onnx":
-        return None, False
+        return None, None
     from mesh.model.importers.onnx import OnnxSource
-    from mesh.model.oracle import open_oracle
 
     assert isinstance(source, OnnxSource)
     size = sum(file.stat().st_size for file in source.file.parent.glob("*") if file.is_file())
-    if size > GREEDY_SOURCE_BYTES:
-        return None, False
     roles = {str(value.name): role.value for value, role in source.graph.roles.items()}
+    parts = OrtParts([partial(source.part, index) for index in range(source.layers + 2)], roles, source.file.parent)
+    if size > WHOLE_SOURCE_BYTES:
+        return None, parts
     oracle = open_oracle(source.file, roles, str(source.graph.logits.name))
 
     def logits(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -158,7 +160,7 @@ def _reference(source: Source) -> tuple[Reference | None, bool]:
         except Exception as error:  # onnxruntime's own exceptions
             raise CorruptModel(f"{source.file} does not run in onnxruntime: {str(error).splitlines()[0]}") from None
 
-    return logits, True
+    return logits, parts
 
 
 def _replace(staging: Path, out: Path) -> None:

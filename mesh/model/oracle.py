@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy.typing as npt
 
 from mesh.errors import ConfigError, CorruptModel, UnsupportedModel
 
-__all__ = ["OrtBlock", "OrtSource", "session"]
+__all__ = ["OrtBlock", "OrtParts", "OrtSource", "open_oracle", "session"]
 
 Array = npt.NDArray[Any]
 
 
-def session(model: Path | bytes) -> Any:
-    """An onnxruntime session on the CPU. Weights stay mapped files: no packed copies. UnsupportedModel if it cannot run the model."""
+def session(model: Path | bytes, *, data: Path | None = None) -> Any:
+    """An onnxruntime session on the CPU. Weights stay mapped files: no packed copies. `data` is the folder of the external data of a
+    model given as bytes. UnsupportedModel if it cannot run the model."""
     try:
         import onnxruntime as ort
     except ImportError:
@@ -25,6 +27,8 @@ def session(model: Path | bytes) -> Any:
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # activations stay float32
+    if data is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data.resolve()))
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
     try:
@@ -93,31 +97,60 @@ class OrtSource:
         return tokens
 
     def _feed(self, tokens: Array) -> dict[str, Array]:
-        length = len(tokens)
-        feed = {}
-        for item in self._inputs:
-            role = self._roles.get(item.name)
-            dtype = _ORT_TYPES.get(item.type)
-            if role is None and item.name in _SWITCHES and dtype is not None:
-                feed[item.name] = np.full([dim if isinstance(dim, int) else 1 for dim in item.shape], _SWITCHES[item.name], dtype)
-                continue
-            if role is None or dtype is None:
-                raise UnsupportedModel(f"input {item.name} of the source ({item.type}) is of no known use")
-            if role == "past":
-                shape = [dim if isinstance(dim, int) else 1 if axis == 0 else 0 for axis, dim in enumerate(item.shape)]
-                feed[item.name] = np.zeros(shape, dtype)
-                continue
-            value = {
-                "input_ids": tokens[None],
-                "attention_mask": np.ones((1, length)),
-                "position_ids": np.arange(length)[None],
-                "cache_position": np.arange(length),
-                "token_type_ids": np.zeros((1, length)),
-            }.get(role)
-            if value is None:
-                raise UnsupportedModel(f"input {item.name} of the source has the unknown role {role}")
-            feed[item.name] = value.astype(dtype)
-        return feed
+        return _feed(self._inputs, self._roles, tokens)
+
+
+class OrtParts:
+    """A source cut where its blocks are, each part run alone: for sources too large to run whole, and to name the layer that differs.
+
+    `parts` [i] makes the i-th part: a model as bytes, its hidden input (None for the first) and its output.
+    """
+
+    def __init__(self, parts: Sequence[Callable[[], tuple[bytes, str | None, str]]], roles: dict[str, str], data: Path) -> None:
+        self._parts = parts
+        self._roles = roles
+        self._data = data
+
+    def run(self, index: int, tokens: Sequence[Array], rows: Sequence[Array]) -> list[Array]:
+        """Rows of tokens [T] or hidden [T, D] through part `index`, whole sequences without a past -> [T, D] or logits [T, V]."""
+        model, start, end = self._parts[index]()
+        runner = session(model, data=self._data)
+        results = []
+        for ids, row in zip(tokens, rows, strict=True):
+            feed = _feed([item for item in runner.get_inputs() if item.name != start], self._roles, ids)
+            if start is not None:
+                feed[start] = row[None]
+            results.append(np.asarray(runner.run([end], feed)[0][0]))
+        return results
+
+
+def _feed(inputs: Sequence[Any], roles: dict[str, str], tokens: Array) -> dict[str, Array]:
+    """What a source is given for a whole sequence of one row and no past."""
+    length = len(tokens)
+    feed = {}
+    for item in inputs:
+        role = roles.get(item.name)
+        dtype = _ORT_TYPES.get(item.type)
+        if role is None and item.name in _SWITCHES and dtype is not None:
+            feed[item.name] = np.full([dim if isinstance(dim, int) else 1 for dim in item.shape], _SWITCHES[item.name], dtype)
+            continue
+        if role is None or dtype is None:
+            raise UnsupportedModel(f"input {item.name} of the source ({item.type}) is of no known use")
+        if role == "past":
+            shape = [dim if isinstance(dim, int) else 1 if axis == 0 else 0 for axis, dim in enumerate(item.shape)]
+            feed[item.name] = np.zeros(shape, dtype)
+            continue
+        value = {
+            "input_ids": tokens[None],
+            "attention_mask": np.ones((1, length)),
+            "position_ids": np.arange(length)[None],
+            "cache_position": np.arange(length),
+            "token_type_ids": np.zeros((1, length)),
+        }.get(role)
+        if value is None:
+            raise UnsupportedModel(f"input {item.name} of the source has the unknown role {role}")
+        feed[item.name] = value.astype(dtype)
+    return feed
 
 
 def open_oracle(file: Path, roles: dict[str, str], logits: str) -> OrtSource:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel, VerificationFailed
 from mesh.model.manifest import Manifest, block_name
-from mesh.model.oracle import OrtBlock
+from mesh.model.oracle import OrtBlock, OrtParts
 from mesh.runtime.loading import load_block
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.types import LayerRange
@@ -58,16 +58,16 @@ def verify(
     manifest: Manifest,
     *,
     reference: Reference | None,
-    greedy: bool,
+    parts: OrtParts | None = None,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Verify a model directory; returns what was measured, for the manifest's report.
 
-    `reference` is the source itself, or None where no oracle runs it (weights); `greedy`: let it choose the continuations.
-    VerificationFailed names the first layer that differs and by how much.
+    `reference` is the source itself, whose greedy tokens continue the prompts; None where it is too large, or nothing runs it
+    (weights). `parts` are its parts, compared where it is too large. VerificationFailed names the first layer that differs and by how much.
     """
-    sequences = _sequences(manifest, reference if greedy else None, seed)
+    sequences = _sequences(manifest, reference, seed)
     tolerance = TOLERANCE[manifest.hidden.dtype]
     oracle_runs = True
     ours: list[Array] = [np.asarray(tokens, np.int64) for tokens in sequences.tokens]  # tokens, then hidden [T, D]
@@ -105,8 +105,17 @@ def verify(
         "oracle": "onnxruntime" if oracle_runs else None,
         "oracle_error": worst if oracle_runs else None,
     }
-    if reference is not None:
-        report |= _against_source(manifest, sequences, logits, reference, max(tolerance, STORED_TOLERANCE[manifest.weights.bits]))
+    allowed = max(tolerance, STORED_TOLERANCE[manifest.weights.bits])
+    if reference is not None or parts is not None:
+        expected = [reference(tokens) for tokens in sequences.tokens[:-1]] if reference is not None else _source(parts, manifest, sequences)
+        try:
+            report |= _against_source(manifest, sequences, logits, [*expected, expected[0]], allowed)
+        except VerificationFailed as error:
+            if parts is None:
+                raise
+            layer, at = _first_layer_of_source(directory, manifest, sequences, parts, allowed)
+            where = "the embedding or the head" if layer is None else f"layer {layer}"
+            raise _failed(f"{where} is the first that differs from the source's", layer, at or error.error or 0.0, allowed) from None
     progress("verified", len(groups) + 1, len(groups) + 1)
     return report
 
@@ -222,11 +231,34 @@ def _head(directory: Path, hidden: Array) -> Iterator[Array]:
         yield np.asarray(run(block.weights, padded))[0, : len(piece)]
 
 
+def _source(parts: OrtParts | None, manifest: Manifest, sequences: Sequences) -> list[Array]:
+    """The source's logits, part by part; never more than one part in memory."""
+    assert parts is not None
+    tokens = _distinct(sequences.tokens)
+    rows = tokens
+    for index in range(manifest.layers + 2):
+        rows = parts.run(index, tokens, rows)
+    return [row.astype(np.float32) for row in rows]
+
+
+def _first_layer_of_source(
+    directory: Path, manifest: Manifest, sequences: Sequences, parts: OrtParts, tolerance: float
+) -> tuple[int | None, float | None]:
+    """Which layer differs first from the source's own nodes, each given what the source's embedding and layers before it make."""
+    tokens = _distinct(sequences.tokens)
+    rows = parts.run(0, tokens, tokens)
+    for layer in range(manifest.layers):
+        ours = [_oracle_block(directory, manifest, block_name(layer), row) for row in rows]
+        rows = parts.run(layer + 1, tokens, rows)
+        error = _error(ours, rows)
+        if not error <= tolerance:
+            return layer, error
+    return None, None
+
+
 def _against_source(
-    manifest: Manifest, sequences: Sequences, logits: list[Array], reference: Reference, tolerance: float
+    manifest: Manifest, sequences: Sequences, logits: list[Array], expected: list[Array], tolerance: float
 ) -> dict[str, Any]:
-    expected = [reference(tokens) for tokens in sequences.tokens[:-1]]
-    expected.append(expected[0])
     error = _error(logits, expected)
     same = total = 0
     for got, want, prompt in zip(logits, expected, sequences.prompts, strict=True):

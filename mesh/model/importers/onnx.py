@@ -151,6 +151,36 @@ class OnnxSource:
                 builder.output(f"present_{which}", shape)
         return builder
 
+    def part(self, index: int) -> tuple[bytes, str | None, str]:
+        """The source's own nodes of one block (0 is embed, the last is the head), as a model of its own whose weights stay where they
+        are, with the names of its hidden input (None for embed) and of its output."""
+        cuts = self._cut.values
+        start = cuts[index - 1] if index else None
+        end = cuts[index] if index < len(cuts) else self.graph.logits
+        inputs, stack, seen = ([start] if start is not None else []), [end], {start}
+        while stack:
+            value = stack.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value in self.graph.roles:
+                inputs.append(value)
+            elif (node := value.producer()) is not None:
+                stack.extend(v for v in node.inputs if v is not None)
+        graph = ir.convenience.extract(self.graph.model.graph, inputs, [end])
+        for number, node in enumerate(graph):
+            node.name = f"part{index}_{number}"  # rewritten nodes may share a name, which onnxruntime refuses
+            if node.op_type == "Attention" and node.domain == "":
+                for past in range(4, min(6, len(node.inputs))):  # empty here, and onnxruntime wants the present with it
+                    node.replace_input_with(past, None)
+        for value in graph.outputs:
+            value.dtype = value.dtype or ir.DataType.FLOAT
+        for value in graph.inputs:
+            if start is not None and value.name == start.name:
+                value.dtype, value.shape = value.dtype or ir.DataType.FLOAT, ir.Shape(["batch", "chunk", self.hidden_size])
+        model = ir.Model(graph, ir_version=max(self.graph.model.ir_version, 10))
+        return ir.to_proto(model).SerializeToString(), None if start is None else start.name, str(end.name)
+
     def write_tokenizer(self, directory: Path) -> tuple[TokenizerInfo | None, tuple[FileInfo, ...]]:
         """From the Hugging Face files beside the .onnx file."""
         from mesh.model.importers.tokenizer import write_huggingface_tokenizer
