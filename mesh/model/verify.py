@@ -25,6 +25,7 @@ from mesh.errors import UnsupportedModel, VerificationFailed
 from mesh.model.manifest import Manifest, block_name
 from mesh.model.oracle import OrtBlock, OrtParts
 from mesh.runtime.loading import load_block
+from mesh.runtime.programs import Compiled
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.types import LayerRange
 
@@ -38,7 +39,7 @@ Reference = Callable[[Array], Array]
 GREEDY_STEPS = 32
 PROMPT_LENGTHS = (24, 13, 9)
 CHUNK = 16
-GROUP_BYTES = 1 << 30
+GROUP_BYTES = 128 << 20  # a layer is one group where it is larger
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 # What storing weights in fewer bits may change at most, as a share of the logits; over it the weights are damaged, not rounded.
@@ -74,6 +75,7 @@ def verify(
     theirs: list[Array] = list(ours)
     worst = 0.0
     groups = list(_groups(manifest))
+    compiled: Compiled = {}
     for index, group in enumerate(groups):
         progress(f"verify {group}", index, len(groups) + 1)
         if oracle_runs:
@@ -83,7 +85,7 @@ def verify(
                 if manifest.hidden.dtype == "float32":
                     raise
                 oracle_runs = False  # stock onnxruntime has no kernels of this type on the CPU
-        ours = _runtime_group(directory, manifest, group, ours, sequences)
+        ours = _runtime_group(directory, manifest, group, ours, sequences, compiled=compiled)
         if oracle_runs:
             error = _error(ours, theirs)
             worst = max(worst, error)
@@ -124,8 +126,9 @@ def runtime_logits(directory: Path, manifest: Manifest, tokens: Array) -> Iterat
     """Our logits for each position of one sequence, in slices [up to 64, V] float32."""
     hidden: list[Array] = [np.asarray(tokens, np.int64)]
     sequences = Sequences([hidden[0]], [len(tokens)])
+    compiled: Compiled = {}
     for group in _groups(manifest):
-        hidden = _runtime_group(directory, manifest, group, hidden, sequences, chunk=128)
+        hidden = _runtime_group(directory, manifest, group, hidden, sequences, compiled=compiled, chunk=128)
     yield from _head(directory, hidden[0])
 
 
@@ -184,12 +187,19 @@ def _oracle_block(directory: Path, manifest: Manifest, name: str, row: Array) ->
 
 
 def _runtime_group(
-    directory: Path, manifest: Manifest, group: LayerRange, rows: list[Array], sequences: Sequences, *, chunk: int = 32
+    directory: Path,
+    manifest: Manifest,
+    group: LayerRange,
+    rows: list[Array],
+    sequences: Sequences,
+    *,
+    compiled: Compiled | None = None,
+    chunk: int = 32,
 ) -> list[Array]:
     """The rows through the layers as a stage runs them. Input tokens [T] or hidden [T, D]; hidden [T, D] of each."""
     longest = max(len(row) for row in rows)
     config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
-    stage = Stage.load(directory, config)
+    stage = Stage.load(directory, config, compiled=compiled)
     tokens = sequences.tokens
     out: list[list[Array]] = [[] for _ in rows]
     for index, row in enumerate(rows):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import onnx
 
 from mesh.errors import CorruptModel
@@ -20,6 +21,9 @@ from mesh.runtime.canonical import canonical
 from mesh.types import LayerRange
 
 __all__ = ["Block", "block_names", "load_block"]
+
+
+_GONE = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,9 @@ def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Fo
         packed = lowered.packed.get(key)
         weight = pack(array) if packed is None else pack_nibbles(array, packed)
         weights[key] = weight if forms is None else weight.with_forms(forms(weight))
-    return Block(name, signature, lowered, weights)
+    # The graph needs the weights' names alone from here on: let go of the mapped file.
+    bare = Lowered(lowered.graph, dict.fromkeys(lowered.weights, _GONE), lowered.packed, lowered.static_inputs)
+    return Block(name, signature, bare, weights)
 
 
 def _matmul_weights(lowered: Lowered) -> set[str]:

