@@ -99,10 +99,6 @@ class Frame:
     def rows(self) -> int:
         return len(self.sessions)
 
-    @property
-    def last_hop(self) -> bool:
-        return self.hop == len(self.route) - 1
-
     def subject(self, model: str) -> str:
         """Where the frame goes now: its hop's shard, or for an answer the coordinator."""
         if self.kind in (Kind.PREFILL, Kind.DECODE):

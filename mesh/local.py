@@ -92,14 +92,6 @@ class LocalMesh:
         return len(self.ranges) * self.options.replicas
 
     @property
-    def pids(self) -> dict[str, int]:
-        """Of every child process, by name."""
-        found = {child.name: child.process.pid for child in self._children}
-        if self._server is not None:
-            found["nats-server"] = self._server.pid
-        return found
-
-    @property
     def processes(self) -> dict[str, subprocess.Popen[bytes]]:
         return {child.name: child.process for child in self._children}
 

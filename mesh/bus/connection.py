@@ -90,11 +90,6 @@ class Subscription:
     def __init__(self, inner: nats.aio.subscription.Subscription) -> None:
         self._inner = inner
 
-    @property
-    def pending(self) -> int:
-        """Messages that arrived and are not yet handled."""
-        return self._inner.pending_msgs
-
     async def stop(self) -> None:
         try:
             await self._inner.drain()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -46,7 +46,7 @@ class Group:
     blocks: tuple[Block, ...]
     first: int  # index of its first layer within the stage
 
-    @property
+    @cached_property
     def signature(self) -> tuple[str, ...]:
         return tuple(block.signature for block in self.blocks)
 
