@@ -46,6 +46,7 @@ __all__ = [
     "ShardStats",
     "StatsRequest",
     "Topic",
+    "TraceRequest",
 ]
 
 M = TypeVar("M", bound="Message")
@@ -142,6 +143,12 @@ class Generate(Message):
 
 class Cancel(Message):
     """`request` is what the coordinator named the generation in its first message."""
+
+    request: Token
+
+
+class TraceRequest(Message):
+    """Ask a coordinator where the time of a generation went, by its name: one that runs, or one of the last that ended."""
 
     request: Token
 
@@ -388,6 +395,7 @@ class Topic:
 TOPICS: tuple[Topic, ...] = (
     Topic("mesh.v1.MODEL.generate", Generate, "json", subjects.COORDINATORS_QUEUE),
     Topic("mesh.v1.MODEL.cancel.COORDINATOR", Cancel, None),
+    Topic("mesh.v1.MODEL.trace.COORDINATOR", TraceRequest, "json"),
     Topic("mesh.v1.MODEL.layers.A-B", Open, Opened, subjects.REPLICAS_QUEUE),
     Topic("mesh.v1.MODEL.layers.A-B.SHARD", "frame", None),
     Topic("mesh.v1.MODEL.tokens.COORDINATOR", "frame", None),

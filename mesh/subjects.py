@@ -2,6 +2,7 @@
 
     mesh.v1.MODEL.generate                  a generation request                        queue group `coordinators`
     mesh.v1.MODEL.cancel.COORDINATOR        take a generation back                      that coordinator
+    mesh.v1.MODEL.trace.COORDINATOR         where the time of a generation went         that coordinator
     mesh.v1.MODEL.layers.A-B                open a session on layers [A, B)             queue group `replicas`
     mesh.v1.MODEL.layers.A-B.SHARD          frames for that shard
     mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, gaps
@@ -44,6 +45,7 @@ __all__ = [
     "layers",
     "token",
     "tokens",
+    "trace",
 ]
 
 VERSION: Final = "v1"
@@ -89,6 +91,10 @@ def generate(model: str) -> str:
 
 def cancel(model: str, coordinator: str) -> str:
     return f"mesh.{VERSION}.{token(model)}.cancel.{check_token(coordinator, 'coordinator')}"
+
+
+def trace(model: str, coordinator: str) -> str:
+    return f"mesh.{VERSION}.{token(model)}.trace.{check_token(coordinator, 'coordinator')}"
 
 
 def layers(model: str, held: LayerRange) -> str:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import orjson
 
 from mesh import messages, subjects
-from mesh.bus import Bucket, Bus, BusOptions, Received
+from mesh.bus import Bucket, Bus, BusOptions, Received, Subscription
 from mesh.client.results import Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
-from mesh.errors import BadRequest, MeshError, MessageRejected, Unavailable
+from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
 
 __all__ = ["AsyncMeshClient"]
 
 COORDINATOR_SERVICE = "mesh-coordinator"
+SHARD_SERVICE = "mesh-shard"
 _LEASE_TTL_S = 5.0
 _GATHER_S = 1.0
 _QUIET_S = 0.15
+_TRACE_S = 2.0
 
 
 class AsyncMeshClient:
@@ -149,6 +151,46 @@ class AsyncMeshClient:
         if serving is None:
             return Health(False, "some layer range has no shard that is ready", coordinators[0].model)
         return Health(True, "", serving.model)
+
+    async def shard_stats(self) -> list[messages.ShardStats]:
+        """Counts of every shard that answers."""
+        found = []
+        for answer in await self._gather(f"$SRV.STATS.{SHARD_SERVICE}"):
+            try:
+                found.append(messages.ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
+            except (MessageRejected, LookupError, TypeError):
+                continue  # another version's
+        return found
+
+    async def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
+        """Where the time of a generation went, running or among the last that ended (docs/client.md has the keys); None where no
+        coordinator remembers it."""
+        name = model or self._model
+        question = messages.TraceRequest(request=request).to_bytes()
+        for coordinator in await self._coordinators():
+            if name not in (None, coordinator.model):
+                continue
+            try:
+                answer = await self._connected.ask(subjects.trace(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
+            except (Unavailable, DeadlineExceeded):
+                continue  # it has gone since
+            trace: dict[str, Any] | None = orjson.loads(answer.data)["trace"]
+            if trace is not None:
+                return trace
+        return None
+
+    async def watch_events(self, call: Callable[[messages.Event], None]) -> Subscription:
+        """`call` with everything the mesh says has happened, from now until the subscription is stopped."""
+
+        async def on_message(received: Received) -> None:
+            call(messages.Event.parse(received.data))
+
+        return await self._connected.subscribe(subjects.ANY_EVENT, on_message)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the NATS server is there now; it is looked for again for ever where it is not."""
+        return self._bus is not None and self._bus.connected
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from mesh.client.aio import AsyncMeshClient
 from mesh.client.results import Chunk, Completion, Health, MeshStatus
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
+from mesh.messages import ShardStats
 
 __all__ = ["MeshClient", "SyncStream"]
 
@@ -129,6 +130,12 @@ class MeshClient:
 
     def health(self, model: str | None = None) -> Health:
         return self._run(self._client.health(model))
+
+    def shard_stats(self) -> list[ShardStats]:
+        return self._run(self._client.shard_stats())
+
+    def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
+        return self._run(self._client.trace(request, model=model))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """`work` in the client's thread. An interruption (Ctrl-C) cancels it there too."""

@@ -15,6 +15,7 @@ has made no progress for `failover_timeout_s`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, Literal
@@ -160,6 +161,11 @@ class Core:
     @property
     def idle(self) -> bool:
         return not self._by_id and not self._by_key
+
+    @property
+    def sessions(self) -> Iterable[Session]:
+        """Those that have not ended, the oldest first."""
+        return self._by_id.values()
 
     def session(self, id: str) -> Session | None:
         """A session that has not ended."""

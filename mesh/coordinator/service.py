@@ -52,9 +52,10 @@ from mesh.coordinator.events import (
 from mesh.coordinator.replies import HopMeter, Job
 from mesh.coordinator.requests import prepare
 from mesh.coordinator.routing import Strategy
+from mesh.coordinator.trace import Traces
 from mesh.coordinator.translate import epoch_of, event_of, frame_of, replica_of
 from mesh.errors import BadRequest, Busy, FrameRejected, MeshError, Unavailable
-from mesh.frames import Flags, Kind
+from mesh.frames import Flags
 from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -110,6 +111,7 @@ class Coordinator:
         self.core = Core(config, Random(secrets.randbits(64)))
         self.ready = asyncio.Event()
         self.hops = HopMeter()
+        self.traces = Traces()
         self.rejected: Counter[str] = Counter()
         self._jobs: dict[str, Job] = {}
         self._answers: OrderedDict[str, tuple[messages.Generate, bytes]] = OrderedDict()
@@ -134,6 +136,7 @@ class Coordinator:
             self._subscriptions = [
                 await self.bus.subscribe(subjects.tokens(model, self.name), self._on_answer),
                 await self.bus.subscribe(subjects.cancel(model, self.name), self._on_cancel),
+                await self.bus.subscribe(subjects.trace(model, self.name), self._on_trace),
                 await self.bus.subscribe(f"{self._probe}.*", self._on_probe),
             ]
             await self._leases.start()
@@ -175,6 +178,7 @@ class Coordinator:
             "serving": self.core.replicas.longest() is not None,
             "rejected_frames": dict(self.rejected),
             "hops": self.hops.as_dict(),
+            **self.traces.summary(self.core.sessions, time.monotonic()),
             **self.core.counters.as_dict(),
         }
 
@@ -267,6 +271,20 @@ class Coordinator:
     async def _on_cancel(self, received: Received) -> None:
         await self._handle(Cancel(messages.Cancel.parse(received.data).request))
 
+    async def _on_trace(self, received: Received) -> None:
+        """Whoever asks for a trace that is not here is not answered with an error: another coordinator may have it."""
+        if not received.reply:
+            return
+        try:
+            id = messages.TraceRequest.parse(received.data).request
+        except MeshError as error:
+            await self.bus.respond_error(received, error)
+            return
+        trace = self.traces.document(id, self.core.session(id), time.monotonic())
+        if trace is not None:
+            trace |= {"coordinator": self.name, "model": self.manifest.name}
+        await self.bus.publish(received.reply, orjson.dumps({"trace": trace}))
+
     async def _on_probe(self, received: Received) -> None:
         if received.headers.get("Status") == "503":
             await self._handle(Cancel(received.subject.rpartition(".")[2]))
@@ -308,6 +326,8 @@ class Coordinator:
                 self._outbox.append(_Mail(subjects.control(shard, "close"), close.to_bytes()))
             case Admitted(id):
                 admitted = self._jobs[id]
+                request = admitted.request
+                self.traces.begin(id, len(request.prompt), request.max_tokens, now=admitted.began, unix_s=time.time())
                 if admitted.message.stream:
                     self._accept(admitted)
             case Emit(id, _, token):
@@ -326,6 +346,7 @@ class Coordinator:
         return None
 
     def _ended(self, ended: Ended) -> None:
+        self.traces.end(ended)
         job = self._jobs.pop(ended.session, None)
         if job is None:
             return
@@ -413,25 +434,27 @@ class Coordinator:
     async def _send_frame(self, out: FrameOut) -> None:
         frame = frame_of(out, model_hash=self.manifest.model_hash, coordinator=self.name, flags=self.options.flags)
         data = frames.encode(frame)
-        if out.kind == "decode":
-            self._sent_at[out.frame] = time.perf_counter()
-            while len(self._sent_at) > 4096:  # of frames that never came back
-                del self._sent_at[next(iter(self._sent_at))]
+        self._sent_at[out.frame] = time.perf_counter()
+        while len(self._sent_at) > 4096:  # of frames that never came back
+            del self._sent_at[next(iter(self._sent_at))]
         await self.bus.publish(frame.subject(self.manifest.name), data)
 
     def _measure(self, frame: frames.Frame) -> None:
-        """Where the time of a decode step went."""
+        """Where the time of a step went."""
         sent_at = self._sent_at.pop(frame.step, None)
-        if sent_at is None or frame.kind is not Kind.TOKENS:
+        flight = self.core.scheduler.flights.get(frame.step)
+        if sent_at is None or flight is None:
             return
         wall_s = time.perf_counter() - sent_at
+        self.traces.step(flight.out, flight.sessions, at=sent_at, wall_s=wall_s, timings=frame.timings)
+        if not flight.decode:
+            return
         compute_s, queue_s, codec_s = (
             sum(us) / 1e6 for us in zip(*((t.compute_us, t.queue_us, t.codec_us) for t in frame.timings), strict=True)
         )
         hops = len(frame.route) + 1
         self.hops.add(wall_s, compute_s, queue_s, codec_s, hops)
-        flight = self.core.scheduler.flights.get(frame.step)
-        for session in flight.sessions if flight is not None else ():
+        for session in flight.sessions:
             job = self._jobs.get(session.id)
             if job is not None:
                 job.hops.add(wall_s, compute_s, queue_s, codec_s, hops)

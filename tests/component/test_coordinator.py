@@ -115,3 +115,34 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
             assert serving.core.counters.restarts >= 1
 
     run(disturb())
+
+
+def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwards(server, model, run):
+    async def ask() -> None:
+        async with (
+            shards(server.url, model, even_ranges(3, 3)) as running,
+            coordinator(server.url, model) as serving,
+            AsyncMeshClient(server.url) as client,
+        ):
+            async with client.stream(model=serving.manifest.name, **LONG) as stream:
+                async for chunk in stream:
+                    if chunk.index == 0 and chunk.token is not None:
+                        shown = serving.stats()
+                        during = await client.trace(stream.request)
+            names = [shard.options.name for shard in running]
+            line = next(line for line in shown["sessions"] + shown["recent"] if line["request"] == stream.request)
+            assert line["route"] == names and line["tokens"] >= 1
+            assert during is not None and during["state"] in ("decoding", "length")
+            trace = await client.trace(stream.request)
+            assert trace is not None and trace["coordinator"] == serving.name and trace["state"] == "length" and trace["tokens"] == 40
+            (leg,) = trace["legs"]
+            assert [stage["shard"] for stage in leg["stages"]] == names
+            assert leg["prefill"]["steps"] == 1 and leg["decode"]["steps"] == 39
+            for kind in ("prefill", "decode"):
+                inside = sum(sum(stage.values()) for stage in leg[kind]["stages"])
+                assert inside > 0 and inside + leg[kind]["hops_s"] == pytest.approx(leg[kind]["wall_s"])
+            assert {len(step["stages"]) for step in trace["steps"]} == {3}
+            assert {stats.shard for stats in await client.shard_stats()} >= set(names)
+            assert await client.trace("unknown") is None
+
+    run(ask())

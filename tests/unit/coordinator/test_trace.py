@@ -1,0 +1,90 @@
+"""The traces a coordinator keeps: right sums, the last steps, and never more than the bounds."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+
+from mesh.coordinator import trace as module
+from mesh.coordinator.events import Ended, FrameOut, FrameRow
+from mesh.coordinator.routing import Hop, Route
+from mesh.coordinator.session import Request, Session
+from mesh.coordinator.trace import Traces
+from mesh.frames import Timing
+from mesh.types import LayerRange
+
+ROUTE: Route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "b"))
+OTHER: Route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "c"))
+TIMINGS = (Timing(1000, 2000, 500), Timing(0, 4000, 500))  # 8 ms in the stages
+
+
+def session(id: str = "s") -> Session:
+    return Session(Request(id, (1, 2, 3), 1000, None), 1, submitted_at=0.0)
+
+
+def frame(kind: str, route: Route = ROUTE) -> FrameOut:
+    tokens = (1, 2, 3) if kind == "prefill" else (4,)
+    return FrameOut(1, kind, route, (FrameRow(1, (0, 0), 0, tokens),))  # type: ignore[arg-type]
+
+
+def ended(id: str) -> Ended:
+    return Ended(id, "length", 7, 0.1, 0.2, 1.5, 0)
+
+
+def test_sums_of_stages_and_hops_make_up_the_steps() -> None:
+    traces, one = Traces(), session()
+    traces.begin("s", 3, 1000, now=10.0, unix_s=100.0)
+    traces.step(frame("prefill"), [one], at=10.5, wall_s=0.02, timings=TIMINGS)
+    for index in range(3):
+        traces.step(frame("decode"), [one], at=11.0 + index, wall_s=0.010, timings=TIMINGS)
+    document = traces.document("s", one, now=2.0)
+    assert document is not None
+    (leg,) = document["legs"]
+    assert [stage["shard"] for stage in leg["stages"]] == ["a", "b"]
+    assert leg["prefill"]["steps"] == 1 and leg["decode"]["steps"] == 3
+    assert leg["decode"]["wall_s"] == pytest.approx(0.030)
+    assert leg["decode"]["stages"][0] == pytest.approx({"queue_s": 0.003, "compute_s": 0.006, "codec_s": 0.0015})
+    assert leg["decode"]["hops_s"] == pytest.approx(0.030 - 3 * 0.008)
+    assert [(step["phase"], step["at_s"]) for step in document["steps"]] == [
+        ("prefill", 0.5), ("decode", 1.0), ("decode", 2.0), ("decode", 3.0),
+    ]  # fmt: skip
+    assert document["state"] == "queued" and document["total_s"] == 2.0
+    orjson.dumps(document)
+
+
+def test_another_route_is_another_leg() -> None:
+    traces, one = Traces(), session()
+    traces.begin("s", 3, 1000, now=0.0, unix_s=0.0)
+    traces.step(frame("decode"), [one], at=1.0, wall_s=0.01, timings=TIMINGS)
+    traces.step(frame("prefill", OTHER), [one], at=2.0, wall_s=0.01, timings=TIMINGS)
+    traces.end(ended("s"))
+    document = traces.document("s", None, now=3.0)
+    assert document is not None and document["state"] == "length" and document["tokens"] == 7
+    assert [[stage["shard"] for stage in leg["stages"]] for leg in document["legs"]] == [["a", "b"], ["a", "c"]]
+    assert [step["leg"] for step in document["steps"]] == [0, 1]
+
+
+def test_nothing_grows_without_end() -> None:
+    traces = Traces()
+    for number in range(module.KEPT_REQUESTS + 20):
+        one = session(f"s{number}")
+        traces.begin(one.id, 3, 1000, now=0.0, unix_s=0.0)
+        for step in range(200):
+            route = ROUTE if step % 3 else OTHER
+            traces.step(frame("decode" if step % 2 else "prefill", route), [one], at=float(step), wall_s=0.01, timings=TIMINGS)
+        document = traces.document(one.id, one, now=1.0)
+        assert document is not None and len(document["legs"]) == module.KEPT_LEGS
+        assert all(0 <= step["leg"] < module.KEPT_LEGS for step in document["steps"])
+        traces.end(ended(one.id))
+    traces.check()
+    summary = traces.summary([], now=1.0)
+    assert summary["sessions"] == [] and len(summary["recent"]) == module.SHOWN_SESSIONS
+    assert summary["recent"][0]["request"] == f"s{module.KEPT_REQUESTS + 19}"
+    assert traces.document("s0", None, now=1.0) is None
+
+
+def test_steps_of_a_session_that_is_not_traced_change_nothing() -> None:
+    traces = Traces()
+    traces.step(frame("decode"), [session()], at=1.0, wall_s=0.01, timings=TIMINGS)
+    traces.end(ended("s"))
+    assert traces.summary([session()], now=1.0) == {"sessions": [], "recent": []}
