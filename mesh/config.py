@@ -12,15 +12,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from mesh.configfile import ConfigFile, Section, load_config
 from mesh.errors import ConfigError
 from mesh.units import GB, MB, parse_seconds
 
 __all__ = [
+    "ConnectionConfig",
     "CoordinatorConfig",
     "DistributedConfig",
     "LoadBalancing",
@@ -63,9 +65,42 @@ Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class NatsSection(Section):
-    """Where the NATS servers are; any one of them is enough to join."""
+    """Where the NATS servers are, any one of them being enough to join, and who connects: by one way, or none.
+
+    A password or token is given by its own file, by the environment (MESH_NATS_PASSWORD), or as `${NAME}`; no message shows it.
+    """
 
     urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = ("nats://127.0.0.1:4222",)
+    credentials_file: str | None = None  # .creds: a user's JWT and seed
+    nkey_seed_file: str | None = None  # the seed alone
+    user: str | None = None
+    password: SecretStr | None = None
+    password_file: str | None = None
+    token: SecretStr | None = None
+    token_file: str | None = None
+    inbox_prefix: str = "_INBOX"  # answers come back below it; one of its own for each user keeps them apart
+    tls_ca_file: str | None = None  # who signed the server's certificate; None: the system's authorities
+    tls_cert_file: str | None = None  # shown to the server, with its key
+    tls_key_file: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> NatsSection:
+        ways = [name for name in ("credentials_file", "nkey_seed_file", "user", "token", "token_file") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)} each say who connects: keep one")
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("password and password_file say the same: keep one")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file belong together: give both or neither")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", self.inbox_prefix):
+            raise ValueError(f"inbox_prefix {self.inbox_prefix!r} is no subject: give letters, digits, - and _ between dots")
+        return self
+
+
+class ConnectionConfig(ConfigFile):
+    """What the environment alone says of the connection, for commands that read no file."""
+
+    nats: NatsSection = NatsSection()
 
 
 class PerformanceSection(Section):
@@ -177,9 +212,23 @@ class LoggingSection(Section):
     file: str | None = None  # None: standard error
 
 
+class ServedModelSection(Section):
+    """Which model a coordinator serves: that of the directory `path`, else the pushed one of that `name`, else the only one pushed.
+
+    The other keys must be true of it where they are given: a coordinator of another model than meant does not start.
+    """
+
+    name: str | None = Field(default=None, min_length=1)
+    path: str | None = Field(default=None, min_length=1)  # a model directory; only its manifest and tokenizer are read
+    format: Literal["onnx", "safetensors", "gguf"] | None = None
+    total_layers: Count | None = None
+    vocab_size: Count | None = None
+
+
 class CoordinatorConfig(ConfigFile):
     coordinator: CoordinatorSection = CoordinatorSection()
     nats: NatsSection = NatsSection()
+    model: ServedModelSection = ServedModelSection()
     distributed: DistributedSection
     memory: PoolSection = PoolSection()
     logging: LoggingSection = LoggingSection()

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mesh.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "ConfigFile", "Section", "load_config"]
+__all__ = ["ENV_PREFIX", "ConfigFile", "Section", "load_config", "load_environment"]
 
 ENV_PREFIX = "MESH_"
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
@@ -68,10 +68,19 @@ def load_config(path: str | Path, model: type[File]) -> File:
     for key in data:
         if key not in model.model_fields:
             raise ConfigError(f"{path}: {_unknown(model, model, key)}")
+    return _made(model, data, str(path))
+
+
+def load_environment(model: type[File]) -> File:
+    """`model` of MESH_ variables alone, for one whose keys all have defaults; ConfigError otherwise."""
+    return _made(model, {}, "environment")
+
+
+def _made(model: type[File], data: dict[str, Any], where: str) -> File:
     try:
         return model(**data)
     except ValidationError as error:
-        raise ConfigError(_describe(error, path, model)) from None
+        raise ConfigError(_describe(error, where, model)) from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -154,7 +163,7 @@ def _section(field: FieldInfo) -> type[Section] | None:
 def _read_variable(name: str, field: FieldInfo) -> Any:
     """A text key takes the variable as it is; any other reads it as YAML would (8 is a number, true a truth value)."""
     raw = os.environ[name]
-    if field.annotation is str or str in get_args(field.annotation):
+    if {str, SecretStr} & {field.annotation, *get_args(field.annotation)}:
         return raw
     try:
         return yaml.safe_load(raw)
@@ -201,7 +210,7 @@ def _resolve(value: Any, where: str) -> Any:
     return _REFERENCE.sub(variable, value)
 
 
-def _describe(error: ValidationError, path: Path, model: type[ConfigFile]) -> str:
+def _describe(error: ValidationError, path: str, model: type[ConfigFile]) -> str:
     """The first error, unknown keys first: a key that is spelt wrongly is often also missing."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
@@ -216,11 +225,18 @@ def _describe(error: ValidationError, path: Path, model: type[ConfigFile]) -> st
         if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
             message = "should be a section with keys under it"
         source = _variable_of(model, keys)
-        shown = f"{where} = {first['input']!r}" if isinstance(first["input"], (str, int, float, bool, type(None))) else where
+        shows = isinstance(first["input"], (str, int, float, bool, type(None))) and not _secret(model, keys)
+        shown = f"{where} = {first['input']!r}" if shows else where
         said = message if first["type"] == "value_error" and not keys else f"{shown}: {message}"
         said += f" (from the environment variable {source})" if source else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{path}: {said}{more}"
+
+
+def _secret(model: type[ConfigFile], keys: list[str]) -> bool:
+    """Whether that key's value is never shown."""
+    field = _model_at(model, keys[:-1]).model_fields.get(keys[-1]) if keys else None
+    return field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def _variable_of(model: type[ConfigFile], keys: list[str]) -> str | None:

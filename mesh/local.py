@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +24,8 @@ import yaml
 
 from mesh.bus import Bucket, Bus, BusOptions, LeaseTable
 from mesh.client import AsyncMeshClient
+from mesh.config import NatsSection
+from mesh.configfile import ENV_PREFIX
 from mesh.errors import BadRequest, DeadlineExceeded, ServiceError
 from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
@@ -63,6 +65,7 @@ class LocalOptions:
     compression: bool = False
     logs: Path | None = None
     coordinator_arguments: tuple[str, ...] = ()
+    bus: BusOptions | None = None  # who connects to `nats`
 
 
 @dataclass
@@ -86,6 +89,11 @@ class LocalMesh:
         self._server: NatsServer | None = None
         self._children: list[_Child] = []
         self._folder: Path | None = None
+
+    @property
+    def bus(self) -> BusOptions:
+        """How to connect to it."""
+        return replace(self.options.bus or BusOptions(), urls=tuple(self.url.split(",")))
 
     @property
     def shard_count(self) -> int:
@@ -163,7 +171,14 @@ class LocalMesh:
         log = logs / f"{name}.log"
         command = dying_with_parent([sys.executable, "-m", "mesh.cli", *arguments])
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=self._environment(),
+            )
         self._children.append(_Child(name, process, log))
 
     def _write(self, name: str, content: object) -> Path:
@@ -171,6 +186,27 @@ class LocalMesh:
         path = self._folder / name
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
+
+    def _nats_section(self) -> object:
+        """For a child's file; secrets do not stand in it, see _environment."""
+        bus = self.bus
+        files = {
+            "credentials_file": bus.credentials,
+            "nkey_seed_file": bus.nkey_seed,
+            "tls_ca_file": bus.tls_ca,
+            "tls_cert_file": bus.tls_cert,
+            "tls_key_file": bus.tls_key,
+        }
+        section = {"urls": list(bus.urls), "user": bus.user, "inbox_prefix": bus.inbox_prefix}
+        section |= {key: str(Path(file).absolute()) for key, file in files.items() if file is not None}
+        return {key: value for key, value in section.items() if value is not None}
+
+    def _environment(self) -> dict[str, str]:
+        """Of the children: this one's, but how to connect is in their files, and secrets are in these variables."""
+        named = {f"{ENV_PREFIX}{before}{key.upper()}" for key in NatsSection.model_fields for before in ("", "NATS_", "NATS__")}
+        secrets = {"MESH_NATS_PASSWORD": self.bus.password, "MESH_NATS_TOKEN": self.bus.token}
+        kept = {name: value for name, value in os.environ.items() if name not in named}
+        return kept | {name: value for name, value in secrets.items() if value is not None}
 
     def _shard_config(self, number: int, layers: LayerRange) -> object:
         options = self.options
@@ -180,7 +216,7 @@ class LocalMesh:
             performance["max_sequence_length"] = options.context
         return {
             "shard": {"shard_id": number},
-            "nats": {"urls": self.url.split(",")},
+            "nats": self._nats_section(),
             "model": {"shard_path": str(options.model.absolute()), "layers_start": layers.start, "layers_end": layers.stop},
             "resources": {"max_memory_gb": memory / GB},
             "performance": performance,
@@ -191,7 +227,7 @@ class LocalMesh:
         interval = min(5.0, options.failover_timeout_s / 2)
         return {
             "coordinator": {"health_check_interval": interval},
-            "nats": {"urls": self.url.split(",")},
+            "nats": self._nats_section(),
             "distributed": {
                 "shards_count": len(self.ranges),
                 "replication_factor": options.replicas,
@@ -206,11 +242,11 @@ class LocalMesh:
         changed = asyncio.Event()
         async with (
             asyncio.timeout(timeout_s) as limit,
-            await Bus.connect(BusOptions(urls=tuple(self.url.split(","))), name="mesh-up") as bus,
+            await Bus.connect(self.bus, name="mesh-up") as bus,
         ):
             table = LeaseTable(Bucket(bus, KV_SHARDS, ttl_s=_LEASE_TTL_S), ShardLease, lambda name, lease: changed.set())
             await table.start()
-            async with AsyncMeshClient(self.url, model=self.manifest.name) as client:
+            async with AsyncMeshClient(options=self.bus, model=self.manifest.name) as client:
                 try:
                     while True:
                         self._require_alive()

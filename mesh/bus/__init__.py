@@ -9,7 +9,19 @@ mapping      nats-py's errors to ours, once
 
 from mesh.bus.connection import Bus, BusOptions, Received, Subscription, end_tasks
 from mesh.bus.kv import Bucket, LeaseTable
-from mesh.bus.objects import ModelStore
+from mesh.bus.objects import ModelStore, kept_at
 from mesh.bus.service import Endpoint, Service
 
-__all__ = ["Bucket", "Bus", "BusOptions", "Endpoint", "LeaseTable", "ModelStore", "Received", "Service", "Subscription", "end_tasks"]
+__all__ = [
+    "Bucket",
+    "Bus",
+    "BusOptions",
+    "Endpoint",
+    "LeaseTable",
+    "ModelStore",
+    "Received",
+    "Service",
+    "Subscription",
+    "end_tasks",
+    "kept_at",
+]

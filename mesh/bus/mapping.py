@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ __all__ = ["is_refusal", "mapped", "mapped_error"]
 
 def is_refusal(error: BaseException) -> bool:
     """Whether a server said no to whoever connects, so that trying again is of no use."""
-    return isinstance(error, (ne.AuthorizationError, ne.InvalidUserCredentialsError, ne.SecureConnRequiredError)) or (
+    return isinstance(error, (ne.AuthorizationError, ne.InvalidUserCredentialsError, ne.SecureConnRequiredError, ssl.SSLError)) or (
         isinstance(error, ne.Error) and "authorization violation" in str(error).lower()
     )
 
@@ -36,6 +37,16 @@ def mapped_error(error: BaseException, what: str) -> MeshError | None:
             return Denied(f"{what}: the NATS server refuses these credentials")
         case ne.SecureConnFailedError() | ne.SecureConnRequiredError() | ne.SecureConnWantedError():
             return Denied(f"{what}: the NATS server and this side do not agree on TLS ({error})")
+        case ssl.SSLCertVerificationError():
+            return Denied(
+                f"{what}: the NATS server's certificate is not to be trusted ({error.verify_message}): give the authority that signed it "
+                "with nats.tls_ca_file or --nats-ca, and the name that stands in it as the address"
+            )
+        case ssl.SSLError():
+            return Denied(
+                f"{what}: TLS with the NATS server failed ({error.reason or error}): does it want a certificate of this side "
+                "(nats.tls_cert_file and nats.tls_key_file, --nats-cert and --nats-key)?"
+            )
         case ne.NoServersError():
             return Unavailable(f"{what}: no NATS server answers")
         case (

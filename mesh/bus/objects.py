@@ -26,11 +26,12 @@ from pydantic import ValidationError
 from mesh import subjects
 from mesh.bus.connection import Bus
 from mesh.bus.mapping import mapped
-from mesh.errors import CorruptModel, ModelNotFound
+from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.model.manifest import FileInfo, Manifest, block_name, check_file
+from mesh.paths import cache_directory
 from mesh.types import LayerRange
 
-__all__ = ["ModelStore", "Progress", "files_of"]
+__all__ = ["ModelStore", "Progress", "files_of", "kept_at"]
 
 Progress = Callable[[str, int, int], None]
 """(what, bytes done, bytes in all)"""
@@ -44,6 +45,11 @@ def files_of(manifest: Manifest, layers: LayerRange | None = None, *, embed: boo
     names = ([block_name("embed")] if embed else []) + names + ([block_name("head")] if head else [])
     files = [file for name in names for file in manifest.block(name).files]
     return files + (list(manifest.extra_files) if embed or head else [])
+
+
+def kept_at(manifest: Manifest) -> Path:
+    """Where this machine keeps what it fetched of a model: another one of the same name lies elsewhere."""
+    return cache_directory() / "models" / f"{subjects.token(manifest.name)}-{manifest.model_hash}"
 
 
 class ModelStore:
@@ -61,6 +67,15 @@ class ModelStore:
             except nats.js.errors.NotFoundError:
                 return []
         return sorted(info.name.removeprefix("model.") for info in found if info.name and info.name.startswith("model."))
+
+    async def only_name(self) -> str:
+        """Of the model, where there is one. ModelNotFound: none was pushed. BadRequest: several were."""
+        names = await self.names()
+        if not names:
+            raise ModelNotFound("the mesh has no model yet: push one with `mesh push MODEL_DIR`")
+        if len(names) > 1:
+            raise BadRequest(f"the mesh has {len(names)} models: say which one: {', '.join(names)}", field="model")
+        return names[0]
 
     async def manifest(self, name: str) -> Manifest:
         """ModelNotFound where no such model was pushed."""
@@ -110,8 +125,18 @@ class ModelStore:
         Nothing half-written takes a file's name. CorruptModel: what arrived is not what the manifest says.
         """
         manifest = await self.manifest(name)
+        await self._bring(manifest, files_of(manifest, layers, embed=embed, head=head), directory, progress)
+        return manifest
+
+    async def pull_description(self, name: str, directory: Path | None = None) -> Path:
+        """Copy what there is beside the blocks, manifest, tokenizer and chat template, into `directory` (None: the cache's); where."""
+        manifest = await self.manifest(name)
+        directory = directory or kept_at(manifest)
+        await self._bring(manifest, list(manifest.extra_files), directory, lambda what, done, total: None)
+        return directory
+
+    async def _bring(self, manifest: Manifest, files: list[FileInfo], directory: Path, progress: Progress) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        files = files_of(manifest, layers, embed=embed, head=head)
         total, done = sum(file.bytes for file in files), 0
         for file in files:
             if not await asyncio.to_thread(_is_there, directory / file.name, file):
@@ -119,7 +144,6 @@ class ModelStore:
             done += file.bytes
             progress(file.name, done, total)
         await asyncio.to_thread(manifest.save, directory)
-        return manifest
 
     async def _fetch(self, file: FileInfo, directory: Path, progress: Callable[[int], None]) -> None:
         handle, part = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=directory)

@@ -1,34 +1,104 @@
-"""Which NATS a command talks to: the flags that every such command has."""
+"""Which NATS a command talks to, and as whom: the flags that every such command has, over a file's `nats` section, over the environment."""
 
 from __future__ import annotations
 
 import argparse
-import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mesh.bus import BusOptions
+from mesh.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mesh.bus import BusOptions
+    from mesh.config import NatsSection
 
 __all__ = ["add_connection_arguments", "bus_options"]
 
-_DEFAULT = "nats://127.0.0.1:4222"
+# flag -> key of the nats section
+_FLAGS = {
+    "nats": "urls",
+    "nats_creds": "credentials_file",
+    "nats_nkey": "nkey_seed_file",
+    "nats_user": "user",
+    "nats_password_file": "password_file",
+    "nats_token_file": "token_file",
+    "nats_inbox_prefix": "inbox_prefix",
+    "nats_ca": "tls_ca_file",
+    "nats_cert": "tls_cert_file",
+    "nats_key": "tls_key_file",
+}
+_WHO = ("credentials_file", "nkey_seed_file", "user", "password", "password_file", "token", "token_file")
 
 
-def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
-    """--nats and what a server may ask for."""
-    group = parser.add_argument_group("connection")
-    group.add_argument("--nats", metavar="URL,...", help=f"NATS servers (default: $MESH_NATS_URLS, or {_DEFAULT})")
-    group.add_argument("--creds", metavar="FILE", help="credentials file of a NATS user (.creds)")
-    group.add_argument("--tls-ca", metavar="FILE", help="PEM file of the authority that signed the server's certificate")
-    group.add_argument("--tls-cert", metavar="FILE", help="certificate to show to the server, with --tls-key")
-    group.add_argument("--tls-key", metavar="FILE")
+def add_connection_arguments(
+    parser: argparse.ArgumentParser, *, nats: str = "NATS servers (default: $MESH_NATS_URLS, or nats://127.0.0.1:4222)"
+) -> None:
+    """--nats, with `nats` as its help, and what a server may ask for."""
+    group = parser.add_argument_group("connection", "in the environment: MESH_NATS_URLS, MESH_NATS_USER, MESH_NATS_PASSWORD, ...")
+    group.add_argument("--nats", metavar="URL,...", help=nats)
+    group.add_argument("--nats-creds", metavar="FILE", help="credentials of a NATS user (.creds)")
+    group.add_argument("--nats-nkey", metavar="FILE", help="nkey seed of a NATS user")
+    group.add_argument("--nats-user", metavar="NAME", help="with --nats-password-file or $MESH_NATS_PASSWORD")
+    group.add_argument("--nats-password-file", metavar="FILE")
+    group.add_argument("--nats-token-file", metavar="FILE")
+    group.add_argument("--nats-inbox-prefix", metavar="SUBJECT", help="where answers come back (default: _INBOX)")
+    group.add_argument("--nats-ca", metavar="FILE", help="PEM file of the authority that signed the server's certificate")
+    group.add_argument("--nats-cert", metavar="FILE", help="certificate to show to the server, with --nats-key")
+    group.add_argument("--nats-key", metavar="FILE")
 
 
-def bus_options(args: argparse.Namespace) -> BusOptions:
-    """What the flags say, or the environment."""
-    urls = args.nats or os.environ.get("MESH_NATS_URLS") or _DEFAULT
+def bus_options(args: argparse.Namespace, section: NatsSection | None = None) -> BusOptions:
+    """What the flags say over `section` (None: over what the environment says). ConfigError where they do not go together."""
+    from pydantic import ValidationError
+
+    from mesh.bus import BusOptions
+    from mesh.config import ConnectionConfig, NatsSection
+    from mesh.configfile import load_environment
+
+    base = section or load_environment(ConnectionConfig).nats
+    values: dict[str, Any] = {key: getattr(base, key) for key in base.model_fields_set}
+    given = {key: getattr(args, flag) for flag, key in _FLAGS.items() if getattr(args, flag, None)}
+    if given.keys() & {"credentials_file", "nkey_seed_file", "user", "token_file"}:  # another user than the section's
+        kept = ("password", "password_file") if given.keys() & {"user"} else ()
+        values = {key: value for key, value in values.items() if key not in _WHO or key in kept}
+    if "password_file" in given:
+        values.pop("password", None)
+    if "urls" in given:
+        given["urls"] = tuple(url if "://" in url else f"nats://{url}" for part in given["urls"].split(",") if (url := part.strip()))
+    try:
+        made = NatsSection(**{**values, **given})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(f".{part}" for part in first["loc"])
+        raise ConfigError(f"nats{where}: {first['msg'].removeprefix('Value error, ')}") from None
+    if made.user is None and (made.password is not None or made.password_file is not None):
+        raise ConfigError("nats: a password is of a user: add nats.user, or --nats-user")
     return BusOptions(
-        urls=tuple(url.strip() if "://" in url else f"nats://{url.strip()}" for url in urls.split(",") if url.strip()),
-        credentials=args.creds,
-        tls_ca=args.tls_ca,
-        tls_cert=args.tls_cert,
-        tls_key=args.tls_key,
+        urls=made.urls,
+        credentials=_path(made.credentials_file),
+        nkey_seed=_path(made.nkey_seed_file),
+        user=made.user,
+        password=_secret(made.password_file) if made.password is None else made.password.get_secret_value(),
+        token=_secret(made.token_file) if made.token is None else made.token.get_secret_value(),
+        tls_ca=_path(made.tls_ca_file),
+        tls_cert=_path(made.tls_cert_file),
+        tls_key=_path(made.tls_key_file),
+        inbox_prefix=made.inbox_prefix,
     )
+
+
+def _path(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser())
+
+
+def _secret(path: str | None) -> str | None:
+    """The first line of a file that holds one secret."""
+    if path is None:
+        return None
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not text'}: give a file whose first line is the secret") from None
+    if not lines or not lines[0].strip():
+        raise ConfigError(f"{path} is empty: its first line should be the secret")
+    return lines[0].strip()

@@ -15,7 +15,8 @@ from mesh.units import parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus
-    from mesh.shard.service import ShardOptions
+    from mesh.shard.service import Progress, ShardOptions
+    from mesh.types import LayerRange
 
 __all__ = ["add_join_parser", "add_shard_parser"]
 
@@ -35,6 +36,7 @@ def add_shard_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("shard", help="serve one layer range, as a file says", description=_SHARD)
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="config.yaml; MESH_ variables override its keys")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_connection_arguments(parser)
     parser.set_defaults(run=shard_command)
 
 
@@ -54,7 +56,6 @@ def add_join_parser(subparsers: Any) -> None:
 
 
 def shard_command(args: argparse.Namespace) -> int:
-    from mesh.bus import BusOptions, ModelStore
     from mesh.config import ShardConfig, load_config
     from mesh.runtime.device import prepare
     from mesh.shard.process import choose_device, limit_threads, run_loop, serve
@@ -70,16 +71,12 @@ def shard_command(args: argparse.Namespace) -> int:
     choose_device(gpu=config.resources.enable_gpu)
     prepare()
     layers = LayerRange(config.model.layers_start, config.model.layers_end)
-    model, directory = _model_and_directory(config.model.shard_path)
+    connection = bus_options(args, config.nats)
 
     with progress_bar(quiet=args.quiet) as progress:
 
         async def make(bus: Bus) -> ShardOptions:
-            if not (directory / "manifest.json").exists():
-                store = ModelStore(bus)
-                manifest = await store.manifest(model)
-                manifest.check_range(layers)
-                await store.pull(model, directory, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
+            directory = await _blocks(bus, config.model.shard_path, layers, progress)
             return ShardOptions(
                 name=f"shard-{config.shard.shard_id}",
                 directory=directory,
@@ -90,7 +87,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 drain_s=config.health.timeout,
             )
 
-        run_loop(serve(BusOptions(urls=config.nats.urls), make, progress=progress))
+        run_loop(serve(connection, make, progress=progress))
     return 0
 
 
@@ -125,15 +122,37 @@ def join_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model_and_directory(shard_path: str) -> tuple[str, Path]:
-    """`models:NAME` is a model of the mesh, kept in the cache directory; anything else a directory, named after its model."""
-    from mesh.runtime.device import cache_directory
+async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, progress: Progress) -> Path:
+    """A directory with the blocks of `layers`. `models:NAME` is a model of the mesh, kept in the cache directory; anything else a
+    directory: as it is where the blocks are there, else filled from the mesh's model of the directory's name."""
+    from mesh.bus import ModelStore, kept_at
+    from mesh.errors import CorruptModel, ModelNotFound
+    from mesh.model.manifest import Manifest
 
+    store = ModelStore(bus)
     scheme, _, name = shard_path.partition(":")
     if scheme == "models" and name:
-        return name, cache_directory() / "models" / name
-    directory = Path(shard_path).expanduser()
-    return directory.name, directory
+        manifest = await store.manifest(name)
+        directory = kept_at(manifest)
+    else:
+        directory = Path(shard_path).expanduser()
+        name = directory.name
+        missing: ModelNotFound | CorruptModel
+        try:
+            manifest = Manifest.load(directory)
+            manifest.check_range(layers)
+            first, last = layers.start == 0, layers.stop == manifest.layers
+            manifest.verify_files(directory, layers, checksums=False, embed=first, head=last)
+            return directory
+        except (ModelNotFound, CorruptModel) as error:
+            missing = error
+        try:
+            manifest = await store.manifest(name)
+        except ModelNotFound:
+            raise ModelNotFound(f"{missing}; nor has the mesh a model {name} (`mesh push`)") from None
+    manifest.check_range(layers)
+    await store.pull(name, directory, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
+    return directory
 
 
 def _free_memory() -> int:

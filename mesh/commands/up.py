@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.units import format_seconds, parse_bytes
 
@@ -26,7 +27,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="layer ranges (default 1)")
     parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
     parser.add_argument("--coordinators", type=int, default=1, metavar="N", help="default 1")
-    parser.add_argument("--nats", metavar="URL", help="use this NATS server (with JetStream) instead of starting one")
     parser.add_argument("--port", type=int, metavar="PORT", help="of the NATS server it starts (default: a free one)")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="sessions at once in each shard (default 8)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a session may have (default: the model's)")
@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the processes' logs there")
     parser.add_argument("--ask", metavar="PROMPT", help="answer this, streaming, say where the time went, and stop")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="with --ask (default 128)")
+    add_connection_arguments(parser, nats="use these NATS servers (with JetStream) instead of starting one")
     parser.set_defaults(run=run_command)
 
 
@@ -50,6 +51,7 @@ def run_command(args: argparse.Namespace) -> int:
         replicas=args.replicas,
         coordinators=args.coordinators,
         nats=args.nats,
+        bus=bus_options(args) if args.nats else None,
         port=args.port,
         rows=args.rows,
         context=args.context,
@@ -78,10 +80,9 @@ def run_command(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         if args.ask is not None:
-            from mesh.bus import BusOptions
             from mesh.commands.generate import ask
 
-            return ask(BusOptions(urls=tuple(mesh.url.split(","))), name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
+            return ask(mesh.bus, name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
         with announced(mesh.url):
             print(
                 f"NATS {mesh.url}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -113,7 +114,10 @@ class Manifest(_Strict):
         return layers
 
     def save(self, directory: Path) -> None:
-        (directory / FILE_NAME).write_bytes(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+        """Whole or not at all: others may read it meanwhile."""
+        fresh = directory / f".{FILE_NAME}.{os.getpid()}"
+        fresh.write_bytes(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+        fresh.replace(directory / FILE_NAME)
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:

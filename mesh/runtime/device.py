@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import jax
 
+from mesh.paths import cache_directory
+
 __all__ = ["cache_directory", "prepare"]
-
-
-def cache_directory() -> Path:
-    """Where compiled programs and measured product forms are kept: $MESH_CACHE_DIR, or stagemesh in the user's cache."""
-    chosen = os.environ.get("MESH_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagemesh"
 
 
 def prepare() -> None:

@@ -13,12 +13,11 @@ from typing import Annotated
 from pydantic import Field
 
 from mesh import subjects
-from mesh.bus import Bucket, Bus, ModelStore
-from mesh.errors import BadRequest, MessageRejected, ModelNotFound, Unavailable
+from mesh.bus import Bucket, Bus, ModelStore, kept_at
+from mesh.errors import BadRequest, MessageRejected, Unavailable
 from mesh.memory import DEFAULT_CHUNK, predict
 from mesh.messages import Message, ShardLease
 from mesh.model.manifest import Manifest
-from mesh.runtime.device import cache_directory
 from mesh.shard.join import Held, choose_range
 from mesh.shard.service import LEASE_TTL_S, Progress, ShardOptions
 from mesh.types import LayerRange
@@ -56,7 +55,7 @@ async def place(
     """Choose, claim and fetch. ModelNotFound: nothing was pushed. DoesNotFit: nothing that is wanted fits."""
     subjects.check_token(name, "name")
     store = ModelStore(bus)
-    model = model or await _only_model(store)
+    model = model or await store.only_name()
     manifest = await store.manifest(model)
     leases = await _leases(bus, manifest)
     if any(lease.shard == name for lease in leases):
@@ -64,18 +63,9 @@ async def place(
     rows = rows or max((lease.rows for lease in leases), default=_DEFAULT_ROWS)
     context = min(context or max((lease.context for lease in leases), default=_DEFAULT_CONTEXT), manifest.context_length)
     layers = await _claim(bus, name, manifest, rows=rows, context=context, memory_bytes=memory_bytes)
-    kept = directory or cache_directory() / "models" / f"{subjects.token(model)}-{manifest.model_hash}"
+    kept = directory or kept_at(manifest)
     await store.pull(model, kept, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
     return ShardOptions(name=name, directory=kept, layers=layers, rows=rows, context=context, max_memory_bytes=memory_bytes)
-
-
-async def _only_model(store: ModelStore) -> str:
-    names = await store.names()
-    if not names:
-        raise ModelNotFound("the mesh has no model yet: push one with `mesh push MODEL_DIR`")
-    if len(names) > 1:
-        raise BadRequest(f"the mesh has {len(names)} models: give one with --model: {', '.join(names)}", field="model")
-    return names[0]
 
 
 async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:

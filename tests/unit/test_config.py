@@ -236,3 +236,18 @@ def test_references_are_replaced_and_numbers_in_text_stay_text(tmp_path: Path, m
     config = _load(tmp_path, SHARD.replace("/data/model", "${DATA_ROOT}/a"), ShardConfig)
     assert isinstance(config, ShardConfig)
     assert (config.model.shard_path, config.logging.file) == ("/mnt/models/a", "2026")
+
+
+def test_a_secret_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = COORDINATOR + "nats: {user: mesh, password: [hunter2]}"
+    assert "hunter2" not in _refusal(tmp_path, wrong, CoordinatorConfig)
+    monkeypatch.setenv("SECRET", "hunter2")
+    config = _load(tmp_path, COORDINATOR + "nats: {user: mesh, password: '${SECRET}'}", CoordinatorConfig)
+    assert isinstance(config, CoordinatorConfig) and config.nats.password is not None
+    assert config.nats.password.get_secret_value() == "hunter2" and "hunter2" not in repr(config)
+    monkeypatch.setenv("MESH_NATS_PASSWORD", "12345")  # a text, whatever YAML would make of it
+    config = _load(tmp_path, COORDINATOR + "nats: {user: mesh}", CoordinatorConfig)
+    assert isinstance(config, CoordinatorConfig) and config.nats.password is not None
+    assert config.nats.password.get_secret_value() == "12345"
+    twice = COORDINATOR + "nats: {user: mesh, credentials_file: a.creds}"
+    assert "credentials_file and user each say who connects" in _refusal(tmp_path, twice, CoordinatorConfig)
