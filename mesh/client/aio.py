@@ -36,7 +36,8 @@ class AsyncMeshClient:
                     print(chunk.text, end="", flush=True)
 
     model: whose; None: the only one there. timeout_s: for each request, None for no limit. retries: how often a request is asked
-    again where that can help. Errors are those of mesh.errors: BadRequest, PromptTooLong, Busy, Unavailable, DeadlineExceeded ...
+    again where that can help; retry_busy: also where the mesh was full. Errors are those of mesh.errors: BadRequest, PromptTooLong,
+    Busy, Unavailable, DeadlineExceeded ...
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class AsyncMeshClient:
         timeout_s: float | None = None,
         retries: int = 3,
         stall_timeout_s: float = 60.0,
+        retry_busy: bool = True,
         options: BusOptions | None = None,
     ) -> None:
         urls = tuple(servers.split(",")) if isinstance(servers, str) else tuple(servers)
         self._options = options or BusOptions(urls=urls)
         self._model = model
         self._timeout_s = timeout_s
-        self._retry = Retry(retries, stall_timeout_s)
+        self._retry = Retry(retries, stall_timeout_s, busy=retry_busy)
         self._bus: Bus | None = None
 
     async def connect(self, *, timeout_s: float = 10.0) -> None:
@@ -124,7 +126,17 @@ class AsyncMeshClient:
 
     async def models(self) -> list[str]:
         """Names of the models that a coordinator serves."""
-        return sorted({coordinator.model for coordinator in await self._coordinators()})
+        return sorted({coordinator.model for coordinator in await self.coordinators()})
+
+    async def coordinators(self) -> tuple[CoordinatorStatus, ...]:
+        """Those that answer, by model and name."""
+        found = []
+        for answer in await self._gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
+            data: dict[str, Any] = next((e["data"] for e in orjson.loads(answer.data)["endpoints"] if e["name"] == "generate"), {})
+            if {"coordinator", "model", "live", "queued", "capacity", "serving"} <= data.keys():
+                name, load = data["coordinator"], (data["live"], data["queued"], data["capacity"])
+                found.append(CoordinatorStatus(name, data["model"], *load, serving=data["serving"], counters=data))
+        return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
     async def status(self) -> MeshStatus:
         """Shards and coordinators, as they say themselves."""
@@ -136,13 +148,13 @@ class AsyncMeshClient:
             except MessageRejected:
                 continue  # another version's
         shards.sort(key=lambda shard: (shard.model, shard.layers, shard.shard))
-        return MeshStatus(tuple(shards), tuple(await self._coordinators()))
+        return MeshStatus(tuple(shards), await self.coordinators())
 
     async def health(self, model: str | None = None) -> Health:
         """Whether a request would be generated now."""
         name = model or self._model
         try:
-            coordinators = [c for c in await self._coordinators() if name is None or c.model == name]
+            coordinators = [c for c in await self.coordinators() if name is None or c.model == name]
         except MeshError as error:
             return Health(False, str(error), name)
         if not coordinators:
@@ -208,15 +220,6 @@ class AsyncMeshClient:
         if models:
             raise BadRequest(f"there are several models, {', '.join(models)}: say which with model=", field="model")
         raise Unavailable("no coordinator answers: start one, or see `mesh status`")
-
-    async def _coordinators(self) -> list[CoordinatorStatus]:
-        found = []
-        for answer in await self._gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
-            data: dict[str, Any] = next((e["data"] for e in orjson.loads(answer.data)["endpoints"] if e["name"] == "generate"), {})
-            if {"coordinator", "model", "live", "queued", "capacity", "serving"} <= data.keys():
-                name, load = data["coordinator"], (data["live"], data["queued"], data["capacity"])
-                found.append(CoordinatorStatus(name, data["model"], *load, serving=data["serving"], counters=data))
-        return sorted(found, key=lambda c: (c.model, c.name))
 
     async def _gather(self, subject: str) -> list[Received]:
         """Every answer to a question to nobody in particular: until it has been quiet for a while."""

@@ -28,9 +28,11 @@ _LONGEST_BACKOFF_S = 5.0
 
 
 class Retry:
-    """attempts: how often a request is asked again at most. stall_s: how long an answer may stand still before that."""
+    """attempts: how often a request is asked again at most. stall_s: how long an answer may stand still before that. busy: whether
+    that is done for a mesh that was full, or left to the caller."""
 
-    def __init__(self, attempts: int = 3, stall_s: float = 60.0) -> None:
+    def __init__(self, attempts: int = 3, stall_s: float = 60.0, *, busy: bool = True) -> None:
+        self.busy = busy
         self.attempts = attempts
         self.stall_s = stall_s
 
@@ -144,6 +146,8 @@ class Stream:
     async def _again(self, error: MeshError) -> None:
         """Wait and ask again after an error that allows it; raise it otherwise."""
         if not isinstance(error, ServiceError) or not error.retryable or self._attempts >= self._retry.attempts:
+            raise error
+        if isinstance(error, Busy) and not self._retry.busy:
             raise error
         wait_s = error.retry_after_s if isinstance(error, Busy) else min(_FIRST_BACKOFF_S * 2**self._attempts, _LONGEST_BACKOFF_S)
         self._attempts += 1

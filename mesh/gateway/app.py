@@ -1,0 +1,99 @@
+"""The HTTP edge as an ASGI application.
+
+listener -> Edge (name, bounds, headers, log) -> route -> scope checked -> body read and checked -> client -> coordinator
+                                                                                             \\-> events as tokens come
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
+
+from mesh import telemetry
+from mesh.client import AsyncMeshClient
+from mesh.errors import BadRequest, MeshError
+from mesh.gateway import native
+from mesh.gateway.auth import Gate
+from mesh.gateway.context import Gateway
+from mesh.gateway.errors import error_response, from_http, internal_error
+from mesh.gateway.health import HealthMonitor
+from mesh.gateway.health_routes import health
+from mesh.gateway.known import KnownModels
+from mesh.gateway.middleware import Edge
+from mesh.gateway.openapi import describe
+from mesh.gateway.settings import GatewaySettings
+
+__all__ = ["create_app"]
+
+
+def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: Iterable[BaseRoute] = ()) -> ASGIApp:
+    """The application of `client`, which is connected and closed by the caller. `routes`: more of them, such as a dashboard's;
+    these find everything at `request.app.state.gateway` (mesh.gateway.context.Gateway)."""
+    app = FastAPI(
+        title="stagemesh",
+        version=telemetry.version(),
+        description="A language model served by a mesh of layer shards.",
+        docs_url=None,  # these load scripts from other hosts
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+    )
+    models = KnownModels(client, settings.model)
+    monitor = HealthMonitor(
+        client, models, default=settings.model, fresh_s=settings.health_fresh_s, probe_timeout_s=settings.probe_timeout_s
+    )
+    gateway = Gateway(client, settings, Gate(settings.verifier, settings.limits), models, monitor)
+    app.state.gateway = gateway
+    for router in (native.generate, native.batch, native.admin, health):
+        app.include_router(router)
+    app.router.routes.extend(routes)
+    for kind in (MeshError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _answer)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    edge = Edge(app, settings.limits, secure=settings.listener.tls is not None)
+    app.state.counters = edge.counters
+    return edge
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    """Any error, in the shape that belongs to its path."""
+    if isinstance(error, MeshError):
+        ours = error
+    elif isinstance(error, HTTPException):
+        ours = from_http(error)
+    elif isinstance(error, RequestValidationError):
+        ours = _wrong_field(error)
+    else:
+        ours = internal_error()
+    return error_response(ours, request.url.path, request.state.request_id)
+
+
+def _wrong_field(error: RequestValidationError) -> MeshError:
+    """The first problem, unknown keys first: a key that is spelt wrongly is often also missing."""
+    first: dict[str, Any] = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "json_invalid":
+        return BadRequest("the body is not JSON: send one JSON object", field="")
+    message = {
+        "extra_forbidden": "is not a key here: see /openapi.json",
+        "missing": "is missing: give it" if field else "the body is missing: send a JSON object with content-type application/json",
+        "model_attributes_type": "should be a JSON object, sent with content-type application/json",
+    }.get(first["type"], str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should"))
+    return BadRequest(f"{field}: {message}" if field else message, field=field)

@@ -1,0 +1,134 @@
+"""Errors as HTTP: the status of each, and the two shapes a body can have.
+
+the mesh's own API    {"error": {"code", "message", "field", "retryable", "retry_after_s"}, "request_id"}
+OpenAI's              {"error": {"message", "type", "param", "code"}}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from mesh.errors import Busy, MeshError, PromptTooLong
+
+__all__ = [
+    "BodyRefused",
+    "HttpError",
+    "error_body",
+    "error_document",
+    "error_response",
+    "from_http",
+    "internal_error",
+    "openai_document",
+    "status_of",
+]
+
+_STATUS = {
+    "bad_request": 400,
+    "message_rejected": 400,
+    "prompt_too_long": 400,
+    "not_authenticated": 401,
+    "denied": 403,
+    "model_not_found": 404,
+    "payload_too_large": 413,
+    "busy": 429,
+    "cancelled": 503,
+    "unavailable": 503,
+    "deadline_exceeded": 504,
+}
+_OPENAI_TYPE = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_OPENAI_CODE = {
+    "prompt_too_long": "context_length_exceeded",
+    "not_authenticated": "invalid_api_key",
+    "busy": "rate_limit_exceeded",
+    "bad_request": None,
+}
+
+
+class HttpError(MeshError):
+    """What only HTTP can get wrong: a path, a method, a content type."""
+
+    code = "http"
+
+    def __init__(self, message: str, *, status: int, code: str, field: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.http_code = code
+        self.field = field
+        self.headers = dict(headers or {})
+
+
+class BodyRefused(HTTPException):
+    """An HttpError on its way through code that lets only starlette's exceptions pass."""
+
+    def __init__(self, error: HttpError) -> None:
+        super().__init__(error.status, str(error))
+        self.error = error
+
+
+def from_http(error: HTTPException) -> HttpError:
+    """Starlette's own errors: no such path, no such method."""
+    if isinstance(error, BodyRefused):
+        return error.error
+    known: dict[int, tuple[str, str]] = {
+        404: ("not_found", "there is no such path: see /openapi.json"),
+        405: ("method_not_allowed", "this path does not take that method: see /openapi.json"),
+        400: ("bad_request", "the request cannot be read: send a JSON object"),
+    }
+    code, message = known.get(error.status_code, ("http", str(error.detail)))
+    return HttpError(message, status=error.status_code, code=code, headers=error.headers)
+
+
+def internal_error() -> MeshError:
+    return MeshError("an internal error; the log of the gateway says more, under this request's id")
+
+
+def status_of(error: MeshError) -> int:
+    return error.status if isinstance(error, HttpError) else _STATUS.get(error.code, 500)
+
+
+def _headers(error: MeshError) -> dict[str, str]:
+    """Retry-After where it helps, WWW-Authenticate where a token is missing."""
+    headers = dict(error.headers) if isinstance(error, HttpError) else {}
+    if isinstance(error, Busy):
+        headers["retry-after"] = str(max(math.ceil(error.retry_after_s), 1))
+    elif status_of(error) == 503:
+        headers["retry-after"] = "2"
+    elif status_of(error) in (408, 413):  # what is left of the body is not read
+        headers["connection"] = "close"
+    if error.code == "not_authenticated":
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def error_document(error: MeshError, request_id: str) -> dict[str, Any]:
+    return {"error": error_body(error), "request_id": request_id}
+
+
+def error_body(error: MeshError) -> dict[str, Any]:
+    return {
+        "code": error.http_code if isinstance(error, HttpError) else error.code,
+        "message": str(error),
+        "field": getattr(error, "field", None) or None,
+        "retryable": error.retryable,
+        "retry_after_s": error.retry_after_s if isinstance(error, Busy) else None,
+    }
+
+
+def openai_document(error: MeshError) -> dict[str, Any]:
+    status = status_of(error)
+    kind = _OPENAI_TYPE.get(status, "invalid_request_error" if status < 500 else "server_error")
+    code = error.http_code if isinstance(error, HttpError) else _OPENAI_CODE.get(error.code, error.code)
+    field = "messages" if isinstance(error, PromptTooLong) else getattr(error, "field", None)
+    return {"error": {"message": str(error), "type": kind, "param": field or None, "code": code}}
+
+
+def error_response(error: MeshError, path: str, request_id: str) -> Response:
+    """The answer to a request for `path`, in the shape that belongs there."""
+    document = openai_document(error) if path.startswith("/v1/") else error_document(error, request_id)
+    return Response(orjson.dumps(document), status_of(error), _headers(error), media_type="application/json")

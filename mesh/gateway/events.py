@@ -1,0 +1,117 @@
+"""Server-sent events: each sent when it exists, in a response that ends when the client does.
+
+Until the first event nothing is sent, so that an error that comes before it has a status of its own; but a client is not kept
+waiting for a sign of life: after `keep_alive_s` without an event the response begins, with a comment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from mesh.errors import MeshError
+
+__all__ = ["ClientGone", "EventStream", "event", "until_gone"]
+
+_WAITING = b": waiting\n\n"
+
+
+def event(data: Any) -> bytes:
+    """One event of JSON data."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """`events`: whole events, as `event` makes them. `failed` makes the event that an error after the first one becomes."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        failed: Callable[[MeshError], bytes],
+        *,
+        keep_alive_s: float,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers={"x-accel-buffering": "no"})  # nginx: do not collect it
+        del self.headers["content-length"]
+        self._events = events
+        self._failed = failed
+        self._keep_alive_s = keep_alive_s
+        self._started = False
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._sent_at = time.monotonic()
+        producing = asyncio.create_task(self._produce(send))
+        leaving = asyncio.create_task(_gone(receive))
+        try:
+            while not producing.done():
+                done, _ = await asyncio.wait({producing, leaving}, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
+                if leaving in done:
+                    break
+                if not done and time.monotonic() - self._sent_at >= self._keep_alive_s:
+                    await self._send(send, _WAITING)
+            if producing.done():
+                producing.result()
+        finally:
+            for task in (producing, leaving):
+                task.cancel()
+            await asyncio.gather(producing, leaving, return_exceptions=True)
+
+    async def _produce(self, send: Send) -> None:
+        try:
+            async with aclosing(self._events) as events:
+                async for data in events:
+                    await self._send(send, data)
+        except MeshError as error:
+            if not self._started:
+                raise
+            await self._send(send, self._failed(error))
+        await self._start(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        await self._start(send)
+        self._sent_at = time.monotonic()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _start(self, send: Send) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def until_gone(receive: Receive, work: Any) -> Any:
+    """The result of the coroutine `work`, which is cancelled, and ClientGone raised, when the client leaves before."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    """Until the client has left. The body has been read before."""
+    while True:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            return

@@ -1,0 +1,108 @@
+"""A generation that an HTTP request asked for: paid for by its caller, ended with its client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from mesh.client import Chunk, Completion
+from mesh.errors import BadRequest, Cancelled, PromptTooLong
+from mesh.gateway.auth import Caller
+from mesh.gateway.context import Gateway
+from mesh.gateway.settings import Limits
+
+__all__ = ["Bill", "Generation", "paying"]
+
+
+class Bill:
+    """Tokens a request has used so far."""
+
+    used = 0
+
+
+@contextmanager
+def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
+    """Set `tokens` aside for a request, Busy where its token has none left; afterwards what it did not use is given back."""
+    charged = caller.charge(tokens, requests=requests)
+    bill = Bill()
+    try:
+        yield bill
+    finally:
+        caller.settle(charged, bill.used)
+
+
+class Generation:
+    """`fields` are those of mesh.messages.Generate; without max_tokens it is the gateway's default, or what the context leaves.
+
+    Iterate over `chunks`; then `completion` is set. Closing the iterator early cancels the generation.
+    """
+
+    def __init__(self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any]) -> None:
+        self._gateway = gateway
+        self._bill = bill
+        self._model = model
+        self._fields = dict(fields)
+        self._given = fields.get("max_tokens") is not None
+        if not self._given:
+            self._fields["max_tokens"] = gateway.settings.limits.default_max_tokens
+        _check_length(self._fields, gateway.settings.limits)
+        self.completion: Completion | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self._fields["max_tokens"])
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        try:
+            async with aclosing(self._stream()) as stream:
+                async for chunk in stream:
+                    yield chunk
+        except PromptTooLong as error:
+            left = None if self._given else await self._left(error)
+            if left is None or left >= self.max_tokens:
+                raise
+            self._fields["max_tokens"] = left
+            async with aclosing(self._stream()) as stream:
+                async for chunk in stream:
+                    yield chunk
+
+    async def complete(self) -> Completion:
+        async with aclosing(self.chunks()) as chunks:
+            async for _ in chunks:
+                pass
+        if self.completion is None:
+            raise Cancelled("the generation ended without an answer")
+        return self.completion
+
+    async def _stream(self) -> AsyncGenerator[Chunk, None]:
+        given = 0
+        limits = self._gateway.settings.limits
+        stream = self._gateway.client.stream(model=self._model, timeout_s=limits.request_timeout_s, **self._fields)
+        try:
+            async for chunk in stream:
+                if chunk.token is not None:
+                    given += 1
+                yield chunk
+            self.completion = stream.completion
+        finally:
+            await stream.aclose()
+            completion = stream.completion
+            self._bill.used += given if completion is None else completion.usage.total_tokens
+
+    async def _left(self, error: PromptTooLong) -> int | None:
+        """How many tokens the context leaves after the prompt; None: none."""
+        context = await self._gateway.models.context(self._model)
+        return context - error.tokens if context is not None and context > error.tokens else None
+
+
+def _check_length(fields: Mapping[str, Any], limits: Limits) -> None:
+    """A bound on what the coordinators are given to tokenize; the context, in tokens, is theirs to check."""
+    for name in ("prompt", "messages", "tokens"):
+        value = fields.get(name)
+        if value is None:
+            continue
+        size = sum(len(message["content"]) for message in value) if name == "messages" else len(value)
+        if size > limits.max_prompt_chars:
+            unit = "ids" if name == "tokens" else "characters"
+            raise BadRequest(f"{name} has {size:,} {unit}: at most {limits.max_prompt_chars:,} are taken", field=name)

@@ -1,0 +1,45 @@
+"""Routes that ask for a scope, before anything of the request's body is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar
+
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mesh.gateway.auth import Caller
+from mesh.gateway.context import gateway_of
+
+__all__ = ["Guarded", "caller_of", "guarded"]
+
+
+class Guarded(APIRoute):
+    scope: ClassVar[str]
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        inner = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            gate = gateway_of(request).gate
+            caller = gate.admit(request.headers.get("authorization"), self.scope)
+            request.state.caller = caller
+            if not gate.open:
+                request.state.note = f" {caller.name}"
+            return await inner(request)
+
+        return handle
+
+
+def guarded(scope: str, **options: Any) -> APIRouter:
+    """A router of which every route needs `scope`."""
+    route = type("Guarded", (Guarded,), {"scope": scope})
+    return APIRouter(route_class=route, **options)
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks, in a guarded route."""
+    caller: Caller = request.state.caller
+    return caller

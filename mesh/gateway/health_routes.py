@@ -1,0 +1,57 @@
+"""Liveness, readiness, and what is the matter. Open to all: load balancers have no token; who is where is for admins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mesh.gateway.context import Gateway, gateway_of
+from mesh.gateway.health import HealthReport
+from mesh.gateway.schema import HealthResponse, LiveResponse
+
+__all__ = ["health"]
+
+health = APIRouter(tags=["health"])
+
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "No token can be generated now"}}
+
+
+@health.get("/api/v1/health", response_model=HealthResponse, responses=_NOT_READY)
+@health.get("/api/v1/health/ready", response_model=HealthResponse, responses=_NOT_READY)
+@health.get("/health/ready", include_in_schema=False)
+async def ready(request: Request, model: str | None = None, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
+    """Whether a token can be generated now: 200, or 503 with the reason. `model`: of that one; otherwise of all."""
+    report = await gateway.health.check()
+    if model is not None:
+        report = report.of(model)
+    caller = gateway.gate.identify(request.headers.get("authorization"))
+    document = _document(report, details=caller is not None and caller.may("admin"))
+    return Response(orjson.dumps(document), 200 if report.ready else 503, media_type="application/json")
+
+
+@health.get("/api/v1/health/live", response_model=LiveResponse)
+@health.get("/health/live", include_in_schema=False)
+async def live() -> Response:
+    """This process answers; whether the mesh does is /api/v1/health/ready."""
+    return Response(b'{"status":"live"}', media_type="application/json")
+
+
+def _document(report: HealthReport, *, details: bool) -> dict[str, Any]:
+    models = []
+    for entry in report.models:
+        ranges = [{"layers": r.layers, "ready": r.ready, "others": r.others} for r in entry.ranges] if details else None
+        models.append(
+            {
+                "model": entry.model,
+                "ready": entry.ready,
+                "reason": entry.reason,
+                "last_step_s": entry.last_step_s,
+                "probed": entry.probed,
+                "ranges": ranges,
+            }
+        )
+    return {"status": "ready" if report.ready else "not_ready", "reason": report.reason, "models": models}

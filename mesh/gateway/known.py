@@ -1,0 +1,95 @@
+"""Which models the mesh serves, as its coordinators said last. Asking them takes a fraction of a second, so it is asked only for a
+name that is not known yet, at most once a second, and by one request for all that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from mesh.client import AsyncMeshClient, CoordinatorStatus
+from mesh.errors import BadRequest, ModelNotFound, Unavailable
+
+__all__ = ["KnownModel", "KnownModels"]
+
+_FRESH_S = 1.0
+_LIST_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """context: the most positions a session may have now; None: no chain of shards is complete."""
+
+    name: str
+    context: int | None
+    first_seen_unix_s: float
+
+
+class KnownModels:
+    """`default`: what a request without a name means; None: the only one there."""
+
+    def __init__(self, client: AsyncMeshClient, default: str | None = None) -> None:
+        self._client = client
+        self._default = default
+        self._known: dict[str, KnownModel] = {}
+        self._asked = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    async def resolve(self, name: str | None) -> str:
+        """The model that `name` means. ModelNotFound: nobody serves it. Unavailable: nobody serves anything."""
+        wanted = name or self._default
+        if wanted is not None and (wanted in self._known or (name is None and wanted == self._default)):
+            return wanted
+        if wanted is None and len(self._known) == 1:
+            return next(iter(self._known))
+        await self._refresh(_FRESH_S)
+        if wanted is None:
+            if len(self._known) == 1:
+                return next(iter(self._known))
+            if self._known:
+                raise BadRequest(f"there are several models, {', '.join(sorted(self._known))}: say which with `model`", field="model")
+            raise Unavailable("no coordinator answers: start one, or see `mesh status`")
+        if wanted not in self._known:
+            there = ", ".join(sorted(self._known)) or "none"
+            raise ModelNotFound(f"no coordinator serves a model {wanted!r}: there is {there}")
+        return wanted
+
+    async def context(self, name: str) -> int | None:
+        """The most positions a session of this model may have."""
+        await self._refresh(_LIST_S)
+        known = self._known.get(name)
+        return None if known is None else known.context
+
+    async def all(self) -> list[KnownModel]:
+        await self._refresh(_LIST_S)
+        return sorted(self._known.values(), key=lambda model: model.name)
+
+    def take(self, coordinators: tuple[CoordinatorStatus, ...]) -> None:
+        """What the coordinators say now."""
+        now = time.time()
+        known: dict[str, KnownModel] = {}
+        for coordinator in coordinators:
+            name, context = coordinator.model, coordinator.counters.get("context")
+            before = known.get(name)
+            if before is not None and before.context is not None:
+                context = max(before.context, context or 0)
+            first = self._known[name].first_seen_unix_s if name in self._known else now
+            known[name] = KnownModel(name, context, first)
+        self._known = known
+        self._asked = time.monotonic()
+
+    async def _refresh(self, fresh_s: float) -> None:
+        if time.monotonic() - self._asked < fresh_s:
+            return
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+            self._asking.add_done_callback(self._asked_now)
+        await asyncio.shield(self._asking)
+
+    async def _ask(self) -> None:
+        self.take(await self._client.coordinators())
+
+    def _asked_now(self, task: asyncio.Task[None]) -> None:
+        self._asking = None
+        if not task.cancelled():
+            task.exception()  # seen by those who wait, if any does

@@ -1,0 +1,142 @@
+"""What every request goes through: a name, bounds on its body, headers for browsers, errors as documents, a line in the log.
+
+Plain ASGI: nothing of it is called once a token except two counters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mesh.gateway.errors import BodyRefused, HttpError, error_response, internal_error
+from mesh.gateway.events import ClientGone
+from mesh.gateway.settings import Limits
+
+__all__ = ["Edge"]
+
+log = logging.getLogger("mesh.http")
+access = logging.getLogger("mesh.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_CSP = "default-src 'none'; frame-ancestors 'none'"
+
+
+@dataclass(slots=True)
+class Counters:
+    """Requests since the start, by status (499: the client left), and those under way."""
+
+    active: int = 0
+    requests: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"active": self.active, "requests": dict(self.requests)}
+
+
+class Edge:
+    """The outermost part. `secure`: the listener speaks TLS."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, *, secure: bool) -> None:
+        self._app = app
+        self._limits = limits
+        self.counters = Counters()
+        self._fixed = {
+            "x-content-type-options": "nosniff",
+            "x-frame-options": "DENY",
+            "referrer-policy": "no-referrer",
+            **({"strict-transport-security": "max-age=31536000"} if secure else {}),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        began = time.perf_counter()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                out = MutableHeaders(scope=message)
+                for name, value in self._fixed.items():
+                    out.setdefault(name, value)
+                out.setdefault("content-security-policy", _CSP)
+                out.setdefault("cache-control", "no-store")
+                out["x-request-id"] = request_id
+            await send(message)
+
+        body = _Body(receive, self._limits)
+        counters = self.counters
+        counters.active += 1
+        try:
+            length = headers.get("content-length")
+            if length is not None and length.isdigit() and int(length) > self._limits.max_body_bytes:
+                await error_response(_too_large(self._limits), scope["path"], request_id)(scope, receive, answer)
+            else:
+                await self._app(scope, body.receive, answer)
+        except ClientGone:
+            status = status or 499
+        except Exception:
+            log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
+            if status:  # it is out: all that is left is to end the connection
+                raise
+            await error_response(internal_error(), scope["path"], request_id)(scope, receive, answer)
+        finally:
+            counters.active -= 1
+            counters.requests[str(status)] += 1
+            access.info(
+                "%s %s %s %d %.1f ms %s%s",
+                (scope.get("client") or ("-",))[0],
+                scope["method"],
+                scope["path"],
+                status,
+                (time.perf_counter() - began) * 1e3,
+                request_id,
+                scope["state"].get("note", ""),
+            )
+
+
+class _Body:
+    """Receives a body with a bound on its size and on the time it takes; afterwards, without any, whatever comes."""
+
+    def __init__(self, receive: Receive, limits: Limits) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._size = 0
+        self._more = True
+        self._until: float | None = None
+
+    async def receive(self) -> Message:
+        if not self._more:
+            return await self._receive()
+        loop = asyncio.get_running_loop()
+        if self._until is None:
+            self._until = loop.time() + self._limits.body_timeout_s
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            late = HttpError(f"the body did not arrive within {self._limits.body_timeout_s:g} s", status=408, code="body_timeout")
+            raise BodyRefused(late) from None
+        if message["type"] == "http.request":
+            self._size += len(message.get("body", b""))
+            self._more = message.get("more_body", False)
+            if self._size > self._limits.max_body_bytes:
+                raise BodyRefused(_too_large(self._limits))
+        return message
+
+
+def _too_large(limits: Limits) -> HttpError:
+    return HttpError(f"the body is larger than {limits.max_body_bytes:,} bytes: send less at a time", status=413, code="payload_too_large")

@@ -1,0 +1,62 @@
+"""The OpenAPI description: what FastAPI makes of the routes, with the errors and the tokens that every route has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from mesh.gateway.guard import Guarded
+from mesh.gateway.schema import ErrorResponse
+
+__all__ = ["describe"]
+
+_ERRORS = {
+    "400": "A field is wrong; `field` says which",
+    "401": "There is no valid token",
+    "403": "The token has not the scope",
+    "404": "Nobody serves that model, or there is no such thing",
+    "408": "The body did not arrive in time",
+    "413": "The body is too large",
+    "429": "The mesh, or the token's allowance, is used up; Retry-After says when to come back",
+    "500": "An error of the gateway itself",
+    "503": "The mesh cannot serve it now",
+    "504": "No answer within the request's time",
+}
+_COMMON = "#/components/schemas/ErrorResponse"
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """Made once."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas.update(_schema_of(ErrorResponse))
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+    guarded = [route for route in app.routes if isinstance(route, Guarded)]
+    scopes = {(route.path_format, method.lower()): route.scope for route in guarded for method in route.methods or ()}
+    for path, operations in document["paths"].items():
+        error = "#/components/schemas/OpenAIError" if path.startswith("/v1/") else _COMMON
+        for method, operation in operations.items():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            scope = scopes.get((path, method))
+            if scope is not None:
+                operation["security"] = [{"token": []}, {}]
+                operation["description"] = f"{operation.get('description', '')}\n\nScope: {scope}.".strip()
+            for status, description in _ERRORS.items():
+                if scope is not None or status in ("400", "500"):
+                    responses.setdefault(status, {"description": description, "content": {"application/json": {"schema": {"$ref": error}}}})
+    app.openapi_schema = document
+    return document
+
+
+def _schema_of(model: Any) -> dict[str, Any]:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    found = dict(schema.pop("$defs", {}))
+    found[model.__name__] = schema
+    return found

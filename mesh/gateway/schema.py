@@ -1,0 +1,190 @@
+"""The documents of the mesh's own HTTP API. The OpenAPI description is made from these."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "BatchRequest",
+    "BatchResponse",
+    "BatchResult",
+    "ErrorBody",
+    "ErrorResponse",
+    "HealthResponse",
+    "InferenceRequest",
+    "InferenceResponse",
+    "LiveResponse",
+    "StatsResponse",
+]
+
+_MAX_INT = 2**31 - 1
+
+
+class Request(BaseModel):
+    """Strict: a number is not a text, and a key that is not there is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ChatMessage(Request):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class Sampling(Request):
+    """How tokens are chosen. temperature 0 is greedy."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=_MAX_INT)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Field(ge=0, le=_MAX_INT)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
+    ignore_eos: bool = False
+
+
+class InferenceItem(Sampling):
+    """Exactly one of prompt, messages and tokens. `raw`: no chat template around the prompt."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    tokens: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | None = None
+    raw: bool = False
+    model: str | None = None
+
+    def generate_fields(self) -> dict[str, Any]:
+        """For mesh.client."""
+        return self.model_dump(exclude={"model", "stream"}, exclude_none=True)
+
+
+class InferenceRequest(InferenceItem):
+    """`stream`: server-sent events, one a token, the last with `done`."""
+
+    stream: bool = False
+
+
+class BatchRequest(Request):
+    """Many requests, answered together, in their order."""
+
+    requests: Annotated[list[InferenceItem], Field(min_length=1)]
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Timing(Answer):
+    """Seconds, as the coordinator measured them; `hops`: where a mean decode step went."""
+
+    queue_s: float
+    prefill_s: float
+    first_token_s: float | None
+    decode_s: float
+    decode_step_s: float
+    tokens_per_s: float | None
+    total_s: float
+    restarts: int
+    hops: dict[str, float]
+
+
+class TopToken(Answer):
+    token: int
+    logprob: float
+
+
+class TokenLogprob(Answer):
+    token: int
+    logprob: float | None
+    top: list[TopToken]
+
+
+class InferenceResponse(Answer):
+    id: str
+    model: str
+    text: str | None
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    timing: Timing
+    logprobs: list[TokenLogprob] | None = None
+
+
+class ErrorBody(Answer):
+    """`code` is stable; `field` the key that is wrong; `retryable`: the same request can succeed later."""
+
+    code: str
+    message: str
+    field: str | None
+    retryable: bool
+    retry_after_s: float | None
+
+
+class ErrorResponse(Answer):
+    error: ErrorBody
+    request_id: str
+
+
+class BatchResult(Answer):
+    """Of one request: `result`, or `error`."""
+
+    index: int
+    result: InferenceResponse | None = None
+    error: ErrorBody | None = None
+
+
+class BatchResponse(Answer):
+    results: list[BatchResult]
+    usage: Usage
+
+
+class RangeHealth(Answer):
+    """A layer range as `A-B`; the shards that are ready for it, and the others there."""
+
+    layers: str
+    ready: list[str]
+    others: list[str]
+
+
+class ModelHealth(Answer):
+    """`last_step_s`: how long ago a step came back. `probed`: two tokens were generated to see. `ranges`: for callers with the
+    scope admin."""
+
+    model: str
+    ready: bool
+    reason: str
+    last_step_s: float | None
+    probed: bool
+    ranges: list[RangeHealth] | None = None
+
+
+class HealthResponse(Answer):
+    """`status` ready: a token can be generated now."""
+
+    status: Literal["ready", "not_ready"]
+    reason: str
+    models: list[ModelHealth]
+
+
+class LiveResponse(Answer):
+    status: Literal["live"] = "live"
+
+
+class StatsResponse(Answer):
+    """What shards and coordinators say of themselves, and what this gateway has done since its start."""
+
+    shards: list[dict[str, Any]]
+    coordinators: list[dict[str, Any]]
+    gateway: dict[str, Any]

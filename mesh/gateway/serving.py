@@ -1,0 +1,67 @@
+"""An HTTP edge as a process has it: a client, an application, a listener, in the event loop that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+
+from mesh.bus import BusOptions
+from mesh.client import AsyncMeshClient
+from mesh.gateway.app import create_app
+from mesh.gateway.settings import GatewaySettings
+from mesh.listener import Listener, is_loopback
+
+__all__ = ["HttpEdge"]
+
+log = logging.getLogger("mesh.http")
+
+_SPARE_FILES = 256
+
+
+class HttpEdge:
+    """`bind` takes the port, so that it fails before anything else is begun; `serve` is its life, until `stop`."""
+
+    def __init__(self, listener: Listener, settings: GatewaySettings) -> None:
+        self.settings = settings
+        self._listener = listener
+
+    @classmethod
+    def bind(cls, settings: GatewaySettings, *, or_free: bool = False) -> HttpEdge:
+        """ConfigError where the port is taken (unless `or_free`: then any) or TLS files are wrong."""
+        _allow_files(settings.listener.max_connections + _SPARE_FILES)
+        return cls(Listener.bind(settings.listener, or_free=or_free), settings)
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds it."""
+        return self._listener.url
+
+    async def serve(self, options: BusOptions) -> None:
+        """Connect to the mesh and answer until `stop`."""
+        settings = self.settings
+        client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
+        await client.connect()
+        try:
+            if settings.verifier is None and not is_loopback(settings.listener.host):
+                log.warning("whoever reaches %s may ask: authentication.enabled is false", self.url)
+            log.info("HTTP on %s", self.url)
+            await self._listener.serve(create_app(client, settings))
+        finally:
+            await client.close()
+
+    def stop(self, *, now: bool = False) -> None:
+        """Take no new requests; those under way may end, unless `now`."""
+        self._listener.stop(now=now)
+
+
+def _allow_files(wanted: int) -> None:
+    """A connection is an open file, of which a process may often have 1024: as many more as this user may have."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

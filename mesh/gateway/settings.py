@@ -1,0 +1,46 @@
+"""What an HTTP edge is told when it is made. mesh.config reads it from files; here it is values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mesh.listener import ListenerOptions
+from mesh.security import Verifier
+
+__all__ = ["GatewaySettings", "Limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one request. requests_per_minute, tokens_per_minute: of a token that names none itself (None: no limit).
+
+    body_timeout_s: for a whole body to arrive; write_timeout_s: for a client to take what it was sent, after which it is let go;
+    request_timeout_s: for the whole of a generation. keep_alive_s: a stream that says nothing for so long says that it waits.
+    """
+
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_prompt_chars: int = 1_000_000
+    max_choices: int = 16
+    max_batch: int = 256
+    batch_concurrency: int = 8
+    default_max_tokens: int = 1024
+    body_timeout_s: float = 30.0
+    write_timeout_s: float = 30.0
+    request_timeout_s: float = 600.0
+    keep_alive_s: float = 10.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """model: what a request without a model's name means (None: the only one there). verifier None: whoever reaches the listener
+    may ask. health_fresh_s: a probe is made when the last step is older. cors_origins: whose pages may call, none by default."""
+
+    model: str | None = None
+    listener: ListenerOptions = field(default_factory=ListenerOptions)
+    limits: Limits = field(default_factory=Limits)
+    verifier: Verifier | None = None
+    health_fresh_s: float = 2.0
+    probe_timeout_s: float = 5.0
+    cors_origins: tuple[str, ...] = ()

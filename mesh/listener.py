@@ -1,0 +1,311 @@
+"""An HTTP listener inside a process of the mesh: uvicorn in the event loop that is there, with bounds of its own.
+
+What uvicorn does not bound is bounded here: connections (one too many is told so and closed, before it has asked anything), the
+size of a request's head, and how long a connection may take to send one. Signals stay the process's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mesh.errors import ConfigError
+
+__all__ = ["Listener", "ListenerOptions", "Tls", "is_loopback"]
+
+log = logging.getLogger("mesh.http")
+
+_LINGER_S = 2.0  # how long a refused connection may take to read why
+_LINGERING = 256  # refused connections that may take that long at once; those beyond are simply closed
+_BACKLOG = 2048
+_SHORTEST_GRACE_S = 0.3  # for connections without a request to close
+
+
+def _body(message: str, kind: str, code: str) -> bytes:
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+_TOO_MANY = _body("too many connections: try again later", "server_error", "too_many_connections")
+_NOT_HTTP = _body("this is not HTTP/1.1", "invalid_request_error", "not_http")
+_HEAD_TOO_LARGE = _body("the request head is too large", "invalid_request_error", "head_too_large")
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files. `ca`: the authority that client certificates must be signed by, where they are shown; `required`: they must be."""
+
+    cert: str
+    key: str
+    ca: str | None = None
+    required: bool = False
+
+    def context(self) -> ssl.SSLContext:
+        """ConfigError where a file is not what it should be."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.required and self.ca is None:
+            raise ConfigError("tls.require_client_certificate needs tls.ca_file: the authority that signs them")
+        try:
+            context.load_cert_chain(self.cert, self.key)
+            if self.ca is not None:
+                context.load_verify_locations(cafile=self.ca)
+                context.verify_mode = ssl.CERT_REQUIRED if self.required else ssl.CERT_OPTIONAL
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(str(name) for name in (self.cert, self.key, self.ca) if name is not None)
+            raise ConfigError(f"TLS files {files}: {error}: give PEM files that belong together") from None
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerOptions:
+    """port 0: a free one. head_timeout_s: for a connection's first bytes, and for each request's head; idle_timeout_s: between
+    requests; grace_s: how long requests may go on after `stop`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_connections: int = 1000
+    max_head_bytes: int = 64 * 1024
+    head_timeout_s: float = 75.0
+    idle_timeout_s: float = 75.0
+    grace_s: float = 10.0
+    tls: Tls | None = None
+
+
+class Listener:
+    """`bind` takes the port, `serve` answers on it until `stop`."""
+
+    def __init__(self, options: ListenerOptions, sock: socket.socket, context: ssl.SSLContext | None) -> None:
+        self.options = options
+        self._socket = sock
+        self._context = context
+        self._server: _Server | None = None
+        self._stopped = False
+
+    @classmethod
+    def bind(cls, options: ListenerOptions, *, or_free: bool = False) -> Listener:
+        """Take the port. ConfigError where it is taken, unless `or_free`: then any free one; and where TLS files are wrong."""
+        context = None if options.tls is None else options.tls.context()
+        try:
+            sock = _listening(options.host, options.port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not or_free:
+                raise ConfigError(_cannot_listen(options, error)) from None
+            sock = _listening(options.host, 0)
+        return cls(options, sock, context)
+
+    @property
+    def port(self) -> int:
+        return int(self._socket.getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(self.options.host, self.options.host)
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        return f"{'https' if self._context is not None else 'http'}://{host}:{self.port}"
+
+    async def serve(self, app: Any) -> None:
+        """Answer with `app` (ASGI) until `stop`; what is under way then may go on for `grace_s`."""
+        if self._stopped:
+            return
+        options = self.options
+        context = self._context
+        config = uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=max(round(options.idle_timeout_s), 1),
+            timeout_graceful_shutdown=max(options.grace_s, _SHORTEST_GRACE_S),  # type: ignore[arg-type]  # a float is as good
+            ssl_context_factory=None if context is None else lambda config, default: context,
+        )
+        config.load()
+        self._server = _Server(config, options)
+        await self._server.serve(sockets=[self._socket])
+
+    def stop(self, *, now: bool = False) -> None:
+        """Accept nothing new and end; `now`: without waiting for what is under way."""
+        self._stopped = True
+        if self._server is None:
+            self._socket.close()
+            return
+        self._server.should_exit = True
+        if now:
+            self._server.config.timeout_graceful_shutdown = _SHORTEST_GRACE_S  # type: ignore[assignment]
+
+    @property
+    def connections(self) -> int:
+        return 0 if self._server is None else len(self._server.server_state.connections)
+
+
+class _Server(uvicorn.Server):
+    """Without signal handlers of its own."""
+
+    def __init__(self, config: uvicorn.Config, options: ListenerOptions) -> None:
+        super().__init__(config)
+        self.server_state.options = options  # type: ignore[attr-defined]  # the one thing every connection is given
+        self.server_state.lingering = 0  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Connection(HttpToolsProtocol):
+    """One connection, with limits."""
+
+    _options: ListenerOptions
+    _refused = False  # never one of uvicorn's connections
+    _lingers = False
+    _ended = False  # what still arrives is not read
+    _head_bytes = 0
+    _fed_bytes = 0  # since a head was expected
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._options = self.server_state.options  # type: ignore[attr-defined]
+        if len(self.connections) >= self._options.max_connections:
+            self._refused = True
+            self.transport = transport
+            self._say_and_close(b"503 Service Unavailable", _TOO_MANY, b"retry-after: 1\r\n")
+            return
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
+        if self._head_timer is not None:  # the parser keeps what is no whole header yet to itself
+            self._fed_bytes += len(data)
+            if self._fed_bytes > 4 * self._options.max_head_bytes:
+                self._head_too_large()
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        if self._head_timer is None:
+            self._expect_head()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count_head(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        self._head_arrived()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_arrived()
+        if self._lingers:
+            self.server_state.lingering -= 1  # type: ignore[attr-defined]
+        if self._refused:
+            self.parser = None  # type: ignore[assignment]
+            return
+        super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        if self._ended:
+            self.transport.close()
+        super().eof_received()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._options.max_head_bytes:
+            self._head_too_large()
+            raise ValueError("the request head is too large")  # the parser stops
+
+    def _expect_head(self) -> None:
+        self._head_bytes = self._fed_bytes = 0
+        self._head_timer = self.loop.call_later(self._options.head_timeout_s, self._head_late)
+
+    def _head_arrived(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _head_too_large(self) -> None:
+        self._head_arrived()
+        self._say_and_close(b"431 Request Header Fields Too Large", _HEAD_TOO_LARGE)
+
+    def send_400_response(self, msg: str) -> None:
+        if not self._ended:
+            self._head_arrived()
+            self._say_and_close(b"400 Bad Request", _NOT_HTTP)
+
+    def _say_and_close(self, status: bytes, body: bytes, headers: bytes = b"") -> None:
+        """Say why, and close once that was read: closing at once, with a request unread, would take the answer back."""
+        self._ended = True
+        state: Any = self.server_state
+        self.transport.write(_document(status, body, headers))
+        if state.lingering >= _LINGERING or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        state.lingering += 1
+        self._lingers = True
+        self.transport.write_eof()
+        self._head_timer = self.loop.call_later(_LINGER_S, self._head_late)
+
+
+def _document(status: bytes, body: bytes, headers: bytes = b"") -> bytes:
+    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n"
+    return head % (status, len(body), headers) + body
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.listen(_BACKLOG)  # from here on the port is ours; connections wait until `serve`
+    except BaseException:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def _cannot_listen(options: ListenerOptions, error: OSError) -> str:
+    where = f"cannot listen on {options.host}:{options.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where}: the port is taken: give another listen_port, or 0 for a free one"
+    if error.errno == errno.EACCES:
+        return f"{where}: ports below 1024 need a privilege: give a higher listen_port"
+    if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        return f"{where}: this machine has no such address: give one of its own, 127.0.0.1 or 0.0.0.0"
+    return f"{where}: {error.strerror or error}: give an address and port of this machine"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener there."""
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
