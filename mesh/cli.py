@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mesh.commands import bench, chat, coordinator, generate, import_model, run, status, top, tune, up
+from mesh.commands import bench, chat, coordinator, gateway, generate, import_model, run, status, token, top, tune, up
 from mesh.commands.drain import add_drain_parser
 from mesh.commands.planning import add_plan_parser, add_shard_model_parser
 from mesh.commands.push import add_pull_parser, add_push_parser
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     import_model.add_parser(subparsers)
     run.add_parser(subparsers)
-    for command in (up, generate, chat, status, top, bench, coordinator):
+    for command in (up, generate, chat, status, top, bench, coordinator, gateway, token):
         command.add_parser(subparsers)
     add_plan_parser(subparsers)
     tune.add_parser(subparsers)

@@ -3,6 +3,7 @@
     distributed_config.json    DistributedConfig    `mesh shard-model`, `mesh plan`
     distributed_config.yaml    ModelConfig          `mesh plan`
     coordinator config.yaml    CoordinatorConfig    `mesh coordinator`
+    gateway config.yaml        GatewayConfig        `mesh gateway`
     shard config.yaml          ShardConfig          `mesh shard`
     network config.yaml        NetworkConfig        both
 
@@ -22,14 +23,19 @@ from mesh.errors import ConfigError
 from mesh.units import GB, MB, parse_seconds
 
 __all__ = [
+    "AuthenticationConfig",
+    "AuthenticationSection",
     "ConnectionConfig",
     "CoordinatorConfig",
     "DistributedConfig",
+    "GatewayConfig",
+    "HttpSection",
     "LoadBalancing",
     "ModelConfig",
     "NatsSection",
     "NetworkConfig",
     "ShardConfig",
+    "TlsSection",
     "load_config",
 ]
 
@@ -60,6 +66,9 @@ Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
 """Seconds; written `5s`, `1m30s`, `24h` or a number."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+FreePort = Annotated[int, Field(ge=0, le=65535)]
+"""0: any that is free."""
+
 Count = Annotated[int, Field(ge=1)]
 Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -189,10 +198,65 @@ class ModelConfig(ConfigFile):
         return round(self.memory.max_shard_memory_gb * GB)
 
 
-class CoordinatorSection(Section):
-    listen_port: Port = 8080
+class HttpSection(Section):
+    """An HTTP listener. health_check_interval: how long a look at the mesh's health may take that generates a token to see."""
+
+    listen_host: str = Field(default="127.0.0.1", min_length=1)  # beyond loopback tokens are asked for, see authentication
+    listen_port: FreePort = 8080
     max_connections: Count = 1000
     health_check_interval: Duration = 5.0
+    max_body_bytes: Count = 4 * 1024 * 1024
+    max_prompt_chars: Count = 1_000_000
+    request_timeout: Duration = 600.0  # of a whole generation
+    drain_timeout: Duration = 10.0  # requests under way may take so long when the process is told to end
+    cors_origins: list[str] = Field(default_factory=list)  # whose pages may call; none by default
+
+
+class TlsSection(Section):
+    """HTTPS. With `ca_file`, client certificates that are shown must be signed by it; they must be shown where required."""
+
+    enabled: bool = True
+    cert_file: str = Field(min_length=1)
+    key_file: str = Field(min_length=1)
+    ca_file: str | None = None
+    require_client_certificate: bool = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> TlsSection:
+        if self.require_client_certificate and self.ca_file is None:
+            raise ValueError("require_client_certificate needs ca_file: the authority that signs them")
+        return self
+
+
+class AuthenticationSection(Section):
+    """Who may ask: bearers of a JSON Web Token. The secret of HS256 is given by the environment (`${JWT_SECRET}`) or a file; RS256
+    and EdDSA are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
+
+    enabled: bool | None = None  # None: as soon as others than this machine reach the listener
+    method: Literal["jwt"] = "jwt"
+    algorithm: Literal["HS256", "RS256", "EdDSA"] = "HS256"
+    secret_key: SecretStr | None = None
+    secret_key_file: str | None = None
+    public_key_file: str | None = None
+    private_key_file: str | None = None
+    token_expiry: Duration = 86400.0  # of those issued here
+    requests_per_minute: Count | None = None  # of tokens that name no limit themselves
+    tokens_per_minute: Count | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> AuthenticationSection:
+        if self.secret_key is not None and self.secret_key_file is not None:
+            raise ValueError("secret_key and secret_key_file say the same: keep one")
+        secret = self.secret_key is not None or self.secret_key_file is not None
+        if self.algorithm == "HS256" and (self.public_key_file or self.private_key_file):
+            raise ValueError("HS256 has a secret and no key pair: set algorithm to RS256 or EdDSA, or leave the key files out")
+        if self.algorithm != "HS256" and secret:
+            raise ValueError(f"{self.algorithm} has a key pair and no secret: give public_key_file, or set algorithm to HS256")
+        return self
+
+
+class CoordinatorSection(HttpSection):
+    serve_http: bool = True  # false: over NATS alone, and through gateways of their own
 
 
 class DistributedSection(Section):
@@ -231,6 +295,8 @@ class CoordinatorConfig(ConfigFile):
     model: ServedModelSection = ServedModelSection()
     distributed: DistributedSection
     memory: PoolSection = PoolSection()
+    tls: TlsSection | None = None
+    authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
@@ -242,6 +308,26 @@ class CoordinatorConfig(ConfigFile):
             "coordinator.health_check_interval",
         )
         return self
+
+
+class GatewaySection(HttpSection):
+    model: str | None = Field(default=None, min_length=1)  # what a request that names none means; None: the only one there
+
+
+class GatewayConfig(ConfigFile):
+    """An HTTP edge in a process of its own."""
+
+    gateway: GatewaySection = GatewaySection()
+    nats: NatsSection = NatsSection()
+    tls: TlsSection | None = None
+    authentication: AuthenticationSection = AuthenticationSection()
+    logging: LoggingSection = LoggingSection()
+
+
+class AuthenticationConfig(ConfigFile):
+    """What the environment alone says of tokens, for commands that read no file."""
+
+    authentication: AuthenticationSection = AuthenticationSection()
 
 
 class ShardSection(Section):

@@ -35,11 +35,13 @@ from mesh.subjects import KV_SHARDS
 from mesh.types import LayerRange
 from mesh.units import GB
 
-__all__ = ["LocalMesh", "LocalOptions", "announced", "default_url", "even_ranges"]
+__all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "default_url", "even_ranges"]
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
+DEFAULT_HTTP_PORT = 8080
 _LEASE_TTL_S = 5.0
 _STOP_S = 10.0
+_HTTP_DRAIN_S = 2.0
 _SHOWN_LINES = 15
 
 Progress = Callable[[str, int, int], None]
@@ -49,7 +51,8 @@ Progress = Callable[[str, int, int], None]
 class LocalOptions:
     """shards: layer ranges; replicas: shards of each. nats: use these servers instead of one of its own. rows, context: of each
     shard (None: the model's context). memory_bytes: the most a shard may take (None: what the machine has). port: of the
-    embedded server (None: a free one). coordinator_arguments: more of `mesh coordinator`'s own."""
+    embedded server (None: a free one). http: each coordinator serves it, the first one on http_port (None: 8080, or a free one).
+    coordinator_arguments: more of `mesh coordinator`'s own."""
 
     model: Path
     shards: int = 1
@@ -63,6 +66,8 @@ class LocalOptions:
     strategy: str = "least_loaded"
     failover_timeout_s: float = 30.0
     compression: bool = False
+    http: bool = True
+    http_port: int | None = None
     logs: Path | None = None
     coordinator_arguments: tuple[str, ...] = ()
     bus: BusOptions | None = None  # who connects to `nats`
@@ -76,7 +81,7 @@ class _Child:
 
 
 class LocalMesh:
-    """A context manager; start it from the main thread. `url` is where clients connect."""
+    """A context manager; start it from the main thread. `url` is where clients connect, `http_urls` where HTTP is served."""
 
     def __init__(self, options: LocalOptions) -> None:
         self.options = options
@@ -86,6 +91,7 @@ class LocalMesh:
             if getattr(options, name) < 1:
                 raise BadRequest(f"{name} is {getattr(options, name)}: give at least 1", field=name)
         self.url = ""
+        self.http_urls: tuple[str, ...] = ()
         self._server: NatsServer | None = None
         self._children: list[_Child] = []
         self._folder: Path | None = None
@@ -124,7 +130,8 @@ class LocalMesh:
             config = self._write("coordinator.yaml", self._coordinator_config())
             arguments = ["coordinator", "--config", str(config), "--model", str(options.model.absolute()), *options.coordinator_arguments]
             for index in range(options.coordinators):
-                self._spawn(f"coordinator-{index + 1}", arguments, logs)
+                free = ["--free-port"] if index or options.http_port is None else []
+                self._spawn(f"coordinator-{index + 1}", [*arguments, *free], logs)
             asyncio.run(self._wait_ready(timeout_s, progress))
         except BaseException:
             self.stop()
@@ -226,7 +233,12 @@ class LocalMesh:
         options = self.options
         interval = min(5.0, options.failover_timeout_s / 2)
         return {
-            "coordinator": {"health_check_interval": interval},
+            "coordinator": {
+                "health_check_interval": interval,
+                "serve_http": options.http,
+                "listen_port": DEFAULT_HTTP_PORT if options.http_port is None else options.http_port,
+                "drain_timeout": _HTTP_DRAIN_S,
+            },
             "nats": self._nats_section(),
             "distributed": {
                 "shards_count": len(self.ranges),
@@ -255,7 +267,11 @@ class LocalMesh:
                         states = sorted({lease.state for lease in leases} - {"ready"})
                         progress(f"shards {', '.join(states) or 'starting'}", ready, self.shard_count)
                         if ready == self.shard_count and (await client.health()).ready:
-                            return
+                            counters = [c.counters for c in await client.coordinators()]
+                            urls = [str(said["http"]) for said in counters if said.get("http") and said.get("pid") in mine]
+                            if not self.options.http or len(urls) == self.options.coordinators:
+                                self.http_urls = tuple(sorted(urls, key=lambda url: not url.endswith(f":{DEFAULT_HTTP_PORT}")))
+                                return
                         changed.clear()
                         try:
                             await asyncio.wait_for(changed.wait(), 0.25)  # a child that ended says nothing

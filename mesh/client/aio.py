@@ -179,7 +179,7 @@ class AsyncMeshClient:
         coordinator remembers it."""
         name = model or self._model
         question = messages.TraceRequest(request=request).to_bytes()
-        for coordinator in await self._coordinators():
+        for coordinator in await self.coordinators():
             if name not in (None, coordinator.model):
                 continue
             try:

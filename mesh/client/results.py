@@ -13,11 +13,14 @@ __all__ = ["Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token; `logprob` and `top` ((token, logprob), likeliest first) only where they were asked for."""
+    """A generated token; the rest only where log probabilities were asked for: `top` is (token, logprob), likeliest first, `piece` and
+    `top_pieces` are the texts of these tokens by themselves (None: the model has no tokenizer)."""
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    piece: str | None = None
+    top_pieces: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,5 +125,6 @@ class Health:
 
 
 def token_of(document: Mapping[str, Any]) -> Token:
-    top = tuple((entry["token"], entry["logprob"]) for entry in document.get("top") or ())
-    return Token(document["token"], document.get("logprob"), top)
+    entries = document.get("top") or ()
+    top = tuple((entry["token"], entry["logprob"]) for entry in entries)
+    return Token(document["token"], document.get("logprob"), top, document.get("piece"), tuple(entry.get("piece") for entry in entries))

@@ -14,8 +14,11 @@ from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mesh.config import ServedModelSection
+    from mesh.bus import BusOptions
+    from mesh.config import CoordinatorConfig, ServedModelSection
     from mesh.coordinator.description import Wanted
+    from mesh.coordinator.service import Coordinator
+    from mesh.gateway import HttpEdge
 
 __all__ = ["add_parser", "run_command", "run_until_signal"]
 
@@ -33,6 +36,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait for a row (default 256)")
     parser.add_argument("--step-timeout", type=float, default=15.0, metavar="SECONDS", help="longest a step may take (default 15)")
     parser.add_argument("--bf16-wire", action="store_true", help="send hidden states as bfloat16: half the bytes, not bit-exact")
+    parser.add_argument("--http-port", type=int, metavar="PORT", help="over coordinator.listen_port (default 8080; 0: a free one)")
+    parser.add_argument("--free-port", action="store_true", help="listen on a free port where that one is taken")
     add_connection_arguments(parser)
     parser.set_defaults(run=run_command)
 
@@ -63,14 +68,57 @@ def run_command(args: argparse.Namespace) -> int:
         flags=flags,
     )
 
+    edge = _edge(args, config)
+
     async def serve() -> None:
         bus = await Bus.connect(connection, name="mesh-coordinator")
         async with bus:
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)))
-            await run_until_signal(coordinator.run, coordinator.stop)
+            if edge is None:
+                await run_until_signal(coordinator.run, coordinator.stop)
+            else:
+                await _run_with_http(coordinator, edge, connection)
 
     run_loop(serve)
     return 0
+
+
+def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | None:
+    """With its port taken, so that a wrong one is an error before anything is begun."""
+    section = config.coordinator
+    if not section.serve_http:
+        return None
+    from mesh.commands.gateway import gateway_settings
+    from mesh.gateway import HttpEdge
+
+    if args.http_port is not None:
+        if not 0 <= args.http_port <= 65535:
+            raise ConfigError(f"--http-port {args.http_port}: give 0 to 65535")
+        section = section.model_copy(update={"listen_port": args.http_port})
+    return HttpEdge.bind(gateway_settings(section, config.tls, config.authentication, model=None), or_free=args.free_port)
+
+
+async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: BusOptions) -> None:
+    """Both until the first SIGTERM or SIGINT: HTTP requests under way may end, then the coordinator does. A second one ends all."""
+    loop = asyncio.get_running_loop()
+    coordinator.http_url = edge.url
+    serving = asyncio.create_task(coordinator.run())
+    listening = asyncio.create_task(edge.serve(connection, model=coordinator.manifest.name))
+    asked = False
+
+    def end() -> None:
+        nonlocal asked
+        edge.stop(now=asked)
+        if asked:
+            coordinator.stop()
+        asked = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
+    edge.stop(now=True)
+    coordinator.stop()
+    await asyncio.gather(serving, listening)
 
 
 def _wanted(model: str | None, section: ServedModelSection) -> Wanted:

@@ -28,6 +28,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
     parser.add_argument("--coordinators", type=int, default=1, metavar="N", help="default 1")
     parser.add_argument("--port", type=int, metavar="PORT", help="of the NATS server it starts (default: a free one)")
+    parser.add_argument("--http-port", type=int, metavar="PORT", help="where HTTP is served (default: 8080, or a free one)")
+    parser.add_argument("--no-http", action="store_true", help="serve over NATS alone")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="sessions at once in each shard (default 8)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a session may have (default: the model's)")
     parser.add_argument("--memory", metavar="SIZE", help="most that a shard may take, such as 8GB")
@@ -42,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    from mesh.local import LocalMesh, LocalOptions, announced
+    from mesh.local import DEFAULT_HTTP_PORT, LocalMesh, LocalOptions, announced
     from mesh.subjects import generate as generate_subject
 
     options = LocalOptions(
@@ -53,6 +55,8 @@ def run_command(args: argparse.Namespace) -> int:
         nats=args.nats,
         bus=bus_options(args) if args.nats else None,
         port=args.port,
+        http=not args.no_http,
+        http_port=args.http_port,
         rows=args.rows,
         context=args.context,
         memory_bytes=None if args.memory is None else parse_bytes(args.memory),
@@ -84,6 +88,9 @@ def run_command(args: argparse.Namespace) -> int:
 
             return ask(mesh.bus, name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
         with announced(mesh.url):
+            if mesh.http_urls:
+                taken = args.http_port is None and not mesh.http_urls[0].endswith(f":{DEFAULT_HTTP_PORT}")
+                print(_http_lines(mesh.http_urls, taken=taken), file=sys.stderr)
             print(
                 f"NATS {mesh.url}\n"
                 f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
@@ -101,3 +108,9 @@ def run_command(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         mesh.stop()
     return 0
+
+
+def _http_lines(urls: tuple[str, ...], *, taken: bool) -> str:
+    said = f"HTTP {', '.join(urls)}" + (" (port 8080 is taken; choose one with --http-port)" if taken else "")
+    data = '{"prompt": "What is artificial intelligence?", "max_tokens": 100, "temperature": 0.7}'
+    return f"{said}\n  curl -X POST {urls[0]}/api/v1/inference -H 'Content-Type: application/json' -d '{data}'"

@@ -2,7 +2,7 @@
 
     stream, first    {"request", "cancel", "model", "done": false}         the name to cancel it by, and where to say so
     stream, waiting  {"waiting": n, "done": false}                         every few seconds, n others are before it
-    stream, token    {"index", "token", "text", "done": false}             and "logprob", "top" where asked for
+    stream, token    {"index", "token", "text", "done": false}             and "logprob", "piece", "top" where asked for
     last, or only    {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
@@ -76,6 +76,7 @@ class Job:
     request: Request
     reply: str  # where answers go
     text: TextStream | None
+    tokenizer: Tokenizer | None
     began: float = field(default_factory=time.perf_counter)
     tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
@@ -86,7 +87,7 @@ class Job:
 
     @classmethod
     def of(cls, message: messages.Generate, request: Request, reply: str, tokenizer: Tokenizer | None) -> Job:
-        return cls(message, request, reply, None if tokenizer is None else tokenizer.stream())
+        return cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer)
 
     def accepted(self, model: str, cancel: str) -> bytes:
         return orjson.dumps({"request": self.request.id, "cancel": cancel, "model": model, "done": False})
@@ -128,7 +129,7 @@ class Job:
             },
         }
         if self.message.logprobs is not None:
-            answer["logprobs"] = [_logprobs(token) for token in self.tokens]
+            answer["logprobs"] = [self._logprobs(token) for token in self.tokens]
         return answer
 
     def documents(self) -> list[bytes]:
@@ -141,8 +142,14 @@ class Job:
     def _document(self, index: int, token: Token, piece: str) -> dict[str, Any]:
         document: dict[str, Any] = {"index": index, "token": token.id, "text": piece, "done": False}
         if self.message.logprobs is not None:
-            document.update(_logprobs(token))
+            document |= {name: value for name, value in self._logprobs(token).items() if name in ("logprob", "piece", "top")}
         return document
+
+    def _logprobs(self, token: Token) -> dict[str, Any]:
+        """`piece` is a token's own text, None for a model without a tokenizer."""
+        piece = self.tokenizer.piece if self.tokenizer is not None else lambda id: None
+        top = [{"token": i, "logprob": p, "piece": piece(i)} for i, p in token.top]
+        return {"token": token.id, "logprob": token.logprob, "piece": piece(token.id), "top": top}
 
     def _release(self, piece: str, *, end: bool = False) -> str:
         """What of the text may be given out now that `piece` has come."""
@@ -162,10 +169,6 @@ class Job:
         if text:
             self.pieces.append(text)
         return text
-
-
-def _logprobs(token: Token) -> dict[str, Any]:
-    return {"token": token.id, "logprob": token.logprob, "top": [{"token": i, "logprob": p} for i, p in token.top]}
 
 
 def _overlap(text: str, stop: str) -> int:

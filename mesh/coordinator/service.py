@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections import Counter, OrderedDict, deque
@@ -113,6 +114,8 @@ class Coordinator:
         self.hops = HopMeter()
         self.traces = Traces()
         self.rejected: Counter[str] = Counter()
+        self.http_url: str | None = None  # where this process serves HTTP, for those who ask who is there
+        self._last_step_at: float | None = None
         self._jobs: dict[str, Job] = {}
         self._answers: OrderedDict[str, tuple[messages.Generate, bytes]] = OrderedDict()
         self._preparing = 0
@@ -176,6 +179,9 @@ class Coordinator:
             "queued": len(self.core.admission),
             "capacity": self.core.replicas.capacity(),
             "serving": self.core.replicas.longest() is not None,
+            "last_step_s": None if self._last_step_at is None else time.monotonic() - self._last_step_at,
+            "http": self.http_url,
+            "pid": os.getpid(),
             "rejected_frames": dict(self.rejected),
             "hops": self.hops.as_dict(),
             **self.traces.summary(self.core.sessions, time.monotonic()),
@@ -265,6 +271,7 @@ class Coordinator:
             log.debug("%s: %s", received.subject, error)
             return
         if isinstance(event, Result):
+            self._last_step_at = time.monotonic()
             self._measure(frame)
         await self._handle(event)
 

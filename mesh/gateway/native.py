@@ -138,8 +138,9 @@ def _token(chunk: Chunk) -> dict[str, Any]:
     assert chunk.token is not None
     document: dict[str, Any] = {"index": chunk.index, "token": chunk.token.id, "text": chunk.text, "done": False}
     if chunk.token.logprob is not None:
-        document["logprob"] = chunk.token.logprob
-        document["top"] = [{"token": id, "logprob": logprob} for id, logprob in chunk.token.top]
+        top = zip(chunk.token.top, chunk.token.top_pieces, strict=True)
+        document["logprob"], document["piece"] = chunk.token.logprob, chunk.token.piece
+        document["top"] = [{"token": id, "piece": piece, "logprob": logprob} for (id, logprob), piece in top]
     return document
 
 

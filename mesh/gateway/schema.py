@@ -102,11 +102,15 @@ class Timing(Answer):
 
 class TopToken(Answer):
     token: int
+    piece: str | None
     logprob: float
 
 
 class TokenLogprob(Answer):
+    """`piece`: the token's own text."""
+
     token: int
+    piece: str | None
     logprob: float | None
     top: list[TopToken]
 

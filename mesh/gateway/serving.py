@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from dataclasses import replace
 
 from mesh.bus import BusOptions
 from mesh.client import AsyncMeshClient
@@ -37,9 +38,9 @@ class HttpEdge:
         """Where a client on this machine finds it."""
         return self._listener.url
 
-    async def serve(self, options: BusOptions) -> None:
-        """Connect to the mesh and answer until `stop`."""
-        settings = self.settings
+    async def serve(self, options: BusOptions, *, model: str | None = None) -> None:
+        """Connect to the mesh and answer until `stop`. `model`: over the settings'."""
+        settings = self.settings if model is None else replace(self.settings, model=model)
         client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
         await client.connect()
         try:

@@ -30,6 +30,7 @@ class Tokenizer:
         self._backend = backend
         self.info = info
         self._template = _compile(chat_template) if chat_template else None
+        self._anchor = self.encode("a", add_special=False)[-1:]  # some token: a text's first one may be decoded differently
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -67,6 +68,13 @@ class Tokenizer:
         """The token as the vocabulary has it, None if there is no such id."""
         text: str | None = self._backend.id_to_token(id)
         return text
+
+    def piece(self, id: int) -> str:
+        """What `id` adds to a text that goes on, leading spaces included; U+FFFD for bytes that are no character by themselves."""
+        anchor = self._anchor
+        before = self.decode(anchor, skip_special=False)
+        whole = self.decode([*anchor, id], skip_special=False)
+        return whole[len(before) :] if anchor and whole.startswith(before) else self.decode([id], skip_special=False)
 
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that come one by one."""

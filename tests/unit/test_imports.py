@@ -17,7 +17,7 @@ LAYERS = [
     {"lowering", "model", "memory"},
     {"runtime"},
     {"planner"},
-    {"bus", "server"},
+    {"bus", "server", "listener"},
     {"shard", "coordinator"},
     {"client"},
     {"gateway"},

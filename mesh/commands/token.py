@@ -1,0 +1,124 @@
+"""`mesh token`: issue and look at the tokens that HTTP asks for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mesh.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mesh.config import AuthenticationSection
+
+__all__ = ["add_parser"]
+
+_DESCRIPTION = """\
+Issue a token, or look at one. The key comes from a configuration file's authentication section (--config), from a file, or from
+MESH_AUTHENTICATION_SECRET_KEY; never from the command line, where others could read it."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("token", help="issue and inspect tokens for HTTP", description=_DESCRIPTION)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    issue = actions.add_parser("issue", help="print a new token", description=_DESCRIPTION)
+    issue.add_argument("--subject", required=True, metavar="NAME", help="who it is for")
+    issue.add_argument("--scope", default="generate", metavar="SCOPE,...", help="generate, batch, admin (default generate)")
+    issue.add_argument("--expiry", metavar="TIME", help="how long it lasts, such as 24h (default: authentication.token_expiry, 24h)")
+    issue.add_argument("--requests-per-minute", type=int, metavar="N")
+    issue.add_argument("--tokens-per-minute", type=int, metavar="N", help="tokens of prompts and answers together")
+    issue.add_argument("--private-key-file", metavar="FILE", help="PEM, for RS256 and EdDSA")
+    issue.set_defaults(run=issue_command)
+    inspect = actions.add_parser("inspect", help="say what a token says, and whether it is genuine", description=_DESCRIPTION)
+    inspect.add_argument("token", nargs="?", default="-", metavar="TOKEN", help="- or nothing: from standard input")
+    inspect.add_argument("--public-key-file", metavar="FILE", help="PEM, for RS256 and EdDSA")
+    inspect.set_defaults(run=inspect_command)
+    for action in (issue, inspect):
+        action.add_argument("--config", type=Path, metavar="FILE", help="config.yaml of a coordinator or gateway")
+        action.add_argument("--algorithm", choices=("HS256", "RS256", "EdDSA"), help="over authentication.algorithm (default HS256)")
+        action.add_argument("--secret-key-file", metavar="FILE", help="the secret of HS256")
+
+
+def issue_command(args: argparse.Namespace) -> int:
+    from mesh.security import Issuer
+    from mesh.units import parse_seconds
+
+    section = _section(args)
+    key = _key(section, section.private_key_file, "private_key")
+    if key is None:
+        wanted = "--secret-key-file" if section.algorithm == "HS256" else "--private-key-file"
+        raise ConfigError(f"there is no key to sign with: give --config or {wanted}, or set MESH_AUTHENTICATION_SECRET_KEY")
+    token = Issuer(section.algorithm, key).issue(
+        args.subject,
+        [scope.strip() for scope in args.scope.split(",") if scope.strip()],
+        now_unix_s=time.time(),
+        expiry_s=section.token_expiry if args.expiry is None else parse_seconds(args.expiry),
+        requests_per_minute=args.requests_per_minute,
+        tokens_per_minute=args.tokens_per_minute,
+    )
+    print(token)
+    return 0
+
+
+def inspect_command(args: argparse.Namespace) -> int:
+    """Exit code 0 for a genuine token, 1 for one that is not, or whose key is not here."""
+    import orjson
+
+    from mesh.errors import Denied
+    from mesh.security import Verifier, peek
+
+    token = (sys.stdin.read() if args.token == "-" else args.token).strip()
+    header, claims = peek(token)
+    section = _section(args)
+    key = _key(section, section.public_key_file, "public_key")
+    if key is None:
+        verdict, genuine = "not checked: give --config, or the key's file", False
+    else:
+        try:
+            Verifier(section.algorithm, key).verify(token)
+            verdict, genuine = "genuine", True
+        except Denied as error:
+            verdict, genuine = f"refused: {error}", False
+    expiry = claims.get("exp")
+    shown: dict[str, Any] = {"algorithm": header.get("alg"), "claims": claims, "verdict": verdict}
+    if isinstance(expiry, (int, float)):
+        shown["expires"] = datetime.fromtimestamp(expiry).astimezone().isoformat()
+    sys.stdout.buffer.write(orjson.dumps(shown, option=orjson.OPT_INDENT_2) + b"\n")
+    return 0 if genuine else 1
+
+
+def _section(args: argparse.Namespace) -> AuthenticationSection:
+    """What the file or the environment says, the flags over it."""
+    from pydantic import ValidationError
+
+    from mesh.config import AuthenticationConfig, AuthenticationSection, CoordinatorConfig, GatewayConfig, load_config
+    from mesh.configfile import load_environment, read_mapping
+
+    if args.config is None:
+        base = load_environment(AuthenticationConfig).authentication
+    elif "gateway" in read_mapping(args.config):
+        base = load_config(args.config, GatewayConfig).authentication
+    else:
+        base = load_config(args.config, CoordinatorConfig).authentication
+    names = ("algorithm", "secret_key_file", "public_key_file", "private_key_file")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    values: dict[str, Any] = {name: getattr(base, name) for name in base.model_fields_set}
+    if given.keys() & {"secret_key_file"}:
+        values.pop("secret_key", None)
+    try:
+        return AuthenticationSection(**{**values, **given})
+    except ValidationError as error:
+        message = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise ConfigError(f"authentication: {message.removeprefix('Value error, ')}") from None
+
+
+def _key(section: AuthenticationSection, key_file: str | None, name: str) -> bytes | None:
+    from mesh.security import read_secret
+
+    if section.algorithm != "HS256":
+        return read_secret(None, key_file, f"authentication.{name}")
+    secret = None if section.secret_key is None else section.secret_key.get_secret_value()
+    return read_secret(secret, section.secret_key_file, "authentication.secret_key")
