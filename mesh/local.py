@@ -78,6 +78,7 @@ class _Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    command: list[str]
 
 
 class LocalMesh:
@@ -137,6 +138,15 @@ class LocalMesh:
             self.stop()
             raise
 
+    def restart(self, name: str) -> None:
+        """Start a child of this name again, ending it first where it lives, as a supervisor would. Its log goes on."""
+        child = next((child for child in self._children if child.name == name), None)
+        if child is None:
+            raise BadRequest(f"there is no {name} here: {', '.join(child.name for child in self._children)}", field="name")
+        child.process.kill()
+        child.process.wait()
+        child.process = self._start(child.command, child.log)
+
     def wait(self) -> None:
         """Until a child ends by itself, which is an error: ServiceError with its last words."""
         while True:
@@ -176,9 +186,13 @@ class LocalMesh:
 
     def _spawn(self, name: str, arguments: Sequence[str], logs: Path) -> None:
         log = logs / f"{name}.log"
+        log.unlink(missing_ok=True)
         command = dying_with_parent([sys.executable, "-m", "mesh.cli", *arguments])
-        with log.open("wb") as output:
-            process = subprocess.Popen(
+        self._children.append(_Child(name, self._start(command, log), log, command))
+
+    def _start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("ab") as output:
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -186,7 +200,6 @@ class LocalMesh:
                 start_new_session=True,
                 env=self._environment(),
             )
-        self._children.append(_Child(name, process, log))
 
     def _write(self, name: str, content: object) -> Path:
         assert self._folder is not None

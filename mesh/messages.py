@@ -28,6 +28,7 @@ from mesh.types import LayerRange
 
 __all__ = [
     "TOPICS",
+    "Alive",
     "Beat",
     "Cancel",
     "ChatMessage",
@@ -111,6 +112,8 @@ class Generate(Message):
 
     `seed` None: drawn by the coordinator. `session`: the caller's own name for the request, so that a repeated one is the same.
     `raw`: the prompt goes as it is, without the chat template that a chat model otherwise has around it.
+    `attempt`: how often a named request was asked before; 0 promises that it is the first time. `given`: the tokens of it that the
+    caller has: the answer goes on after them.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -133,6 +136,8 @@ class Generate(Message):
     raw: bool = False
     stream: bool = False
     session: Token | None = None
+    attempt: Natural | None = None
+    given: tuple[TokenId, ...] = ()
 
     @model_validator(mode="after")
     def _one_input(self) -> Generate:
@@ -205,10 +210,17 @@ class Closed(Message):
 
 
 class Beat(Message):
-    """A coordinator lives. Shards free what it held when it has been silent for `ttl_s`."""
+    """A coordinator lives. Shards free what it held when it has been silent for `ttl_s`. `instance`: its process. `leaving`: it has
+    ended in order, and what it had not finished is there for the others."""
 
     coordinator: Token
     ttl_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    instance: Token | None = None
+    leaving: bool = False
+
+
+class Alive(Message):
+    """Ask a coordinator whether it lives; its Beat is the answer."""
 
 
 class Drain(Message):
@@ -394,6 +406,8 @@ class Topic:
 
 TOPICS: tuple[Topic, ...] = (
     Topic("mesh.v1.MODEL.generate", Generate, "json", subjects.COORDINATORS_QUEUE),
+    Topic("mesh.v1.MODEL.generate.INSTANCE", Generate, "json"),
+    Topic("mesh.v1.MODEL.alive.INSTANCE", Alive, Beat),
     Topic("mesh.v1.MODEL.cancel.COORDINATOR", Cancel, None),
     Topic("mesh.v1.MODEL.trace.COORDINATOR", TraceRequest, "json"),
     Topic("mesh.v1.MODEL.layers.A-B", Open, Opened, subjects.REPLICAS_QUEUE),

@@ -1,17 +1,19 @@
 """The names of the mesh on NATS: every subject, bucket, stream and queue group, made and taken apart here and nowhere else.
 
     mesh.v1.MODEL.generate                  a generation request                        queue group `coordinators`
+    mesh.v1.MODEL.generate.INSTANCE         a request for a generation it has           that coordinator's process
+    mesh.v1.MODEL.alive.INSTANCE            whether it lives                            that coordinator's process
     mesh.v1.MODEL.cancel.COORDINATOR        take a generation back                      that coordinator
     mesh.v1.MODEL.trace.COORDINATOR         where the time of a generation went         that coordinator
     mesh.v1.MODEL.layers.A-B                open a session on layers [A, B)             queue group `replicas`
     mesh.v1.MODEL.layers.A-B.SHARD          frames for that shard
     mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, gaps
-    mesh.v1.MODEL.coordinators              coordinators saying that they live          every shard of the model
+    mesh.v1.MODEL.coordinators              coordinators saying that they live          every shard and coordinator of the model
     mesh.v1.control.SHARD.VERB              open, close, drain, stats                   that shard
     mesh.v1.events.KIND                     what happened                               anyone
 
 The version of the protocol is in the name: other versions cannot meet. MODEL, SHARD and COORDINATOR are tokens: letters,
-digits, `-` and `_`; `token` makes one of any name.
+digits, `-` and `_`; `token` makes one of any name. INSTANCE is another one for each process.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ __all__ = [
     "STREAM_BATCH",
     "VERSION",
     "Verb",
+    "alive",
     "cancel",
     "check_token",
     "control",
@@ -41,6 +44,7 @@ __all__ = [
     "event",
     "frames",
     "generate",
+    "generate_at",
     "is_token",
     "layers",
     "token",
@@ -87,6 +91,14 @@ def check_token(text: str, field: str) -> str:
 
 def generate(model: str) -> str:
     return f"mesh.{VERSION}.{token(model)}.generate"
+
+
+def generate_at(model: str, instance: str) -> str:
+    return f"{generate(model)}.{check_token(instance, 'instance')}"
+
+
+def alive(model: str, instance: str) -> str:
+    return f"mesh.{VERSION}.{token(model)}.alive.{check_token(instance, 'instance')}"
 
 
 def cancel(model: str, coordinator: str) -> str:

@@ -20,6 +20,7 @@ import nats.js.kv
 
 from mesh.bus.connection import Bus, end_tasks
 from mesh.bus.mapping import mapped
+from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError
 from mesh.messages import Message
 
@@ -29,6 +30,7 @@ log = logging.getLogger("mesh.bus")
 
 M = TypeVar("M", bound=Message)
 
+WRONG_REVISION = (10071, 10164)  # what the server calls a compare and set that came too late
 _WATCH_RETRY_S = 0.5
 _TIMEOUT_S = 2.0  # of one request: a lease that is not renewed within its TTL is lost
 _WATCH_CHECK_S = 1.0
@@ -44,17 +46,24 @@ class Entry:
 
 
 class Bucket:
-    """A key-value bucket, made when it is not there: in memory on the server unless `durable`, on `replicas` servers of a cluster."""
+    """A key-value bucket, made when it is not there: in memory on the server unless `durable`; in a cluster on three servers."""
 
     def __init__(
-        self, bus: Bus, name: str, *, ttl_s: float | None = None, durable: bool = False, replicas: int = 1, max_value_bytes: int = 65536
+        self,
+        bus: Bus,
+        name: str,
+        *,
+        ttl_s: float | None = None,
+        durable: bool = False,
+        max_value_bytes: int = 65536,
+        max_bytes: int | None = None,
     ) -> None:
         self.bus = bus
         self.name = name
         self.ttl_s = ttl_s
         self._durable = durable
-        self._replicas = replicas
         self._max_value_bytes = max_value_bytes
+        self._max_bytes = max_bytes
         self._kv: nats.js.kv.KeyValue | None = None
 
     async def put(self, key: str, value: bytes) -> int:
@@ -75,6 +84,10 @@ class Bucket:
                 return await (kv.update(key, value, last=revision) if revision else kv.create(key, value))
             except nats.js.errors.KeyWrongLastSequenceError:
                 return None
+            except nats.js.errors.APIError as error:
+                if error.err_code in WRONG_REVISION:
+                    return None
+                raise
 
     async def get(self, key: str) -> Entry | None:
         with mapped(f"{self.name}/{key}"):
@@ -84,14 +97,21 @@ class Bucket:
                 return None
         return Entry(key, entry.value, entry.revision or 0)
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: str, *, revision: int | None = None) -> bool:
+        """False where the key's revision is not `revision` any more (None: whatever it is), and it is left."""
         with mapped(f"{self.name}/{key}"):
-            await (await self._open()).delete(key)
+            try:
+                await (await self._open()).delete(key, last=revision)
+            except nats.js.errors.APIError as error:
+                if error.err_code in WRONG_REVISION:
+                    return False
+                raise
+        return True
 
-    async def entries(self) -> list[Entry]:
-        """All there is."""
+    async def entries(self, keys: str = ">") -> list[Entry]:
+        """All there is, of the keys that match a pattern of NATS's."""
         found = []
-        async for entry in self._watch():
+        async for entry in self._watch(keys):
             if entry is None:
                 break
             if entry.value is not None:
@@ -106,21 +126,27 @@ class Bucket:
             except nats.js.errors.NotFoundError:
                 storage = nats.js.api.StorageType.FILE if self._durable else nats.js.api.StorageType.MEMORY
                 # who comes second finds the same configuration, which is no error
-                self._kv = await js.create_key_value(
-                    bucket=self.name,
-                    ttl=self.ttl_s,
-                    history=1,
-                    storage=storage,
-                    replicas=self._replicas,
-                    max_value_size=self._max_value_bytes,
+                self._kv = await replicated(
+                    self.bus,
+                    lambda replicas: js.create_key_value(
+                        bucket=self.name,
+                        ttl=self.ttl_s,
+                        history=1,
+                        storage=storage,
+                        replicas=replicas,
+                        max_value_size=self._max_value_bytes,
+                        max_bytes=self._max_bytes,
+                    ),
                 )
+            else:
+                await spread(self.bus, f"KV_{self.name}")
         return self._kv
 
-    async def _watch(self) -> AsyncIterator[Entry | None]:
+    async def _watch(self, keys: str = ">") -> AsyncIterator[Entry | None]:
         """Entries as they are and, after a None, as they change. Ends with an error when the server is lost."""
         with mapped(f"watching {self.name}"):
             kv = await self._open()
-            watcher = await kv.watchall()
+            watcher = await kv.watch(keys)
         try:
             while True:
                 try:

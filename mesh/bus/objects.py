@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from mesh import subjects
 from mesh.bus.connection import Bus
 from mesh.bus.mapping import mapped
+from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.model.manifest import FileInfo, Manifest, block_name, check_file
 from mesh.paths import cache_directory
@@ -176,7 +177,9 @@ class ModelStore:
                 try:
                     self._store = await js.object_store(subjects.OBJECTS_MODELS)
                 except nats.js.errors.NotFoundError:
-                    self._store = await js.create_object_store(subjects.OBJECTS_MODELS)
+                    self._store = await replicated(self._bus, lambda count: js.create_object_store(subjects.OBJECTS_MODELS, replicas=count))
+                else:
+                    await spread(self._bus, f"OBJ_{subjects.OBJECTS_MODELS}")
         return self._store
 
 

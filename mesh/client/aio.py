@@ -46,7 +46,7 @@ class AsyncMeshClient:
         *,
         model: str | None = None,
         timeout_s: float | None = None,
-        retries: int = 3,
+        retries: int = 5,
         stall_timeout_s: float = 60.0,
         retry_busy: bool = True,
         options: BusOptions | None = None,

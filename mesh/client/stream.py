@@ -2,7 +2,10 @@
 
 A request has a name and a seed of its own, so that asking again is harmless: whoever answers draws the same tokens, and what
 was told already is known by its index. Asked again is when nobody listened, when the mesh was busy (after the time it named), when
-the answer stopped coming, and after an error that says it can be retried.
+nothing was heard for a while, when a token is missing, and after an error that says it can be retried. With the question go the
+tokens that have come: whoever has the session, or takes it over, goes on after them.
+
+A coordinator that lost the session to another may still speak: its documents have a lower epoch than the other's, and are not read.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from types import TracebackType
 from typing import Any
 
@@ -18,23 +22,31 @@ import orjson
 from mesh import messages, subjects
 from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import raise_error
-from mesh.client.results import Chunk, Completion, token_of
+from mesh.client.results import Chunk, Completion, Token, token_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
 
 __all__ = ["Retry", "Stream"]
 
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 5.0
+_SILENCE_S = 2.0
+_LONGEST_SILENCE_S = 16.0
+_EPOCH_HEADER = "Mesh-Epoch"
 
 
 class Retry:
-    """attempts: how often a request is asked again at most. stall_s: how long an answer may stand still before that. busy: whether
-    that is done for a mesh that was full, or left to the caller."""
+    """attempts: how often a request is asked again after an error without having brought a token, at most. stall_s: how long an
+    answer may stand still, with whatever is tried meanwhile. busy: whether a mesh that was full is asked again, or that is left to the
+    caller."""
 
-    def __init__(self, attempts: int = 3, stall_s: float = 60.0, *, busy: bool = True) -> None:
+    def __init__(self, attempts: int = 5, stall_s: float = 60.0, *, busy: bool = True) -> None:
         self.busy = busy
         self.attempts = attempts
         self.stall_s = stall_s
+
+
+class _NobodyError(Unavailable):
+    """The server said that nobody listens."""
 
 
 class Stream:
@@ -47,6 +59,7 @@ class Stream:
     def __init__(self, bus: Bus, model: str, message: messages.Generate, *, timeout_s: float | None, retry: Retry) -> None:
         seed = secrets.randbits(62) if message.seed is None else message.seed
         session = message.session or secrets.token_hex(12)
+        self._named = message.session is not None  # perhaps others ask for it too
         self._message = message.model_copy(update={"seed": seed, "session": session, "stream": True})
         self._bus = bus
         self._model = model
@@ -57,8 +70,15 @@ class Stream:
         self._subscription: Subscription | None = None
         self._subject = ""
         self._cancel_subject: str | None = None
-        self._next = 0
-        self._attempts = 0
+        self._given: list[Token] = []
+        self._text = 0  # characters given out
+        self._epoch = 0
+        self._asked = 0  # times
+        self._tries = 0  # of these, since something was heard
+        self._errors = 0  # since the last token
+        self._began = False
+        self._heard_at = time.monotonic()
+        self._ready: deque[Chunk] = deque()
         self.completion: Completion | None = None
 
     @property
@@ -71,19 +91,24 @@ class Stream:
         return self
 
     async def __anext__(self) -> Chunk:
+        if self._ready:
+            return self._ready.popleft()
         if self.completion is not None:
             raise StopAsyncIteration
         try:
             if self._subscription is None:
+                self._heard_at = time.monotonic()
                 await self._ask()
-            while True:
+            while not self._ready:
                 try:
-                    chunk = self._read(await self._receive())
+                    received = await self._receive()
+                    if received is None:
+                        await self._ask()
+                    else:
+                        await self._read(received)
                 except MeshError as error:
                     await self._again(error)
-                    continue
-                if chunk is not None:
-                    return chunk
+            return self._ready.popleft()
         except BaseException:
             await self.aclose()
             raise
@@ -109,55 +134,86 @@ class Stream:
         if self._subscription is None:
             self._subject = self._bus.new_inbox()
             self._subscription = await self._bus.subscribe(self._subject, self._inbox.put)
-        await self._bus.publish(subjects.generate(self._model), self._message.to_bytes(), reply=self._subject)
+        attempt = self._asked if self._asked or not self._named else None
+        self._asked += 1
+        update = {"attempt": attempt, "given": tuple(token.id for token in self._given)}
+        message = self._message.model_copy(update=update)
+        await self._bus.publish(subjects.generate(self._model), message.to_bytes(), reply=self._subject)
 
-    async def _receive(self) -> Received:
-        wait_s = self._retry.stall_s
+    async def _receive(self) -> Received | None:
+        """The next message; None where it is time to ask whether anybody is there."""
+        silence_s = min(_SILENCE_S * 2**self._tries, _LONGEST_SILENCE_S)
+        left_s = self._heard_at + self._retry.stall_s - time.monotonic()
         if self._deadline is not None:
-            wait_s = min(wait_s, max(self._deadline - time.monotonic(), 0))
+            left_s = min(left_s, self._deadline - time.monotonic())
         try:
-            async with asyncio.timeout(wait_s):
+            async with asyncio.timeout(max(min(silence_s, left_s), 0)):
                 return await self._inbox.get()
         except TimeoutError:
-            self._check_deadline()
-            raise Unavailable(f"the answer of {self._model} stopped coming for {self._retry.stall_s:g} s") from None
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                raise DeadlineExceeded(f"{self._model} did not finish within {self._timeout_s:g} s") from None
+            if self._stalled:
+                raise Unavailable(f"nothing was heard of {self._model} for {self._retry.stall_s:g} s: see `mesh status`") from None
+            self._tries += 1
+            return None
 
-    def _read(self, received: Received) -> Chunk | None:
-        """The chunk of a message, None where it says nothing new; its error, raised."""
+    async def _read(self, received: Received) -> None:
+        """Take what a message says that is new; its error, raised."""
         if received.headers.get("Status") == "503":
-            raise Unavailable(f"no coordinator serves {self._model}: start one, or see `mesh status`")
+            raise _NobodyError(f"no coordinator serves {self._model}: start one, or see `mesh status`")
+        if int(received.headers.get(_EPOCH_HEADER, self._epoch)) < self._epoch:
+            return
         raise_error(received)
         document: dict[str, Any] = orjson.loads(received.data)
         now = time.perf_counter()
+        epoch = document.get("epoch", self._epoch)
+        if epoch < self._epoch:
+            return
+        self._epoch = epoch
+        self._heard_at, self._began, self._tries = time.monotonic(), True, 0
         if document["done"]:
-            self.completion = Completion.of(document)
-            # what of the text the chunks did not bring: where the documents of a second answer were skipped, more than the rest
-            return Chunk(document.get("rest") or "", None, self._next, now)
-        if "cancel" in document:
+            self._finish(document, now)
+        elif "cancel" in document:
             self._cancel_subject = document["cancel"]
-            return None
-        if "waiting" in document:
-            return None
-        if document["index"] != self._next:  # told before
-            return None
-        self._next += 1
-        return Chunk(document["text"], token_of(document), document["index"], now)
+        elif "index" in document:
+            if document["index"] == len(self._given):
+                self._give(document["text"], token_of(document), now)
+            elif document["index"] > len(self._given):  # one was lost on the way
+                await self._ask()
+
+    def _finish(self, document: dict[str, Any], now: float) -> None:
+        """The last document has everything: what did not come before comes now."""
+        completion = Completion.of(document)
+        tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
+        for token in tokens[len(self._given) :]:
+            self._give("", token, now)
+        rest = document.get("rest") or "" if completion.text is None else completion.text[self._text :]
+        self._ready.append(Chunk(rest, None, len(self._given), now))
+        self.completion = completion
+
+    def _give(self, text: str, token: Token, now: float) -> None:
+        self._ready.append(Chunk(text, token, len(self._given), now))
+        self._given.append(token)
+        self._errors = 0
+        self._text += len(text)
 
     async def _again(self, error: MeshError) -> None:
         """Wait and ask again after an error that allows it; raise it otherwise."""
-        if not isinstance(error, ServiceError) or not error.retryable or self._attempts >= self._retry.attempts:
+        if not isinstance(error, ServiceError) or not error.retryable or self._stalled:
             raise error
         if isinstance(error, Busy) and not self._retry.busy:
             raise error
-        wait_s = error.retry_after_s if isinstance(error, Busy) else min(_FIRST_BACKOFF_S * 2**self._attempts, _LONGEST_BACKOFF_S)
-        self._attempts += 1
+        if not (self._began and isinstance(error, _NobodyError)):  # who was there will be replaced
+            if self._errors >= self._retry.attempts:
+                raise error
+            self._errors += 1
+        wait_s = error.retry_after_s if isinstance(error, Busy) else min(_FIRST_BACKOFF_S * 2**self._tries, _LONGEST_BACKOFF_S)
+        self._tries += 1
         if self._deadline is not None and time.monotonic() + wait_s >= self._deadline:
             raise error
         await asyncio.sleep(wait_s)
-        while not self._inbox.empty():  # what the first answer still said
-            self._inbox.get_nowait()
         await self._ask()
 
-    def _check_deadline(self) -> None:
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            raise DeadlineExceeded(f"{self._model} did not finish within {self._timeout_s:g} s")
+    @property
+    def _stalled(self) -> bool:
+        return time.monotonic() - self._heard_at >= self._retry.stall_s

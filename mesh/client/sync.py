@@ -71,7 +71,7 @@ class MeshClient:
         *,
         model: str | None = None,
         timeout_s: float | None = None,
-        retries: int = 3,
+        retries: int = 5,
         stall_timeout_s: float = 60.0,
         options: BusOptions | None = None,
     ) -> None:

@@ -209,7 +209,7 @@ class Core:
                 tokens=len(request.prompt),
                 limit=limit,
             )
-        elif self.admission.full:
+        elif self.admission.full and not request.resumed:
             wait_s = self.admission.retry_after_s(self.replicas.capacity())
             error = Busy(f"{len(self.admission)} requests are waiting already: try again in {wait_s:.1f} s", retry_after_s=wait_s)
         if error is not None:
@@ -221,7 +221,13 @@ class Core:
         self.counters.prompt_tokens += len(request.prompt)
         self._by_id[request.id] = session
         self._effects.append(Admitted(request.id))
-        self.admission.push(session)
+        if request.resumed:  # it has waited already, with the coordinator that had it
+            session.restarts = 1
+            self.admission.push_front(session)
+        else:
+            self.admission.push(session)
+        if session.given >= request.max_tokens:
+            self._end(session, Act.FINISH, "length", None)
 
     def _start_waiting(self) -> None:
         while (session := self.admission.head()) is not None:
@@ -417,7 +423,8 @@ class Core:
         match session.state:
             case State.FINISHED:
                 self.counters.finished += 1
-                self.admission.observe(self._now - session.started_at)
+                if session.started_at:
+                    self.admission.observe(self._now - session.started_at)
             case State.FAILED:
                 self.counters.failed += 1
             case _:

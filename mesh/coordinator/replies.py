@@ -1,10 +1,14 @@
 """What one client is told: documents of a stream or the one document, the text as it becomes whole, stop texts.
 
-    stream, first    {"request", "cancel", "model", "done": false}         the name to cancel it by, and where to say so
+    stream, first    {"request", "cancel", "model", "next", "done": false} the name to cancel it by, and where to say so
     stream, waiting  {"waiting": n, "done": false}                         every few seconds, n others are before it
     stream, token    {"index", "token", "text", "done": false}             and "logprob", "piece", "top" where asked for
     last, or only    {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
+
+Every document has an "epoch" (an error: the header Mesh-Epoch): that of the coordinator which answers. It grows when another one goes
+on with the session, and documents of a lower one than was seen are late: they change nothing. "next" is the index of the first
+token document that follows; after another coordinator took over it may be lower than what was told already.
 
 The "text" of the token documents and of "rest" in the last one, joined, is the whole text. A text that might be the beginning
 of a stop text is held back until it is known not to be.
@@ -23,7 +27,9 @@ from mesh.coordinator.events import Ended
 from mesh.coordinator.session import Request
 from mesh.model.tokenizer import TextStream, Tokenizer
 
-__all__ = ["HopMeter", "Job", "Token"]
+__all__ = ["EPOCH_HEADER", "HopMeter", "Job", "Token"]
+
+EPOCH_HEADER = "Mesh-Epoch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,46 +76,65 @@ class HopMeter:
 
 @dataclass(slots=True)
 class Job:
-    """One request and what its client was told."""
+    """One request and what its client was told. `digest` tells requests of one name apart; `start`: the client has the tokens before
+    it; `told`: so many it has, or has been sent; `revision`: of its record, 0 where there is none."""
 
     message: messages.Generate
     request: Request
     reply: str  # where answers go
     text: TextStream | None
     tokenizer: Tokenizer | None
+    digest: str = ""
+    epoch: int = 1
+    start: int = 0
+    told: int = 0
+    revision: int = 0
     began: float = field(default_factory=time.perf_counter)
     tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)  # the text each token made readable
     held: str = ""  # text that may be the beginning of a stop text
     stopped: bool = False  # a stop text was met
     hops: HopMeter = field(default_factory=HopMeter)
 
     @classmethod
-    def of(cls, message: messages.Generate, request: Request, reply: str, tokenizer: Tokenizer | None) -> Job:
-        return cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer)
+    def of(
+        cls, message: messages.Generate, request: Request, reply: str, tokenizer: Tokenizer | None, *, digest: str = "", epoch: int = 1
+    ) -> Job:
+        """With the tokens that the request is `given`, as if they had been generated here."""
+        job = cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer, digest, epoch)
+        for id in request.given:
+            job._take(Token(id))
+        return job
 
     def accepted(self, model: str, cancel: str) -> bytes:
-        return orjson.dumps({"request": self.request.id, "cancel": cancel, "model": model, "done": False})
+        return self._dump({"request": self.request.id, "cancel": cancel, "model": model, "next": self.start})
 
-    def push(self, token: Token) -> tuple[bytes, bool]:
-        """Take a token; its document, and whether a stop text is complete with it."""
-        self.tokens.append(token)
+    def waiting(self, place: int) -> bytes:
+        return self._dump({"waiting": place})
+
+    def push(self, token: Token) -> tuple[bytes | None, bool]:
+        """Take a token; its document (None: the client has it already), and whether a stop text is complete with it."""
+        self._take(token)
         self.token_times.append(time.perf_counter())
-        piece = self._release("" if self.text is None else self.text.push(token.id))
-        return orjson.dumps(self._document(len(self.tokens) - 1, token, piece)), self.stopped
+        index = len(self.tokens) - 1
+        return self._document(index) if index >= self.start else None, self.stopped
+
+    def documents(self) -> list[tuple[int, bytes]]:
+        """Those of the tokens so far that the client has not, with their indexes."""
+        return [(index, self._document(index)) for index in range(self.start, len(self.tokens))]
 
     def finished(self, ended: Ended) -> dict[str, Any]:
         """The last document, and the only one without a stream."""
-        rest = ""
-        if not self.stopped:
-            rest = self._release("" if self.text is None else self.text.finish(), end=True)
+        rest = self._release("" if self.text is None else self.text.finish(), end=True)
+        self.pieces.append(rest)
         prompt, count = len(self.request.prompt), len(self.tokens)
         steps = [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
         median = sorted(steps)[len(steps) // 2] if steps else 0.0
         first = self.token_times[0] - self.began if self.token_times else None
         answer: dict[str, Any] = {
             "done": True,
+            "epoch": self.epoch,
             "request": self.request.id,
             "tokens": [token.id for token in self.tokens],
             "text": None if self.text is None else "".join(self.pieces),
@@ -132,18 +157,19 @@ class Job:
             answer["logprobs"] = [self._logprobs(token) for token in self.tokens]
         return answer
 
-    def documents(self) -> list[bytes]:
-        """The token documents so far, for a client that asks again; their texts together, in the first."""
-        documents = []
-        for index, token in enumerate(self.tokens):
-            documents.append(orjson.dumps(self._document(index, token, "".join(self.pieces) if index == len(self.tokens) - 1 else "")))
-        return documents
+    def _take(self, token: Token) -> None:
+        self.tokens.append(token)
+        self.pieces.append(self._release("" if self.text is None else self.text.push(token.id)))
 
-    def _document(self, index: int, token: Token, piece: str) -> dict[str, Any]:
-        document: dict[str, Any] = {"index": index, "token": token.id, "text": piece, "done": False}
+    def _document(self, index: int) -> bytes:
+        token = self.tokens[index]
+        document: dict[str, Any] = {"index": index, "token": token.id, "text": self.pieces[index]}
         if self.message.logprobs is not None:
             document |= {name: value for name, value in self._logprobs(token).items() if name in ("logprob", "piece", "top")}
-        return document
+        return self._dump(document)
+
+    def _dump(self, document: dict[str, Any]) -> bytes:
+        return orjson.dumps({**document, "epoch": self.epoch, "done": False})
 
     def _logprobs(self, token: Token) -> dict[str, Any]:
         """`piece` is a token's own text, None for a model without a tokenizer."""
@@ -166,8 +192,6 @@ class Job:
                 keep = max((_overlap(text, stop) for stop in stops), default=0)
                 self.held = text[len(text) - keep :]
                 text = text[: len(text) - keep]
-        if text:
-            self.pieces.append(text)
         return text
 
 

@@ -42,6 +42,8 @@ async def prepare(message: messages.Generate, id: str, manifest: Manifest, token
             tokens=len(tokens),
             limit=max(manifest.context_length - message.max_tokens, 0),
         )
+    if len(message.given) > message.max_tokens or any(token >= manifest.vocab_size for token in message.given):
+        raise BadRequest("given are no tokens of this request: give those that it was answered with, or none", field="given")
     if message.stop and tokenizer is None:
         raise BadRequest("stop texts need a tokenizer, which this model has not", field="stop")
     if any(not text for text in message.stop):
@@ -49,7 +51,9 @@ async def prepare(message: messages.Generate, id: str, manifest: Manifest, token
     stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
     values = message.model_dump(include=set(messages.Sampling.model_fields) - {"seed"})
     sampling = messages.Sampling(**values, seed=secrets.randbits(62) if message.seed is None else message.seed)
-    return Request(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops))
+    # log probabilities of what was given are known to nobody: all is computed again
+    given = message.given if message.logprobs is None else ()
+    return Request(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), given)
 
 
 def _tokenize(message: messages.Generate, tokenizer: Tokenizer) -> list[int]:

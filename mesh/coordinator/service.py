@@ -5,6 +5,9 @@
       FrameOut            a frame to the first stage; its answer comes back on this coordinator's own subject
       Emit, Ended         documents to the client
 
+Its sessions are written down, so that another coordinator can go on with them, and it goes on with those of others: see
+continuity.py.
+
 A client that has gone is noticed at the next token: each token document names a reply subject nobody is meant to use, and the
 server answers there when the client's own subject has no subscriber any more. Who wants to stop earlier says so on the cancel
 subject that the first document names. A request without a stream has no documents on the way, so it can only be cancelled.
@@ -18,7 +21,7 @@ import os
 import secrets
 import time
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +31,7 @@ import orjson
 from mesh import frames, messages, subjects, telemetry
 from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription
 from mesh.bus.connection import reply_error
+from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core import Core, CoreConfig
 from mesh.coordinator.events import (
     Admitted,
@@ -50,7 +54,8 @@ from mesh.coordinator.events import (
     Submit,
     Tick,
 )
-from mesh.coordinator.replies import HopMeter, Job
+from mesh.coordinator.records import SessionRecord, digest_of
+from mesh.coordinator.replies import EPOCH_HEADER, HopMeter, Job
 from mesh.coordinator.requests import prepare
 from mesh.coordinator.routing import Strategy
 from mesh.coordinator.trace import Traces
@@ -72,6 +77,8 @@ EXACT = Flags(0)
 """Hidden states travel as they were computed."""
 _BEAT_S = 3.0
 _BEAT_TTL_S = 12.0
+_RECONNECTED_S = 5.0
+"""So long after a reconnection a client that is not there is not gone: it reconnects too."""
 _REMEMBERED = 256
 """Answers kept for clients that ask again because the first one was lost on the way."""
 
@@ -97,6 +104,7 @@ class _Mail:
     data: bytes
     reply: str = ""
     headers: dict[str, str] | None = None
+    told: tuple[Job, int] | None = None  # the document of this token
 
 
 class Coordinator:
@@ -117,7 +125,7 @@ class Coordinator:
         self.http_url: str | None = None  # where this process serves HTTP, for those who ask who is there
         self._last_step_at: float | None = None
         self._jobs: dict[str, Job] = {}
-        self._answers: OrderedDict[str, tuple[messages.Generate, bytes]] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
         self._preparing = 0
         self._outbox: deque[_Mail | FrameOut] = deque()
         self._sending = False
@@ -128,6 +136,18 @@ class Coordinator:
         self._service: Service | None = None
         self._subscriptions: list[Subscription] = []
         self._probe = bus.new_inbox()
+        self._frozen = False  # it leaves: what happens now happens to whoever goes on with its sessions
+        self._connected_at = float("-inf")
+        bus.on_change(self._on_connection)
+        self.continuity = Continuity(
+            bus,
+            self,
+            model=self.manifest.name,
+            model_hash=self.manifest.model_hash,
+            name=self.name,
+            instance=secrets.token_hex(6),
+            random=Random(secrets.randbits(64)),
+        )
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -137,12 +157,14 @@ class Coordinator:
         beat = self.bus.spawn(self._beat(), "beat")
         try:
             self._subscriptions = [
+                await self.bus.subscribe(subjects.generate_at(model, self.continuity.instance), self._on_passed_on),
                 await self.bus.subscribe(subjects.tokens(model, self.name), self._on_answer),
                 await self.bus.subscribe(subjects.cancel(model, self.name), self._on_cancel),
                 await self.bus.subscribe(subjects.trace(model, self.name), self._on_trace),
                 await self.bus.subscribe(f"{self._probe}.*", self._on_probe),
             ]
             await self._leases.start()
+            await self.continuity.start()
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
@@ -165,13 +187,15 @@ class Coordinator:
             await self._leave()
 
     def stop(self) -> None:
-        """End; what is being generated is answered with an error that can be retried."""
+        """End; what is being generated is left to the other coordinators, or to the next one."""
         self._stop.set()
 
     def stats(self) -> dict[str, Any]:
         """For $SRV.STATS: counts since start, means of decode steps."""
         return {
             "coordinator": self.name,
+            "instance": self.continuity.instance,
+            "pid": os.getpid(),
             "model": self.manifest.name,
             "vocab_size": self.manifest.vocab_size,
             "context": self.core.replicas.longest(),
@@ -181,8 +205,9 @@ class Coordinator:
             "serving": self.core.replicas.longest() is not None,
             "last_step_s": None if self._last_step_at is None else time.monotonic() - self._last_step_at,
             "http": self.http_url,
-            "pid": os.getpid(),
             "rejected_frames": dict(self.rejected),
+            "resumed": self.continuity.resumed,
+            "records": dict(self.continuity.recorder.counters),
             "hops": self.hops.as_dict(),
             **self.traces.summary(self.core.sessions, time.monotonic()),
             **self.core.counters.as_dict(),
@@ -191,14 +216,16 @@ class Coordinator:
     async def _leave(self) -> None:
         if self._service is not None:
             await self._service.stop()
+        await self._send()
+        self._frozen = True
+        released = await self.continuity.hand_over()
         gone = Unavailable("the coordinator is going away: send the request again")
-        for job in list(self._jobs.values()):
-            self._answer_error(job.reply, gone)
+        for job in [job for id, job in self._jobs.items() if id not in released]:
+            self._answer_error(job.reply, gone, job.epoch)
         await self._send()
         if self.bus.connected:
-            for shard in {replica.shard for replica in self.core.replicas}:
-                close = messages.Close(coordinator=self.name, sessions=(), all=True)
-                await self.bus.send(subjects.control(shard, "close"), close)
+            await self.close_rows(self.name)
+            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(_BEAT_TTL_S, leaving=True))
         if self._timer is not None:
             self._timer.cancel()
         await self._leases.stop()
@@ -212,53 +239,123 @@ class Coordinator:
                 for place, session in enumerate(self.core.admission):
                     job = self._jobs.get(session.id)
                     if job is not None and job.message.stream:
-                        self._say(job, orjson.dumps({"waiting": place, "done": False}))
+                        self._say(job, job.waiting(place))
                 await self._send()
-                await self.bus.send(subjects.coordinators(self.manifest.name), messages.Beat(coordinator=self.name, ttl_s=_BEAT_TTL_S))
+                await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(_BEAT_TTL_S))
             except MeshError as error:
                 log.warning("%s", error)
             await asyncio.sleep(_BEAT_S)
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
-    async def _on_generate(self, received: Received) -> None:
+    async def _on_generate(self, received: Received, *, direct: bool = False) -> None:
         """Answers itself, on the way and at the end; what it raises is the answer."""
         message = messages.Generate.parse(received.data)
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
-        id = message.session or secrets.token_hex(12)
-        if await self._again(id, message, received.reply):
+        id, digest = message.session or secrets.token_hex(12), digest_of(message)
+        if await self._again(id, digest, message, received.reply):
             return
         if self._preparing >= self.options.queue_limit:
             raise Busy("too many requests arrive at once: try again in 1 s", retry_after_s=1.0)
         self._preparing += 1
         try:
+            may_be_known = message.session is not None and message.attempt != 0
+            if may_be_known and await self.continuity.find(id, digest, message, received.reply, direct=direct):
+                return
             request = await prepare(message, id, self.manifest, self.tokenizer)
         finally:
             self._preparing -= 1
-        if await self._again(id, message, received.reply):  # it came twice while the first was prepared
+        if await self._again(id, digest, message, received.reply):  # it came twice while the first was prepared
             return
-        self._jobs[id] = Job.of(message, request, received.reply, self.tokenizer)
-        await self._handle(Submit(request))
+        job = Job.of(message, request, received.reply, self.tokenizer, digest=digest, epoch=(message.attempt or 0) + 1)
+        job.start = job.told = len(message.given)
+        await self._begin(job)
 
-    async def _again(self, id: str, message: messages.Generate, reply: str) -> bool:
-        """A request of a name that is known: the same one goes on to this reply subject, from its first token on."""
+    async def _on_passed_on(self, received: Received) -> None:
+        """A request that another coordinator has, believing that it is for a session of ours."""
+        try:
+            await self._on_generate(received, direct=True)
+        except MeshError as error:
+            await self.bus.respond_error(received, error)
+
+    async def _begin(self, job: Job) -> None:
+        self._jobs[job.request.id] = job
+        await self._handle(Submit(job.request))
+        if job.stopped:  # by what it was given already
+            await self._handle(Finish(job.request.id))
+
+    async def _again(self, id: str, digest: str, message: messages.Generate, reply: str) -> bool:
+        """A request of a name that is known here: the same one goes on to this reply subject, after the tokens its client has."""
         known = self._answers.get(id)
         job = self._jobs.get(id)
         if known is None and job is None:
             return False
-        if (known[0] if known is not None else job.message if job is not None else None) != message:
+        if digest != (known[0] if known is not None else job.digest if job is not None else ""):
             raise BadRequest(f"session {id} was another request: give this one its own name", field="session")
         if known is not None:
             await self.bus.publish(reply, known[1])
         elif job is not None:
-            job.reply = reply
+            has = len(message.given)
+            if message.logprobs is None and tuple(token.id for token in job.tokens[:has]) != message.given:
+                await self._drop(id)  # it has more than was written down of it: what the client has is what counts
+                return False
+            job.message = job.message.model_copy(update={"stream": message.stream})
+            job.reply, job.start, job.told = reply, has, has
+            job.epoch = max(job.epoch, (message.attempt or 0) + 1)
+            self.continuity.recorder.touch(id)
             if message.stream:
                 self._accept(job)
-                for document in job.documents():
-                    self._say(job, document)
                 await self._send()
         return True
+
+    # -- sessions that come and go ------------------------------------------------------------------------------------------
+
+    def has(self, session: str) -> bool:
+        return session in self._jobs
+
+    async def resume(self, record: SessionRecord, revision: int, asked: messages.Generate | None, reply: str) -> None:
+        """Go on with a session that another coordinator began and that is ours now (Continuity's Host)."""
+        if record.session in self._jobs:
+            return
+        message, given, start = record.message, record.given, record.told
+        if asked is not None:
+            message, start = message.model_copy(update={"stream": asked.stream}), len(asked.given)
+            if given[:start] != asked.given:
+                given = asked.given
+        message = message.model_copy(update={"given": given, "session": record.session})
+        try:
+            request = await prepare(message, record.session, self.manifest, self.tokenizer)
+        except MeshError as error:
+            self._answer_error(reply, error, record.epoch)
+            await self._send()
+            return
+        job = Job.of(message, replace(request, resumed=True), reply, self.tokenizer, digest=record.digest, epoch=record.epoch)
+        job.start, job.told, job.revision = start, start, revision
+        await self._begin(job)
+
+    async def lose(self, session: str, record: SessionRecord) -> None:
+        """Another coordinator has it: not a word more to the client, who is told by that one (Continuity's Host)."""
+        job = self._jobs.get(session)
+        if job is None:
+            return
+        await self._drop(session)
+        if record.answer is not None:
+            await self.bus.publish(job.reply, record.answer.encode())
+        elif record.owner is not None and record.reply != job.reply:
+            asked = job.message.model_copy(update={"session": session, "given": tuple(token.id for token in job.tokens[: job.told])})
+            await self.bus.publish(subjects.generate_at(self.manifest.name, record.owner), asked.to_bytes(), reply=job.reply)
+
+    async def close_rows(self, coordinator: str) -> None:
+        """Free what `coordinator` holds at the shards (Continuity's Host)."""
+        close = messages.Close(coordinator=coordinator, sessions=(), all=True)
+        for shard in {replica.shard for replica in self.core.replicas}:
+            await self.bus.send(subjects.control(shard, "close"), close)
+
+    async def _drop(self, id: str) -> None:
+        """End it here without a word."""
+        self._jobs.pop(id, None)
+        await self._handle(Cancel(id))
 
     async def _on_answer(self, received: Received) -> None:
         try:
@@ -293,8 +390,12 @@ class Coordinator:
         await self.bus.publish(received.reply, orjson.dumps({"trace": trace}))
 
     async def _on_probe(self, received: Received) -> None:
-        if received.headers.get("Status") == "503":
+        if received.headers.get("Status") == "503" and time.monotonic() - self._connected_at > _RECONNECTED_S:
             await self._handle(Cancel(received.subject.rpartition(".")[2]))
+
+    def _on_connection(self, connected: bool) -> None:
+        if connected:
+            self._connected_at = time.monotonic()
 
     def _on_lease(self, shard: str, lease: ShardLease | None) -> None:
         there = (
@@ -312,6 +413,8 @@ class Coordinator:
     # -- the core ------------------------------------------------------------------------------------------------------
 
     async def _handle(self, event: Event) -> None:
+        if self._frozen:
+            return
         now = time.monotonic()
         effects = self.core.handle(event, now)
         for effect in effects:  # the next step first: the stages wait for it
@@ -333,6 +436,7 @@ class Coordinator:
                 self._outbox.append(_Mail(subjects.control(shard, "close"), close.to_bytes()))
             case Admitted(id):
                 admitted = self._jobs[id]
+                self.continuity.keep(admitted)
                 request = admitted.request
                 self.traces.begin(id, len(request.prompt), request.max_tokens, now=admitted.began, unix_s=time.time())
                 if admitted.message.stream:
@@ -342,12 +446,14 @@ class Coordinator:
                 if job is None or job.stopped:
                     return None
                 document, stopped = job.push(token)
-                if job.message.stream:
-                    self._say(job, document)
+                self.continuity.recorder.touch(id)
+                if job.message.stream and document is not None:
+                    self._say(job, document, len(job.tokens) - 1)
                 if stopped:
                     return id
             case Rejected(id, error):
-                self._answer_error(self._jobs.pop(id).reply, error)
+                rejected = self._jobs.pop(id)
+                self._answer_error(rejected.reply, error, rejected.epoch)
             case Ended():
                 self._ended(effect)
         return None
@@ -358,10 +464,12 @@ class Coordinator:
         if job is None:
             return
         if ended.error is not None:
-            self._answer_error(job.reply, ended.error)
+            self._answer_error(job.reply, ended.error, job.epoch)
+            self.continuity.end(job, None)
             return
         answer = orjson.dumps(job.finished(ended))
-        self._answers[ended.session] = (job.message, answer)
+        self.continuity.end(job, answer)
+        self._answers[ended.session] = (job.digest, answer)
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
         self._outbox.append(_Mail(job.reply, answer))
@@ -409,14 +517,18 @@ class Coordinator:
     # -- sending -------------------------------------------------------------------------------------------------------
 
     def _accept(self, job: Job) -> None:
+        """Say who has it, and what is known of it that the client has not."""
         self._say(job, job.accepted(self.manifest.name, subjects.cancel(self.manifest.name, self.name)))
+        for index, document in job.documents():
+            self._say(job, document, index)
 
-    def _say(self, job: Job, document: bytes) -> None:
-        self._outbox.append(_Mail(job.reply, document, f"{self._probe}.{job.request.id}"))
+    def _say(self, job: Job, document: bytes, index: int | None = None) -> None:
+        told = None if index is None else (job, index)
+        self._outbox.append(_Mail(job.reply, document, f"{self._probe}.{job.request.id}", told=told))
 
-    def _answer_error(self, reply: str, error: MeshError) -> None:
+    def _answer_error(self, reply: str, error: MeshError, epoch: int) -> None:
         data, headers = reply_error(error)
-        self._outbox.append(_Mail(reply, data, headers=headers))
+        self._outbox.append(_Mail(reply, data, headers={**headers, EPOCH_HEADER: str(epoch)}))
 
     async def _send(self) -> None:
         """Send what is in the outbox, in order, whoever put it there."""
@@ -431,6 +543,8 @@ class Coordinator:
                         await self._send_frame(item)
                     else:
                         await self.bus.publish(item.subject, item.data, reply=item.reply, headers=item.headers)
+                        if item.told is not None and item.told[1] == item.told[0].told:
+                            item.told[0].told += 1
                 except MeshError as error:
                     log.warning("%s", error)
                     if isinstance(item, FrameOut):

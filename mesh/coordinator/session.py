@@ -70,13 +70,16 @@ class IllegalTransition(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends it and is not given."""
+    """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends it and is not given.
+    `given`: tokens of it that are known already; the first one drawn comes after them. `resumed`: another coordinator began it."""
 
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Any
     stop_ids: frozenset[int] = frozenset()
+    given: tuple[int, ...] = ()
+    resumed: bool = False
 
 
 @dataclass(slots=True)
@@ -103,7 +106,7 @@ class Session:
 
     def __post_init__(self) -> None:
         if not self.history:
-            self.history = list(self.request.prompt)
+            self.history = [*self.request.prompt, *self.request.given]
 
     @property
     def id(self) -> str:

@@ -62,7 +62,7 @@ def test_cluster_of_three_survives_the_loss_of_one(run: Run, tmp_path: Path) -> 
     async def work(servers: list[NatsServer]) -> None:
         urls = tuple(server.url for server in servers)
         async with await Bus.connect(BusOptions(urls), name="t") as bus:
-            bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True, replicas=3)
+            bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True)
             await eventually(lambda: bucket.put("a", b"1"))
             lost = next(server for server in servers if server.port == bus.client.connected_url.port)
             lost.kill()
@@ -131,5 +131,5 @@ def test_every_subject_is_documented() -> None:
     text = (NATS / "README.md").read_text()
     for topic in TOPICS:
         assert f"`{topic.pattern}`" in text, topic.pattern
-    for bucket in (subjects.KV_SHARDS, subjects.KV_PLACEMENT, subjects.OBJECTS_MODELS):
+    for bucket in (subjects.KV_SHARDS, subjects.KV_PLACEMENT, subjects.KV_SESSIONS, subjects.OBJECTS_MODELS):
         assert f"`{bucket}`" in text

@@ -1,0 +1,199 @@
+"""A coordinator dies, is suspended, or leaves while it generates: another one goes on, and the tokens are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from system_tools import all_rows_free
+
+from mesh.bus import Bus, BusOptions, Received
+from mesh.client import AsyncMeshClient
+from mesh.client.results import CoordinatorStatus
+from mesh.local import LocalMesh, LocalOptions
+from mesh.subjects import generate
+
+PROMPT = [5, 17, 33]
+LONG = {"tokens": PROMPT, "max_tokens": 200, "ignore_eos": True}
+CONTEXT = 256
+
+
+@pytest.fixture
+def twins(model: Path) -> Iterator[LocalMesh]:
+    """Two shards, two coordinators."""
+    with LocalMesh(LocalOptions(model=model, shards=2, coordinators=2, rows=4, context=CONTEXT)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path) -> list[int]:
+    from mesh.runtime.generate import Pipeline
+    from mesh.runtime.sampling import SamplingParams
+
+    return Pipeline.load(model, context=CONTEXT).complete(PROMPT, SamplingParams(temperature=0.0), max_tokens=200).ids
+
+
+async def owner(client: AsyncMeshClient) -> CoordinatorStatus:
+    """The one that generates."""
+    async with asyncio.timeout(60):
+        while True:
+            busy = [c for c in (await client.status()).coordinators if c.live]
+            if busy:
+                return busy[0]
+
+
+@asynccontextmanager
+async def asked(mesh: LocalMesh, request: dict[str, Any]) -> AsyncIterator[asyncio.Queue[Received]]:
+    """A plain NATS request, and what comes back."""
+    async with await Bus.connect(BusOptions(urls=(mesh.url,)), name="raw") as bus:
+        answers: asyncio.Queue[Received] = asyncio.Queue()
+        inbox = bus.new_inbox()
+        await bus.subscribe(inbox, answers.put)
+        await bus.publish(generate("tiny"), orjson.dumps(request), reply=inbox)
+        yield answers
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undisturbed, run, number):
+    async def disturb() -> None:
+        async with AsyncMeshClient(twins.url, model="tiny") as client, client.stream(**LONG) as stream:
+            seen, text, pid = [], "", 0
+            async for chunk in stream:
+                text += chunk.text
+                if chunk.token is not None:
+                    assert chunk.index == len(seen)
+                    seen.append(chunk.token.id)
+                if len(seen) == 10 and not pid:
+                    pid = (await owner(client)).counters["pid"]
+                    os.kill(pid, number)
+            assert seen == undisturbed == list(stream.completion.tokens)
+            assert text == stream.completion.text
+            assert stream.completion.timing.restarts >= 1
+            if number == signal.SIGSTOP:
+                os.kill(pid, signal.SIGCONT)
+                answer = await client.generate(**LONG)
+                assert list(answer.tokens) == undisturbed
+        await all_rows_free(twins)
+
+    run(disturb())
+
+
+def test_a_plain_stream_goes_on_and_its_indexes_say_what_is_repeated(twins, undisturbed, run):
+    async def disturb() -> None:
+        async with AsyncMeshClient(twins.url, model="tiny") as client, asked(twins, LONG | {"stream": True}) as answers:
+            documents: dict[int, dict[str, Any]] = {}
+            killed, epochs, first = False, [], 0
+            while True:
+                received = await asyncio.wait_for(answers.get(), 60)
+                assert "Nats-Service-Error" not in received.headers, received.headers
+                document = orjson.loads(received.data)
+                if document["done"]:
+                    break
+                if "cancel" in document:
+                    epochs.append(document["epoch"])
+                    first = document["next"]
+                    assert first <= len(documents), "a token was left out"
+                if "index" in document:
+                    index = document["index"]
+                    assert index == first, "documents of one coordinator are in order"
+                    first += 1
+                    assert documents.setdefault(index, document)["token"] == document["token"]
+                    assert documents[index]["text"] == document["text"]
+                if len(documents) == 10 and not killed:
+                    kill((await owner(client)).counters["pid"])
+                    killed = True
+            assert [documents[index]["token"] for index in range(200)] == undisturbed == document["tokens"]
+            assert epochs == [1, 2]
+        await all_rows_free(twins)
+
+    run(disturb())
+
+
+def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undisturbed, run):
+    async def disturb() -> None:
+        async with AsyncMeshClient(twins.url, model="tiny") as client, asked(twins, LONG) as answers:
+            kill((await owner(client)).counters["pid"])
+            received = await asyncio.wait_for(answers.get(), 60)
+            assert orjson.loads(received.data)["tokens"] == undisturbed
+            await client.generate(tokens=[1], max_tokens=1)
+            assert answers.empty()
+
+    run(disturb())
+
+
+@pytest.mark.parametrize("what", ["logprobs", "stop"])
+def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, run, what):
+    async def disturb() -> None:
+        common = {"tokens": PROMPT, "temperature": 0.9, "top_p": 0.95, "seed": 11, "max_tokens": 150, "repetition_penalty": 1.1}
+        async with AsyncMeshClient(twins.url, model="tiny") as client:
+            whole = await client.generate(**common)
+            request = common | ({"logprobs": 2} if what == "logprobs" else {"stop": [whole.text[100:104]]})
+            right = await client.generate(**request)
+            text, logprobs, killed = "", [], False
+            async with client.stream(**request) as stream:
+                async for chunk in stream:
+                    text += chunk.text
+                    logprobs += [] if chunk.token is None else [chunk.token]
+                    if chunk.index == 10 and not killed:
+                        killed = True
+                        kill((await owner(client)).counters["pid"])
+            assert stream.completion.tokens == right.tokens
+            assert stream.completion.finish_reason == right.finish_reason
+            assert text == stream.completion.text == right.text
+            if what == "logprobs":
+                assert [token.id for token in logprobs] == [token.id for token in stream.completion.logprobs] == list(whole.tokens)
+                for token, expected in zip(logprobs, right.logprobs, strict=True):
+                    assert token.logprob == pytest.approx(expected.logprob, abs=1e-3)
+
+    run(disturb())
+
+
+def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(twins, undisturbed, run):
+    async def twice() -> None:
+        request = LONG | {"session": "mine", "seed": 1}
+        async with AsyncMeshClient(twins.url, model="tiny") as client:
+            answers = await asyncio.gather(*(client.generate(**request) for _ in range(8)))
+            assert all(list(answer.tokens) == undisturbed for answer in answers)
+            status = await client.status()
+            assert sum(c.counters["finished"] for c in status.coordinators) == 1
+            again = await asyncio.gather(*(client.generate(**request) for _ in range(8)))
+            assert all(list(answer.tokens) == undisturbed for answer in again)
+            status = await client.status()
+            assert sum(c.counters["finished"] for c in status.coordinators) == 1
+
+    run(twice())
+
+
+def test_the_only_coordinator_comes_back_and_goes_on(model, undisturbed, run, tmp_path):
+    """As systemd would start it again: what it was generating is found, for the plain request and for the client."""
+    options = LocalOptions(model=model, shards=1, rows=4, context=CONTEXT, logs=tmp_path)
+
+    async def disturb(mesh: LocalMesh) -> None:
+        async with (
+            AsyncMeshClient(mesh.url, model="tiny") as client,
+            asked(mesh, LONG) as answers,
+            client.stream(**LONG) as stream,
+        ):
+            seen = []
+            async for chunk in stream:
+                seen += [] if chunk.token is None else [chunk.token.id]
+                if chunk.index == 10 and chunk.token is not None:
+                    kill((await owner(client)).counters["pid"])
+                    mesh.restart("coordinator-1")
+            assert seen == undisturbed
+            received = await asyncio.wait_for(answers.get(), 60)
+            assert orjson.loads(received.data)["tokens"] == undisturbed
+
+    with LocalMesh(options) as mesh:
+        run(disturb(mesh))
