@@ -1,0 +1,153 @@
+"""One look at the mesh for all viewers: it is looked at while someone views the page, once a second, however many they are.
+
+Viewers wait on a shared round; each takes the newest snapshot and the events it has not seen, so a slow one misses snapshots and
+holds nothing back. An event is passed on at once, and followed by a look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import orjson
+
+from mesh.bus import Subscription
+from mesh.client import AsyncMeshClient
+from mesh.errors import MeshError
+from mesh.gateway.dashboard.board import Board
+from mesh.messages import Event
+
+__all__ = ["Watch"]
+
+log = logging.getLogger("mesh.dashboard")
+
+INTERVAL_S = 1.0
+LINGER_S = 5.0
+"""A page that is loaded again finds the look still going, and the series without a gap."""
+SETTLE_S = 0.15
+"""From an event to the look that follows it: events come in bunches."""
+LOOK_TIMEOUT_S = 5.0
+VIEWERS = 64
+
+
+class Watch:
+    """`stream` for each viewer, `snapshot` for one answer; `close` at the end."""
+
+    def __init__(self, client: AsyncMeshClient, *, interval_s: float = INTERVAL_S) -> None:
+        self.board = Board()
+        self.viewers = 0
+        self.looks = 0
+        self._client = client
+        self._interval_s = interval_s
+        self._task: asyncio.Task[None] | None = None
+        self._subscription: Subscription | None = None
+        self._soon = asyncio.Event()
+        self._round = asyncio.Event()  # set, and replaced, whenever there is something new
+        self._document = b""
+        self._idle_since = 0.0
+        self._broken = False
+
+    async def close(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            with suppress(MeshError):
+                await subscription.stop()
+
+    @property
+    def full(self) -> bool:
+        """More viewers are not taken."""
+        return self.viewers >= VIEWERS
+
+    async def snapshot(self) -> bytes:
+        """The newest one; at most two intervals old."""
+        self._start()
+        while self._document == b"":
+            await self._round.wait()
+        return self._document
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events: `history` once, then `snapshot` after each look and `event` as they come. Not to be begun while `full`."""
+        self.viewers += 1
+        try:
+            self._start()
+            yield _sse("history", orjson.dumps(self.board.history()))
+            sent, said = b"", self.board.event_number
+            while True:
+                following = self._round
+                for number, event in list(self.board.events):
+                    if number > said:
+                        said = number
+                        yield _sse("event", orjson.dumps(event))
+                if self._document is not sent and self._document:
+                    sent = self._document
+                    yield _sse("snapshot", sent)
+                await following.wait()
+        finally:
+            self.viewers -= 1
+            self._idle_since = time.monotonic()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._idle_since = time.monotonic()
+        if self._task is None or self._task.done():
+            self._document = b""  # what was seen long ago is no news
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="dashboard")
+
+    async def _run(self) -> None:
+        while True:
+            began = time.monotonic()
+            await self._look()
+            if not self.viewers and time.monotonic() - self._idle_since >= LINGER_S:
+                return
+            self._soon.clear()
+            left_s = self._interval_s - (time.monotonic() - began)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._soon.wait(), max(left_s, SETTLE_S))
+                await asyncio.sleep(SETTLE_S)
+
+    async def _look(self) -> None:
+        self.looks += 1
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                if not self._client.connected:
+                    raise _unreachable()
+                if self._subscription is None:
+                    self._subscription = await self._client.watch_events(self._on_event)
+                status, stats = await asyncio.gather(self._client.status(), self._client.shard_stats())
+            self.board.look(status, stats, now=time.monotonic(), unix_s=time.time())
+            self._broken = False
+        except (MeshError, TimeoutError) as error:
+            reason = str(error) if isinstance(error, MeshError) else str(_unreachable())
+            self.board.failed(reason, now=time.monotonic(), unix_s=time.time())
+        except Exception:  # a defect here must not end the picture for everyone
+            if not self._broken:  # once, not each second
+                log.exception("looking at the mesh")
+            self._broken = True
+            self.board.failed("The gateway could not read the mesh's state; its log says why.", now=time.monotonic(), unix_s=time.time())
+        self._document = orjson.dumps(self.board.snapshot())
+        self._wake()
+
+    def _on_event(self, event: Event) -> None:
+        self.board.happened(event)
+        self._soon.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        done, self._round = self._round, asyncio.Event()
+        done.set()
+
+
+def _sse(event: str, data: bytes) -> bytes:
+    return b"event: " + event.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def _unreachable() -> MeshError:
+    return MeshError("The NATS server does not answer. This page goes on by itself when it is back.")
