@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from mesh.bus import BusOptions
 from mesh.client import AsyncMeshClient
+from mesh.gateway import dashboard
 from mesh.gateway.app import create_app
 from mesh.gateway.settings import GatewaySettings
 from mesh.listener import Listener, is_loopback
@@ -26,6 +27,7 @@ class HttpEdge:
     def __init__(self, listener: Listener, settings: GatewaySettings) -> None:
         self.settings = settings
         self._listener = listener
+        self._watch: dashboard.Watch | None = None
 
     @classmethod
     def bind(cls, settings: GatewaySettings, *, or_free: bool = False) -> HttpEdge:
@@ -43,16 +45,20 @@ class HttpEdge:
         settings = self.settings if model is None else replace(self.settings, model=model)
         client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
         await client.connect()
+        watch = self._watch = dashboard.Watch(client)
         try:
             if settings.verifier is None and not is_loopback(settings.listener.host):
                 log.warning("whoever reaches %s may ask: authentication.enabled is false", self.url)
             log.info("HTTP on %s", self.url)
-            await self._listener.serve(create_app(client, settings))
+            await self._listener.serve(create_app(client, settings, routes=dashboard.routes(watch)))
         finally:
+            await watch.close()
             await client.close()
 
     def stop(self, *, now: bool = False) -> None:
         """Take no new requests; those under way may end, unless `now`."""
+        if self._watch is not None:
+            self._watch.end()
         self._listener.stop(now=now)
 
 

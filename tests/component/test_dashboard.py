@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,35 +11,33 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-import uvicorn
 from driver import shards
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
 from test_coordinator import coordinator
 
 from mesh.client import AsyncMeshClient
+from mesh.gateway import GatewaySettings, create_app
 from mesh.gateway.dashboard import Watch, routes
 from mesh.gateway.dashboard import watch as watch_module
+from mesh.listener import Listener, ListenerOptions
 from mesh.runtime.generate import even_ranges
+from mesh.security import Issuer, Verifier
 
 
 @asynccontextmanager
 async def dashboard(client: AsyncMeshClient, watch: Watch | None = None, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """Served by uvicorn on a free port, and a client of it."""
+    """Served on a free port, and a client of it."""
     watching = watch or Watch(client, interval_s=0.2)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(Starlette(routes=routes(client, watching, **options)), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve([listener]))
+    settings = GatewaySettings(listener=ListenerOptions(port=0), **options)
+    listener = Listener.bind(settings.listener)
+    serving = asyncio.create_task(listener.serve(create_app(client, settings, routes=routes(watching))))
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as http:
+        async with httpx.AsyncClient(base_url=listener.url, timeout=60) as http:
             yield http
     finally:
-        server.should_exit = True
+        watching.end()
+        listener.stop(now=True)
         await serving
         await watching.close()
-        listener.close()
 
 
 async def events(response: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
@@ -157,16 +155,32 @@ def test_a_mesh_that_cannot_be_reached_is_said_and_not_an_error_of_the_page(run)
     run(look())
 
 
-def test_data_is_for_whom_the_guard_lets_pass(server, run):
-    async def guard(request: Request) -> Response | None:
-        return None if request.headers.get("authorization") == "Bearer yes" else PlainTextResponse("no", 401)
-
+def test_data_needs_a_token_of_scope_admin_where_tokens_are_asked_for(server, run):
     async def look() -> None:
-        async with AsyncMeshClient(server.url) as client, dashboard(client, guard=guard) as http:
-            assert (await http.get("/")).status_code == 200
+        secret = b"s" * 32
+        verifier, issuer = Verifier("HS256", secret), Issuer("HS256", secret)
+        async with AsyncMeshClient(server.url) as client, dashboard(client, verifier=verifier) as http:
+            assert (await http.get("/")).status_code == 200 and (await http.get("/dashboard/static/main.js")).status_code == 200
             for path in ("snapshot", "events", "trace/x"):
                 assert (await http.get(f"/dashboard/{path}")).status_code == 401
-            assert (await http.get("/dashboard/snapshot", headers={"Authorization": "Bearer yes"})).status_code == 200
+                for scope, status in (("generate", 403), ("admin", 404 if path == "trace/x" else 200)):
+                    token = issuer.issue("me", [scope], now_unix_s=time.time(), expiry_s=600)
+                    headers = {"Authorization": f"Bearer {token}"}
+                    async with http.stream("GET", f"/dashboard/{path}", headers=headers) as answer:
+                        assert answer.status_code == status
+
+    run(look())
+
+
+def test_a_page_that_is_watched_does_not_hold_up_the_end(server, run):
+    async def look() -> None:
+        async with AsyncMeshClient(server.url) as client:
+            watch = Watch(client, interval_s=600)
+            async with dashboard(client, watch) as http, http.stream("GET", "/dashboard/events") as one:
+                stream = events(one)
+                await until(stream, "snapshot")
+                watch.end()
+                assert [kind async for kind, _ in stream] == []
 
     run(look())
 

@@ -6,13 +6,12 @@
     GET /dashboard/events               the same as server-sent events, for as long as someone looks
     GET /dashboard/trace/REQUEST        where the time of a request went
 
-The page and its parts hold nothing of the mesh and are for everyone; the other three are for who `guard` lets pass.
+The page and its parts hold nothing of the mesh and are for everyone; the other three need the scope `admin` where tokens are asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
 
@@ -21,17 +20,18 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from mesh.client import AsyncMeshClient
 from mesh.errors import Busy
+from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.dashboard.watch import Watch
+from mesh.gateway.errors import HttpError
 from mesh.subjects import is_token
 
-__all__ = ["POLICY", "Guard", "routes"]
+__all__ = ["POLICY", "routes"]
 
-Guard = Callable[[Request], Awaitable[Response | None]]
-"""None where the request may pass, else what it is answered."""
-
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
@@ -43,55 +43,54 @@ class _File:
     etag: str
 
 
-async def _anyone(request: Request) -> Response | None:
-    return None
-
-
-def routes(client: AsyncMeshClient, watch: Watch | None = None, *, guard: Guard = _anyone) -> list[Route]:
-    """For an ASGI application of Starlette's family. `client` is connected by whoever owns it, and `watch` closed."""
+def routes(watch: Watch) -> list[Route]:
+    """For create_app; `watch` is ended and closed by whoever made it."""
     files = _read_files()
-    watching = watch or Watch(client)
 
     async def page(request: Request) -> Response:
         return _answer(request, files["index.html"])
 
     async def static(request: Request) -> Response:
         file = files.get(request.path_params["name"])
-        return Response("not found\n", 404, media_type="text/plain") if file is None else _answer(request, file)
+        if file is None:
+            raise HttpError("there is no such file", status=404, code="not_found")
+        return _answer(request, file)
 
     async def snapshot(request: Request) -> Response:
-        refused = await guard(request)
-        return refused or _json(await watching.snapshot())
+        _admitted(request)
+        return _json(await watch.snapshot())
 
     async def events(request: Request) -> Response:
-        refused = await guard(request)
-        if refused is not None:
-            return refused
-        if watching.full:
-            error = Busy("too many pages watch this mesh already: close one", retry_after_s=10.0)
-            return _error(429, error.code, str(error), {"Retry-After": "10"})
+        _admitted(request)
+        if watch.full:
+            raise Busy("too many pages watch this mesh already: close one", retry_after_s=10.0)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(watching.stream(), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(watch.stream(), media_type="text/event-stream", headers=headers)
 
     async def trace(request: Request) -> Response:
-        refused = await guard(request)
-        if refused is not None:
-            return refused
+        client = _admitted(request).client
         name: str = request.path_params["request"]
         for prefix in _ID_PREFIXES:
             name = name.removeprefix(prefix)
         found = await client.trace(name) if is_token(name) else None
         if found is None:
-            return _error(404, "not_found", f"no coordinator remembers request {name[:64]}: the last 64 of each are kept")
+            why = f"no coordinator remembers request {name[:64]}: each keeps its last 64"
+            raise HttpError(why, status=404, code="not_found")
         return _json(orjson.dumps(found))
 
     return [
-        Route("/", page, name="dashboard", include_in_schema=False),
+        Route("/", page, include_in_schema=False),
         Route("/dashboard/static/{name}", static, include_in_schema=False),
         Route("/dashboard/snapshot", snapshot, include_in_schema=False),
         Route("/dashboard/events", events, include_in_schema=False),
         Route("/dashboard/trace/{request}", trace, include_in_schema=False),
     ]
+
+
+def _admitted(request: Request) -> Gateway:
+    gateway = gateway_of(request)
+    gateway.gate.admit(request.headers.get("authorization"), "admin")
+    return gateway
 
 
 def _read_files() -> dict[str, _File]:
@@ -110,8 +109,6 @@ def _answer(request: Request, file: _File) -> Response:
         "ETag": file.etag,
         "Cache-Control": "no-cache",  # kept, and asked for again each time: an upgrade is seen at once
         "Content-Security-Policy": POLICY,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
     }
     if request.headers.get("if-none-match") == file.etag:
         return Response(status_code=304, headers=headers)
@@ -120,8 +117,3 @@ def _answer(request: Request, file: _File) -> Response:
 
 def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
-
-
-def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    body = orjson.dumps({"error": {"code": code, "message": message}})
-    return Response(body, status, media_type="application/json", headers={"Cache-Control": "no-store", **(headers or {})})

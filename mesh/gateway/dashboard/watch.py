@@ -34,7 +34,7 @@ VIEWERS = 64
 
 
 class Watch:
-    """`stream` for each viewer, `snapshot` for one answer; `close` at the end."""
+    """`stream` for each viewer, `snapshot` for one answer; `end`, and `close`, which waits."""
 
     def __init__(self, client: AsyncMeshClient, *, interval_s: float = INTERVAL_S) -> None:
         self.board = Board()
@@ -49,8 +49,15 @@ class Watch:
         self._document = b""
         self._idle_since = 0.0
         self._broken = False
+        self._ended = False
+
+    def end(self) -> None:
+        """Let every viewer go: a page that is watched must not hold up who wants to stop."""
+        self._ended = True
+        self._wake()
 
     async def close(self) -> None:
+        self.end()
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -79,7 +86,7 @@ class Watch:
             self._start()
             yield _sse("history", orjson.dumps(self.board.history()))
             sent, said = b"", self.board.event_number
-            while True:
+            while not self._ended:
                 following = self._round
                 for number, event in list(self.board.events):
                     if number > said:
