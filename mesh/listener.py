@@ -70,7 +70,8 @@ class Tls:
 @dataclass(frozen=True, slots=True)
 class ListenerOptions:
     """port 0: a free one. head_timeout_s: for a connection's first bytes, and for each request's head; idle_timeout_s: between
-    requests; grace_s: how long requests may go on after `stop`."""
+    requests; write_timeout_s: for a client to take what it was sent, after which it is let go; grace_s: how long requests may go on
+    after `stop`. send_buffer_bytes: of the kernel, for each connection (None: its own choice)."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -78,7 +79,9 @@ class ListenerOptions:
     max_head_bytes: int = 64 * 1024
     head_timeout_s: float = 75.0
     idle_timeout_s: float = 75.0
+    write_timeout_s: float = 30.0
     grace_s: float = 10.0
+    send_buffer_bytes: int | None = None
     tls: Tls | None = None
 
 
@@ -97,11 +100,11 @@ class Listener:
         """Take the port. ConfigError where it is taken, unless `or_free`: then any free one; and where TLS files are wrong."""
         context = None if options.tls is None else options.tls.context()
         try:
-            sock = _listening(options.host, options.port)
+            sock = _listening(options, options.port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not or_free:
                 raise ConfigError(_cannot_listen(options, error)) from None
-            sock = _listening(options.host, 0)
+            sock = _listening(options, 0)
         return cls(options, sock, context)
 
     @property
@@ -178,6 +181,7 @@ class _Connection(HttpToolsProtocol):
     _head_bytes = 0
     _fed_bytes = 0  # since a head was expected
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._options = self.server_state.options  # type: ignore[attr-defined]
@@ -219,12 +223,21 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_arrived()
+        self._taken()
         if self._lingers:
             self.server_state.lingering -= 1  # type: ignore[attr-defined]
         if self._refused:
             self.parser = None  # type: ignore[assignment]
             return
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self._options.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
 
     def eof_received(self) -> None:
         if self._ended:
@@ -238,6 +251,11 @@ class _Connection(HttpToolsProtocol):
         if self._head_bytes > self._options.max_head_bytes:
             self._head_too_large()
             raise ValueError("the request head is too large")  # the parser stops
+
+    def _taken(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _expect_head(self) -> None:
         self._head_bytes = self._fed_bytes = 0
@@ -281,11 +299,16 @@ def _document(status: bytes, body: bytes, headers: bytes = b"") -> bytes:
     return head % (status, len(body), headers) + body
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listening(options: ListenerOptions, port: int) -> socket.socket:
+    host = options.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a peer that neither takes nor answers is given up by the kernel; accepted ones inherit it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(options.write_timeout_s * 1000))
+        if options.send_buffer_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.send_buffer_bytes)
         sock.bind((host.strip("[]"), port))
         sock.listen(_BACKLOG)  # from here on the port is ours; connections wait until `serve`
     except BaseException:

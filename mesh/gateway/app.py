@@ -29,6 +29,7 @@ from mesh.gateway.health import HealthMonitor
 from mesh.gateway.health_routes import health
 from mesh.gateway.known import KnownModels
 from mesh.gateway.middleware import Edge
+from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
 from mesh.gateway.settings import GatewaySettings
 
@@ -53,7 +54,7 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
     )
     gateway = Gateway(client, settings, Gate(settings.verifier, settings.limits), models, monitor)
     app.state.gateway = gateway
-    for router in (native.generate, native.batch, native.admin, health):
+    for router in (native.generate, native.batch, native.admin, openai, health):
         app.include_router(router)
     app.router.routes.extend(routes)
     for kind in (MeshError, HTTPException, RequestValidationError, Exception):

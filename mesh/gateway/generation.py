@@ -35,7 +35,7 @@ def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
 class Generation:
     """`fields` are those of mesh.messages.Generate; without max_tokens it is the gateway's default, or what the context leaves.
 
-    Iterate over `chunks`; then `completion` is set. Closing the iterator early cancels the generation.
+    Iterate over `chunks`; with the last one, which has no token, `completion` is set. Closing the iterator early cancels the generation.
     """
 
     def __init__(self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any]) -> None:
@@ -83,8 +83,9 @@ class Generation:
             async for chunk in stream:
                 if chunk.token is not None:
                     given += 1
+                else:
+                    self.completion = stream.completion
                 yield chunk
-            self.completion = stream.completion
         finally:
             await stream.aclose()
             completion = stream.completion

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from mesh.gateway.guard import Guarded
+from mesh.gateway.openai_schema import OpenAIError
 from mesh.gateway.schema import ErrorResponse
 
 __all__ = ["describe"]
@@ -35,7 +36,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    schemas.update(_schema_of(ErrorResponse))
+    for model in (ErrorResponse, OpenAIError):
+        schemas.update(_schema_of(model))
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
     guarded = [route for route in app.routes if isinstance(route, Guarded)]
     scopes = {(route.path_format, method.lower()): route.scope for route in guarded for method in route.methods or ()}

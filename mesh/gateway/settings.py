@@ -14,8 +14,8 @@ __all__ = ["GatewaySettings", "Limits"]
 class Limits:
     """Bounds of one request. requests_per_minute, tokens_per_minute: of a token that names none itself (None: no limit).
 
-    body_timeout_s: for a whole body to arrive; write_timeout_s: for a client to take what it was sent, after which it is let go;
-    request_timeout_s: for the whole of a generation. keep_alive_s: a stream that says nothing for so long says that it waits.
+    body_timeout_s: for a whole body to arrive; request_timeout_s: for the whole of a generation; keep_alive_s: a stream that says
+    nothing for so long says that it waits.
     """
 
     max_body_bytes: int = 4 * 1024 * 1024
@@ -25,7 +25,6 @@ class Limits:
     batch_concurrency: int = 8
     default_max_tokens: int = 1024
     body_timeout_s: float = 30.0
-    write_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
     keep_alive_s: float = 10.0
     requests_per_minute: int | None = None

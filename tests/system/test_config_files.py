@@ -22,6 +22,7 @@ from mesh.server import NatsServer
 
 MESH = [sys.executable, "-m", "mesh.cli"]
 READY_S = 240.0
+COORDINATOR = {"coordinator": {"listen_port": 0}, "distributed": {"shards_count": 2}}
 
 
 class Site:
@@ -77,7 +78,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_coordinator_and_shards_need_nothing_but_their_files(site: Site, model: Path, oracle: Any) -> None:
-    coordinator = site.write("coordinator.yaml", {"distributed": {"shards_count": 2}, "model": {"total_layers": 3, "vocab_size": 96}})
+    coordinator = site.write("coordinator.yaml", {**COORDINATOR, "model": {"total_layers": 3, "vocab_size": 96}})
     shards = [
         site.write(
             f"shard-{number}.yaml",
@@ -121,7 +122,7 @@ def test_coordinator_and_shards_need_nothing_but_their_files(site: Site, model: 
     ],
 )
 def test_a_coordinator_of_another_model_than_meant_does_not_start(site: Site, model: Path, section: Any, says_what: str) -> None:
-    coordinator = site.write("coordinator.yaml", {"distributed": {"shards_count": 2}, "model": {"path": str(model), **section}})
+    coordinator = site.write("coordinator.yaml", {**COORDINATOR, "model": {"path": str(model), **section}})
     ended = site.run("coordinator", "--config", str(coordinator))
     assert ended.returncode == 2 and says_what in ended.stderr, ended.stderr
     assert "Traceback" not in ended.stderr

@@ -1,0 +1,185 @@
+"""OpenAI's API: models, chat completions, completions. mesh.gateway.openai_schema says which of it.
+
+Both kinds are the same work: one generation for each prompt and choice, its chunks given to a Shape, which knows the documents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mesh.client import Chunk, Completion
+from mesh.errors import BadRequest, MeshError, ModelNotFound
+from mesh.gateway.auth import Caller
+from mesh.gateway.context import Gateway, gateway_of
+from mesh.gateway.errors import openai_document
+from mesh.gateway.events import EventStream, event, until_gone
+from mesh.gateway.generation import Generation, paying
+from mesh.gateway.guard import caller_of, guarded
+from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
+from mesh.gateway.openai_shapes import ChatShape, Shape, TextShape
+
+__all__ = ["openai"]
+
+openai = guarded("generate", tags=["openai"])
+
+_DONE = b"data: [DONE]\n\n"
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_COMPLETION_TOKENS = 16  # what OpenAI's completions give where max_tokens is not given
+
+
+@openai.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
+async def chat_completions(body: ChatRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
+    """The assistant's next message."""
+    messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
+    fields = {"messages": messages, **body.sampling()}
+    if body.longest is not None:
+        fields["max_tokens"] = body.longest
+    if body.logprobs:
+        fields["logprobs"] = body.top_logprobs or 0
+    return await _answer(gateway, request, body, [fields], ChatShape)
+
+
+@openai.post("/v1/completions", response_model=TextCompletion, responses=_STREAM)
+async def completions(body: CompletionRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
+    """What follows after a text."""
+    common = {"max_tokens": body.max_tokens or _COMPLETION_TOKENS, **body.sampling()}
+    if body.logprobs is not None:
+        common["logprobs"] = body.logprobs
+    return await _answer(gateway, request, body, [{**prompt, **common} for prompt in body.prompts()], TextShape)
+
+
+@openai.get("/v1/models", response_model=ModelList)
+async def models(gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
+    """The models that the mesh serves."""
+    return _json({"object": "list", "data": [_card(known.name, known.first_seen_unix_s) for known in await gateway.models.all()]})
+
+
+@openai.get("/v1/models/{model}", response_model=ModelCard)
+async def model(model: str, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
+    """One of them."""
+    for known in await gateway.models.all():
+        if known.name == model:
+            return _json(_card(known.name, known.first_seen_unix_s))
+    raise ModelNotFound(f"no coordinator serves a model {model!r}")
+
+
+@dataclass(slots=True)
+class _Work:
+    """The generations of one request, in the order of their choices."""
+
+    gateway: Gateway
+    caller: Caller
+    shape: Shape
+    requests: list[dict[str, Any]]
+    include_usage: bool
+
+    @property
+    def most(self) -> int:
+        """Tokens it may generate."""
+        default = self.gateway.settings.limits.default_max_tokens
+        return sum(request.get("max_tokens", default) for request in self.requests)
+
+    async def complete(self) -> dict[str, Any]:
+        with paying(self.caller, self.most) as bill:
+            tasks = [Generation(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
+            return self.shape.whole(await _together(tasks))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        shape = self.shape
+        with paying(self.caller, self.most) as bill:
+            generations = [Generation(self.gateway, bill, shape.model, request) for request in self.requests]
+            async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
+                async for index, chunk in chunks:
+                    completion = generations[index].completion if chunk.token is None else None
+                    documents = shape.part(index, chunk, None if completion is None else completion.finish_reason)
+                    if documents:
+                        yield b"".join(map(event, documents))
+            last = [_DONE]
+            if self.include_usage:
+                last.insert(0, event(shape.usage([g.completion for g in generations if g.completion is not None])))
+            yield b"".join(last)
+
+
+async def _answer(gateway: Gateway, request: Request, body: Common, prompts: list[dict[str, Any]], kind: type[Shape]) -> Response:
+    limits = gateway.settings.limits
+    count = (body.n or 1) * len(prompts)
+    if count > limits.max_choices:
+        what = "n" if len(prompts) == 1 else "n times the number of prompts"
+        raise BadRequest(f"{what} is {count}: at most {limits.max_choices} choices are made at once", field="n")
+    name = await gateway.models.resolve(body.model)
+    requests = []
+    for prompt in prompts:
+        for choice in range(body.n or 1):
+            seed = body.seed_of(choice)
+            requests.append(prompt if seed is None else {**prompt, "seed": seed})
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    shape = kind(name, request.state.request_id, int(time.time()), usage_is_null=bool(body.stream and include_usage))
+    work = _Work(gateway, caller_of(request), shape, requests, include_usage)
+    if body.stream:
+        return EventStream(work.events(), lambda error: event(openai_document(error)), keep_alive_s=limits.keep_alive_s)
+    return _json(await until_gone(request.receive, work.complete()))
+
+
+async def _together(work: Sequence[Any]) -> list[Completion]:
+    """All or none: the first error cancels the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _numbered(generation: Generation) -> AsyncGenerator[tuple[int, Chunk], None]:
+    async with aclosing(generation.chunks()) as chunks:
+        async for chunk in chunks:
+            yield 0, chunk
+
+
+async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """Chunks of all as they come; the first error ends them all."""
+    queue: asyncio.Queue[tuple[int, Chunk | MeshError | BaseException | None]] = asyncio.Queue(maxsize=64)
+
+    async def pump(index: int) -> None:
+        try:
+            async with aclosing(generations[index].chunks()) as chunks:
+                async for chunk in chunks:
+                    await queue.put((index, chunk))
+            await queue.put((index, None))
+        except Exception as error:
+            await queue.put((index, error))
+
+    tasks = [asyncio.create_task(pump(index)) for index in range(len(generations))]
+    try:
+        left = len(tasks)
+        while left:
+            index, item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _card(name: str, created_unix_s: float) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(created_unix_s), "owned_by": "stagemesh"}
+
+
+def _json(document: Any) -> Response:
+    return Response(orjson.dumps(document), media_type="application/json")

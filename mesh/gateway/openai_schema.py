@@ -1,0 +1,236 @@
+"""The documents of OpenAI's API, as far as a mesh can do what they ask. What it cannot is refused by name, not passed over."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "ChatCompletion",
+    "ChatRequest",
+    "CompletionRequest",
+    "ModelCard",
+    "ModelList",
+    "OpenAIError",
+    "TextCompletion",
+]
+
+_MAX_INT = 2**31 - 1
+Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
+Text = Annotated[str, Field(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class StreamOptions(Request):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # nothing is added to hide the length of tokens either way
+
+
+class TextPart(Request):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Request):
+    """`content` is a text or parts of one. A developer's message is a system's."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ResponseFormat(Request):
+    type: Literal["text"]
+
+
+class Common(Request):
+    """What both kinds of completion have. top_k, min_p, repetition_penalty and ignore_eos are additions to OpenAI's."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    max_tokens: Positive | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    user: str | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    ignore_eos: bool | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of mesh.messages.Generate that were given; OpenAI's temperature is 1 where none is."""
+        names = ("top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty", "ignore_eos")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given["temperature"] = 1.0 if self.temperature is None else self.temperature
+        if self.stop:
+            given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        return given
+
+    def seed_of(self, choice: int) -> int | None:
+        """Choices of one request differ, and are the same again for the same seed."""
+        return None if self.seed is None else (self.seed + choice) % 2**63
+
+
+class ChatRequest(Common):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    reasoning_effort: str | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(Common):
+    """`prompt`: a text, several, token ids, or several of these. It goes as it is, without a chat template."""
+
+    prompt: str | list[str] | list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | list[list[Annotated[int, Field(ge=0, le=_MAX_INT)]]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of is not n: a mesh gives out every choice it makes")
+        return self
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Each as the field of mesh.messages.Generate that it is."""
+        if isinstance(self.prompt, str):
+            return [{"prompt": self.prompt, "raw": True}]
+        if all(isinstance(part, int) for part in self.prompt):
+            return [{"tokens": self.prompt}]
+        return [{"prompt": part, "raw": True} if isinstance(part, str) else {"tokens": part} for part in self.prompt]
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(Answer):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str | None = None
+
+
+class TextLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(Answer):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class TextCompletion(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    system_fingerprint: str | None = None
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class OpenAIErrorBody(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(Answer):
+    error: OpenAIErrorBody
