@@ -1,7 +1,8 @@
-"""Child processes that do not outlive their parent, however it ends.
+"""What a process asks of its system: children that do not outlive it, memory given back.
 
-On Linux the kernel ends them (PR_SET_PDEATHSIG); that is set by a small Python in between, which then becomes the program: doing
-it between fork and exec of a process with threads is not safe. Elsewhere a child ends only with an orderly parent.
+On Linux the kernel ends the children of a parent that is gone, however it ended (PR_SET_PDEATHSIG); that is set by a small Python in
+between, which then becomes the program: doing it between fork and exec of a process with threads is not safe. Elsewhere a child
+ends only with an orderly parent.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-__all__ = ["die_with_parent", "dying_with_parent"]
+__all__ = ["die_with_parent", "dying_with_parent", "give_memory_back"]
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_LARGE_BYTES = 256 * 1024
 
 _WRAPPER = """\
 import ctypes, os, sys
@@ -42,3 +45,16 @@ def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
         if os.getppid() == 1 and os.environ.get("MESH_PARENT") not in (None, "1"):
             sys.exit(0)
+
+
+def give_memory_back() -> None:
+    """Return what is freed to the system at once, where the C library is glibc: it would keep freed blocks of up to 32 MB, and a heap
+    a thread, which for work that goes through weights block by block is several blocks. Costs a system call for each large array."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    for option, value in ((_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, _LARGE_BYTES), (_M_ARENA_MAX, 2)):
+        mallopt(option, value)

@@ -35,8 +35,10 @@ def add_parser(subparsers: Any) -> None:
 def import_command(args: argparse.Namespace) -> int:
     from mesh.model.importing import import_model
     from mesh.model.source import ImportOptions
+    from mesh.process import give_memory_back
     from mesh.runtime.device import prepare
 
+    give_memory_back()
     prepare()
     options = ImportOptions(dtype=args.dtype, bits=args.bits, group_size=args.group_size)
     began = time.perf_counter()
@@ -50,8 +52,10 @@ def import_quietly(source: Path, out: Path, bits: int | None) -> None:
     """What `mesh shard-model` imports a source with: `bits` None are the source's 32."""
     from mesh.model.importing import import_model
     from mesh.model.source import ImportOptions
+    from mesh.process import give_memory_back
     from mesh.runtime.device import prepare
 
+    give_memory_back()
     prepare()
     with progress_bar() as progress:
         import_model(source, out, ImportOptions(bits=bits or 32), progress=progress)  # type: ignore[arg-type]

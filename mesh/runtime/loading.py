@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,9 +68,25 @@ def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Fo
         packed = lowered.packed.get(key)
         weight = pack(array) if packed is None else pack_nibbles(array, packed)
         weights[key] = weight if forms is None else weight.with_forms(forms(weight))
+        _forget_pages(array)
     # The graph needs the weights' names alone from here on: let go of the mapped file.
     bare = Lowered(lowered.graph, dict.fromkeys(lowered.weights, _GONE), lowered.packed, lowered.static_inputs)
     return Block(name, signature, bare, weights)
+
+
+def _forget_pages(array: np.ndarray) -> None:
+    """Let the system take back what was read of a mapped file: a block is in memory once, not as pages of its file as well."""
+    mapped: Any = array
+    while mapped is not None and not isinstance(mapped, mmap.mmap):
+        mapped = getattr(mapped, "base", None)
+    if mapped is None or not hasattr(mapped, "madvise"):
+        return
+    whole = np.frombuffer(mapped, np.uint8)
+    start = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def _matmul_weights(lowered: Lowered) -> set[str]:
