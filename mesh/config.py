@@ -34,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "NatsSection",
     "NetworkConfig",
+    "ReplicationMode",
     "ShardConfig",
     "TlsSection",
     "load_config",
@@ -41,6 +42,10 @@ __all__ = [
 
 LoadBalancing = Literal["least_loaded", "round_robin", "queue_group"]
 """least_loaded: the lighter of two random replicas; round_robin: in turn; queue_group: NATS decides."""
+
+ReplicationMode = Literal["balance", "mirror"]
+"""How the shards of one range stand in for each other. balance: sessions are spread over them, and one that loses its shard has
+its history computed again. mirror: a second shard computes each session's steps too, and goes on where the first one ends."""
 
 QuantizationBits = Literal[16, 8, 4]
 
@@ -337,6 +342,7 @@ class ShardSection(Section):
 
     shard_id: Count
     listen_port: Port = 8080
+    replication_mode: ReplicationMode = "balance"
 
 
 class ShardModelSection(Section):

@@ -20,6 +20,7 @@ arise. The message is one line that names what is wrong and what would be right;
     └── ServiceError                    a request that is right and was not served; the same one can succeed later
         ├── Busy                        every row and the queue are taken; says when to come back
         ├── Unavailable                 nobody serves it: no server, no replica of a layer range, a shard that left
+        │   └── NobodyListens           the server says so: the subject has no subscriber
         ├── DeadlineExceeded            no answer in time
         ├── Cancelled                   the caller took it back
         ├── Denied                      the server's accounts, or a token, do not allow it
@@ -48,6 +49,7 @@ __all__ = [
     "MessageRejected",
     "ModelError",
     "ModelNotFound",
+    "NobodyListens",
     "PayloadTooLarge",
     "PlanError",
     "PromptTooLong",
@@ -160,6 +162,10 @@ class Busy(ServiceError):
 
 class Unavailable(ServiceError):
     code = "unavailable"
+
+
+class NobodyListens(Unavailable):
+    pass
 
 
 class DeadlineExceeded(ServiceError):

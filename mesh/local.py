@@ -31,7 +31,7 @@ from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
 from mesh.process import dying_with_parent
 from mesh.server import NatsServer
-from mesh.subjects import KV_SHARDS
+from mesh.subjects import KV_SHARDS, LEASE_TTL_S
 from mesh.types import LayerRange
 from mesh.units import GB
 
@@ -39,7 +39,6 @@ __all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "defau
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 DEFAULT_HTTP_PORT = 8080
-_LEASE_TTL_S = 5.0
 _STOP_S = 10.0
 _HTTP_DRAIN_S = 2.0
 _SHOWN_LINES = 15
@@ -49,14 +48,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """shards: layer ranges; replicas: shards of each. nats: use these servers instead of one of its own. rows, context: of each
-    shard (None: the model's context). memory_bytes: the most a shard may take (None: what the machine has). port: of the
-    embedded server (None: a free one). http: each coordinator serves it, the first one on http_port (None: 8080, or a free one).
-    coordinator_arguments: more of `mesh coordinator`'s own."""
+    """shards: layer ranges; replicas: shards of each; mode: how these stand in for each other (mesh/config.py). nats: use these
+    servers instead of one of its own. rows, context: of each shard (None: the model's context). memory_bytes: the most a shard may
+    take (None: what the machine has). port: of the embedded server (None: a free one). http: each coordinator serves it, the first
+    one on http_port (None: 8080, or a free one). coordinator_arguments: more of `mesh coordinator`'s own."""
 
     model: Path
     shards: int = 1
     replicas: int = 1
+    mode: str = "balance"
     coordinators: int = 1
     nats: str | None = None
     port: int | None = None
@@ -235,7 +235,7 @@ class LocalMesh:
         if options.context is not None:
             performance["max_sequence_length"] = options.context
         return {
-            "shard": {"shard_id": number},
+            "shard": {"shard_id": number, "replication_mode": options.mode},
             "nats": self._nats_section(),
             "model": {"shard_path": str(options.model.absolute()), "layers_start": layers.start, "layers_end": layers.stop},
             "resources": {"max_memory_gb": memory / GB},
@@ -269,7 +269,7 @@ class LocalMesh:
             asyncio.timeout(timeout_s) as limit,
             await Bus.connect(self.bus, name="mesh-up") as bus,
         ):
-            table = LeaseTable(Bucket(bus, KV_SHARDS, ttl_s=_LEASE_TTL_S), ShardLease, lambda name, lease: changed.set())
+            table = LeaseTable(Bucket(bus, KV_SHARDS, ttl_s=LEASE_TTL_S), ShardLease, lambda name, lease: changed.set())
             await table.start()
             async with AsyncMeshClient(options=self.bus, model=self.manifest.name) as client:
                 try:

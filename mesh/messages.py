@@ -42,6 +42,8 @@ __all__ = [
     "Message",
     "Open",
     "Opened",
+    "Ping",
+    "Pong",
     "Sampling",
     "ShardLease",
     "ShardStats",
@@ -197,11 +199,13 @@ class Opened(Message):
 
 
 class Close(Message):
-    """Free the rows of these sessions, or with `all` of every session of this coordinator. Unknown ones are no error."""
+    """Free the rows of these sessions, or with `all` of every session of this coordinator. Unknown ones are no error.
+    A session that was opened again with a later epoch than `epoch` stays: the message may have been overtaken."""
 
     coordinator: Token
     sessions: Annotated[tuple[SessionId, ...], Field(max_length=4096)] = ()
     all: bool = False
+    epoch: Epoch = 2**32 - 1
 
 
 class Closed(Message):
@@ -210,17 +214,33 @@ class Closed(Message):
 
 
 class Beat(Message):
-    """A coordinator lives. Shards free what it held when it has been silent for `ttl_s`. `instance`: its process. `leaving`: it has
+    """A coordinator lives. Shards free what it held when it has been silent for `ttl_s`, and what is missing from `sessions` twice in
+    a row (None: it does not say): an answer to an opening, or a closing, may be lost. `instance`: its process. `leaving`: it has
     ended in order, and what it had not finished is there for the others."""
 
     coordinator: Token
     ttl_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    sessions: Annotated[tuple[SessionId, ...], Field(max_length=2048)] | None = None
     instance: Token | None = None
     leaving: bool = False
 
 
 class Alive(Message):
     """Ask a coordinator whether it lives; its Beat is the answer."""
+
+
+class Ping(Message):
+    """Are you there, and have you work of mine? Answered by the event loop, however busy the compute thread is."""
+
+    coordinator: Token
+
+
+class Pong(Message):
+    """`pending`: the steps of that coordinator that have arrived here and have not gone on yet."""
+
+    shard: Token
+    instance: Token
+    pending: tuple[Natural, ...] = ()
 
 
 class Drain(Message):
@@ -294,6 +314,7 @@ class ShardLease(Message):
     max_frame_bytes: Annotated[int, Field(ge=1)]
     queue_limit: Annotated[int, Field(ge=1)]  # frames it holds before it answers with gaps: a coordinator's credits
     queue_frames: Natural = 0
+    mirrors: bool = False  # follows the frames of its range's other replicas, for sessions that are open here too
     load: Annotated[float, Field(ge=0, le=1)] = 0.0
     step_s: Annotated[float, Field(ge=0)] = 0.0
     memory_bytes: Natural = 0
@@ -417,6 +438,7 @@ TOPICS: tuple[Topic, ...] = (
     Topic("mesh.v1.control.SHARD.open", Open, Opened),
     Topic("mesh.v1.control.SHARD.close", Close, Closed),
     Topic("mesh.v1.control.SHARD.drain", Drain, Drained),
+    Topic("mesh.v1.control.SHARD.ping", Ping, Pong),
     Topic("mesh.v1.control.SHARD.stats", StatsRequest, ShardStats),
     Topic("mesh.v1.events.KIND", Event, None),
 )

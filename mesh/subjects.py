@@ -6,10 +6,10 @@
     mesh.v1.MODEL.cancel.COORDINATOR        take a generation back                      that coordinator
     mesh.v1.MODEL.trace.COORDINATOR         where the time of a generation went         that coordinator
     mesh.v1.MODEL.layers.A-B                open a session on layers [A, B)             queue group `replicas`
-    mesh.v1.MODEL.layers.A-B.SHARD          frames for that shard
+    mesh.v1.MODEL.layers.A-B.SHARD          frames for that shard                       and, in mirror mode, the range's other shards
     mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, gaps
     mesh.v1.MODEL.coordinators              coordinators saying that they live          every shard and coordinator of the model
-    mesh.v1.control.SHARD.VERB              open, close, drain, stats                   that shard
+    mesh.v1.control.SHARD.VERB              open, close, drain, ping, stats             that shard
     mesh.v1.events.KIND                     what happened                               anyone
 
 The version of the protocol is in the name: other versions cannot meet. MODEL, SHARD and COORDINATOR are tokens: letters,
@@ -27,16 +27,19 @@ from mesh.types import LayerRange
 
 __all__ = [
     "ANY_EVENT",
+    "ANY_LEFT",
     "COORDINATORS_QUEUE",
     "KV_PLACEMENT",
     "KV_SESSIONS",
     "KV_SHARDS",
+    "LEASE_TTL_S",
     "OBJECTS_MODELS",
     "REPLICAS_QUEUE",
     "STREAM_BATCH",
     "VERSION",
     "Verb",
     "alive",
+    "all_frames",
     "cancel",
     "check_token",
     "control",
@@ -62,10 +65,15 @@ KV_SESSIONS: Final = "mesh_sessions"
 OBJECTS_MODELS: Final = "mesh_models"
 STREAM_BATCH: Final = "mesh_batch"
 
+LEASE_TTL_S: Final = 5.0
+"""How long a lease counts that is not renewed: the TTL of KV_SHARDS, the same for everyone who opens it."""
+
 MAX_TOKEN = 64
 ANY_EVENT: Final = f"mesh.{VERSION}.events.>"
+ANY_LEFT: Final = "$SYS.ACCOUNT.*.DISCONNECT"
+"""A connection of an account has ended, as the server tells those whom its system account lets hear it (nats/common.conf)."""
 
-Verb = Literal["open", "close", "drain", "stats"]
+Verb = Literal["open", "close", "drain", "ping", "stats"]
 
 _TOKEN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}")
 
@@ -116,6 +124,11 @@ def layers(model: str, held: LayerRange) -> str:
 @lru_cache(maxsize=1024)
 def frames(model: str, held: LayerRange, shard: str) -> str:
     return f"{layers(model, held)}.{check_token(shard, 'shard')}"
+
+
+def all_frames(model: str, held: LayerRange) -> str:
+    """The frames of every replica of a range: what a shard in mirror mode follows."""
+    return f"{layers(model, held)}.*"
 
 
 @lru_cache(maxsize=1024)

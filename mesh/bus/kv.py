@@ -205,6 +205,11 @@ class LeaseTable(Generic[M]):
     async def stop(self) -> None:
         await end_tasks(*self._tasks)
 
+    def forget(self, key: str) -> None:
+        """Its owner is known to be gone: the next renewal is news, whatever it says."""
+        self._seen.pop(key, None)
+        self._leases.pop(key, None)
+
     async def _follow(self) -> None:
         while True:
             try:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import nats.errors as ne
 import nats.js.errors as je
 
-from mesh.errors import BadRequest, DeadlineExceeded, Denied, MeshError, PayloadTooLarge, ServiceError, Unavailable
+from mesh.errors import BadRequest, DeadlineExceeded, Denied, MeshError, NobodyListens, PayloadTooLarge, ServiceError, Unavailable
 
 __all__ = ["is_refusal", "mapped", "mapped_error"]
 
@@ -28,7 +28,7 @@ def mapped_error(error: BaseException, what: str) -> MeshError | None:
         case MeshError():
             return error
         case ne.NoRespondersError() | je.NoStreamResponseError():
-            return Unavailable(f"{what}: nobody listens there")
+            return NobodyListens(f"{what}: nobody listens there")
         case ne.MaxPayloadError():
             return PayloadTooLarge(f"{what}: more than the server takes in one message", size_bytes=0, limit_bytes=0)
         case ne.AuthorizationError() | ne.InvalidUserCredentialsError():

@@ -19,7 +19,6 @@ __all__ = ["AsyncMeshClient"]
 
 COORDINATOR_SERVICE = "mesh-coordinator"
 SHARD_SERVICE = "mesh-shard"
-_LEASE_TTL_S = 5.0
 _GATHER_S = 1.0
 _QUIET_S = 0.15
 _TRACE_S = 2.0
@@ -140,7 +139,7 @@ class AsyncMeshClient:
 
     async def status(self) -> MeshStatus:
         """Shards and coordinators, as they say themselves."""
-        entries = await Bucket(self._connected, subjects.KV_SHARDS, ttl_s=_LEASE_TTL_S).entries()
+        entries = await Bucket(self._connected, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S).entries()
         shards = []
         for entry in entries:
             try:

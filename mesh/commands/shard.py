@@ -48,6 +48,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 8GB (default: 0.8 of what is free)")
     parser.add_argument("--rows", type=int, metavar="N", help="sessions at once (default: as the other shards, or 8)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a row (default: as the other shards, or 2048)")
+    parser.add_argument("--mode", choices=("balance", "mirror"), help="replication mode (default: as the other shards, or balance)")
     parser.add_argument("--dir", metavar="DIR", type=Path, help="where blocks are kept (default: the cache directory)")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
@@ -85,6 +86,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 context=config.performance.max_sequence_length,
                 max_memory_bytes=config.resources.max_memory_bytes,
                 drain_s=config.health.timeout,
+                mirror=config.shard.replication_mode == "mirror",
             )
 
         run_loop(serve(connection, make, progress=progress))
@@ -114,6 +116,7 @@ def join_command(args: argparse.Namespace) -> int:
                 memory_bytes=memory,
                 rows=args.rows,
                 context=args.context,
+                mirror=None if args.mode is None else args.mode == "mirror",
                 directory=args.dir,
                 progress=progress,
             )

@@ -26,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="layer ranges (default 1)")
     parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
+    parser.add_argument("--mode", choices=("balance", "mirror"), default="balance", help="how replicas stand in for each other")
     parser.add_argument("--coordinators", type=int, default=1, metavar="N", help="default 1")
     parser.add_argument("--port", type=int, metavar="PORT", help="of the NATS server it starts (default: a free one)")
     parser.add_argument("--http-port", type=int, metavar="PORT", help="where HTTP is served (default: 8080, or a free one)")
@@ -51,6 +52,7 @@ def run_command(args: argparse.Namespace) -> int:
         model=args.model,
         shards=args.shards,
         replicas=args.replicas,
+        mode=args.mode,
         coordinators=args.coordinators,
         nats=args.nats,
         bus=bus_options(args) if args.nats else None,

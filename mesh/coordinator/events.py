@@ -12,8 +12,11 @@ from mesh.types import LayerRange
 
 __all__ = [
     "Admitted",
+    "Answered",
+    "Ask",
     "Cancel",
     "CloseRow",
+    "Connection",
     "Effect",
     "Emit",
     "Ended",
@@ -22,6 +25,8 @@ __all__ = [
     "FrameLost",
     "FrameOut",
     "FrameRow",
+    "Happened",
+    "Hint",
     "OpenRefused",
     "OpenRow",
     "Opened",
@@ -70,20 +75,26 @@ class ReplicaGone:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """`shard` gave row `row` to session key `key` as stage `stage` of its route."""
+    """`shard` gave row `row` to epoch `epoch` of session key `key`, as stage `stage` of its route or as that stage's mirror.
+    `filled`: the positions its cache holds already."""
 
     key: int
+    epoch: int
     stage: int
     shard: str
     row: int
+    filled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRefused:
-    """No row for `key` at `stage`; `full` for want of rows, `permanent` where no retry can help (then `error` says why)."""
+    """No row for `key` at `stage`, by `shard` (None: the queue group); `full` for want of rows, `permanent` where no retry can
+    help (then `error` says why)."""
 
     key: int
+    epoch: int
     stage: int
+    shard: str | None
     full: bool
     error: MeshError
     permanent: bool = False
@@ -118,30 +129,77 @@ class FrameLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """`shard` lives, as the question of `asked_at` found; of our steps it has `pending` in hand."""
+
+    shard: str
+    asked_at: float
+    pending: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Some connection to the server has ended: it may have been a shard's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """This coordinator's own connection was lost, or is back. Meanwhile nothing can be known of anybody."""
+
+    online: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Event = Submit | Cancel | Finish | ReplicaSeen | ReplicaGone | Opened | OpenRefused | Result | FrameLost | Tick
+Event = (
+    Submit | Cancel | Finish | ReplicaSeen | ReplicaGone | Opened | OpenRefused | Result | FrameLost | Answered | Hint | Connection | Tick
+)
 
 # -- effects -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRow:
-    """Ask `shard` (None: the queue group of `layers`) for a row; answer with Opened or OpenRefused."""
+    """Ask `shard` (None: the queue group of `layers`) for a row; answer with Opened or OpenRefused. `keep`: the positions that a
+    shard where the session was before may keep. `mirror`: it is to follow the frames of the stage."""
 
     key: int
+    epoch: int
     stage: int
     layers: LayerRange
     shard: str | None
     request: Request
+    keep: int = 0
+    mirror: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CloseRow:
+    """Give the row back, unless a later epoch than `epoch` has it."""
+
     key: int
+    epoch: int
     shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Find out whether `shard` lives and which steps it has: Answered with `asked_at`, ReplicaGone if nobody listens, or nothing."""
+
+    shard: str
+    asked_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """For people and monitors: an Event of the mesh."""
+
+    kind: Literal["suspected", "failed_over"]
+    who: str
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +207,7 @@ class FrameRow:
     """rows: the row at each stage of the route. start: the position of the first of `tokens`."""
 
     key: int
+    epoch: int
     rows: tuple[int, ...]
     start: int
     tokens: tuple[int, ...]
@@ -205,4 +264,4 @@ class Ended:
     error: MeshError | None = None
 
 
-Effect = OpenRow | CloseRow | FrameOut | Admitted | Emit | Rejected | Ended
+Effect = OpenRow | CloseRow | FrameOut | Ask | Happened | Admitted | Emit | Rejected | Ended

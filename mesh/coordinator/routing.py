@@ -52,6 +52,7 @@ class Replica:
     chunk: int
     instance: str = ""  # another one: the process is new, and its rows are empty
     draining: bool = False
+    mirrors: bool = False  # it follows frames of the others of its range
 
 
 @dataclass(slots=True)
@@ -107,10 +108,13 @@ class Replicas:
     def gone(self, shard: str) -> None:
         self._entries.pop(shard, None)
 
-    def suspect(self, shard: str) -> None:
-        """A step through it did not come back: the others are preferred until its next lease."""
-        if shard in self._entries:
-            self._entries[shard].suspected = True
+    def suspect(self, shard: str) -> bool:
+        """A step through it did not come back: the others are preferred until its next lease. Whether that is news."""
+        entry = self._entries.get(shard)
+        if entry is None or entry.suspected:
+            return False
+        entry.suspected = True
+        return True
 
     def take(self, shard: str, key: int) -> None:
         """Session `key` has, or is asking for, a row of `shard`."""
@@ -150,9 +154,52 @@ class Replicas:
         while at < self._layers:
             best = [entry for entry in free[at] if hops.get(entry.replica.layers.stop) == hops[at] - 1]
             layers = min(entry.replica.layers for entry in best)
-            route.append(self._choose(layers, [entry for entry in best if entry.replica.layers == layers], now))
+            candidates = [entry for entry in best if entry.replica.layers == layers]
+            candidates = [entry for entry in candidates if not entry.suspected] or candidates
+            route.append(Hop(layers, None if self._strategy == "queue_group" else self._choose(layers, candidates, now)))
             at = layers.stop
         return tuple(route)
+
+    def mirrors(self, route: Route, positions: int, now: float) -> dict[int, str]:
+        """For each stage that has one, another replica with a free row, which follows frames: stage -> shard."""
+        found: dict[int, str] = {}
+        for stage, hop in enumerate(route):
+            primary = self._entries.get(str(hop.shard))
+            if primary is None or not primary.replica.mirrors:
+                continue
+            others = [entry for entry in self._fit(hop.layers, positions, now) if entry is not primary and entry.replica.mirrors]
+            others = [entry for entry in others if not entry.suspected]
+            if others:
+                found[stage] = self._choose(hop.layers, others, now, by="least_loaded")
+        return found
+
+    def mend(self, key: int, route: Route, mirrors: dict[int, str], positions: int, now: float) -> tuple[Route, dict[int, str]] | None:
+        """A route for session `key` that differs from `route` only where it must: a stage whose shard is gone, is another process
+        now, is suspected or drains is taken over by its mirror, else by another replica of the range. None: some stage has
+        nobody else. The mirrors that are left come with it."""
+        hops: list[Hop] = []
+        left: dict[int, str] = {}
+        for stage, hop in enumerate(route):
+            mirror = mirrors.get(stage)
+            if mirror is not None and not self._well(mirror, key):
+                mirror = None
+            if hop.shard is not None and self._well(hop.shard, key):
+                hops.append(hop)
+                if mirror is not None:
+                    left[stage] = mirror
+                continue
+            if mirror is not None:
+                hops.append(Hop(hop.layers, mirror))
+                continue
+            others = [entry for entry in self._fit(hop.layers, positions, now) if not entry.suspected]
+            if others:
+                hops.append(Hop(hop.layers, None if self._strategy == "queue_group" else self._choose(hop.layers, others, now)))
+                continue
+            entry = self._entries.get(str(hop.shard))
+            if entry is None or key not in entry.held or entry.suspected:
+                return None
+            hops.append(hop)  # it drains, and nobody else is there
+        return tuple(hops), left
 
     def longest(self) -> int | None:
         """The most positions any chain of replicas holds, busy or not; None where no chain is complete. Who drains takes nobody."""
@@ -177,7 +224,8 @@ class Replicas:
         return min(rows.values(), default=0)
 
     def check(self) -> None:
-        for entry in self._entries.values():
+        """Of replicas that were named. A queue group's answer is believed, though we thought that the row was another session's."""
+        for entry in self._entries.values() if self._strategy != "queue_group" else ():
             assert len(entry.held) <= entry.replica.rows, f"{entry.replica.shard} holds more than its rows"
 
     def held(self) -> dict[str, frozenset[int]]:
@@ -192,15 +240,25 @@ class Replicas:
                 hops[start] = 1 + min(ahead)
         return hops
 
-    def _choose(self, layers: LayerRange, candidates: list[_Entry], now: float) -> Hop:
-        if self._strategy == "queue_group":
-            return Hop(layers, None)
-        candidates = [entry for entry in candidates if not entry.suspected] or candidates
+    def _well(self, shard: str, key: int) -> bool:
+        """Whether the session's row there is still its own, and may stay."""
+        entry = self._entries.get(shard)
+        return entry is not None and key in entry.held and not entry.suspected and not entry.replica.draining
+
+    def _fit(self, layers: LayerRange, positions: int, now: float) -> list[_Entry]:
+        return [
+            entry
+            for entry in self._entries.values()
+            if entry.replica.layers == layers and entry.replica.context >= positions and entry.free(now) > 0
+        ]
+
+    def _choose(self, layers: LayerRange, candidates: list[_Entry], now: float, by: Strategy | None = None) -> str:
+        """One of them, in the strategy's way; a queue group cannot be asked for some of its members."""
         candidates.sort(key=lambda entry: entry.replica.shard)
-        if self._strategy == "round_robin":
+        if (by or self._strategy) == "round_robin":
             turn = self._turns.get(layers, 0)
             self._turns[layers] = turn + 1
-            return Hop(layers, candidates[turn % len(candidates)].replica.shard)
+            return candidates[turn % len(candidates)].replica.shard
         if len(candidates) > 2:
             candidates = self._random.sample(candidates, 2)
-        return Hop(layers, max(candidates, key=lambda entry: entry.free(now) / entry.replica.rows).replica.shard)
+        return max(candidates, key=lambda entry: entry.free(now) / entry.replica.rows).replica.shard

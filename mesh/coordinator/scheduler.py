@@ -30,7 +30,6 @@ class Flight:
     out: FrameOut
     sessions: tuple[Session, ...]
     lane: int  # of decode frames
-    sent_at: float
 
     @property
     def decode(self) -> bool:
@@ -76,8 +75,12 @@ class Scheduler:
 
     def join(self, session: Session) -> None:
         """It has its first token and takes part in the waves from now on."""
+        self._group(session).prefilling.remove(session)
+        self.resume(session)
+
+    def resume(self, session: Session) -> None:
+        """It goes on with the waves: every row it has holds its history but for the last token."""
         group = self._group(session)
-        group.prefilling.remove(session)
         group.order.append(session)
         group.order.sort(key=lambda s: s.rows[0])
         for hop in group.route:
@@ -137,7 +140,7 @@ class Scheduler:
             session.in_flight -= 1
         return dropped
 
-    def plan(self, now: float) -> list[FrameOut]:
+    def plan(self) -> list[FrameOut]:
         """Frames to send now, decode before prefill; they count as in flight."""
         frames: list[FrameOut] = []
         touched, self._touched = self._touched, {}
@@ -146,9 +149,9 @@ class Scheduler:
             if group is None:
                 continue
             if group.order:
-                frames.extend(self._decode(group, now))
+                frames.extend(self._decode(group))
             if group.prefilling:
-                frames.extend(self._prefill(group, now))
+                frames.extend(self._prefill(group))
             if not group.order and not group.prefilling and not group.lanes_out:
                 del self._groups[route]
         return frames
@@ -191,7 +194,7 @@ class Scheduler:
             group = self._groups[route] = _Group(route, self._chunk_of(route))
         return group
 
-    def _decode(self, group: _Group, now: float) -> list[FrameOut]:
+    def _decode(self, group: _Group) -> list[FrameOut]:
         live = len(group.order)
         lanes = min(live, len(group.route))
         frames = []
@@ -205,11 +208,11 @@ class Scheduler:
             rows = tuple(_row(session, len(session.history) - 1, len(session.history)) for session in ready)
             out = FrameOut(self._number(), "decode", group.route, rows)
             group.lanes_out[lane] = out.frame
-            self._fly(Flight(out, ready, lane, now))
+            self._fly(Flight(out, ready, lane))
             frames.append(out)
         return frames
 
-    def _prefill(self, group: _Group, now: float) -> list[FrameOut]:
+    def _prefill(self, group: _Group) -> list[FrameOut]:
         frames: list[FrameOut] = []
         shards = [str(hop.shard) for hop in group.route]
         for session in group.prefilling:
@@ -224,7 +227,7 @@ class Scheduler:
                 self._chunks_sent += 1
                 for shard in shards:
                     self._chunks_out[shard] = self._chunks_out.get(shard, 0) + 1
-                self._fly(Flight(out, (session,), 0, now))
+                self._fly(Flight(out, (session,), 0))
                 frames.append(out)
         return frames
 
@@ -240,4 +243,4 @@ class Scheduler:
 
 def _row(session: Session, start: int, stop: int) -> FrameRow:
     rows = tuple(session.rows[stage] for stage in range(len(session.rows)))
-    return FrameRow(session.key, rows, start, tuple(session.history[start:stop]))
+    return FrameRow(session.key, session.epoch, rows, start, tuple(session.history[start:stop]))

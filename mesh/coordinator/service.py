@@ -24,7 +24,7 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -35,8 +35,11 @@ from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core import Core, CoreConfig
 from mesh.coordinator.events import (
     Admitted,
+    Answered,
+    Ask,
     Cancel,
     CloseRow,
+    Connection,
     Effect,
     Emit,
     Ended,
@@ -44,6 +47,7 @@ from mesh.coordinator.events import (
     Finish,
     FrameLost,
     FrameOut,
+    Happened,
     Opened,
     OpenRefused,
     OpenRow,
@@ -59,8 +63,8 @@ from mesh.coordinator.replies import EPOCH_HEADER, HopMeter, Job
 from mesh.coordinator.requests import prepare
 from mesh.coordinator.routing import Strategy
 from mesh.coordinator.trace import Traces
-from mesh.coordinator.translate import epoch_of, event_of, frame_of, replica_of
-from mesh.errors import BadRequest, Busy, FrameRejected, MeshError, Unavailable
+from mesh.coordinator.translate import event_of, frame_of, replica_of
+from mesh.errors import BadRequest, Busy, DeadlineExceeded, FrameRejected, MeshError, NobodyListens, Unavailable
 from mesh.frames import Flags
 from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
@@ -72,10 +76,14 @@ log = logging.getLogger("mesh.coordinator")
 
 SERVICE_NAME = "mesh-coordinator"
 
-LEASE_TTL_S = 5.0
 EXACT = Flags(0)
 """Hidden states travel as they were computed."""
+_SETTLING_S = 3.0
+"""After this side's connection is back: that nobody listens on a subject may mean that its listener is still coming back too."""
+_ANSWER_S = 1.0
+_MIRROR_OPEN_S = 2.0
 _BEAT_S = 3.0
+_BEAT_SESSIONS = 2000
 _BEAT_TTL_S = 12.0
 _RECONNECTED_S = 5.0
 """So long after a reconnection a client that is not there is not gone: it reconnects too."""
@@ -116,7 +124,13 @@ class Coordinator:
         self.name = subjects.check_token(options.name or f"c-{secrets.token_hex(4)}", "name")
         self.manifest = Manifest.load(options.model)
         self.tokenizer = Tokenizer.load(options.model) if self.manifest.tokenizer is not None else None
-        config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
+        config = CoreConfig(
+            self.manifest.layers,
+            options.strategy,
+            options.queue_limit,
+            options.failover_timeout_s,
+            options.step_timeout_s,
+        )
         self.core = Core(config, Random(secrets.randbits(64)))
         self.ready = asyncio.Event()
         self.hops = HopMeter()
@@ -132,10 +146,11 @@ class Coordinator:
         self._sent_at: dict[int, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
-        self._leases = LeaseTable(Bucket(bus, subjects.KV_SHARDS, ttl_s=LEASE_TTL_S), ShardLease, self._on_lease)
+        self._leases = LeaseTable(Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S), ShardLease, self._on_lease)
         self._service: Service | None = None
         self._subscriptions: list[Subscription] = []
         self._probe = bus.new_inbox()
+        self._refused_shards: dict[str, str] = {}  # shard -> instance that cannot take part, and was said to be
         self._frozen = False  # it leaves: what happens now happens to whoever goes on with its sessions
         self._connected_at = float("-inf")
         bus.on_change(self._on_connection)
@@ -241,10 +256,14 @@ class Coordinator:
                     if job is not None and job.message.stream:
                         self._say(job, job.waiting(place))
                 await self._send()
-                await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(_BEAT_TTL_S))
+                await self.bus.send(subjects.coordinators(self.manifest.name), self._living())
             except MeshError as error:
                 log.warning("%s", error)
             await asyncio.sleep(_BEAT_S)
+
+    def _living(self) -> messages.Beat:
+        held = self.core.keys
+        return self.continuity.beat(_BEAT_TTL_S).model_copy(update={"sessions": held if len(held) <= _BEAT_SESSIONS else None})
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
@@ -393,22 +412,40 @@ class Coordinator:
         if received.headers.get("Status") == "503" and time.monotonic() - self._connected_at > _RECONNECTED_S:
             await self._handle(Cancel(received.subject.rpartition(".")[2]))
 
-    def _on_connection(self, connected: bool) -> None:
-        if connected:
-            self._connected_at = time.monotonic()
-
     def _on_lease(self, shard: str, lease: ShardLease | None) -> None:
-        there = (
-            lease is not None
-            and lease.model_hash == self.manifest.model_hash
-            and lease.frame_version == frames.VERSION
-            and lease.state in ("ready", "draining")
-        )
+        there = lease is not None and lease.state in ("ready", "draining") and self._compatible(lease)
         if there and lease is not None:
             self.bus.spawn(self._handle(ReplicaSeen(replica_of(lease))), "lease")
         elif shard in self.core.replicas:
             log.info("shard %s is gone", shard)
             self.bus.spawn(self._handle(ReplicaGone(shard)), "lease")
+
+    def _compatible(self, lease: ShardLease) -> bool:
+        """Whether the shard can take part. Another model's is none of our business; another cut or version of ours is said once."""
+        if lease.model_hash == self.manifest.model_hash and lease.frame_version == frames.VERSION:
+            self._refused_shards.pop(lease.shard, None)
+            return True
+        if lease.model == self.manifest.name and self._refused_shards.get(lease.shard) != lease.instance:
+            if len(self._refused_shards) >= _REMEMBERED:
+                self._refused_shards.clear()
+            self._refused_shards[lease.shard] = lease.instance
+            why = f"model hash {lease.model_hash}, and {self.manifest.model_hash} is served here"
+            if lease.frame_version != frames.VERSION:
+                why = f"it speaks frame version {lease.frame_version}, and this coordinator {frames.VERSION}"
+            log.warning("shard %s takes no part: %s", lease.shard, why)
+            self.bus.spawn(self._announce("rejected", lease.shard, why), "event")
+        return False
+
+    def _on_connection(self, connected: bool) -> None:
+        if connected:
+            self._connected_at = time.monotonic()
+        self.bus.spawn(self._handle(Connection(connected)), "connection")
+
+    async def _announce(self, kind: Literal["suspected", "failed_over", "rejected"], who: str, detail: str) -> None:
+        event = messages.Event(
+            kind=kind, who=who, model=self.manifest.name, at_unix_s=time.time(), detail=detail, data={"coordinator": self.name}
+        )
+        await self.bus.send(subjects.event(kind), event)
 
     # -- the core ------------------------------------------------------------------------------------------------------
 
@@ -431,8 +468,13 @@ class Coordinator:
         match effect:
             case OpenRow():
                 self.bus.spawn(self._open(effect), "opening a row")
-            case CloseRow(key, shard):
-                close = messages.Close(coordinator=self.name, sessions=(key,))
+            case Ask():
+                self.bus.spawn(self._ask(effect), "asking a shard")
+            case Happened(kind, who, detail):
+                log.info("%s %s: %s", who, kind, detail)
+                self.bus.spawn(self._announce(kind, who, detail), "event")
+            case CloseRow(key, epoch, shard):
+                close = messages.Close(coordinator=self.name, sessions=(key,), epoch=epoch)
                 self._outbox.append(_Mail(subjects.control(shard, "close"), close.to_bytes()))
             case Admitted(id):
                 admitted = self._jobs[id]
@@ -479,10 +521,11 @@ class Coordinator:
         request, key = effect.request, effect.key
         message = messages.Open(
             session=key,
-            epoch=epoch_of(key),
+            epoch=effect.epoch,
             coordinator=self.name,
             model_hash=self.manifest.model_hash,
             prompt_length=len(request.prompt),
+            keep=effect.keep,
             sampling=request.sampling,
         )
         if effect.shard is None:
@@ -491,14 +534,38 @@ class Coordinator:
             subject = subjects.control(effect.shard, "open")
         event: Event
         try:
-            opened = await self.bus.request(subject, message, messages.Opened, timeout_s=self.options.open_timeout_s)
-            event = Opened(key, effect.stage, opened.shard, opened.row)
+            timeout_s = min(self.options.open_timeout_s, _MIRROR_OPEN_S) if effect.mirror else self.options.open_timeout_s
+            opened = await self.bus.request(subject, message, messages.Opened, timeout_s=timeout_s)
+            event = Opened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
+            if isinstance(error, NobodyListens) and effect.shard is not None:
+                await self._gone(effect.shard)
             full = isinstance(error, Busy)
             if not full:
                 log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", error)
-            event = OpenRefused(key, effect.stage, full, error, permanent=not error.retryable)
+            permanent = not error.retryable
+            event = OpenRefused(key, effect.epoch, effect.stage, effect.shard, full, error, permanent)
         await self._handle(event)
+
+    async def _ask(self, effect: Ask) -> None:
+        """Whether a shard lives. No answer is no event: the core asks again."""
+        ping = messages.Ping(coordinator=self.name)
+        try:
+            pong = await self.bus.request(subjects.control(effect.shard, "ping"), ping, messages.Pong, timeout_s=_ANSWER_S)
+        except NobodyListens:
+            await self._gone(effect.shard)
+        except (DeadlineExceeded, Unavailable) as error:
+            log.debug("asking %s: %s", effect.shard, error)
+        else:
+            await self._handle(Answered(effect.shard, effect.asked_at, frozenset(pong.pending)))
+
+    async def _gone(self, shard: str) -> None:
+        """Nobody listens on a shard's subject."""
+        if not self.bus.connected or time.monotonic() - self._connected_at < _SETTLING_S or shard not in self.core.replicas:
+            return
+        log.info("nobody listens where shard %s was", shard)
+        self._leases.forget(shard)
+        await self._handle(ReplicaGone(shard))
 
     def _arm(self, now: float) -> None:
         """Have the core called at its deadline. A timer that is too early is left: it asks again."""

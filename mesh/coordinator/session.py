@@ -4,14 +4,16 @@ Theory of operation. A session waits in the queue until every layer range has a 
 replica of each range (`OPENING`), has its history run through these rows in chunks (`PREFILLING`), and then takes part in
 waves of one token a step (`DECODING`). Its history is the prompt and every token it was given; nothing else is needed to start
 again elsewhere. So whatever goes wrong, a row refused, a replica lost, a step that never comes back, has one answer: back to
-`QUEUED` with the next epoch, and the whole history is prefilled on another route. What a client was told is never told again,
-because the first token after a replay is the first one the history lacks.
+`QUEUED`, and on with the next epoch. Stages that are well keep their row and what is in it, a lost one is replaced by its mirror
+or by another replica, and the history is replayed from the first position that any of them lacks: none, where a mirror steps
+in; all, where a replica is new. What a client was told is never told again, because the first token after a replay is the first
+one the history lacks.
 
-    state        start      opened      token     lost     finish     fail     cancel
-    QUEUED       OPENING    -           -         -        FINISHED   FAILED   CANCELLED
-    OPENING      -          PREFILLING  -         QUEUED   FINISHED   FAILED   CANCELLED
-    PREFILLING   -          -           DECODING  QUEUED   FINISHED   FAILED   CANCELLED
-    DECODING     -          -           DECODING  QUEUED   FINISHED   FAILED   CANCELLED
+    state        start      opened      caught_up  token     lost     finish     fail     cancel
+    QUEUED       OPENING    -           -          -         -        FINISHED   FAILED   CANCELLED
+    OPENING      -          PREFILLING  DECODING   -         QUEUED   FINISHED   FAILED   CANCELLED
+    PREFILLING   -          -           -          DECODING  QUEUED   FINISHED   FAILED   CANCELLED
+    DECODING     -          -           -          DECODING  QUEUED   FINISHED   FAILED   CANCELLED
     FINISHED, FAILED, CANCELLED: nothing follows
 
 A session that has ended keeps its rows until its frames in flight are back or given up: a row is not lent again while a
@@ -42,6 +44,7 @@ class State(Enum):
 class Act(Enum):
     START = "start"
     OPENED = "opened"
+    CAUGHT_UP = "caught_up"
     TOKEN = "token"
     LOST = "lost"
     FINISH = "finish"
@@ -55,7 +58,7 @@ _END: Final = {Act.FINISH: State.FINISHED, Act.FAIL: State.FAILED, Act.CANCEL: S
 
 TRANSITIONS: Final[dict[State, dict[Act, State]]] = {
     State.QUEUED: {Act.START: State.OPENING, **_END},
-    State.OPENING: {Act.OPENED: State.PREFILLING, Act.LOST: State.QUEUED, **_END},
+    State.OPENING: {Act.OPENED: State.PREFILLING, Act.CAUGHT_UP: State.DECODING, Act.LOST: State.QUEUED, **_END},
     State.PREFILLING: {Act.TOKEN: State.DECODING, Act.LOST: State.QUEUED, **_END},
     State.DECODING: {Act.TOKEN: State.DECODING, Act.LOST: State.QUEUED, **_END},
     State.FINISHED: {},
@@ -93,12 +96,17 @@ class Session:
     epoch: int = 0  # of the route; results of an earlier one are not its own
     history: list[int] = field(default_factory=list)  # prompt, then every token given
     route: Route | None = None  # while rows are held or being opened
+    mirrors: dict[int, str] = field(default_factory=dict)  # stage index -> the shard that follows it
     rows: dict[int, int] = field(default_factory=dict)  # stage index -> row, as replicas answer
+    filled: dict[str, int] = field(default_factory=dict)  # shard -> positions it said it holds, in this epoch
     done: int = 0  # positions whose prefill has come back
     sent: int = 0  # positions whose prefill has been sent
     in_flight: int = 0  # frames that name it
     turn: int = 0  # prefill order: see scheduler
     trouble_since: float | None = None  # the first loss since the last token
+    losses: int = 0  # since the last token
+    replay: str = ""  # how the last loss is mended, until the next token: see Pause
+    token_at: float = 0.0  # of the last token
     started_at: float = 0.0
     first_token_at: float = 0.0
     ended_at: float = 0.0
@@ -114,8 +122,13 @@ class Session:
 
     @property
     def key(self) -> int:
-        """What replicas know it by: 63 bits, another one for each epoch, so that late frames and late answers are told apart."""
-        return (self.number << 14) | (self.epoch & 0x3FFF)
+        """What replicas know it by, the same for its whole life; the epoch tells late frames and late answers apart."""
+        return self.number
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Those it has a row on, or is being given one, mirrors included."""
+        return (*(hop.shard for hop in self.route or () if hop.shard is not None), *self.mirrors.values())
 
     @property
     def given(self) -> int:
@@ -146,7 +159,7 @@ class Session:
         assert 0 <= self.done <= self.sent <= len(self.history)
         assert self.in_flight >= 0
         if self.state is State.QUEUED:
-            assert self.route is None and not self.rows and not self.in_flight and not self.sent
+            assert self.route is None and not self.rows and not self.mirrors and not self.in_flight and not self.sent
         if self.state in (State.OPENING, State.PREFILLING, State.DECODING):
             assert self.route is not None
         if self.state is State.OPENING:

@@ -14,17 +14,10 @@ from mesh.errors import FrameRejected
 from mesh.frames import Flags, Frame, Gap, Kind
 from mesh.messages import ShardLease
 
-__all__ = ["epoch_of", "event_of", "frame_of", "replica_of"]
-
-_EPOCHS: Final = 0x3FFF
+__all__ = ["event_of", "frame_of", "replica_of"]
 
 _HOPELESS: Final = {Gap.BAD_INPUT: "input", Gap.TOO_LARGE: "too_large"}
 """Gaps that no other route mends."""
-
-
-def epoch_of(key: int) -> int:
-    """A session's key ends in its epoch (mesh/coordinator/session.py)."""
-    return key & _EPOCHS
 
 
 def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) -> Frame:
@@ -37,7 +30,7 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         coordinator=coordinator,
         route=tuple(frames.Hop(hop.layers, str(hop.shard)) for hop in out.route),
         sessions=sessions,
-        epochs=(sessions & np.uint64(_EPOCHS)).astype(np.uint32),
+        epochs=np.array([row.epoch for row in out.rows], np.uint32),
         positions=np.array([row.start for row in out.rows], np.uint32),
         slots=np.array([row.rows for row in out.rows], np.uint32).T,
         tokens=np.array([token for row in out.rows for token in row.tokens], np.int32),
@@ -78,6 +71,7 @@ def replica_of(lease: ShardLease) -> Replica:
         chunk=_chunk(lease),
         instance=lease.instance,
         draining=lease.state != "ready",
+        mirrors=lease.mirrors,
     )
 
 

@@ -19,7 +19,7 @@ from mesh.memory import DEFAULT_CHUNK, predict
 from mesh.messages import Message, ShardLease
 from mesh.model.manifest import Manifest
 from mesh.shard.join import Held, choose_range
-from mesh.shard.service import LEASE_TTL_S, Progress, ShardOptions
+from mesh.shard.service import Progress, ShardOptions
 from mesh.types import LayerRange
 
 __all__ = ["place"]
@@ -49,6 +49,7 @@ async def place(
     memory_bytes: int,
     rows: int | None,
     context: int | None,
+    mirror: bool | None = None,
     directory: Path | None,
     progress: Progress,
 ) -> ShardOptions:
@@ -65,12 +66,13 @@ async def place(
     layers = await _claim(bus, name, manifest, rows=rows, context=context, memory_bytes=memory_bytes)
     kept = directory or kept_at(manifest)
     await store.pull(model, kept, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
-    return ShardOptions(name=name, directory=kept, layers=layers, rows=rows, context=context, max_memory_bytes=memory_bytes)
+    mirror = any(lease.mirrors for lease in leases) if mirror is None else mirror
+    return ShardOptions(name=name, directory=kept, layers=layers, rows=rows, context=context, max_memory_bytes=memory_bytes, mirror=mirror)
 
 
 async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:
     found = []
-    for entry in await Bucket(bus, subjects.KV_SHARDS, ttl_s=LEASE_TTL_S).entries():
+    for entry in await Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S).entries():
         try:
             lease = ShardLease.parse(entry.value or b"")
         except MessageRejected:

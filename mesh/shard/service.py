@@ -30,7 +30,7 @@ from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, end
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.frames import Frame, Gap, Kind, Timing
 from mesh.memory import DEFAULT_CHUNK
-from mesh.messages import Beat, Close, Closed, Drain, Drained, Event, Open, Opened, ShardLease, ShardStats, StatsRequest
+from mesh.messages import Beat, Close, Closed, Drain, Drained, Event, Open, Opened, Ping, Pong, ShardLease, ShardStats, StatsRequest
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
@@ -40,11 +40,10 @@ from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
 
-__all__ = ["LEASE_TTL_S", "Shard", "ShardOptions"]
+__all__ = ["Shard", "ShardOptions"]
 
 log = logging.getLogger("mesh.shard")
 
-LEASE_TTL_S = 5.0
 _RENEW_S = 1.5
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -56,7 +55,8 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class ShardOptions:
     """What one shard is. rows: sessions at once. context None: the model's. warm_up False: programs are compiled when they
-    are first needed (for tests). drain_s: how long an asked-for end waits for open sessions."""
+    are first needed (for tests). drain_s: how long an asked-for end waits for open sessions. mirror: follow the frames of the
+    range's other replicas too, for sessions that are open on both."""
 
     name: str
     directory: Path
@@ -68,7 +68,8 @@ class ShardOptions:
     checksums: bool = False
     warm_up: bool = True
     drain_s: float = 30.0
-    lease_ttl_s: float = LEASE_TTL_S
+    lease_ttl_s: float = subjects.LEASE_TTL_S
+    mirror: bool = False
 
 
 class _StoppedError(Exception):
@@ -217,12 +218,19 @@ class Shard:
         StatsRequest.parse(received.data or b"{}")
         return self.stats()
 
+    async def on_ping(self, received: Received) -> Pong:
+        pending = self.state.pending(Ping.parse(received.data).coordinator)
+        return Pong(shard=self.options.name, instance=self.instance, pending=pending)
+
     async def on_beat(self, received: Received) -> None:
         try:
-            self.state.beat(Beat.parse(received.data), time.monotonic())
+            closed = self.state.beat(Beat.parse(received.data), time.monotonic())
         except MessageRejected:
             self.meter.rejected["beat"] += 1
             raise
+        if closed:
+            log.info("closed %d sessions that their coordinator does not know", len(closed))
+            self._note_sessions()
 
     def stats(self) -> ShardStats:
         counters, meter, state = (self._stage.counters if self._stage else None), self.meter, self.state
@@ -262,6 +270,9 @@ class Shard:
         meter.bytes_in += len(received.data)
         try:
             frame = frames.decode(received.data, model_hash=state.shape.model_hash)
+            if self.options.mirror and frame.kind in (Kind.PREFILL, Kind.DECODE) and frame.route[frame.hop].shard != state.shape.shard:
+                self._follow(frame, state.follow(frame))
+                return
             admission = state.admit(frame, time.monotonic())
         except FrameRejected as error:
             meter.rejected[error.reason] += 1
@@ -277,6 +288,19 @@ class Shard:
         assert self._stage is not None and self._compute is not None
         work = partial(self._step, self._stage, frame, queued, queued - arrived)
         self._compute.submit(work, partial(self._stepped, frame))
+
+    def _follow(self, frame: Frame, mine: Frame | None) -> None:
+        """Compute as a mirror: nothing goes out."""
+        if mine is None:
+            return
+        assert self._stage is not None and self._compute is not None
+        work = partial(run_step, self._stage, mine, lambda compute_s: Timing())
+        self._compute.submit(work, partial(self._followed, mine))
+
+    def _followed(self, frame: Frame, result: Frame | None, error: BaseException | None) -> None:
+        self.state.done()
+        if error is not None:
+            self._failed(frame, error, followed=True)
 
     def _step(self, stage: Stage, frame: Frame, queued: float, decode_s: float) -> tuple[Frame, bytes, Timing, float]:
         """In the compute thread."""
@@ -311,12 +335,16 @@ class Shard:
         except PayloadTooLarge as error:
             log.warning("%s", error)
             await self._gap(frame, Gap.TOO_LARGE)
+        finally:
+            self.state.gone_on(frame)
 
-    def _failed(self, frame: Frame, error: BaseException | None) -> None:
+    def _failed(self, frame: Frame, error: BaseException | None, *, followed: bool = False) -> None:
         """A step that the stage refused changed nothing; any other failure may have taken the caches with it, so the shard ends."""
         refused = isinstance(error, MeshError)
         log.error("step %d of wave %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error)
-        self.bus.spawn(self._gap(frame, Gap.BAD_INPUT if refused else Gap.FAILED), "gap")
+        if not followed:
+            self.state.gone_on(frame)
+            self.bus.spawn(self._gap(frame, Gap.BAD_INPUT if refused else Gap.FAILED), "gap")
         if not refused and self._failure is None:
             self._failure = error
             self._stop.set()
@@ -386,6 +414,7 @@ class Shard:
             endpoints=[
                 Endpoint("close", control("close"), self.on_close),
                 Endpoint("drain", control("drain"), self.on_drain),
+                Endpoint("ping", control("ping"), self.on_ping),
                 Endpoint("stats", control("stats"), self.on_stats),
             ],
         )
@@ -393,7 +422,8 @@ class Shard:
     async def _listen(self) -> None:
         assert self._service is not None
         name, model, shape = self.options.name, self.manifest.name, self.state.shape
-        self._subscriptions.append(await self.bus.subscribe(subjects.frames(model, shape.layers, name), self.on_frame))
+        follow = subjects.all_frames(model, shape.layers) if self.options.mirror else subjects.frames(model, shape.layers, name)
+        self._subscriptions.append(await self.bus.subscribe(follow, self.on_frame))
         self._subscriptions.append(await self.bus.subscribe(subjects.coordinators(model), self.on_beat))
         await self._service.add(Endpoint("open", subjects.control(name, "open"), self.on_open))
         await self._service.add(Endpoint("open-any", subjects.layers(model, shape.layers), self.on_open, queue=subjects.REPLICAS_QUEUE))
@@ -448,6 +478,7 @@ class Shard:
             max_frame_bytes=self.bus.max_payload,
             queue_limit=shape.queue_limit,
             queue_frames=self.state.queued,
+            mirrors=self.options.mirror,
             load=self.meter.load(now, busy_s),
             step_s=self.meter.step_s,
             memory_bytes=resident_bytes(),

@@ -13,8 +13,13 @@ steps in the order in which they were admitted, so what is queued may be counted
     frame row, its epoch   there, start > filled    GAP hole, from `filled` on: a step was lost
     frame row, lower epoch there                    GAP stale_epoch
     frame row              none, or a higher epoch  GAP unknown_session
-    close, expiry          there                    row free
+    close, expiry          there                    row free, unless a later epoch than the closed one has it
+    beat without it        there, twice in a row    row free: the coordinator knows nothing of it
     drain                  any                      no new sessions; those that are open go on
+
+A mirror is an ordinary shard that also follows the frames of its range's other replicas: rows of sessions that are open here too are
+computed in their own places and nothing is said of it, neither result nor gap. What it missed shows in `filled` when the session is
+opened again.
 
 A frame that could not have been meant for this shard (route, shapes, types) is refused whole. Repeating a step changes nothing
 (mesh/runtime/stage.py), so a row that was computed before is simply computed again: recovery is replay.
@@ -24,7 +29,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +81,7 @@ class Seat:
     coordinator: str
     row: int
     filled: int
+    missing: bool = False  # from the last beat of its coordinator
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +101,12 @@ class ShardState:
     shape: ShardShape
     draining: bool = False
     queued: int = 0  # frames admitted and not yet computed
+    followed: int = 0  # rows computed as a mirror
+    missed: int = 0  # rows a mirror could not compute: it is behind
     gaps: Counter[str] = field(default_factory=Counter)  # rows, by why they were not computed
     _seats: dict[int, Seat] = field(default_factory=dict)  # by session
     _free: list[int] = field(default_factory=list)  # heap
+    _pending: Counter[tuple[str, int]] = field(default_factory=Counter)  # (coordinator, step) that has not gone on yet
     _heard: dict[str, tuple[float, float]] = field(default_factory=dict)  # coordinator -> (silent since, allowed for)
 
     def __post_init__(self) -> None:
@@ -136,6 +145,7 @@ class ShardState:
                 seat.filled = min(seat.filled, message.keep)
                 seat.epoch = message.epoch
                 seat.coordinator = message.coordinator
+            seat.missing = False
             self._hear(message.coordinator, now)
             return seat
         if self.draining:
@@ -154,15 +164,33 @@ class ShardState:
         """How many sessions of that coordinator were closed."""
         self._hear(message.coordinator, now)
         wanted = tuple(self._seats) if message.all else message.sessions
-        mine = [seat for s in wanted if (seat := self._seats.get(s)) is not None and seat.coordinator == message.coordinator]
+        mine = [
+            seat
+            for s in wanted
+            if (seat := self._seats.get(s)) is not None and seat.coordinator == message.coordinator and seat.epoch <= message.epoch
+        ]
         for seat in mine:
             self._leave(seat)
         return len(mine)
 
-    def beat(self, message: Beat, now: float) -> None:
-        """A coordinator lives, and says how long it may be silent."""
+    def beat(self, message: Beat, now: float) -> list[int]:
+        """A coordinator lives, and says how long it may be silent. The sessions that were closed because it did not name them now
+        and the last time."""
         if message.coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
             self._heard[message.coordinator] = (now, message.ttl_s)
+        if message.sessions is None:
+            return []
+        named = frozenset(message.sessions)
+        gone = []
+        for seat in [seat for seat in self._seats.values() if seat.coordinator == message.coordinator]:
+            if seat.session in named:
+                seat.missing = False
+            elif seat.missing:
+                self._leave(seat)
+                gone.append(seat.session)
+            else:
+                seat.missing = True
+        return gone
 
     def expire(self, now: float) -> list[int]:
         """Close the sessions of coordinators that have been silent for too long; which they were."""
@@ -205,16 +233,54 @@ class ShardState:
         if kept:
             self._hear(frame.coordinator, now)
             self.queued += 1
+            self._pending[frame.coordinator, frame.step] += 1
         gaps = []
         for why, rows in refused.items():
             self.gaps[why.name.lower()] += len(rows)
             gaps.append(frame.gap(why, [index for index, _ in rows], np.array([position for _, position in rows], np.uint32)))
         return Admission(None if len(kept) == frame.rows else np.array(kept, np.intp), tuple(gaps))
 
+    def follow(self, frame: Frame) -> Frame | None:
+        """Of a frame to another replica of this range, what is computed here as well: with the rows it has here, or None."""
+        self._check(frame, mine=False)
+        kept: list[int] = []
+        slots: list[int] = []
+        count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
+        room = self.queued < self.shape.queue_limit
+        for index, (session, epoch, start) in enumerate(
+            zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
+        ):
+            seat = self._seats.get(session)
+            if seat is None or self._why_not(seat, frame.coordinator, epoch, start, count, seat.row) is not Gap.NONE or not room:
+                self.missed += seat is not None
+                continue
+            kept.append(index)
+            slots.append(seat.row)
+            seat.filled = max(seat.filled, start + count)
+        if not kept:
+            return None
+        self.queued += 1
+        self.followed += len(kept)
+        mine = frame.only(np.array(kept, np.intp))
+        table = mine.slots.copy()
+        table[frame.hop] = slots
+        return replace(mine, slots=table)
+
     def done(self) -> None:
-        """An admitted frame has been computed."""
+        """An admitted or followed frame has been computed."""
         assert self.queued > 0
         self.queued -= 1
+
+    def gone_on(self, frame: Frame) -> None:
+        """What an admitted frame became has been sent, or never will be."""
+        key = (frame.coordinator, frame.step)
+        self._pending[key] -= 1
+        if self._pending[key] <= 0:
+            del self._pending[key]
+
+    def pending(self, coordinator: str) -> tuple[int, ...]:
+        """Steps of a coordinator that have arrived and have not gone on yet."""
+        return tuple(step for name, step in self._pending if name == coordinator)
 
     def check(self) -> None:
         """Every row is free or has one session."""
@@ -224,6 +290,7 @@ class ShardState:
         assert all(0 <= seat.filled <= self.shape.context for seat in self._seats.values())
         assert all(seat.coordinator in self._heard for seat in self._seats.values())
         assert self.queued >= 0
+        assert all(count > 0 for count in self._pending.values())
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -240,8 +307,8 @@ class ShardState:
         self.gaps[why.name.lower()] += frame.rows
         return Admission(np.zeros(0, np.intp), (frame.gap(why, range(frame.rows)),))
 
-    def _check(self, frame: Frame) -> None:
-        """Refuse what was put together for another shard, or by another hand."""
+    def _check(self, frame: Frame, *, mine: bool = True) -> None:
+        """Refuse what was put together for another shard (of another range, where not `mine`), or by another hand."""
         shape = self.shape
 
         def refuse(reason: str, message: str) -> None:
@@ -252,7 +319,7 @@ class ShardState:
         if frame.kind not in (Kind.PREFILL, Kind.DECODE):
             refuse("kind", f"a shard computes nothing for {frame.kind.name}")
         hop = frame.route[frame.hop]
-        if hop.layers != shape.layers or hop.shard != shape.shard:
+        if hop.layers != shape.layers or (hop.shard != shape.shard) is mine:
             refuse("route", f"it is for {hop.shard} and layers {hop.layers}")
         if frame.route[0].layers.start != 0 or frame.route[-1].layers.stop != shape.total_layers:
             refuse("route", f"its route does not go through all {shape.total_layers} layers")

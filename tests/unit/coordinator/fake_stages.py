@@ -3,18 +3,20 @@
 Every message waits in a box until the test takes it out, in any order that NATS could deliver it in: messages of one sender to
 one receiver keep their order, all others do not. A stage remembers the tokens of each row by position; the last one answers with
 a function of everything before and at the position. So a token is right only if every stage has the whole history, in the right
-row, at the right positions.
+row, at the right positions. A shard that mirrors gets every frame to the others of its range as well.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from mesh.coordinator.core import Core
 from mesh.coordinator.events import (
+    Answered,
+    Ask,
     CloseRow,
     Effect,
     Emit,
@@ -34,7 +36,7 @@ from mesh.coordinator.events import (
 )
 from mesh.coordinator.routing import Replica
 from mesh.coordinator.session import Request
-from mesh.errors import Busy, Unavailable
+from mesh.errors import Busy, MessageRejected, Unavailable
 from mesh.types import LayerRange
 
 __all__ = ["FakeMesh", "Sampled", "expected"]
@@ -66,16 +68,29 @@ def expected(request: Request) -> list[int]:
 
 
 @dataclass
+class Seat:
+    row: int
+    epoch: int
+    filled: int = 0
+    missing: bool = False
+
+
+@dataclass
 class Shard:
     replica: Replica
-    rows: dict[int, int] = field(default_factory=dict)  # row -> key
+    seats: dict[int, Seat] = field(default_factory=dict)  # key -> seat
     cache: dict[int, dict[int, int]] = field(default_factory=dict)  # row -> position -> token
+    stopped: bool = False  # it lives, and does nothing
+    steps: int = 0
+    followed: int = 0
 
-    def row_of(self, key: int) -> int | None:
-        return next((row for row, held in self.rows.items() if held == key), None)
+    @property
+    def free(self) -> int:
+        return self.replica.rows - len(self.seats)
 
     def check(self) -> None:
-        assert len(set(self.rows.values())) == len(self.rows), "one session in two rows"
+        rows = [seat.row for seat in self.seats.values()]
+        assert len(set(rows)) == len(rows), "two sessions in one row"
 
 
 class FakeMesh:
@@ -99,24 +114,34 @@ class FakeMesh:
             self._carry_out(effect)
         self.check()
 
-    def join(self, shard: str, layers: LayerRange, *, rows: int = 2, context: int = 64, chunk: int = 4, instance: str = "") -> None:
-        replica = Replica(shard, layers, rows, rows, context, chunk, instance)
+    def join(
+        self, shard: str, layers: LayerRange, *, rows: int = 2, context: int = 64, chunk: int = 4, instance: str = "", mirrors: bool = False
+    ) -> None:
+        replica = Replica(shard, layers, rows, rows, context, chunk, instance, mirrors=mirrors)
         self.shards[shard] = Shard(replica)
         self.event(ReplicaSeen(replica))
 
-    def lease(self, shard: str) -> None:
+    def lease(self, shard: str, *, draining: bool = False) -> None:
         there = self.shards[shard]
-        free = there.replica.rows - len(there.rows)
-        r = there.replica
-        self.event(ReplicaSeen(Replica(r.shard, r.layers, r.rows, free, r.context, r.chunk, r.instance)))
+        self.event(ReplicaSeen(replace(there.replica, free_rows=there.free, draining=draining)))
+
+    def beat(self) -> None:
+        """The coordinator says which sessions it has; every shard closes what is missing twice."""
+        for shard in self.shards.values():
+            for key, seat in list(shard.seats.items()):
+                if key in self.core.keys:
+                    seat.missing = False
+                elif seat.missing:
+                    del shard.seats[key]
+                else:
+                    seat.missing = True
 
     def kill(self, shard: str, *, noticed: bool = True) -> None:
         """The process dies: what was on its way to it is lost."""
         del self.shards[shard]
         for pair in [pair for pair in self.boxes if shard in pair]:
             for message in self.boxes.pop(pair):
-                if isinstance(message, OpenRow | Opened | OpenRefused):  # the requester's time runs out
-                    self._send("nobody", "core", OpenRefused(message.key, message.stage, False, Unavailable("no answer")))
+                self._vanish(message)
         if noticed:
             self.event(ReplicaGone(shard))
 
@@ -127,17 +152,33 @@ class FakeMesh:
 
     def deliver(self, random: Random) -> bool:
         """One message, of any sender to any receiver, arrives."""
-        pairs = sorted(pair for pair, box in self.boxes.items() if box)
+        pairs = sorted(pair for pair, box in self.boxes.items() if box and not self._stopped(pair[1]))
         if not pairs:
             return False
         pair = random.choice(pairs)
         message = self.boxes[pair].popleft()
         if pair[1] == "core":
-            assert isinstance(message, (Opened, OpenRefused, Result, FrameLost))
+            assert isinstance(message, (Opened, OpenRefused, Result, FrameLost, Answered, ReplicaGone))
             self.event(message)
         elif pair[1] in self.shards:
             self._arrive(self.shards[pair[1]], message)
         return True
+
+    def lose(self, random: Random) -> None:
+        """Some message that is under way never arrives."""
+        pairs = sorted(pair for pair, box in self.boxes.items() if box)
+        if pairs:
+            box = self.boxes[random.choice(pairs)]
+            message = box[at := random.randrange(len(box))]
+            del box[at]
+            self._vanish(message)
+
+    def double(self, random: Random) -> None:
+        """Some message that is under way arrives twice."""
+        pairs = sorted(pair for pair, box in self.boxes.items() if box)
+        if pairs:
+            box = self.boxes[random.choice(pairs)]
+            box.append(random.choice(box))
 
     def settle(self, random: Random) -> None:
         while self.deliver(random):
@@ -152,6 +193,14 @@ class FakeMesh:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _stopped(self, name: str) -> bool:
+        return name in self.shards and self.shards[name].stopped
+
+    def _vanish(self, message: object) -> None:
+        if isinstance(message, OpenRow | Opened | OpenRefused):  # the requester's time runs out
+            refused = OpenRefused(message.key, message.epoch, message.stage, message.shard, False, Unavailable("no answer"))
+            self._send("nobody", "core", refused)
+
     def _send(self, sender: str, receiver: str, message: object) -> None:
         self.boxes.setdefault((sender, receiver), deque()).append(message)
 
@@ -160,17 +209,22 @@ class FakeMesh:
             case OpenRow(shard=shard, layers=layers):
                 if shard is None:
                     free = [s for s in self.shards.values() if s.replica.layers == layers]
-                    shard = max(free, key=lambda s: s.replica.rows - len(s.rows)).replica.shard if free else None
+                    shard = max(free, key=lambda s: s.free).replica.shard if free else None
                 if shard is None or shard not in self.shards:
                     error = Unavailable("nobody listens")
-                    self._send("nobody", "core", OpenRefused(effect.key, effect.stage, False, error))
+                    self._send("nobody", "core", OpenRefused(effect.key, effect.epoch, effect.stage, shard, False, error))
                 else:
                     self._send("core", shard, effect)
             case CloseRow(shard=shard):
                 self._send("core", shard, effect)
-            case FrameOut(route=route):
+            case Ask(shard=shard):
+                if shard in self.shards:
+                    self._send("core", shard, effect)
+                else:
+                    self._send("nobody", "core", ReplicaGone(shard))
+            case FrameOut():
                 self.frames.append(effect)
-                self._send("core", str(route[0].shard), (effect, 0))
+                self._send_frame("core", effect, 0)
             case Emit(session=id, index=index, token=token):
                 assert id not in self.ended and id not in self.rejected
                 assert index == len(self.tokens[id]), "a token out of order"
@@ -184,40 +238,66 @@ class FakeMesh:
     def _arrive(self, shard: Shard, message: object) -> None:
         name = shard.replica.shard
         match message:
-            case OpenRow(key=key, stage=stage):
-                row = shard.row_of(key)
-                if row is None:
-                    row = next((row for row in range(shard.replica.rows) if row not in shard.rows), None)
-                if row is None:
-                    self._send(name, "core", OpenRefused(key, stage, True, Busy("full", retry_after_s=1)))
+            case OpenRow(key=key, epoch=epoch, stage=stage):
+                seat = shard.seats.get(key)
+                if seat is not None and epoch < seat.epoch:
+                    error = MessageRejected("epoch: is over", field="epoch")
+                    self._send(name, "core", OpenRefused(key, epoch, stage, name, False, error, permanent=True))
                     return
-                shard.rows[row] = key
-                shard.cache[row] = {}
-                self._send(name, "core", Opened(key, stage, name, row))
-            case CloseRow(key=key):
-                row = shard.row_of(key)
-                if row is not None:
-                    del shard.rows[row]
+                if seat is not None and epoch > seat.epoch:
+                    seat.epoch, seat.filled = epoch, min(seat.filled, message.keep)
+                if seat is None:
+                    taken = {seat.row for seat in shard.seats.values()}
+                    row = next((row for row in range(shard.replica.rows) if row not in taken), None)
+                    if row is None:
+                        self._send(name, "core", OpenRefused(key, epoch, stage, name, True, Busy("full", retry_after_s=1)))
+                        return
+                    seat = shard.seats[key] = Seat(row, epoch)
+                    shard.cache[row] = {}
+                seat.missing = False
+                self._send(name, "core", Opened(key, epoch, stage, name, seat.row, seat.filled))
+            case CloseRow(key=key, epoch=epoch):
+                seat = shard.seats.get(key)
+                if seat is not None and seat.epoch <= epoch:
+                    del shard.seats[key]
+            case Ask(asked_at=asked_at):
+                self._send(name, "core", Answered(name, asked_at, frozenset()))
             case (FrameOut() as out, int(stage)):
                 self._compute(shard, out, stage)
 
+    def _send_frame(self, sender: str, out: FrameOut, stage: int) -> None:
+        """To the shard it is for, and to those of the range that follow."""
+        hop = out.route[stage]
+        self._send(sender, str(hop.shard), (out, stage))
+        for shard in self.shards.values():
+            if shard.replica.mirrors and shard.replica.layers == hop.layers and shard.replica.shard != hop.shard:
+                self._send(sender, shard.replica.shard, (out, stage))
+
     def _compute(self, shard: Shard, out: FrameOut, stage: int) -> None:
         name = shard.replica.shard
+        mine = out.route[stage].shard == name
         kept, gone = [], []
         for row in out.rows:
-            (kept if shard.rows.get(row.rows[stage]) == row.key else gone).append(row)
-        if gone:
+            seat = shard.seats.get(row.key)
+            well = seat is not None and seat.epoch == row.epoch and row.start <= seat.filled and (seat.row == row.rows[stage] or not mine)
+            (kept if well else gone).append(row)
+        if gone and mine:
             self._send(name, "core", FrameLost(out.frame, frozenset(row.key for row in gone), name))
         if not kept:
             return
+        shard.steps += mine
+        shard.followed += not mine
         for row in kept:
-            cache = shard.cache[row.rows[stage]]
+            seat = shard.seats[row.key]
+            seat.filled = max(seat.filled, row.start + len(row.tokens))
+            cache = shard.cache[seat.row]
             assert all(position in cache for position in range(row.start)), "a hole in the history"
             for offset, token in enumerate(row.tokens):
                 cache[row.start + offset] = token
+        if not mine:
+            return
         if stage + 1 < len(out.route):
-            passed = FrameOut(out.frame, out.kind, out.route, tuple(kept), out.last)
-            self._send(name, str(out.route[stage + 1].shard), (passed, stage + 1))
+            self._send_frame(name, FrameOut(out.frame, out.kind, out.route, tuple(kept), out.last), stage + 1)
             return
         answers = []
         for row in kept if out.last else ():

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mesh.coordinator.core import Core, CoreConfig
-from mesh.coordinator.events import Cancel, Finish, ReplicaGone, Tick
+from mesh.coordinator.events import Cancel, Connection, Finish, Hint, ReplicaGone, Tick
 from mesh.coordinator.session import Request
 from mesh.types import LayerRange
 
@@ -24,10 +24,12 @@ class CoreMachine(RuleBasedStateMachine):
         replicas=st.integers(1, 2),
         rows=st.integers(1, 4),
         strategy=st.sampled_from(["least_loaded", "round_robin", "queue_group"]),
+        mirror=st.booleans(),
         seed=st.integers(0, 2**16),
     )
-    def begin(self, stages: int, replicas: int, rows: int, strategy: str, seed: int) -> None:
+    def begin(self, stages: int, replicas: int, rows: int, strategy: str, mirror: bool, seed: int) -> None:
         self.random = Random(seed)
+        self.mirror = mirror
         config = CoreConfig(6, strategy, queue_limit=4, failover_timeout_s=30, step_timeout_s=10)  # type: ignore[arg-type]
         self.mesh = FakeMesh(Core(config, Random(seed + 1)))
         self.ranges = [LayerRange(*cut) for cut in CUTS[stages]]
@@ -40,7 +42,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def spawn(self, layers: LayerRange) -> None:
         self.spawned += 1
-        self.mesh.join(f"s{self.spawned}", layers, rows=self.rows, chunk=3, instance=str(self.spawned))
+        self.mesh.join(f"s{self.spawned}", layers, rows=self.rows, chunk=3, instance=str(self.spawned), mirrors=self.mirror)
 
     @rule(
         prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12), most=st.integers(1, 8), stop=st.sets(st.integers(0, 49), max_size=3)
@@ -80,12 +82,39 @@ class CoreMachine(RuleBasedStateMachine):
         layers = self.mesh.shards[name].replica.layers
         self.mesh.kill(name, noticed=False)
         self.spawned += 1
-        self.mesh.join(name, layers, rows=self.rows, chunk=3, instance=str(self.spawned))
+        self.mesh.join(name, layers, rows=self.rows, chunk=3, instance=str(self.spawned), mirrors=self.mirror)
 
     @precondition(lambda self: self.mesh.shards)
-    @rule(data=st.data())
-    def lease(self, data: st.DataObject) -> None:
-        self.mesh.lease(data.draw(st.sampled_from(sorted(self.mesh.shards))))
+    @rule(data=st.data(), draining=st.booleans())
+    def lease(self, data: st.DataObject, draining: bool) -> None:
+        self.mesh.lease(data.draw(st.sampled_from(sorted(self.mesh.shards))), draining=draining)
+
+    @precondition(lambda self: self.mesh.shards)
+    @rule(data=st.data(), stopped=st.booleans())
+    def stop_and_continue(self, data: st.DataObject, stopped: bool) -> None:
+        self.mesh.shards[data.draw(st.sampled_from(sorted(self.mesh.shards)))].stopped = stopped
+
+    @rule(count=st.integers(1, 3))
+    def lose(self, count: int) -> None:
+        for _ in range(count):
+            self.mesh.lose(self.random)
+
+    @rule(count=st.integers(1, 3))
+    def double(self, count: int) -> None:
+        for _ in range(count):
+            self.mesh.double(self.random)
+
+    @rule()
+    def beat(self) -> None:
+        self.mesh.beat()
+
+    @rule()
+    def a_connection_ends(self) -> None:
+        self.mesh.event(Hint())
+
+    @rule(online=st.booleans())
+    def connection(self, online: bool) -> None:
+        self.mesh.event(Connection(online))
 
     @rule(seconds=st.floats(0, 12))
     def time_passes(self, seconds: float) -> None:
@@ -102,6 +131,9 @@ class CoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "mesh"):
             return
         mesh = self.mesh
+        mesh.event(Connection(True))
+        for there in mesh.shards.values():
+            there.stopped = False
         alive = {shard.replica.shard for shard in mesh.shards.values()}
         for replica in list(mesh.core.replicas):
             if replica.shard not in alive:  # a death nobody noticed: its lease ends
@@ -118,8 +150,10 @@ class CoreMachine(RuleBasedStateMachine):
             mesh.event(Tick())
         mesh.settle(self.random)
         assert mesh.core.idle, "a session is stuck"
+        mesh.beat()
+        mesh.beat()
         for shard in mesh.shards.values():
-            assert not shard.rows, "a row leaked"
+            assert not shard.seats, "a row leaked"
         for id, request in mesh.requests.items():
             if id in mesh.rejected:
                 assert not mesh.tokens[id]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -46,7 +48,7 @@ def frame(kind: Kind, rows: list[tuple[int, int, int, int]], tokens: list[int], 
 
 
 class Machine(RuleBasedStateMachine):
-    """The model: session -> [epoch, coordinator, row, filled]."""
+    """The model: session -> [epoch, coordinator, row, filled]; `missing`: those the last beat of their coordinator did not name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class Machine(RuleBasedStateMachine):
         self.ttl: dict[str, float] = {}
         self.now = 0.0
         self.queued = 0
+        self.missing: set[int] = set()
 
     def hear(self, name: str) -> None:
         self.heard[name] = self.now
@@ -85,6 +88,7 @@ class Machine(RuleBasedStateMachine):
             there[:] = [epoch, coordinator, there[2], min(there[3], keep)]  # type: ignore[type-var]
         assert [seat.epoch, seat.coordinator, seat.row, seat.filled] == there
         self.hear(coordinator)
+        self.missing.discard(session)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data(), count=st.integers(1, 8), shift=st.integers(-3, 1), stale=st.booleans())
@@ -138,20 +142,55 @@ class Machine(RuleBasedStateMachine):
         self.state.done()
         self.queued -= 1
 
-    @rule(chosen=st.sets(sessions), coordinator=names, everything=st.booleans())
-    def closes(self, chosen: set[int], coordinator: str, everything: bool) -> None:
-        message = Close(coordinator=coordinator, sessions=tuple(chosen), all=everything)
-        gone = [s for s, seat in self.open.items() if seat[1] == coordinator and (everything or s in chosen)]
+    @precondition(lambda self: self.open)
+    @rule(chosen=st.sets(sessions, min_size=1), coordinator=names)
+    def follows(self, chosen: set[int], coordinator: str) -> None:
+        """A frame to another replica: what is open here too is computed in its own row, and nothing is said of the rest."""
+        rows = []
+        good = []
+        for index, session in enumerate(sorted(chosen)):
+            there = self.open.get(session)
+            rows.append((session, 0, 0, 2) if there is None else (session, there[0], there[3], 2))
+            if there is not None and there[1] == coordinator and there[3] < CONTEXT:  # type: ignore[operator]
+                good.append(index)
+        sent = replace(frame(Kind.DECODE, rows, [1] * len(rows), coordinator), route=(Hop(LAYERS, "b"),))  # type: ignore[arg-type]
+        mine = self.state.follow(sent)
+        if self.queued >= QUEUE or not good:
+            assert mine is None
+            return
+        assert mine is not None
+        assert mine.slots[0].tolist() == [self.open[rows[index][0]][2] for index in good]
+        for index in good:
+            self.open[rows[index][0]][3] += 1  # type: ignore[operator]
+        self.queued += 1
+
+    @rule(chosen=st.sets(sessions), coordinator=names, everything=st.booleans(), epoch=epochs)
+    def closes(self, chosen: set[int], coordinator: str, everything: bool, epoch: int) -> None:
+        message = Close(coordinator=coordinator, sessions=tuple(chosen), all=everything, epoch=epoch)
+        gone = [s for s, seat in self.open.items() if seat[1] == coordinator and (everything or s in chosen) and seat[0] <= epoch]  # type: ignore[operator]
         assert self.state.close(message, self.now) == len(gone)
         for session in gone:
-            del self.open[session]
+            self.forget(session)
         self.hear(coordinator)
 
-    @rule(coordinator=names, ttl_s=st.sampled_from([1.0, 20.0]))
-    def beats(self, coordinator: str, ttl_s: float) -> None:
-        self.state.beat(Beat(coordinator=coordinator, ttl_s=ttl_s), self.now)
+    def forget(self, session: int) -> None:
+        del self.open[session]
+        self.missing.discard(session)
+
+    @rule(coordinator=names, ttl_s=st.sampled_from([1.0, 20.0]), named=st.none() | st.sets(sessions))
+    def beats(self, coordinator: str, ttl_s: float, named: set[int] | None) -> None:
+        message = Beat(coordinator=coordinator, ttl_s=ttl_s, sessions=None if named is None else tuple(named))
+        closed = self.state.beat(message, self.now)
         self.hear(coordinator)
         self.ttl[coordinator] = ttl_s
+        mine = {session for session, seat in self.open.items() if seat[1] == coordinator}
+        if named is None:
+            assert closed == []
+            return
+        assert sorted(closed) == sorted((mine - named) & self.missing)
+        for session in closed:
+            self.forget(session)
+        self.missing = (self.missing - mine) | (mine - named - set(closed))
 
     @rule(seconds=st.sampled_from([0.5, 5.0, 15.0]))
     def time_passes(self, seconds: float) -> None:
@@ -160,7 +199,7 @@ class Machine(RuleBasedStateMachine):
         gone = [session for session, seat in self.open.items() if seat[1] in silent]
         assert sorted(self.state.expire(self.now)) == sorted(gone)
         for session in gone:
-            del self.open[session]
+            self.forget(session)
         for name in silent:
             del self.heard[name], self.ttl[name]
 
@@ -194,8 +233,6 @@ TestAnyOrderOfEvents = Machine.TestCase
     ],
 )
 def test_a_frame_for_another_shard_is_refused_whole(change: dict[str, object], reason: str) -> None:
-    from dataclasses import replace
-
     state = ShardState(SHAPE)
     for session in (1, 2):
         state.open(opening(session), 0.0)
@@ -213,3 +250,24 @@ def test_a_prompt_beyond_the_context_is_refused() -> None:
     with pytest.raises(PromptTooLong):
         state.open(opening(1, prompt_length=CONTEXT + 1), 0.0)
     state.check()
+
+
+def test_a_step_is_pending_until_it_has_gone_on() -> None:
+    state = ShardState(SHAPE)
+    state.open(opening(1), 0.0)
+    sent = replace(frame(Kind.DECODE, [(1, 1, 0, 0)], [1]), step=7)
+    assert state.admit(sent, 0.0).rows is None
+    assert state.pending("c") == (7,) and state.pending("d") == ()
+    state.done()
+    assert state.pending("c") == (7,)
+    state.gone_on(sent)
+    assert state.pending("c") == ()
+    state.check()
+
+
+def test_a_frame_to_another_range_is_not_followed() -> None:
+    state = ShardState(SHAPE)
+    state.open(opening(1), 0.0)
+    with pytest.raises(FrameRejected) as caught:
+        state.follow(replace(frame(Kind.DECODE, [(1, 1, 0, 0)], [1]), route=(Hop(LayerRange(0, 3), "b"),)))
+    assert caught.value.reason == "route"

@@ -1,0 +1,252 @@
+"""What a loss costs: nothing where a mirror steps in, the history where a replica is new, and never a token."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from fake_stages import FakeMesh, expected
+
+from mesh.coordinator.core import Core, CoreConfig
+from mesh.coordinator.events import Answered, Ask, Connection, Happened, Hint, ReplicaGone, Tick
+from mesh.coordinator.session import Request
+from mesh.errors import Unavailable
+from mesh.types import LayerRange
+
+RANGES = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)]
+
+
+def make(*, replicas: int = 2, mirror: bool = False, rows: int = 8) -> FakeMesh:
+    mesh = FakeMesh(Core(CoreConfig(6), Random(0)))
+    for number in range(replicas):
+        for layers in RANGES:
+            mesh.join(f"s{layers.start}-{number}", layers, rows=rows, context=256, chunk=16, mirrors=mirror)
+    return mesh
+
+
+def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, until: int = 5) -> Request:
+    request = Request("r", tuple(number % 50 for number in range(prompt)), most, None)
+    mesh.submit(request)
+    while len(mesh.tokens["r"]) < until:
+        assert mesh.deliver(random)
+    return request
+
+
+def route(mesh: FakeMesh) -> list[str]:
+    session = mesh.core.session("r")
+    assert session is not None and session.route is not None
+    return [str(hop.shard) for hop in session.route]
+
+
+def prefilled(mesh: FakeMesh, since: int) -> int:
+    return sum(len(row.tokens) for frame in mesh.frames[since:] if frame.kind == "prefill" for row in frame.rows)
+
+
+def pass_time(mesh: FakeMesh, random: Random, until, most_s: float = 60.0) -> float:
+    """Let every deadline pass, and what is under way arrive, until it is so; how long that took."""
+    began = mesh.now
+    mesh.settle(random)
+    while not until():
+        due = mesh.core.deadline()
+        assert due is not None, "nothing will ever happen"
+        mesh.now = max(mesh.now, due)
+        assert mesh.now - began < most_s
+        mesh.event(Tick())
+        mesh.settle(random)
+    return mesh.now - began
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("until", [0, 5], ids=["mid-prefill", "mid-decode"])
+def test_a_mirror_steps_in_and_nothing_is_computed_again(stage, until):
+    mesh, random = make(mirror=True), Random(stage)
+    request = begin(mesh, random, prompt=90, until=until)
+    if until == 0:
+        while mesh.core.session("r").done == 0:
+            mesh.deliver(random)
+    else:
+        mesh.deliver(random)
+    dead, done, since = route(mesh)[stage], mesh.core.session("r").done, len(mesh.frames)
+    mesh.kill(dead)
+    assert dead not in route(mesh)
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request)
+    # what was still on its way to the mirror is sent again
+    assert prefilled(mesh, since) <= (90 - done + 2 * 16 if until == 0 else 8)
+    assert mesh.core.counters.failovers == 1
+    assert [pause.kind for pause in mesh.core.pauses] == ["mirror"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_without_a_mirror_the_history_is_computed_again_once(stage):
+    mesh, random = make(), Random(stage)
+    request = begin(mesh, random)
+    before, since, given = route(mesh), len(mesh.frames), len(mesh.tokens["r"])
+    mesh.kill(before[stage])
+    after = route(mesh)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [index != stage for index in range(3)]
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request)
+    assert prefilled(mesh, since) == 40 + given
+    assert [pause.kind for pause in mesh.core.pauses] == ["replay"]
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_replacement_dies_too(mirror):
+    mesh, random = make(replicas=3, mirror=mirror), Random(1)
+    request = begin(mesh, random)
+    mesh.kill(route(mesh)[1])
+    mesh.kill(route(mesh)[1])  # before it has said anything
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request)
+
+
+def test_with_no_replica_left_it_waits_for_one_to_join():
+    mesh, random = make(replicas=1), Random(2)
+    request = begin(mesh, random)
+    mesh.kill("s2-0")
+    mesh.settle(random)
+    for _ in range(20):
+        mesh.now += 1.0
+        mesh.event(Tick())
+    assert not mesh.ended
+    mesh.join("late", RANGES[1], context=256)
+    mesh.settle(random)
+    assert mesh.ended["r"].reason == "length" and mesh.tokens["r"] == expected(request)
+
+
+def test_it_fails_only_after_failover_timeout_and_says_so():
+    mesh, random = make(replicas=1), Random(3)
+    begin(mesh, random)
+    mesh.kill("s2-0")
+    mesh.settle(random)
+    mesh.now += 29.5
+    mesh.event(Tick())
+    assert not mesh.ended
+    mesh.now += 1.0
+    mesh.event(Tick())
+    error = mesh.ended["r"].error
+    assert isinstance(error, Unavailable) and "30 s" in str(error) and "layer range" in str(error)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_death_that_nobody_reports_is_found_by_asking(stage):
+    mesh, random = make(), Random(stage)
+    request = begin(mesh, random, until=30)
+    mesh.kill(route(mesh)[stage], noticed=False)
+    mesh.settle(random)
+    waited = pass_time(mesh, random, lambda: "r" in mesh.ended)
+    assert mesh.tokens["r"] == expected(request)
+    assert mesh.core.counters.suspected == 0 and waited < 0.1  # medians are 0 here: the floor
+
+
+def test_a_connection_that_ends_is_a_reason_to_ask_at_once():
+    mesh, random = make(), Random(5)
+    request = begin(mesh, random)
+    mesh.kill(route(mesh)[0], noticed=False)
+    mesh.event(Hint())
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request) and mesh.now == 0.0
+
+
+def test_a_shard_that_does_not_answer_is_left_and_its_late_frames_change_nothing():
+    mesh, random = make(), Random(6)
+    request = begin(mesh, random, until=30)
+    slow = route(mesh)[1]
+    mesh.shards[slow].stopped = True
+    mesh.settle(random)
+    waited = pass_time(mesh, random, lambda: mesh.core.counters.suspected)
+    assert 1.0 <= waited <= 2.0
+    mesh.shards[slow].stopped = False
+    late = mesh.core.counters.late
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request)
+    assert mesh.core.counters.late > late and mesh.core.counters.suspected == 1
+    assert not mesh.shards[slow].seats
+
+
+def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
+    mesh, random = make(), Random(7)
+    request = begin(mesh, random, until=30)
+    while not mesh.core.scheduler.flights or not any(key[1].startswith("s0") and box for key, box in mesh.boxes.items()):
+        mesh.deliver(random)
+    (number,) = mesh.core.scheduler.flights
+    held, mesh.boxes = mesh.boxes, {}
+    for _ in range(40):
+        mesh.now += 0.1
+        mesh.event(Tick())
+        asks = [(pair, message) for pair, box in mesh.boxes.items() for message in box if isinstance(message, Ask)]
+        mesh.boxes = {}
+        for pair, message in asks:
+            mesh.event(Answered(pair[1], message.asked_at, frozenset((number,)) if pair[1].startswith("s0") else frozenset()))
+    assert mesh.core.counters.restarts == 0
+    mesh.boxes = held
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
+
+
+def test_a_frame_that_everyone_is_without_is_sent_again_with_what_the_rows_hold():
+    mesh, random = make(replicas=1), Random(8)
+    request = begin(mesh, random, until=30)
+    while not mesh.core.scheduler.flights:
+        mesh.deliver(random)
+    mesh.boxes.clear()
+    since = len(mesh.frames)
+    pass_time(mesh, random, lambda: "r" in mesh.ended)
+    assert mesh.tokens["r"] == expected(request) and prefilled(mesh, since) == 0
+    assert [pause.kind for pause in mesh.core.pauses] == ["resend"]
+
+
+def test_while_this_side_is_not_connected_nobody_is_blamed():
+    mesh, random = make(replicas=1), Random(9)
+    request = begin(mesh, random)
+    while not mesh.core.scheduler.flights:
+        mesh.deliver(random)
+    mesh.boxes.clear()  # the server takes with it what is under way
+    mesh.event(Connection(False))
+    for _ in range(100):
+        mesh.now += 1.0
+        mesh.event(Tick())
+    assert not mesh.ended and mesh.core.deadline() is None and not mesh.core.counters.asked
+    mesh.event(Connection(True))
+    pass_time(mesh, random, lambda: "r" in mesh.ended, most_s=2.0)
+    assert mesh.tokens["r"] == expected(request) and mesh.core.counters.suspected == 0
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_shard_that_drains_is_left_at_once_where_another_can_take_over(mirror):
+    mesh, random = make(mirror=mirror), Random(10)
+    request = begin(mesh, random)
+    leaving = route(mesh)[1]
+    mesh.lease(leaving, draining=True)
+    assert leaving not in route(mesh)
+    mesh.settle(random)
+    assert not mesh.shards[leaving].seats
+    assert mesh.tokens["r"] == expected(request) and mesh.core.counters.failovers == 1
+
+
+def test_a_shard_that_drains_alone_is_used_until_the_end():
+    mesh, random = make(replicas=1), Random(11)
+    request = begin(mesh, random)
+    mesh.lease("s2-0", draining=True)
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
+
+
+def test_the_death_of_a_mirror_disturbs_nobody():
+    mesh, random = make(mirror=True), Random(12)
+    request = begin(mesh, random)
+    session = mesh.core.session("r")
+    assert len(session.mirrors) == 3
+    mesh.kill(session.mirrors[1])
+    mesh.settle(random)
+    assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
+
+
+def test_failovers_and_suspicions_are_told():
+    mesh, random = make(), Random(13)
+    begin(mesh, random)
+    session = mesh.core.session("r")
+    dead = str(session.route[2].shard)
+    told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Happened)]
+    assert [(event.kind, event.who) for event in told] == [("failed_over", dead)]
