@@ -16,10 +16,10 @@ from mesh.local import LocalMesh, LocalOptions
 LONG = {"max_tokens": 50, "ignore_eos": True}
 
 
-@pytest.fixture
-def pairs(model: Path) -> Iterator[LocalMesh]:
+@pytest.fixture(params=["balance", "mirror"])
+def pairs(model: Path, request: pytest.FixtureRequest) -> Iterator[LocalMesh]:
     """Ranges 0-2 and 2-3, each on two shards; two coordinators."""
-    with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, coordinators=2, rows=4, context=64)) as running:
+    with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, mode=request.param, coordinators=2, rows=8, context=64)) as running:
         yield running
 
 
@@ -50,7 +50,7 @@ def test_load_is_shared_and_a_killed_shard_costs_no_token(pairs, oracle, run):
             assert sum(c.counters["finished"] for c in status.coordinators) == 8
             assert sum(c.counters["failed"] for c in status.coordinators) == 0
             assert all(c.counters["tokens"] > 0 for c in status.coordinators), "one coordinator had all the requests"
-            assert sum(c.counters["restarts"] for c in status.coordinators) >= 1
+            assert sum(c.counters["failovers"] for c in status.coordinators) >= 1
         await all_rows_free(pairs)
 
     run(generate())
