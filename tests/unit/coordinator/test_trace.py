@@ -24,7 +24,7 @@ def session(id: str = "s") -> Session:
 
 def frame(kind: str, route: Route = ROUTE) -> FrameOut:
     tokens = (1, 2, 3) if kind == "prefill" else (4,)
-    return FrameOut(1, kind, route, (FrameRow(1, (0, 0), 0, tokens),))  # type: ignore[arg-type]
+    return FrameOut(1, kind, route, (FrameRow(1, 1, (0, 0), 0, tokens),))  # type: ignore[arg-type]
 
 
 def ended(id: str) -> Ended:
