@@ -67,7 +67,7 @@ class Continuity:
         self._model_hash = model_hash
         self._random = random
         self._inbox = bus.new_inbox()
-        self._connected_at = time.monotonic()
+        self._connected_at = float("-inf")
         self._subscriptions: list[Subscription] = []
         self._watcher: asyncio.Task[Any] | None = None
         self._told_of_change: Callable[[str, str, str], None] = lambda kind, who, detail: None

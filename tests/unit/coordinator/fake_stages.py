@@ -147,7 +147,7 @@ class FakeMesh:
 
     def submit(self, request: Request) -> None:
         self.requests[request.id] = request
-        self.tokens[request.id] = []
+        self.tokens[request.id] = list(request.given)
         self.event(Submit(request))
 
     def deliver(self, random: Random) -> bool:

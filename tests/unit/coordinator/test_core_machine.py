@@ -51,6 +51,15 @@ class CoreMachine(RuleBasedStateMachine):
         self.count += 1
         self.mesh.submit(Request(f"r{self.count}", tuple(prompt), most, None, frozenset(stop)))
 
+    @rule(
+        prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12), most=st.integers(1, 8), known=st.integers(0, 8), resumed=st.booleans()
+    )
+    def submit_what_another_coordinator_began(self, prompt: list[int], most: int, known: int, resumed: bool) -> None:
+        self.count += 1
+        request = Request(f"r{self.count}", tuple(prompt), most, None)
+        given = tuple(expected(request)[:known])
+        self.mesh.submit(Request(request.id, request.prompt, most, None, frozenset(), given, resumed))
+
     @rule(count=st.integers(1, 40))
     def deliver(self, count: int) -> None:
         for _ in range(count):
@@ -156,7 +165,7 @@ class CoreMachine(RuleBasedStateMachine):
             assert not shard.seats, "a row leaked"
         for id, request in mesh.requests.items():
             if id in mesh.rejected:
-                assert not mesh.tokens[id]
+                assert mesh.tokens[id] == list(request.given) and not request.resumed
                 continue
             ended = mesh.ended[id]
             assert ended.tokens == len(mesh.tokens[id])

@@ -1,0 +1,204 @@
+"""Session records on a real server: who owns a session, and what becomes of a record that another took, or that was lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_coordinator import LONG, coordinator
+
+from mesh.bus import Bus, BusOptions
+from mesh.coordinator.records import Recorder, SessionRecord, digest_of, sessions_bucket
+from mesh.messages import Generate
+from mesh.server import NatsServer
+from mesh.subjects import generate
+
+Run = Callable[[Any], Any]
+
+
+class Side:
+    """A recorder of one coordinator, and what it was told."""
+
+    def __init__(self, bus: Bus, instance: str) -> None:
+        self.lost: asyncio.Queue[tuple[str, SessionRecord]] = asyncio.Queue()
+        self.recorder = Recorder(sessions_bucket(bus), "m", instance, lambda session, record: self.lost.put_nowait((session, record)))
+        self.tokens: list[int] = []
+        self.instance = instance
+        self.epoch = 1
+
+    def record(self) -> SessionRecord:
+        return SessionRecord(
+            session="s",
+            model_hash="0" * 16,
+            owner=self.instance,
+            epoch=self.epoch,
+            digest="d",
+            message=Generate(tokens=(1, 2), seed=3),
+            reply="inbox",
+            given=tuple(self.tokens),
+            told=len(self.tokens),
+        )
+
+    async def written(self, count: int) -> SessionRecord:
+        """The record, once it has so many tokens."""
+        async with asyncio.timeout(60):
+            while True:
+                found = await self.recorder.read("s")
+                if found is not None and len(found[0].given) == count:
+                    return found[0]
+
+
+@asynccontextmanager
+async def sides(server: NatsServer) -> AsyncIterator[tuple[Side, Side]]:
+    async with (
+        await Bus.connect(BusOptions((server.url,)), name="one") as one,
+        await Bus.connect(BusOptions((server.url,)), name="two") as two,
+    ):
+        both = Side(one, "a"), Side(two, "b")
+        for side in both:
+            side.recorder.start()
+        yield both
+        for side in both:
+            await side.recorder.stop()
+            assert not side.recorder.counters["failed"]
+        for record in await both[0].recorder.bucket.entries("m.>"):
+            await both[0].recorder.bucket.delete(record.key)
+
+
+def test_who_takes_a_session_over_has_it_and_the_other_hears_of_it(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with sides(server) as (a, b):
+            a.recorder.keep("s", a.record)
+            await a.written(0)
+            a.tokens += [5, 6]
+            a.recorder.touch("s")
+            record = await b.written(2)
+            assert record.owner == "a" and record.told == 2 and record.message.tokens == (1, 2)
+            found = await b.recorder.read("s")
+            taken = await b.recorder.take_over(*found)
+            assert taken is not None and taken[0].owner == "b" and taken[0].epoch == 2
+            assert await b.recorder.take_over(*found) is None, "taken twice"
+            b.tokens, b.epoch = list(record.given), 2
+            b.recorder.keep("s", b.record, revision=taken[1])
+            a.tokens.append(7)
+            a.recorder.touch("s")
+            session, record = await asyncio.wait_for(a.lost.get(), 60)
+            assert session == "s" and record.owner == "b"
+            assert "s" not in a.recorder and "s" in b.recorder
+            b.tokens.append(7)
+            b.recorder.touch("s")
+            assert (await a.written(3)).owner == "b"
+            assert b.lost.empty()
+
+    run(work())
+
+
+def test_a_record_is_written_at_most_every_so_often(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with sides(server) as (a, _):
+            a.recorder.keep("s", a.record)
+            for token in range(200):
+                a.tokens.append(token)
+                a.recorder.touch("s")
+                await asyncio.sleep(0.002)
+            await a.written(200)
+            assert a.recorder.counters["written"] < 20
+
+    run(work())
+
+
+def test_a_record_goes_with_its_session_or_keeps_its_answer(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with sides(server) as (a, b):
+            a.recorder.keep("s", a.record)
+            await a.written(0)
+            a.recorder.end("s", None)
+            async with asyncio.timeout(60):
+                while await b.recorder.read("s") is not None:
+                    pass
+            a.recorder.keep("s", a.record)
+            a.recorder.end("s", a.record().model_copy(update={"answer": "{}"}))
+            async with asyncio.timeout(60):
+                while (found := await b.recorder.read("s")) is None or found[0].answer is None:
+                    pass
+            assert "s" not in a.recorder
+
+    run(work())
+
+
+def test_a_record_that_was_lost_with_its_server_is_written_again(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with sides(server) as (a, _):
+            a.recorder.keep("s", a.record)
+            await a.written(0)
+            await a.recorder.bucket.delete(a.recorder.key("s"))
+            a.tokens.append(1)
+            a.recorder.touch("s")
+            await a.written(1)
+            assert a.lost.empty()
+
+    run(work())
+
+
+def test_a_record_that_is_too_large_is_not_written_and_counted(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with sides(server) as (a, _):
+            a.tokens = list(range(300_000))
+            a.recorder.keep("s", a.record)
+            async with asyncio.timeout(60):
+                while not a.recorder.counters["too_large"]:
+                    await asyncio.sleep(0.01)
+            assert await a.recorder.read("s") is None
+
+    run(work())
+
+
+def test_requests_for_the_same_generation_have_the_same_digest() -> None:
+    first = Generate(prompt="a", seed=1, session="s")
+    assert digest_of(first) == digest_of(first.model_copy(update={"attempt": 3, "given": (1, 2), "stream": True}))
+    assert digest_of(first) != digest_of(first.model_copy(update={"seed": 2}))
+
+
+def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server: NatsServer, model: Path) -> None:
+    """As after a suspension. There is no shard, so that the session waits all the while."""
+
+    async def work() -> None:
+        async with coordinator(server.url, model) as serving:
+            recorder, answers, inbox = serving.continuity.recorder, asyncio.Queue(), serving.bus.new_inbox()
+            await serving.bus.subscribe(inbox, answers.put)
+            request = Generate(**LONG | {"tokens": (1, 2)}, session="waits", stream=True)
+            await serving.bus.publish(generate(serving.manifest.name), request.to_bytes(), reply=inbox)
+            async with asyncio.timeout(60):
+                while (found := await recorder.read("waits")) is None:
+                    pass
+            assert serving.core.live == 1
+            other = found[0].model_copy(update={"owner": "another", "epoch": 7})
+            revision = await recorder.bucket.update(recorder.key("waits"), other.to_bytes(), revision=found[1])
+            recorder.touch_all()
+            async with asyncio.timeout(60):
+                while serving.core.live:
+                    await asyncio.sleep(0.01)
+            assert recorder.counters["lost"] == 1
+            again = await recorder.read("waits")
+            assert again is not None and again[0].owner == "another" and again[1] == revision
+            await recorder.bucket.delete(recorder.key("waits"))
+            await serving.bus.flush()
+            said = [answers.get_nowait() for _ in range(answers.qsize())]
+            assert said and all("Nats-Service-Error" not in document.headers for document in said)
+
+    run(work())
+
+
+@pytest.mark.parametrize("given", [(99999,), tuple(range(41))])
+def test_tokens_that_cannot_have_been_given_are_refused(run: Run, server: NatsServer, model: Path, given: tuple[int, ...]) -> None:
+    from mesh.coordinator.requests import prepare
+    from mesh.errors import BadRequest
+    from mesh.model.manifest import Manifest
+
+    with pytest.raises(BadRequest) as caught:
+        run(prepare(Generate(**{**LONG, "tokens": (1,), "given": given}), "r", Manifest.load(model), None))
+    assert caught.value.field == "given"
