@@ -4,7 +4,7 @@ from constants."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mesh.lowering import ops, registry, static
 from mesh.lowering.registry import Op
 from mesh.lowering.tensors import PackedFormat, TensorReader
 
-__all__ = ["WEIGHT_ELEMENTS", "Graph", "Node", "Prepared", "prepare"]
+__all__ = ["WEIGHT_ELEMENTS", "Graph", "Node", "Prepared", "prepare", "with_last_use"]
 
 WEIGHT_ELEMENTS = 1024  # initializers of at least this many elements are arguments of the compiled code, not constants in it
 
@@ -91,7 +91,7 @@ def prepare(model: ModelProto, *, base_dir: Path | None) -> Prepared:
             weights[name] = reader.read(tensor) if layout is None else reader.read_packed(tensor)
         else:
             constants[name] = reader.read(tensor)
-    graph = Graph(graph.inputs, graph.outputs, graph.nodes, constants, _last_use(graph))
+    graph = with_last_use(Graph(graph.inputs, graph.outputs, graph.nodes, constants))
     return Prepared(graph, weights, packed, frozenset(needed & set(graph.inputs)))
 
 
@@ -237,14 +237,16 @@ def _static_names(graph: Graph, needed: Iterable[str] = ()) -> set[str]:
     return names - {""}
 
 
-def _last_use(graph: Graph) -> dict[int, tuple[str, ...]]:
-    seen, result = set(graph.outputs), {}
+def with_last_use(graph: Graph) -> Graph:
+    """The same graph, knowing after which node each value is no longer needed."""
+    seen = set(graph.outputs)
+    result: dict[int, tuple[str, ...]] = {}
     for index in reversed(range(len(graph.nodes))):
         dead = tuple(sorted({name for name in (*_uses(graph.nodes[index]), *graph.nodes[index].outputs) if name and name not in seen}))
         seen.update(dead)
         if dead:
             result[index] = dead
-    return result
+    return replace(graph, last_use=result)
 
 
 def _uses(node: Node) -> set[str]:

@@ -7,7 +7,7 @@ whatever the number of rows it will meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from mesh.lowering import linear
 from mesh.lowering.linear import Codes
 from mesh.lowering.tensors import PackedFormat, unpack
 
-__all__ = ["Forms", "PackedWeight", "pack", "pack_nibbles"]
+__all__ = ["Forms", "PackedWeight", "pack"]
 
 Forms = tuple[tuple[int, str], ...]
 """(rows at most, form of the product), ascending."""
@@ -77,15 +77,16 @@ class PackedWeight:
         return NotImplemented
 
 
-def pack(array: np.ndarray) -> PackedWeight:
-    """An initializer [in, out], one element or more bytes wide."""
-    return PackedWeight(Codes(jnp.asarray(np.ascontiguousarray(array.T))))
+def pack(parts: Sequence[tuple[np.ndarray, PackedFormat | None]]) -> PackedWeight:
+    """Initializers [in, out], all of one type and `in`, as one weight: their outputs one after the other.
 
-
-def pack_nibbles(stored: np.ndarray, layout: PackedFormat) -> PackedWeight:
-    """An initializer [in, out] of 4-bit codes as ONNX packs them, repacked output-major."""
-    codes = np.asarray(unpack(stored, layout)).T  # int8 or uint8 [out, in]
-    if layout.bits != 4 or codes.shape[1] % 2:
-        return pack(codes.T)
+    A part with a format is codes of less than a byte as ONNX packs them; 4-bit ones are repacked output-major.
+    """
+    columns = [(stored if layout is None else np.asarray(unpack(stored, layout))).T for stored, layout in parts]
+    codes = np.empty((sum(len(each) for each in columns), columns[0].shape[1]), columns[0].dtype)
+    np.concatenate(columns, out=codes)
+    layout = parts[0][1]
+    if layout is None or layout.bits != 4 or codes.shape[1] % 2:
+        return PackedWeight(Codes(jax.device_put(codes)))
     low, high = codes[:, 0::2].astype(np.uint8) & 15, codes[:, 1::2].astype(np.uint8) & 15
-    return PackedWeight(Codes(jnp.asarray(np.ascontiguousarray(low | (high << 4))), nibbles="signed" if layout.signed else "unsigned"))
+    return PackedWeight(Codes(jax.device_put(low | (high << 4)), nibbles="signed" if layout.signed else "unsigned"))

@@ -32,13 +32,13 @@ _HIDDEN = -1e30  # finite, so that a row that sees nothing stays finite
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CacheView:
-    """Rows of a cache as a block sees them: [rows, Hkv, length, D].
+    """Rows `row` .. row + rows - 1 of a cache as a block sees them: [rows, Hkv, length, D].
 
-    `row` None: rows 0 .. rows-1 (a decode wave, one token a row). Otherwise one row, whose number it is (a prefill chunk).
+    Written either with one token a row (a decode wave) or, where `rows` is 1, with several (a prefill chunk).
     """
 
     array: Any  # [R, Hkv, S, D]
-    row: Any  # int32 scalar, or None
+    row: Any  # int32 scalar
     rows: int = field(metadata={"static": True})
     length: int = field(metadata={"static": True})
 
@@ -57,23 +57,20 @@ class CacheView:
 
     def read(self) -> jax.Array:
         """[rows, Hkv, length, D]; fused into its reader where XLA can, else a copy of just that."""
-        _, heads, length, dim = self.shape
-        if self.row is None:
-            return jax.lax.slice(self.array, (0, 0, 0, 0), (self.rows, heads, length, dim))
-        return jax.lax.dynamic_slice(self.array, (self.row, 0, 0, 0), (1, heads, length, dim))
+        return jax.lax.dynamic_slice(self.array, (self.row, 0, 0, 0), self.shape)
 
     def write(self, update: jax.Array, indices: jax.Array) -> CacheView:
         """update [rows, Hkv, T, D] at slots indices[b] .. indices[b] + T - 1."""
         update = update.astype(self.array.dtype)
-        if self.row is not None:
+        if update.shape[2] > 1:
+            if self.rows > 1:
+                raise ValueError("several tokens are written to one row at a time")
             return replace(self, array=jax.lax.dynamic_update_slice(self.array, update, (self.row, 0, indices[0], 0)))
-        if update.shape[2] != 1:
-            raise ValueError("a decode wave writes one token a row")
-        rows, tokens = jnp.arange(self.rows), update[:, :, 0]
+        rows, tokens = self.row + jnp.arange(self.rows), update[:, :, 0]
         if self.rows == 1:
             # As one update XLA merges the write into its reader, which then needs the old array too: a copy of the cache. Two
             # updates it leaves alone, so the second goes to the slot nobody sees.
-            rows, tokens = jnp.zeros(2, jnp.int32), jnp.concatenate([tokens, tokens])
+            rows, tokens = jnp.stack([self.row, self.row]), jnp.concatenate([tokens, tokens])
             indices = jnp.append(indices, self.array.shape[2] - 1)
         return replace(self, array=self.array.at[rows, :, indices].set(tokens, mode="promise_in_bounds"))
 
@@ -95,8 +92,8 @@ class CacheView:
 def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *, scale: float, softcap: float) -> jax.Array:
     """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv].
 
-    Scores and their softmax are float32. One token a row is a fused multiply and sum: as matrix products those are thousands
-    of tiny calls, and their operands would have to be copied out of the cache first.
+    Scores and their softmax are float32. One token for each of several rows is a fused multiply and sum: as matrix products those are
+    thousands of tiny calls. One row alone has so few of them that they are the cheaper form.
     """
     batch, q_heads, tokens, dim = q.shape
     _, heads, _, value_dim = values.shape
@@ -104,11 +101,12 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
     q32 = q.astype(jnp.float32).reshape(batch, heads, group, tokens, dim) * scale
     bias = _bias(mask, heads, group)  # [B or 1, Hkv or 1, G or 1, T, L]
     k, v = keys.read(), values.read()
-    fused = tokens == 1 and jax.default_backend() == "cpu"
+    fused = tokens == 1 and batch > 1 and jax.default_backend() == "cpu"
     if fused:
         scores = jnp.sum(q32 * k.astype(jnp.float32)[:, :, None], axis=-1)[:, :, :, None]  # [B, Hkv, G, 1, L]
     else:
-        scores = jnp.einsum("bhgtd,bhld->bhgtl", q32, k.astype(jnp.float32))
+        # Keys on the left: XLA lays both operands out with the sum last and would copy what stands on the right.
+        scores = jnp.einsum("bhld,bhgtd->bhlgt", k.astype(jnp.float32), q32).transpose(0, 1, 3, 4, 2)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     # A slot nobody sees may hold anything, NaN included: neither NaN nor 0 * NaN may reach a sum.

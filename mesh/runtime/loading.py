@@ -16,7 +16,8 @@ import onnx
 
 from mesh.errors import CorruptModel
 from mesh.lowering import Lowered, lower
-from mesh.lowering.weights import Forms, PackedWeight, pack, pack_nibbles
+from mesh.lowering.join import join_products
+from mesh.lowering.weights import Forms, PackedWeight, pack
 from mesh.model.manifest import block_name
 from mesh.runtime.canonical import canonical
 from mesh.types import LayerRange
@@ -60,17 +61,23 @@ def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Fo
     path = Path(directory) / f"{name}.onnx"
     signature, lowered = canonical(lower(read_model(path), base_dir=path.parent))
     packable = _matmul_weights(lowered)
+    graph, joined = join_products(lowered, packable)
+    names = {part: (part,) for part in lowered.weights} | joined
+    for parts in joined.values():
+        for part in parts:
+            del names[part]
     weights: dict[str, Any] = {}
-    for key, array in lowered.weights.items():
-        if key not in packable:
-            weights[key] = jnp.asarray(array)
-            continue
-        packed = lowered.packed.get(key)
-        weight = pack(array) if packed is None else pack_nibbles(array, packed)
-        weights[key] = weight if forms is None else weight.with_forms(forms(weight))
-        _forget_pages(array)
+    for key, parts in names.items():
+        arrays = [lowered.weights[part] for part in parts]
+        if parts[0] in packable:
+            weight = pack([(array, lowered.packed.get(part)) for array, part in zip(arrays, parts, strict=True)])
+            weights[key] = weight if forms is None else weight.with_forms(forms(weight))
+            for array in arrays:
+                _forget_pages(array)
+        else:
+            weights[key] = jnp.asarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1))
     # The graph needs the weights' names alone from here on: let go of the mapped file.
-    bare = Lowered(lowered.graph, dict.fromkeys(lowered.weights, _GONE), lowered.packed, lowered.static_inputs)
+    bare = Lowered(graph, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs)
     return Block(name, signature, bare, weights)
 
 

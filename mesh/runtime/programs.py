@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,16 +51,38 @@ class Group:
         return tuple(block.signature for block in self.blocks)
 
 
+class _Step(NamedTuple):
+    """The executables of one bucket: of the embedding, of each group of layers, of the head."""
+
+    embed: Any
+    layers: tuple[Any, ...]
+    head: Any
+
+
 class Programs:
     """Compiles on demand and keeps what it compiled. Groups of equal signature and shapes share a program, and stages of one
-    process do that are given the same `compiled`."""
+    process do that are given the same `compiled`. `hidden`: size and type of the hidden state."""
 
-    def __init__(self, embed: Block | None, layers: Sequence[Block], head: Block | None, compiled: Compiled | None = None) -> None:
+    def __init__(
+        self,
+        embed: Block | None,
+        layers: Sequence[Block],
+        head: Block | None,
+        *,
+        hidden: tuple[int, Any],
+        compiled: Compiled | None = None,
+    ) -> None:
         self.embed = embed
         self.head = head
         self.groups = list(_groups(layers))
+        self._hidden = hidden
         self._compiled: Compiled = {} if compiled is None else compiled
-        self._weights = [tuple(block.weights for block in group.blocks) for group in self.groups]
+        self._steps: dict[Bucket, _Step] = {}
+        self._table: tuple[bytes, Any] = (b"", None)
+        # Flat, as a call would otherwise flatten them in every step.
+        self._weights = [tuple(jax.tree.leaves([block.weights for block in group.blocks])) for group in self.groups]
+        self._embed_weights = tuple(jax.tree.leaves(embed.weights)) if embed is not None else ()
+        self._head_weights = tuple(jax.tree.leaves(head.weights)) if head is not None else ()
 
     @property
     def compiled(self) -> int:
@@ -83,31 +105,39 @@ class Programs:
         ints: np.ndarray,
     ) -> tuple[Any, Any]:
         """One step. `caches` is updated in place; returns (history, hidden [B, T, D] or Sampled)."""
+        step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         tokens_, positions_, writes_, row_ = jax.device_put((tokens, positions, writes, np.int32(row)))
         if self.embed is not None:
-            x = self._get("embed", bucket, self.embed)(self.embed.weights, tokens_, positions_)
+            x = step.embed(self._embed_weights, tokens_, positions_)
         else:
             x = jax.device_put(hidden)
-        for group, weights in zip(self.groups, self._weights, strict=True):
+        for run, group, weights in zip(step.layers, self.groups, self._weights, strict=True):
             stop = group.first + len(group.blocks)
-            run = self._get("layers", bucket, group, caches[group.first : stop], x)
             caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, positions_, writes_, row_)
         if self.head is None:
             return history, x
-        run = self._get("head", bucket, self.head, history, x)
+        table = self._on_device(floats, ints)
         if bucket.prefill:
-            return run(self.head.weights, history, x, tokens_, positions_, row_, np.int32(count), floats, ints)
-        return run(self.head.weights, history, x, tokens_, positions_, writes_, floats, ints)
+            return step.head(self._head_weights, history, x, tokens_, positions_, row_, np.int32(count), *table)
+        return step.head(self._head_weights, history, x, tokens_, positions_, writes_, row_, *table)
 
-    def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any, hidden_size: int, dtype: Any) -> None:
-        """Compile everything a step of this shape runs."""
-        x = jax.ShapeDtypeStruct((*bucket.tokens_shape, hidden_size), dtype)
-        if self.embed is not None:
-            self._get("embed", bucket, self.embed)
-        for group in self.groups:
-            self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x)
-        if self.head is not None:
-            self._get("head", bucket, self.head, history, x)
+    def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any) -> _Step:
+        """Everything a step of this shape runs."""
+        size, dtype = self._hidden
+        x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
+        self._steps[bucket] = step = _Step(
+            None if self.embed is None else self._get("embed", bucket, self.embed),
+            tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
+            None if self.head is None else self._get("head", bucket, self.head, history, x),
+        )
+        return step
+
+    def _on_device(self, floats: np.ndarray, ints: np.ndarray) -> Any:
+        """The rows' parameters; sent anew only when they differ from the last step's."""
+        key = floats.tobytes() + ints.tobytes()
+        if self._table[0] != key:
+            self._table = (key, jax.device_put((floats, ints)))
+        return self._table[1]
 
     def _get(self, kind: str, bucket: Bucket, what: Any, state: Any = None, x: Any = None) -> Any:
         key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
@@ -140,26 +170,39 @@ def _vectors(bucket: Bucket) -> tuple[Any, Any]:
     return _shape(bucket.tokens_shape), _shape(bucket.tokens_shape[:1])
 
 
+def _flat(program: Callable[..., Any], weights: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """(the program taking its weights as a flat tuple, that tuple)"""
+    leaves, tree = jax.tree.flatten(weights)
+    return lambda flat, *args: program(jax.tree.unflatten(tree, flat), *args), tuple(leaves)
+
+
 def _compile_embed(bucket: Bucket, block: Block, state: Any, x: Any) -> Any:
     tokens, _ = _vectors(bucket)
-    return jax.jit(partial(step.embed, block.lowered)).lower(block.weights, tokens, tokens).compile()
+    program, weights = _flat(partial(step.embed, block.lowered), block.weights)
+    return _compile(jax.jit(program), weights, tokens, tokens)
 
 
 def _compile_layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) -> Any:
     tokens, writes = _vectors(bucket)
-    program = partial(step.layers, tuple(b.lowered for b in group.blocks), prefill=bucket.prefill, length=bucket.length)
-    weights = tuple(block.weights for block in group.blocks)
-    return jax.jit(program, donate_argnums=1).lower(weights, tuple(caches), x, tokens, writes, _shape(())).compile()
+    run = partial(step.layers, tuple(b.lowered for b in group.blocks), length=bucket.length)
+    program, weights = _flat(run, [block.weights for block in group.blocks])
+    return _compile(jax.jit(program, donate_argnums=1), weights, tuple(caches), x, tokens, writes, _shape(()))
 
 
 def _compile_head(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
     tokens, writes = _vectors(bucket)
     rows = bucket.tokens_shape[0]
     table = (_shape((rows, len(RowTable.FLOATS)), np.float32), _shape((rows, len(RowTable.INTS))))
-    program: Callable[..., Any] = step.head_prefill if bucket.prefill else step.head_decode
-    scalars = (_shape(()), _shape(())) if bucket.prefill else (writes,)
-    jitted = jax.jit(partial(program, block.lowered, length=bucket.length), donate_argnums=1)
-    return jitted.lower(block.weights, history, x, tokens, tokens, *scalars, *table).compile()
+    run: Callable[..., Any] = step.head_prefill if bucket.prefill else step.head_decode
+    scalars = (_shape(()), _shape(())) if bucket.prefill else (writes, _shape(()))
+    program, weights = _flat(partial(run, block.lowered, length=bucket.length), block.weights)
+    return _compile(jax.jit(program, donate_argnums=1), weights, history, x, tokens, tokens, *scalars, *table)
+
+
+def _compile(jitted: Any, *args: Any) -> Any:
+    """On a CPU a reduction in two steps, as XLA would make every one, is two operations where one is as fast."""
+    options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if jax.default_backend() == "cpu" else {}
+    return jitted.lower(*args).compile(compiler_options=options)
 
 
 _COMPILE: dict[str, Callable[..., Any]] = {"embed": _compile_embed, "layers": _compile_layers, "head": _compile_head}

@@ -88,12 +88,12 @@ class RowTable:
         top_k = min(params.top_k, 2**31 - 1)
         self.ints[row] = [top_k, low, high, prompt_length, -1 if params.logprobs is None else params.logprobs]
 
-    def only(self, rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(floats, ints) of a wave of `size` rows in which just `rows` ask for anything; the others are greedy."""
+    def only(self, rows: np.ndarray, base: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(floats, ints) of a wave of `size` rows from `base` on, of which just `rows` ask for anything; the others are greedy."""
         floats, ints = np.zeros((size, len(self.FLOATS)), np.float32), np.zeros((size, len(self.INTS)), np.int32)
         floats[:, 1] = floats[:, 3] = 1.0
         ints[:, -1] = -1
-        floats[rows], ints[rows] = self.floats[rows], self.ints[rows]
+        floats[rows - base], ints[rows - base] = self.floats[rows], self.ints[rows]
         return floats, ints
 
 
@@ -129,7 +129,7 @@ def sample(logits: jax.Array, floats: jax.Array, ints: jax.Array, history: jax.A
     def draw() -> jax.Array:
         return _draw(scores, temperature, top_k, top_p, min_p, ints[:, 1:3], positions)
 
-    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    greedy = _argmax(scores)
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
     tokens = jnp.where(temperature[:, 0] > 0, drawn, greedy)
 
@@ -171,7 +171,17 @@ def _draw(scores: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, see
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
 
     gumbel = jax.lax.map(lambda args: noise(*args), (seeds, positions)) if batch > 1 else noise(seeds[0], positions[0])[None]
-    return jnp.argmax(scaled + gumbel, axis=-1).astype(jnp.int32)
+    return _argmax(scaled + gumbel)
+
+
+def _argmax(scores: Any) -> Any:
+    """The first index of the largest of scores [B, V] -> int32 [B]; the last index where there is NaN.
+
+    As two plain reductions, which XLA vectorises on a CPU: jnp.argmax takes 10 times as long there, 0.2 ms for each row of 49,152.
+    """
+    vocab = scores.shape[-1]
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(scores == largest, jnp.arange(vocab, dtype=jnp.int32), vocab - 1), axis=-1)
 
 
 def _filter(scaled: Any, top_k: Any, top_p: Any, min_p: Any) -> Any:

@@ -101,9 +101,9 @@ class Stage:
         inner = list(blocks)
         embed = inner.pop(0) if self.first else None
         head = inner.pop() if self.last else None
-        self.programs = Programs(embed, inner, head, compiled)
         self._table = RowTable(config.rows)
         self._dtype = np.dtype(_DTYPES[manifest.hidden.dtype])
+        self.programs = Programs(embed, inner, head, hidden=(manifest.hidden.size, self._dtype), compiled=compiled)
         slots = self.context + SLACK
         self._caches = [self._fresh_cache(layer, slots) for layer in self.layers]
         self._history: Any = jnp.zeros((self.rows, slots), jnp.int32) if self.last else None  # input tokens by position
@@ -222,25 +222,36 @@ class Stage:
         self._check_positions(int(positions.min()), last)
         hidden = self._check_hidden(hidden, len(rows))
         began = time.perf_counter()
-        size = Buckets.fit(self.buckets.rows, high + 1)
+        size = Buckets.fit(self.buckets.rows, high - low + 1)
+        base = min(low, self.rows - size)
         length = Buckets.fit(self.buckets.lengths, last + 1)
         wave_tokens = np.zeros((size, 1), np.int32)
         wave_positions = np.zeros((size, 1), np.int32)
         writes = np.full(size, self.context + SLACK - 1, np.int32)  # the slot nobody sees
-        wave_tokens[rows, 0], wave_positions[rows, 0], writes[rows] = tokens, positions, positions
+        at = rows - base
+        wave_tokens[at, 0], wave_positions[at, 0], writes[at] = tokens, positions, positions
         x = None
         if hidden is not None:
             x = np.zeros((size, 1, self.manifest.hidden.size), self._dtype)
-            x[rows, 0] = hidden
-        floats, ints = self._table.only(rows, size)
+            x[at, 0] = hidden
+        floats, ints = self._table.only(rows, base, size)
         self._history, result = self.programs.run(
-            Bucket(False, size, length), self._caches, self._history, x, wave_tokens, wave_positions, writes, floats=floats, ints=ints
+            Bucket(False, size, length),
+            self._caches,
+            self._history,
+            x,
+            wave_tokens,
+            wave_positions,
+            writes,
+            row=base,
+            floats=floats,
+            ints=ints,
         )
         if self.last:
             host = to_host(result)
-            answer: Any = [self._token(host, int(row), int(row)) for row in rows]
+            answer: Any = [self._token(host, index, row) for index, row in zip(at.tolist(), rows.tolist(), strict=True)]
         else:
-            answer = np.asarray(result)[rows, 0]
+            answer = np.asarray(result)[at, 0]
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(rows)
         self.counters.decode_s += time.perf_counter() - began
@@ -283,7 +294,7 @@ class Stage:
                     yield Bucket(True, chunk, length)
 
     def _compile(self, bucket: Bucket) -> None:
-        self.programs.compile(bucket, self._caches, self._history, self.manifest.hidden.size, self._dtype)
+        self.programs.compile(bucket, self._caches, self._history)
 
     def _token(self, sampled: Sampled, index: int, row: int) -> Token:
         wanted = int(self._table.ints[row, -1])

@@ -4,7 +4,7 @@
     layers     a few consecutive layers, their caches updated       every stage, as often as its layers need
     head       hidden state -> sampled tokens                       last stage
 
-Each takes either a decode step (one token for each of the rows 0 .. B-1 of a wave) or a prefill chunk (T tokens of one row).
+Each takes either a decode step (one token for each of B rows of a wave) or a prefill chunk (T tokens of one row).
 Layers run a few at a time, not all at once: groups of equal layers are one compiled program, so that the time to compile does
 not grow with depth, and a handful of calls a step is lost in its time. State is donated: caches are updated where they lie.
 """
@@ -55,19 +55,18 @@ def layers(
     writes: jax.Array,
     row: jax.Array,
     *,
-    prefill: bool,
     length: int,
 ) -> tuple[tuple[LayerCache, ...], jax.Array]:
     """hidden [B, T, D], positions [B, T], writes [B] -> the caches and hidden [B, T, D].
 
-    `prefill`: B is 1 and the row is `row`; otherwise T is 1, the rows are 0 .. B-1 and `row` is not read. `length` slots are read.
+    The rows are `row` .. row + B - 1; B or T is 1. `length` slots are read.
     """
     given: dict[str, Any] = {"position_ids": positions, "write_indices": writes}
     updated = []
     for index, (block, own, cache) in enumerate(zip(blocks, weights, caches, strict=True)):
         given["hidden_in"] = hidden
         for which, array in (("past_key", cache.key), ("past_value", cache.value)):
-            given[which] = CacheView(array, row if prefill else None, hidden.shape[0], length)
+            given[which] = CacheView(array, row, hidden.shape[0], length)
         with jax.named_scope(f"layer{index}"):
             out = _run(block, own, given)
         hidden = out["hidden_out"]
@@ -83,6 +82,7 @@ def head_decode(
     tokens: jax.Array,
     positions: jax.Array,
     writes: jax.Array,
+    row: jax.Array,
     floats: jax.Array,
     ints: jax.Array,
     *,
@@ -91,9 +91,9 @@ def head_decode(
     """hidden [B, 1, D]; tokens, positions [B, 1]; writes [B]; history [R, S] of input tokens by position; floats, ints of a
     RowTable -> the history and what was sampled for each row."""
     rows = hidden.shape[0]
-    at = jnp.arange(rows)
+    at = row + jnp.arange(rows)
     history = history.at[at, writes].set(tokens[:, 0], mode="promise_in_bounds", unique_indices=True)
-    seen = jax.lax.slice(history, (0, 0), (rows, length))
+    seen = jax.lax.dynamic_slice(history, (row, 0), (rows, length))
     return history, sample(_logits(block, weights, hidden), floats, ints, seen, positions[:, 0])
 
 

@@ -86,6 +86,17 @@ def test_sampled_tokens_do_not_depend_on_the_batch(pipeline):
     assert tokens == alone
 
 
+def test_a_wave_of_high_rows_costs_what_low_ones_do(llama, greedy_tokens):
+    stages = Pipeline.load(llama, shards=2, rows=16, chunk=32)
+    history = [*PROMPT, *greedy_tokens]
+    for row in (13, 15):
+        stages.start(row, PROMPT, GREEDY, max_tokens=40)
+    for at in range(len(PROMPT), len(PROMPT) + 20):
+        tokens = stages.decode(np.array([15, 13]), np.array([at, at]), np.array([history[at], history[at]]))
+        assert [token.id for token in tokens] == [history[at + 1]] * 2
+    assert {key[1].size for key in stages.stages[0].programs._compiled if key[0] == "layers" and not key[1].prefill} == {4}
+
+
 def test_a_replayed_step_changes_nothing(pipeline, greedy_tokens):
     pipeline.start(0, PROMPT, GREEDY, max_tokens=60)
     history = [*PROMPT, *greedy_tokens]
