@@ -1,9 +1,10 @@
 """Which frame goes out next.
 
-Decode. The sessions of one route are put in order of their rows and cut into as many lanes as the route has stages (fewer where
-there are fewer sessions). A lane has at most one frame in flight, so that with every lane under way every stage has work, and a
-frame that comes back can go out again at once with those that joined meanwhile. Lanes follow the order of the rows, so that the
-rows of a frame lie together: a stage computes over a block of rows.
+Decode. The sessions of one route are put in order of their rows and cut into lanes, at most as many as the route has stages. A
+lane has at most one frame in flight, so that with every lane under way every stage has work, and a frame that comes back can go out
+again at once with those that joined meanwhile. Lanes follow the order of the rows, so that the rows of a frame lie together: a
+stage computes over a block of rows, rounded up to a bucket. Lanes of 11, 11 and 10 would each cost what one of 16 does and take
+as long to come round as two of 16, so there are no more lanes than fill their buckets.
 
 Prefill. A history goes out in chunks. While anybody decodes through a shard it gets one chunk at a time, so that a step waits
 for one chunk at most; otherwise as many as there are stages. Chunks are given by virtual finishing time: a session's turn is
@@ -196,7 +197,7 @@ class Scheduler:
 
     def _decode(self, group: _Group) -> list[FrameOut]:
         live = len(group.order)
-        lanes = min(live, len(group.route))
+        lanes = _lanes(live, len(group.route))
         frames = []
         for lane in range(lanes):
             if lane in group.lanes_out:
@@ -239,6 +240,14 @@ class Scheduler:
     def _number(self) -> int:
         self._next_frame += 1
         return self._next_frame - 1
+
+
+def _lanes(live: int, stages: int) -> int:
+    """The fewest lanes for `live` sessions whose longest rounds up to no more rows (a power of two) than with one for each stage."""
+    if live <= stages:
+        return live
+    rows = 1 << (-(-live // stages) - 1).bit_length()
+    return -(-live // rows)
 
 
 def _row(session: Session, start: int, stop: int) -> FrameRow:
