@@ -29,6 +29,7 @@ __all__ = [
     "CoordinatorConfig",
     "DistributedConfig",
     "GatewayConfig",
+    "HealthSection",
     "HttpSection",
     "LoadBalancing",
     "ModelConfig",
@@ -341,7 +342,8 @@ class ShardSection(Section):
     }
 
     shard_id: Count
-    listen_port: Port = 8080
+    listen_host: str = Field(default="127.0.0.1", min_length=1)
+    listen_port: FreePort = 8080
     replication_mode: ReplicationMode = "balance"
 
 
@@ -376,6 +378,8 @@ class ShardConfig(ConfigFile):
     resources: ResourcesSection
     performance: PerformanceSection = PerformanceSection()
     health: HealthSection = HealthSection()
+    tls: TlsSection | None = None
+    authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")

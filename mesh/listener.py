@@ -127,6 +127,7 @@ class Listener:
         config = uvicorn.Config(
             app,
             http=_Connection,
+            interface="asgi3",
             ws="none",
             lifespan="off",
             log_config=None,

@@ -235,7 +235,7 @@ class LocalMesh:
         if options.context is not None:
             performance["max_sequence_length"] = options.context
         return {
-            "shard": {"shard_id": number, "replication_mode": options.mode},
+            "shard": {"shard_id": number, "listen_port": 0, "replication_mode": options.mode},
             "nats": self._nats_section(),
             "model": {"shard_path": str(options.model.absolute()), "layers_start": layers.start, "layers_end": layers.stop},
             "resources": {"max_memory_gb": memory / GB},

@@ -323,6 +323,7 @@ class ShardLease(Message):
     host: str = ""
     pid: Natural = 0
     started_unix_s: float = 0.0
+    http: str = ""  # where it says how it is
 
     @property
     def layers(self) -> LayerRange:

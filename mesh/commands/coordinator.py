@@ -95,7 +95,8 @@ def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | Non
         if not 0 <= args.http_port <= 65535:
             raise ConfigError(f"--http-port {args.http_port}: give 0 to 65535")
         section = section.model_copy(update={"listen_port": args.http_port})
-    return HttpEdge.bind(gateway_settings(section, config.tls, config.authentication, model=None), or_free=args.free_port)
+    or_free = args.free_port or "listen_port" not in section.model_fields_set
+    return HttpEdge.bind(gateway_settings(section, config.tls, config.authentication, model=None), or_free=or_free)
 
 
 async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: BusOptions) -> None:

@@ -14,9 +14,10 @@ from mesh.errors import ConfigError
 if TYPE_CHECKING:
     from mesh.config import AuthenticationSection, HttpSection, TlsSection
     from mesh.gateway import GatewaySettings, HttpEdge
+    from mesh.listener import Tls
     from mesh.security import Verifier
 
-__all__ = ["add_parser", "gateway_settings", "run_command", "until_told", "verifier_of"]
+__all__ = ["add_parser", "gateway_settings", "run_command", "tls_of", "until_told", "verifier_of"]
 
 _DESCRIPTION = """\
 Serve HTTP for a mesh: its own API, OpenAI's, health. It needs neither a model nor JAX, and any number of them may stand behind a
@@ -42,13 +43,13 @@ def run_command(args: argparse.Namespace) -> int:
 
     config = load_environment(GatewayConfig) if args.config is None else load_config(args.config, GatewayConfig)
     given = {"listen_host": args.host, "listen_port": args.http_port, "model": args.model}
-    section = config.gateway.model_copy(update={name: value for name, value in given.items() if value is not None})
+    section = config.gateway.model_copy(update={name: value for name, value in given.items() if value is not None})  # now set, too
     if not 0 <= section.listen_port <= 65535:
         raise ConfigError(f"--http-port {section.listen_port}: give 0 to 65535")
     setup_logging(config.logging.level, config.logging.file)
     settings = gateway_settings(section, config.tls, config.authentication, model=section.model)
     options = bus_options(args, config.nats if args.config is not None else None)
-    edge = HttpEdge.bind(settings)
+    edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set)
 
     async def serve() -> None:
         await until_told(edge, options)
@@ -78,16 +79,14 @@ def gateway_settings(
     """What the sections of a file say; ConfigError where the listener would be open to others than this machine, and they say
     nothing of who may ask."""
     from mesh.gateway import GatewaySettings, Limits
-    from mesh.listener import ListenerOptions, Tls
+    from mesh.listener import ListenerOptions
 
     listener = ListenerOptions(
         host=section.listen_host,
         port=section.listen_port,
         max_connections=section.max_connections,
         grace_s=section.drain_timeout,
-        tls=None
-        if tls is None or not tls.enabled
-        else Tls(tls.cert_file, tls.key_file, tls.ca_file, required=tls.require_client_certificate),
+        tls=tls_of(tls),
     )
     limits = Limits(
         max_body_bytes=section.max_body_bytes,
@@ -104,6 +103,14 @@ def gateway_settings(
         probe_timeout_s=section.health_check_interval,
         cors_origins=tuple(section.cors_origins),
     )
+
+
+def tls_of(section: TlsSection | None) -> Tls | None:
+    from mesh.listener import Tls
+
+    if section is None or not section.enabled:
+        return None
+    return Tls(section.cert_file, section.key_file, section.ca_file, required=section.require_client_certificate)
 
 
 def verifier_of(section: AuthenticationSection, host: str) -> Verifier | None:

@@ -15,12 +15,16 @@ from mesh.units import parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus
+    from mesh.config import ShardConfig
+    from mesh.shard.http import ShardHttp
     from mesh.shard.service import Progress, ShardOptions
     from mesh.types import LayerRange
 
 __all__ = ["add_join_parser", "add_shard_parser"]
 
 log = logging.getLogger("mesh.shard")
+
+_HTTP_CONNECTIONS = 64
 
 _SHARD = """\
 Serve one layer range of a model, as a configuration file says. The model directory at model.shard_path may be there, or hold
@@ -52,6 +56,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser.add_argument("--dir", metavar="DIR", type=Path, help="where blocks are kept (default: the cache directory)")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
+    parser.add_argument("--http-port", type=int, metavar="PORT", help="where it says how it is (default: 8080, or a free one)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=join_command)
 
@@ -73,6 +78,7 @@ def shard_command(args: argparse.Namespace) -> int:
     prepare()
     layers = LayerRange(config.model.layers_start, config.model.layers_end)
     connection = bus_options(args, config.nats)
+    http = _http(config)
 
     with progress_bar(quiet=args.quiet) as progress:
 
@@ -89,12 +95,28 @@ def shard_command(args: argparse.Namespace) -> int:
                 mirror=config.shard.replication_mode == "mirror",
             )
 
-        run_loop(serve(connection, make, progress=progress))
+        run_loop(serve(connection, make, progress=progress, http=http))
     return 0
 
 
+def _http(config: ShardConfig) -> ShardHttp:
+    """With its port taken, so that a wrong one is an error before anything is loaded."""
+    from mesh.commands.gateway import tls_of, verifier_of
+    from mesh.listener import Listener, ListenerOptions
+    from mesh.shard.http import ShardHttp
+
+    section = config.shard
+    verifier = verifier_of(config.authentication, section.listen_host)
+    options = ListenerOptions(section.listen_host, section.listen_port, _HTTP_CONNECTIONS, grace_s=0, tls=tls_of(config.tls))
+    listener = Listener.bind(options, or_free="listen_port" not in section.model_fields_set)
+    return ShardHttp(listener, check_interval_s=config.health.check_interval, timeout_s=config.health.timeout, verifier=verifier)
+
+
 def join_command(args: argparse.Namespace) -> int:
+    from mesh.config import HealthSection
+    from mesh.listener import Listener, ListenerOptions
     from mesh.runtime.device import prepare
+    from mesh.shard.http import ShardHttp
     from mesh.shard.process import choose_device, limit_threads, run_loop, serve
     from mesh.telemetry import setup_logging
 
@@ -102,6 +124,11 @@ def join_command(args: argparse.Namespace) -> int:
     limit_threads(args.threads)
     choose_device(gpu=args.gpu)
     prepare()
+    options = ListenerOptions(port=8080 if args.http_port is None else args.http_port, max_connections=_HTTP_CONNECTIONS, grace_s=0)
+    health = HealthSection()
+    http = ShardHttp(
+        Listener.bind(options, or_free=args.http_port is None), check_interval_s=health.check_interval, timeout_s=health.timeout
+    )
     memory = parse_bytes(args.memory) if args.memory else round(0.8 * _free_memory())
     name = args.name or f"join-{secrets.token_hex(4)}"
     with progress_bar(quiet=args.quiet) as progress:
@@ -121,7 +148,7 @@ def join_command(args: argparse.Namespace) -> int:
                 progress=progress,
             )
 
-        run_loop(serve(bus_options(args), make, progress=progress))
+        run_loop(serve(bus_options(args), make, progress=progress, http=http))
     return 0
 
 

@@ -35,7 +35,8 @@ def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
 class Generation:
     """`fields` are those of mesh.messages.Generate; without max_tokens it is the gateway's default, or what the context leaves.
 
-    Iterate over `chunks`; with the last one, which has no token, `completion` is set. Closing the iterator early cancels the generation.
+    Iterate over `chunks`; with the last one, which has no token, `completion` is set. Closing the iterator early cancels the
+    generation. `request`: its name in the mesh, once it has begun.
     """
 
     def __init__(self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any]) -> None:
@@ -47,6 +48,7 @@ class Generation:
         if not self._given:
             self._fields["max_tokens"] = gateway.settings.limits.default_max_tokens
         _check_length(self._fields, gateway.settings.limits)
+        self.request = ""
         self.completion: Completion | None = None
 
     @property
@@ -79,6 +81,7 @@ class Generation:
         given = 0
         limits = self._gateway.settings.limits
         stream = self._gateway.client.stream(model=self._model, timeout_s=limits.request_timeout_s, **self._fields)
+        self.request = stream.request
         try:
             async for chunk in stream:
                 if chunk.token is not None:

@@ -92,7 +92,9 @@ class _Work:
     async def complete(self) -> dict[str, Any]:
         with paying(self.caller, self.most) as bill:
             tasks = [Generation(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
-            return self.shape.whole(await _together(tasks))
+            completions = await _together(tasks)
+        self.shape.name(completions[0].request)
+        return self.shape.whole(completions)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape = self.shape
@@ -100,6 +102,7 @@ class _Work:
             generations = [Generation(self.gateway, bill, shape.model, request) for request in self.requests]
             async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
                 async for index, chunk in chunks:
+                    shape.name(generations[0].request)
                     completion = generations[index].completion if chunk.token is None else None
                     documents = shape.part(index, chunk, None if completion is None else completion.finish_reason)
                     if documents:
@@ -123,7 +126,7 @@ async def _answer(gateway: Gateway, request: Request, body: Common, prompts: lis
             seed = body.seed_of(choice)
             requests.append(prompt if seed is None else {**prompt, "seed": seed})
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    shape = kind(name, request.state.request_id, int(time.time()), usage_is_null=bool(body.stream and include_usage))
+    shape = kind(name, int(time.time()), usage_is_null=bool(body.stream and include_usage))
     work = _Work(gateway, caller_of(request), shape, requests, include_usage)
     if body.stream:
         return EventStream(work.events(), lambda error: event(openai_document(error)), keep_alive_s=limits.keep_alive_s)

@@ -13,11 +13,13 @@ _REPLACEMENT = "\ufffd"  # a token that is part of a character has no text of it
 
 
 class Shape(Protocol):
-    """Documents of one request. `part`: those that say what a chunk of choice `index` brought; `reason` is set with its last."""
+    """Documents of one request, which is named as its first generation is named in the mesh. `part`: those that say what a chunk of
+    choice `index` brought; `reason` is set with its last."""
 
     model: str
 
-    def __init__(self, model: str, id: str, created: int, *, usage_is_null: bool) -> None: ...
+    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None: ...
+    def name(self, request: str) -> None: ...
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
     def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]: ...
     def usage(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
@@ -28,11 +30,14 @@ class _Documents:
     object: str
     part_object: str
 
-    def __init__(self, model: str, id: str, created: int, *, usage_is_null: bool) -> None:
+    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None:
         self.model = model
-        self._id = f"{self.prefix}-{id}"
+        self._id = ""
         self._created = created
         self._null = {"usage": None} if usage_is_null else {}
+
+    def name(self, request: str) -> None:
+        self._id = f"{self.prefix}-{request}"
 
     def _document(self, choices: list[dict[str, Any]], *, part: bool, **more: Any) -> dict[str, Any]:
         return {
@@ -51,8 +56,8 @@ class _Documents:
 class ChatShape(_Documents):
     prefix, object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, id: str, created: int, *, usage_is_null: bool) -> None:
-        super().__init__(model, id, created, usage_is_null=usage_is_null)
+    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None:
+        super().__init__(model, created, usage_is_null=usage_is_null)
         self._begun: set[int] = set()
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -87,8 +92,8 @@ class ChatShape(_Documents):
 class TextShape(_Documents):
     prefix, object, part_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, id: str, created: int, *, usage_is_null: bool) -> None:
-        super().__init__(model, id, created, usage_is_null=usage_is_null)
+    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None:
+        super().__init__(model, created, usage_is_null=usage_is_null)
         self._offsets: dict[int, int] = {}
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mesh.bus import Bus, BusOptions
 from mesh.errors import ConfigError
+from mesh.shard.http import ShardHttp
 from mesh.shard.service import Progress, Shard, ShardOptions
 
 __all__ = ["choose_device", "limit_threads", "run_loop", "serve"]
@@ -49,13 +50,38 @@ def choose_device(*, gpu: bool) -> None:
 
 
 async def serve(
-    bus_options: BusOptions, make: Callable[[Bus], Awaitable[ShardOptions]], *, progress: Progress, connect_s: float | None = 60.0
+    bus_options: BusOptions,
+    make: Callable[[Bus], Awaitable[ShardOptions]],
+    *,
+    progress: Progress,
+    http: ShardHttp | None = None,
+    connect_s: float | None = 60.0,
 ) -> bool:
     """Connect, let `make` say what to be, and be it until told to end. Whether a thread is still computing."""
+    if http is None:
+        return await _serve(bus_options, make, progress, None, connect_s)
+    answering = asyncio.create_task(http.run())
+    try:
+        return await _serve(bus_options, make, progress, http, connect_s)
+    finally:
+        http.listener.stop(now=True)
+        await answering
+
+
+async def _serve(
+    bus_options: BusOptions,
+    make: Callable[[Bus], Awaitable[ShardOptions]],
+    progress: Progress,
+    http: ShardHttp | None,
+    connect_s: float | None,
+) -> bool:
     async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
         # The loop and the compute thread take turns with the interpreter; at the usual 5 ms a frame could wait for a step's dispatch.
         sys.setswitchinterval(_SWITCH_S)
         shard = Shard(bus, await make(bus), progress=progress)
+        if http is not None:
+            http.shard, shard.http_url = shard, http.listener.url
+            log.info("HTTP on %s", shard.http_url)
         loop = asyncio.get_running_loop()
         asked = False
 

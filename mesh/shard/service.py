@@ -94,6 +94,7 @@ class Shard:
         self.manifest = Manifest.load(options.directory)
         self.meter = Meter()
         self.ready = asyncio.Event()
+        self.http_url = ""  # where this process answers HTTP, for those who ask who is there
         self._compiled = compiled
         self._progress = progress
         layers = self.manifest.check_range(options.layers)
@@ -165,6 +166,16 @@ class Shard:
     def computing(self) -> bool:
         """Whether the compute thread lives: after `run`, that it could not be ended (a compilation cannot be interrupted)."""
         return self._compute is not None and self._compute.alive
+
+    @property
+    def status(self) -> Status:
+        """As its lease says."""
+        return self._status
+
+    def ping(self, answered: Callable[[], None]) -> None:
+        """`answered` is called in the loop when the compute thread has come to it, after the work it was given before."""
+        if self._compute is not None:
+            self._compute.submit(lambda: None, lambda result, error: answered())
 
     def stop(self) -> None:
         """End now; what is open is lost to this shard."""
@@ -487,6 +498,7 @@ class Shard:
             host=socket.gethostname(),
             pid=os.getpid(),
             started_unix_s=self._started,
+            http=self.http_url,
         )
 
     def _set_status(self, status: Status) -> None:
