@@ -13,11 +13,18 @@ from starlette.responses import Response
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import gateway_of
 
-__all__ = ["Guarded", "caller_of", "guarded"]
+__all__ = ["SCOPE_KEY", "caller_of", "guarded"]
+
+SCOPE_KEY = "x-scope"
+"""Under which an operation's description says the scope it needs."""
 
 
 class Guarded(APIRoute):
     scope: ClassVar[str]
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        options["openapi_extra"] = {**(options.get("openapi_extra") or {}), SCOPE_KEY: self.scope}
+        super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()

@@ -9,15 +9,19 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mesh.errors import ModelNotFound
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.health import HealthReport
-from mesh.gateway.schema import HealthResponse, LiveResponse
+from mesh.gateway.schema import ErrorResponse, HealthResponse, LiveResponse
 
 __all__ = ["health"]
 
 health = APIRouter(tags=["health"])
 
-_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "No token can be generated now"}}
+_NOT_READY: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorResponse, "description": "Nobody serves that model"},
+    503: {"model": HealthResponse, "description": "No token can be generated now"},
+}
 
 
 @health.get("/api/v1/health", response_model=HealthResponse, responses=_NOT_READY)
@@ -27,6 +31,8 @@ async def ready(request: Request, model: str | None = None, gateway: Gateway = D
     """Whether a token can be generated now: 200, or 503 with the reason. `model`: of that one; otherwise of all."""
     report = await gateway.health.check()
     if model is not None:
+        if report.models and not any(entry.model == model for entry in report.models):
+            raise ModelNotFound(f"no coordinator serves a model {model!r}")
         report = report.of(model)
     caller = gateway.gate.identify(request.headers.get("authorization"))
     document = _document(report, details=caller is not None and caller.may("admin"))

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from mesh.gateway.guard import Guarded
+from mesh.gateway.guard import SCOPE_KEY
 from mesh.gateway.openai_schema import OpenAIError
 from mesh.gateway.schema import ErrorResponse
 
@@ -39,14 +39,12 @@ def describe(app: FastAPI) -> dict[str, Any]:
     for model in (ErrorResponse, OpenAIError):
         schemas.update(_schema_of(model))
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
-    guarded = [route for route in app.routes if isinstance(route, Guarded)]
-    scopes = {(route.path_format, method.lower()): route.scope for route in guarded for method in route.methods or ()}
     for path, operations in document["paths"].items():
         error = "#/components/schemas/OpenAIError" if path.startswith("/v1/") else _COMMON
-        for method, operation in operations.items():
+        for operation in operations.values():
             responses = operation["responses"]
             responses.pop("422", None)
-            scope = scopes.get((path, method))
+            scope = operation.get(SCOPE_KEY)
             if scope is not None:
                 operation["security"] = [{"token": []}, {}]
                 operation["description"] = f"{operation.get('description', '')}\n\nScope: {scope}.".strip()
