@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from mesh.commands import bench, chat, coordinator, gateway, generate, import_model, run, status, token, top, tune, up
 from mesh.commands.drain import add_drain_parser
+from mesh.commands.events import add_events_parser
+from mesh.commands.forget import add_forget_parser
 from mesh.commands.planning import add_plan_parser, add_shard_model_parser
 from mesh.commands.push import add_pull_parser, add_push_parser
 from mesh.commands.shard import add_join_parser, add_shard_parser
@@ -41,7 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plan_parser(subparsers)
     tune.add_parser(subparsers)
     add_shard_model_parser(subparsers)
-    for add in (add_shard_parser, add_join_parser, add_push_parser, add_pull_parser, add_drain_parser):
+    for add in (
+        add_shard_parser,
+        add_join_parser,
+        add_push_parser,
+        add_pull_parser,
+        add_drain_parser,
+        add_forget_parser,
+        add_events_parser,
+    ):
         add(subparsers)
     args = parser.parse_args(argv)
     try:

@@ -38,6 +38,7 @@ __all__ = [
     "Drained",
     "ErrorReply",
     "Event",
+    "EventKind",
     "Generate",
     "Message",
     "Open",
@@ -338,10 +339,26 @@ class ShardLease(Message):
         return self.layers_end == self.total_layers
 
 
+EventKind = Literal[
+    "joined",  # a shard, before it loads
+    "ready",
+    "drained",
+    "left",
+    "suspected",  # a shard, or a coordinator, does not answer
+    "failed_over",  # sessions go another way
+    "plan_changed",
+    "rejected",  # a shard of another version or model takes no part
+    "forgotten",  # by hand
+    "coordinator_joined",
+    "coordinator_left",
+    "resumed",  # sessions of another coordinator
+]
+
+
 class Event(Message):
     """Something that happened, for people and monitors. `who`: a shard or a coordinator."""
 
-    kind: Literal["joined", "ready", "left", "suspected", "failed_over", "drained", "plan_changed", "rejected"]
+    kind: EventKind
     who: Token
     model: str = ""
     at_unix_s: float

@@ -90,7 +90,7 @@ class NatsServer:
         server = cls(process, folder)
         if not server._ready.wait(timeout_s) or process.poll() is not None or not server.url:
             said = " | ".join(line for line in server._tail if "[ERR]" in line or "[FTL]" in line or "nats-server:" in line)
-            ended = process.poll() is not None
+            ended = process.poll() is not None or server._ready.is_set()  # it has closed its log, and is about to end
             server.stop()
             if ended:
                 raise ConfigError(f"nats-server ended at once: {said or 'it said nothing'}")

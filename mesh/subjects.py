@@ -36,6 +36,7 @@ __all__ = [
     "OBJECTS_MODELS",
     "REPLICAS_QUEUE",
     "STREAM_BATCH",
+    "STREAM_EVENTS",
     "VERSION",
     "Verb",
     "alive",
@@ -64,6 +65,7 @@ KV_PLACEMENT: Final = "mesh_placement"
 KV_SESSIONS: Final = "mesh_sessions"
 OBJECTS_MODELS: Final = "mesh_models"
 STREAM_BATCH: Final = "mesh_batch"
+STREAM_EVENTS: Final = "mesh_events"
 
 LEASE_TTL_S: Final = 5.0
 """How long a lease counts that is not renewed: the TTL of KV_SHARDS, the same for everyone who opens it."""

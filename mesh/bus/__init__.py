@@ -3,11 +3,14 @@
 connection   Bus: connect and stay connected, publish, request, subscribe; limits checked before each write
 service      micro services: $SRV.PING/INFO/STATS, typed requests, errors in headers
 kv           leases and other small shared state: Bucket, LeaseTable
+events       what happened, and the stream that keeps it
+replicas     on how many servers of a cluster all this is kept
 objects      models in the object store: push and pull with checksums
 mapping      nats-py's errors to ours, once
 """
 
 from mesh.bus.connection import Bus, BusOptions, Received, Subscription, end_tasks
+from mesh.bus.events import EventLog, announce, keep_events
 from mesh.bus.kv import Bucket, LeaseTable
 from mesh.bus.objects import ModelStore, kept_at
 from mesh.bus.service import Endpoint, Service
@@ -17,11 +20,14 @@ __all__ = [
     "Bus",
     "BusOptions",
     "Endpoint",
+    "EventLog",
     "LeaseTable",
     "ModelStore",
     "Received",
     "Service",
     "Subscription",
+    "announce",
     "end_tasks",
+    "keep_events",
     "kept_at",
 ]

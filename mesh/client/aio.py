@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import orjson
 
 from mesh import messages, subjects
-from mesh.bus import Bucket, Bus, BusOptions, Received, Subscription
+from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.client.results import Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
@@ -189,6 +189,14 @@ class AsyncMeshClient:
             if trace is not None:
                 return trace
         return None
+
+    async def events(
+        self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False
+    ) -> AsyncIterator[messages.Event]:
+        """What has happened, oldest first: the `last` so many, or since a time, else all of a week. `follow`: and then what happens,
+        for ever. Unavailable where nothing is kept."""
+        async for event in EventLog(self._connected).events(last=last, since_unix_s=since_unix_s, follow=follow):
+            yield event
 
     async def watch_events(self, call: Callable[[messages.Event], None]) -> Subscription:
         """`call` with everything the mesh says has happened, from now until the subscription is stopped."""

@@ -21,7 +21,7 @@ from mesh.coordinator.peers import Peer, Peers
 from mesh.coordinator.records import Recorder, SessionRecord, sessions_bucket
 from mesh.coordinator.replies import Job
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
-from mesh.messages import Alive, Beat, Generate
+from mesh.messages import Alive, Beat, EventKind, Generate
 
 __all__ = ["Continuity", "Host"]
 
@@ -35,6 +35,10 @@ SETTLE_S: Final = 2.0
 """After a reconnection: the others reconnect as well, each at its own time."""
 _ASK_S: Final = 1.0
 _RELEASE_S: Final = 5.0
+
+
+Announce = Callable[[EventKind, str, str], object]
+"""(kind, who, detail)"""
 
 
 class Host(Protocol):
@@ -55,7 +59,9 @@ class Host(Protocol):
 class Continuity:
     """See the module's docstring. `instance` is another one for each process, `name` may be the same after a restart."""
 
-    def __init__(self, bus: Bus, host: Host, *, model: str, model_hash: str, name: str, instance: str, random: Random) -> None:
+    def __init__(
+        self, bus: Bus, host: Host, *, model: str, model_hash: str, name: str, instance: str, random: Random, announce: Announce
+    ) -> None:
         self.bus = bus
         self.name = name
         self.instance = instance
@@ -70,12 +76,8 @@ class Continuity:
         self._connected_at = float("-inf")
         self._subscriptions: list[Subscription] = []
         self._watcher: asyncio.Task[Any] | None = None
-        self._told_of_change: Callable[[str, str, str], None] = lambda kind, who, detail: None
+        self._announce = announce
         bus.on_change(self._on_connection)
-
-    def on_event(self, call: Callable[[str, str, str], None]) -> None:
-        """`call(kind, who, detail)` when a peer joins, leaves or is given up, or its session is taken over."""
-        self._told_of_change = call
 
     async def start(self) -> None:
         self._subscriptions = [
@@ -162,6 +164,7 @@ class Continuity:
             taken = await self.recorder.take_over(record, revision, epoch=(asked.attempt or 0) + 1)
             if taken is not None:
                 await self._resume(*taken, asked, reply)
+                self._announce("resumed", self.name, "1 session of another coordinator, whose client asked again")
                 return True
         return False
 
@@ -206,7 +209,7 @@ class Continuity:
     async def _give_up(self, peer: Peer) -> None:
         log.warning("coordinator %s (%s) is gone: taking over what it was generating", peer.name or "?", peer.instance)
         if peer.name:
-            self._told_of_change("suspected", peer.name, "does not answer")
+            self._announce("suspected", peer.name, "the coordinator does not answer")
             if peer.name != self.name and not self.peers.named(peer.name):
                 await self._host.close_rows(peer.name)
         await self._adopt(lambda owner: owner == peer.instance)
@@ -214,6 +217,7 @@ class Continuity:
     async def _adopt(self, whose: Callable[[str | None], bool]) -> None:
         """Take over the sessions of these owners, as far as no other coordinator is faster."""
         found = await self.recorder.all()
+        count = 0
         self._random.shuffle(found)  # several do this at once, and do not get in each other's way
         for record, revision in found:
             if (
@@ -225,11 +229,13 @@ class Continuity:
                 continue
             taken = await self.recorder.take_over(record, revision)
             if taken is not None:
+                count += 1
                 await self._resume(*taken, None, record.reply)
+        if count:
+            self._announce("resumed", self.name, f"{count} session{'s' if count > 1 else ''} of another coordinator")
 
     async def _resume(self, record: SessionRecord, revision: int, asked: Generate | None, reply: str) -> None:
         self.resumed += 1
-        self._told_of_change("resumed", self.name, f"session {record.session}, after {len(record.given)} tokens")
         await self._host.resume(record, revision, asked, reply)
 
     async def _lives(self, instance: str) -> bool:

@@ -24,12 +24,12 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from mesh import frames, messages, subjects, telemetry
-from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription
+from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription, announce, keep_events
 from mesh.bus.connection import reply_error
 from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core import Core, CoreConfig
@@ -162,6 +162,7 @@ class Coordinator:
             name=self.name,
             instance=secrets.token_hex(6),
             random=Random(secrets.randbits(64)),
+            announce=lambda kind, who, detail: bus.spawn(self._announce(kind, who, detail), "event"),
         )
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ class Coordinator:
                 await self.bus.subscribe(f"{self._probe}.*", self._on_probe),
             ]
             await self._leases.start()
+            await keep_events(self.bus)
             await self.continuity.start()
             self._service = await Service.start(
                 self.bus,
@@ -193,6 +195,7 @@ class Coordinator:
             )
             await self.bus.flush()
             self.ready.set()
+            await self._announce("coordinator_joined", self.name, f"serves {model}")
             log.info("ready: %s serves %s as %s", self.name, model, subjects.generate(model))
             await self._stop.wait()
         finally:
@@ -241,6 +244,7 @@ class Coordinator:
         if self.bus.connected:
             await self.close_rows(self.name)
             await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(_BEAT_TTL_S, leaving=True))
+            await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         if self._timer is not None:
             self._timer.cancel()
         await self._leases.stop()
@@ -439,13 +443,11 @@ class Coordinator:
     def _on_connection(self, connected: bool) -> None:
         if connected:
             self._connected_at = time.monotonic()
+            self.bus.spawn(keep_events(self.bus), "events")  # the server may have lost them
         self.bus.spawn(self._handle(Connection(connected)), "connection")
 
-    async def _announce(self, kind: Literal["suspected", "failed_over", "rejected"], who: str, detail: str) -> None:
-        event = messages.Event(
-            kind=kind, who=who, model=self.manifest.name, at_unix_s=time.time(), detail=detail, data={"coordinator": self.name}
-        )
-        await self.bus.send(subjects.event(kind), event)
+    async def _announce(self, kind: messages.EventKind, who: str, detail: str) -> None:
+        await announce(self.bus, kind, who, model=self.manifest.name, detail=detail, coordinator=self.name)
 
     # -- the core ------------------------------------------------------------------------------------------------------
 

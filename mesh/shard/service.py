@@ -26,11 +26,11 @@ import ml_dtypes
 import numpy as np
 
 from mesh import frames, subjects, telemetry
-from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, end_tasks
+from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.frames import Frame, Gap, Kind, Timing
 from mesh.memory import DEFAULT_CHUNK
-from mesh.messages import Beat, Close, Closed, Drain, Drained, Event, Open, Opened, Ping, Pong, ShardLease, ShardStats, StatsRequest
+from mesh.messages import Beat, Close, Closed, Drain, Drained, EventKind, Open, Opened, Ping, Pong, ShardLease, ShardStats, StatsRequest
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
@@ -139,6 +139,7 @@ class Shard:
         self._compute = ComputeThread(loop.call_soon_threadsafe)
         leases = self.bus.spawn(self._keep_lease(), "lease")
         try:
+            await keep_events(self.bus)
             await self._announce("joined", f"layers {shape.layers} of {model}")
             await self._listen_control()
             log.info("loading layers %s of %s", shape.layers, model)
@@ -535,9 +536,5 @@ class Shard:
             except MeshError as error:
                 log.warning("leaving: %s", error)
 
-    async def _announce(self, kind: Literal["joined", "ready", "drained", "left"], detail: str) -> None:
-        layers = str(self.state.shape.layers)
-        event = Event(
-            kind=kind, who=self.options.name, model=self.manifest.name, at_unix_s=time.time(), detail=detail, data={"layers": layers}
-        )
-        await self.bus.send(subjects.event(kind), event)
+    async def _announce(self, kind: EventKind, detail: str) -> None:
+        await announce(self.bus, kind, self.options.name, model=self.manifest.name, detail=detail, layers=str(self.state.shape.layers))

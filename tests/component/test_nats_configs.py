@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mesh import subjects
-from mesh.bus import Bucket, Bus, BusOptions, Received
+from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received
+from mesh.bus.replicas import spread
 from mesh.errors import ServiceError, Unavailable
 from mesh.messages import TOPICS
 from mesh.server import NatsServer
@@ -64,6 +65,20 @@ def test_cluster_of_three_survives_the_loss_of_one(run: Run, tmp_path: Path) -> 
         async with await Bus.connect(BusOptions(urls), name="t") as bus:
             bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True)
             await eventually(lambda: bucket.put("a", b"1"))
+
+            async def on_three() -> None:
+                """Whatever there was of the cluster when they were made."""
+                await Bucket(bus, subjects.KV_PLACEMENT, durable=True).get("a")
+                await EventLog(bus).open()
+                for stream in (f"KV_{subjects.KV_PLACEMENT}", subjects.STREAM_EVENTS):
+                    found = await bus.client.jetstream().stream_info(stream)
+                    if found.config.num_replicas != 3:
+                        raise ServiceError(f"{stream} is on {found.config.num_replicas}")
+
+            await eventually(on_three)
+            made = await bus.client.jetstream().create_key_value(bucket="narrow", replicas=1)
+            await spread(bus, "KV_narrow")
+            assert (await made.status()).stream_info.config.num_replicas == 3
             lost = next(server for server in servers if server.port == bus.client.connected_url.port)
             lost.kill()
             await eventually(lambda: bucket.put("a", b"2"))

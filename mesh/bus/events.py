@@ -1,0 +1,163 @@
+"""What happened in the mesh: messages on mesh.v1.events.KIND, kept in the stream `mesh_events` for a week.
+
+An event is published like any other message and waits for nobody: the stream listens as a monitor would. Within MAX_BYTES the newest
+are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, Final
+
+import nats.aio.msg
+import nats.js.api
+import nats.js.client
+import nats.js.errors
+
+from mesh import subjects
+from mesh.bus.connection import Bus
+from mesh.bus.mapping import mapped
+from mesh.bus.replicas import replicated, spread
+from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
+from mesh.messages import Event, EventKind
+
+__all__ = ["EventLog", "announce", "keep_events"]
+
+log = logging.getLogger("mesh.bus")
+
+MAX_AGE_S: Final = 7 * 86400.0
+MAX_BYTES: Final = 64 * 1024 * 1024
+_TIMEOUT_S: Final = 2.0
+_CHECK_S: Final = 1.0
+_RETRY_S: Final = 0.5
+
+
+async def announce(bus: Bus, kind: EventKind, who: str, *, model: str = "", detail: str = "", **data: Any) -> None:
+    """Say that something has happened. Never raises: what was said is not worth what happened."""
+    event = Event(kind=kind, who=who, model=model, at_unix_s=time.time(), detail=detail, data=data)
+    try:
+        await bus.send(subjects.event(kind), event)
+    except MeshError as error:
+        log.debug("an event nobody heard: %s", error)
+
+
+async def keep_events(bus: Bus) -> None:
+    """Make the stream where it is not there. Never raises: without JetStream there is no history."""
+    try:
+        await EventLog(bus).open()
+    except MeshError as error:
+        log.warning("%s", error)
+
+
+class EventLog:
+    """The stream. `events` reads it."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def open(self) -> None:
+        """Make it where it is not there."""
+        js = self._js
+        with mapped(f"opening {subjects.STREAM_EVENTS}"):
+            try:
+                await js.stream_info(subjects.STREAM_EVENTS)
+            except nats.js.errors.NotFoundError:
+                await replicated(self._bus, self._make)
+                return
+        await spread(self._bus, subjects.STREAM_EVENTS)
+
+    async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
+        """Those that are kept, oldest first: the `last` so many, or those since a time, else all. `follow`: and then those to come,
+        for ever, through reconnections. Unavailable where nothing is kept yet."""
+        seen: int | None = None
+        while True:
+            try:
+                async for event, sequence in self._read(last, since_unix_s, seen, follow):
+                    seen = sequence
+                    if event is not None:
+                        yield event
+                if not follow:
+                    return
+            except ServiceError as error:
+                if not follow:
+                    raise
+                log.debug("%s; trying again", error)
+            await asyncio.sleep(_RETRY_S)
+
+    async def _read(
+        self, last: int | None, since_unix_s: float | None, after: int | None, follow: bool
+    ) -> AsyncIterator[tuple[Event | None, int]]:
+        """Events with their sequence numbers, and a None for what is no event."""
+        with mapped(f"reading {subjects.STREAM_EVENTS}"):
+            try:
+                state = (await self._js.stream_info(subjects.STREAM_EVENTS)).state
+            except nats.js.errors.NotFoundError:
+                raise Unavailable("no events are kept here yet: a coordinator or a shard keeps them from its start on") from None
+            if after is not None and after > state.last_seq:  # another stream than before
+                after = None
+            config = _start(last, since_unix_s, after, state.last_seq)
+            messages: asyncio.Queue[nats.aio.msg.Msg] = asyncio.Queue()
+            subscription = await self._js.subscribe(
+                subjects.ANY_EVENT, stream=subjects.STREAM_EVENTS, ordered_consumer=True, config=config, cb=messages.put
+            )
+        try:
+            with mapped(f"reading {subjects.STREAM_EVENTS}"):
+                pending = (await subscription.consumer_info()).num_pending or 0
+                if not follow and not pending and not subscription.delivered:
+                    return
+            while True:
+                try:
+                    async with asyncio.timeout(_CHECK_S):
+                        message = await messages.get()
+                except TimeoutError:
+                    with mapped(f"reading {subjects.STREAM_EVENTS}"):
+                        await subscription.consumer_info()  # it says nothing when its server goes
+                    continue
+                metadata = message.metadata
+                yield _parse(message.data), metadata.sequence.stream
+                if not follow and not metadata.num_pending:
+                    return
+        finally:
+            with suppress(Exception):
+                await subscription.unsubscribe()
+
+    @property
+    def _js(self) -> nats.js.client.JetStreamContext:
+        return self._bus.client.jetstream(timeout=_TIMEOUT_S)
+
+    async def _make(self, replicas: int) -> None:
+        await self._js.add_stream(
+            name=subjects.STREAM_EVENTS,
+            subjects=[subjects.ANY_EVENT],
+            max_age=MAX_AGE_S,
+            max_bytes=MAX_BYTES,
+            max_msg_size=Event.limit_bytes,
+            discard=nats.js.api.DiscardPolicy.OLD,
+            storage=nats.js.api.StorageType.FILE,
+            num_replicas=replicas,
+        )
+
+
+def _start(last: int | None, since_unix_s: float | None, after: int | None, end: int) -> nats.js.api.ConsumerConfig:
+    policy = nats.js.api.DeliverPolicy
+    if after is not None:
+        return nats.js.api.ConsumerConfig(deliver_policy=policy.BY_START_SEQUENCE, opt_start_seq=after + 1)
+    if since_unix_s is not None:
+        since = datetime.datetime.fromtimestamp(since_unix_s, datetime.UTC)
+        return nats.js.api.ConsumerConfig(deliver_policy=policy.BY_START_TIME, opt_start_time=since)
+    if last is not None:
+        return nats.js.api.ConsumerConfig(deliver_policy=policy.BY_START_SEQUENCE, opt_start_seq=max(end - last + 1, 1))
+    return nats.js.api.ConsumerConfig(deliver_policy=policy.ALL)
+
+
+def _parse(data: bytes) -> Event | None:
+    try:
+        return Event.parse(data)
+    except MessageRejected as error:  # another version's, or anybody's
+        log.debug("an event that cannot be read: %s", error)
+        return None

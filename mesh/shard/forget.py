@@ -1,0 +1,82 @@
+"""Taking a shard out of the books by hand: its lease, and its claim to a range.
+
+A lease ends by itself when it is not renewed; this is for those who do not want to wait, and for what a bucket kept that another
+version, or a server set back to an older day, has left there.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from mesh import subjects
+from mesh.bus import Bucket, Bus, announce
+from mesh.errors import BadRequest, DeadlineExceeded, MessageRejected, Unavailable
+from mesh.messages import ShardLease, ShardStats, StatsRequest
+from mesh.shard.placing import Claims
+
+__all__ = ["Forgotten", "forget"]
+
+_ASK_S = 2.0
+_TRIES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What there was of it."""
+
+    lease: ShardLease | None
+    claims: tuple[str, ...]  # of which models
+
+
+async def forget(bus: Bus, shard: str, *, force: bool = False) -> Forgotten:
+    """BadRequest: it lives (unless `force`), or nothing is known of it."""
+    if not force:
+        await _require_ghost(bus, shard)
+    leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
+    entry = await leases.get(shard)
+    lease = None
+    if entry is not None:
+        with suppress(MessageRejected):  # another version's: it goes all the same
+            lease = ShardLease.parse(entry.value or b"")
+        await leases.delete(shard)
+    claims = await _drop_claims(bus, shard)
+    if entry is None and not claims:
+        raise BadRequest(f"nothing is known of a shard {shard}: `mesh status` shows those there are", field="shard")
+    await announce(bus, "forgotten", shard, model="" if lease is None else lease.model, detail="by hand")
+    return Forgotten(lease, claims)
+
+
+async def _require_ghost(bus: Bus, shard: str) -> None:
+    try:
+        stats = await bus.request(subjects.control(shard, "stats"), StatsRequest(), ShardStats, timeout_s=_ASK_S)
+    except Unavailable:
+        return
+    except DeadlineExceeded:
+        raise BadRequest(
+            f"shard {shard} is connected and does not answer: end its process first, or forget it with --force", field="shard"
+        ) from None
+    raise BadRequest(
+        f"shard {shard} lives (instance {stats.instance}, {stats.sessions} sessions): stop it with `mesh drain {shard}`", field="shard"
+    )
+
+
+async def _drop_claims(bus: Bus, shard: str) -> tuple[str, ...]:
+    bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True)
+    dropped = []
+    for key in [entry.key for entry in await bucket.entries("claims.>")]:
+        for _ in range(_TRIES):
+            entry = await bucket.get(key)
+            try:
+                claims = Claims.parse(entry.value).claims if entry is not None and entry.value else ()
+            except MessageRejected:
+                break
+            left = tuple(claim for claim in claims if claim.shard != shard)
+            if entry is None or len(left) == len(claims):
+                break
+            if await bucket.update(key, Claims(claims=left).to_bytes(), revision=entry.revision) is not None:
+                dropped.append(key.removeprefix("claims."))
+                break
+        else:
+            raise Unavailable("other shards keep joining at the same moment: try again")
+    return tuple(dropped)
