@@ -147,6 +147,11 @@ class LocalMesh:
         child.process.wait()
         child.process = self._start(child.command, child.log)
 
+    @property
+    def server(self) -> NatsServer | None:
+        """The embedded one."""
+        return self._server
+
     def wait(self) -> None:
         """Until a child ends by itself, which is an error: ServiceError with its last words."""
         while True:

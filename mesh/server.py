@@ -38,15 +38,24 @@ def find_binary() -> str:
 class NatsServer:
     """A running nats-server. `url` is where clients connect. End it with `stop`, or use it as a context manager."""
 
-    def __init__(self, process: subprocess.Popen[str], folder: tempfile.TemporaryDirectory[str] | None) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[str],
+        folder: tempfile.TemporaryDirectory[str] | None,
+        command: list[str],
+        directory: Path,
+        environment: Mapping[str, str],
+    ) -> None:
         self._process = process
         self._folder = folder
+        self._command = command
+        self._directory = directory
+        self._environment = environment
         self._tail: deque[str] = deque(maxlen=200)
         self._ready = threading.Event()
         self.url = ""
         self.monitor_url: str | None = None
-        self._reader = threading.Thread(target=self._read, name="nats-server-log", daemon=True)
-        self._reader.start()
+        self._listen()
 
     @classmethod
     def start(
@@ -78,16 +87,10 @@ class NatsServer:
         command = [find_binary(), "--config", str(config.absolute()), "--addr", host, "--port", str(-1 if port is None else port)]
         if monitor:
             command += ["--http_port", "-1"]
-        process = subprocess.Popen(
-            dying_with_parent([*command, *arguments]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=directory,
-            env={**os.environ, **(environment or {})},
-        )
-        server = cls(process, folder)
+        command = [*command, *arguments]
+        settings = {**os.environ, **(environment or {})}
+        process = _start(command, directory, settings)
+        server = cls(process, folder, command, directory, settings)
         if not server._ready.wait(timeout_s) or process.poll() is not None or not server.url:
             said = " | ".join(line for line in server._tail if "[ERR]" in line or "[FTL]" in line or "nats-server:" in line)
             ended = process.poll() is not None or server._ready.is_set()  # it has closed its log, and is about to end
@@ -119,6 +122,18 @@ class NatsServer:
         self._process.kill()
         self._process.wait()
 
+    def revive(self, timeout_s: float = 20.0) -> None:
+        """Start it again where it was, with the store it left; it was ended by `kill` or by itself. From the main thread, as `start`."""
+        assert self._process.poll() is not None, "it runs"
+        self._reader.join(timeout_s)
+        command = list(self._command)
+        command[command.index("--port") + 1] = str(self.port)
+        self._ready.clear()
+        self._process = _start(command, self._directory, self._environment)
+        self._listen()
+        if not self._ready.wait(timeout_s) or not self.running:
+            raise DeadlineExceeded(f"nats-server was not ready again within {timeout_s:g} s: {' | '.join(self.log[-3:])}")
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """End it, and remove its temporary folder. Idempotent."""
         if self._process.poll() is None:
@@ -142,6 +157,10 @@ class NatsServer:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
+    def _listen(self) -> None:
+        self._reader = threading.Thread(target=self._read, name="nats-server-log", daemon=True)
+        self._reader.start()
+
     def _read(self) -> None:
         """Until it ends: a pipe nobody reads would stop it."""
         assert self._process.stderr is not None
@@ -155,3 +174,15 @@ class NatsServer:
                 elif _READY in line:
                     self._ready.set()
         self._ready.set()
+
+
+def _start(command: list[str], directory: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        dying_with_parent(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+        env=environment,
+    )
