@@ -20,6 +20,22 @@ __all__ = ["NatsServer", "find_binary"]
 
 MAX_PAYLOAD = 8 * 1024 * 1024  # as large as nats-server allows without a warning
 
+_CONFIG = f"""\
+max_payload: {MAX_PAYLOAD}
+jetstream {{ store_dir: "./jetstream" }}
+# who is on loopback is the mesh, and hears of connections that end (as nats/advisories.conf has it)
+accounts {{
+  SYS {{ exports: [ {{ stream: "$SYS.ACCOUNT.*.DISCONNECT", account_token_position: 3 }} ] }}
+  MESH {{
+    jetstream: enabled
+    users: [ {{ user: mesh, password: mesh }} ]
+    imports: [ {{ stream: {{ account: SYS, subject: "$SYS.ACCOUNT.MESH.DISCONNECT" }} }} ]
+  }}
+}}
+system_account: SYS
+no_auth_user: mesh
+"""
+
 _LISTENING = re.compile(r"Listening for client connections on (\S+):(\d+)")
 _MONITOR = re.compile(r"Starting http monitor on (\S+):(\d+)")
 _READY = "Server is ready"
@@ -83,7 +99,7 @@ class NatsServer:
         directory.mkdir(parents=True, exist_ok=True)
         if config is None:
             config = directory / "embedded.conf"
-            config.write_text(f'max_payload: {MAX_PAYLOAD}\njetstream {{ store_dir: "./jetstream" }}\n')
+            config.write_text(_CONFIG)
         command = [find_binary(), "--config", str(config.absolute()), "--addr", host, "--port", str(-1 if port is None else port)]
         if monitor:
             command += ["--http_port", "-1"]

@@ -27,8 +27,8 @@ from mesh.types import LayerRange
 
 __all__ = [
     "ANY_EVENT",
-    "ANY_LEFT",
     "COORDINATORS_QUEUE",
+    "DISCONNECTS",
     "KV_PLACEMENT",
     "KV_SESSIONS",
     "KV_SHARDS",
@@ -72,8 +72,8 @@ LEASE_TTL_S: Final = 5.0
 
 MAX_TOKEN = 64
 ANY_EVENT: Final = f"mesh.{VERSION}.events.>"
-ANY_LEFT: Final = "$SYS.ACCOUNT.*.DISCONNECT"
-"""A connection of an account has ended, as the server tells those whom its system account lets hear it (nats/common.conf)."""
+DISCONNECTS: Final = "$SYS.ACCOUNT.*.DISCONNECT"
+"""Connections that have ended, as the server tells those whom its system account lets hear it (nats/advisories.conf)."""
 
 Verb = Literal["open", "close", "drain", "ping", "stats"]
 

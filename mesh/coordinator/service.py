@@ -48,6 +48,7 @@ from mesh.coordinator.events import (
     FrameLost,
     FrameOut,
     Happened,
+    Hint,
     Opened,
     OpenRefused,
     OpenRow,
@@ -81,6 +82,8 @@ EXACT = Flags(0)
 _SETTLING_S = 3.0
 """After this side's connection is back: that nobody listens on a subject may mean that its listener is still coming back too."""
 _ANSWER_S = 1.0
+SHARD_CLIENT = b'"mesh-shard"'
+"""The name of every shard's connection, as an advisory has it."""
 _MIRROR_OPEN_S = 2.0
 _BEAT_S = 3.0
 _BEAT_SESSIONS = 2000
@@ -178,6 +181,7 @@ class Coordinator:
                 await self.bus.subscribe(subjects.cancel(model, self.name), self._on_cancel),
                 await self.bus.subscribe(subjects.trace(model, self.name), self._on_trace),
                 await self.bus.subscribe(f"{self._probe}.*", self._on_probe),
+                await self.bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
             ]
             await self._leases.start()
             await keep_events(self.bus)
@@ -439,6 +443,11 @@ class Coordinator:
             log.warning("shard %s takes no part: %s", lease.shard, why)
             self.bus.spawn(self._announce("rejected", lease.shard, why), "event")
         return False
+
+    async def _on_disconnect(self, received: Received) -> None:
+        """Only a hint: of whose connection it was the core makes sure."""
+        if SHARD_CLIENT in received.data:
+            await self._handle(Hint())
 
     def _on_connection(self, connected: bool) -> None:
         if connected:

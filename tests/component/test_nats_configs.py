@@ -148,3 +148,24 @@ def test_every_subject_is_documented() -> None:
         assert f"`{topic.pattern}`" in text, topic.pattern
     for bucket in (subjects.KV_SHARDS, subjects.KV_PLACEMENT, subjects.KV_SESSIONS, subjects.OBJECTS_MODELS):
         assert f"`{bucket}`" in text
+
+
+def test_with_advisories_a_connection_that_ends_is_heard_of(run: Run, tmp_path: Path) -> None:
+    async def work(url: str) -> None:
+        async with await Bus.connect(BusOptions((url,)), name="t") as bus:
+            heard: asyncio.Queue[Received] = asyncio.Queue()
+            await bus.subscribe(subjects.DISCONNECTS, heard.put)
+            await bus.flush()
+            other = await Bus.connect(BusOptions((url,)), name="mesh-shard")
+            await other.close()
+            received = await asyncio.wait_for(heard.get(), 60)
+            assert b'"mesh-shard"' in received.data
+            await Bucket(bus, subjects.KV_SHARDS, ttl_s=5.0).put("a", b"1")
+
+    for name in ("single.conf", "common.conf", "advisories.conf"):
+        text = (NATS / name).read_text()
+        (tmp_path / name).write_text(text.replace('include "common.conf"', 'include "common.conf"\ninclude "advisories.conf"'))
+    with NatsServer.start(config=tmp_path / "single.conf", directory=tmp_path) as server:
+        run(work(server.url))
+    with NatsServer.start() as embedded:
+        run(work(embedded.url))
