@@ -8,6 +8,7 @@ subscription drops is counted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections import Counter
@@ -339,7 +340,12 @@ class Bus:
                 await self.client.flush(timeout=1)
         except (TimeoutError, nats.errors.Error, OSError):
             pass
-        await self.client.close()
+        try:
+            await self.client.close()
+        except OSError:  # nats-py could not send what was left, and stopped half-way: the rest is ended too
+            self.client._status = nats.aio.client.Client.DISCONNECTED
+            with contextlib.suppress(OSError):
+                await self.client.close()
 
     async def __aenter__(self) -> Bus:
         return self

@@ -29,6 +29,9 @@ export function start() {
     if (document.hidden) hidden = setTimeout(stop, HIDDEN_MS);
     else if (!abort) connect();
   });
+  // A page that is left may be kept by the browser, with its connection, of which there are six to one address.
+  addEventListener("pagehide", stop);
+  addEventListener("pageshow", (event) => { if (event.persisted) reconnect(); });
   connect();
 }
 

@@ -10,6 +10,7 @@ export class Flow {
     this.parent = parent;
     this.items = [];
     this.running = false;
+    this.halted = false;
     this.frame = (now) => this.step(now);
     document.addEventListener("visibilitychange", () => this.wake());
     matchMedia("(prefers-reduced-motion: reduce)").addEventListener("change", () => this.wake());
@@ -32,14 +33,20 @@ export class Flow {
     this.wake();
   }
 
+  /** What is known is old: nothing moves. */
+  halt(yes) {
+    this.halted = yes;
+    this.wake();
+  }
+
   wake() {
-    if (this.running || !this.items.length || document.hidden) return;
+    if (this.halted || this.running || !this.items.length || document.hidden) return;
     this.running = true;
     requestAnimationFrame(this.frame);
   }
 
   step(now) {
-    if (!this.items.length || document.hidden) { this.running = false; return; }
+    if (this.halted || !this.items.length || document.hidden) { this.running = false; return; }
     const still = calm();
     for (const element of this.items) {
       if (!element.length) continue;

@@ -43,6 +43,7 @@ export function draw(state, model) {
   drawFigures(known, (model && state.series[model.name]) || []);
   $("picture").parentElement.hidden = !model || (!known.shards.length && !known.coordinators.length);
   if (model) picture.draw(model);
+  picture.flow.halt(old);
   drawShards(known.shards);
   drawEvents(state.events, model);
 }

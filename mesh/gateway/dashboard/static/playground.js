@@ -5,7 +5,7 @@ import { ask, events, Refused } from "./net.js";
 import { fetchTrace } from "./requests.js";
 import { waterfall } from "./waterfall.js";
 
-const PATH = "/v1/chat/completions";
+const PATH = "/api/v1/inference";
 const STARTERS = ["What is artificial intelligence?", "Write a haiku about rain.", "Explain a message queue to a child."];
 let history = [];
 let running = null;
@@ -52,7 +52,7 @@ function body(messages, stream) {
   const topP = Number(value("set-top-p"));
   if (topP && topP < 1) request.top_p = topP;
   if (value("set-seed") !== "") request.seed = Number(value("set-seed"));
-  if (stream) Object.assign(request, { stream: true, stream_options: { include_usage: true } });
+  if (stream) request.stream = true;
   return request;
 }
 
@@ -62,7 +62,7 @@ function begun(yes) {
 }
 
 async function send() {
-  const words = value("prompt") || (history.length ? "" : $("prompt").placeholder);
+  const words = value("prompt") || (history.length ? "" : STARTERS[0]);
   if (!words) return;
   const wrong = $("settings").querySelector(":invalid");
   if (wrong) { $("settings").open = true; wrong.reportValidity(); return; } // the field says itself what is wrong
@@ -80,10 +80,9 @@ async function send() {
   try {
     const response = await ask(PATH, { method: "POST", body: body(history, true), signal: running.signal });
     for await (const { data } of events(response)) {
-      if (data === "[DONE]") break;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new Refused(500, chunk.error.message);
-      answer.take(chunk);
+      const document = JSON.parse(data);
+      if (document.error) throw new Refused(500, document.error.message);
+      answer.take(document);
     }
     answer.end("");
   } catch (error) {
@@ -105,7 +104,7 @@ class Answer {
     this.text = "";
     this.id = "";
     this.tokens = 0;
-    this.usage = null;
+    this.count = null;
     this.began = performance.now();
     this.first = 0;
     this.last = 0;
@@ -115,16 +114,18 @@ class Answer {
     this.element = h("li", { class: "message from-model writing" }, this.words, this.note, this.more);
   }
 
-  take(chunk) {
-    this.id = chunk.id || this.id;
-    if (chunk.usage) this.usage = chunk.usage;
-    const choice = chunk.choices && chunk.choices[0];
-    const piece = choice && choice.delta && choice.delta.content;
-    if (choice && choice.finish_reason) this.finish = choice.finish_reason;
+  take(document) {
+    if (document.done) {
+      this.id = document.id;
+      this.count = document.usage.completion_tokens;
+      this.finish = document.finish_reason;
+    } else {
+      this.tokens += 1;
+    }
+    const piece = document.done ? document.rest : document.text;
     if (!piece) return;
     this.last = performance.now();
     if (!this.first) this.first = this.last;
-    this.tokens += 1;
     this.text += piece;
     this.words.append(piece);
     this.say("");
@@ -133,7 +134,7 @@ class Answer {
   }
 
   say(ending) {
-    const count = this.usage ? this.usage.completion_tokens : this.tokens;
+    const count = this.count ?? this.tokens;
     const spent = (this.last - this.first) / 1000;
     const parts = [plural(count, "token")];
     if (this.first) parts.push(`first after ${duration((this.first - this.began) / 1000)}`);
@@ -164,7 +165,7 @@ class Answer {
 }
 
 async function copyCurl() {
-  const words = value("prompt") || $("prompt").placeholder;
+  const words = value("prompt") || STARTERS[0];
   const json = JSON.stringify(body([...history, { role: "user", content: words }], false));
   const command = `curl -s ${location.origin}${PATH} -H 'Content-Type: application/json' -d '${json.replaceAll("'", "'\\''")}'`;
   try {
