@@ -1,0 +1,60 @@
+"""The command line itself: quick to say what there is, and helpful about what there is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from mesh import cli
+
+NAMES = [name for group in cli.COMMANDS.values() for name in group]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_list_says_of_a_command_what_the_command_says_of_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place, text = next(group[name] for group in cli.COMMANDS.values() if name in group)
+    module, function = place.split(":")
+    subparsers = cli._Parser(prog="mesh").add_subparsers()
+    getattr(import_module(f"mesh.commands.{module}"), function)(subparsers)
+    assert [(action.dest, action.help) for action in subparsers._choices_actions] == [(name, text)]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: mesh {name}")
+
+
+def test_the_list_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in NAMES)
+    assert cli.main([]) == 2 and "usage: mesh" in capsys.readouterr().err
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("mesh ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("upp", "there is no command upp (did you mean `mesh up`?): see `mesh --help`"),
+        ("frobnicate", "there is no command frobnicate: see `mesh --help`"),
+        ("up", "MODEL_DIR is missing: see `mesh up --help`"),
+        ("up m --shards three", "--shards: 'three' is no whole number: see `mesh up --help`"),
+        ("up m --strategy fast", "--strategy: 'fast' is none of least_loaded, round_robin, queue_group: see `mesh up --help`"),
+        ("up m --repliccas=3", "there is no option --repliccas (did you mean --replicas?): see `mesh up --help`"),
+        ("top --zzz 3", "there is no option --zzz: see `mesh top --help`"),
+        ("chat hello", "hello: more than this command takes: see `mesh chat --help`"),
+        ("top --interval", "--interval: expected one argument: see `mesh top --help`"),
+    ],
+)
+def test_a_wrong_line_is_answered_in_one_line(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments.split())
+    assert ended.value.code == 2 and capsys.readouterr().err == f"mesh: {words}\n"
+
+
+def test_what_is_there_is_said_without_importing_what_does_it() -> None:
+    heavy = ("asyncio", "nats", "numpy", "pydantic", "rich")
+    code = f"import sys, mesh.cli; mesh.cli.main(['--help']); print([m for m in {heavy} if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
