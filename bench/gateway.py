@@ -1,7 +1,7 @@
 """What HTTP costs: the same generations through the Python client and through HTTP, in turn, on one mesh; and with idle connections.
 
-    python bench/http.py MODEL_DIR [--shards 3] [--rounds 40] [--tokens 64] [--idle 990] [--json]
-    python bench/http.py --nats URL --http URL [...]          on a mesh that is there
+    python bench/gateway.py MODEL_DIR [--shards 3] [--rounds 40] [--tokens 64] [--idle 990] [--json]
+    python bench/gateway.py --nats URL --http URL [...]          on a mesh that is there
 
 Rounds alternate between the ways, so that whatever else this machine does meets both. Times are those of the caller: from the call to
 the first token, and from token to token. "http" is a bare HTTP/1.1 client on one connection, "openai" OpenAI's own.
