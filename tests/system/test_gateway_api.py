@@ -226,6 +226,43 @@ def test_a_full_mesh_is_429_with_a_time_at_once(http):
         assert int(response.headers["retry-after"]) >= 1 and response.json()["error"]["code"] == "busy"
 
 
+def test_a_stream_that_waits_for_a_row_says_so(mesh, run):
+    """4 rows are taken; the fifth stream hears comments until it has one."""
+    with edge(mesh.url, limits={"keep_alive_s": 0.05}) as url, httpx.Client(base_url=url, timeout=60) as http:
+        begun = threading.Barrier(5)
+
+        def hold() -> None:
+            with httpx.stream("POST", f"{url}/api/v1/inference", json={**LONG, "max_tokens": 250, "stream": True}, timeout=60) as answer:
+                coming = events(answer)
+                next(coming)
+                begun.wait(60)
+                assert json.loads(list(coming)[-1])["done"]
+
+        holding = [threading.Thread(target=hold) for _ in range(4)]
+        for thread in holding:
+            thread.start()
+        begun.wait(60)
+        with http.stream("POST", "/api/v1/inference", json={**LONG, "max_tokens": 5, "stream": True}) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        for thread in holding:
+            thread.join()
+        assert answer.status_code == 200 and lines[0] == ": waiting" and json.loads(lines[-1].removeprefix("data: "))["done"]
+
+
+def test_an_error_after_the_first_token_is_the_last_event(mesh):
+    with edge(mesh.url, limits={"request_timeout_s": 0.3}) as url, httpx.Client(base_url=url, timeout=60) as http:
+        long = {**LONG, "max_tokens": 250}
+        with http.stream("POST", "/api/v1/inference", json={**long, "stream": True}) as answer:
+            *_, last = [json.loads(data) for data in events(answer)]
+        assert answer.status_code == 200 and last["done"] and last["error"]["code"] == "deadline_exceeded" and last["request_id"]
+        whole = http.post("/api/v1/inference", json=long)
+        assert whole.status_code == 504 and whole.json()["error"]["code"] == "deadline_exceeded"
+        chat = {"model": "tiny", "prompt": "a", "max_tokens": 240, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/v1/completions", json=chat) as answer:
+            *_, last = events(answer)
+        assert json.loads(last)["error"]["type"] == "server_error"
+
+
 def test_bodies_and_heads_have_bounds(mesh):
     with (
         edge(mesh.url, limits={"max_body_bytes": 1000, "max_prompt_chars": 100, "body_timeout_s": 0.5}) as url,

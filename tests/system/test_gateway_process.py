@@ -22,6 +22,7 @@ from edge_tools import bearer, edge, events
 
 from mesh.listener import Tls
 from mesh.process import dying_with_parent
+from mesh.server import NatsServer
 
 MESH = [sys.executable, "-m", "mesh.cli"]
 READY_S = 60.0
@@ -161,6 +162,18 @@ def test_a_port_that_is_taken_is_named(mesh, tmp_path):
         port = url.rpartition(":")[2]
         ended = command("gateway", "--nats", mesh.url, "--http-port", port)
     assert ended.returncode == 2 and f"127.0.0.1:{port}: the port is taken" in ended.stderr
+
+
+def test_without_a_mesh_it_lives_and_is_not_ready():
+    with NatsServer.start() as server, edge(server.url, model=None) as url, httpx.Client(base_url=url, timeout=60) as http:
+        empty = http.get("/api/v1/health")
+        assert empty.status_code == 503 and "no coordinator answers" in empty.json()["reason"]
+        assert http.post("/api/v1/inference", json={"prompt": "a"}).status_code == 503
+        assert http.get("/v1/models").json()["data"] == []
+        server.stop()
+        lost = http.get("/api/v1/health")
+        assert lost.status_code == 503 and lost.json()["status"] == "not_ready"
+        assert http.get("/api/v1/health/live").status_code == 200
 
 
 def test_tokens_are_issued_and_inspected(tmp_path):

@@ -52,9 +52,9 @@ def verifier() -> Verifier:
     return Verifier("HS256", SECRET)
 
 
-def token(*scopes: str, now_unix_s: float | None = None, expiry_s: float = 3600, **limits: int) -> str:
+def token(*scopes: str, subject: str = "somebody", now_unix_s: float | None = None, expiry_s: float = 3600, **limits: int) -> str:
     began = time.time() if now_unix_s is None else now_unix_s
-    return Issuer("HS256", SECRET).issue("somebody", scopes, now_unix_s=began, expiry_s=expiry_s, **limits)
+    return Issuer("HS256", SECRET).issue(subject, scopes, now_unix_s=began, expiry_s=expiry_s, **limits)
 
 
 def bearer(text: str) -> dict[str, str]:
