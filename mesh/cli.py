@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "ask it": {
         "generate": ("generate:add_parser", "generate by a mesh"),
         "chat": ("chat:add_parser", "talk with a mesh"),
+        "batch": ("batch:add_batch_parser", "requests that survive every process"),
         "bench": ("bench:add_parser", "load a mesh and measure it"),
     },
     "look at it": {

@@ -29,6 +29,12 @@ from mesh.types import LayerRange
 __all__ = [
     "TOPICS",
     "Alive",
+    "BatchItem",
+    "BatchQuery",
+    "BatchResults",
+    "BatchState",
+    "BatchStatus",
+    "BatchSubmit",
     "Beat",
     "Cancel",
     "ChatMessage",
@@ -427,6 +433,64 @@ class ErrorReply(Message):
         return MeshError(self.message)
 
 
+# -- durable batches ---------------------------------------------------------------------------------------------------
+
+MAX_BATCH = 10_000
+BatchId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")]
+BatchState = Literal["queued", "running", "done", "failed"]
+
+
+class BatchSubmit(Message):
+    """Requests to be answered some time, whatever dies meanwhile. `id`: the caller's own name for it: a repeated one is the same."""
+
+    limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+
+    requests: Annotated[tuple[Generate, ...], Field(min_length=1, max_length=MAX_BATCH)]
+    id: BatchId | None = None
+
+
+class BatchQuery(Message):
+    """Of the results: those from `offset` on, `limit` at most."""
+
+    id: BatchId
+    offset: Natural = 0
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class BatchStatus(Message):
+    """`total` = waiting + `running` + `done` + `failed`. `state`: done when all have ended, failed when all have failed."""
+
+    id: BatchId
+    model: str
+    state: BatchState
+    total: Natural
+    running: Natural
+    done: Natural
+    failed: Natural
+    submitted_unix_s: float
+
+
+class BatchItem(Message):
+    """A request of a batch that has ended: `answer` is the document of a generation; `error` where it `failed`."""
+
+    limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+
+    index: Natural
+    state: Literal["done", "failed"]
+    answer: dict[str, Any] | None = None
+    error: ErrorReply | None = None
+
+
+class BatchResults(Message):
+    """`items`: of those asked for, what has ended; `next`: the offset to ask with for more, None at the end."""
+
+    limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+
+    id: BatchId
+    items: tuple[BatchItem, ...]
+    next: Natural | None
+
+
 # -- which subject carries which ----------------------------------------------------------------------------------------
 
 
@@ -458,5 +522,9 @@ TOPICS: tuple[Topic, ...] = (
     Topic("mesh.v1.control.SHARD.drain", Drain, Drained),
     Topic("mesh.v1.control.SHARD.ping", Ping, Pong),
     Topic("mesh.v1.control.SHARD.stats", StatsRequest, ShardStats),
+    Topic("mesh.v1.MODEL.batch", BatchSubmit, BatchStatus, subjects.COORDINATORS_QUEUE),
+    Topic("mesh.v1.MODEL.batch.status", BatchQuery, BatchStatus, subjects.COORDINATORS_QUEUE),
+    Topic("mesh.v1.MODEL.batch.result", BatchQuery, BatchResults, subjects.COORDINATORS_QUEUE),
+    Topic("mesh.v1.batches.MODEL.BATCH.INDEX", Generate, None),
     Topic("mesh.v1.events.KIND", Event, None),
 )

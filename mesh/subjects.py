@@ -10,6 +10,8 @@
     mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, gaps
     mesh.v1.MODEL.coordinators              coordinators saying that they live          every shard and coordinator of the model
     mesh.v1.control.SHARD.VERB              open, close, drain, ping, stats             that shard
+    mesh.v1.MODEL.batch                     a durable batch; .status, .result: of one   queue group `coordinators`
+    mesh.v1.batches.MODEL.BATCH.INDEX       a request of a batch                        stream `mesh_batch`
     mesh.v1.events.KIND                     what happened                               anyone
 
 The version of the protocol is in the name: other versions cannot meet. MODEL, SHARD and COORDINATOR are tokens: letters,
@@ -29,6 +31,7 @@ __all__ = [
     "ANY_EVENT",
     "COORDINATORS_QUEUE",
     "DISCONNECTS",
+    "KV_BATCHES",
     "KV_PLACEMENT",
     "KV_SESSIONS",
     "KV_SHARDS",
@@ -41,6 +44,9 @@ __all__ = [
     "Verb",
     "alive",
     "all_frames",
+    "batch",
+    "batch_item",
+    "batch_items",
     "cancel",
     "check_token",
     "control",
@@ -64,6 +70,7 @@ KV_SHARDS: Final = "mesh_shards"
 KV_PLACEMENT: Final = "mesh_placement"
 KV_SESSIONS: Final = "mesh_sessions"
 OBJECTS_MODELS: Final = "mesh_models"
+KV_BATCHES: Final = "mesh_batches"
 STREAM_BATCH: Final = "mesh_batch"
 STREAM_EVENTS: Final = "mesh_events"
 
@@ -109,6 +116,20 @@ def generate_at(model: str, instance: str) -> str:
 
 def alive(model: str, instance: str) -> str:
     return f"mesh.{VERSION}.{token(model)}.alive.{check_token(instance, 'instance')}"
+
+
+def batch(model: str, verb: Literal["submit", "status", "result"] = "submit") -> str:
+    subject = f"mesh.{VERSION}.{token(model)}.batch"
+    return subject if verb == "submit" else f"{subject}.{verb}"
+
+
+def batch_item(model: str, id: str, index: int) -> str:
+    return f"mesh.{VERSION}.batches.{token(model)}.{check_token(id, 'id')}.{index}"
+
+
+def batch_items(model: str = "*") -> str:
+    """Of one model, or of all."""
+    return f"mesh.{VERSION}.batches.{model if model == '*' else token(model)}.>"
 
 
 def cancel(model: str, coordinator: str) -> str:

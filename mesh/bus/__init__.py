@@ -4,6 +4,7 @@ connection   Bus: connect and stay connected, publish, request, subscribe; limit
 service      micro services: $SRV.PING/INFO/STATS, typed requests, errors in headers
 kv           leases and other small shared state: Bucket, LeaseTable
 events       what happened, and the stream that keeps it
+batches      durable batches: the queue, the results
 replicas     on how many servers of a cluster all this is kept
 objects      models in the object store: push and pull with checksums
 mapping      nats-py's errors to ours, once

@@ -11,12 +11,15 @@ AsyncMeshClient is the same for asyncio. It speaks to coordinators over NATS and
 """
 
 from mesh.client.aio import AsyncMeshClient
-from mesh.client.results import Chunk, Completion, CoordinatorStatus, Health, MeshStatus, Timing, Token, Usage
+from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatus, Health, MeshStatus, Timing, Token, Usage
 from mesh.client.stream import Stream
 from mesh.client.sync import MeshClient, SyncStream
+from mesh.messages import BatchStatus
 
 __all__ = [
     "AsyncMeshClient",
+    "BatchResult",
+    "BatchStatus",
     "Chunk",
     "Completion",
     "CoordinatorStatus",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -11,9 +12,11 @@ import orjson
 
 from mesh import messages, subjects
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
-from mesh.client.results import Completion, CoordinatorStatus, Health, MeshStatus
+from mesh.bus.batches import BatchStore
+from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
+from mesh.messages import BatchStatus
 
 __all__ = ["AsyncMeshClient"]
 
@@ -120,6 +123,49 @@ class AsyncMeshClient:
                     return error
 
         return list(await asyncio.gather(*(one(request) for request in requests)))
+
+    # -- durable batches -----------------------------------------------------------------------------------------------
+
+    async def submit_batch(
+        self, requests: Iterable[str | Mapping[str, Any]], *, id: str | None = None, model: str | None = None, **common: Any
+    ) -> BatchStatus:
+        """Requests to be answered some time, each once, whatever dies meanwhile; `requests` and `common` as of `batch`. Returns when
+        the server has them: no coordinator need be there. The same `id` with the same requests is the same batch, so that a submission
+        that was interrupted is made again.
+
+        Errors: BadRequest, PayloadTooLarge, Busy (the queue is full).
+        """
+        name = model or self._model or await self._only_model()
+        made = []
+        for index, request in enumerate(requests):
+            own = {"prompt": request} if isinstance(request, str) else dict(request)
+            own = {**common, **own}
+            try:
+                made.append(_message(own.pop("prompt", None), own))
+            except BadRequest as error:
+                raise BadRequest(f"requests.{index}.{error}", field=f"requests.{index}.{error.field}") from None
+        return await BatchStore(self._connected).submit(name, made, id=id)
+
+    async def batch_status(self, id: str) -> BatchStatus:
+        """How far a batch is: state queued, running, done or failed, and counts. BadRequest: there is no such batch."""
+        return await BatchStore(self._connected).status(id)
+
+    async def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
+        """Of its requests from `offset` on, `limit` of them, those that have ended, in order. BadRequest: there is no such batch."""
+        items = await BatchStore(self._connected).results(id, offset=offset, limit=limit)
+        return [BatchResult.of(item) for item in items]
+
+    async def wait_batch(self, id: str, *, timeout_s: float | None = None, poll_s: float = 0.5) -> BatchStatus:
+        """Until every request of it has ended. DeadlineExceeded: not within `timeout_s`, and it goes on."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            status = await self.batch_status(id)
+            if status.state in ("done", "failed"):
+                return status
+            if deadline is not None and time.monotonic() + poll_s > deadline:
+                ended = status.done + status.failed
+                raise DeadlineExceeded(f"batch {id} has {ended} of {status.total} requests answered after {timeout_s:g} s, and goes on")
+            await asyncio.sleep(poll_s)
 
     # -- looking -------------------------------------------------------------------------------------------------------
 

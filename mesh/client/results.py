@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh.messages import ShardLease
+from mesh.errors import MeshError
+from mesh.messages import BatchItem, ShardLease
 
-__all__ = ["Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "Timing", "Token", "Usage"]
+__all__ = ["BatchResult", "Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "Timing", "Token", "Usage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,23 @@ class Completion:
             timing=Timing(**timing),
             logprobs=None if logprobs is None else tuple(token_of(entry) for entry in logprobs),
             raw=document,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """A request of a batch that has ended: its completion, or its error. `index`: its place in the batch, from 0."""
+
+    index: int
+    completion: Completion | None
+    error: MeshError | None
+
+    @classmethod
+    def of(cls, item: BatchItem) -> BatchResult:
+        return cls(
+            item.index,
+            None if item.answer is None else Completion.of(item.answer),
+            None if item.error is None else item.error.error(),
         )
 
 

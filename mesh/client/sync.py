@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from mesh.bus import BusOptions
 from mesh.client.aio import AsyncMeshClient
-from mesh.client.results import Chunk, Completion, Health, MeshStatus
+from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
-from mesh.messages import ShardStats
+from mesh.messages import BatchStatus, ShardStats
 
 __all__ = ["MeshClient", "SyncStream"]
 
@@ -121,6 +121,20 @@ class MeshClient:
 
     def batch(self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Any) -> list[Completion | MeshError]:
         return self._run(self._client.batch(requests, concurrency=concurrency, **common))
+
+    def submit_batch(
+        self, requests: Iterable[str | Mapping[str, Any]], *, id: str | None = None, model: str | None = None, **common: Any
+    ) -> BatchStatus:
+        return self._run(self._client.submit_batch(requests, id=id, model=model, **common))
+
+    def batch_status(self, id: str) -> BatchStatus:
+        return self._run(self._client.batch_status(id))
+
+    def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
+        return self._run(self._client.batch_results(id, offset=offset, limit=limit))
+
+    def wait_batch(self, id: str, *, timeout_s: float | None = None) -> BatchStatus:
+        return self._run(self._client.wait_batch(id, timeout_s=timeout_s))
 
     def models(self) -> list[str]:
         return self._run(self._client.models())

@@ -223,6 +223,14 @@ class Replicas:
             rows[layers] = rows.get(layers, 0) + entry.replica.rows
         return min(rows.values(), default=0)
 
+    def free(self, now: float) -> int:
+        """Sessions that would find rows now: the free rows of the scarcest range of those that are there."""
+        rows: dict[LayerRange, int] = {}
+        for entry in self._entries.values():
+            layers = entry.replica.layers
+            rows[layers] = rows.get(layers, 0) + entry.free(now)
+        return min(rows.values(), default=0)
+
     def check(self) -> None:
         """Of replicas that were named. A queue group's answer is believed, though we thought that the row was another session's."""
         for entry in self._entries.values() if self._strategy != "queue_group" else ():

@@ -31,6 +31,7 @@ import orjson
 from mesh import frames, messages, subjects, telemetry
 from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription, announce, keep_events
 from mesh.bus.connection import reply_error
+from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core import Core, CoreConfig
 from mesh.coordinator.events import (
@@ -167,6 +168,7 @@ class Coordinator:
             random=Random(secrets.randbits(64)),
             announce=lambda kind, who, detail: bus.spawn(self._announce(kind, who, detail), "event"),
         )
+        self.batches = BatchWorker(bus, self.manifest.name, self.continuity.instance, self._has_room)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -194,9 +196,11 @@ class Coordinator:
                 metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
                 stats=self.stats,
                 endpoints=[
-                    Endpoint("generate", subjects.generate(model), self._on_generate, queue=subjects.COORDINATORS_QUEUE, concurrent=True)
+                    Endpoint("generate", subjects.generate(model), self._on_generate, queue=subjects.COORDINATORS_QUEUE, concurrent=True),
+                    *self.batches.endpoints(),
                 ],
             )
+            await self.batches.start()
             await self.bus.flush()
             self.ready.set()
             await self._announce("coordinator_joined", self.name, f"serves {model}")
@@ -230,6 +234,7 @@ class Coordinator:
             "rejected_frames": dict(self.rejected),
             "resumed": self.continuity.resumed,
             "records": dict(self.continuity.recorder.counters),
+            "batches": dict(self.batches.counters),
             "hops": self.hops.as_dict(),
             **self.traces.summary(self.core.sessions, time.monotonic()),
             **self.core.counters.as_dict(),
@@ -238,6 +243,7 @@ class Coordinator:
     async def _leave(self) -> None:
         if self._service is not None:
             await self._service.stop()
+        await self.batches.stop()
         await self._send()
         self._frozen = True
         released = await self.continuity.hand_over()
@@ -378,6 +384,11 @@ class Coordinator:
         close = messages.Close(coordinator=coordinator, sessions=(), all=True)
         for shard in {replica.shard for replica in self.core.replicas}:
             await self.bus.send(subjects.control(shard, "close"), close)
+
+    def _has_room(self, working: int) -> bool:
+        """Whether a request of a batch may be begun: nobody waits, and a quarter of the rows stays free for who may come."""
+        capacity = self.core.replicas.capacity()
+        return working < capacity and not len(self.core.admission) and self.core.replicas.free(time.monotonic()) > capacity // 4
 
     async def _drop(self, id: str) -> None:
         """End it here without a word."""

@@ -1,0 +1,114 @@
+"""`mesh batch`: requests that are answered some time, each once, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mesh.commands.connection import add_connection_arguments
+
+__all__ = ["add_batch_parser"]
+
+_DESCRIPTION = """\
+Durable batches: every line of a file is a request, either a JSON string (a prompt) or an object with the fields of a request (prompt,
+messages or tokens, max_tokens, temperature ...). They are kept by the NATS server and answered when rows are free; every process may die
+meanwhile. Results are kept for a week."""
+
+
+def add_batch_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("batch", help="requests that survive every process", description=_DESCRIPTION)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    submit = verbs.add_parser("submit", help="put a file of requests into the queue", description=_DESCRIPTION)
+    submit.add_argument("file", metavar="FILE.jsonl", help="one request a line; - is standard input")
+    submit.add_argument("--id", metavar="ID", help="a name of your own: submitted again it is the same batch (default: drawn)")
+    submit.add_argument("--model", metavar="NAME", help="default: the only one there")
+    submit.add_argument("--max-tokens", type=int, metavar="N", help="for the lines that do not say")
+    submit.add_argument("--wait", action="store_true", help="until all of them are answered")
+    submit.add_argument("--json", action="store_true", help="print the status as one object")
+
+    status = verbs.add_parser("status", help="how far a batch is", description="How far a batch is.")
+    status.add_argument("id", metavar="ID")
+    status.add_argument("--json", action="store_true", help="print one object")
+
+    result = verbs.add_parser("result", help="the answers", description="The answers so far, one object a line, in the order of the file.")
+    result.add_argument("id", metavar="ID")
+    result.add_argument("--wait", action="store_true", help="until all of them are there")
+    for verb, command in ((submit, _submit), (status, _status), (result, _result)):
+        add_connection_arguments(verb)
+        verb.set_defaults(run=command)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+    from mesh.commands.generate import mesh_options
+
+    common = {} if args.max_tokens is None else {"max_tokens": args.max_tokens}
+    requests = _requests(args.file)
+    with MeshClient(options=mesh_options(args), model=args.model) as client:
+        status = client.submit_batch(requests, id=args.id, **common)
+        if args.wait:
+            print(f"batch {status.id}: waiting for {status.total} answers", file=sys.stderr)
+            status = client.wait_batch(status.id)
+    print(status.model_dump_json() if args.json else status.id)
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+    from mesh.commands.generate import mesh_options
+
+    with MeshClient(options=mesh_options(args)) as client:
+        status = client.batch_status(args.id)
+    if args.json:
+        print(status.model_dump_json())
+    else:
+        waiting = status.total - status.running - status.done - status.failed
+        print(
+            f"batch {status.id} of {status.model}: {status.state}, {status.done} done, {status.failed} failed, {status.running} running, "
+            f"{waiting} waiting, {status.total} in all"
+        )
+    return 0
+
+
+def _result(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+    from mesh.commands.generate import mesh_options
+
+    page = 200
+    with MeshClient(options=mesh_options(args)) as client:
+        total = (client.wait_batch(args.id) if args.wait else client.batch_status(args.id)).total
+        for offset in range(0, total, page):
+            for item in client.batch_results(args.id, offset=offset, limit=page):
+                line: dict[str, Any] = {"index": item.index, "state": "done" if item.error is None else "failed"}
+                if item.completion is not None:
+                    line |= {name: item.completion.raw[name] for name in ("text", "tokens", "finish_reason", "usage", "logprobs")
+                             if name in item.completion.raw}  # fmt: skip
+                if item.error is not None:
+                    line |= {"error": str(item.error), "code": item.error.code}
+                print(json.dumps(line, ensure_ascii=False))
+    return 0
+
+
+def _requests(name: str) -> list[str | dict[str, Any]]:
+    from mesh.errors import BadRequest
+
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{name}: {error}: give a file with one request a line, or - for standard input", field="file") from None
+    requests: list[str | dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise BadRequest(f"{name}, line {number}: {error}: give a JSON string or object", field="file") from None
+        if not isinstance(request, (str, dict)):
+            raise BadRequest(f"{name}, line {number} is neither a JSON string nor an object", field="file")
+        requests.append(request)
+    return requests

@@ -1,0 +1,181 @@
+"""The part of a coordinator that works through durable batches (mesh/bus/batches.py), when nobody else wants its rows.
+
+A request is taken from the queue while no client waits and more than a quarter of the rows are free; it goes the way of any other
+request, by a name of its own (BATCH-INDEX), so that a second one for the same result is the same generation. Its result is stored
+before it is acknowledged: who dies in between has it done again, and the first result that was stored stays. An error that another time
+can help (no shard, a full mesh) gives it back to the queue; one that cannot is its result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+import orjson
+
+from mesh import subjects
+from mesh.bus import Bus, Endpoint, Received, Subscription, end_tasks
+from mesh.bus.batches import BatchQueue, BatchStore, Work
+from mesh.bus.connection import raise_error
+from mesh.errors import DeadlineExceeded, MeshError, ServiceError
+from mesh.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, ErrorReply, Generate
+
+__all__ = ["BatchWorker"]
+
+log = logging.getLogger("mesh.coordinator")
+
+ALIVE_S: Final = 4.0
+"""How often the queue hears that a request is being worked on; the question is repeated then, too."""
+STARTS: Final = 5
+"""A request that so many processes did not survive is not tried again."""
+_AGAIN_S: Final = 5.0
+_TAKE_S: Final = 5.0
+_NO_ROOM_S: Final = 0.2
+_PACE_S: Final = 0.01
+_FAILED_S: Final = 1.0
+
+
+class BatchWorker:
+    """`room(count)`: whether one more may be begun where `count` are being worked on. `instance`: of the coordinator that generates."""
+
+    def __init__(self, bus: Bus, model: str, instance: str, room: Callable[[int], bool]) -> None:
+        self.bus = bus
+        self.counters: Counter[str] = Counter()
+        self._model = model
+        self._instance = instance
+        self._room = room
+        self._store = BatchStore(bus)
+        self._queue = BatchQueue(bus)
+        self._inbox = bus.new_inbox()
+        self._answers: dict[str, asyncio.Future[Received]] = {}
+        self._working: dict[asyncio.Task[Any], Work] = {}
+        self._taker: asyncio.Task[Any] | None = None
+        self._subscription: Subscription | None = None
+
+    def endpoints(self) -> list[Endpoint]:
+        queue = subjects.COORDINATORS_QUEUE
+        return [
+            Endpoint("batch", subjects.batch(self._model), self._on_submit, queue=queue, concurrent=True),
+            Endpoint("batch-status", subjects.batch(self._model, "status"), self._on_status, queue=queue, concurrent=True),
+            Endpoint("batch-result", subjects.batch(self._model, "result"), self._on_result, queue=queue, concurrent=True),
+        ]
+
+    async def start(self) -> None:
+        self._subscription = await self.bus.subscribe(f"{self._inbox}.*", self._on_answer)
+        self._taker = self.bus.spawn(self._take(), "taking requests of batches")
+
+    async def stop(self) -> None:
+        """Give back what is being worked on: whoever takes it finds the generation under its name."""
+        if self._taker is not None:
+            await end_tasks(self._taker)
+        working = dict(self._working)
+        await end_tasks(*working)
+        if self.bus.connected:
+            for work in working.values():
+                try:
+                    await work.give_back()
+                except MeshError as error:
+                    log.debug("%s", error)
+        await self._queue.close()
+        if self._subscription is not None:
+            await self._subscription.stop()
+
+    # -- what is asked -------------------------------------------------------------------------------------------------
+
+    async def _on_submit(self, received: Received) -> BatchStatus:
+        message = BatchSubmit.parse(received.data)
+        return await self._store.submit(self._model, message.requests, id=message.id)
+
+    async def _on_status(self, received: Received) -> BatchStatus:
+        return await self._store.status(BatchQuery.parse(received.data).id)
+
+    async def _on_result(self, received: Received) -> BatchResults:
+        """As many as fit in one message."""
+        query = BatchQuery.parse(received.data)
+        total = (await self._store.status(query.id)).total
+        items: list[BatchItem] = []
+        room, at = self.bus.max_payload * 3 // 4, query.offset
+        for at in range(query.offset, min(query.offset + query.limit, total)):
+            item = await self._store.result(query.id, at)
+            if item is not None:
+                room -= len(item.to_bytes())
+                if room < 0 and items:
+                    break
+                items.append(item)
+        else:
+            at = min(query.offset + query.limit, total)
+        return BatchResults(id=query.id, items=tuple(items), next=at if at < total else None)
+
+    # -- the work ------------------------------------------------------------------------------------------------------
+
+    async def _take(self) -> None:
+        while True:
+            try:
+                if not self.bus.connected or not self._room(len(self._working)):
+                    await asyncio.sleep(_NO_ROOM_S)
+                    continue
+                work = await self._queue.take(self._model, wait_s=_TAKE_S)
+            except ServiceError as error:
+                log.debug("%s; trying again", error)
+                await asyncio.sleep(_FAILED_S)
+                continue
+            if work is not None:
+                task = self.bus.spawn(self._do(work), f"request {work.index} of batch {work.id}")
+                self._working[task] = work
+                task.add_done_callback(lambda done: self._working.pop(done, None))
+                await asyncio.wait([task], timeout=_PACE_S)  # until it has asked for its rows
+
+    async def _do(self, work: Work) -> None:
+        stored = await self._store.result(work.id, work.index)
+        if stored is not None:  # by one who did not live to say so
+            await self._store.note(work.id, stored)
+            await work.done()
+            return
+        starts = await self._store.begin(work.id, work.index)
+        try:
+            if starts >= STARTS:
+                raise MeshError(f"{starts} coordinators that generated this ended without a word: see their logs")
+            answer = await self._generate(work)
+        except MeshError as error:
+            if error.retryable:
+                self.counters["given_back"] += 1
+                log.info("request %d of batch %s: %s; again later", work.index, work.id, error)
+                await self._store.give_back(work.id, work.index, starts)
+                await work.give_back(_AGAIN_S)
+                return
+            self.counters["failed"] += 1
+            item = BatchItem(index=work.index, state="failed", error=ErrorReply.of(error))
+        else:
+            self.counters["done"] += 1
+            item = BatchItem(index=work.index, state="done", answer=answer)
+        await self._store.end(work.id, item)
+        await work.done()
+
+    async def _generate(self, work: Work) -> dict[str, Any]:
+        """The document of an answer, however long it takes; the question is idempotent, and asked again while nothing comes."""
+        name = f"{work.id}-{work.index}"
+        message = Generate.parse(work.data).model_copy(update={"session": name, "stream": False}).to_bytes()
+        future = self._answers[name] = asyncio.get_running_loop().create_future()
+        try:
+            while True:
+                await self.bus.publish(subjects.generate_at(self._model, self._instance), message, reply=f"{self._inbox}.{name}")
+                await asyncio.wait([future], timeout=ALIVE_S)
+                if future.done():
+                    break
+                await work.alive()
+        finally:
+            self._answers.pop(name, None)
+        received: Received = future.result()
+        if received.headers.get("Status") == "503":
+            raise DeadlineExceeded(f"the coordinator that had request {work.index} of batch {work.id} is gone")
+        raise_error(received)
+        document: dict[str, Any] = orjson.loads(received.data)
+        return {name: value for name, value in document.items() if name not in ("done", "epoch", "rest")}
+
+    async def _on_answer(self, received: Received) -> None:
+        future = self._answers.get(received.subject.rpartition(".")[2])
+        if future is not None and not future.done():
+            future.set_result(received)
