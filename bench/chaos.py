@@ -208,6 +208,7 @@ class Chaos:
         for what in todo:
             await asyncio.sleep(random.uniform(*plan.gap_s))
             while len(self._away) >= AWAY_MOST:
+                self._check_coming()
                 await asyncio.sleep(0.05)
             away_s = random.uniform(*plan.away_s)
             if what == "server":
@@ -221,11 +222,17 @@ class Chaos:
             process = self.mesh.processes[name]
             os.kill(process.pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP)
             back = self._start_again(name, away_s) if what == "kill" else self._go_on(name, process.pid, away_s * 3)
-            task = asyncio.create_task(back)
-            self._coming.add(task)
-            task.add_done_callback(self._coming.discard)
+            self._coming.add(asyncio.create_task(back))
+            self._check_coming()
         while self._away:
+            self._check_coming()
             await asyncio.sleep(0.05)
+
+    def _check_coming(self) -> None:
+        """Raise what went wrong with bringing a process back."""
+        for task in [task for task in self._coming if task.done()]:
+            self._coming.discard(task)
+            task.result()
 
     def _may_go(self, name: str) -> bool:
         if name in self._away:
@@ -264,8 +271,8 @@ class Chaos:
                     ready |= {int(coordinator.counters["pid"]) for coordinator in status.coordinators}
                     if pid in ready:
                         return
-            except MeshError:
-                pass
+            except MeshError as error:
+                print(f"{name}: {error}", file=sys.stderr)
             if self.mesh.processes[name].poll() is not None:
                 raise RuntimeError(f"{name} ended by itself with code {self.mesh.processes[name].returncode}")
             await asyncio.sleep(0.3)

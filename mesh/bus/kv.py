@@ -1,8 +1,9 @@
 """Small shared state in JetStream key-value buckets, for control only: leases, placement, session records.
 
 A lease is a key its owner writes again and again; a bucket's TTL forgets it when the owner does not. Readers do not rely on
-the server to say so: LeaseTable drops a lease by its own clock when no renewal has come for the TTL. While disconnected nobody is
-heard, which says nothing of anybody: the clock stands still.
+the server to say so: LeaseTable drops a lease by its own clock when no renewal has come for the TTL. While disconnected, while the
+bucket cannot be watched (its server was lost, and a cluster chooses another leader) and while suspended nobody is heard, which says
+nothing of anybody: the clock stands still.
 """
 
 from __future__ import annotations
@@ -182,6 +183,7 @@ class LeaseTable(Generic[M]):
         self._leases: dict[str, M] = {}
         self._seen: dict[str, float] = {}
         self._synced = asyncio.Event()
+        self._blind = False  # the bucket cannot be watched
         self._tasks: list[asyncio.Task[None]] = []
         self.rejected = 0
 
@@ -215,11 +217,13 @@ class LeaseTable(Generic[M]):
             try:
                 async for entry in self._bucket._watch():
                     if entry is None:
+                        self._blind = False
                         self._synced.set()
                     else:
                         self._take(entry)
             except ServiceError as error:
                 log.warning("%s; trying again", error)
+            self._blind = True
             self._bucket._kv = None
             await asyncio.sleep(_WATCH_RETRY_S)
 
@@ -245,10 +249,12 @@ class LeaseTable(Generic[M]):
             self._on_change(key, None)
 
     async def _expire(self) -> None:
+        before = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(self._ttl_s / 10)
             now = asyncio.get_running_loop().time()
-            if not self._bucket.bus.connected:
+            suspended, before = now - before > self._ttl_s / 2, now
+            if suspended or self._blind or not self._bucket.bus.connected:
                 self._seen = dict.fromkeys(self._seen, now)
             oldest = now - self._ttl_s
             for key in [key for key, seen in self._seen.items() if seen < oldest]:

@@ -148,7 +148,8 @@ class Coordinator:
         self._outbox: deque[_Mail | FrameOut] = deque()
         self._sending = False
         self._sent_at: dict[int, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0
         self._stop = asyncio.Event()
         self._leases = LeaseTable(Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S), ShardLease, self._on_lease)
         self._service: Service | None = None
@@ -592,12 +593,12 @@ class Coordinator:
     def _arm(self, now: float) -> None:
         """Have the core called at its deadline. A timer that is too early is left: it asks again."""
         due = self.core.deadline()
-        loop = asyncio.get_running_loop()
-        if due is None or (self._timer is not None and self._timer.when() <= loop.time() + max(due - now, 0)):
+        if due is None or (self._timer is not None and self._timer_at <= due):
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_later(max(due - now, 0), self._tick)
+        self._timer_at = due
+        self._timer = asyncio.get_running_loop().call_later(max(due - now, 0), self._tick)
 
     def _tick(self) -> None:
         self._timer = None

@@ -8,17 +8,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 
 from mesh.frames import Flags, Frame, Kind, Timing
 from mesh.runtime.sampling import MAX_LOGPROBS
 from mesh.runtime.stage import Stage, Token
 
-__all__ = ["ComputeThread", "run_step"]
+__all__ = ["HIDDEN_DTYPES", "ComputeThread", "exercise", "run_step"]
 
 log = logging.getLogger("mesh.shard")
+
+HIDDEN_DTYPES: Final[dict[str, Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 
 Deliver = Callable[..., object]
 """Calls a function with arguments in the event loop's thread: loop.call_soon_threadsafe."""
@@ -84,6 +91,16 @@ def run_step(stage: Stage, frame: Frame, timing: Callable[[float], Timing]) -> F
     tokens: list[Token] = [result] if isinstance(result, Token) else result
     ids = np.fromiter((token.id for token in tokens), np.int32, len(tokens))
     return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
+
+
+def exercise(stage: Stage) -> None:
+    """Compute a little, for nobody: weights and programs are touched for the first time, which costs a session that fails over to
+    this shard a multiple of a step otherwise. Before any row is taken; what is written to row 0 is written over."""
+    hidden = None if stage.first else np.zeros((1, stage.manifest.hidden.size), HIDDEN_DTYPES[stage.manifest.hidden.dtype])
+    token = np.zeros(1, np.int32)
+    stage.prefill(0, 0, token, hidden)
+    stage.decode(np.zeros(1, np.int32), np.ones(1, np.int32), token, hidden)
+    stage.counters = type(stage.counters)()
 
 
 def _logprobs(tokens: list[Token]) -> tuple[np.ndarray, ...]:

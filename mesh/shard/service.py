@@ -22,9 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
-import numpy as np
-
 from mesh import frames, subjects, telemetry
 from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
@@ -35,7 +32,7 @@ from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.shard.compute import ComputeThread, run_step
+from mesh.shard.compute import HIDDEN_DTYPES, ComputeThread, exercise, run_step
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
@@ -45,8 +42,6 @@ __all__ = ["Shard", "ShardOptions"]
 log = logging.getLogger("mesh.shard")
 
 _RENEW_S = 1.5
-
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 Status = Literal["loading", "warming", "ready", "draining"]
 Progress = Callable[[str, int, int], None]
@@ -109,7 +104,7 @@ class Shard:
                 context=context,
                 vocab_size=self.manifest.vocab_size,
                 hidden_size=self.manifest.hidden.size,
-                hidden_dtype=_DTYPES[self.manifest.hidden.dtype],
+                hidden_dtype=HIDDEN_DTYPES[self.manifest.hidden.dtype],
                 # a session has one decode step or prefill chunk in flight; twice that is a coordinator that does not count
                 queue_limit=2 * options.rows + 8,
             )
@@ -148,6 +143,7 @@ class Shard:
                 self._set_status("warming")
                 log.info("compiling")
                 await self._in_thread(partial(self._stage.warm_up, self._progress))
+                await self._in_thread(partial(exercise, self._stage))
             await self._listen()
             self._set_status("ready")
             self.ready.set()
