@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import socket
 import ssl
@@ -332,4 +333,7 @@ def _cannot_listen(options: ListenerOptions, error: OSError) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a listener there."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

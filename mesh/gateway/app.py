@@ -25,6 +25,7 @@ from mesh.gateway import native
 from mesh.gateway.auth import Gate
 from mesh.gateway.context import Gateway
 from mesh.gateway.errors import error_response, from_http, internal_error
+from mesh.gateway.events import ClientGone
 from mesh.gateway.health import HealthMonitor
 from mesh.gateway.health_routes import health
 from mesh.gateway.known import KnownModels
@@ -32,6 +33,7 @@ from mesh.gateway.middleware import Edge
 from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
 from mesh.gateway.settings import GatewaySettings
+from mesh.listener import is_loopback
 
 __all__ = ["create_app"]
 
@@ -57,6 +59,7 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
     for router in (native.generate, native.batch, native.admin, openai, health):
         app.include_router(router)
     app.router.routes.extend(routes)
+    app.add_exception_handler(ClientGone, _nobody)
     for kind in (MeshError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer)
     if settings.cors_origins:
@@ -68,9 +71,15 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
             expose_headers=["x-request-id", "retry-after"],
         )
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
-    edge = Edge(app, settings.limits, secure=settings.listener.tls is not None)
+    private = settings.verifier is None and is_loopback(settings.listener.host)
+    edge = Edge(app, settings.limits, secure=settings.listener.tls is not None, plain_names_only=private)
     app.state.counters = edge.counters
     return edge
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """For the log and the counts: it is sent to no one."""
+    return Response(status_code=499)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -34,7 +34,7 @@ class Guarded(APIRoute):
             caller = gate.admit(request.headers.get("authorization"), self.scope)
             request.state.caller = caller
             if not gate.open:
-                request.state.note = f" {caller.name}"
+                request.state.note = f" {caller.name!r}"
             return await inner(request)
 
         return handle

@@ -6,6 +6,7 @@ Plain ASGI: nothing of it is called once a token except two counters.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import re
 import secrets
@@ -42,11 +43,13 @@ class Counters:
 
 
 class Edge:
-    """The outermost part. `secure`: the listener speaks TLS."""
+    """The outermost part. `secure`: the listener speaks TLS. `plain_names_only`: it answers only to addresses and to names without a
+    dot, which no page of another host can have taken over to reach what listens on a visitor's own machine."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, *, secure: bool) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, *, secure: bool, plain_names_only: bool = False) -> None:
         self._app = app
         self._limits = limits
+        self._plain_names_only = plain_names_only
         self.counters = Counters()
         self._fixed = {
             "x-content-type-options": "nosniff",
@@ -81,9 +84,9 @@ class Edge:
         counters = self.counters
         counters.active += 1
         try:
-            length = headers.get("content-length")
-            if length is not None and length.isdigit() and int(length) > self._limits.max_body_bytes:
-                await error_response(_too_large(self._limits), scope["path"], request_id)(scope, receive, answer)
+            refusal = self._refusal(headers)
+            if refusal is not None:
+                await error_response(refusal, scope["path"], request_id)(scope, receive, answer)
             else:
                 await self._app(scope, body.receive, answer)
         except ClientGone:
@@ -96,16 +99,30 @@ class Edge:
         finally:
             counters.active -= 1
             counters.requests[str(status)] += 1
-            access.info(
+            access.log(
+                logging.DEBUG if status == 200 and "/health" in scope["path"] else logging.INFO,
                 "%s %s %s %d %.1f ms %s%s",
                 (scope.get("client") or ("-",))[0],
                 scope["method"],
-                scope["path"],
+                scope.get("raw_path", b"").decode("ascii", "replace"),
                 status,
                 (time.perf_counter() - began) * 1e3,
                 request_id,
                 scope["state"].get("note", ""),
             )
+
+    def _refusal(self, headers: Headers) -> HttpError | None:
+        """What is wrong with a request before any of its body is read."""
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._limits.max_body_bytes:
+            return _too_large(self._limits)
+        if self._plain_names_only and not _is_plain(headers.get("host", "")):
+            return HttpError(
+                "no token is asked for here, so only addresses and names without a dot are answered: set authentication.enabled: true",
+                status=421,
+                code="misdirected",
+            )
+        return None
 
 
 class _Body:
@@ -136,6 +153,18 @@ class _Body:
             if self._size > self._limits.max_body_bytes:
                 raise BodyRefused(_too_large(self._limits))
         return message
+
+
+def _is_plain(host: str) -> bool:
+    """Of a Host header: an address, or a name without a dot."""
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) and not host.endswith("]") else host
+    if "." not in name:
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _too_large(limits: Limits) -> HttpError:

@@ -285,6 +285,16 @@ def test_bodies_and_heads_have_bounds(mesh):
             assert raw.recv(100) == b""
 
 
+def test_without_tokens_only_plain_names_are_answered(mesh, http):
+    """A page may have a name of its own point to this machine: what it asks for bears that name."""
+    for host in ("coordinator:8080", "localhost", "127.0.0.1:1", "[::1]:8080", "10.0.0.1"):
+        assert http.get("/api/v1/health/live", headers={"host": host}).status_code == 200, host
+    for host in ("evil.example", "evil.example:8080", "127.0.0.1.evil.example"):
+        assert http.get("/api/v1/health/live", headers={"host": host}).status_code == 421, host
+    with edge(mesh.url, verifier=verifier()) as url:
+        assert httpx.get(f"{url}/api/v1/health/live", headers={"host": "mesh.example"}).status_code == 200
+
+
 def test_pages_of_other_hosts_may_call_only_where_they_are_listed(mesh):
     with edge(mesh.url, cors_origins=("https://a.example",)) as url, httpx.Client(base_url=url) as http:
         asked = {"origin": "https://a.example", "access-control-request-method": "POST", "access-control-request-headers": "authorization"}

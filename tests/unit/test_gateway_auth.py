@@ -8,6 +8,7 @@ from edge_tools import token, verifier
 from mesh.errors import Busy, Denied
 from mesh.gateway.auth import Gate, NotAuthenticated
 from mesh.gateway.settings import Limits
+from mesh.listener import is_loopback
 
 
 class Clock:
@@ -102,3 +103,12 @@ def test_the_tokens_own_limit_is_over_the_configured_one():
     header = f"Bearer {token('generate', requests_per_minute=5)}"
     for _ in range(5):
         door.admit(header, "generate").charge(1)
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("127.0.0.1", True), ("127.8.9.1", True), ("localhost", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("127.0.0.1.evil.example", False), ("0", False), ("", False)],
+)  # fmt: skip
+def test_only_this_machine_reaches_loopback(host, alone):
+    assert is_loopback(host) is alone
