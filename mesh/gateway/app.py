@@ -23,6 +23,7 @@ from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, MeshError
 from mesh.gateway import native
 from mesh.gateway.auth import Gate
+from mesh.gateway.batch_routes import batch
 from mesh.gateway.context import Gateway
 from mesh.gateway.errors import error_response, from_http, internal_error
 from mesh.gateway.events import ClientGone
@@ -56,7 +57,7 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
     )
     gateway = Gateway(client, settings, Gate(settings.verifier, settings.limits), models, monitor)
     app.state.gateway = gateway
-    for router in (native.generate, native.batch, native.admin, openai, health):
+    for router in (native.generate, batch, native.admin, openai, health):
         app.include_router(router)
     app.router.routes.extend(routes)
     app.add_exception_handler(ClientGone, _nobody)

@@ -12,7 +12,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
 from mesh.gateway.settings import Limits
 
-__all__ = ["Bill", "Generation", "paying"]
+__all__ = ["Bill", "Generation", "check_length", "paying"]
 
 
 class Bill:
@@ -47,7 +47,7 @@ class Generation:
         self._given = fields.get("max_tokens") is not None
         if not self._given:
             self._fields["max_tokens"] = gateway.settings.limits.default_max_tokens
-        _check_length(self._fields, gateway.settings.limits)
+        check_length(self._fields, gateway.settings.limits)
         self.request = ""
         self.completion: Completion | None = None
 
@@ -100,7 +100,7 @@ class Generation:
         return context - error.tokens if context is not None and context > error.tokens else None
 
 
-def _check_length(fields: Mapping[str, Any], limits: Limits) -> None:
+def check_length(fields: Mapping[str, Any], limits: Limits) -> None:
     """A bound on what the coordinators are given to tokenize; the context, in tokens, is theirs to check."""
     for name in ("prompt", "messages", "tokens"):
         value = fields.get(name)

@@ -1,9 +1,7 @@
-"""The mesh's own HTTP API: inference, batches, statistics."""
+"""The mesh's own HTTP API: inference and statistics. Batches are in batch_routes."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -14,19 +12,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.client import Chunk, Completion
-from mesh.errors import BadRequest, Busy, MeshError
+from mesh.errors import BadRequest
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
-from mesh.gateway.errors import error_body, error_document
+from mesh.gateway.errors import error_document
 from mesh.gateway.events import EventStream, event, until_gone
-from mesh.gateway.generation import Bill, Generation, paying
+from mesh.gateway.generation import Generation, paying
 from mesh.gateway.guard import caller_of, guarded
-from mesh.gateway.schema import BatchRequest, BatchResponse, InferenceItem, InferenceRequest, InferenceResponse, StatsResponse
+from mesh.gateway.schema import InferenceItem, InferenceRequest, InferenceResponse, StatsResponse
 
-__all__ = ["admin", "batch", "generate"]
+__all__ = ["admin", "answer_document", "check_input", "generate"]
 
 generate = guarded("generate", tags=["inference"])
-batch = guarded("batch", tags=["inference"])
 admin = guarded("admin", tags=["mesh"])
 
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
@@ -35,7 +32,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 @generate.post("/api/v1/inference", response_model=InferenceResponse, responses=_STREAM)
 async def inference(body: InferenceRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """Generate text after a prompt, a conversation or tokens; with `stream`, token by token."""
-    _check_input(body)
+    check_input(body)
     model = await gateway.models.resolve(body.model)
     caller = caller_of(request)
     if body.stream:
@@ -48,42 +45,7 @@ async def inference(body: InferenceRequest, request: Request, gateway: Gateway =
     with paying(caller, _most(gateway, body)) as bill:
         generation = Generation(gateway, bill, model, body.generate_fields())
         completion = await until_gone(request.receive, generation.complete())
-    return _json(_answer(completion, model))
-
-
-@batch.post("/api/v1/batch", response_model=BatchResponse)
-async def batch_now(body: BatchRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """Generate for many requests; each has its result or its error, in its place."""
-    limits = gateway.settings.limits
-    if len(body.requests) > limits.max_batch:
-        raise BadRequest(f"requests has {len(body.requests)} entries: at most {limits.max_batch} are taken at once", field="requests")
-    models = []
-    for index, item in enumerate(body.requests):
-        _check_input(item, f"requests.{index}.")
-        models.append(await gateway.models.resolve(item.model))
-    tokens = sum(_most(gateway, item) for item in body.requests)
-    gate = asyncio.Semaphore(limits.batch_concurrency)
-    with paying(caller_of(request), tokens, requests=len(body.requests)) as bill:
-
-        async def one(index: int) -> Completion | MeshError:
-            async with gate:
-                try:
-                    return await _patiently(gateway, bill, models[index], body.requests[index])
-                except MeshError as error:
-                    return error
-
-        answers = await until_gone(request.receive, _all([one(index) for index in range(len(models))]))
-    results = []
-    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    for index, answer in enumerate(answers):
-        if isinstance(answer, MeshError):
-            results.append({"index": index, "error": error_body(answer)})
-            continue
-        result = _answer(answer, models[index])
-        results.append({"index": index, "result": result})
-        for name in usage:
-            usage[name] += result["usage"][name]
-    return _json({"results": results, "usage": usage})
+    return _json(answer_document(completion, model))
 
 
 @admin.get("/api/v1/stats", response_model=StatsResponse)
@@ -99,22 +61,6 @@ async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Res
     )
 
 
-async def _all(work: list[Any]) -> list[Any]:
-    return list(await asyncio.gather(*work))
-
-
-async def _patiently(gateway: Gateway, bill: Bill, model: str, item: InferenceItem) -> Completion:
-    """As a batch can be: it waits where a single request would be told that the mesh is busy."""
-    until = time.monotonic() + gateway.settings.limits.request_timeout_s
-    while True:
-        try:
-            return await Generation(gateway, bill, model, item.generate_fields()).complete()
-        except Busy as error:
-            if time.monotonic() + error.retry_after_s >= until:
-                raise
-            await asyncio.sleep(error.retry_after_s)
-
-
 async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceItem) -> AsyncGenerator[bytes, None]:
     with paying(caller, _most(gateway, body)) as bill:
         generation = Generation(gateway, bill, model, body.generate_fields())
@@ -126,7 +72,7 @@ async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceI
                 else:
                     yield event(_token(chunk))
         assert generation.completion is not None
-        yield event({"done": True, "rest": rest, **_answer(generation.completion, model)})
+        yield event({"done": True, "rest": rest, **answer_document(generation.completion, model)})
 
 
 def _most(gateway: Gateway, item: InferenceItem) -> int:
@@ -144,7 +90,7 @@ def _token(chunk: Chunk) -> dict[str, Any]:
     return document
 
 
-def _answer(completion: Completion, model: str) -> dict[str, Any]:
+def answer_document(completion: Completion, model: str) -> dict[str, Any]:
     raw = completion.raw
     timing = dict(raw["timing"])
     return {
@@ -159,7 +105,7 @@ def _answer(completion: Completion, model: str) -> dict[str, Any]:
     }
 
 
-def _check_input(item: InferenceItem, prefix: str = "") -> None:
+def check_input(item: InferenceItem, prefix: str = "") -> None:
     if sum(given is not None for given in (item.prompt, item.messages, item.tokens)) != 1:
         raise BadRequest(f"{prefix}prompt: give exactly one of prompt, messages and tokens", field=f"{prefix}prompt")
 

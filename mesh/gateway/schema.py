@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "BatchJob",
+    "BatchProgress",
     "BatchRequest",
     "BatchResponse",
     "BatchResult",
@@ -75,9 +77,10 @@ class InferenceRequest(InferenceItem):
 
 
 class BatchRequest(Request):
-    """Many requests, answered together, in their order."""
+    """Many requests, answered together, in their order; with `async` kept in the mesh, and answered when they are asked for."""
 
-    requests: Annotated[list[InferenceItem], Field(min_length=1)]
+    requests: Annotated[list[InferenceItem], Field(min_length=1, max_length=10_000)]
+    kept: Annotated[bool, Field(alias="async")] = False
 
 
 class Usage(Answer):
@@ -152,6 +155,26 @@ class BatchResult(Answer):
 class BatchResponse(Answer):
     results: list[BatchResult]
     usage: Usage
+
+
+class BatchJob(Answer):
+    """A batch that is kept. `total` = waiting + `running` + `done` + `failed`."""
+
+    id: str
+    model: str
+    state: Literal["queued", "running", "done", "failed"]
+    total: int
+    running: int
+    done: int
+    failed: int
+    submitted_unix_s: float
+
+
+class BatchProgress(BatchJob):
+    """`results`: of those asked for, what has ended; `next`: the offset to ask with for more."""
+
+    results: list[BatchResult]
+    next: int | None
 
 
 class RangeHealth(Answer):

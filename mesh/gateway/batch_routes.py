@@ -1,0 +1,158 @@
+"""Batches: answered while the caller waits, or kept in the mesh until they are asked for.
+
+A batch that is kept is its submitter's: where tokens are asked for its id begins with a mark of who that is, and others are told that there
+is no such batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mesh.client import BatchStatus, Completion
+from mesh.errors import BadRequest, Busy, MeshError
+from mesh.gateway.auth import Caller
+from mesh.gateway.context import Gateway, gateway_of
+from mesh.gateway.errors import HttpError, error_body
+from mesh.gateway.events import until_gone
+from mesh.gateway.generation import Bill, Generation, check_length, paying
+from mesh.gateway.guard import caller_of, guarded
+from mesh.gateway.native import answer_document, check_input
+from mesh.gateway.schema import BatchJob, BatchProgress, BatchRequest, BatchResponse, ErrorResponse, InferenceItem
+
+__all__ = ["batch"]
+
+batch = guarded("batch", tags=["inference"])
+
+_KEPT_MAX_TOKENS = 128
+_ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"model": BatchJob, "description": "Kept; its results are at Location"}}
+_UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "description": "There is no such batch"}}
+
+
+@batch.post("/api/v1/batch", response_model=BatchResponse, responses=_ACCEPTED)
+async def submit(body: BatchRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
+    """Generate for many requests. Each has its result or its error, in its place. With `async` the answer is an id, at once, and the
+    batch outlives whatever dies meanwhile."""
+    names = {}
+    for item in body.requests:
+        if item.model not in names:
+            names[item.model] = await gateway.models.resolve(item.model)
+    for index, item in enumerate(body.requests):
+        check_input(item, f"requests.{index}.")
+    caller = caller_of(request)
+    if body.kept:
+        status = await _submit(gateway, caller, body, set(names.values()))
+        return _json(_job(status), 202, {"location": f"/api/v1/batch/{status.id}"})
+    return await _answer_now(gateway, caller, body, [names[item.model] for item in body.requests], request)
+
+
+@batch.get("/api/v1/batch/{id}", response_model=BatchProgress, responses=_UNKNOWN)
+async def progress(
+    id: str,
+    request: Request,
+    offset: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    gateway: Gateway = Depends(gateway_of),  # noqa: B008
+) -> Response:
+    """How far a batch is, and of its requests from `offset` on, at most `limit`, the results of those that have ended."""
+    mark = _mark(caller_of(request))
+    unknown = HttpError(f"there is no batch {id[:64]}", status=404, code="batch_not_found")
+    if not id.startswith(mark):
+        raise unknown
+    try:
+        status = await gateway.client.batch_status(id)
+        ended = await gateway.client.batch_results(id, offset=offset, limit=limit)
+    except BadRequest:
+        raise unknown from None
+    results: list[dict[str, Any]] = []
+    for item in ended:
+        if item.completion is not None:
+            results.append({"index": item.index, "result": answer_document(item.completion, status.model)})
+        elif item.error is not None:
+            results.append({"index": item.index, "error": error_body(item.error)})
+    following = offset + limit
+    return _json({**_job(status), "results": results, "next": following if following < status.total else None})
+
+
+async def _submit(gateway: Gateway, caller: Caller, body: BatchRequest, models: set[str]) -> BatchStatus:
+    if len(models) > 1:
+        raise BadRequest(f"requests are for {', '.join(sorted(models))}: a batch that is kept is for one model", field="requests")
+    made = []
+    for item in body.requests:
+        fields = item.generate_fields()
+        fields.setdefault("max_tokens", _KEPT_MAX_TOKENS)
+        check_length(fields, gateway.settings.limits)
+        made.append(fields)
+    caller.charge(sum(fields["max_tokens"] for fields in made), requests=len(made))
+    return await gateway.client.submit_batch(made, id=_mark(caller) + secrets.token_hex(12), model=models.pop())
+
+
+async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, models: list[str], request: Request) -> Response:
+    limits = gateway.settings.limits
+    if len(body.requests) > limits.max_batch:
+        raise BadRequest(
+            f"requests has {len(body.requests)} entries: at most {limits.max_batch} are answered at once, send more with async: true",
+            field="requests",
+        )
+    tokens = sum(item.max_tokens or limits.default_max_tokens for item in body.requests)
+    gate = asyncio.Semaphore(limits.batch_concurrency)
+    with paying(caller, tokens, requests=len(body.requests)) as bill:
+
+        async def one(index: int) -> Completion | MeshError:
+            async with gate:
+                try:
+                    return await _patiently(gateway, bill, models[index], body.requests[index])
+                except MeshError as error:
+                    return error
+
+        answers = await until_gone(request.receive, _all([one(index) for index in range(len(models))]))
+    results = []
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for index, answer in enumerate(answers):
+        if isinstance(answer, MeshError):
+            results.append({"index": index, "error": error_body(answer)})
+            continue
+        result = answer_document(answer, models[index])
+        results.append({"index": index, "result": result})
+        for name in usage:
+            usage[name] += result["usage"][name]
+    return _json({"results": results, "usage": usage})
+
+
+async def _all(work: list[Any]) -> list[Any]:
+    return list(await asyncio.gather(*work))
+
+
+async def _patiently(gateway: Gateway, bill: Bill, model: str, item: InferenceItem) -> Completion:
+    """As a batch can be: it waits where a single request would be told that the mesh is busy."""
+    until = time.monotonic() + gateway.settings.limits.request_timeout_s
+    while True:
+        try:
+            return await Generation(gateway, bill, model, item.generate_fields()).complete()
+        except Busy as error:
+            if time.monotonic() + error.retry_after_s >= until:
+                raise
+            await asyncio.sleep(error.retry_after_s)
+
+
+def _mark(caller: Caller) -> str:
+    """What the ids of a caller's batches begin with. Admins see them all; so does everyone where no token is asked for."""
+    if caller.claims is None or caller.may("admin"):
+        return ""
+    return hashlib.sha256(caller.name.encode()).hexdigest()[:12] + "-"
+
+
+def _job(status: BatchStatus) -> dict[str, Any]:
+    return status.model_dump(mode="json")
+
+
+def _json(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(document), status, headers, media_type="application/json")

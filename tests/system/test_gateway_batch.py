@@ -1,0 +1,55 @@
+"""Batches over HTTP that are kept in the mesh."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+from edge_tools import bearer, edge, token, verifier
+
+READY_S = 120.0
+
+
+def until_done(http: httpx.Client, location: str, **options: Any) -> dict[str, Any]:
+    deadline = time.monotonic() + READY_S
+    while (found := http.get(location, **options).json())["state"] not in ("done", "failed"):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
+
+
+def test_a_batch_that_is_kept_is_answered_when_it_is_asked_for(mesh, oracle):
+    prompts = [[number, 5, 9] for number in range(12)]
+    requests: list[dict[str, Any]] = [{"tokens": prompt, "max_tokens": 6, "ignore_eos": True} for prompt in prompts]
+    with edge(mesh.url) as url, httpx.Client(base_url=url, timeout=60) as http:
+        accepted = http.post("/api/v1/batch", json={"requests": [*requests, {"tokens": [96]}], "async": True})
+        job = accepted.json()
+        assert accepted.status_code == 202 and job["total"] == 13 and job["model"] == "tiny"
+        assert accepted.headers["location"] == f"/api/v1/batch/{job['id']}"
+        with edge(mesh.url) as another:  # any gateway will do
+            done = until_done(http, f"{another}{accepted.headers['location']}")
+        assert (done["done"], done["failed"], done["running"], done["next"]) == (12, 1, 0, None)
+        assert [result["index"] for result in done["results"]] == list(range(13))
+        for prompt, result in zip(prompts, done["results"], strict=False):
+            assert result["result"]["tokens"] == oracle.greedy(prompt, 6)
+        assert "not in the vocabulary" in done["results"][12]["error"]["message"]
+        part = http.get(accepted.headers["location"], params={"offset": 4, "limit": 3}).json()
+        assert [result["index"] for result in part["results"]] == [4, 5, 6] and part["next"] == 7
+        unknown = http.get("/api/v1/batch/nothing")
+        assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "batch_not_found"
+        wrong = http.post("/api/v1/batch", json={"requests": [{"prompt": "a", "model": "tiny"}, {}], "async": True})
+        assert wrong.json()["error"]["field"] == "requests.1.prompt"
+
+
+def test_a_batch_is_its_submitters(mesh):
+    with edge(mesh.url, verifier=verifier()) as url, httpx.Client(base_url=url, timeout=60) as http:
+        mine, admin = bearer(token("batch")), bearer(token("admin"))
+        other = bearer(token("batch", subject="another"))
+        body = {"requests": [{"tokens": [1], "max_tokens": 2}], "async": True}
+        assert http.post("/api/v1/batch", json=body).status_code == 401
+        location = http.post("/api/v1/batch", json=body, headers=mine).headers["location"]
+        assert until_done(http, location, headers=mine)["done"] == 1
+        assert http.get(location, headers=admin).status_code == 200
+        assert http.get(location, headers=other).status_code == 404
+        assert http.get(location, headers=bearer(token("generate"))).status_code == 403
