@@ -89,7 +89,9 @@ def test_viewers_see_shards_requests_and_events_and_share_one_look(server, model
             async with dashboard(client, watch) as http, http.stream("GET", "/dashboard/events") as one:
                 assert one.headers["content-type"].startswith("text/event-stream")
                 stream = events(one)
-                assert (await anext(stream))[0] == "history"
+                kind, before = await anext(stream)
+                assert kind == "history"
+                assert {("ready", shard.options.name) for shard in running} <= {(e["kind"], e["who"]) for e in before["events"]}
 
                 def whole(data: Any) -> bool:
                     mine = [m for m in data["models"] if m["name"] == name]

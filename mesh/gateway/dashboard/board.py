@@ -99,14 +99,15 @@ class Board:
     def failed(self, reason: str, *, now: float, unix_s: float) -> None:
         self._now, self._unix_s, self._error = now, unix_s, reason
 
-    def happened(self, event: Event) -> dict[str, Any]:
-        """The event as viewers are told it."""
+    def happened(self, event: Event) -> None:
+        """Known ones are no news: what was kept and what is heard may be the same."""
+        said = event.model_dump(mode="json")
+        if any(said.items() <= known.items() for _, known in self.events):
+            return
         if event.kind == "left":
             self._left.add(event.who)
         self.event_number += 1
-        said = {**event.model_dump(mode="json"), "number": self.event_number}
-        self.events.append((self.event_number, said))
-        return said
+        self.events.append((self.event_number, {**said, "number": self.event_number}))
 
     # -- what goes out -------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ LINGER_S = 5.0
 SETTLE_S = 0.15
 """From an event to the look that follows it: events come in bunches."""
 LOOK_TIMEOUT_S = 5.0
+REMEMBERED = 30
+"""Events of before that a page begins with."""
 VIEWERS = 64
 
 
@@ -84,6 +86,8 @@ class Watch:
         self.viewers += 1
         try:
             self._start()
+            while not self._document and not self._ended:  # the first look brings what happened before
+                await self._round.wait()
             yield _sse("history", orjson.dumps(self.board.history()))
             sent, said = b"", self.board.event_number
             while not self._ended:
@@ -128,6 +132,7 @@ class Watch:
                     raise _unreachable()
                 if self._subscription is None:
                     self._subscription = await self._client.watch_events(self._on_event)
+                    await self._remember()
                 status, stats = await asyncio.gather(self._client.status(), self._client.shard_stats())
             self.board.look(status, stats, now=time.monotonic(), unix_s=time.time())
             self._broken = False
@@ -141,6 +146,15 @@ class Watch:
             self.board.failed("The gateway could not read the mesh's state; its log says why.", now=time.monotonic(), unix_s=time.time())
         self._document = orjson.dumps(self.board.snapshot())
         self._wake()
+
+    async def _remember(self) -> None:
+        """What happened before anybody looked. Where it is not kept, what happens from now on is all there is."""
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S / 2):
+                for event in [event async for event in self._client.events(last=REMEMBERED)]:
+                    self.board.happened(event)
+        except (MeshError, TimeoutError) as error:
+            log.info("no events of the past: %s", error)
 
     def _on_event(self, event: Event) -> None:
         self.board.happened(event)

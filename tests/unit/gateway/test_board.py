@@ -131,6 +131,14 @@ def test_latency_is_of_requests_that_ended_lately() -> None:
     assert latency["token_s"] == pytest.approx(0.08)
 
 
+def test_an_event_that_was_kept_and_heard_is_one() -> None:
+    board = Board()
+    event = Event(kind="ready", who="a", model="m", at_unix_s=1.5, data={"layers": "0-2"})
+    for one in (event, event.model_copy(), event.model_copy(update={"at_unix_s": 2.5})):
+        board.happened(one)
+    assert [said["at_unix_s"] for said in board.history()["events"]] == [1.5, 2.5]
+
+
 def test_series_and_events_are_bounded() -> None:
     board = Board()
     for second in range(module.POINTS + 50):

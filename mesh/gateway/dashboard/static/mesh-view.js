@@ -8,7 +8,8 @@ const STATES = { ready: "Serving", degraded: "Serving, with a loss", starting: "
 const LINKS = { connecting: "Looking for the mesh", lost: "The gateway does not answer", denied: "A token is needed" };
 const TELLS = {
   joined: "joined", ready: "is ready", left: "left", suspected: "is suspected", failed_over: "failed over", drained: "drained",
-  plan_changed: "placement changed", rejected: "was refused",
+  plan_changed: "placement changed", rejected: "was refused", forgotten: "was forgotten", coordinator_joined: "joined",
+  coordinator_left: "left", resumed: "took over",
 };
 const GRAVE = new Set(["suspected", "failed_over", "rejected", "lost"]);
 const SHOWN_EVENTS = 40;
@@ -115,11 +116,18 @@ function drawShards(shards) {
   });
 }
 
+function when(unix, today) {
+  const at = new Date(unix * 1000);
+  return at.toDateString() === today ? clock(unix) : at.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+}
+
 function drawEvents(events, model) {
   const shown = events.filter((event) => !model || !event.model || event.model === model.name).slice(-SHOWN_EVENTS).reverse();
   $("events-empty").hidden = shown.length > 0;
+  const today = new Date().toDateString();
   list($("events"), shown, (event) => event.number, (event) => h("li", { class: GRAVE.has(event.kind) ? "grave" : `is-${event.kind}` },
-    h("time", { datetime: new Date(event.at_unix_s * 1000).toISOString() }, clock(event.at_unix_s)),
-    h("p", {}, h("strong", {}, event.who), ` ${TELLS[event.kind] || event.kind.replaceAll("_", " ")}`, event.data.layers ? h("span", { class: "muted" }, ` layers ${String(event.data.layers).replace("-", "–")}`) : null, event.detail ? h("span", { class: "event-detail" }, event.detail) : null),
+    h("time", { datetime: new Date(event.at_unix_s * 1000).toISOString() }, when(event.at_unix_s, today)),
+    h("p", {}, h("strong", {}, event.who), ` ${TELLS[event.kind] || event.kind.replaceAll("_", " ")}`, event.data.layers && !event.detail ? h("span", { class: "muted" }, ` layers ${String(event.data.layers).replace("-", "–")}`) : null, event.detail ? h("span", { class: "event-detail" }, event.detail) : null),
   ), () => {});
+  if (shown.length) setTimeout(() => attributes($("events"), { "aria-live": "polite" }), 1000); // what was there before is not news
 }
