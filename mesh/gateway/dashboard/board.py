@@ -22,6 +22,8 @@ from mesh.messages import Event, ShardLease, ShardStats
 __all__ = ["Board", "Point"]
 
 GHOST_S = 30.0
+SUSPECTED_S = 6.0
+"""A lease that is still there so long after its shard was suspected was renewed since."""
 FRESH_S = 120.0
 """How long a request that ended counts for the latency that is shown."""
 POINTS = 180
@@ -56,6 +58,7 @@ class Board:
         self._leases: dict[str, ShardLease] = {}
         self._ghosts: dict[str, _Ghost] = {}
         self._left: set[str] = set()  # who said goodbye since the last look
+        self._suspected: dict[str, float] = {}  # who does not answer, since when (unix): known before the lease ends
         self._counts: dict[str, _Counts] = {}
         self._rates: dict[str, dict[str, float]] = {}
         self._series: dict[str, deque[Point]] = {}
@@ -78,6 +81,7 @@ class Board:
             if name not in leases:
                 self._ghosts[name] = _Ghost(lease, now, name in self._left or lease.state == "draining")
         self._left &= leases.keys()
+        self._suspected = {who: at for who, at in self._suspected.items() if unix_s - at < SUSPECTED_S}
         for name in [n for n, ghost in self._ghosts.items() if n in leases or now - ghost.gone_at > GHOST_S]:
             del self._ghosts[name]
         self._leases = leases
@@ -106,6 +110,10 @@ class Board:
             return
         if event.kind == "left":
             self._left.add(event.who)
+        elif event.kind in ("suspected", "failed_over"):
+            self._suspected[event.who] = event.at_unix_s
+        elif event.kind in ("joined", "ready"):
+            self._suspected.pop(event.who, None)
         self.event_number += 1
         self.events.append((self.event_number, {**said, "number": self.event_number}))
 
@@ -135,7 +143,7 @@ class Board:
         coordinators = [c for c in self._status.coordinators if c.model == model]
         layers = max((lease.total_layers for lease in (*shards, *(ghost.lease for ghost in ghosts))), default=0)
         missing = _uncovered(layers, [lease for lease in shards if lease.state in ("ready", "draining")])
-        state, reason = _state(shards, ghosts, coordinators, missing)
+        state, reason = _state(shards, ghosts, coordinators, missing, [lease.shard for lease in shards if lease.shard in self._suspected])
         point = self._points.get(model)
         return {
             "name": model,
@@ -166,7 +174,7 @@ class Board:
             "name": lease.shard,
             "start": lease.layers_start,
             "stop": lease.layers_end,
-            "state": lease.state,
+            "state": "suspected" if lease.state == "ready" and lease.shard in self._suspected else lease.state,
             "rows": lease.rows,
             "used": stats.rows - stats.free_rows if stats is not None else lease.rows - lease.free_rows,
             "load": lease.load,
@@ -258,7 +266,11 @@ def _uncovered(layers: int, shards: Sequence[ShardLease]) -> list[tuple[int, int
 
 
 def _state(
-    shards: Sequence[ShardLease], ghosts: Sequence[_Ghost], coordinators: Sequence[CoordinatorStatus], missing: Sequence[tuple[int, int]]
+    shards: Sequence[ShardLease],
+    ghosts: Sequence[_Ghost],
+    coordinators: Sequence[CoordinatorStatus],
+    missing: Sequence[tuple[int, int]],
+    suspected: Sequence[str],
 ) -> tuple[str, str]:
     """One of down, starting, degraded, ready; and a sentence for people."""
     where = " and ".join(f"{start}-{stop}" for start, stop in missing)
@@ -274,6 +286,8 @@ def _state(
     if lost:
         names = ", ".join(sorted(lease.shard for lease in lost))
         return "degraded", f"{names} {'is' if len(lost) == 1 else 'are'} lost; the other replicas carry on."
+    if suspected:
+        return "degraded", f"{', '.join(suspected)} {'does' if len(suspected) == 1 else 'do'} not answer; sessions go another way."
     if any(lease.state == "draining" for lease in shards):
         return "degraded", "A shard is draining: its sessions end or move before it stops."
     if any(lease.state in ("loading", "warming") for lease in shards):
@@ -287,12 +301,10 @@ def _recent(coordinators: Sequence[CoordinatorStatus]) -> list[dict[str, Any]]:
 
 
 def _latency(coordinators: Sequence[CoordinatorStatus], unix_s: float) -> dict[str, float] | None:
-    """Over the requests that ended lately: median and worst time to the first token, median seconds a token after it."""
-    lines = [
-        line
-        for line in _recent(coordinators)
-        if line["first_token_s"] is not None and line["began_unix_s"] + line["total_s"] > unix_s - FRESH_S
-    ]
+    """Over the requests that run or ended lately: median and worst time to the first token, median seconds a token after it."""
+    running = [line for c in coordinators for line in c.counters.get("sessions", ())]
+    ended = [line for line in _recent(coordinators) if line["began_unix_s"] + line["total_s"] > unix_s - FRESH_S]
+    lines = [line for line in running + ended if line["first_token_s"] is not None]
     if not lines:
         return None
     first = [float(line["first_token_s"]) for line in lines]

@@ -131,6 +131,22 @@ def test_latency_is_of_requests_that_ended_lately() -> None:
     assert latency["token_s"] == pytest.approx(0.08)
 
 
+def test_a_shard_that_is_suspected_is_shown_before_its_lease_ends_and_no_longer_when_it_is_renewed() -> None:
+    board = Board()
+    three = MeshStatus((*BOTH, lease("b2", 2, 4)), (coordinator(),))
+    board.look(three, [], now=1.0, unix_s=101.0)
+    board.happened(Event(kind="suspected", who="b2", model="m", at_unix_s=101.5))
+    model = only(board)
+    assert model["shards"][2]["state"] == "suspected" and model["state"] == "degraded" and "b2 does not answer" in model["reason"]
+    board.look(three, [], now=2.0, unix_s=102.0)
+    assert only(board)["shards"][2]["state"] == "suspected"
+    board.happened(Event(kind="ready", who="b2", model="m", at_unix_s=102.5))
+    assert only(board)["shards"][2]["state"] == "ready"
+    board.happened(Event(kind="suspected", who="b2", model="m", at_unix_s=103.0))
+    board.look(three, [], now=20.0, unix_s=120.0)
+    assert only(board)["shards"][2]["state"] == "ready"
+
+
 def test_an_event_that_was_kept_and_heard_is_one() -> None:
     board = Board()
     event = Event(kind="ready", who="a", model="m", at_unix_s=1.5, data={"layers": "0-2"})

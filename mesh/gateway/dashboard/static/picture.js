@@ -173,6 +173,7 @@ function updateCard(element, { shard, x, y, w, h }) {
 
 function lineOf(shard) {
   if (shard.state === "lost" || shard.state === "left") return `${shard.state} ${Math.round(shard.gone_s)} s ago`;
+  if (shard.state === "suspected") return "does not answer";
   if (shard.state !== "ready") return shard.state;
   return [bytes(shard.memory_bytes), shard.step_s ? duration(shard.step_s) : null].filter(Boolean).join(" · ");
 }

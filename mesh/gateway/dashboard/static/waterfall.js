@@ -3,6 +3,7 @@ import { h, s } from "./dom.js";
 import { duration, number, plural } from "./format.js";
 
 const STEPS_HEIGHT = 96;
+const SMALL = 0.2; // of the life: too narrow for its own words
 const KINDS = [
   ["compute", "computing"],
   ["queue", "waiting for other work"],
@@ -32,7 +33,7 @@ export function waterfall(trace) {
 function life(trace) {
   const total = trace.total_s || 1e-9;
   const first = trace.first_token_s;
-  const parts = [["waiting for rows", "wait", 0, Math.min(trace.queue_s, total)]];
+  const parts = [["waiting", "wait", 0, Math.min(trace.queue_s, total)]];
   parts.push(["prompt", "prefill", trace.queue_s, first ?? total]);
   if (first !== null && total > first) parts.push(["tokens", "decode", first, total]);
   const shown = parts.filter(([, , from, to]) => to > from);
@@ -41,7 +42,7 @@ function life(trace) {
     const part = h("div", { class: `life-part is-${kind}` }, h("span", {}, `${name} ${duration(to - from)}`));
     part.style.left = `${(from / total) * 100}%`;
     part.style.width = `${((to - from) / total) * 100}%`;
-    if ((to - from) / total < 0.16) part.classList.add("small");
+    if ((to - from) / total < SMALL) part.classList.add("small");
     bar.append(part);
   }
   const marks = trace.legs.slice(1).map((leg) => {
@@ -57,7 +58,7 @@ function life(trace) {
     `${duration(total)} in all`,
     trace.restarts ? `moved ${trace.restarts === 1 ? "once" : `${trace.restarts} times`}` : null,
   ];
-  const small = shown.filter(([, , from, to]) => (to - from) / total < 0.16).map(([name, , from, to]) => `${name} ${duration(to - from)}`);
+  const small = shown.filter(([, , from, to]) => (to - from) / total < SMALL).map(([name, , from, to]) => `${name} ${duration(to - from)}`);
   return h("div", {}, h("p", { class: "life-facts" }, facts.filter(Boolean).join(" · ")), bar, small.length ? h("p", { class: "life-small" }, small.join(" · ")) : null);
 }
 
