@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
@@ -30,10 +31,15 @@ def run_command(args: argparse.Namespace) -> int:
     beginning = [{"role": "system", "content": args.system}] if args.system else []
     history = list(beginning)
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    terminal = sys.stdin.isatty()
     with MeshClient(options=mesh_options(args), model=args.model) as client:
+        if terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  # lines can be edited, and asked again
+            print("/new begins another conversation, /quit ends. Ctrl-C stops an answer.", file=sys.stderr)
         while True:
             try:
-                said = input("> " if sys.stdin.isatty() else "").strip()
+                said = input("> " if terminal else "").strip()
             except (EOFError, KeyboardInterrupt):
                 print()
                 return 0

@@ -1,46 +1,83 @@
-"""`mesh top`: `mesh status`, live."""
+"""`mesh top`: what a mesh does, live."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from mesh.client import MeshClient
+from mesh.client.board import Board
+from mesh.commands.drawing import headline, session_table, shard_table
 from mesh.commands.generate import add_mesh_arguments, mesh_options
-from mesh.commands.status import coordinator_table, shard_table
-from mesh.errors import MeshError
+from mesh.errors import BadRequest, MeshError
+from mesh.units import format_seconds
 
-__all__ = ["add_parser", "run_command"]
+__all__ = ["add_parser", "render", "run_command"]
+
+_DESCRIPTION = """\
+Tokens a second, latency, sessions and shards of a mesh, until Ctrl-C. The dashboard, at the address that `mesh up` prints, shows more;
+`mesh status --json` is for programs."""
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("top", help="who serves what, live", description="Show shards and coordinators until Ctrl-C.")
+    parser = subparsers.add_parser("top", help="who serves what, live", description=_DESCRIPTION)
     add_mesh_arguments(parser)
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between looks (default 1)")
     parser.set_defaults(run=run_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
-    before: dict[str, tuple[float, int]] = {}
+    if args.interval <= 0:
+        raise BadRequest(f"--interval {args.interval:g}: give more than 0 seconds", field="interval")
+    if not sys.stdout.isatty():
+        raise BadRequest("mesh top draws on a terminal: elsewhere use `mesh status --json`", field="stdout")
+    board = Board()
     with MeshClient(options=mesh_options(args)) as client, Live(screen=True, auto_refresh=False) as live:
         while True:
             try:
-                status = client.status()
+                status, stats = client.status(), client.shard_stats()
+                board.look(status, stats, now=time.monotonic(), unix_s=time.time())
             except MeshError as error:  # a server that restarts: it is shown as soon as it is back
-                live.update(Text(str(error)), refresh=True)
-            else:
-                now = time.monotonic()
-                rate = 0.0
-                for coordinator in status.coordinators:
-                    tokens = int(coordinator.counters.get("tokens", 0))
-                    at, count = before.get(coordinator.name, (now, tokens))
-                    if now > at:
-                        rate += (tokens - count) / (now - at)
-                    before[coordinator.name] = (now, tokens)
-                live.update(Group(shard_table(status), coordinator_table(status), Text(f"{rate:.1f} tokens/s")), refresh=True)
+                board.failed(str(error), now=time.monotonic(), unix_s=time.time())
+            live.update(render(board.snapshot(), args.model), refresh=True)
             time.sleep(args.interval)
+
+
+def render(snapshot: Mapping[str, Any], name: str | None = None) -> RenderableType:
+    """A board's snapshot as it is drawn; `name`: of one model alone."""
+    parts: list[RenderableType] = []
+    if snapshot["error"]:
+        seen = "" if snapshot["seen_s"] is None else f" What is shown was seen {format_seconds(snapshot['seen_s'])} ago."
+        parts.append(Text(f"{snapshot['error']}{seen}", style="red"))
+    models = [model for model in snapshot["models"] if name in (None, model["name"])]
+    if not models and not snapshot["error"]:
+        parts.append(Text(f"nothing serves {name or 'a model'} here: `mesh up MODEL_DIR` starts a mesh on this machine"))
+    for model in models:
+        parts += [headline(model), _figures(model), shard_table(model["shards"])]
+        if model["sessions"]:
+            parts.append(session_table(model["sessions"]))
+        parts.append(Text())
+    return Group(*parts)
+
+
+def _figures(model: Mapping[str, Any]) -> Text:
+    tokens_per_s = model["point"][1] if model["point"] else 0.0
+    parts = [
+        f"{tokens_per_s:.1f} tokens/s",
+        f"{model['live'] - model['queued']} of {model['capacity']} sessions",
+        f"{model['queued']} waiting",
+    ]
+    if model["latency"] is not None:
+        parts.append(f"first token {format_seconds(model['latency']['first_token_s'])}")
+    step = model["step"]
+    if step is not None and step["step_s"]:
+        share = step["compute_s"] / step["step_s"]
+        parts.append(f"a step {format_seconds(step['step_s'])}, {share:.0%} computing, {step['hops_s'] / step['step_s']:.0%} on the way")
+    return Text("   ".join(parts) + "\n")

@@ -113,6 +113,6 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _http_lines(urls: tuple[str, ...], *, taken: bool) -> str:
-    said = f"HTTP {', '.join(urls)}" + (" (port 8080 is taken; choose one with --http-port)" if taken else "")
+    said = f"HTTP {', '.join(urls)}, in a browser the dashboard" + (" (port 8080 is taken; choose one with --http-port)" if taken else "")
     data = '{"prompt": "What is artificial intelligence?", "max_tokens": 100, "temperature": 0.7}'
     return f"{said}\n  curl -X POST {urls[0]}/api/v1/inference -H 'Content-Type: application/json' -d '{data}'"

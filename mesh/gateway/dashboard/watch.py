@@ -16,8 +16,8 @@ import orjson
 
 from mesh.bus import Subscription
 from mesh.client import AsyncMeshClient
+from mesh.client.board import Board
 from mesh.errors import MeshError
-from mesh.gateway.dashboard.board import Board
 from mesh.messages import Event
 
 __all__ = ["Watch"]

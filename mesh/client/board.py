@@ -1,4 +1,4 @@
-"""What a viewer of the dashboard sees, from what the mesh says of itself: pure, clocks passed in.
+"""What who watches a mesh sees (the dashboard, `mesh top`), from what the mesh says of itself: pure, clocks passed in.
 
     look(status, stats)    once a second while someone looks: leases, coordinators' and shards' counts since their start
     failed(reason)         a look that brought nothing: what was seen last stays, and is said to be old
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from mesh.client import CoordinatorStatus, MeshStatus
+from mesh.client.results import CoordinatorStatus, MeshStatus
 from mesh.messages import Event, ShardLease, ShardStats
 
 __all__ = ["Board", "Point"]

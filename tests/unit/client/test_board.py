@@ -1,4 +1,4 @@
-"""What viewers of the dashboard are told, from given leases and counts."""
+"""What observers of a mesh are told, from given leases and counts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import orjson
 import pytest
 
 from mesh.client import CoordinatorStatus, MeshStatus
-from mesh.gateway.dashboard import board as module
-from mesh.gateway.dashboard.board import Board
+from mesh.client import board as module
+from mesh.client.board import Board
 from mesh.messages import Event, ShardLease, ShardStats
 
 
