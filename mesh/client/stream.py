@@ -29,7 +29,8 @@ __all__ = ["Retry", "Stream"]
 
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 5.0
-_SILENCE_S = 2.0
+_SILENCE_S = 2.0  # between tokens
+_WAITING_SILENCE_S = 4.0  # before the first one: who waits in the queue hears of it every 3 s
 _LONGEST_SILENCE_S = 16.0
 _EPOCH_HEADER = "Mesh-Epoch"
 
@@ -74,7 +75,7 @@ class Stream:
         self._text = 0  # characters given out
         self._epoch = 0
         self._asked = 0  # times
-        self._tries = 0  # of these, since something was heard
+        self._tries = 0  # of these, since the last token
         self._errors = 0  # since the last token
         self._began = False
         self._heard_at = time.monotonic()
@@ -142,7 +143,7 @@ class Stream:
 
     async def _receive(self) -> Received | None:
         """The next message; None where it is time to ask whether anybody is there."""
-        silence_s = min(_SILENCE_S * 2**self._tries, _LONGEST_SILENCE_S)
+        silence_s = min((_SILENCE_S if self._given else _WAITING_SILENCE_S) * 2**self._tries, _LONGEST_SILENCE_S)
         left_s = self._heard_at + self._retry.stall_s - time.monotonic()
         if self._deadline is not None:
             left_s = min(left_s, self._deadline - time.monotonic())
@@ -170,7 +171,7 @@ class Stream:
         if epoch < self._epoch:
             return
         self._epoch = epoch
-        self._heard_at, self._began, self._tries = time.monotonic(), True, 0
+        self._heard_at, self._began = time.monotonic(), True
         if document["done"]:
             self._finish(document, now)
         elif "cancel" in document:
@@ -194,7 +195,7 @@ class Stream:
     def _give(self, text: str, token: Token, now: float) -> None:
         self._ready.append(Chunk(text, token, len(self._given), now))
         self._given.append(token)
-        self._errors = 0
+        self._errors = self._tries = 0
         self._text += len(text)
 
     async def _again(self, error: MeshError) -> None:

@@ -27,8 +27,9 @@ __all__ = ["Continuity", "Host"]
 
 log = logging.getLogger("mesh.coordinator")
 
-PROBE_S: Final = 0.25
-SCAN_S: Final = 10.0
+PROBE_S: Final = 0.2
+SCAN_S: Final = 30.0
+"""How often all records are looked through, besides at the start and when a coordinator goes."""
 STALL_S: Final = 1.0
 """A pause of this loop after which the others are not blamed for having been silent."""
 SETTLE_S: Final = 2.0

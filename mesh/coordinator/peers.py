@@ -16,7 +16,7 @@ from typing import Final
 
 __all__ = ["GONE_S", "SILENT_S", "Peer", "Peers"]
 
-GONE_S: Final = 0.8
+GONE_S: Final = 0.5
 SILENT_S: Final = 4.0
 _FORGET_S: Final = 60.0
 

@@ -41,6 +41,7 @@ REFRESH_S: Final = 40.0  # one that does not change is written again, or the buc
 KEPT_S: Final = 60.0
 KEPT: Final = 256
 WRITERS: Final = 8
+WAITING: Final = 8192
 _TTL_S: Final = 150.0
 _MAX_BYTES: Final = 256 * 1024 * 1024
 _HEADERS_BYTES: Final = 1024
@@ -147,7 +148,8 @@ class Recorder:
         kept = self._kept.get(session)
         if kept is None:
             return
-        if last is None and not kept.revision and not kept.writing:
+        unwritten = last is None and not kept.revision and not kept.writing
+        if unwritten or len(self._kept) > WAITING:  # more than that have ended while nothing could be written: the bucket forgets them
             del self._kept[session]
             return
         kept.dirty, kept.over, kept.ended, kept.due_at = True, True, last, 0.0

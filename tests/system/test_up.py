@@ -100,6 +100,10 @@ def test_commands_find_the_mesh_that_is_up(up, oracle):
     assert report["bare_hop_s"] > 0 and report["step"]["hop_s"] > 0
     assert report["first_token_s"]["p50"] <= report["first_token_s"]["p99"]
     assert up.command("generate", "--tokens", "5,1700", code=2) == ""
+    kinds = [json.loads(line)["kind"] for line in up.command("events", "--json").splitlines()]
+    assert kinds.count("ready") == 2 and "coordinator_joined" in kinds
+    assert len(up.command("events", "--last", "2").splitlines()) == 2
+    assert up.command("forget", "shard-1", code=2) == "", "it lives"
     first, second, end = up.command("chat", "--max-tokens", "4", said="hi\n/new\nhi\n/quit\n").split("\n")
     assert first == second and len(first) >= 4 and end == ""
 
