@@ -1,4 +1,4 @@
-"""1,000 connections, of which 10 ask for something; one more; and a shard that dies while HTTP streams."""
+"""1,000 connections, of which 10 ask for something; one more; and coordinators and shards that die while HTTP streams."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from edge_tools import edge
 
 from mesh.local import LocalMesh, LocalOptions
 
@@ -22,8 +23,8 @@ LONG = {"max_tokens": 50, "ignore_eos": True, "stream": True}
 
 @pytest.fixture(scope="module")
 def pairs(model: Path) -> Iterator[LocalMesh]:
-    """Two shards of each of two ranges."""
-    with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, rows=8, context=64)) as running:
+    """Two shards of each of two ranges, two coordinators."""
+    with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, coordinators=2, rows=8, context=64)) as running:
         yield running
 
 
@@ -57,36 +58,73 @@ async def stream(http: httpx.AsyncClient, tokens: list[int], begun: asyncio.Even
     raise AssertionError("the stream ended without its end")
 
 
+async def stream_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tokens: list[int]) -> list[int]:
+    """`stream` on a connection that is there already."""
+    body = json.dumps({"tokens": tokens, **LONG}).encode()
+    head = f"POST /api/v1/inference HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    seen: list[int] = []
+    while True:
+        line = await reader.readline()
+        if line.startswith(b"data: "):
+            document = json.loads(line.removeprefix(b"data: "))
+            if document["done"]:
+                assert document["tokens"] == seen
+                return seen
+            seen.append(document["token"])
+
+
 def test_a_thousand_connections_and_one_more(pairs, oracle, run):
     url = pairs.http_urls[0]
     host, port = urlsplit(url).hostname, urlsplit(url).port
 
     async def fill() -> None:
-        idle = await asyncio.gather(*(asyncio.open_connection(host, port) for _ in range(LIMIT - STREAMS)))
-        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
-            prompts = [[number, 7, 2 * number, 11] for number in range(STREAMS)]
-            begun = [asyncio.Event() for _ in prompts]  # each on a connection of its own, which is kept
-            tasks = [asyncio.create_task(stream(http, prompt, event)) for prompt, event in zip(prompts, begun, strict=True)]
-            for event in begun:
-                await event.wait()
+        opened = await asyncio.gather(*(asyncio.open_connection(host, port) for _ in range(LIMIT)))
+        try:
             reader, writer = await asyncio.open_connection(host, port)
+            opened.append((reader, writer))
             told = await reader.read()
             assert told.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in told and b"too_many_connections" in told
-            writer.close()
-            for prompt, seen in zip(prompts, await asyncio.gather(*tasks), strict=True):
+            prompts = [[number, 7, 2 * number, 11] for number in range(STREAMS)]
+            streams = [stream_on(*connection, prompt) for connection, prompt in zip(opened[::100], prompts, strict=False)]
+            for prompt, seen in zip(prompts, await asyncio.gather(*streams), strict=True):
                 assert seen == oracle.greedy(prompt, 50)
-            assert all(not silent.at_eof() for silent, _ in idle)
-            for _, closing in idle:
+            assert sum(not silent.at_eof() for silent, _ in opened[:LIMIT]) == LIMIT
+        finally:
+            for _, closing in opened:
                 closing.close()
-            await asyncio.gather(*(closing.wait_closed() for _, closing in idle), return_exceptions=True)
+            await asyncio.gather(*(closing.wait_closed() for _, closing in opened), return_exceptions=True)
 
     with many_files(2 * LIMIT + 200):
         run(fill())
 
 
-def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, oracle, run):
+@pytest.fixture(scope="module")
+def url(pairs: LocalMesh) -> Iterator[str]:
+    """A gateway that outlives the coordinators."""
+    with edge(pairs.url) as running:
+        yield running
+
+
+def test_a_coordinator_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, url, oracle, run):
     async def kill() -> None:
-        async with httpx.AsyncClient(base_url=pairs.http_urls[0], timeout=120) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+            prompts = [[number, 4, 5 * number, 2] for number in range(8)]
+            begun = [asyncio.Event() for _ in prompts]
+            tasks = [asyncio.create_task(stream(http, prompt, event)) for prompt, event in zip(prompts, begun, strict=True)]
+            for event in begun:
+                await event.wait()
+            pairs.processes["coordinator-2"].send_signal(signal.SIGKILL)
+            for prompt, seen in zip(prompts, await asyncio.gather(*tasks), strict=True):
+                assert seen == oracle.greedy(prompt, 50)
+
+    run(kill())
+
+
+def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, url, oracle, run):
+    async def kill() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
             prompts = [[number, 9, 3 * number, 1] for number in range(6)]
             begun = [asyncio.Event() for _ in prompts]
             tasks = [asyncio.create_task(stream(http, prompt, event)) for prompt, event in zip(prompts, begun, strict=True)]
@@ -100,11 +138,11 @@ def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, orac
     run(kill())
 
 
-def test_health_tells_the_truth_when_a_range_is_gone(pairs, run):
+def test_health_tells_the_truth_when_a_range_is_gone(pairs, url, run):
     """Its last shard is killed: not ready, and says what lacks; the process lives on."""
 
     async def kill() -> None:
-        async with httpx.AsyncClient(base_url=pairs.http_urls[0], timeout=120) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
             for name in ("shard-3", "shard-4"):
                 pairs.processes[name].send_signal(signal.SIGKILL)
             while (answer := await http.get("/api/v1/health")).status_code == 200:
