@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -12,12 +12,15 @@ import jax
 import numpy as np
 
 from mesh.runtime import step
+from mesh.runtime.cache import SLACK
 from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled
 from mesh.runtime.step import LayerCache
 
 __all__ = ["Bucket", "Compiled", "Group", "Programs", "to_host"]
 
+
+_HEAD_LENGTH = 512
 
 Compiled = dict[tuple[Any, ...], Any]
 """(kind, bucket, signature, shape of the state) -> executable."""
@@ -140,11 +143,22 @@ class Programs:
         return self._table[1]
 
     def _get(self, kind: str, bucket: Bucket, what: Any, state: Any = None, x: Any = None) -> Any:
+        bucket = _relevant(kind, bucket, state)
         key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
         found = self._compiled.get(key)
         if found is None:
             found = self._compiled[key] = _COMPILE[kind](bucket, what, state, x)
         return found
+
+
+def _relevant(kind: str, bucket: Bucket, state: Any) -> Bucket:
+    """What of a bucket makes a difference to a program: nothing of its length to the embedding, and to the head, which looks only at
+    the tokens so far, none of the short ones. Fewer are compiled."""
+    if kind == "embed":
+        return replace(bucket, length=0)
+    if kind == "head":
+        return replace(bucket, length=max(bucket.length, min(_HEAD_LENGTH, state.shape[1] - SLACK)))
+    return bucket
 
 
 def _groups(layers: Sequence[Block]) -> Iterator[Group]:

@@ -149,8 +149,13 @@ class Stage:
         return cls(manifest, config, blocks, need, compiled)
 
     def warm_up(self, progress: Progress = lambda what, done, total: None) -> None:
-        """Compile every program the buckets allow. Idempotent."""
+        """Compile every program the buckets allow. Idempotent.
+
+        Stages begin at different buckets: those that start together on one machine find in the compilation cache what the others
+        have made meanwhile, where equal layers are equal programs."""
         wanted = list(self._buckets())
+        begin = len(wanted) * self.layers.start // self.manifest.layers
+        wanted = wanted[begin:] + wanted[:begin]
         for index, bucket in enumerate(wanted):
             progress(f"compile {bucket}", index, len(wanted))
             self._compile(bucket)
