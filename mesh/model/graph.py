@@ -27,6 +27,9 @@ OPSET = 24
 SMALL = 4096  # elements: what counts as a constant rather than as a weight
 
 
+_CACHE_BRANCH = "use_cache_branch"
+
+
 class Kind(IntEnum):
     """What a value depends on, each including those before it. A shape depends on the inputs' shapes only, whatever it is the shape of."""
 
@@ -147,6 +150,7 @@ def load(path: Path) -> DecoderGraph:
     _check_external_data(path, model)
     if model.functions:
         model = passes.InlinePass()(model).model
+    _take_cache_branch(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.RemoveInitializersFromInputsPass()(model)
     logits = _logits(path, model)
@@ -168,6 +172,16 @@ def load(path: Path) -> DecoderGraph:
     if mask_chosen_rows(graph):
         graph = _decoder(path, model, roles)
     return graph
+
+
+def _take_cache_branch(model: ir.Model) -> None:
+    """Of optimum's merged decoders, which are one If on `use_cache_branch`: the decoder with a past."""
+    from mesh.model.opset import inline_branch
+
+    for node in list(model.graph):
+        condition = node.inputs[0] if node.op_type == "If" and node.domain == "" else None
+        if condition is not None and condition.name == _CACHE_BRANCH and condition.producer() is None:
+            inline_branch(model, node, True)
 
 
 def _decoder(path: Path, model: ir.Model, roles: dict[ir.Value, Role]) -> DecoderGraph:
@@ -228,9 +242,10 @@ def _roles(path: Path, model: ir.Model) -> dict[ir.Value, Role]:
     tokens: list[ir.Value] = []
     for value in list(model.graph.inputs):
         name = (value.name or "").lower()
-        if name in ("use_cache_branch",) or name.endswith("logits_to_keep"):
-            # optimum's merged decoder: the branch with a past; 0 keeps the logits of every position
-            _bind(model, value, np.array(name == "use_cache_branch") if name == "use_cache_branch" else np.zeros(_static(value), np.int64))
+        if name == _CACHE_BRANCH:
+            _bind(model, value, np.array(True))
+        elif name.endswith("logits_to_keep"):  # 0 keeps those of every position
+            _bind(model, value, np.zeros(_static(value), np.int64))
         elif value.dtype is not None and value.dtype.is_floating_point():
             if value.shape is not None and len(value.shape) >= 4:
                 roles[value] = Role.PAST

@@ -123,8 +123,12 @@ def inline_branch(model: ir.Model, node: ir.Node, taken: bool) -> None:
         graph.register_initializer(value)
     nodes: Iterable[ir.Node] = list(branch)
     branch.remove(nodes)
-    del branch.outputs[:]
+    while len(branch.outputs):
+        branch.outputs.pop()
     graph.insert_before(node, nodes)
     for old, new in zip(node.outputs, outputs, strict=True):
+        named = old.is_graph_output()
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        if named:  # the oracle knows it by its name
+            old.name, new.name = f"{old.name}__replaced", old.name
     graph.remove(node, safe=True)
