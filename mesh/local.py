@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +28,13 @@ from mesh.errors import BadRequest, DeadlineExceeded, ServiceError
 from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
 from mesh.process import dying_with_parent
+from mesh.scratch import ScratchFolder
 from mesh.server import NatsServer
 from mesh.subjects import KV_SHARDS, LEASE_TTL_S
-from mesh.types import LayerRange
+from mesh.types import LayerRange, even_ranges
 from mesh.units import GB
 
-__all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "default_url", "even_ranges"]
+__all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "default_url"]
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 DEFAULT_HTTP_PORT = 8080
@@ -95,7 +94,7 @@ class LocalMesh:
         self.http_urls: tuple[str, ...] = ()
         self._server: NatsServer | None = None
         self._children: list[_Child] = []
-        self._folder: Path | None = None
+        self._folder: ScratchFolder | None = None
 
     @property
     def bus(self) -> BusOptions:
@@ -113,8 +112,8 @@ class LocalMesh:
     def start(self, *, timeout_s: float = 600.0, progress: Progress = lambda what, done, total: None) -> None:
         """Start everything; returns when a request would be generated. Errors: those of the children, DeadlineExceeded."""
         options = self.options
-        self._folder = Path(tempfile.mkdtemp(prefix="mesh-up-"))
-        logs = options.logs or self._folder
+        self._folder = ScratchFolder("mesh-up-")
+        logs = options.logs or self._folder.path
         logs.mkdir(parents=True, exist_ok=True)
         try:
             if options.nats is None:
@@ -176,7 +175,7 @@ class LocalMesh:
             self._server.stop()
             self._server = None
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
     def __enter__(self) -> LocalMesh:
@@ -208,7 +207,7 @@ class LocalMesh:
 
     def _write(self, name: str, content: object) -> Path:
         assert self._folder is not None
-        path = self._folder / name
+        path = self._folder.path / name
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
 
@@ -317,14 +316,6 @@ class LocalMesh:
             words = child.log.read_text(errors="replace").strip().splitlines()
             lines.append(f"{child.name}: {words[-1] if words else 'nothing said'}")
         return "; ".join(lines)
-
-
-def even_ranges(layers: int, shards: int) -> list[LayerRange]:
-    """Contiguous ranges whose lengths differ by at most one, the longer ones first."""
-    if not 1 <= shards <= layers:
-        raise BadRequest(f"{shards} shards cannot share {layers} layers: give 1 to {layers}", field="shards")
-    bounds = [index * (layers // shards) + min(index, layers % shards) for index in range(shards + 1)]
-    return [LayerRange(bounds[index], bounds[index + 1]) for index in range(shards)]
 
 
 # -- where the last one runs -----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from mesh.errors import ConfigError, DeadlineExceeded, Unavailable
 from mesh.process import dying_with_parent
+from mesh.scratch import ScratchFolder
 
 __all__ = ["NatsServer", "find_binary"]
 
@@ -57,7 +57,7 @@ class NatsServer:
     def __init__(
         self,
         process: subprocess.Popen[str],
-        folder: tempfile.TemporaryDirectory[str] | None,
+        folder: ScratchFolder | None,
         command: list[str],
         directory: Path,
         environment: Mapping[str, str],
@@ -94,8 +94,8 @@ class NatsServer:
         """
         folder = None
         if directory is None:
-            folder = tempfile.TemporaryDirectory(prefix="mesh-nats-")
-            directory = Path(folder.name)
+            folder = ScratchFolder("mesh-nats-")
+            directory = folder.path
         directory.mkdir(parents=True, exist_ok=True)
         if config is None:
             config = directory / "embedded.conf"
@@ -160,7 +160,7 @@ class NatsServer:
                 self.kill()
         self._reader.join(timeout_s)
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.remove()
 
     def require_running(self) -> None:
         """Unavailable, with its last words, where it has ended."""

@@ -1,10 +1,12 @@
-"""Names shared by every part. Imports nothing of mesh."""
+"""Names shared by every part. Imports nothing of mesh but its errors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LayerRange"]
+from mesh.errors import BadRequest
+
+__all__ = ["LayerRange", "even_ranges"]
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -22,3 +24,11 @@ class LayerRange:
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(range(self.start, self.stop))
+
+
+def even_ranges(layers: int, shards: int) -> list[LayerRange]:
+    """Layers 0 .. layers cut into `shards` contiguous ranges whose lengths differ by at most one, the longer ones first."""
+    if not 1 <= shards <= layers:
+        raise BadRequest(f"{shards} shards cannot share {layers} layers: give 1 to {layers}", field="shards")
+    bounds = [index * (layers // shards) + min(index, layers % shards) for index in range(shards + 1)]
+    return [LayerRange(bounds[index], bounds[index + 1]) for index in range(shards)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig, Token
-from mesh.types import LayerRange
+from mesh.types import even_ranges
 
-__all__ = ["Generation", "Pipeline", "even_ranges"]
+__all__ = ["Generation", "Pipeline"]
 
 
 @dataclass
@@ -32,16 +31,6 @@ class Generation:
     @property
     def ids(self) -> list[int]:
         return [token.id for token in self.tokens]
-
-
-def even_ranges(layers: int, shards: int) -> list[LayerRange]:
-    """Layers 0 .. layers cut into `shards` contiguous ranges whose lengths differ by at most one, the longer ones first."""
-    if not 1 <= shards <= layers:
-        raise BadRequest(f"{shards} shards cannot share {layers} layers: give 1 to {layers}", field="shards")
-    bounds = [0]
-    for index in range(shards):
-        bounds.append(bounds[-1] + layers // shards + (1 if index < layers % shards else 0))
-    return [LayerRange(a, b) for a, b in pairwise(bounds)]
 
 
 class Pipeline:

@@ -15,10 +15,9 @@ from mesh.bus import Bus, BusOptions, Received
 from mesh.frames import Flags, Frame, Hop, Kind
 from mesh.messages import Beat, Close, Closed, Open, Opened, Sampling, ShardStats, StatsRequest
 from mesh.model.manifest import Manifest
-from mesh.runtime.generate import even_ranges
 from mesh.runtime.programs import Compiled
 from mesh.shard.service import Shard, ShardOptions
-from mesh.types import LayerRange
+from mesh.types import LayerRange, even_ranges
 
 _unique = itertools.count(1)
 CONTEXT = 64

@@ -18,8 +18,9 @@ from mesh.client import AsyncMeshClient
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
 from mesh.frames import Frame, Hop, Kind
 from mesh.messages import Close
-from mesh.runtime.generate import Pipeline, even_ranges
+from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
+from mesh.types import even_ranges
 
 LONG = {"tokens": [5, 17, 33], "max_tokens": 40, "ignore_eos": True}
 

@@ -42,6 +42,6 @@ def test_a_stopped_server_leaves_nothing() -> None:
     with NatsServer.start(monitor=True) as server:
         assert server.running and server.url.startswith("nats://127.0.0.1:") and server.monitor_url
         folder = server._folder
-        assert folder is not None and os.path.isdir(folder.name)  # noqa: PTH112
-    assert not server.running and not os.path.exists(folder.name)  # noqa: PTH110
+        assert folder is not None and folder.path.is_dir()
+    assert not server.running and not folder.path.exists()
     server.stop()

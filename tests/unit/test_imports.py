@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "mesh"
 
 # From the bottom up; a room may import those before it and itself.
 LAYERS = [
-    {"errors", "types", "units", "wire", "process", "paths"},
+    {"errors", "types", "units", "wire", "process", "paths", "scratch"},
     {"configfile"},
     {"config", "subjects", "messages", "frame", "frames", "telemetry", "security"},
     {"lowering", "model", "memory"},

@@ -8,10 +8,10 @@ import pytest
 
 from mesh.errors import BadLayerRange, BadRequest, CorruptModel, DoesNotFit, PromptTooLong
 from mesh.model.manifest import Manifest
-from mesh.runtime.generate import Pipeline, even_ranges
+from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.types import LayerRange
+from mesh.types import LayerRange, even_ranges
 
 GREEDY = SamplingParams(temperature=0)
 PROMPT = [5, 17, 33, 90, 2, 2, 61]
