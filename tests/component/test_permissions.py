@@ -1,0 +1,185 @@
+"""nats/secure.conf as it stands: every role works with its own user, and is refused what is another's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from authority import Authority
+from driver import COMPILED, CONTEXT
+
+from mesh import subjects
+from mesh.bus import Bucket, Bus, BusOptions, ModelStore
+from mesh.client import AsyncMeshClient
+from mesh.coordinator.description import Wanted, find_model
+from mesh.coordinator.service import Coordinator, CoordinatorOptions
+from mesh.errors import Denied, MeshError
+from mesh.runtime.generate import Pipeline
+from mesh.runtime.sampling import SamplingParams
+from mesh.server import NatsServer
+from mesh.shard.service import Shard, ShardOptions
+from mesh.types import even_ranges
+
+NATS = Path(__file__).parents[2] / "nats"
+ROLES = ("operator", "coordinator", "shard", "client", "gateway")
+Run = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BusOptions]]:
+    """How a role connects."""
+    folder = tmp_path_factory.mktemp("secure")
+    authority = Authority(folder / "tls")
+    pair = authority.issue("server")
+    environment = {f"MESH_{role.upper()}_PASSWORD": f"{role}-secret" for role in ROLES}
+    environment |= {"MESH_TLS_CERT": str(pair.cert), "MESH_TLS_KEY": str(pair.key)}
+    with NatsServer.start(config=NATS / "secure.conf", directory=folder / "server", environment=environment) as server:
+
+        def options(role: str) -> BusOptions:
+            prefix = "_INBOX" if role == "operator" else f"_INBOX_{role}"
+            return BusOptions((server.url,), user=role, password=f"{role}-secret", tls_ca=str(authority.ca), inbox_prefix=prefix)
+
+        yield options
+
+
+def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], BusOptions], model: Path, tmp_path: Path) -> None:
+    prompt = [5, 17, 33]
+    expected = Pipeline.load(model, context=CONTEXT).complete(prompt, SamplingParams(temperature=0.0), max_tokens=8).ids
+
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+
+            async def bus(role: str) -> Bus:
+                return await stack.enter_async_context(await Bus.connect(secure(role), name=role, timeout_s=60))
+
+            await ModelStore(await bus("operator")).push(model)
+            running: list[Any] = []
+            for number, layers in enumerate(even_ranges(3, 2)):
+                each = await bus("shard")
+                folder = tmp_path / f"shard-{number}"
+                head = layers.stop == 3
+                await ModelStore(each).pull("tiny", folder, layers, embed=layers.start == 0, head=head)
+                options = ShardOptions(f"p{number}", folder, layers, rows=2, context=CONTEXT, chunk=16, warm_up=False)
+                running.append(Shard(each, options, compiled=COMPILED))
+            own = await bus("coordinator")
+            running.append(Coordinator(own, CoordinatorOptions(await find_model(own, Wanted(name="tiny")))))
+            tasks = [asyncio.create_task(one.run()) for one in running]
+            try:
+                for one, task in zip(running, tasks, strict=True):
+                    ready = asyncio.create_task(one.ready.wait())
+                    await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
+                    ready.cancel()
+                    if task.done():
+                        task.result()
+                for role in ("client", "gateway"):
+                    async with AsyncMeshClient(options=secure(role)) as client:
+                        async with asyncio.timeout(60):
+                            while not (await client.health()).ready:
+                                await asyncio.sleep(0.05)
+                        answer = await client.generate(tokens=prompt, max_tokens=8, ignore_eos=True, model="tiny")
+                        assert list(answer.tokens) == expected
+                        assert len((await client.status()).shards) == 2
+            finally:
+                for one in running:
+                    one.stop()
+                await asyncio.gather(*tasks)
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("role", "subject"),
+    [
+        ("client", "mesh.v1.control.p0.drain"),
+        ("client", "mesh.v1.tiny.layers.0-2.p0"),
+        ("client", "mesh.v1.tiny.tokens.c"),
+        ("client", "$KV.mesh_shards.p0"),
+        ("client", "$JS.API.STREAM.DELETE.OBJ_mesh_models"),
+        ("gateway", "mesh.v1.control.p0.drain"),
+        ("gateway", "mesh.v1.events.left"),
+        ("shard", "mesh.v1.tiny.generate"),
+        ("shard", "mesh.v1.control.p0.drain"),
+        ("shard", "$O.mesh_models.C.x"),
+        ("shard", "$KV.mesh_sessions.x"),
+        ("shard", "$JS.API.STREAM.DELETE.KV_mesh_shards"),
+        ("coordinator", "mesh.v1.control.p0.drain"),
+        ("coordinator", "mesh.v1.control.p0.load"),
+        ("coordinator", "$O.mesh_models.C.x"),
+        ("coordinator", "$JS.API.STREAM.DELETE.KV_mesh_shards"),
+    ],
+)
+def test_a_role_may_not_publish_what_is_anothers(run: Run, secure: Callable[[str], BusOptions], role: str, subject: str) -> None:
+    async def work() -> None:
+        async with (
+            await Bus.connect(secure("operator"), name="o", timeout_s=60) as operator,
+            await Bus.connect(secure(role), name=role, timeout_s=60) as bus,
+        ):
+            arrived = asyncio.Event()
+
+            async def note(received: Any) -> None:
+                arrived.set()
+
+            refused = asyncio.Event()
+            original = bus.client._error_cb
+
+            async def on_error(error: Exception) -> None:
+                if "permissions violation" in str(error).lower() and subject.lower() in str(error).lower():
+                    refused.set()
+                await original(error)
+
+            bus.client._error_cb = on_error
+            if not subject.startswith("$JS"):
+                await operator.subscribe(subject, note)
+                await operator.flush()
+            await bus.publish(subject, b"{}")
+            await asyncio.wait_for(refused.wait(), 60)
+            await bus.flush()
+            await operator.flush()
+            assert not arrived.is_set()
+
+    run(work())
+
+
+def test_a_role_may_not_listen_to_anothers_answers_or_tokens(run: Run, secure: Callable[[str], BusOptions]) -> None:
+    async def work() -> None:
+        for role, subject in (("client", "_INBOX_gateway.>"), ("client", "mesh.v1.tiny.tokens.*"), ("shard", "_INBOX_client.>")):
+            async with (
+                await Bus.connect(secure("operator"), name="o", timeout_s=60) as operator,
+                await Bus.connect(secure(role), name=role, timeout_s=60) as bus,
+            ):
+                heard = asyncio.Event()
+
+                async def note(received: Any, heard: asyncio.Event = heard) -> None:
+                    heard.set()
+
+                try:
+                    await bus.subscribe(subject, note)
+                    await bus.flush()
+                except MeshError:
+                    continue
+                await operator.publish(subject.replace("*", "c").replace(">", "x"), b"secret")
+                await operator.flush()
+                await bus.flush()
+                assert not heard.is_set(), (role, subject)
+
+    run(work())
+
+
+def test_a_wrong_password_is_denied(run: Run, secure: Callable[[str], BusOptions]) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(Denied):
+        run(Bus.connect(replace(secure("shard"), password="client-secret"), name="t", timeout_s=60))
+
+
+def test_leases_are_written_by_shards_alone(run: Run, secure: Callable[[str], BusOptions]) -> None:
+    async def work() -> None:
+        async with await Bus.connect(secure("client"), name="client", timeout_s=60) as bus:
+            with pytest.raises(MeshError):
+                await Bucket(bus, subjects.KV_SHARDS, ttl_s=5.0).put("ghost", b"{}")
+
+    run(work())
