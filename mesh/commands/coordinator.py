@@ -46,9 +46,11 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.config import CoordinatorConfig, load_config
     from mesh.coordinator.description import find_model
+    from mesh.coordinator.expectations import Expected
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
     from mesh.frames import Flags
     from mesh.telemetry import setup_logging
+    from mesh.units import GB
 
     config = load_config(args.config, CoordinatorConfig)
     setup_logging(config.logging.level, config.logging.file)
@@ -66,6 +68,9 @@ def run_command(args: argparse.Namespace) -> int:
         failover_timeout_s=config.distributed.failover_timeout,
         step_timeout_s=min(args.step_timeout, config.distributed.failover_timeout),
         flags=flags,
+        health_check_interval_s=config.coordinator.health_check_interval,
+        expected=Expected(config.distributed.shards_count, config.distributed.replication_factor),
+        pool_bytes=round(config.memory.max_pool_size_gb * GB),
     )
 
     edge = _edge(args, config)

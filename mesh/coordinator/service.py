@@ -60,10 +60,12 @@ from mesh.coordinator.events import (
     Submit,
     Tick,
 )
+from mesh.coordinator.expectations import Expected
 from mesh.coordinator.records import SessionRecord, digest_of
 from mesh.coordinator.replies import EPOCH_HEADER, HopMeter, Job
 from mesh.coordinator.requests import prepare
 from mesh.coordinator.routing import Strategy
+from mesh.coordinator.session import Request
 from mesh.coordinator.trace import Traces
 from mesh.coordinator.translate import event_of, frame_of, replica_of
 from mesh.errors import BadRequest, Busy, DeadlineExceeded, FrameRejected, MeshError, NobodyListens, Unavailable
@@ -71,6 +73,7 @@ from mesh.frames import Flags
 from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
+from mesh.units import format_bytes
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
@@ -86,8 +89,9 @@ _ANSWER_S = 1.0
 SHARD_CLIENT = b'"mesh-shard"'
 """The name of every shard's connection, as an advisory has it."""
 _MIRROR_OPEN_S = 2.0
-_BEAT_S = 3.0
 _BEAT_SESSIONS = 2000
+_TOKEN_BYTES = 256
+"""What a held request may take a token: its id, its text, its time, and the documents of a client that asks again."""
 _BEAT_TTL_S = 12.0
 _RECONNECTED_S = 5.0
 """So long after a reconnection a client that is not there is not gone: it reconnects too."""
@@ -98,7 +102,8 @@ _REMEMBERED = 256
 @dataclass(frozen=True)
 class CoordinatorOptions:
     """model: a model directory, of which only the manifest and the tokenizer are read. queue_limit: requests that may wait.
-    flags: how hidden states travel (Flags.BF16, Flags.ZSTD)."""
+    flags: how hidden states travel (Flags.BF16, Flags.ZSTD). health_check_interval_s: between beats to the shards, and looks whether
+    all that are expected are there. pool_bytes: what the requests that are held may take together."""
 
     model: Path
     name: str = ""
@@ -108,6 +113,9 @@ class CoordinatorOptions:
     step_timeout_s: float = 15.0
     open_timeout_s: float = 5.0
     flags: Flags = EXACT
+    health_check_interval_s: float = 3.0
+    expected: Expected | None = None
+    pool_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +164,9 @@ class Coordinator:
         self._subscriptions: list[Subscription] = []
         self._probe = bus.new_inbox()
         self._refused_shards: dict[str, str] = {}  # shard -> instance that cannot take part, and was said to be
+        self._lacking = ""
+        # two beats may be lost
+        self._beat_ttl_s = max(_BEAT_TTL_S, 2.4 * options.health_check_interval_s)
         self._frozen = False  # it leaves: what happens now happens to whoever goes on with its sessions
         self._connected_at = float("-inf")
         bus.on_change(self._on_connection)
@@ -236,6 +247,7 @@ class Coordinator:
             "resumed": self.continuity.resumed,
             "records": dict(self.continuity.recorder.counters),
             "batches": dict(self.batches.counters),
+            **({"expected": self.options.expected.as_dict(self.core.replicas)} if self.options.expected is not None else {}),
             "hops": self.hops.as_dict(),
             **self.traces.summary(self.core.sessions, time.monotonic()),
             **self.core.counters.as_dict(),
@@ -254,7 +266,7 @@ class Coordinator:
         await self._send()
         if self.bus.connected:
             await self.close_rows(self.name)
-            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(_BEAT_TTL_S, leaving=True))
+            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(self._beat_ttl_s, leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         if self._timer is not None:
             self._timer.cancel()
@@ -274,11 +286,18 @@ class Coordinator:
                 await self.bus.send(subjects.coordinators(self.manifest.name), self._living())
             except MeshError as error:
                 log.warning("%s", error)
-            await asyncio.sleep(_BEAT_S)
+            self._look_for_shards()
+            await asyncio.sleep(self.options.health_check_interval_s)
+
+    def _look_for_shards(self) -> None:
+        lacking = self.options.expected.lacking(self.core.replicas) if self.options.expected is not None else ""
+        if lacking != self._lacking:
+            log.log(logging.WARNING if lacking else logging.INFO, "shards: %s", lacking or "all that were expected are there")
+        self._lacking = lacking
 
     def _living(self) -> messages.Beat:
         held = self.core.keys
-        return self.continuity.beat(_BEAT_TTL_S).model_copy(update={"sessions": held if len(held) <= _BEAT_SESSIONS else None})
+        return self.continuity.beat(self._beat_ttl_s).model_copy(update={"sessions": held if len(held) <= _BEAT_SESSIONS else None})
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
@@ -302,9 +321,22 @@ class Coordinator:
             self._preparing -= 1
         if await self._again(id, digest, message, received.reply):  # it came twice while the first was prepared
             return
+        self._require_room(request)
         job = Job.of(message, request, received.reply, self.tokenizer, digest=digest, epoch=(message.attempt or 0) + 1)
         job.start = job.told = len(message.given)
         await self._begin(job)
+
+    def _require_room(self, request: Request) -> None:
+        """Busy where this request and those that are held would take more than the pool."""
+        pool = self.options.pool_bytes
+        if pool is None:
+            return
+        tokens = sum(len(each.prompt) + each.max_tokens for each in (request, *(job.request for job in self._jobs.values())))
+        if tokens * _TOKEN_BYTES > pool:
+            raise Busy(
+                f"the requests that are held take all of {format_bytes(pool)} (memory.max_pool_size_gb): try again in 1 s",
+                retry_after_s=1.0,
+            )
 
     async def _on_passed_on(self, received: Received) -> None:
         """A request that another coordinator has, believing that it is for a session of ours."""

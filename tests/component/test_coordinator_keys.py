@@ -1,0 +1,81 @@
+"""Keys of the coordinator's file that change what it does: each with and without."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from driver import shards
+from test_coordinator import LONG, coordinator, expected  # noqa: F401  # the fixture
+
+from mesh import subjects
+from mesh.bus import Bus, BusOptions, Received
+from mesh.client import AsyncMeshClient
+from mesh.coordinator.expectations import Expected
+from mesh.errors import Busy
+from mesh.messages import Beat
+from mesh.types import even_ranges
+
+
+def test_requests_over_the_pool_are_answered_busy(server, model, run, expected):  # noqa: F811
+    async def work() -> None:
+        room = 256 * (len(LONG["tokens"]) + LONG["max_tokens"])
+        async with (
+            shards(server.url, model, even_ranges(3, 1)),
+            coordinator(server.url, model, pool_bytes=room),
+            AsyncMeshClient(server.url, retries=0) as client,
+        ):
+            assert list((await client.generate(**LONG)).tokens) == expected  # just fits
+            with pytest.raises(Busy, match=r"memory\.max_pool_size_gb"):
+                await client.generate(**{**LONG, "max_tokens": 41})
+            assert list((await client.generate(**LONG)).tokens) == expected
+
+    run(work())
+
+
+def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
+    async def beats(interval_s: float, wanted: int) -> int:
+        """How many there have been, from the start until `wanted` came and a question was answered."""
+        count = 0
+        enough = asyncio.Event()
+        async with await Bus.connect(BusOptions((server.url,)), name="t") as bus, AsyncMeshClient(server.url, model="tiny") as client:
+
+            async def beat(received: Received) -> None:
+                nonlocal count
+                Beat.parse(received.data)
+                count += 1
+                if count == wanted:
+                    enough.set()
+
+            await bus.subscribe(subjects.coordinators("tiny"), beat)
+            await bus.flush()
+            async with coordinator(server.url, model, health_check_interval_s=interval_s):
+                await asyncio.wait_for(enough.wait(), 60)
+                await client.health()
+                return count
+
+    async def work() -> None:
+        assert await beats(3600.0, 1) == 1
+        assert await beats(0.02, 5) >= 5
+
+    run(work())
+
+
+def test_what_is_lacking_is_logged_and_in_the_statistics(server, model, run, caplog):
+    async def work() -> None:
+        caplog.set_level(logging.INFO, "mesh.coordinator")
+        wanted = {"expected": Expected(2, 1), "health_check_interval_s": 0.05}
+        async with coordinator(server.url, model, **wanted) as running:
+            await logged("2 of 2 layer ranges have no shard")
+            assert running.stats()["expected"] == {"shards": 2, "lacking": "2 of 2 layer ranges have no shard"}
+            async with shards(server.url, model, even_ranges(3, 2)):
+                await logged("all that were expected are there")
+                assert running.stats()["expected"]["lacking"] == ""
+
+    async def logged(text: str) -> None:
+        async with asyncio.timeout(60):
+            while text not in caplog.text:
+                await asyncio.sleep(0.02)
+
+    run(work())
