@@ -27,6 +27,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "coordinator": ("coordinator:add_parser", "take requests and drive the shards"),
         "gateway": ("gateway:add_parser", "HTTP for a mesh"),
         "drain": ("drain:add_drain_parser", "stop a shard without losing a session"),
+        "load": ("drain:add_load_parser", "let a shard serve another range of the layers it holds"),
         "forget": ("forget:add_forget_parser", "remove what is left of a shard that is gone"),
         "token": ("token:add_parser", "issue and inspect tokens for HTTP"),
     },

@@ -5,7 +5,8 @@ fits is a placement which loads. Weights and KV cache are exact; workspace is an
 
     weights     the blocks' `weight_bytes`: as stored, quantized ones at their stored width
     KV cache    rows * (context + slack) * kv_heads * (key_dim + value_dim) * itemsize, summed over the layers. A layer with a
-                sliding window holds the whole context too: its cache is addressed by absolute position
+                sliding window holds the whole context too: its cache is addressed by absolute position. Without a cache: that of one
+                row, and rows * context * (D * itemsize + 4): what came in, on the first stage tokens alone
     workspace   of the larger step, a decode wave (a token for each row) or a prefill chunk of `prefill_rows`:
                   activations   tokens * (4 D + 3 W) * 4 bytes: residual, normed, attention's in and out; gate, up and product
                   scores        2 * tokens * query_heads * context * 4 bytes: scores and probabilities of one layer
@@ -42,6 +43,7 @@ CACHE_SLACK = 16
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
+_TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +241,8 @@ def predict(
     """What a shard that holds `layers` needs, with the embedding and the head where asked.
 
     `rows` sequences are held at once, each of up to `context` tokens; a prefill step takes `prefill_rows` of them by up to
-    `chunk` tokens. Without `kv_cache` nothing is kept between steps: every step is a prefill of the whole context, with
-    one layer's keys and values as workspace. Bytes; formulas at the head of this file. BadLayerRange outside the model.
+    `chunk` tokens. Without `kv_cache` a row's input is kept instead, and one row at a time is computed from its beginning. Bytes;
+    formulas at the head of this file. BadLayerRange outside the model.
     """
     shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
     first, stop = layers.start, layers.stop
@@ -251,11 +253,12 @@ def predict(
     weights += shape.head.weights_bytes if head else 0
 
     per_token, slots = shape.cache_per_token, context + CACHE_SLACK
-    cache, scratch = (per_token[stop] - per_token[first]) * rows * slots, 0
+    cache = (per_token[stop] - per_token[first]) * rows * slots
     largest = max(per_token[i + 1] - per_token[i] for i in layers)
     if not kv_cache:
-        chunk, prefill_rows = context, rows
-        cache, scratch = 0, largest * rows * slots
+        kept = rows * context * (_TOKEN_BYTES + (0 if embed else shape.hidden_size * shape.compute_itemsize))
+        cache = (per_token[stop] - per_token[first]) * slots + kept
+        rows = prefill_rows = 1
 
     width = max(shape.widths[first:stop])
     activations = (4 * shape.hidden_size + 3 * width) * _FLOAT32
@@ -269,4 +272,4 @@ def predict(
     if shape.bits < 8 * shape.compute_itemsize:
         columns = max(width, shape.vocab_size) if head else width
         widening = shape.hidden_size * columns * shape.compute_itemsize
-    return MemoryNeed(weights, cache, step + sampling + widening + scratch)
+    return MemoryNeed(weights, cache, step + sampling + widening)

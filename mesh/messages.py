@@ -264,6 +264,24 @@ class Drained(Message):
     sessions: Natural
 
 
+class Load(Message):
+    """Serve another range, of the layers that are held. Sessions that are open may end for `timeout_s`; then they go on elsewhere."""
+
+    layers_start: Natural
+    layers_end: Annotated[int, Field(ge=1)]
+    timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+
+
+class Loaded(Message):
+    """It is served. `sessions` were still open and are not any more; `took_s`: from the last of them on."""
+
+    shard: Token
+    layers_start: Natural
+    layers_end: Natural
+    sessions: Natural
+    took_s: float
+
+
 class StatsRequest(Message):
     """Ask a shard for its figures; nothing to say."""
 
@@ -520,6 +538,7 @@ TOPICS: tuple[Topic, ...] = (
     Topic("mesh.v1.control.SHARD.open", Open, Opened),
     Topic("mesh.v1.control.SHARD.close", Close, Closed),
     Topic("mesh.v1.control.SHARD.drain", Drain, Drained),
+    Topic("mesh.v1.control.SHARD.load", Load, Loaded),
     Topic("mesh.v1.control.SHARD.ping", Ping, Pong),
     Topic("mesh.v1.control.SHARD.stats", StatsRequest, ShardStats),
     Topic("mesh.v1.MODEL.batch", BatchSubmit, BatchStatus, subjects.COORDINATORS_QUEUE),

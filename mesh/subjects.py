@@ -9,7 +9,7 @@
     mesh.v1.MODEL.layers.A-B.SHARD          frames for that shard                       and, in mirror mode, the range's other shards
     mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, gaps
     mesh.v1.MODEL.coordinators              coordinators saying that they live          every shard and coordinator of the model
-    mesh.v1.control.SHARD.VERB              open, close, drain, ping, stats             that shard
+    mesh.v1.control.SHARD.VERB              open, close, drain, load, ping, stats       that shard
     mesh.v1.MODEL.batch                     a durable batch; .status, .result: of one   queue group `coordinators`
     mesh.v1.batches.MODEL.BATCH.INDEX       a request of a batch                        stream `mesh_batch`
     mesh.v1.events.KIND                     what happened                               anyone
@@ -82,7 +82,7 @@ ANY_EVENT: Final = f"mesh.{VERSION}.events.>"
 DISCONNECTS: Final = "$SYS.ACCOUNT.*.DISCONNECT"
 """Connections that have ended, as the server tells those whom its system account lets hear it (nats/advisories.conf)."""
 
-Verb = Literal["open", "close", "drain", "ping", "stats"]
+Verb = Literal["open", "close", "drain", "load", "ping", "stats"]
 
 _TOKEN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}")
 

@@ -1,4 +1,4 @@
-"""`mesh drain`."""
+"""`mesh drain` and `mesh load`: what a shard serves, and whether it does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.units import parse_seconds
 
-__all__ = ["add_drain_parser"]
+__all__ = ["add_drain_parser", "add_load_parser"]
 
 
 def add_drain_parser(subparsers: Any) -> None:
@@ -27,7 +27,7 @@ def drain_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.messages import Drain, Drained
 
-    name = f"shard-{args.shard}" if args.shard.isdigit() else args.shard
+    name = _name(args.shard)
     message = Drain(timeout_s=parse_seconds(args.timeout), stop=not args.keep)
 
     async def work() -> None:
@@ -38,3 +38,41 @@ def drain_command(args: argparse.Namespace) -> int:
 
     asyncio.run(work())
     return 0
+
+
+def add_load_parser(subparsers: Any) -> None:
+    text = """Let a shard serve another range of the layers it holds (overlap_layers in its configuration). Nothing is loaded and nothing
+compiled; sessions that are open may end first, the rest go on on other replicas of the old range."""
+    parser = subparsers.add_parser("load", help="let a shard serve another range of the layers it holds", description=text)
+    parser.add_argument("shard", metavar="SHARD", help="its name, such as shard-1, or its shard_id")
+    parser.add_argument("--layers", required=True, metavar="A-B", help="half open, such as 0-12")
+    parser.add_argument("--timeout", default="30s", metavar="TIME", help="how long open sessions may take to end (default 30s)")
+    add_connection_arguments(parser)
+    parser.set_defaults(run=load_command)
+
+
+def load_command(args: argparse.Namespace) -> int:
+    from mesh import subjects
+    from mesh.bus import Bus
+    from mesh.errors import ConfigError
+    from mesh.messages import Load, Loaded
+    from mesh.planner.requests import parse_ranges
+
+    ranges = parse_ranges(args.layers)
+    if len(ranges) != 1:
+        raise ConfigError(f"--layers {args.layers}: give one half-open range, such as 0-12")
+    timeout_s = parse_seconds(args.timeout)
+    message = Load(layers_start=ranges[0].start, layers_end=ranges[0].stop, timeout_s=timeout_s)
+
+    async def work() -> None:
+        async with await Bus.connect(bus_options(args), name="mesh-load") as bus:
+            loaded = await bus.request(subjects.control(_name(args.shard), "load"), message, Loaded, timeout_s=timeout_s + 30)
+        moved = f"; {loaded.sessions} sessions go on elsewhere" if loaded.sessions else ""
+        print(f"{loaded.shard} serves layers {ranges[0]} after {loaded.took_s * 1e3:.0f} ms{moved}")
+
+    asyncio.run(work())
+    return 0
+
+
+def _name(shard: str) -> str:
+    return f"shard-{shard}" if shard.isdigit() else shard

@@ -71,8 +71,6 @@ def shard_command(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, ShardConfig)
     setup_logging(config.logging.level, config.logging.file)
-    if not config.performance.enable_kv_cache:
-        raise ConfigError(f"{args.config}: performance.enable_kv_cache: a shard keeps its cache: set it to true")
     limit_threads(config.resources.worker_threads, turn=config.shard.shard_id - 1)
     choose_device(gpu=config.resources.enable_gpu)
     prepare()
@@ -83,7 +81,7 @@ def shard_command(args: argparse.Namespace) -> int:
     with progress_bar(quiet=args.quiet) as progress:
 
         async def make(bus: Bus) -> ShardOptions:
-            directory = await _blocks(bus, config.model.shard_path, layers, progress)
+            directory = await _blocks(bus, config.model.shard_path, layers, config.model.overlap_layers, progress)
             return ShardOptions(
                 name=f"shard-{config.shard.shard_id}",
                 directory=directory,
@@ -92,6 +90,8 @@ def shard_command(args: argparse.Namespace) -> int:
                 context=config.performance.max_sequence_length,
                 max_memory_bytes=config.resources.max_memory_bytes,
                 drain_s=config.health.timeout,
+                overlap=config.model.overlap_layers,
+                kv_cache=config.performance.enable_kv_cache,
                 mirror=config.shard.replication_mode == "mirror",
             )
 
@@ -152,12 +152,17 @@ def join_command(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, progress: Progress) -> Path:
-    """A directory with the blocks of `layers`. `models:NAME` is a model of the mesh, kept in the cache directory; anything else a
-    directory: as it is where the blocks are there, else filled from the mesh's model of the directory's name."""
+async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, progress: Progress) -> Path:
+    """A directory with the blocks of `layers` and of `overlap` more on either side. `models:NAME` is a model of the mesh, kept in the
+    cache directory; anything else a directory: as it is where the blocks are there, else filled from the mesh's model of its name."""
     from mesh.bus import ModelStore, kept_at
     from mesh.errors import CorruptModel, ModelNotFound
     from mesh.model.manifest import Manifest
+    from mesh.types import LayerRange
+
+    def held(manifest: Manifest) -> LayerRange:
+        manifest.check_range(layers)
+        return LayerRange(max(0, layers.start - overlap), min(manifest.layers, layers.stop + overlap))
 
     store = ModelStore(bus)
     scheme, _, name = shard_path.partition(":")
@@ -170,9 +175,8 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, progress: Progr
         missing: ModelNotFound | CorruptModel
         try:
             manifest = Manifest.load(directory)
-            manifest.check_range(layers)
-            first, last = layers.start == 0, layers.stop == manifest.layers
-            manifest.verify_files(directory, layers, checksums=False, embed=first, head=last)
+            needed = held(manifest)
+            manifest.verify_files(directory, needed, checksums=False, embed=needed.start == 0, head=needed.stop == manifest.layers)
             return directory
         except (ModelNotFound, CorruptModel) as error:
             missing = error
@@ -180,8 +184,8 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, progress: Progr
             manifest = await store.manifest(name)
         except ModelNotFound:
             raise ModelNotFound(f"{missing}; nor has the mesh a model {name} (`mesh push`)") from None
-    manifest.check_range(layers)
-    await store.pull(name, directory, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
+    needed = held(manifest)
+    await store.pull(name, directory, needed, embed=needed.start == 0, head=needed.stop == manifest.layers, progress=progress)
     return directory
 
 

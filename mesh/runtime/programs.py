@@ -55,16 +55,20 @@ class Group:
 
 
 class _Step(NamedTuple):
-    """The executables of one bucket: of the embedding, of each group of layers, of the head."""
+    """The executables of one bucket: of the embedding, of each group of layers, of the head, after what makes one token of a chunk."""
 
     embed: Any
     layers: tuple[Any, ...]
+    last: Any
     head: Any
 
 
 class Programs:
     """Compiles on demand and keeps what it compiled. Groups of equal signature and shapes share a program, and stages of one
-    process do that are given the same `compiled`. `hidden`: size and type of the hidden state."""
+    process do that are given the same `compiled`. `hidden`: size and type of the hidden state.
+
+    `own` of `layers` (None: all) run as groups. The others are held so that `serve` can take them in: those, and what is left of a
+    group that `serve` cuts, run layer by layer, and that program is compiled with the rest."""
 
     def __init__(
         self,
@@ -73,19 +77,37 @@ class Programs:
         head: Block | None,
         *,
         hidden: tuple[int, Any],
+        own: slice | None = None,
         compiled: Compiled | None = None,
     ) -> None:
-        self.embed = embed
-        self.head = head
-        self.groups = list(_groups(layers))
+        self._embed, self._head = embed, head
+        self._layers = tuple(layers)
+        self._own = own or slice(0, len(layers))
+        self._grouped = [replace(group, first=group.first + self._own.start) for group in _groups(self._layers[self._own])]
+        alone = {block.signature: Group((block,), index) for index, block in enumerate(self._layers)}
+        self._alone = tuple(alone.values()) if len(self._layers) > self._own.stop - self._own.start else ()
         self._hidden = hidden
         self._compiled: Compiled = {} if compiled is None else compiled
         self._steps: dict[Bucket, _Step] = {}
         self._table: tuple[bytes, Any] = (b"", None)
         # Flat, as a call would otherwise flatten them in every step.
-        self._weights = [tuple(jax.tree.leaves([block.weights for block in group.blocks])) for group in self.groups]
         self._embed_weights = tuple(jax.tree.leaves(embed.weights)) if embed is not None else ()
         self._head_weights = tuple(jax.tree.leaves(head.weights)) if head is not None else ()
+
+        self.serve(self._own, embed=embed is not None, head=head is not None)
+
+    def serve(self, own: slice, *, embed: bool, head: bool) -> None:
+        """Run `own` of the layers from now on, with the embedding and the head where asked and there."""
+        self.embed = self._embed if embed else None
+        self.head = self._head if head else None
+        kept = {group.first: group for group in self._grouped if own.start <= group.first and group.first + len(group.blocks) <= own.stop}
+        self.groups: list[Group] = []
+        at = own.start
+        while at < own.stop:
+            self.groups.append(kept.get(at) or Group((self._layers[at],), at))
+            at += len(self.groups[-1].blocks)
+        self._weights = [tuple(jax.tree.leaves([block.weights for block in group.blocks])) for group in self.groups]
+        self._steps.clear()
 
     @property
     def compiled(self) -> int:
@@ -121,16 +143,25 @@ class Programs:
             return history, x
         table = self._on_device(floats, ints)
         if bucket.prefill:
-            return step.head(self._head_weights, history, x, tokens_, positions_, row_, np.int32(count), *table)
+            history, x, tokens_, positions_, writes_ = step.last(history, x, tokens_, positions_, row_, np.int32(count))
         return step.head(self._head_weights, history, x, tokens_, positions_, writes_, row_, *table)
 
     def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any) -> _Step:
-        """Everything a step of this shape runs."""
+        """Everything a step of this shape runs, now or after another `serve`."""
         size, dtype = self._hidden
         x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
+        for group in self._alone:
+            self._get("layers", bucket, group, caches[group.first : group.first + 1], x)
+        if self._alone and self._embed is not None:
+            self._get("embed", bucket, self._embed)
+        if self._alone and self._head is not None:
+            self._get("head", bucket, self._head, history, x)
+            if bucket.prefill:
+                self._get("last", bucket, self._head, history, x)
         self._steps[bucket] = step = _Step(
             None if self.embed is None else self._get("embed", bucket, self.embed),
             tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
+            self._get("last", bucket, self.head, history, x) if self.head is not None and bucket.prefill else None,
             None if self.head is None else self._get("head", bucket, self.head, history, x),
         )
         return step
@@ -152,12 +183,12 @@ class Programs:
 
 
 def _relevant(kind: str, bucket: Bucket, state: Any) -> Bucket:
-    """What of a bucket makes a difference to a program: nothing of its length to the embedding, and to the head, which looks only at
-    the tokens so far, none of the short ones. Fewer are compiled."""
-    if kind == "embed":
+    """What of a bucket makes a difference to a program, so that fewer are compiled. The head runs for one token a row, and of the
+    length it uses only how many tokens it looks back at."""
+    if kind in ("embed", "last"):
         return replace(bucket, length=0)
     if kind == "head":
-        return replace(bucket, length=max(bucket.length, min(_HEAD_LENGTH, state.shape[1] - SLACK)))
+        return Bucket(False, 1 if bucket.prefill else bucket.size, max(bucket.length, min(_HEAD_LENGTH, state.shape[1] - SLACK)))
     return bucket
 
 
@@ -203,14 +234,17 @@ def _compile_layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], 
     return _compile(jax.jit(program, donate_argnums=1), weights, tuple(caches), x, tokens, writes, _shape(()))
 
 
+def _compile_last(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
+    tokens, _ = _vectors(bucket)
+    return _compile(jax.jit(step.last_of_chunk, donate_argnums=0), history, x, tokens, tokens, _shape(()), _shape(()))
+
+
 def _compile_head(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
     tokens, writes = _vectors(bucket)
-    rows = bucket.tokens_shape[0]
-    table = (_shape((rows, len(RowTable.FLOATS)), np.float32), _shape((rows, len(RowTable.INTS))))
-    run: Callable[..., Any] = step.head_prefill if bucket.prefill else step.head_decode
-    scalars = (_shape(()), _shape(())) if bucket.prefill else (writes, _shape(()))
-    program, weights = _flat(partial(run, block.lowered, length=bucket.length), block.weights)
-    return _compile(jax.jit(program, donate_argnums=1), weights, history, x, tokens, tokens, *scalars, *table)
+    table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
+    program, weights = _flat(partial(step.head, block.lowered, length=bucket.length), block.weights)
+    hidden = _shape((bucket.size, 1, x.shape[-1]), x.dtype)
+    return _compile(jax.jit(program, donate_argnums=1), weights, history, hidden, tokens, tokens, writes, _shape(()), *table)
 
 
 def _compile(jitted: Any, *args: Any) -> Any:
@@ -219,7 +253,12 @@ def _compile(jitted: Any, *args: Any) -> Any:
     return jitted.lower(*args).compile(compiler_options=options)
 
 
-_COMPILE: dict[str, Callable[..., Any]] = {"embed": _compile_embed, "layers": _compile_layers, "head": _compile_head}
+_COMPILE: dict[str, Callable[..., Any]] = {
+    "embed": _compile_embed,
+    "layers": _compile_layers,
+    "last": _compile_last,
+    "head": _compile_head,
+}
 
 
 def to_host(sampled: Any) -> Sampled:

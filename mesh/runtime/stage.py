@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mesh.errors import BadRequest, DoesNotFit, PromptTooLong
+from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
 from mesh.memory import MemoryNeed, predict
 from mesh.model.manifest import Manifest
 from mesh.runtime.buckets import Buckets
@@ -45,10 +45,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What a stage holds and for how much. embed and head None: as the range begins at 0 and ends at the last layer.
+    """What a stage serves and for how much. embed and head None: as the range begins at 0 and ends at the last layer.
 
     rows: sessions held at once. context: positions a row, at most (None: the model's). chunk: prefill tokens at a time.
     max_memory_bytes: refuse to load over this (None: no limit). checksums: read every file first and compare its sha256.
+    overlap: of the layers on either side, held as well, with embedding or head where that reaches them, see Stage.serve.
+    kept_rows: of a RecomputingStage around this one, whose input is kept in place of a cache; memory is predicted for that.
     """
 
     layers: LayerRange
@@ -59,6 +61,8 @@ class StageConfig:
     chunk: int = 256
     max_memory_bytes: int | None = None
     checksums: bool = True
+    overlap: int = 0
+    kept_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +95,24 @@ class Stage:
         self.manifest = manifest
         self.config = config
         self.layers = config.layers
-        self.first = bool(config.embed)
-        self.last = bool(config.head)
+        self.held = _held(manifest, config)
+        self.first = self.last = False  # serve says
         self.rows = config.rows
         self.context = config.context or manifest.context_length
         self.need = need
         self.counters = Counters()
         self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
         inner = list(blocks)
-        embed = inner.pop(0) if self.first else None
-        head = inner.pop() if self.last else None
+        embed = inner.pop(0) if config.embed else None
+        head = inner.pop() if config.head else None
         self._table = RowTable(config.rows)
         self._dtype = np.dtype(_DTYPES[manifest.hidden.dtype])
-        self.programs = Programs(embed, inner, head, hidden=(manifest.hidden.size, self._dtype), compiled=compiled)
+        own = slice(self.layers.start - self.held.start, self.layers.stop - self.held.start)
+        self.programs = Programs(embed, inner, head, own=own, hidden=(manifest.hidden.size, self._dtype), compiled=compiled)
         slots = self.context + SLACK
-        self._caches = [self._fresh_cache(layer, slots) for layer in self.layers]
-        self._history: Any = jnp.zeros((self.rows, slots), jnp.int32) if self.last else None  # input tokens by position
+        self._caches = [self._fresh_cache(layer, slots) for layer in self.held]
+        self._history: Any = jnp.zeros((self.rows, slots), jnp.int32) if head is not None else None  # input tokens by position
+        self.serve(self.layers)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -124,23 +130,26 @@ class Stage:
         Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel."""
         manifest = Manifest.load(directory)
         layers = manifest.check_range(config.layers)
-        embed = layers.start == 0 if config.embed is None else config.embed
-        head = layers.stop == manifest.layers if config.head is None else config.head
+        held = _held(manifest, config)
+        embed = held.start == 0 if config.embed is None else config.embed
+        head = held.stop == manifest.layers if config.head is None else config.head
         context = min(config.context or manifest.context_length, manifest.context_length)
-        config = StageConfig(layers, embed, head, config.rows, context, config.chunk, config.max_memory_bytes, config.checksums)
-        need = predict(manifest, layers, embed=embed, head=head, rows=config.rows, context=context, chunk=config.chunk)
+        config = replace(config, embed=embed, head=head, context=context)
+        rows, kept = config.kept_rows or config.rows, config.kept_rows is None
+        need = predict(manifest, held, embed=embed, head=head, rows=rows, context=context, chunk=config.chunk, kv_cache=kept)
         allowed = config.max_memory_bytes
         if allowed is not None and need.total_bytes > allowed:
+            overlap = f" and {config.overlap} more on either side" if config.overlap else ""
             raise DoesNotFit(
-                f"layers {layers} of {manifest.name} need {format_bytes(need.total_bytes)} "
-                f"(weights {format_bytes(need.weights_bytes)}, KV cache {format_bytes(need.cache_bytes)} for {config.rows} rows of "
+                f"layers {layers}{overlap} of {manifest.name} need {format_bytes(need.total_bytes)} "
+                f"(weights {format_bytes(need.weights_bytes)}, KV cache {format_bytes(need.cache_bytes)} for {rows} rows of "
                 f"{context} tokens, workspace {format_bytes(need.workspace_bytes)}) but {format_bytes(allowed)} are allowed: "
                 "give fewer layers, rows or context, more memory, or import at fewer bits",
                 needed_bytes=need.total_bytes,
                 allowed_bytes=allowed,
             )
-        manifest.verify_files(Path(directory), layers, checksums=config.checksums, embed=embed, head=head)
-        names = block_names(layers, embed=embed, head=head)
+        manifest.verify_files(Path(directory), held, checksums=config.checksums, embed=embed, head=head)
+        names = block_names(held, embed=embed, head=head)
         blocks, forms = [], FormTable()
         for index, name in enumerate(names):
             progress(f"load {name}", index, len(names))
@@ -148,12 +157,23 @@ class Stage:
         progress("loaded", len(names), len(names))
         return cls(manifest, config, blocks, need, compiled)
 
-    def warm_up(self, progress: Progress = lambda what, done, total: None) -> None:
-        """Compile every program the buckets allow. Idempotent.
+    def serve(self, layers: LayerRange) -> None:
+        """From now on be the stage of `layers`, of those that are held: nothing is loaded and, after warm_up, nothing compiled. Rows
+        hold nothing of use then. BadLayerRange: not all of them are held."""
+        held = self.held
+        if not (held.start <= layers.start < layers.stop <= held.stop):
+            raise BadLayerRange(f"layers {layers} are not all held here, which are {held}: give a range of these")
+        self.layers = layers
+        self.first = bool(self.config.embed) and layers.start == held.start
+        self.last = bool(self.config.head) and layers.stop == held.stop
+        self.programs.serve(slice(layers.start - held.start, layers.stop - held.start), embed=self.first, head=self.last)
+
+    def warm_up(self, progress: Progress = lambda what, done, total: None, *, decode: bool = True) -> None:
+        """Compile every program the buckets allow, those of decode steps only where asked. Idempotent.
 
         Stages begin at different buckets: those that start together on one machine find in the compilation cache what the others
         have made meanwhile, where equal layers are equal programs."""
-        wanted = list(self._buckets())
+        wanted = [bucket for bucket in self._buckets() if decode or bucket.prefill]
         begin = len(wanted) * self.layers.start // self.manifest.layers
         wanted = wanted[begin:] + wanted[:begin]
         for index, bucket in enumerate(wanted):
@@ -185,10 +205,7 @@ class Stage:
         """
         self._check_row(row)
         tokens = np.asarray(tokens, np.int32)
-        if tokens.ndim != 1 or not len(tokens):
-            raise BadRequest(f"a chunk needs at least one token, not an array of shape {tokens.shape}", field="tokens")
-        self._check_positions(start, start + len(tokens) - 1)
-        hidden = self._check_hidden(hidden, len(tokens))
+        hidden = self.check_chunk(start, tokens, hidden)
         began = time.perf_counter()
         pieces: list[np.ndarray] = []
         result: Any = None
@@ -262,6 +279,17 @@ class Stage:
         self.counters.decode_s += time.perf_counter() - began
         return answer
 
+    @property
+    def hidden_dtype(self) -> np.dtype[Any]:
+        return self._dtype
+
+    def check_chunk(self, start: int, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | None:
+        """The hidden state that `prefill` would use; BadRequest or PromptTooLong where it would refuse."""
+        if tokens.ndim != 1 or not len(tokens):
+            raise BadRequest(f"a chunk needs at least one token, not an array of shape {tokens.shape}", field="tokens")
+        self._check_positions(start, start + len(tokens) - 1)
+        return self._check_hidden(hidden, len(tokens))
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _prefill_bucket(self, start: int, count: int) -> Bucket:
@@ -331,3 +359,8 @@ class Stage:
             got = "nothing" if hidden is None else f"{hidden.dtype} {hidden.shape}"
             raise BadRequest(f"this stage needs a hidden state of {self._dtype} {want}, not {got}", field="hidden")
         return hidden
+
+
+def _held(manifest: Manifest, config: StageConfig) -> LayerRange:
+    """The layers served and those beside them."""
+    return LayerRange(max(0, config.layers.start - config.overlap), min(manifest.layers, config.layers.stop + config.overlap))

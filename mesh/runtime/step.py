@@ -21,7 +21,7 @@ from mesh.lowering import Lowered
 from mesh.runtime.cache import CacheView
 from mesh.runtime.sampling import Sampled, sample
 
-__all__ = ["LayerCache", "embed", "group_sizes", "head_decode", "head_prefill", "layers"]
+__all__ = ["LayerCache", "embed", "group_sizes", "head", "last_of_chunk", "layers"]
 
 GROUP_LAYERS = 6
 """The most layers in one program."""
@@ -74,7 +74,7 @@ def layers(
     return tuple(updated), hidden
 
 
-def head_decode(
+def head(
     block: Lowered,
     weights: Mapping[str, Any],
     history: jax.Array,
@@ -97,25 +97,14 @@ def head_decode(
     return history, sample(_logits(block, weights, hidden), floats, ints, seen, positions[:, 0])
 
 
-def head_prefill(
-    block: Lowered,
-    weights: Mapping[str, Any],
-    history: jax.Array,
-    hidden: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    row: jax.Array,
-    count: jax.Array,
-    floats: jax.Array,
-    ints: jax.Array,
-    *,
-    length: int,
-) -> tuple[jax.Array, Sampled]:
-    """hidden [1, T, D] of which `count` positions are real -> the history and what was sampled after the last, arrays of one."""
+def last_of_chunk(
+    history: jax.Array, hidden: jax.Array, tokens: jax.Array, positions: jax.Array, row: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """hidden [1, T, D], tokens, positions [1, T] of which `count` are real -> the history with them, and what `head` takes of the last
+    one: hidden [1, 1, D], token and position [1, 1], write [1]."""
     history = jax.lax.dynamic_update_slice(history, tokens, (row, positions[0, 0]))
-    last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)  # [1, 1, D]
-    seen = jax.lax.dynamic_slice(history, (row, 0), (1, length))
-    return history, sample(_logits(block, weights, last), floats, ints, seen, (positions[0, 0] + count - 1)[None])
+    last, token, position = (jax.lax.dynamic_slice_in_dim(array, count - 1, 1, axis=1) for array in (hidden, tokens, positions))
+    return history, last, token, position, position[0]
 
 
 def _logits(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array) -> jax.Array:

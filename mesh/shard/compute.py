@@ -14,10 +14,11 @@ import ml_dtypes
 import numpy as np
 
 from mesh.frames import Flags, Frame, Kind, Timing
+from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import MAX_LOGPROBS
 from mesh.runtime.stage import Stage, Token
 
-__all__ = ["HIDDEN_DTYPES", "ComputeThread", "exercise", "run_step"]
+__all__ = ["HIDDEN_DTYPES", "AnyStage", "ComputeThread", "exercise", "run_step"]
 
 log = logging.getLogger("mesh.shard")
 
@@ -26,6 +27,8 @@ HIDDEN_DTYPES: Final[dict[str, Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+
+AnyStage = Stage | RecomputingStage
 
 Deliver = Callable[..., object]
 """Calls a function with arguments in the event loop's thread: loop.call_soon_threadsafe."""
@@ -72,7 +75,7 @@ class ComputeThread:
             del item, work, done, result, error  # hold no arrays while waiting
 
 
-def run_step(stage: Stage, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
+def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
     """What `frame` becomes on `stage`: the hidden state for the next one, or on the last the sampled tokens (ACK for a prefill
     chunk that is not the prompt's last). `timing(compute_s)` is the record it leaves in the frame."""
     rows = frame.slots[frame.hop]
@@ -93,7 +96,7 @@ def run_step(stage: Stage, frame: Frame, timing: Callable[[float], Timing]) -> F
     return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
 
 
-def exercise(stage: Stage) -> None:
+def exercise(stage: AnyStage) -> None:
     """Compute a little, for nobody: weights and programs are touched for the first time, which costs a session that fails over to
     this shard a multiple of a step otherwise. Before any row is taken; what is written to row 0 is written over."""
     hidden = None if stage.first else np.zeros((1, stage.manifest.hidden.size), HIDDEN_DTYPES[stage.manifest.hidden.dtype])

@@ -43,9 +43,10 @@ def choose_device(*, gpu: bool) -> None:
     if gpu:
         try:
             jax.devices()
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # without the plugin JAX asserts, and says nothing
+            why = f" ({' '.join(str(error).split())})" if str(error) else ""
             raise ConfigError(
-                f"resources.enable_gpu: JAX finds no GPU ({error}): install stagemesh[gpu] and a driver, or set it to false"
+                f"resources.enable_gpu: JAX finds no GPU{why}: install stagemesh[gpu] and a driver, or set it to false"
             ) from None
 
 

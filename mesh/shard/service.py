@@ -27,13 +27,31 @@ from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, ann
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.frames import Frame, Gap, Kind, Timing
 from mesh.memory import DEFAULT_CHUNK
-from mesh.messages import Beat, Close, Closed, Drain, Drained, EventKind, Open, Opened, Ping, Pong, ShardLease, ShardStats, StatsRequest
+from mesh.messages import (
+    Beat,
+    Close,
+    Closed,
+    Drain,
+    Drained,
+    EventKind,
+    Load,
+    Loaded,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    ShardLease,
+    ShardStats,
+    StatsRequest,
+)
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
+from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.shard.compute import HIDDEN_DTYPES, ComputeThread, exercise, run_step
+from mesh.shard.compute import HIDDEN_DTYPES, AnyStage, ComputeThread, exercise, run_step
 from mesh.shard.meter import Meter, resident_bytes
+from mesh.shard.moving import move
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
 
@@ -51,7 +69,8 @@ Progress = Callable[[str, int, int], None]
 class ShardOptions:
     """What one shard is. rows: sessions at once. context None: the model's. warm_up False: programs are compiled when they
     are first needed (for tests). drain_s: how long an asked-for end waits for open sessions. mirror: follow the frames of the
-    range's other replicas too, for sessions that are open on both."""
+    range's other replicas too, for sessions that are open on both. overlap: of the neighbours' layers, held as well, see moving.py.
+    kv_cache False: what comes in is kept instead of keys and values, see mesh/runtime/recompute.py."""
 
     name: str
     directory: Path
@@ -65,6 +84,8 @@ class ShardOptions:
     drain_s: float = 30.0
     lease_ttl_s: float = subjects.LEASE_TTL_S
     mirror: bool = False
+    overlap: int = 0
+    kv_cache: bool = True
 
 
 class _StoppedError(Exception):
@@ -109,17 +130,18 @@ class Shard:
                 queue_limit=2 * options.rows + 8,
             )
         )
-        self._stage: Stage | None = None
+        self.stage: AnyStage | None = None
         self._compute: ComputeThread | None = None
         self._service: Service | None = None
         self._subscriptions: list[Subscription] = []
         self._leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=options.lease_ttl_s)
         self._status: Status = "loading"
         self._stop = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.idle = asyncio.Event()
+        self.idle.set()
         self._renew = asyncio.Event()
         self._failure: BaseException | None = None
+        self._moving = asyncio.Lock()
         self._drainer: asyncio.Task[Any] | None = None
         self._encode_s = dict.fromkeys(Kind, 0.0)  # how long writing the last frame of each kind took
         self._started = time.time()
@@ -138,16 +160,13 @@ class Shard:
             await self._announce("joined", f"layers {shape.layers} of {model}")
             await self._listen_control()
             log.info("loading layers %s of %s", shape.layers, model)
-            self._stage = await self._in_thread(self._load)
+            self.stage = await self.in_thread(self._load)
             if self.options.warm_up:
                 self._set_status("warming")
                 log.info("compiling")
-                await self._in_thread(partial(self._stage.warm_up, self._progress))
-                await self._in_thread(partial(exercise, self._stage))
-            await self._listen()
-            self._set_status("ready")
-            self.ready.set()
-            await self._announce("ready", f"layers {shape.layers} of {model}, {shape.rows} rows of {shape.context}")
+                await self.in_thread(partial(self.stage.warm_up, self._progress))
+                await self.in_thread(partial(exercise, self.stage))
+            await self.open_doors()
             log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
             await self._stop.wait()
             if self._failure is not None:
@@ -191,14 +210,14 @@ class Shard:
 
     async def on_open(self, received: Received) -> Opened:
         message = Open.parse(received.data)
-        if not self.ready.is_set() or self._stage is None or self._compute is None:
+        if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
         params = SamplingParams(**message.sampling.model_dump())
         seat = self.state.open(message, time.monotonic())
-        self._idle.clear()
+        self.idle.clear()
         shape = self.state.shape
         if shape.last:
-            set_row = partial(self._stage.open, seat.row, params, prompt_length=message.prompt_length)
+            set_row = partial(self.stage.open, seat.row, params, prompt_length=message.prompt_length)
             self._compute.submit(set_row, self._after_open)
         return Opened(
             session=seat.session,
@@ -222,6 +241,13 @@ class Shard:
         message = Drain.parse(received.data)
         return Drained(shard=self.options.name, sessions=self.drain(message.timeout_s, stop=message.stop))
 
+    async def on_load(self, received: Received) -> Loaded:
+        message = Load.parse(received.data)
+        if self._moving.locked():
+            raise Unavailable(f"shard {self.options.name} is about to serve another range already: ask again later")
+        async with self._moving:
+            return await move(self, message)
+
     async def on_stats(self, received: Received) -> ShardStats:
         StatsRequest.parse(received.data or b"{}")
         return self.stats()
@@ -241,7 +267,7 @@ class Shard:
             self._note_sessions()
 
     def stats(self) -> ShardStats:
-        counters, meter, state = (self._stage.counters if self._stage else None), self.meter, self.state
+        counters, meter, state = (self.stage.counters if self.stage else None), self.meter, self.state
         return ShardStats(
             shard=self.options.name,
             instance=self.instance,
@@ -293,16 +319,16 @@ class Shard:
         if admission.rows is not None:
             frame = frame.only(admission.rows)
         queued = time.perf_counter()
-        assert self._stage is not None and self._compute is not None
-        work = partial(self._step, self._stage, frame, queued, queued - arrived)
+        assert self.stage is not None and self._compute is not None
+        work = partial(self._step, self.stage, frame, queued, queued - arrived)
         self._compute.submit(work, partial(self._stepped, frame))
 
     def _follow(self, frame: Frame, mine: Frame | None) -> None:
         """Compute as a mirror: nothing goes out."""
         if mine is None:
             return
-        assert self._stage is not None and self._compute is not None
-        work = partial(run_step, self._stage, mine, lambda compute_s: Timing())
+        assert self.stage is not None and self._compute is not None
+        work = partial(run_step, self.stage, mine, lambda compute_s: Timing())
         self._compute.submit(work, partial(self._followed, mine))
 
     def _followed(self, frame: Frame, result: Frame | None, error: BaseException | None) -> None:
@@ -310,7 +336,7 @@ class Shard:
         if error is not None:
             self._failed(frame, error, followed=True)
 
-    def _step(self, stage: Stage, frame: Frame, queued: float, decode_s: float) -> tuple[Frame, bytes, Timing, float]:
+    def _step(self, stage: AnyStage, frame: Frame, queued: float, decode_s: float) -> tuple[Frame, bytes, Timing, float]:
         """In the compute thread."""
         codec_s = decode_s + self._encode_s[frame.kind]
         wait_s = time.perf_counter() - queued
@@ -369,7 +395,7 @@ class Shard:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _load(self) -> Stage:
+    def _load(self) -> AnyStage:
         options = self.options
         config = StageConfig(
             options.layers,
@@ -378,10 +404,12 @@ class Shard:
             chunk=options.chunk,
             max_memory_bytes=options.max_memory_bytes,
             checksums=options.checksums,
+            overlap=options.overlap,
         )
-        return Stage.load(options.directory, config, compiled=self._compiled, progress=self._progress)
+        kind = Stage if options.kv_cache else RecomputingStage
+        return kind.load(options.directory, config, compiled=self._compiled, progress=self._progress)
 
-    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
         """Run in the compute thread, the loop going on meanwhile; _StoppedError when told to stop before it is done."""
         assert self._compute is not None
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -422,10 +450,34 @@ class Shard:
             endpoints=[
                 Endpoint("close", control("close"), self.on_close),
                 Endpoint("drain", control("drain"), self.on_drain),
+                Endpoint("load", control("load"), self.on_load, concurrent=True),
                 Endpoint("ping", control("ping"), self.on_ping),
                 Endpoint("stats", control("stats"), self.on_stats),
             ],
         )
+
+    async def open_doors(self) -> None:
+        """Serve the range that state and stage say."""
+        shape = self.state.shape
+        await self._listen()
+        self._set_status("ready")
+        self.ready.set()
+        await self._announce("ready", f"layers {shape.layers} of {self.manifest.name}, {shape.rows} rows of {shape.context}")
+
+    async def close_doors(self, status: Status) -> None:
+        """No new sessions."""
+        self._set_status(status)
+        if self._service is not None:
+            await self._service.remove("open-any")
+
+    async def stop_listening(self) -> None:
+        """Nor anything of those that are open."""
+        self.ready.clear()
+        if self._service is not None:
+            await self._service.remove("open")
+        subscriptions, self._subscriptions = self._subscriptions, []
+        for subscription in subscriptions:
+            await subscription.stop()
 
     async def _listen(self) -> None:
         assert self._service is not None
@@ -504,13 +556,12 @@ class Shard:
 
     def _note_sessions(self) -> None:
         if self.state.sessions == 0:
-            self._idle.set()
+            self.idle.set()
 
     async def _drain(self, timeout_s: float, stop: bool) -> None:
-        if self._service is not None:
-            await self._service.remove("open-any")
+        await self.close_doors("draining")
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(self.idle.wait(), timeout_s)
         except TimeoutError:
             log.warning("drained with %d sessions still open after %g s", self.state.sessions, timeout_s)
         await self._announce("drained", f"{self.state.sessions} sessions were still open")

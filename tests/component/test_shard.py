@@ -351,8 +351,8 @@ def test_a_step_that_fails_tells_the_coordinator_and_ends_the_shard(
             def explode(*args: object) -> Frame:
                 raise RuntimeError("out of memory")
 
-            assert running[0]._stage is not None
-            monkeypatch.setattr(running[0]._stage, "prefill", explode)
+            assert running[0].stage is not None
+            monkeypatch.setattr(running[0].stage, "prefill", explode)
             gap = await driver.prefill(1, [3])
             assert gap.kind is Kind.GAP and gap.reason is Gap.FAILED
             await asyncio.wait_for(running[0]._stop.wait(), 10)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mesh.config import CoordinatorConfig, DistributedConfig, ModelConfig, NetworkConfig, ShardConfig, load_config
-from mesh.configfile import ConfigFile
+from mesh.configfile import ConfigFile, _variables
 from mesh.errors import ConfigError
 
 DISTRIBUTED = """{
@@ -251,3 +251,11 @@ def test_a_secret_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert config.nats.password.get_secret_value() == "12345"
     twice = COORDINATOR + "nats: {user: mesh, credentials_file: a.creds}"
     assert "credentials_file and user each say who connects" in _refusal(tmp_path, twice, CoordinatorConfig)
+
+
+@pytest.mark.parametrize("model", [CoordinatorConfig, ShardConfig, DistributedConfig, ModelConfig])
+def test_every_key_is_documented(model: type[ConfigFile]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    for path, _, _ in _variables(model):
+        section, key = path[0], path[-1]
+        assert f"{key}`" in text or (f"`{section}`" in text and section in ("tls", "authentication")), ".".join(path)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadLayerRange, PlanError
-from mesh.memory import CACHE_SLACK, BlockShape, ModelShape, predict, stored_bytes
+from mesh.memory import CACHE_SLACK, BlockShape, MemoryNeed, ModelShape, predict, stored_bytes
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo, block_name
 from mesh.runtime.cache import SLACK
 from mesh.types import LayerRange
@@ -71,12 +71,16 @@ def test_narrow_weights_need_room_to_be_widened_in() -> None:
     assert narrow.workspace_bytes - wide.workspace_bytes == D * V * 4  # the head's is the largest matrix
 
 
-def test_without_a_cache_nothing_is_kept_and_the_whole_context_is_a_chunk() -> None:
-    kept, none = (
-        predict(_manifest(), LayerRange(0, 4), embed=True, head=True, rows=2, context=100, chunk=10, kv_cache=on) for on in (True, False)
-    )
-    assert none.cache_bytes == 0 < kept.cache_bytes
-    assert none.workspace_bytes > kept.workspace_bytes
+def test_without_a_cache_the_input_of_every_row_is_kept_and_the_cache_of_one() -> None:
+    def need(first: bool, *, on: bool) -> MemoryNeed:
+        layers = LayerRange(0 if first else 1, 4)
+        return predict(_manifest(), layers, embed=first, head=True, rows=8, context=100, chunk=10, kv_cache=on)
+
+    for first in (True, False):
+        kept, none = need(first, on=True), need(first, on=False)
+        one_row = kept.cache_bytes // 8
+        assert none.cache_bytes == one_row + 8 * 100 * (4 if first else 4 + 4 * _manifest().hidden.size)
+        assert none.weights_bytes == kept.weights_bytes and none.workspace_bytes <= kept.workspace_bytes
 
 
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 64), st.integers(1, 128), st.integers(1, 300))
