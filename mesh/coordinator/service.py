@@ -93,6 +93,7 @@ _BEAT_SESSIONS = 2000
 _TOKEN_BYTES = 256
 """What a held request may take a token: its id, its text, its time, and the documents of a client that asks again."""
 _BEAT_TTL_S = 12.0
+_LONGEST_TTL_S = 3600.0
 _RECONNECTED_S = 5.0
 """So long after a reconnection a client that is not there is not gone: it reconnects too."""
 _REMEMBERED = 256
@@ -166,7 +167,7 @@ class Coordinator:
         self._refused_shards: dict[str, str] = {}  # shard -> instance that cannot take part, and was said to be
         self._lacking = ""
         # two beats may be lost
-        self._beat_ttl_s = max(_BEAT_TTL_S, 2.4 * options.health_check_interval_s)
+        self._beat_ttl_s = min(max(_BEAT_TTL_S, 2.4 * options.health_check_interval_s), _LONGEST_TTL_S)
         self._frozen = False  # it leaves: what happens now happens to whoever goes on with its sessions
         self._connected_at = float("-inf")
         bus.on_change(self._on_connection)
