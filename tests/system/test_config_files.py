@@ -60,7 +60,7 @@ class Site:
 def says(log: Path, text: str) -> str:
     """Wait until it does."""
     deadline = time.monotonic() + READY_S
-    while text not in (said := log.read_text(errors="replace")):
+    while text not in (said := log.read_text(errors="replace") if log.exists() else ""):
         assert time.monotonic() < deadline, said
         time.sleep(0.1)
     return said
