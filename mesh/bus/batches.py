@@ -73,6 +73,11 @@ class BatchStore:
         self._bus = bus
         self._bucket = Bucket(bus, subjects.KV_BATCHES, ttl_s=KEPT_S, durable=True, max_value_bytes=_MAX_VALUE, max_bytes=STORE_BYTES)
 
+    async def open(self) -> None:
+        """Make queue and store where they are not there, for clients who may not."""
+        await BatchQueue(self._bus).open()
+        await self._bucket.open()
+
     async def submit(self, model: str, requests: Sequence[Generate], *, id: str | None = None) -> BatchStatus:
         """Put every request into the queue; returns when the server has them. The same `id` with the same requests is the same batch.
 

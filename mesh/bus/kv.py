@@ -67,6 +67,11 @@ class Bucket:
         self._max_bytes = max_bytes
         self._kv: nats.js.kv.KeyValue | None = None
 
+    async def open(self) -> None:
+        """Make it where it is not there."""
+        with mapped(f"opening {self.name}"):
+            await self._open()
+
     async def put(self, key: str, value: bytes) -> int:
         """Write; the new revision. A bucket that was lost with its server is made again."""
         try:

@@ -65,6 +65,10 @@ class BatchWorker:
 
     async def start(self) -> None:
         self._subscription = await self.bus.subscribe(f"{self._inbox}.*", self._on_answer)
+        try:
+            await self._store.open()
+        except MeshError as error:  # the rest of a coordinator does not need it
+            log.warning("durable batches: %s", error)
         self._taker = self.bus.spawn(self._take(), "taking requests of batches")
 
     async def stop(self) -> None:

@@ -83,6 +83,11 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
                         answer = await client.generate(tokens=prompt, max_tokens=8, ignore_eos=True, model="tiny")
                         assert list(answer.tokens) == expected
                         assert len((await client.status()).shards) == 2
+                        batch = await client.submit_batch([{"tokens": prompt, "max_tokens": 8, "ignore_eos": True}], model="tiny")
+                        await client.wait_batch(batch.id, timeout_s=60)
+                        (result,) = await client.batch_results(batch.id)
+                        assert result.completion is not None and list(result.completion.tokens) == expected
+                assert running[-1].continuity.recorder.counters["written"] and not running[-1].continuity.recorder.counters["failed"]
             finally:
                 for one in running:
                     one.stop()
