@@ -21,7 +21,7 @@ from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.errors import BadRequest, MeshError, Unavailable
 from mesh.units import format_seconds
 
-__all__ = ["add_parser", "percentiles", "run_command"]
+__all__ = ["add_parser", "bare_hop_s", "percentiles", "run_command"]
 
 _DESCRIPTION = """\
 Generate under load and report: time to the first token, time between tokens, throughput, and for each hop of a decode step the time
@@ -96,7 +96,7 @@ async def _bench(args: argparse.Namespace, options: BusOptions, prompts: tuple[i
         hop_s = None
         shards = [shard for shard in status.shards if shard.model == model]
         if shards and not args.no_hop:
-            hop_s = await _bare_hop_s(options, shards[0].hidden_size * shards[0].hidden_itemsize)
+            hop_s = await bare_hop_s(options, shards[0].hidden_size * shards[0].hidden_itemsize)
         began = time.perf_counter()
         outcomes = await _load(client, plans, args, random)
         took_s = time.perf_counter() - began
@@ -128,7 +128,7 @@ async def _load(client: AsyncMeshClient, plans: Sequence[dict[str, Any]], args: 
     return list(await asyncio.gather(*tasks))
 
 
-async def _bare_hop_s(options: BusOptions, size: int) -> float:
+async def bare_hop_s(options: BusOptions, size: int) -> float:
     """Median seconds from a nats-py publish to the callback of another connection, `size` bytes, there and back."""
     payload = bytes(size)
     async with await Bus.connect(options, name="mesh-bench-a") as near, await Bus.connect(options, name="mesh-bench-b") as far:

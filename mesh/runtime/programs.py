@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mesh.runtime import step
@@ -17,7 +18,7 @@ from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled
 from mesh.runtime.step import LayerCache
 
-__all__ = ["Bucket", "Compiled", "Group", "Programs", "to_host"]
+__all__ = ["Bucket", "Compiled", "Group", "Programs", "chunk_numbers", "to_host", "wave_numbers"]
 
 
 _HEAD_LENGTH = 512
@@ -120,31 +121,26 @@ class Programs:
         caches: list[LayerCache],
         history: Any,
         hidden: np.ndarray | None,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        writes: np.ndarray,
-        *,
-        row: int = 0,
-        count: int = 0,
+        numbers: np.ndarray,
         floats: np.ndarray,
         ints: np.ndarray,
     ) -> tuple[Any, Any]:
-        """One step. `caches` is updated in place; returns (history, hidden [B, T, D] or Sampled)."""
+        """One step of `numbers` (`wave_numbers` or `chunk_numbers`). `caches` is updated in place; returns (history, hidden [B, T, D]
+        or Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
-        tokens_, positions_, writes_, row_ = jax.device_put((tokens, positions, writes, np.int32(row)))
+        numbers_ = jax.device_put(numbers)
         if self.embed is not None:
-            x = step.embed(self._embed_weights, tokens_, positions_)
+            x = step.embed(self._embed_weights, numbers_)
         else:
             x = jax.device_put(hidden)
         for run, group, weights in zip(step.layers, self.groups, self._weights, strict=True):
             stop = group.first + len(group.blocks)
-            caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, positions_, writes_, row_)
+            caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, numbers_)
         if self.head is None:
             return history, x
-        table = self._on_device(floats, ints)
         if bucket.prefill:
-            history, x, tokens_, positions_, writes_ = step.last(history, x, tokens_, positions_, row_, np.int32(count))
-        return step.head(self._head_weights, history, x, tokens_, positions_, writes_, row_, *table)
+            history, x, numbers_ = step.last(history, x, numbers_)
+        return step.head(self._head_weights, history, x, numbers_, *self._on_device(floats, ints))
 
     def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any) -> _Step:
         """Everything a step of this shape runs, now or after another `serve`."""
@@ -210,41 +206,89 @@ def _shape(dims: tuple[int, ...], dtype: Any = np.int32) -> Any:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def _vectors(bucket: Bucket) -> tuple[Any, Any]:
-    """(tokens or positions [B, T], writes [B])"""
-    return _shape(bucket.tokens_shape), _shape(bucket.tokens_shape[:1])
+class _Numbers(NamedTuple):
+    """What a step works on: tokens, positions [B, T], writes [B], the first row, and how many tokens of a chunk are real."""
+
+    tokens: Any
+    positions: Any
+    writes: Any
+    row: Any
+    count: Any
 
 
-def _flat(program: Callable[..., Any], weights: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """(the program taking its weights as a flat tuple, that tuple)"""
+def wave_numbers(tokens: np.ndarray, positions: np.ndarray, writes: np.ndarray, row: int) -> np.ndarray:
+    """A decode step's input, tokens, positions and writes [B], as the one array that is sent to the device: int32 [3 B + 1]."""
+    return np.concatenate((tokens, positions, writes, (row,)), dtype=np.int32)
+
+
+def chunk_numbers(tokens: np.ndarray, start: int, row: int, size: int) -> np.ndarray:
+    """A prefill chunk's, tokens [n] padded to `size`: int32 [size + 3]."""
+    numbers = np.zeros(size + 3, np.int32)
+    numbers[: len(tokens)] = tokens
+    numbers[size:] = start, row, len(tokens)
+    return numbers
+
+
+def _numbers(bucket: Bucket, vector: Any) -> _Numbers:
+    size = bucket.size
+    if bucket.prefill:
+        start, row, count = (vector[size + index] for index in range(3))
+        return _Numbers(vector[None, :size], (start + jnp.arange(size, dtype=jnp.int32))[None], start[None], row, count)
+    tokens, positions, writes = (vector[index * size : (index + 1) * size] for index in range(3))
+    return _Numbers(tokens[:, None], positions[:, None], writes, vector[3 * size], None)
+
+
+def _vector(bucket: Bucket) -> Any:
+    return _shape((bucket.size + 3 if bucket.prefill else 3 * bucket.size + 1,))
+
+
+def _flat(weights: Any) -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
+    """(the weights as a flat tuple, what makes them whole again)"""
     leaves, tree = jax.tree.flatten(weights)
-    return lambda flat, *args: program(jax.tree.unflatten(tree, flat), *args), tuple(leaves)
+    return tuple(leaves), partial(jax.tree.unflatten, tree)
 
 
 def _compile_embed(bucket: Bucket, block: Block, state: Any, x: Any) -> Any:
-    tokens, _ = _vectors(bucket)
-    program, weights = _flat(partial(step.embed, block.lowered), block.weights)
-    return _compile(jax.jit(program), weights, tokens, tokens)
+    weights, whole = _flat(block.weights)
+
+    def embed(flat: Any, vector: Any) -> Any:
+        numbers = _numbers(bucket, vector)
+        return step.embed(block.lowered, whole(flat), numbers.tokens, numbers.positions)
+
+    return _compile(jax.jit(embed), weights, _vector(bucket))
 
 
 def _compile_layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) -> Any:
-    tokens, writes = _vectors(bucket)
-    run = partial(step.layers, tuple(b.lowered for b in group.blocks), length=bucket.length)
-    program, weights = _flat(run, [block.weights for block in group.blocks])
-    return _compile(jax.jit(program, donate_argnums=1), weights, tuple(caches), x, tokens, writes, _shape(()))
+    weights, whole = _flat([block.weights for block in group.blocks])
+    blocks = [block.lowered for block in group.blocks]
+
+    def layers(flat: Any, caches: Any, hidden: Any, vector: Any) -> Any:
+        n = _numbers(bucket, vector)
+        return step.layers(blocks, whole(flat), caches, hidden, n.positions, n.writes, n.row, length=bucket.length)
+
+    return _compile(jax.jit(layers, donate_argnums=1), weights, tuple(caches), x, _vector(bucket))
 
 
 def _compile_last(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
-    tokens, _ = _vectors(bucket)
-    return _compile(jax.jit(step.last_of_chunk, donate_argnums=0), history, x, tokens, tokens, _shape(()), _shape(()))
+    def last(history: Any, hidden: Any, vector: Any) -> Any:
+        n = _numbers(bucket, vector)
+        history, hidden, token, position, write = step.last_of_chunk(history, hidden, n.tokens, n.positions, n.row, n.count)
+        return history, hidden, jnp.concatenate((token[0], position[0], write, n.row[None]))
+
+    return _compile(jax.jit(last, donate_argnums=0), history, x, _vector(bucket))
 
 
 def _compile_head(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
-    tokens, writes = _vectors(bucket)
+    weights, whole = _flat(block.weights)
     table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
-    program, weights = _flat(partial(step.head, block.lowered, length=bucket.length), block.weights)
     hidden = _shape((bucket.size, 1, x.shape[-1]), x.dtype)
-    return _compile(jax.jit(program, donate_argnums=1), weights, history, hidden, tokens, tokens, writes, _shape(()), *table)
+
+    def head(flat: Any, history: Any, hidden: Any, vector: Any, floats: Any, ints: Any) -> Any:
+        n = _numbers(bucket, vector)
+        given = (history, hidden, n.tokens, n.positions, n.writes, n.row, floats, ints)
+        return step.head(block.lowered, whole(flat), *given, length=bucket.length)
+
+    return _compile(jax.jit(head, donate_argnums=1), weights, history, hidden, _vector(bucket), *table)
 
 
 def _compile(jitted: Any, *args: Any) -> Any:
@@ -261,6 +305,6 @@ _COMPILE: dict[str, Callable[..., Any]] = {
 }
 
 
-def to_host(sampled: Any) -> Sampled:
-    """What was sampled, as numpy; waits for it."""
-    return Sampled(*(np.asarray(part) for part in sampled))
+def to_host(sampled: Any, *, logprobs: bool) -> Sampled:
+    """What was sampled, as numpy; waits for it. Without `logprobs` the tokens alone are brought over."""
+    return Sampled(*(np.asarray(part) for part in sampled)) if logprobs else Sampled(np.asarray(sampled.tokens), None, None, None)

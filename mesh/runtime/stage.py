@@ -30,7 +30,7 @@ from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
 from mesh.runtime.forms import FormTable
 from mesh.runtime.loading import Block, block_names, load_block
-from mesh.runtime.programs import Bucket, Compiled, Programs, to_host
+from mesh.runtime.programs import Bucket, Compiled, Programs, chunk_numbers, to_host, wave_numbers
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.step import LayerCache
 from mesh.types import LayerRange
@@ -238,7 +238,7 @@ class Stage:
         low, high = int(rows.min()), int(rows.max())
         self._check_row(low)
         self._check_row(high)
-        if len(np.unique(rows)) != len(rows):
+        if len(set(rows.tolist())) != len(rows):
             raise BadRequest("a row appears twice in a decode step", field="rows")
         last = int(positions.max())
         self._check_positions(int(positions.min()), last)
@@ -247,30 +247,19 @@ class Stage:
         size = Buckets.fit(self.buckets.rows, high - low + 1)
         base = min(low, self.rows - size)
         length = Buckets.fit(self.buckets.lengths, last + 1)
-        wave_tokens = np.zeros((size, 1), np.int32)
-        wave_positions = np.zeros((size, 1), np.int32)
+        wave_tokens, wave_positions = np.zeros((2, size), np.int32)
         writes = np.full(size, self.context + SLACK - 1, np.int32)  # the slot nobody sees
         at = rows - base
-        wave_tokens[at, 0], wave_positions[at, 0], writes[at] = tokens, positions, positions
+        wave_tokens[at], wave_positions[at], writes[at] = tokens, positions, positions
         x = None
         if hidden is not None:
             x = np.zeros((size, 1, self.manifest.hidden.size), self._dtype)
             x[at, 0] = hidden
         floats, ints = self._table.only(rows, base, size)
-        self._history, result = self.programs.run(
-            Bucket(False, size, length),
-            self._caches,
-            self._history,
-            x,
-            wave_tokens,
-            wave_positions,
-            writes,
-            row=base,
-            floats=floats,
-            ints=ints,
-        )
+        numbers = wave_numbers(wave_tokens, wave_positions, writes, base)
+        self._history, result = self.programs.run(Bucket(False, size, length), self._caches, self._history, x, numbers, floats, ints)
         if self.last:
-            host = to_host(result)
+            host = to_host(result, logprobs=bool((ints[:, -1] >= 0).any()))
             answer: Any = [self._token(host, index, row) for index, row in zip(at.tolist(), rows.tolist(), strict=True)]
         else:
             answer = np.asarray(result)[at, 0]
@@ -299,18 +288,14 @@ class Stage:
 
     def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: Bucket) -> Any:
         count, size = len(tokens), bucket.size
-        padded = np.zeros((1, size), np.int32)
-        padded[0, :count] = tokens
-        positions = np.arange(start, start + size, dtype=np.int32)[None]
         x = None
         if hidden is not None:
             x = np.zeros((1, size, self.manifest.hidden.size), self._dtype)
             x[0, :count] = hidden
         floats, ints = self._table.floats[row : row + 1], self._table.ints[row : row + 1]
-        self._history, result = self.programs.run(
-            bucket, self._caches, self._history, x, padded, positions, positions[:, 0], row=row, count=count, floats=floats, ints=ints
-        )
-        return to_host(result) if self.last else np.asarray(result)[0]
+        numbers = chunk_numbers(tokens, start, row, size)
+        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, floats, ints)
+        return to_host(result, logprobs=bool(ints[0, -1] >= 0)) if self.last else np.asarray(result)[0]
 
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
         info, dtype = self.manifest.cache[layer], _DTYPES[self.manifest.cache_dtype]
