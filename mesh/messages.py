@@ -346,6 +346,7 @@ class ShardLease(Message):
     frame_version: Natural
     version: str = ""
     host: str = ""
+    processor: str = ""  # what computes for it; the same for shards that share it
     pid: Natural = 0
     started_unix_s: float = 0.0
     http: str = ""  # where it says how it is

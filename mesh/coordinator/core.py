@@ -118,7 +118,7 @@ class Core:
         self.counters = Counters()
         self.replicas = Replicas(config.layers, config.strategy, random)
         self.admission = Admission(config.queue_limit)
-        self.scheduler = Scheduler(self._chunk_of)
+        self.scheduler = Scheduler(self._chunk_of, self._processors_of)
         self.watch = Watch(config.step_timeout_s)
         self.pauses: deque[Pause] = deque(maxlen=512)
         self._base = random.getrandbits(_BASE_BITS) << _COUNTER_BITS
@@ -642,6 +642,10 @@ class Core:
     def _chunk_of(self, route: Route) -> int:
         chunks = [replica.chunk for hop in route if (replica := self.replicas.get(str(hop.shard))) is not None]
         return min(chunks)
+
+    def _processors_of(self, route: Route) -> int:
+        replicas = [self.replicas.get(str(hop.shard)) for hop in route]
+        return len({replica.processor or replica.shard for replica in replicas if replica is not None})
 
     def _count_frame(self, out: FrameOut) -> None:
         if out.kind == "decode":

@@ -53,6 +53,7 @@ class Replica:
     instance: str = ""  # another one: the process is new, and its rows are empty
     draining: bool = False
     mirrors: bool = False  # it follows frames of the others of its range
+    processor: str = ""  # shards of one processor compute in turn; none named: one of its own
 
 
 @dataclass(slots=True)

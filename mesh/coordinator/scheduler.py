@@ -1,7 +1,7 @@
 """Which frame goes out next.
 
-Decode. The sessions of one route are put in order of their rows and cut into lanes, at most as many as the route has stages. A
-lane has at most one frame in flight, so that with every lane under way every stage has work, and a frame that comes back can go out
+Decode. The sessions of one route are put in order of their rows and cut into lanes, at most as many as the route has processors. A
+lane has at most one frame in flight, so that with every lane under way every processor has work, and a frame that comes back can go out
 again at once with those that joined meanwhile. Lanes follow the order of the rows, so that the rows of a frame lie together: a
 stage computes over a block of rows, rounded up to a bucket. Lanes of 11, 11 and 10 would each cost what one of 16 does and take
 as long to come round as two of 16, so there are no more lanes than fill their buckets.
@@ -43,16 +43,19 @@ class _Group:
 
     route: Route
     chunk: int
+    processors: int
     order: list[Session] = field(default_factory=list)
     prefilling: list[Session] = field(default_factory=list)
     lanes_out: dict[int, int] = field(default_factory=dict)  # lane -> frame
 
 
 class Scheduler:
-    """`chunk_of`: the most tokens a prefill frame may bring through a route."""
+    """`chunk_of`: the most tokens a prefill frame may bring through a route. `processors_of`: how many compute for it; shards that
+    share one compute in turn, so that more lanes than processors would only make every lane slower."""
 
-    def __init__(self, chunk_of: Callable[[Route], int]) -> None:
+    def __init__(self, chunk_of: Callable[[Route], int], processors_of: Callable[[Route], int]) -> None:
         self._chunk_of = chunk_of
+        self._processors_of = processors_of
         self._groups: dict[Route, _Group] = {}
         self._touched: dict[Route, None] = {}
         self._flights: dict[int, Flight] = {}
@@ -192,12 +195,12 @@ class Scheduler:
         self._touched[route] = None
         group = self._groups.get(route)
         if group is None:
-            group = self._groups[route] = _Group(route, self._chunk_of(route))
+            group = self._groups[route] = _Group(route, self._chunk_of(route), self._processors_of(route))
         return group
 
     def _decode(self, group: _Group) -> list[FrameOut]:
         live = len(group.order)
-        lanes = _lanes(live, len(group.route))
+        lanes = _lanes(live, group.processors)
         frames = []
         for lane in range(lanes):
             if lane in group.lanes_out:
@@ -242,11 +245,11 @@ class Scheduler:
         return self._next_frame - 1
 
 
-def _lanes(live: int, stages: int) -> int:
-    """The fewest lanes for `live` sessions whose longest rounds up to no more rows (a power of two) than with one for each stage."""
-    if live <= stages:
+def _lanes(live: int, processors: int) -> int:
+    """The fewest lanes for `live` sessions whose longest rounds up to no more rows (a power of two) than with one a processor."""
+    if live <= processors:
         return live
-    rows = 1 << (-(-live // stages) - 1).bit_length()
+    rows = 1 << (-(-live // processors) - 1).bit_length()
     return -(-live // rows)
 
 

@@ -72,6 +72,7 @@ def replica_of(lease: ShardLease) -> Replica:
         instance=lease.instance,
         draining=lease.state != "ready",
         mirrors=lease.mirrors,
+        processor=lease.processor,
     )
 
 

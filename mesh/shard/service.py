@@ -45,6 +45,7 @@ from mesh.messages import (
     StatsRequest,
 )
 from mesh.model.manifest import Manifest
+from mesh.runtime.device import processor
 from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
@@ -545,6 +546,7 @@ class Shard:
             frame_version=frames.VERSION,
             version=telemetry.version(),
             host=socket.gethostname(),
+            processor=processor() if self._stage is not None else "",
             pid=os.getpid(),
             started_unix_s=self._started,
             http=self.http_url,

@@ -115,9 +115,18 @@ class FakeMesh:
         self.check()
 
     def join(
-        self, shard: str, layers: LayerRange, *, rows: int = 2, context: int = 64, chunk: int = 4, instance: str = "", mirrors: bool = False
+        self,
+        shard: str,
+        layers: LayerRange,
+        *,
+        rows: int = 2,
+        context: int = 64,
+        chunk: int = 4,
+        instance: str = "",
+        mirrors: bool = False,
+        processor: str = "",
     ) -> None:
-        replica = Replica(shard, layers, rows, rows, context, chunk, instance, mirrors=mirrors)
+        replica = Replica(shard, layers, rows, rows, context, chunk, instance, mirrors=mirrors, processor=processor)
         self.shards[shard] = Shard(replica)
         self.event(ReplicaSeen(replica))
 

@@ -74,6 +74,19 @@ def test_waves_fill_the_rows_that_a_stage_computes_anyway(sessions, waves):
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
 
+def test_shards_that_share_a_processor_take_one_wave_at_a_time():
+    mesh, random = FakeMesh(Core(CoreConfig(6, "least_loaded", queue_limit=4), Random(0))), Random(1)
+    for layers, processor in zip(RANGES, ("a", "b", "a"), strict=True):
+        mesh.join(f"s{layers.start}", layers, rows=8, context=512, chunk=16, processor=processor)
+    requests = [ask(mesh, f"r{number}", 3, 30) for number in range(4)]
+    most = 0
+    while mesh.deliver(random):
+        decodes = [flight for flight in mesh.core.scheduler.flights.values() if flight.decode]
+        most = max(most, len(decodes) if len(mesh.core.scheduler.flights) == len(decodes) else 0)
+    assert most == 2
+    assert all(mesh.tokens[r.id] == expected(r) for r in requests)
+
+
 def test_a_single_session_is_one_frame_at_a_time():
     mesh, random = make(), Random(2)
     request = ask(mesh, "r", 3, 10)
