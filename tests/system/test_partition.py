@@ -1,0 +1,111 @@
+"""A shard on a host of its own (a network namespace) is cut off and comes back: nobody is told, no connection is reset, and no token
+is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from system_tools import all_rows_free
+from test_failover import counted, load, options, undisturbed  # noqa: F401  # a fixture
+
+from mesh.client import AsyncMeshClient
+from mesh.local import LocalMesh
+from mesh.process import dying_with_parent
+from mesh.server import NatsServer
+
+HERE, THERE = "10.213.77.1", "10.213.77.2"
+NAME = f"mesh{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace, and the line to it."""
+
+    name: str
+
+    def cut(self) -> None:
+        ip("-n", self.name, "link", "set", "mesh1", "down")
+
+    def heal(self) -> None:
+        ip("-n", self.name, "link", "set", "mesh1", "up")
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    if sys.platform != "linux" or shutil.which("ip") is None:
+        pytest.skip("network namespaces are made with Linux's ip, which is not here")
+    if os.geteuid() != 0:
+        pytest.skip("only root may make a network namespace")
+    line = f"{NAME}a"[-15:]
+    try:
+        ip("netns", "add", NAME)
+    except OSError as error:
+        pytest.skip(f"this root may not make a network namespace ({error})")
+    try:
+        ip("link", "add", line, "type", "veth", "peer", "name", "mesh1", "netns", NAME)
+        ip("addr", "add", f"{HERE}/30", "dev", line)
+        ip("link", "set", line, "up")
+        ip("-n", NAME, "addr", "add", f"{THERE}/30", "dev", "mesh1")
+        ip("-n", NAME, "link", "set", "lo", "up")
+        ip("-n", NAME, "link", "set", "mesh1", "up")
+        yield Host(NAME)
+    finally:
+        ip("netns", "del", NAME)  # and the line with it
+
+
+async def there(client: AsyncMeshClient, shard: str, *, wanted: bool) -> None:
+    async with asyncio.timeout(120):
+        while any(lease.shard == shard and lease.state == "ready" for lease in (await client.status()).shards) is not wanted:
+            await asyncio.sleep(0.2)
+
+
+def test_a_shard_is_cut_off_and_comes_back(host, model, undisturbed, run, tmp_path):  # noqa: F811
+    async def disturb(mesh: LocalMesh) -> None:
+        async with AsyncMeshClient(options=mesh.bus, model="tiny") as watching:
+            await there(watching, "shard-9", wanted=True)
+        async with load(mesh, undisturbed) as (running, client):
+            host.cut()
+            await running.more(200)
+            await there(client, "shard-9", wanted=False)
+            await running.more(100)
+            host.heal()
+            await there(client, "shard-9", wanted=True)
+            await running.more(200)
+            assert await counted(client, "failed") == 0
+        await all_rows_free(mesh)
+
+    with NatsServer.start(host=HERE) as server, LocalMesh(options(model, replicas=1, rows=2, nats=server.url)) as mesh:
+        config = tmp_path / "shard.yaml"
+        config.write_text(
+            yaml.safe_dump(
+                {
+                    "shard": {"shard_id": 9},
+                    "nats": {"urls": [server.url]},
+                    "model": {"shard_path": str(Path(model).absolute()), "layers_start": 0, "layers_end": mesh.ranges[0].stop},
+                    "resources": {"max_memory_gb": 4},
+                    "performance": {"batch_size": 8, "max_sequence_length": 256},
+                }
+            )
+        )
+        command = [str(shutil.which("ip")), "netns", "exec", NAME, sys.executable, "-m", "mesh.cli", "shard", "--config", str(config)]
+        shard = subprocess.Popen(dying_with_parent([*command, "--quiet"]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            run(disturb(mesh))
+        finally:
+            shard.kill()
+            shard.wait()
