@@ -138,6 +138,7 @@ class Replicas:
             entry.full = True
         else:
             entry.rest_until = now + REFUSAL_REST_S
+            entry.suspected = True
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 

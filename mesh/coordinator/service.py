@@ -88,7 +88,6 @@ _SETTLING_S = 3.0
 _ANSWER_S = 1.0
 SHARD_CLIENT = b'"mesh-shard"'
 """The name of every shard's connection, as an advisory has it."""
-_MIRROR_OPEN_S = 2.0
 _BEAT_SESSIONS = 2000
 _TOKEN_BYTES = 256
 """What a held request may take a token: its id, its text, its time, and the documents of a client that asks again."""
@@ -112,7 +111,7 @@ class CoordinatorOptions:
     queue_limit: int = 256
     failover_timeout_s: float = 30.0
     step_timeout_s: float = 15.0
-    open_timeout_s: float = 5.0
+    open_timeout_s: float = 2.0
     flags: Flags = EXACT
     health_check_interval_s: float = 3.0
     expected: Expected | None = None
@@ -590,8 +589,7 @@ class Coordinator:
             subject = subjects.control(effect.shard, "open")
         event: Event
         try:
-            timeout_s = min(self.options.open_timeout_s, _MIRROR_OPEN_S) if effect.mirror else self.options.open_timeout_s
-            opened = await self.bus.request(subject, message, messages.Opened, timeout_s=timeout_s)
+            opened = await self.bus.request(subject, message, messages.Opened, timeout_s=self.options.open_timeout_s)
             event = Opened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
