@@ -99,10 +99,14 @@ def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -
 def exercise(stage: AnyStage) -> None:
     """Compute a little, for nobody: weights and programs are touched for the first time, which costs a session that fails over to
     this shard a multiple of a step otherwise. Before any row is taken; what is written to row 0 is written over."""
-    hidden = None if stage.first else np.zeros((1, stage.manifest.hidden.size), HIDDEN_DTYPES[stage.manifest.hidden.dtype])
-    token = np.zeros(1, np.int32)
-    stage.prefill(0, 0, token, hidden)
-    stage.decode(np.zeros(1, np.int32), np.ones(1, np.int32), token, hidden)
+    dtype = HIDDEN_DTYPES[stage.manifest.hidden.dtype]
+
+    def hidden(count: int) -> np.ndarray | None:
+        return None if stage.first else np.zeros((count, stage.manifest.hidden.size), dtype)
+
+    for size in stage.buckets.chunks:
+        stage.prefill(0, 0, np.zeros(min(size, stage.context), np.int32), hidden(min(size, stage.context)))
+    stage.decode(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), hidden(1))
     stage.counters = type(stage.counters)()
 
 
