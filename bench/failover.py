@@ -69,9 +69,11 @@ async def round_of(
     await asyncio.sleep(0.2)
     victim = max([(await frames_out(bus, name) - before[name], name) for name in victims])[1]  # a mirror sends nothing
     await asyncio.sleep(random.uniform(0, 0.1))
+    frames_before = (await client.status()).coordinators[0].counters["prefill_frames"]
     killed = time.perf_counter()
     mesh.processes[victim].kill()
     results = await asyncio.gather(*tasks)
+    after = (await client.status()).coordinators[0].counters["prefill_frames"]
     gaps = [list(pairwise(at)) for at in times]
     steps = [b - a for each in gaps for a, b in each if b < killed]
     hit = [max(b - a for a, b in each if b >= killed) for each, (_, _, restarts) in zip(gaps, results, strict=True) if restarts]
@@ -89,6 +91,7 @@ async def round_of(
         "prefill_ms": round(1e3 * prefill_s, 1),
         "pause_steps": [round(seconds / step_s, 2) for seconds in hit],
         "pause_less_prefill_steps": [round((seconds - prefill_s) / step_s, 2) for seconds in hit],
+        "prefill_frames": after - frames_before,
         "wrong": sum(tokens != alone for (tokens, _, _), alone in zip(results, lone, strict=True)),
     }
 

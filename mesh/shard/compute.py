@@ -96,17 +96,22 @@ def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -
     return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
 
 
-def exercise(stage: AnyStage) -> None:
-    """Compute a little, for nobody: weights and programs are touched for the first time, which costs a session that fails over to
-    this shard a multiple of a step otherwise. Before any row is taken; what is written to row 0 is written over."""
+def exercise(stage: Stage) -> None:
+    """Run every compiled program once, for nobody: its first run takes a multiple of the later ones, and a session that fails over
+    to this shard should not wait for that. Before any row is taken; what is written to the rows is written over."""
     dtype = HIDDEN_DTYPES[stage.manifest.hidden.dtype]
 
     def hidden(count: int) -> np.ndarray | None:
         return None if stage.first else np.zeros((count, stage.manifest.hidden.size), dtype)
 
-    for size in stage.buckets.chunks:
-        stage.prefill(0, 0, np.zeros(min(size, stage.context), np.int32), hidden(min(size, stage.context)))
-    stage.decode(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), hidden(1))
+    buckets = stage.buckets
+    for shorter in (0, *buckets.lengths[:-1]):
+        for smaller in (0, *buckets.chunks[:-1]):
+            start = max(shorter - smaller, 0)  # one token more than the smaller bucket and the shorter length hold
+            if start + smaller < stage.context:
+                stage.prefill(0, start, np.zeros(smaller + 1, np.int32), hidden(smaller + 1))
+        for rows in buckets.rows:
+            stage.decode(np.array([rows - 1], np.int32), np.array([shorter], np.int32), np.zeros(1, np.int32), hidden(1))
     stage.counters = type(stage.counters)()
 
 

@@ -166,7 +166,8 @@ class Shard:
                 self._set_status("warming")
                 log.info("compiling")
                 await self.in_thread(partial(self.stage.warm_up, self._progress))
-                await self.in_thread(partial(exercise, self.stage))
+                if isinstance(self.stage, Stage):
+                    await self.in_thread(partial(exercise, self.stage))
             await self.open_doors()
             log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
             await self._stop.wait()
