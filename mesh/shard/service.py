@@ -547,7 +547,7 @@ class Shard:
             frame_version=frames.VERSION,
             version=telemetry.version(),
             host=socket.gethostname(),
-            processor=processor() if self._stage is not None else "",
+            processor=processor() if self.stage is not None else "",
             pid=os.getpid(),
             started_unix_s=self._started,
             http=self.http_url,
