@@ -119,6 +119,7 @@ def onnxruntime(model: Path, rows: list[int]) -> dict[int, float]:
     manifest = Manifest.load(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = os.cpu_count() or 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the pools of 32 sessions would spin against each other
     names = [block.name for block in manifest.blocks]
     sessions = [ort.InferenceSession(str(model / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in names]
     wanted = [{item.name for item in session.get_inputs()} for session in sessions]
