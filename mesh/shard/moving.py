@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mesh.bus import announce
 from mesh.errors import BadRequest, Unavailable
 from mesh.messages import Load, Loaded
 from mesh.shard.state import ShardState
@@ -62,4 +63,6 @@ async def move(shard: Shard, message: Load) -> Loaded:
     await shard.open_doors()
     took_s = time.perf_counter() - began
     log.info("ready: layers %s after %.0f ms", layers, took_s * 1e3)
+    detail = f"{name} serves layers {layers}, before {old.shape.layers}"
+    await announce(shard.bus, "plan_changed", name, model=shard.manifest.name, detail=detail, layers=str(layers))
     return Loaded(shard=name, layers_start=layers.start, layers_end=layers.stop, sessions=sessions, took_s=took_s)

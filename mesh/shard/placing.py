@@ -1,7 +1,8 @@
 """`mesh join`: agree with the others on a range, and fetch it.
 
 Two machines that join at the same moment must not take the same gap: who takes a range says so in KV `mesh_placement`, by compare
-and set, before it loads. A claim counts until its shard's lease is there, or for CLAIM_S.
+and set, before it loads. A claim counts until its shard's lease is there, or for CLAIM_S. The key's revision is the placement's epoch:
+whoever decided on an older one is refused and decides again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mesh import subjects
-from mesh.bus import Bucket, Bus, ModelStore, kept_at
+from mesh.bus import Bucket, Bus, ModelStore, announce, kept_at
 from mesh.errors import BadRequest, MessageRejected, Unavailable
 from mesh.memory import DEFAULT_CHUNK, predict
 from mesh.messages import Message, ShardLease
@@ -101,7 +102,10 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
         held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
         layers = choose_range(manifest.layers, held, needed, memory_bytes)
         mine = Claim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
-        if await bucket.update(key, Claims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0) is not None:
+        epoch = await bucket.update(key, Claims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
+        if epoch is not None:
+            detail = f"{name} takes layers {layers}"
+            await announce(bus, "plan_changed", name, model=manifest.name, detail=detail, layers=str(layers), epoch=epoch)
             return layers
     raise Unavailable("other shards keep joining at the same moment: try again")
 

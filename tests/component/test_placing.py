@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from mesh.bus import Bus, BusOptions, ModelStore
+from mesh import subjects
+from mesh.bus import Bus, BusOptions, ModelStore, Received
 from mesh.errors import DoesNotFit, ModelNotFound
 from mesh.memory import predict
+from mesh.messages import Event
 from mesh.model.manifest import Manifest
 from mesh.server import NatsServer
 from mesh.shard.placing import place
@@ -48,7 +50,13 @@ def test_machines_that_join_at_once_take_different_layers(run: Run, model: Path,
             await ModelStore(bus).push(model)
             with pytest.raises(DoesNotFit):
                 await join("small", 1000)
+            said: asyncio.Queue[Received] = asyncio.Queue()
+            await bus.subscribe(subjects.event("plan_changed"), said.put)
+            await bus.flush()
             both = await asyncio.gather(join("a"), join("b"))
+            changes = [Event.parse((await asyncio.wait_for(said.get(), 60)).data) for _ in both]
+            assert {(change.who, change.data["layers"]) for change in changes} == {(o.name, str(o.layers)) for o in both}
+            assert len({change.data["epoch"] for change in changes}) == 2
             assert sorted(options.layers for options in both) == [LayerRange(0, 2), LayerRange(2, 3)]
             for options in both:
                 embed, head = options.layers.start == 0, options.layers.stop == 3

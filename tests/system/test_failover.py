@@ -17,11 +17,11 @@ import pytest
 from system_tools import all_rows_free
 
 from mesh import subjects
-from mesh.bus import Bus, BusOptions, Received
+from mesh.bus import Bucket, Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.errors import ServiceError, Unavailable
 from mesh.local import LocalMesh, LocalOptions
-from mesh.messages import Drain, Drained, Event
+from mesh.messages import Drain, Drained, Event, ShardLease
 from mesh.model.importing import import_model
 from mesh.model.manifest import Manifest
 from mesh.model.source import ImportOptions
@@ -302,5 +302,25 @@ def test_a_shard_of_another_model_of_that_name_is_refused_and_it_is_said(pairs, 
             finally:
                 process.kill()
                 process.wait()
+
+    run(disturb())
+
+
+def test_a_shard_that_speaks_another_frame_version_is_refused_and_it_is_said(pairs, run):
+    """As in the middle of an upgrade: its lease is what a later version would write."""
+
+    async def disturb() -> None:
+        async with await Bus.connect(BusOptions(urls=(pairs.url,)), name="operator") as bus:
+            told: asyncio.Queue[Received] = asyncio.Queue()
+            await bus.subscribe(subjects.event("rejected"), told.put)
+            await bus.flush()
+            leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
+            lease = ShardLease.parse((await leases.entries())[0].value or b"")
+            later = lease.model_copy(update={"shard": "later", "instance": "later", "frame_version": lease.frame_version + 1})
+            await leases.put("later", later.to_bytes())
+            event = Event.parse((await asyncio.wait_for(told.get(), 60)).data)
+            assert event.who == "later" and f"frame version {lease.frame_version + 1}" in event.detail
+            async with AsyncMeshClient(pairs.url, model="tiny") as client:
+                assert len((await client.generate(tokens=[5], max_tokens=5, ignore_eos=True)).tokens) == 5
 
     run(disturb())
