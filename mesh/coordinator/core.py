@@ -344,11 +344,12 @@ class Core:
             self._effects.append(CloseRow(event.key, event.epoch, event.shard))
             return
         if session.mirrors.get(event.stage) != event.shard:
-            if event.stage in session.rows:  # the queue group has answered twice
+            hop = session.route[event.stage]
+            # The queue group has answered twice, or a mirror that was given up since.
+            if event.stage in session.rows or hop.shard not in (None, event.shard):
                 self.counters.late += 1
                 self._effects.append(CloseRow(event.key, event.epoch, event.shard))
                 return
-            hop = session.route[event.stage]
             if hop.shard is None:  # the queue group has answered
                 route = session.route
                 session.route = (*route[: event.stage], Hop(hop.layers, event.shard), *route[event.stage + 1 :])

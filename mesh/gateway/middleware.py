@@ -6,6 +6,7 @@ Plain ASGI: nothing of it is called once a token except two counters.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import re
@@ -86,6 +87,7 @@ class Edge:
         try:
             refusal = self._refusal(headers)
             if refusal is not None:
+                await body.drop()
                 await error_response(refusal, scope["path"], request_id)(scope, receive, answer)
             else:
                 await self._app(scope, body.receive, answer)
@@ -125,6 +127,10 @@ class Edge:
         return None
 
 
+_DROP_BYTES = 256 * 1024
+_DROP_S = 1.0
+
+
 class _Body:
     """Receives a body with a bound on its size and on the time it takes; afterwards, without any, whatever comes."""
 
@@ -151,8 +157,19 @@ class _Body:
             self._size += len(message.get("body", b""))
             self._more = message.get("more_body", False)
             if self._size > self._limits.max_body_bytes:
+                await self.drop()
                 raise BodyRefused(_too_large(self._limits))
         return message
+
+    async def drop(self) -> None:
+        """Read a little of what nobody wants: a connection that is closed on a client that still sends is reset, and the answer with it."""
+        dropped = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DROP_S):
+                while self._more and dropped < _DROP_BYTES:
+                    message = await self._receive()
+                    dropped += len(message.get("body", b""))
+                    self._more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 def _is_plain(host: str) -> bool:

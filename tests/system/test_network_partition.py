@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from system_tools import all_rows_free
-from test_failover import counted, load, options, undisturbed  # noqa: F401  # a fixture
+from test_failover_of_processes import counted, load, options, undisturbed  # noqa: F401  # a fixture
 
 from mesh.client import AsyncMeshClient
 from mesh.local import LocalMesh
