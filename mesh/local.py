@@ -1,22 +1,24 @@
 """A whole mesh on this machine: a nats-server (or one that is there already), a coordinator and shards as child processes.
 
 Every child is told by the kernel to die with this process, so nothing is left behind however it ends; in the orderly case they are
-asked to stop, coordinator first. Children have sessions of their own: Ctrl-C in a terminal reaches this process alone.
+asked to stop, coordinator first. One that dies is started again (mesh/supervisor.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import yaml
 
@@ -24,23 +26,25 @@ from mesh.bus import Bucket, Bus, BusOptions, LeaseTable
 from mesh.client import AsyncMeshClient
 from mesh.config import NatsSection
 from mesh.configfile import ENV_PREFIX
-from mesh.errors import BadRequest, DeadlineExceeded, ServiceError
+from mesh.errors import BadRequest, DeadlineExceeded
 from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
 from mesh.process import dying_with_parent
 from mesh.scratch import ScratchFolder
 from mesh.server import NatsServer
 from mesh.subjects import KV_SHARDS, LEASE_TTL_S
+from mesh.supervisor import Child, Supervisor
 from mesh.types import LayerRange, even_ranges
 from mesh.units import GB
 
 __all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "default_url"]
 
+log = logging.getLogger(__name__)
+
 DEFAULT_URL = "nats://127.0.0.1:4222"
 DEFAULT_HTTP_PORT = 8080
 _STOP_S = 10.0
 _HTTP_DRAIN_S = 2.0
-_SHOWN_LINES = 15
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,18 +76,13 @@ class LocalOptions:
     bus: BusOptions | None = None  # who connects to `nats`
 
 
-@dataclass
-class _Child:
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    command: list[str]
-
-
 class LocalMesh:
-    """A context manager; start it from the main thread. `url` is where clients connect, `http_urls` where HTTP is served."""
+    """A context manager; start it from the main thread. `url` is where clients connect, `http_urls` where HTTP is served.
 
-    def __init__(self, options: LocalOptions) -> None:
+    say: is told, a line each, which process ended and is started again.
+    """
+
+    def __init__(self, options: LocalOptions, *, say: Callable[[str], None] = log.warning) -> None:
         self.options = options
         self.manifest = Manifest.load(options.model)
         self.ranges = even_ranges(self.manifest.layers, options.shards)
@@ -93,7 +92,8 @@ class LocalMesh:
         self.url = ""
         self.http_urls: tuple[str, ...] = ()
         self._server: NatsServer | None = None
-        self._children: list[_Child] = []
+        self._children: dict[str, Child] = {}
+        self._supervisor = Supervisor(say)
         self._folder: ScratchFolder | None = None
 
     @property
@@ -107,10 +107,10 @@ class LocalMesh:
 
     @property
     def processes(self) -> dict[str, subprocess.Popen[bytes]]:
-        return {child.name: child.process for child in self._children}
+        return {name: child.process for name, child in self._children.items()}
 
     def start(self, *, timeout_s: float = 600.0, progress: Progress = lambda what, done, total: None) -> None:
-        """Start everything; returns when a request would be generated. Errors: those of the children, DeadlineExceeded."""
+        """Start everything; returns when a request would be generated. Errors: those of children that are given up, DeadlineExceeded."""
         options = self.options
         self._folder = ScratchFolder("mesh-up-")
         logs = options.logs or self._folder.path
@@ -118,6 +118,7 @@ class LocalMesh:
         try:
             if options.nats is None:
                 self._server = NatsServer.start(port=options.port)
+                self._supervisor.watch("nats-server", self._server)
                 self.url = self._server.url
             else:
                 self.url = options.nats
@@ -130,37 +131,33 @@ class LocalMesh:
             config = self._write("coordinator.yaml", self._coordinator_config())
             arguments = ["coordinator", "--config", str(config), "--model", str(options.model.absolute()), *options.coordinator_arguments]
             for index in range(options.coordinators):
-                free = ["--free-port"] if index or options.http_port is None else []
-                self._spawn(f"coordinator-{index + 1}", [*arguments, *free], logs)
+                other = ["--free-port"] if options.http_port is None else ["--http-port", "0"] if index else []
+                self._spawn(f"coordinator-{index + 1}", [*arguments, *other], logs)
             asyncio.run(self._wait_ready(timeout_s, progress))
         except BaseException:
             self.stop()
             raise
 
     def restart(self, name: str) -> None:
-        """Start a child of this name again, ending it first where it lives, as a supervisor would. Its log goes on."""
-        child = next((child for child in self._children if child.name == name), None)
-        if child is None:
-            raise BadRequest(f"there is no {name} here: {', '.join(child.name for child in self._children)}", field="name")
-        child.process.kill()
-        child.process.wait()
-        child.process = self._start(child.command, child.log)
+        """Start a child of this name again, ending it first where it lives. Its log goes on."""
+        self._supervisor.restart(name)
 
     @property
     def server(self) -> NatsServer | None:
         """The embedded one."""
         return self._server
 
-    def wait(self) -> None:
-        """Until a child ends by itself, which is an error: ServiceError with its last words."""
-        while True:
-            self._require_alive()
-            time.sleep(0.2)
+    def supervise(self) -> None:
+        """Start again what ends, until one process keeps ending: ServiceError with its last words. From the main thread.
+
+        A shard that was drained stays away.
+        """
+        self._supervisor.run()
 
     def stop(self) -> None:
         """End everything, the coordinator first. Idempotent."""
         for group in ("coordinator", "shard"):
-            members = [child for child in self._children if child.name.startswith(group)]
+            members = [child for name, child in self._children.items() if name.startswith(group)]
             for child in members:
                 child.process.terminate()
             deadline = time.monotonic() + _STOP_S
@@ -168,9 +165,8 @@ class LocalMesh:
                 try:
                     child.process.wait(max(deadline - time.monotonic(), 0))
                 except subprocess.TimeoutExpired:
-                    child.process.kill()
-                    child.process.wait()
-        self._children = []
+                    child.kill()
+        self._children = {}
         if self._server is not None:
             self._server.stop()
             self._server = None
@@ -189,21 +185,9 @@ class LocalMesh:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _spawn(self, name: str, arguments: Sequence[str], logs: Path) -> None:
-        log = logs / f"{name}.log"
-        log.unlink(missing_ok=True)
         command = dying_with_parent([sys.executable, "-m", "mesh.cli", *arguments])
-        self._children.append(_Child(name, self._start(command, log), log, command))
-
-    def _start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=self._environment(),
-            )
+        child = self._children[name] = Child(command, logs / f"{name}.log", self._environment())
+        self._supervisor.watch(name, child, may_leave=name.startswith("shard"))
 
     def _write(self, name: str, content: object) -> Path:
         assert self._folder is not None
@@ -267,7 +251,6 @@ class LocalMesh:
         }
 
     async def _wait_ready(self, timeout_s: float, progress: Progress) -> None:
-        mine = {child.process.pid for child in self._children}
         changed = asyncio.Event()
         async with (
             asyncio.timeout(timeout_s) as limit,
@@ -278,17 +261,16 @@ class LocalMesh:
             async with AsyncMeshClient(options=self.bus, model=self.manifest.name) as client:
                 try:
                     while True:
-                        self._require_alive()
+                        self._supervisor.check()
+                        mine = {child.pid for child in self._children.values()}
                         leases = [lease for lease in table.leases.values() if lease.pid in mine]
                         ready = sum(lease.state == "ready" for lease in leases)
                         states = sorted({lease.state for lease in leases} - {"ready"})
                         progress(f"shards {', '.join(states) or 'starting'}", ready, self.shard_count)
-                        if ready == self.shard_count and (await client.health()).ready:
-                            counters = [c.counters for c in await client.coordinators()]
-                            urls = [str(said["http"]) for said in counters if said.get("http") and said.get("pid") in mine]
-                            if not self.options.http or len(urls) == self.options.coordinators:
-                                self.http_urls = tuple(sorted(urls, key=lambda url: not url.endswith(f":{DEFAULT_HTTP_PORT}")))
-                                return
+                        whole = ready == self.shard_count and (await client.health()).ready
+                        if whole and self._take_urls([coordinator.counters for coordinator in await client.coordinators()]):
+                            self._supervisor.ready()
+                            return
                         changed.clear()
                         try:
                             await asyncio.wait_for(changed.wait(), 0.25)  # a child that ended says nothing
@@ -301,21 +283,21 @@ class LocalMesh:
                 finally:
                     await table.stop()
 
-    def _require_alive(self) -> None:
-        for child in self._children:
-            code = child.process.poll()
-            if code is not None:
-                words = child.log.read_text(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
-                raise ServiceError(f"{child.name} ended with code {code}: " + ("\n  ".join(["", *words]) if words else "it said nothing"))
-        if self._server is not None:
-            self._server.require_running()
+    def _take_urls(self, coordinators: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every coordinator says where it serves HTTP. Started again, it takes the same port."""
+        if not self.options.http:
+            return True
+        urls = {said.get("pid"): str(said["http"]) for said in coordinators if said.get("http")}
+        children = [child for name, child in self._children.items() if name.startswith("coordinator")]
+        if any(child.pid not in urls for child in children):
+            return False
+        self.http_urls = tuple(sorted((urls[child.pid] for child in children), key=lambda url: not url.endswith(f":{DEFAULT_HTTP_PORT}")))
+        for child in children:
+            child.command += ["--http-port", urls[child.pid].rpartition(":")[2]]
+        return True
 
     def _last_words(self) -> str:
-        lines = []
-        for child in self._children:
-            words = child.log.read_text(errors="replace").strip().splitlines()
-            lines.append(f"{child.name}: {words[-1] if words else 'nothing said'}")
-        return "; ".join(lines)
+        return "; ".join(f"{name}: {(child.log or ['nothing said'])[-1]}" for name, child in self._children.items())
 
 
 # -- where the last one runs -----------------------------------------------------------------------------------------------

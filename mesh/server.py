@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mesh.errors import ConfigError, DeadlineExceeded, Unavailable
+from mesh.errors import ConfigError, DeadlineExceeded
 from mesh.process import dying_with_parent
 from mesh.scratch import ScratchFolder
 
@@ -125,6 +125,11 @@ class NatsServer:
         return int(self.url.rpartition(":")[2])
 
     @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    @property
     def running(self) -> bool:
         return self._process.poll() is None
 
@@ -148,6 +153,7 @@ class NatsServer:
         self._process = _start(command, self._directory, self._environment)
         self._listen()
         if not self._ready.wait(timeout_s) or not self.running:
+            self.kill()
             raise DeadlineExceeded(f"nats-server was not ready again within {timeout_s:g} s: {' | '.join(self.log[-3:])}")
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -161,11 +167,6 @@ class NatsServer:
         self._reader.join(timeout_s)
         if self._folder is not None:
             self._folder.remove()
-
-    def require_running(self) -> None:
-        """Unavailable, with its last words, where it has ended."""
-        if not self.running:
-            raise Unavailable(f"the embedded nats-server has ended: {' | '.join(list(self._tail)[-3:])}")
 
     def __enter__(self) -> NatsServer:
         return self

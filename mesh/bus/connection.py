@@ -2,7 +2,7 @@
 
 nats-py compares max_payload with the payload alone while the server counts headers too and drops the connection over it; and
 its subscriptions drop what overflows them. Here an oversize publish is an error before anything is sent, and what a
-subscription drops is counted.
+subscription drops is counted. What is on the token path goes the short way of transport.py: `post` and `subscribe_direct`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import nats
@@ -24,11 +23,13 @@ import nats.aio.subscription
 import nats.errors
 
 from mesh.bus.mapping import is_refusal, mapped, mapped_error
-from mesh.errors import ConfigError, DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
+from mesh.bus.options import BusOptions, without_password
+from mesh.bus.transport import DirectTransport
+from mesh.errors import DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
 from mesh.messages import ErrorReply, Message
 from mesh.units import format_bytes
 
-__all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "BusOptions", "Received", "Subscription", "end_tasks", "reply_error"]
+__all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "Received", "Subscription", "end_tasks", "reply_error"]
 
 log = logging.getLogger("mesh.bus")
 
@@ -40,79 +41,7 @@ M = TypeVar("M", bound=Message)
 _PENDING_BYTES = 8 * 1024 * 1024  # what is kept to be sent after a reconnection; more is Unavailable
 _RECONNECT_WAIT_S = 0.25
 _PING_INTERVAL_S = 5  # a connection that answers two of these no more is given up
-_STATUS_NO_RESPONDERS = "503"
-
-
-@dataclass(frozen=True, slots=True)
-class BusOptions:
-    """Where and as whom. `credentials`: a .creds file (JWT and seed). `nkey_seed`: a file with a seed. `tls_*`: PEM files; `tls_ca`
-    alone checks the server, with `tls_cert` and `tls_key` this side shows itself too. `inbox_prefix`: where answers come back."""
-
-    urls: tuple[str, ...] = ("nats://127.0.0.1:4222",)
-    credentials: str | None = None
-    nkey_seed: str | None = None
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    inbox_prefix: str = "_INBOX"
-
-    def ssl_context(self) -> ssl.SSLContext | None:
-        """For the connection; ConfigError where a file is not what it should be. None: a tls:// server is checked against the
-        system's authorities."""
-        if self.tls_ca is None and self.tls_cert is None:
-            return None
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("a TLS certificate and its key belong together: give both or neither")
-        for path, what in ((self.tls_ca, "the authority's certificate"), (self.tls_cert, "a certificate"), (self.tls_key, "a key")):
-            if path is not None:
-                _require_readable(path, f"a PEM file with {what}")
-        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
-        try:
-            if self.tls_ca is not None:
-                context = ssl.create_default_context(cafile=self.tls_ca)
-        except ssl.SSLError:
-            raise ConfigError(f"{self.tls_ca}: no certificate in it: give the PEM file of the authority that signed the server's") from None
-        try:
-            if self.tls_cert is not None:
-                context.load_cert_chain(self.tls_cert, self.tls_key, password=_no_passphrase)
-        except ssl.SSLError:
-            raise ConfigError(
-                f"{self.tls_cert} and {self.tls_key} are not a certificate and its own, unencrypted key in PEM form"
-            ) from None
-        return context
-
-    def arguments(self) -> dict[str, Any]:
-        """What nats-py is told of all this; ConfigError where a file is not there."""
-        if self.credentials is not None:
-            _require_readable(self.credentials, "a .creds file")
-        if self.nkey_seed is not None:
-            _require_readable(self.nkey_seed, "a file with an nkey seed")
-        return {
-            "servers": list(self.urls),
-            "tls": self.ssl_context(),
-            "user": self.user,
-            "password": self.password,
-            "token": self.token,
-            "user_credentials": self.credentials,
-            "nkeys_seed": self.nkey_seed,
-            "inbox_prefix": self.inbox_prefix,
-        }
-
-
-def _require_readable(path: str, what: str) -> None:
-    try:
-        with Path(path).open("rb"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: give the path of {what}") from None
-
-
-def _no_passphrase() -> str:
-    """Asked for where a key is encrypted; without this the terminal would be."""
-    return ""
+_SUBJECT = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +60,9 @@ Handler = Callable[[Received], Awaitable[None]]
 class Subscription:
     """Made by Bus.subscribe; `stop` ends it, and what had arrived is still handled."""
 
-    def __init__(self, inner: nats.aio.subscription.Subscription) -> None:
+    def __init__(self, inner: nats.aio.subscription.Subscription, ended: Callable[[], object] = lambda: None) -> None:
         self._inner = inner
+        self._ended = ended
 
     async def stop(self) -> None:
         try:
@@ -141,6 +71,17 @@ class Subscription:
             return  # it has ended already
         except nats.errors.Error as error:
             log.debug("ending a subscription: %s", error)
+        finally:
+            self._ended()
+
+
+class _Client(nats.aio.client.Client):
+    """nats-py's, which stops reading where the answer comes to a flush that was given up meanwhile."""
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()  # takes the answer, for nobody
+        await super()._process_pong()
 
 
 class Bus:
@@ -149,21 +90,25 @@ class Bus:
     `counters`: reconnects, dropped (messages that came faster than they were handled), handler_errors, and rejected.
     """
 
-    def __init__(self, client: nats.aio.client.Client) -> None:
+    def __init__(self, client: nats.aio.client.Client, direct: DirectTransport | None = None) -> None:
         self.client = client
+        self._direct = direct
         self.counters: Counter[str] = Counter()
         self._watchers: list[Callable[[bool], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
 
     @classmethod
-    async def connect(cls, options: BusOptions, *, name: str, timeout_s: float | None = 10.0) -> Bus:
-        """Connect to any one of the servers, trying again for `timeout_s` (None: for ever). Afterwards it reconnects for ever.
+    async def connect(cls, options: BusOptions, *, name: str, timeout_s: float | None = 10.0, direct: bool = True) -> Bus:
+        """Connect to any one of the servers, trying again for `timeout_s` (None: for ever). Afterwards it reconnects for ever. Not
+        `direct`: everything goes nats-py's own way.
 
         Unavailable: no server answered in that time. Denied: one did, and refused. ConfigError: TLS or credentials files.
         """
-        client = nats.aio.client.Client()
-        bus = cls(client)
+        client = _Client()
+        transport = DirectTransport() if direct and not any(url.startswith("ws") for url in options.urls) else None
+        client._transport = transport
+        bus = cls(client, transport)
         refused: list[Exception] = []
 
         async def on_error(error: Exception) -> None:
@@ -190,7 +135,7 @@ class Bus:
             "ping_interval": _PING_INTERVAL_S,
             "pending_size": _PENDING_BYTES,
         }
-        where = ", ".join(_without_password(url) for url in options.urls)
+        where = ", ".join(without_password(url) for url in options.urls)
         with mapped(f"connecting to {where}"):
             connecting = asyncio.ensure_future(client.connect(**arguments))
             deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
@@ -228,7 +173,24 @@ class Bus:
 
     async def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
         """Send one message. PayloadTooLarge before anything is written; Unavailable when disconnected and the buffer is full."""
-        size = len(data) + _headers_size(headers)
+        if headers is None and self.post(subject, data, reply=reply):
+            return
+        self._require_size(subject, len(data) + _headers_size(headers))
+        with mapped(f"publishing to {subject}"):
+            await self.client.publish(subject, data, reply=reply, headers=None if headers is None else dict(headers))
+
+    def post(self, subject: str, data: bytes, *, reply: str = "") -> bool:
+        """Write one message to the socket now; False where something is in the way (no connection, what was published before and is
+        still to be written): then `publish` it. PayloadTooLarge as there."""
+        client = self.client
+        if self._direct is None or not client.is_connected or client._pending_data_size or client.is_draining_pubs:
+            return False
+        self._require_size(subject, len(data))
+        if not (_SUBJECT.fullmatch(subject) and (not reply or _SUBJECT.fullmatch(reply))):
+            return False  # nats-py says what is wrong with it
+        return self._direct.send(f"PUB {subject} {reply} {len(data)}\r\n".encode(), data)
+
+    def _require_size(self, subject: str, size: int) -> None:
         limit = self.client.max_payload
         if size > limit > 0:
             raise PayloadTooLarge(
@@ -237,8 +199,6 @@ class Bus:
                 size_bytes=size,
                 limit_bytes=limit,
             )
-        with mapped(f"publishing to {subject}"):
-            await self.client.publish(subject, data, reply=reply, headers=None if headers is None else dict(headers))
 
     async def send(self, subject: str, message: Message) -> None:
         """Publish a message, wanting no answer."""
@@ -297,6 +257,28 @@ class Bus:
                 subject, queue=queue, cb=call, pending_msgs_limit=pending_messages, pending_bytes_limit=pending_bytes
             )
         return Subscription(inner)
+
+    async def subscribe_direct(self, subject: str, handler: Callable[[bytes], None]) -> Subscription:
+        """Call `handler` with each message's payload where it arrives: before what came earlier for other subscriptions, or with
+        headers, may have been handled. It bounds itself what it keeps. Its errors are logged and counted, and end nothing."""
+
+        def call(data: bytes) -> None:
+            try:
+                handler(data)
+            except Exception:
+                self.counters["handler_errors"] += 1
+                log.exception("handling a message on %s", subject)
+
+        async def from_client(message: nats.aio.msg.Msg) -> None:
+            call(message.data)
+
+        with mapped(f"subscribing to {subject}"):
+            inner = await self.client.subscribe(subject, cb=from_client)
+        if self._direct is None:
+            return Subscription(inner)
+        direct, sid = self._direct.direct, str(inner._id).encode()
+        direct[sid] = call
+        return Subscription(inner, lambda: direct.pop(sid, None))
 
     async def respond(self, to: Received, message: Message) -> None:
         """Answer a request; nothing where nobody waits."""
@@ -406,8 +388,3 @@ def _headers_size(headers: Mapping[str, str] | None) -> int:
     if not headers:
         return 0
     return 12 + sum(len(key.encode()) + len(value.encode()) + 4 for key, value in headers.items())
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -21,6 +21,7 @@ import nats.js.errors
 
 from mesh import subjects
 from mesh.bus.connection import Bus
+from mesh.bus.kv import WATCH_IDLE_S, anything_sent
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
@@ -101,14 +102,15 @@ class EventLog:
             if after is not None and after > state.last_seq:  # another stream than before
                 after = None
             config = _start(last, since_unix_s, after, state.last_seq)
+            config.inactive_threshold = WATCH_IDLE_S
             messages: asyncio.Queue[nats.aio.msg.Msg] = asyncio.Queue()
             subscription = await self._js.subscribe(
                 subjects.ANY_EVENT, stream=subjects.STREAM_EVENTS, ordered_consumer=True, config=config, cb=messages.put
             )
         try:
             with mapped(f"reading {subjects.STREAM_EVENTS}"):
-                pending = (await subscription.consumer_info()).num_pending or 0
-                if not follow and not pending and not subscription.delivered:
+                info = await subscription.consumer_info()
+                if not follow and not anything_sent(info):
                     return
             while True:
                 try:

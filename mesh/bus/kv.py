@@ -35,6 +35,8 @@ WRONG_REVISION = (10071, 10164)  # what the server calls a compare and set that 
 _WATCH_RETRY_S = 0.5
 _TIMEOUT_S = 2.0  # of one request: a lease that is not renewed within its TTL is lost
 _WATCH_CHECK_S = 1.0
+WATCH_IDLE_S = 5.0
+"""How long the server keeps the consumer of who has stopped reading: of a stream's there may be a thousand at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ class Bucket:
         """Entries as they are and, after a None, as they change. Ends with an error when the server is lost."""
         with mapped(f"watching {self.name}"):
             kv = await self._open()
-            watcher = await kv.watch(keys)
+            watcher = await kv.watch(keys, inactive_threshold=WATCH_IDLE_S)
+        begun = early = False
         try:
             while True:
                 try:
@@ -163,13 +166,30 @@ class Bucket:
                         await watcher._sub.consumer_info()  # type: ignore[union-attr]  # set since it was made
                     continue
                 if update is None:
-                    yield None
+                    # nats-py says that there is nothing where the server's account comes before what the server has sent
+                    early = not begun and await self._has_sent(watcher)
+                    if not early:
+                        yield None
                     continue
+                begun = True
                 gone = update.operation in (nats.js.kv.KV_DEL, nats.js.kv.KV_PURGE)
                 yield Entry(update.key, None if gone else update.value or b"", update.revision or 0)
+                if early and not update.delta:  # nothing more is pending
+                    early = False
+                    yield None
         finally:
             with suppress(Exception):  # it is over either way
                 await watcher.stop()
+
+    async def _has_sent(self, watcher: nats.js.kv.KeyValue.KeyWatcher) -> bool:
+        with mapped(f"watching {self.name}"):
+            info = await watcher._sub.consumer_info()  # type: ignore[union-attr]  # set since it was made
+        return anything_sent(info)
+
+
+def anything_sent(info: nats.js.api.ConsumerInfo) -> bool:
+    """Whether a consumer has or had anything to deliver, by the server's own count: what it has sent may still be on its way."""
+    return bool(info.num_pending or (info.delivered and info.delivered.consumer_seq))
 
 
 class LeaseTable(Generic[M]):

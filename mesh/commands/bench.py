@@ -131,7 +131,10 @@ async def _load(client: AsyncMeshClient, plans: Sequence[dict[str, Any]], args: 
 async def bare_hop_s(options: BusOptions, size: int) -> float:
     """Median seconds from a nats-py publish to the callback of another connection, `size` bytes, there and back."""
     payload = bytes(size)
-    async with await Bus.connect(options, name="mesh-bench-a") as near, await Bus.connect(options, name="mesh-bench-b") as far:
+    async with (
+        await Bus.connect(options, name="mesh-bench-a", direct=False) as near,
+        await Bus.connect(options, name="mesh-bench-b", direct=False) as far,
+    ):
         there, back = near.new_inbox(), near.new_inbox()
         arrived = asyncio.Event()
 

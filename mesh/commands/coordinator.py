@@ -49,6 +49,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.coordinator.expectations import Expected
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
     from mesh.frames import Flags
+    from mesh.process import settle
     from mesh.telemetry import setup_logging
     from mesh.units import GB
 
@@ -79,6 +80,7 @@ def run_command(args: argparse.Namespace) -> int:
         bus = await Bus.connect(connection, name="mesh-coordinator")
         async with bus:
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)))
+            settle()
             if edge is None:
                 await run_until_signal(coordinator.run, coordinator.stop)
             else:

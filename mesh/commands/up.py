@@ -17,8 +17,8 @@ from mesh.units import format_seconds, parse_bytes
 __all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
-Start a NATS server, a coordinator and shards as child processes on this machine, wait until they serve, and end them all on
-Ctrl-C. `mesh generate`, `mesh chat`, `mesh status` and `mesh bench` find it by themselves."""
+Start a NATS server, a coordinator and shards as child processes on this machine, wait until they serve, start again the ones
+that die, and end them all on Ctrl-C. `mesh generate`, `mesh chat`, `mesh status` and `mesh bench` find it by themselves."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -67,7 +67,7 @@ def run_command(args: argparse.Namespace) -> int:
         logs=args.logs,
         coordinator_arguments=("--queue", str(args.queue)),
     )
-    mesh = LocalMesh(options)
+    mesh = LocalMesh(options, say=lambda line: print(line, file=sys.stderr, flush=True))
 
     def interrupted(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -100,7 +100,7 @@ def run_command(args: argparse.Namespace) -> int:
                 "Ctrl-C ends it.",
                 file=sys.stderr,
             )
-            mesh.wait()
+            mesh.supervise()
     except KeyboardInterrupt:
         print("stopping", file=sys.stderr)
         return 130

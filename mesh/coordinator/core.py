@@ -140,8 +140,9 @@ class Core:
         match event:
             case Submit(request):
                 self._submit(request)
-            case Cancel(session):
-                self._end_by_id(session, Act.CANCEL, "cancelled", Cancelled("the request was cancelled"))
+            case Cancel(session, gone):
+                error = Unavailable("nobody listened to the answer: ask again to go on") if gone else Cancelled("the request was cancelled")
+                self._end_by_id(session, Act.CANCEL, "cancelled", error)
             case Finish(session):
                 self._end_by_id(session, Act.FINISH, "stop", None)
             case ReplicaSeen(replica):
@@ -419,7 +420,7 @@ class Core:
         if flight is None:
             self.counters.late += 1
             return
-        self.watch.landed(event.frame, self._now)
+        self.scheduler.measured(flight, self.watch.landed(event.frame, self._now) - event.waited_s)
         answers = {row.key: row for row in event.rows}
         for session, sent in zip(flight.sessions, flight.out.rows, strict=True):
             if session.ended:

@@ -49,9 +49,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """The client has gone, or wants no more."""
+    """The client wants no more, or (`gone`) does not listen any more: if it does after all, it may ask again."""
 
     session: str
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +112,12 @@ class ResultRow:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A frame came back. `rows` is empty for a prefill chunk that was not the last of its history."""
+    """A frame came back. `rows` is empty for a prefill chunk that was not the last of its history. waited_s: how long it lay behind
+    other work on its way."""
 
     frame: int
     rows: tuple[ResultRow, ...] = ()
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,21 +7,26 @@ stage computes over a block of rows, rounded up to a bucket. Lanes of 11, 11 and
 as long to come round as two of 16, so there are no more lanes than fill their buckets.
 
 Prefill. A history goes out in chunks. While anybody decodes through a shard it gets one chunk at a time, so that a step waits
-for one chunk at most; otherwise as many as there are stages. Chunks are given by virtual finishing time: a session's turn is
-the number of chunks sent when it came plus the number it needs, so that a short prompt overtakes a long one, and a long one is
-not overtaken for ever (Demers, Keshav, Shenker 1989).
+for one chunk at most, and a smaller one where a whole one takes much longer than a step (pace.py); otherwise as many as there are
+stages. Chunks are given by virtual finishing time: a session's turn is the number of chunks sent when it came plus the number it
+needs, so that a short prompt overtakes a long one, and a long one is not overtaken for ever (Demers, Keshav, Shenker 1989).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from mesh.coordinator.events import FrameOut, FrameRow
+from mesh.coordinator.pace import Pace
 from mesh.coordinator.routing import Route
 from mesh.coordinator.session import Session, State
 
 __all__ = ["Flight", "Scheduler"]
+
+_ROUTES = 256
+"""Whose pace is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Flight:
     out: FrameOut
     sessions: tuple[Session, ...]
     lane: int  # of decode frames
+    chunk: int = 0  # the most it could have brought, of prefill frames sent while others decode
 
     @property
     def decode(self) -> bool:
@@ -44,6 +50,7 @@ class _Group:
     route: Route
     chunk: int
     processors: int
+    pace: Pace
     order: list[Session] = field(default_factory=list)
     prefilling: list[Session] = field(default_factory=list)
     lanes_out: dict[int, int] = field(default_factory=dict)  # lane -> frame
@@ -60,7 +67,8 @@ class Scheduler:
         self._touched: dict[Route, None] = {}
         self._flights: dict[int, Flight] = {}
         self._next_frame = 1
-        self._chunks_sent = 0
+        self._chunks_sent = 0.0
+        self._paces: OrderedDict[Route, Pace] = OrderedDict()
         self._chunks_out: dict[str, int] = {}  # shard -> prefill frames on their way through it
         self._decoders: dict[str, int] = {}  # shard -> sessions that decode through it
 
@@ -127,6 +135,16 @@ class Scheduler:
             self._touched.update(dict.fromkeys(other for other in self._groups if not set(other).isdisjoint(route)))
         self._touched[route] = None
         return flight
+
+    def measured(self, flight: Flight, service_s: float) -> None:
+        """How long a frame that has landed was away, less what it waited behind other work."""
+        pace = self._paces.get(flight.out.route)
+        if pace is None:
+            return
+        if flight.decode:
+            pace.step(service_s)
+        elif flight.chunk:
+            pace.chunk(len(flight.out.rows[0].tokens), flight.chunk, service_s)
 
     def drop(self, frame: int, keys: frozenset[int]) -> list[Session]:
         """Some rows of a frame will not come back: their sessions. The others are still under way."""
@@ -195,7 +213,11 @@ class Scheduler:
         self._touched[route] = None
         group = self._groups.get(route)
         if group is None:
-            group = self._groups[route] = _Group(route, self._chunk_of(route), self._processors_of(route))
+            pace = self._paces.setdefault(route, Pace())
+            self._paces.move_to_end(route)
+            if len(self._paces) > _ROUTES:
+                self._paces.popitem(last=False)
+            group = self._groups[route] = _Group(route, self._chunk_of(route), self._processors_of(route), pace)
         return group
 
     def _decode(self, group: _Group) -> list[FrameOut]:
@@ -221,17 +243,19 @@ class Scheduler:
         shards = [str(hop.shard) for hop in group.route]
         for session in group.prefilling:
             while session.sent < len(session.history):
-                limit = 1 if any(shard in self._decoders for shard in shards) else len(shards)
+                shared = any(shard in self._decoders for shard in shards)
+                limit = 1 if shared else len(shards)
                 if any(self._chunks_out.get(shard, 0) >= limit for shard in shards):
                     return frames
-                stop = min(session.sent + group.chunk, len(session.history))
+                size = group.pace.size(group.chunk) if shared else group.chunk
+                stop = min(session.sent + size, len(session.history))
                 last = stop == len(session.history)
                 out = FrameOut(self._number(), "prefill", group.route, (_row(session, session.sent, stop),), last)
+                self._chunks_sent += (stop - session.sent) / group.chunk
                 session.sent = stop
-                self._chunks_sent += 1
                 for shard in shards:
                     self._chunks_out[shard] = self._chunks_out.get(shard, 0) + 1
-                self._fly(Flight(out, (session,), 0))
+                self._fly(Flight(out, (session,), 0, group.chunk if shared else 0))
                 frames.append(out)
         return frames
 

@@ -21,6 +21,7 @@ import os
 import secrets
 import time
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -65,6 +66,7 @@ from mesh.coordinator.records import SessionRecord, digest_of
 from mesh.coordinator.replies import EPOCH_HEADER, HopMeter, Job
 from mesh.coordinator.requests import prepare
 from mesh.coordinator.routing import Strategy
+from mesh.coordinator.scheduler import Flight
 from mesh.coordinator.session import Request
 from mesh.coordinator.trace import Traces
 from mesh.coordinator.translate import event_of, frame_of, replica_of
@@ -191,7 +193,7 @@ class Coordinator:
         try:
             self._subscriptions = [
                 await self.bus.subscribe(subjects.generate_at(model, self.continuity.instance), self._on_passed_on),
-                await self.bus.subscribe(subjects.tokens(model, self.name), self._on_answer),
+                await self.bus.subscribe_direct(subjects.tokens(model, self.name), self._on_answer),
                 await self.bus.subscribe(subjects.cancel(model, self.name), self._on_cancel),
                 await self.bus.subscribe(subjects.trace(model, self.name), self._on_trace),
                 await self.bus.subscribe(f"{self._probe}.*", self._on_probe),
@@ -428,20 +430,26 @@ class Coordinator:
         self._jobs.pop(id, None)
         await self._handle(Cancel(id))
 
-    async def _on_answer(self, received: Received) -> None:
+    def _on_answer(self, data: bytes) -> None:
         try:
-            frame = frames.decode(received.data, model_hash=self.manifest.model_hash)
+            frame = frames.decode(data, model_hash=self.manifest.model_hash)
             event = event_of(frame)
             if event is None:
                 raise FrameRejected("frame rejected: only answers are sent here", reason="kind")
         except FrameRejected as error:
             self.rejected[error.reason] += 1
-            log.debug("%s: %s", received.subject, error)
+            log.debug("%s", error)
             return
-        if isinstance(event, Result):
-            self._last_step_at = time.monotonic()
-            self._measure(frame)
-        await self._handle(event)
+        arrived, flight = time.perf_counter(), self.core.scheduler.flights.get(frame.step)
+
+        def sent() -> None:
+            if isinstance(event, Result):
+                self._last_step_at = time.monotonic()
+                self._measure(frame, flight, arrived)
+
+        self._apply(event, sent)
+        if self._outbox:
+            self.bus.spawn(self._send(), "sending")
 
     async def _on_cancel(self, received: Received) -> None:
         await self._handle(Cancel(messages.Cancel.parse(received.data).request))
@@ -462,7 +470,7 @@ class Coordinator:
 
     async def _on_probe(self, received: Received) -> None:
         if received.headers.get("Status") == "503" and time.monotonic() - self._connected_at > _RECONNECTED_S:
-            await self._handle(Cancel(received.subject.rpartition(".")[2]))
+            await self._handle(Cancel(received.subject.rpartition(".")[2], gone=True))
 
     def _on_lease(self, shard: str, lease: ShardLease | None) -> None:
         there = lease is not None and lease.state in ("ready", "draining") and self._compatible(lease)
@@ -505,18 +513,24 @@ class Coordinator:
     # -- the core ------------------------------------------------------------------------------------------------------
 
     async def _handle(self, event: Event) -> None:
+        self._apply(event)
+        await self._send()
+
+    def _apply(self, event: Event, sent: Callable[[], None] = lambda: None) -> None:
+        """Let the core have it, and send what comes of it; what cannot go out at once stays in the outbox. The stages wait for the next
+        step: its frames come first, then a call of `sent`, then all else."""
         if self._frozen:
             return
         now = time.monotonic()
         effects = self.core.handle(event, now)
-        for effect in effects:  # the next step first: the stages wait for it
-            if isinstance(effect, FrameOut):
-                self._outbox.append(effect)
+        self._outbox.extend(effect for effect in effects if isinstance(effect, FrameOut))
+        self._send_now()
+        sent()
         finishes = [id for effect in effects if (id := self._carry_out(effect)) is not None]
         self._arm(now)
-        await self._send()
+        self._send_now()
         for id in finishes:
-            await self._handle(Finish(id))
+            self._apply(Finish(id))
 
     def _carry_out(self, effect: Effect) -> str | None:
         """Put what is to be sent in the outbox; the session that a stop text has ended, if so."""
@@ -651,6 +665,20 @@ class Coordinator:
         data, headers = reply_error(error)
         self._outbox.append(_Mail(reply, data, headers={**headers, EPOCH_HEADER: str(epoch)}))
 
+    def _send_now(self) -> None:
+        """Send what is in the outbox, in order, as far as nothing is in the way."""
+        while self._outbox and not self._sending:
+            item = self._outbox.popleft()
+            try:
+                subject, data, reply, headers = self._mail(item)
+                if headers is not None or not self.bus.post(subject, data, reply=reply):
+                    self._outbox.appendleft(item)
+                    return
+            except MeshError as error:
+                self._unsent(item, error)
+            else:
+                self._sent(item)
+
     async def _send(self) -> None:
         """Send what is in the outbox, in order, whoever put it there."""
         if self._sending:
@@ -660,34 +688,41 @@ class Coordinator:
             while self._outbox:
                 item = self._outbox.popleft()
                 try:
-                    if isinstance(item, FrameOut):
-                        await self._send_frame(item)
-                    else:
-                        await self.bus.publish(item.subject, item.data, reply=item.reply, headers=item.headers)
-                        if item.told is not None and item.told[1] == item.told[0].told:
-                            item.told[0].told += 1
+                    subject, data, reply, headers = self._mail(item)
+                    await self.bus.publish(subject, data, reply=reply, headers=headers)
                 except MeshError as error:
-                    log.warning("%s", error)
-                    if isinstance(item, FrameOut):
-                        self.bus.spawn(self._handle(FrameLost(item.frame)), "frame lost")
+                    self._unsent(item, error)
+                else:
+                    self._sent(item)
         finally:
             self._sending = False
 
-    async def _send_frame(self, out: FrameOut) -> None:
-        frame = frame_of(out, model_hash=self.manifest.model_hash, coordinator=self.name, flags=self.options.flags)
+    def _mail(self, item: _Mail | FrameOut) -> tuple[str, bytes, str, dict[str, str] | None]:
+        """(subject, data, reply, headers)"""
+        if isinstance(item, _Mail):
+            return item.subject, item.data, item.reply, item.headers
+        frame = frame_of(item, model_hash=self.manifest.model_hash, coordinator=self.name, flags=self.options.flags)
         data = frames.encode(frame)
-        self._sent_at[out.frame] = time.perf_counter()
+        self._sent_at[item.frame] = time.perf_counter()
         while len(self._sent_at) > 4096:  # of frames that never came back
             del self._sent_at[next(iter(self._sent_at))]
-        await self.bus.publish(frame.subject(self.manifest.name), data)
+        return frame.subject(self.manifest.name), data, "", None
 
-    def _measure(self, frame: frames.Frame) -> None:
+    def _sent(self, item: _Mail | FrameOut) -> None:
+        if isinstance(item, _Mail) and item.told is not None and item.told[1] == item.told[0].told:
+            item.told[0].told += 1
+
+    def _unsent(self, item: _Mail | FrameOut, error: MeshError) -> None:
+        log.warning("%s", error)
+        if isinstance(item, FrameOut):
+            self.bus.spawn(self._handle(FrameLost(item.frame)), "frame lost")
+
+    def _measure(self, frame: frames.Frame, flight: Flight | None, arrived: float) -> None:
         """Where the time of a step went."""
         sent_at = self._sent_at.pop(frame.step, None)
-        flight = self.core.scheduler.flights.get(frame.step)
         if sent_at is None or flight is None:
             return
-        wall_s = time.perf_counter() - sent_at
+        wall_s = arrived - sent_at
         self.traces.step(flight.out, flight.sessions, at=sent_at, wall_s=wall_s, timings=frame.timings)
         if not flight.decode:
             return

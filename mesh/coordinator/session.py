@@ -102,7 +102,7 @@ class Session:
     done: int = 0  # positions whose prefill has come back
     sent: int = 0  # positions whose prefill has been sent
     in_flight: int = 0  # frames that name it
-    turn: int = 0  # prefill order: see scheduler
+    turn: float = 0.0  # prefill order: see scheduler
     trouble_since: float | None = None  # the first loss since the last token
     losses: int = 0  # since the last token
     replay: str = ""  # how the last loss is mended, until the next token: see Pause

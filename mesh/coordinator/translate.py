@@ -43,11 +43,11 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
     """What an answer means to the core; None for a frame that is no answer."""
     match frame.kind:
         case Kind.ACK:
-            return Result(frame.step)
+            return Result(frame.step, waited_s=_waited_s(frame))
         case Kind.TOKENS:
             keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
             tokens = [Token(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
-            return Result(frame.step, tuple(map(ResultRow, keys, positions, tokens)))
+            return Result(frame.step, tuple(map(ResultRow, keys, positions, tokens)), _waited_s(frame))
         case Kind.GAP:
             shard = frame.route[frame.hop].shard
             reason = _HOPELESS.get(frame.reason)
@@ -80,6 +80,10 @@ def _chunk(lease: ShardLease) -> int:
     """The most tokens a prefill frame may bring, so that the hidden state the shard passes on still fits in one message."""
     room = lease.max_frame_bytes - frames.overhead_bytes(1, lease.chunk, frames.MAX_HOPS)
     return max(1, min(lease.chunk, room // (lease.hidden_size * lease.hidden_itemsize)))
+
+
+def _waited_s(frame: Frame) -> float:
+    return sum(timing.queue_us for timing in frame.timings) / 1e6
 
 
 def _with_logprobs(ids: list[int], chosen: np.ndarray, top: np.ndarray, logprobs: np.ndarray) -> list[Token]:

@@ -118,11 +118,11 @@ class Watch:
         wait_s = self._overdue_s(route, kind)
         self._away[frame] = _Away(route, kind, now, now + wait_s, wait_s)
 
-    def landed(self, frame: int, now: float) -> None:
-        """It came back."""
+    def landed(self, frame: int, now: float) -> float:
+        """It came back: the seconds it was away."""
         away = self._away.pop(frame, None)
         if away is None:
-            return
+            return 0.0
         seconds = now - away.sent_at
         self._all[away.kind].add(seconds)
         known = self._routes.get((away.route, away.kind))
@@ -135,6 +135,7 @@ class Watch:
             asked = self._asked.get(str(hop.shard))
             if asked is not None:
                 asked.since = None
+        return seconds
 
     def dropped(self, frame: int) -> None:
         """It is waited for no more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from functools import cache
@@ -13,11 +14,16 @@ from mesh.paths import cache_directory
 
 __all__ = ["cache_directory", "prepare", "processor"]
 
+_WORKER = "tf_XLAEigen"
+"""The name of the threads that compute."""
+
 
 def prepare() -> None:
     """Keep compiled programs across processes (a cache that cannot be written is done without), and let float32 mean float32: a
-    GPU would otherwise multiply in TF32, and greedy tokens would differ from the reference's."""
+    GPU would otherwise multiply in TF32, and greedy tokens would differ from the reference's. Call it once the process has its
+    cores and its device."""
     jax.config.update("jax_default_matmul_precision", "highest")
+    _pin_workers()
     directory = cache_directory() / "xla"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -26,6 +32,19 @@ def prepare() -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _pin_workers() -> None:
+    """Give each of XLA's worker threads a core of its own. Between two steps they sleep, and where the kernel wakes them beside each
+    other, or beside the thread that waits for them, a step begins on fewer cores than it has: 10 to 20 % of a short one."""
+    if jax.default_backend() != "cpu" or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):  # no /proc, or not allowed: the kernel decides
+        workers = [int(task.name) for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text().strip() == _WORKER]
+        if len(workers) <= len(cores):
+            for worker, core in zip(sorted(workers), cores, strict=False):
+                os.sched_setaffinity(worker, {core})
 
 
 @cache

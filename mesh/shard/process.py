@@ -15,6 +15,7 @@ from typing import Any
 
 from mesh.bus import Bus, BusOptions
 from mesh.errors import ConfigError
+from mesh.process import settle
 from mesh.shard.http import ShardHttp
 from mesh.shard.service import Progress, Shard, ShardOptions
 
@@ -96,8 +97,14 @@ async def _serve(
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
+        bus.spawn(_settle(shard), "settling")
         await shard.run()
         return shard.computing
+
+
+async def _settle(shard: Shard) -> None:
+    await shard.ready.wait()
+    settle()
 
 
 def run_loop(work: Coroutine[Any, Any, bool]) -> None:

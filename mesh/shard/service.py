@@ -299,23 +299,23 @@ class Shard:
 
     # -- frames --------------------------------------------------------------------------------------------------------
 
-    async def on_frame(self, received: Received) -> None:
+    def on_frame(self, data: bytes) -> None:
         arrived = time.perf_counter()
         meter, state = self.meter, self.state
         meter.frames_in += 1
-        meter.bytes_in += len(received.data)
+        meter.bytes_in += len(data)
         try:
-            frame = frames.decode(received.data, model_hash=state.shape.model_hash)
+            frame = frames.decode(data, model_hash=state.shape.model_hash)
             if self.options.mirror and frame.kind in (Kind.PREFILL, Kind.DECODE) and frame.route[frame.hop].shard != state.shape.shard:
                 self._follow(frame, state.follow(frame))
                 return
             admission = state.admit(frame, time.monotonic())
         except FrameRejected as error:
             meter.rejected[error.reason] += 1
-            log.debug("%s: %s", received.subject, error)
+            log.debug("%s", error)
             return
         for gap in admission.gaps:
-            await self._send(gap.subject(self.manifest.name), frames.encode(gap))
+            self._send(gap, frames.encode(gap))
         if admission.nothing:
             return
         if admission.rows is not None:
@@ -363,16 +363,7 @@ class Shard:
         self.meter.codec_s += timing.codec_us / 1e6
         if frame.kind is Kind.DECODE:
             self.meter.decode_step(timing.compute_us / 1e6)
-        self.bus.spawn(self._pass_on(frame, out.subject(self.manifest.name), data), "publish")
-
-    async def _pass_on(self, frame: Frame, subject: str, data: bytes) -> None:
-        try:
-            await self._send(subject, data)
-        except PayloadTooLarge as error:
-            log.warning("%s", error)
-            await self._gap(frame, Gap.TOO_LARGE)
-        finally:
-            self.state.gone_on(frame)
+        self._send(out, data, frame)
 
     def _failed(self, frame: Frame, error: BaseException | None, *, followed: bool = False) -> None:
         """A step that the stage refused changed nothing; any other failure may have taken the caches with it, so the shard ends."""
@@ -380,20 +371,44 @@ class Shard:
         log.error("step %d of wave %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error)
         if not followed:
             self.state.gone_on(frame)
-            self.bus.spawn(self._gap(frame, Gap.BAD_INPUT if refused else Gap.FAILED), "gap")
+            self._gap(frame, Gap.BAD_INPUT if refused else Gap.FAILED)
         if not refused and self._failure is None:
             self._failure = error
             self._stop.set()
 
-    async def _gap(self, frame: Frame, why: Gap) -> None:
+    def _gap(self, frame: Frame, why: Gap) -> None:
         self.state.gaps[why.name.lower()] += frame.rows
         gap = frame.gap(why, range(frame.rows))
-        await self._send(gap.subject(self.manifest.name), frames.encode(gap))
+        self._send(gap, frames.encode(gap))
 
-    async def _send(self, subject: str, data: bytes) -> None:
-        await self.bus.publish(subject, data)
+    def _send(self, out: Frame, data: bytes, of: Frame | None = None) -> None:
+        """Send `out`, which is what the admitted frame `of` became."""
         self.meter.frames_out += 1
         self.meter.bytes_out += len(data)
+        subject = out.subject(self.manifest.name)
+        try:
+            sent = self.bus.post(subject, data)
+        except PayloadTooLarge as error:
+            self._too_large(error, of)
+            sent = True
+        if not sent:
+            self.bus.spawn(self._send_later(subject, data, of), "publish")
+        elif of is not None:
+            self.state.gone_on(of)
+
+    async def _send_later(self, subject: str, data: bytes, of: Frame | None) -> None:
+        try:
+            await self.bus.publish(subject, data)
+        except PayloadTooLarge as error:  # the server that this side is connected to by now takes less
+            self._too_large(error, of)
+        finally:
+            if of is not None:
+                self.state.gone_on(of)
+
+    def _too_large(self, error: PayloadTooLarge, of: Frame | None) -> None:
+        log.warning("%s", error)
+        if of is not None:
+            self._gap(of, Gap.TOO_LARGE)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -485,7 +500,7 @@ class Shard:
         assert self._service is not None
         name, model, shape = self.options.name, self.manifest.name, self.state.shape
         follow = subjects.all_frames(model, shape.layers) if self.options.mirror else subjects.frames(model, shape.layers, name)
-        self._subscriptions.append(await self.bus.subscribe(follow, self.on_frame))
+        self._subscriptions.append(await self.bus.subscribe_direct(follow, self.on_frame))
         self._subscriptions.append(await self.bus.subscribe(subjects.coordinators(model), self.on_beat))
         await self._service.add(Endpoint("open", subjects.control(name, "open"), self.on_open))
         await self._service.add(Endpoint("open-any", subjects.layers(model, shape.layers), self.on_open, queue=subjects.REPLICAS_QUEUE))

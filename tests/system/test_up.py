@@ -1,4 +1,4 @@
-"""`mesh up` and the commands that find it: what they print, and that nothing is left behind however it ends."""
+"""`mesh up` and the commands that find it: what they print, who dies and is started again, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import Talking
+
+from mesh.client import AsyncMeshClient
+from mesh.runtime.generate import Pipeline
+from mesh.runtime.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children die with their parent by PR_SET_PDEATHSIG, which is Linux's")
 
@@ -20,27 +25,17 @@ READY_S, END_S = 240.0, 30.0
 MESH = [sys.executable, "-m", "mesh.cli"]
 
 
-class Up:
+class Up(Talking):
     """A `mesh up` in a process of its own."""
 
     def __init__(self, model: Path, folder: Path, *arguments: str) -> None:
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "COLUMNS": "200"}
         self.environment.pop("MESH_NATS_URLS", None)
-        command = [*MESH, "up", str(model), "--rows", "2", "--context", "64", *arguments]
-        # unbuffered, so that select tells the truth about what can be read
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=self.environment)
+        super().__init__([*MESH, "up", str(model), "--rows", "2", "--context", "64", *arguments], env=self.environment)
 
     def wait_ready(self) -> None:
-        assert self.process.stderr is not None
-        said = []
-        deadline = time.monotonic() + READY_S
-        while True:
-            readable, _, _ = select.select([self.process.stderr], [], [], max(deadline - time.monotonic(), 0))
-            line = self.process.stderr.readline().decode() if readable else ""
-            said.append(line)
-            assert line, f"mesh up was not ready: {''.join(said)}"
-            if "Ctrl-C ends it" in line:
-                return
+        self.url = self.wait("NATS (nats:.*)")[1]
+        self.wait("Ctrl-C ends it")
 
     def command(self, *arguments: str, code: int = 0, said: str = "") -> str:
         done = subprocess.run([*MESH, *arguments], capture_output=True, input=said, text=True, env=self.environment, timeout=READY_S)
@@ -57,23 +52,24 @@ class Up:
             waiting.extend(below)
         return found
 
+    def child(self, name: str) -> int:
+        """The process id of the one whose command says so."""
+        found = [pid for pid in self.children() if name in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")]
+        assert len(found) == 1
+        return found[0]
+
 
 @pytest.fixture
 def up(model: Path, tmp_path: Path) -> Iterator[Up]:
-    running = Up(model, tmp_path, "--shards", "2")
-    try:
+    with Up(model, tmp_path, "--shards", "2") as running:
         running.wait_ready()
         yield running
-    finally:
-        running.process.kill()
-        running.process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_nothing_is_left_of_mesh_up(up, number):
-    children = up.children()
-    assert len(children) == 4  # nats-server, two shards, a coordinator
-    handles = [os.pidfd_open(pid) for pid in children]
+def end(up: Up, number: signal.Signals) -> None:
+    """By this signal; nothing is left."""
+    handles = [os.pidfd_open(pid) for pid in up.children()]
+    assert len(handles) >= 4  # nats-server, two shards, a coordinator
     up.process.send_signal(number)
     deadline = time.monotonic() + END_S
     try:
@@ -83,7 +79,52 @@ def test_nothing_is_left_of_mesh_up(up, number):
     finally:
         for handle in handles:
             os.close(handle)
-    assert up.process.wait(END_S) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert up.ended(END_S) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_nothing_is_left_of_mesh_up(up, number):
+    end(up, number)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "name", "command"),
+    [
+        (1, "shard-2", "shard-2.yaml"),
+        (2, "shard-1", "shard-1.yaml"),
+        (1, "coordinator-1", "coordinator.yaml"),
+        (1, "nats-server", "embedded.conf"),
+    ],
+    ids=["a shard", "one of two shards", "the coordinator", "the nats-server"],
+)
+def test_a_process_that_is_killed_is_started_again_and_streams_go_on(model, tmp_path, run, replicas, name, command):
+    prompt, most = [5, 17, 33], 200
+    whole = Pipeline.load(model, context=256).complete(prompt, SamplingParams(temperature=0.0), max_tokens=most).ids
+
+    async def stream_through_a_death(up: Up) -> None:
+        pid, seen = up.child(command), []
+        async with (
+            AsyncMeshClient(up.url, model="tiny") as client,
+            client.stream(tokens=prompt, max_tokens=most, temperature=0.0, ignore_eos=True) as stream,
+        ):
+            async for chunk in stream:
+                if chunk.token is None:
+                    continue
+                assert chunk.index == len(seen)
+                seen.append(chunk.token.id)
+                if len(seen) == 10:
+                    os.kill(pid, signal.SIGKILL)
+        assert seen == whole
+        up.wait(f"{name} was ended by SIGKILL; it is started again in 0.5 s")
+        again = int(up.wait(f"{name} is started again, process (.*)")[1])
+        assert again != pid and again in up.children()
+
+    with Up(model, tmp_path, "--shards", "2", "--replicas", str(replicas), "--context", "256") as up:
+        up.wait_ready()
+        before = len(up.children())
+        run(stream_through_a_death(up))
+        assert len(up.children()) == before
+        end(up, signal.SIGKILL)
 
 
 def test_commands_find_the_mesh_that_is_up(up, oracle):
@@ -109,7 +150,6 @@ def test_commands_find_the_mesh_that_is_up(up, oracle):
 
 
 def test_a_mesh_that_cannot_start_says_why(model, tmp_path):
-    up = Up(model, tmp_path, "--memory", "1kB")
-    _, said = up.process.communicate(timeout=READY_S)
-    assert up.process.returncode == 2
-    assert b"need" in said and b"are allowed" in said
+    with Up(model, tmp_path, "--memory", "1kB") as up:
+        assert up.ended() == 2
+        assert "need" in up.said and "are allowed" in up.said

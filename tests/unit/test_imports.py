@@ -17,7 +17,7 @@ LAYERS = [
     {"lowering", "model", "memory"},
     {"runtime"},
     {"planner"},
-    {"bus", "server", "listener"},
+    {"bus", "server", "listener", "supervisor"},
     {"shard", "coordinator"},
     {"client"},
     {"gateway"},

@@ -1,0 +1,90 @@
+"""Where NATS is and as whom to go there."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mesh.errors import ConfigError
+
+__all__ = ["BusOptions", "without_password"]
+
+
+@dataclass(frozen=True, slots=True)
+class BusOptions:
+    """Where and as whom. `credentials`: a .creds file (JWT and seed). `nkey_seed`: a file with a seed. `tls_*`: PEM files; `tls_ca`
+    alone checks the server, with `tls_cert` and `tls_key` this side shows itself too. `inbox_prefix`: where answers come back."""
+
+    urls: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    credentials: str | None = None
+    nkey_seed: str | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    inbox_prefix: str = "_INBOX"
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """For the connection; ConfigError where a file is not what it should be. None: a tls:// server is checked against the
+        system's authorities."""
+        if self.tls_ca is None and self.tls_cert is None:
+            return None
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("a TLS certificate and its key belong together: give both or neither")
+        for path, what in ((self.tls_ca, "the authority's certificate"), (self.tls_cert, "a certificate"), (self.tls_key, "a key")):
+            if path is not None:
+                _require_readable(path, f"a PEM file with {what}")
+        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
+        try:
+            if self.tls_ca is not None:
+                context = ssl.create_default_context(cafile=self.tls_ca)
+        except ssl.SSLError:
+            raise ConfigError(f"{self.tls_ca}: no certificate in it: give the PEM file of the authority that signed the server's") from None
+        try:
+            if self.tls_cert is not None:
+                context.load_cert_chain(self.tls_cert, self.tls_key, password=_no_passphrase)
+        except ssl.SSLError:
+            raise ConfigError(
+                f"{self.tls_cert} and {self.tls_key} are not a certificate and its own, unencrypted key in PEM form"
+            ) from None
+        return context
+
+    def arguments(self) -> dict[str, Any]:
+        """What nats-py is told of all this; ConfigError where a file is not there."""
+        if self.credentials is not None:
+            _require_readable(self.credentials, "a .creds file")
+        if self.nkey_seed is not None:
+            _require_readable(self.nkey_seed, "a file with an nkey seed")
+        return {
+            "servers": list(self.urls),
+            "tls": self.ssl_context(),
+            "user": self.user,
+            "password": self.password,
+            "token": self.token,
+            "user_credentials": self.credentials,
+            "nkeys_seed": self.nkey_seed,
+            "inbox_prefix": self.inbox_prefix,
+        }
+
+
+def _require_readable(path: str, what: str) -> None:
+    try:
+        with Path(path).open("rb"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: give the path of {what}") from None
+
+
+def _no_passphrase() -> str:
+    """Asked for where a key is encrypted; without this the terminal would be."""
+    return ""
+
+
+def without_password(url: str) -> str:
+    """A server's address as it may be shown."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"

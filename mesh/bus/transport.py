@@ -1,0 +1,236 @@
+"""The socket under nats-py, with a short way for what is on the token path.
+
+nats-py reads through a stream, a task and a queue with a task of its own for each subscription, and writes through a queue and a
+task: each way two or three turns of the event loop. Between two steps of a stage, whose weights have just gone through the
+processor's caches, that takes a multiple of what sending takes. Here a message of a subscription that asked for it is handed over
+where its bytes arrive, and one can be written from where it was made. Everything else is nats-py's, on the same connection:
+authentication, TLS, reconnecting, all other messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from typing import Final, cast
+from urllib.parse import ParseResult
+
+import nats.aio.transport
+
+__all__ = ["DirectTransport"]
+
+log = logging.getLogger("mesh.bus")
+
+_READ_AHEAD: Final = 4 * 1024 * 1024
+"""Bytes that nats-py has not taken yet before the socket is left alone."""
+_WRITE_AHEAD: Final = 1024 * 1024
+"""Bytes that the socket has not taken yet before `send` refuses."""
+_CRLF: Final = b"\r\n"
+
+
+class DirectTransport(nats.aio.transport.Transport):
+    """One for the life of a connection, reconnections included.
+
+    `direct`: a subscription's id as the protocol has it -> what is called with the payload of each of its messages, in the loop, in
+    their order; it must not raise. A message with headers, or of another subscription, goes to nats-py.
+    """
+
+    def __init__(self) -> None:
+        self.direct: dict[bytes, Callable[[bytes], None]] = {}
+        self._socket: asyncio.Transport | None = None
+        self._protocol: _Protocol | None = None
+
+    # -- the short way -------------------------------------------------------------------------------------------------
+
+    def send(self, head: bytes, data: bytes) -> bool:
+        """Write a protocol line and what belongs to it; False where the socket is behind or not there."""
+        socket = self._socket
+        if socket is None or socket.is_closing() or socket.get_write_buffer_size() > _WRITE_AHEAD:
+            return False
+        socket.writelines((head, data, _CRLF))
+        return True
+
+    # -- nats-py's side ------------------------------------------------------------------------------------------------
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
+        assert uri.hostname is not None and uri.port is not None  # nats-py has filled them in
+        connecting = asyncio.get_running_loop().create_connection(lambda: _Protocol(self.direct), uri.hostname, uri.port)
+        self._socket, self._protocol = await asyncio.wait_for(connecting, connect_timeout)
+
+    async def connect_tls(self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int) -> None:
+        assert self._socket is not None, "connect comes first"
+        name = uri if isinstance(uri, str) else uri.hostname
+        plain, protocol = self._protocol, _Protocol(self.direct)
+        securing = asyncio.get_running_loop().start_tls(self._socket, protocol, ssl_context, server_hostname=name)
+        try:
+            secured = await asyncio.wait_for(securing, connect_timeout)
+            assert secured is not None
+        except BaseException as error:
+            assert plain is not None
+            self._socket.abort()
+            plain.connection_lost(error if isinstance(error, OSError) else None)  # nobody else would say so
+            raise
+        protocol.connection_made(secured)
+        self._socket, self._protocol = secured, protocol
+
+    def write(self, payload: bytes) -> None:
+        if self._socket is not None:
+            self._socket.write(payload)
+
+    def writelines(self, payload: list[bytes]) -> None:
+        if self._socket is not None:
+            self._socket.writelines(payload)
+
+    async def read(self, buffer_size: int) -> bytes:
+        assert self._protocol is not None
+        return await self._protocol.read()
+
+    async def readline(self) -> bytes:
+        assert self._protocol is not None
+        return await self._protocol.readline()
+
+    async def drain(self) -> None:
+        if self._protocol is not None:
+            await self._protocol.drain()
+
+    async def wait_closed(self) -> None:
+        if self._protocol is not None:
+            await self._protocol.closed.wait()
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+    def at_eof(self) -> bool:
+        return self._protocol is None or self._protocol.at_eof
+
+    def __bool__(self) -> bool:
+        return True  # nats-py makes its own transport otherwise
+
+
+class _Protocol(asyncio.Protocol):
+    """One connection: takes what is direct out of what arrives, and keeps the rest until nats-py asks for it."""
+
+    def __init__(self, direct: dict[bytes, Callable[[bytes], None]]) -> None:
+        self.closed = asyncio.Event()
+        self._direct = direct
+        self._transport: asyncio.Transport | None = None
+        self._partial = bytearray()  # the beginning of a line or message
+        self._wanted = 0  # bytes of it without which there is no going on
+        self._rest = bytearray()  # nats-py's
+        self._arrived = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._ended = False
+        self._error: Exception | None = None
+        self._held = False
+
+    # -- asyncio's side ------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._wanted:
+                return
+            data, self._partial = bytes(self._partial), bytearray()
+        try:
+            left = self._split(data)
+        except (ValueError, IndexError):
+            log.warning("the NATS server sent what is no message: %r", data[:80])
+            assert self._transport is not None
+            self._transport.abort()
+            return
+        if left < len(data):
+            self._partial += memoryview(data)[left:]
+        if self._rest:
+            self._arrived.set()
+            if len(self._rest) > _READ_AHEAD and not self._held and self._transport is not None:
+                self._held = True
+                self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self._ended = True
+        self._arrived.set()
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ended, self._error = True, error
+        self._arrived.set()
+        self._writable.set()
+        self.closed.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    # -- nats-py's side ------------------------------------------------------------------------------------------------
+
+    @property
+    def at_eof(self) -> bool:
+        return self._ended and not self._rest
+
+    async def read(self) -> bytes:
+        """What there is of the rest; nothing at the end."""
+        while not self._rest and not self._ended:
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._error is not None and not self._rest:
+            raise self._error
+        taken, self._rest = bytes(self._rest), bytearray()
+        self._go_on()
+        return taken
+
+    async def readline(self) -> bytes:
+        """A line of the rest; what there is of it at the end."""
+        while (end := self._rest.find(_CRLF)) < 0 and not self._ended:
+            self._arrived.clear()
+            await self._arrived.wait()
+        end = len(self._rest) if end < 0 else end + 2
+        taken = bytes(self._rest[:end])
+        del self._rest[:end]
+        return taken
+
+    async def drain(self) -> None:
+        if not self._writable.is_set():
+            await self._writable.wait()
+        if self._error is not None:
+            raise self._error
+        if self.closed.is_set():
+            raise ConnectionResetError("the connection is lost")
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        if self._held and self._transport is not None and not self._transport.is_closing():
+            self._held = False
+            self._transport.resume_reading()
+
+    def _split(self, data: bytes) -> int:
+        """Hand over what is whole of `data`; where the first line or message begins that is not."""
+        at = 0
+        self._wanted = 0
+        while (end := data.find(_CRLF, at)) >= 0:
+            begin, end = at, end + 2
+            message = data.startswith(b"MSG ", at)
+            if message or data.startswith(b"HMSG ", at):
+                fields = data[at:end].split()
+                size = int(fields[-1])
+                stop = end + size + 2
+                if stop > len(data):
+                    self._wanted = stop - at
+                    return at
+                call = self._direct.get(fields[2]) if message else None
+                if call is not None:
+                    call(data[end : end + size])
+                    at = stop
+                    continue
+                end = stop
+            self._rest += memoryview(data)[begin:end]
+            at = end
+        return at

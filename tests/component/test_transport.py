@@ -1,0 +1,196 @@
+"""The short way under nats-py, on real servers and with every split of the byte stream."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from mesh.bus import Bus, BusOptions, Received
+from mesh.bus.transport import _Protocol
+from mesh.errors import PayloadTooLarge
+from mesh.server import NatsServer
+
+Run = Callable[[Any], Any]
+T = TypeVar("T")
+
+
+async def connect(server: NatsServer) -> Bus:
+    return await Bus.connect(BusOptions((server.url,)), name="test")
+
+
+async def take(queue: asyncio.Queue[T], count: int) -> list[T]:
+    return [await queue.get() for _ in range(count)]
+
+
+def test_direct_messages_of_every_size_come_whole_in_order_between_all_others(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as here, await connect(server) as there:
+            direct: asyncio.Queue[bytes] = asyncio.Queue()
+            other: asyncio.Queue[Received] = asyncio.Queue()
+
+            await there.subscribe_direct("t.direct", direct.put_nowait)
+            await there.subscribe("t.other", other.put)
+            await there.flush()
+            sizes = [0, 1, 17, 2304, 65_536, 300_001, here.max_payload - 24, 5]
+            payloads = [b"\r\nMSG t.direct 1 3\r\n"[:size].ljust(size, b"x") for size in sizes]
+            for data in payloads:
+                await here.publish("t.direct", data)
+                await here.publish("t.other", data)
+                await here.publish("t.direct", data, headers={"Key": "value"})  # by nats-py, and still here
+            assert sorted(await take(direct, 2 * len(payloads))) == sorted(payloads * 2)
+            assert [received.data for received in await take(other, len(payloads))] == payloads
+
+    run(work())
+
+
+def test_a_post_goes_at_once_and_in_order_with_what_is_published(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as here, await connect(server) as there:
+            got: asyncio.Queue[Received] = asyncio.Queue()
+
+            await there.subscribe("t.post", got.put)
+            await there.flush()
+            assert here.post("t.post", b"0")
+            await here.publish("t.post", b"1", headers={"Key": "value"})
+            assert not here.post("t.post", b"2")  # what was published with headers is still to be written
+            await here.publish("t.post", b"2")
+            await here.flush()
+            assert here.post("t.post", b"3")
+            assert [received.data for received in await take(got, 4)] == [b"0", b"1", b"2", b"3"]
+            with pytest.raises(PayloadTooLarge):
+                here.post("t.post", bytes(here.max_payload + 1))
+            assert not here.post("no subject", b"")
+
+    run(work())
+
+
+def test_nothing_is_posted_without_a_connection_and_direct_subscriptions_are_back_with_it(run: Run, tmp_path: Path) -> None:
+    async def work() -> None:
+        server = NatsServer.start()
+        try:
+            async with await connect(server) as bus:
+                got: asyncio.Queue[bytes] = asyncio.Queue()
+                changes: asyncio.Queue[bool] = asyncio.Queue()
+                bus.on_change(changes.put_nowait)
+                subscription = await bus.subscribe_direct("t.back", got.put_nowait)
+                server.stop()
+                assert await changes.get() is False
+                assert not bus.post("t.back", b"lost")
+                await bus.publish("t.back", b"kept")
+                server = NatsServer.start(port=server.port)
+                assert await changes.get() is True
+                assert await got.get() == b"kept"
+                await bus.publish("t.back", b"again")
+                assert await got.get() == b"again"
+                await subscription.stop()
+                await bus.publish("t.back", b"unheard")
+                await bus.flush()
+                assert got.empty()
+        finally:
+            server.stop()
+
+    run(work())
+
+
+def test_an_error_in_a_direct_handler_ends_nothing(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            got: asyncio.Queue[bytes] = asyncio.Queue()
+
+            def handler(data: bytes) -> None:
+                if data == b"bad":
+                    raise ValueError("bad")
+                got.put_nowait(data)
+
+            await bus.subscribe_direct("t.bad", handler)
+            for data in (b"bad", b"good"):
+                await bus.publish("t.bad", data)
+            assert await got.get() == b"good"
+            assert bus.counters["handler_errors"] == 1 and bus.connected
+
+    run(work())
+
+
+def test_a_reader_that_does_not_read_stops_posts_and_not_the_loop(run: Run) -> None:
+    """Against a socket that takes nothing more: what nats-py would queue without end is refused."""
+
+    async def work() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+
+        async def serve() -> socket.socket:
+            peer, _ = await loop.sock_accept(listener)
+            await loop.sock_sendall(peer, b'INFO {"server_id":"x","version":"2.15.0","max_payload":1048576,"headers":true}\r\n')
+            await loop.sock_recv(peer, 65536)
+            await loop.sock_sendall(peer, b"PONG\r\n")
+            return peer
+
+        serving = asyncio.ensure_future(serve())
+        bus = await Bus.connect(BusOptions((f"nats://127.0.0.1:{listener.getsockname()[1]}",)), name="test")
+        peer = await serving
+        try:
+            data = bytes(512 * 1024)
+            assert any(not bus.post("t.full", data) for _ in range(64))
+        finally:
+            peer.close()
+            listener.close()
+            await bus.close()
+
+    run(work())
+
+
+def test_a_flush_that_is_given_up_ends_nothing(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            got: asyncio.Queue[Received] = asyncio.Queue()
+
+            await bus.subscribe("t.flush", got.put)
+            flushing = asyncio.ensure_future(bus.flush())
+            while not bus.client._pongs:  # until its question is on the way
+                await asyncio.sleep(0)
+            flushing.cancel()
+            await asyncio.gather(flushing, return_exceptions=True)
+            await bus.flush()  # its own answer, after the one to nobody
+            await bus.publish("t.flush", b"heard")
+            assert (await got.get()).data == b"heard"
+            assert bus.connected and bus.counters["reconnects"] == 0
+
+    run(work())
+
+
+_PAYLOADS = st.lists(st.tuples(st.sampled_from(["direct", "other", "headers", "ping"]), st.binary(max_size=40)), max_size=12)
+
+
+@given(_PAYLOADS, st.lists(st.integers(1, 30), min_size=1, max_size=40))
+def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts: list[int]) -> None:
+    direct: list[bytes] = []
+    protocol = _Protocol({b"7": direct.append})
+    stream, rest = bytearray(), bytearray()
+    for kind, data in messages:
+        if kind == "direct":
+            stream += b"MSG a.b 7 %s%d\r\n%s\r\n" % (b"reply " if len(data) % 2 else b"", len(data), data)
+            continue
+        if kind == "other":
+            one = b"MSG a.c 8 %d\r\n%s\r\n" % (len(data), data)
+        elif kind == "headers":
+            head = b"NATS/1.0\r\n\r\n"
+            one = b"HMSG a.b 7 %d %d\r\n%s%s\r\n" % (len(head), len(head) + len(data), head, data)
+        else:
+            one = b"PING\r\n"
+        stream += one
+        rest += one
+    at, turn = 0, 0
+    while at < len(stream):
+        count = cuts[turn % len(cuts)]
+        protocol.data_received(bytes(stream[at : at + count]))
+        at, turn = at + count, turn + 1
+    assert direct == [data for kind, data in messages if kind == "direct"]
+    assert bytes(protocol._rest) == bytes(rest) and not protocol._partial
