@@ -4,7 +4,8 @@ XLA on a CPU runs the same product at very different speeds depending on how it 
 the form is chosen per weight shape and number of rows by measuring (`measure`), and `default_form` stands in where nothing
 was measured. Forms, for x [rows, in] and W [out, in]:
 
-    dot      one contraction: one row is a matrix-vector product, many rows are one large GEMM
+    dot      one contraction: many rows are one large GEMM
+    split    a batched product with parts of W, at least one a core: one row is a matrix-vector product a part
     tile32   einsum over tiles [out/32, 32, in], then a transpose of the small result: several rows share each read
     tile64   the same with 64, tile96 with 96
     rows     x_i @ W.T, row by row: XLA fuses the widening of a narrow weight into it, so that it reads 8 bits where float32 reads 32
@@ -15,6 +16,7 @@ A narrow weight in any other form is first widened whole, by one thread, into me
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["FORMS", "Codes", "candidates", "default_form", "measure", "product"]
+__all__ = ["FORMS", "Codes", "candidates", "default_form", "measure", "parts", "product"]
 
 _TILES = {"tile32": 32, "tile64": 64, "tile96": 96}
-FORMS = ("dot", *_TILES, "rows", "stream")
+FORMS = ("dot", "split", *_TILES, "rows", "stream")
 _STREAMED = 512
 _BEYOND_CACHE = 96 << 20
+_LEAST_PART, _MOST_PART = 256 << 10, 2 << 20  # bytes: less is lost in its call, of more the last core to finish has more to do alone
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +108,9 @@ def default_form(rows: int, weight: Codes) -> str:
         # What is more than a conversion XLA would widen once for all rows, into memory.
         few = 1 if weight.nibbles or (weight.scale is not None and weight.scale.ndim == 2) else 8
         return "rows" if rows <= few else "stream"
-    if rows == 1 or rows > 64:
+    if rows == 1:
+        return "split"
+    if rows > 64:
         return "dot"
     return "tile32" if rows <= 8 else "tile64"
 
@@ -141,6 +146,22 @@ def measure(weight: Codes, rows: int, *, repeats: int = 5) -> dict[str, float]:
 
 def _dot(x: Any, w: Any) -> Any:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
+
+
+def parts(out: int, size: int, cores: int) -> int:
+    """How many equal parts a weight of `out` outputs and `size` bytes is read in; 1 where no other number divides it."""
+    least = max(min(cores, size // _LEAST_PART), -(-size // _MOST_PART), 1)
+    return next((count for count in (*range(least, 2 * least), *range(least - 1, 1, -1)) if out % count == 0), 1)
+
+
+def _split(x: Any, w: Any) -> Any:
+    out, depth = w.shape
+    count = parts(out, out * depth * w.dtype.itemsize, os.cpu_count() or 1)
+    if count == 1:
+        return _dot(x, w)
+    each = jnp.broadcast_to(x, (count, *x.shape))
+    y = jax.lax.dot_general(each, w.reshape(count, out // count, depth), (((2,), (2,)), ((0,), (0,))))  # [count, rows, out/count]
+    return y.transpose(1, 0, 2).reshape(x.shape[0], out)
 
 
 def _tile(size: int) -> Callable[[Any, Any], Any]:
@@ -180,6 +201,7 @@ def _per_output(weight: Codes) -> Codes:
 
 _FORMS: dict[str, Callable[[Any, Any], Any]] = {
     "dot": _dot,
+    "split": _split,
     **{name: _tile(size) for name, size in _TILES.items()},
     "rows": _rows,
 }

@@ -12,8 +12,10 @@ it, so a step that is repeated changes nothing: recovery is replay.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -176,9 +178,9 @@ class Stage:
         wanted = [bucket for bucket in self._buckets() if decode or bucket.prefill]
         begin = len(wanted) * self.layers.start // self.manifest.layers
         wanted = wanted[begin:] + wanted[:begin]
-        for index, bucket in enumerate(wanted):
-            progress(f"compile {bucket}", index, len(wanted))
-            self._compile(bucket)
+        with ThreadPoolExecutor(_compilers(), "compile") as pool:
+            for index, (bucket, _) in enumerate(zip(wanted, pool.map(self._compile, wanted), strict=True)):
+                progress(f"compile {bucket}", index, len(wanted))
         progress("compiled", len(wanted), len(wanted))
 
     def compile_for(self, prompt_length: int, max_tokens: int) -> None:
@@ -344,6 +346,12 @@ class Stage:
             got = "nothing" if hidden is None else f"{hidden.dtype} {hidden.shape}"
             raise BadRequest(f"this stage needs a hidden state of {self._dtype} {want}, not {got}", field="hidden")
         return hidden
+
+
+def _compilers() -> int:
+    """How many programs to compile at a time: one leaves part of two cores idle, and every one takes memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4)
 
 
 def _held(manifest: Manifest, config: StageConfig) -> LayerRange:

@@ -11,7 +11,7 @@ not grow with depth, and a handful of calls a step is lost in its time. State is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from mesh.lowering import Lowered
 from mesh.runtime.cache import CacheView
 from mesh.runtime.sampling import Sampled, sample
 
-__all__ = ["LayerCache", "embed", "group_sizes", "head", "last_of_chunk", "layers"]
+__all__ = ["LayerCache", "embed", "group_sizes", "head", "last_of_chunk", "layer", "layers"]
 
 GROUP_LAYERS = 6
 """The most layers in one program."""
@@ -46,31 +46,43 @@ def embed(block: Lowered, weights: Mapping[str, Any], tokens: jax.Array, positio
         return _run(block, weights, {"input_ids": tokens, "position_ids": positions})["hidden_out"]
 
 
-def layers(
-    blocks: Sequence[Lowered],
-    weights: Sequence[Mapping[str, Any]],
-    caches: Sequence[LayerCache],
+def layer(
+    block: Lowered,
+    weights: Mapping[str, Any],
+    cache: LayerCache,
     hidden: jax.Array,
     positions: jax.Array,
     writes: jax.Array,
     row: jax.Array,
     *,
     length: int,
-) -> tuple[tuple[LayerCache, ...], jax.Array]:
-    """hidden [B, T, D], positions [B, T], writes [B] -> the caches and hidden [B, T, D].
+) -> tuple[LayerCache, jax.Array]:
+    """hidden [B, T, D], positions [B, T], writes [B] -> the cache and hidden [B, T, D].
 
     The rows are `row` .. row + B - 1; B or T is 1. `length` slots are read.
     """
-    given: dict[str, Any] = {"position_ids": positions, "write_indices": writes}
+    given: dict[str, Any] = {"position_ids": positions, "write_indices": writes, "hidden_in": hidden}
+    for which, array in (("past_key", cache.key), ("past_value", cache.value)):
+        given[which] = CacheView(array, row, hidden.shape[0], length)
+    out = _run(block, weights, given)
+    return LayerCache(out["present_key"].array, out["present_value"].array), out["hidden_out"]
+
+
+def layers(
+    runs: Sequence[Callable[..., tuple[LayerCache, jax.Array]]],
+    weights: Sequence[Mapping[str, Any]],
+    caches: Sequence[LayerCache],
+    hidden: jax.Array,
+    positions: jax.Array,
+    writes: jax.Array,
+    row: jax.Array,
+) -> tuple[tuple[LayerCache, ...], jax.Array]:
+    """`layer` of each block, one after the other."""
     updated = []
-    for index, (block, own, cache) in enumerate(zip(blocks, weights, caches, strict=True)):
-        given["hidden_in"] = hidden
-        for which, array in (("past_key", cache.key), ("past_value", cache.value)):
-            given[which] = CacheView(array, row, hidden.shape[0], length)
+    for index, (run, own, cache) in enumerate(zip(runs, weights, caches, strict=True)):
         with jax.named_scope(f"layer{index}"):
-            out = _run(block, own, given)
-        hidden = out["hidden_out"]
-        updated.append(LayerCache(out["present_key"].array, out["present_value"].array))
+            cache, hidden = run(own, cache, hidden, positions, writes, row)
+        updated.append(cache)
     return tuple(updated), hidden
 
 

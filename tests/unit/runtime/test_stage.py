@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
 from mesh.errors import BadLayerRange, BadRequest, CorruptModel, DoesNotFit, PromptTooLong
 from mesh.model.manifest import Manifest
+from mesh.runtime import programs
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
@@ -139,6 +143,29 @@ def test_nothing_compiles_after_warm_up(llama):
         assert not compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_threads_that_warm_up_compile_what_they_share_once(llama, monkeypatch):
+    made = []
+    gate = threading.Barrier(4)
+
+    def counted(compile, *args):
+        made.append((compile, args[0]))
+        return compile(*args)
+
+    monkeypatch.setattr(programs, "_COMPILE", {kind: partial(counted, compile) for kind, compile in programs._COMPILE.items()})
+    stage = Stage.load(llama, StageConfig(LayerRange(0, 5), rows=2, chunk=16))
+
+    def warm_up():
+        gate.wait(60)
+        stage.warm_up()
+
+    threads = [threading.Thread(target=warm_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == stage.programs.compiled > 4
 
 
 @pytest.mark.parametrize(("prefill", "size"), [(False, 1), (False, 4), (True, 16), (True, 32)])
