@@ -118,6 +118,29 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
     run(disturb())
 
 
+def test_a_client_that_was_taken_to_be_gone_and_is_not_goes_on(server, model, run, expected):
+    """As after a restart of the server, to which a coordinator is back before the client is."""
+
+    async def work() -> None:
+        async with (
+            shards(server.url, model, even_ranges(3, 2)),
+            coordinator(server.url, model) as serving,
+            AsyncMeshClient(server.url, model="tiny") as client,
+            await Bus.connect(BusOptions((server.url,)), name="test") as bus,
+        ):
+            tokens = []
+            async with client.stream(**LONG, temperature=0.0) as stream:
+                async for chunk in stream:
+                    if chunk.token is not None:
+                        tokens.append(chunk.token.id)
+                    if len(tokens) in (3, 20):
+                        await bus.publish(f"{serving._probe}.{stream.request}", b"", headers={"Status": "503"})
+            assert tokens == expected
+            assert serving.core.counters.as_dict()["cancelled"] >= 1
+
+    run(work())
+
+
 def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwards(server, model, run):
     async def ask() -> None:
         async with (

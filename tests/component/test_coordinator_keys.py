@@ -8,6 +8,7 @@ import logging
 import pytest
 from driver import shards
 from test_coordinator import LONG, coordinator, expected  # noqa: F401  # the fixture
+from waiting import Heard
 
 from mesh import subjects
 from mesh.bus import Bus, BusOptions, Received
@@ -63,19 +64,16 @@ def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
 
 
 def test_what_is_lacking_is_logged_and_in_the_statistics(server, model, run, caplog):
-    async def work() -> None:
-        caplog.set_level(logging.INFO, "mesh.coordinator")
-        wanted = {"expected": Expected(2, 1), "health_check_interval_s": 0.05}
-        async with coordinator(server.url, model, **wanted) as running:
-            await logged("2 of 2 layer ranges have no shard")
-            assert running.stats()["expected"] == {"shards": 2, "lacking": "2 of 2 layer ranges have no shard"}
-            async with shards(server.url, model, even_ranges(3, 2)):
-                await logged("all that were expected are there")
-                assert running.stats()["expected"]["lacking"] == ""
+    caplog.set_level(logging.INFO, "mesh.coordinator")
 
-    async def logged(text: str) -> None:
-        async with asyncio.timeout(60):
-            while text not in caplog.text:
-                await asyncio.sleep(0.02)
+    async def work() -> None:
+        wanted = {"expected": Expected(2, 1), "health_check_interval_s": 0.05}
+        with Heard("mesh.coordinator") as log:
+            async with coordinator(server.url, model, **wanted) as running:
+                await log.wait("2 of 2 layer ranges have no shard")
+                assert running.stats()["expected"] == {"shards": 2, "lacking": "2 of 2 layer ranges have no shard"}
+                async with shards(server.url, model, even_ranges(3, 2)):
+                    await log.wait("all that were expected are there")
+                    assert running.stats()["expected"]["lacking"] == ""
 
     run(work())

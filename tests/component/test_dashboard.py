@@ -13,6 +13,7 @@ import orjson
 import pytest
 from driver import shards
 from test_coordinator import coordinator
+from waiting import until
 
 from mesh.client import AsyncMeshClient
 from mesh.gateway import GatewaySettings, create_app
@@ -49,7 +50,7 @@ async def events(response: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
             yield kind, orjson.loads(line.removeprefix("data: "))
 
 
-async def until(stream: AsyncIterator[tuple[str, Any]], kind: str, holds: Any = lambda data: True) -> Any:
+async def sent(stream: AsyncIterator[tuple[str, Any]], kind: str, holds: Any = lambda data: True) -> Any:
     async for got, data in stream:
         if got == kind and holds(data):
             return data
@@ -97,13 +98,13 @@ def test_viewers_see_shards_requests_and_events_and_share_one_look(server, model
                     mine = [m for m in data["models"] if m["name"] == name]
                     return bool(mine) and mine[0]["state"] == "ready" and data["error"] is None
 
-                await until(stream, "snapshot", whole)
+                await sent(stream, "snapshot", whole)
                 done = await client.generate(tokens=[5, 17, 33], max_tokens=8, ignore_eos=True, model=name)
 
                 def ended(data: Any) -> bool:
                     return any(line["request"] == done.request for m in data["models"] for line in m["recent"])
 
-                seen = await until(stream, "snapshot", ended)
+                seen = await sent(stream, "snapshot", ended)
                 (shown,) = [m for m in seen["models"] if m["name"] == name]
                 assert {s.options.name for s in running} <= {s["name"] for s in shown["shards"]} and shown["layers"] == 3
                 assert shown["latency"]["requests"] >= 1
@@ -115,19 +116,17 @@ def test_viewers_see_shards_requests_and_events_and_share_one_look(server, model
                 # more viewers: not more looks
                 async with http.stream("GET", "/dashboard/events") as two, http.stream("GET", "/dashboard/events") as three:
                     others = [events(two), events(three)]
-                    first = [await until(other, "snapshot") for other in others]
+                    first = [await sent(other, "snapshot") for other in others]
                     assert watch.viewers == 3 and all(first)
                     before = watch.looks
                     for _ in range(5):
-                        await until(stream, "snapshot")
+                        await sent(stream, "snapshot")
                     assert watch.looks <= before + 6
                 running[1].stop()
-                event = await until(stream, "event", lambda data: data["kind"] == "left")
+                event = await sent(stream, "event", lambda data: data["kind"] == "left")
                 assert event["who"] == running[1].options.name
                 assert (await http.get("/dashboard/snapshot")).json()["models"]
-            async with asyncio.timeout(60):
-                while watch.viewers:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not watch.viewers)
 
     run(look())
 
@@ -180,7 +179,7 @@ def test_a_page_that_is_watched_does_not_hold_up_the_end(server, run):
             watch = Watch(client, interval_s=600)
             async with dashboard(client, watch) as http, http.stream("GET", "/dashboard/events") as one:
                 stream = events(one)
-                await until(stream, "snapshot")
+                await sent(stream, "snapshot")
                 watch.end()
                 assert [kind async for kind, _ in stream] == []
 

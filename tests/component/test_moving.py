@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from driver import CONTEXT, Driver, shards
+from waiting import leases
 
 from mesh import subjects
-from mesh.bus import Bucket, Bus, BusOptions
+from mesh.bus import Bus, BusOptions
 from mesh.errors import BadRequest, Unavailable
 from mesh.messages import Load, Loaded, Open, Opened, ShardLease
 from mesh.runtime.generate import Pipeline
@@ -34,17 +35,14 @@ async def load(driver: Driver, shard: Shard, start: int, stop: int, timeout_s: f
     return await driver.bus.request(subjects.control(shard.options.name, "load"), message, Loaded, timeout_s=60)
 
 
-async def lease_of(driver: Driver, shard: Shard, layers: LayerRange) -> ShardLease:
+async def lease_of(driver: Driver, shard: Shard, state: str, layers: LayerRange) -> ShardLease:
     """Its lease, once it says so."""
-    bucket = Bucket(driver.bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
-    async with asyncio.timeout(60):
-        while True:
-            entry = await bucket.get(shard.options.name)
-            if entry is not None and entry.value:
-                lease = ShardLease.parse(entry.value)
-                if lease.layers == layers and lease.state == "ready":
-                    return lease
-            await asyncio.sleep(0.05)
+    name = shard.options.name
+
+    def says(found: Mapping[str, ShardLease]) -> bool:
+        return name in found and (found[name].state, found[name].layers) == (state, layers)
+
+    return (await leases(driver.bus, says))[name]
 
 
 def test_a_boundary_moves_and_a_neighbours_range_is_taken_over(
@@ -63,7 +61,7 @@ def test_a_boundary_moves_and_a_neighbours_range_is_taken_over(
                 assert (await load(driver, high, 2, 3)).sessions == 0
                 assert (await load(driver, low, 0, 2)).layers_end == 2
                 assert high.instance != before
-                assert (await lease_of(driver, high, LayerRange(2, 3))).instance == high.instance
+                assert (await lease_of(driver, high, "ready", LayerRange(2, 3))).instance == high.instance
             async with Driver.on(server.url, model, running) as driver:  # with the ranges of now
                 assert await driver.generate(2, PROMPT, 10) == tokens
                 await driver.close(2)
@@ -87,7 +85,7 @@ def test_sessions_may_end_first_and_no_new_ones_begin(run: Run, server: NatsServ
         ):
             await driver.open(1, len(PROMPT))
             moving = asyncio.create_task(load(driver, running[1], 1, 3))
-            await asyncio.wait_for(_until(lambda: running[1].status == "draining"), 60)
+            await lease_of(driver, running[1], "draining", LayerRange(2, 3))
             message = Open(session=2, epoch=1, coordinator=driver.name, model_hash=driver.manifest.model_hash, prompt_length=3)
             with pytest.raises(Unavailable):
                 await driver.bus.request(subjects.control(running[1].options.name, "open"), message, Opened, timeout_s=10)
@@ -100,11 +98,6 @@ def test_sessions_may_end_first_and_no_new_ones_begin(run: Run, server: NatsServ
             await driver.close(1)
 
     run(work())
-
-
-async def _until(holds: Callable[[], bool]) -> None:
-    while not holds():
-        await asyncio.sleep(0.01)
 
 
 def test_after_the_time_is_up_sessions_are_dropped_and_what_is_not_held_is_refused(run: Run, server: NatsServer, model: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from authority import Authority
 from driver import COMPILED, CONTEXT
+from waiting import until
 
 from mesh import subjects
 from mesh.bus import Bucket, Bus, BusOptions, ModelStore
@@ -46,6 +48,10 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         yield options
 
 
+async def serves(client: AsyncMeshClient) -> bool:
+    return (await client.health()).ready
+
+
 def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], BusOptions], model: Path, tmp_path: Path) -> None:
     prompt = [5, 17, 33]
     expected = Pipeline.load(model, context=CONTEXT).complete(prompt, SamplingParams(temperature=0.0), max_tokens=8).ids
@@ -77,9 +83,7 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
                         task.result()
                 for role in ("client", "gateway"):
                     async with AsyncMeshClient(options=secure(role)) as client:
-                        async with asyncio.timeout(60):
-                            while not (await client.health()).ready:
-                                await asyncio.sleep(0.05)
+                        await until(partial(serves, client))
                         answer = await client.generate(tokens=prompt, max_tokens=8, ignore_eos=True, model="tiny")
                         assert list(answer.tokens) == expected
                         assert len((await client.status()).shards) == 2

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from test_coordinator import LONG, coordinator
+from waiting import until
 
 from mesh.bus import Bus, BusOptions
 from mesh.coordinator.records import Recorder, SessionRecord, digest_of, sessions_bucket
@@ -45,11 +46,14 @@ class Side:
 
     async def written(self, count: int) -> SessionRecord:
         """The record, once it has so many tokens."""
-        async with asyncio.timeout(60):
-            while True:
-                found = await self.recorder.read("s")
-                if found is not None and len(found[0].given) == count:
-                    return found[0]
+
+        async def asked() -> SessionRecord | None:
+            found = await self.recorder.read("s")
+            return found[0] if found is not None and len(found[0].given) == count else None
+
+        found = await until(asked)
+        assert found is not None
+        return found
 
 
 @asynccontextmanager
@@ -117,14 +121,17 @@ def test_a_record_goes_with_its_session_or_keeps_its_answer(run: Run, server: Na
             a.recorder.keep("s", a.record)
             await a.written(0)
             a.recorder.end("s", None)
-            async with asyncio.timeout(60):
-                while await b.recorder.read("s") is not None:
-                    pass
+
+            async def gone() -> bool:
+                return await b.recorder.read("s") is None
+
+            async def answered() -> bool:
+                return (found := await b.recorder.read("s")) is not None and found[0].answer is not None
+
+            await until(gone)
             a.recorder.keep("s", a.record)
             a.recorder.end("s", a.record().model_copy(update={"answer": "{}"}))
-            async with asyncio.timeout(60):
-                while (found := await b.recorder.read("s")) is None or found[0].answer is None:
-                    pass
+            await until(answered)
             assert "s" not in a.recorder
 
     run(work())
@@ -149,9 +156,7 @@ def test_a_record_that_is_too_large_is_not_written_and_counted(run: Run, server:
         async with sides(server) as (a, _):
             a.tokens = list(range(300_000))
             a.recorder.keep("s", a.record)
-            async with asyncio.timeout(60):
-                while not a.recorder.counters["too_large"]:
-                    await asyncio.sleep(0.01)
+            await until(lambda: a.recorder.counters["too_large"])
             assert await a.recorder.read("s") is None
 
     run(work())
@@ -172,16 +177,12 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
             await serving.bus.subscribe(inbox, answers.put)
             request = Generate(**LONG | {"tokens": (1, 2)}, session="waits", stream=True)
             await serving.bus.publish(generate(serving.manifest.name), request.to_bytes(), reply=inbox)
-            async with asyncio.timeout(60):
-                while (found := await recorder.read("waits")) is None:
-                    pass
+            found = await until(lambda: recorder.read("waits"))
             assert serving.core.live == 1
             other = found[0].model_copy(update={"owner": "another", "epoch": 7})
             revision = await recorder.bucket.update(recorder.key("waits"), other.to_bytes(), revision=found[1])
             recorder.touch_all()
-            async with asyncio.timeout(60):
-                while serving.core.live:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not serving.core.live)
             assert recorder.counters["lost"] == 1
             again = await recorder.read("waits")
             assert again is not None and again[0].owner == "another" and again[1] == revision

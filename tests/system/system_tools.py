@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
+from waiting import leases
 
-from mesh.bus import Bucket, Bus, BusOptions, LeaseTable, Received
+from mesh.bus import Bus, BusOptions, Received
+from mesh.client import AsyncMeshClient
 from mesh.local import LocalMesh
 from mesh.messages import ShardLease
-from mesh.subjects import KV_SHARDS
 
 
 async def raw(url: str, subject: str, request: dict[str, Any] | bytes, *, timeout_s: float = 60.0) -> Received:
@@ -24,13 +27,27 @@ async def raw(url: str, subject: str, request: dict[str, Any] | bytes, *, timeou
         return await asyncio.wait_for(answers.get(), timeout_s)
 
 
+async def until_leases(mesh: LocalMesh, hold: Callable[[Mapping[str, ShardLease]], bool]) -> None:
+    """Until the shards' leases are so."""
+    async with await Bus.connect(mesh.bus, name="watching") as bus:
+        await leases(bus, hold)
+
+
 async def all_rows_free(mesh: LocalMesh) -> None:
-    """Until every shard's lease says so."""
-    async with await Bus.connect(BusOptions(urls=(mesh.url,)), name="watching") as bus:
+    """Until every shard says so, asked again whenever a row is given back: a lease may be from before the row was taken."""
+    async with AsyncMeshClient(mesh.url) as client, await Bus.connect(BusOptions(urls=(mesh.url,)), name="watching") as bus:
         changed = asyncio.Event()
-        table = LeaseTable(Bucket(bus, KV_SHARDS, ttl_s=5.0), ShardLease, lambda name, lease: changed.set())
-        await table.start()
-        while not (table.leases and all(lease.free_rows == lease.rows for lease in table.leases.values())):
+
+        async def note(received: Received) -> None:
+            changed.set()
+
+        await bus.subscribe("mesh.v1.control.*.close", note)
+        await bus.flush()
+        while True:
             changed.clear()
-            await changed.wait()
-        await table.stop()
+            there = {lease.shard for lease in (await client.status()).shards}
+            stats = await client.shard_stats()
+            if there and there == {shard.shard for shard in stats} and all(shard.free_rows == shard.rows for shard in stats):
+                return
+            with contextlib.suppress(TimeoutError):  # a shard that was away, or frees rows because a coordinator is, tells nobody
+                await asyncio.wait_for(changed.wait(), 0.5)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from authority import Authority
+from waiting import Talking
 
 from mesh.errors import ModelNotFound
 from mesh.process import dying_with_parent
@@ -43,27 +43,12 @@ class Site:
         return subprocess.run([*MESH, *arguments], capture_output=True, text=True, env=self.environment, timeout=READY_S)
 
     @contextmanager
-    def start(self, name: str, *arguments: str) -> Iterator[Path]:
-        """The log of a process that ends with the block."""
-        log = self.folder / f"{name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                dying_with_parent([*MESH, *arguments]), stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=self.environment
-            )
-        try:
-            yield log
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def says(log: Path, text: str) -> str:
-    """Wait until it does."""
-    deadline = time.monotonic() + READY_S
-    while text not in (said := log.read_text(errors="replace") if log.exists() else ""):
-        assert time.monotonic() < deadline, said
-        time.sleep(0.1)
-    return said
+    def start(self, *arguments: str) -> Iterator[Talking]:
+        """A process that is asked to end with the block."""
+        with Talking(dying_with_parent([*MESH, *arguments]), env=self.environment) as talking:
+            yield talking
+            talking.process.terminate()
+            talking.ended()
 
 
 @pytest.fixture
@@ -92,25 +77,24 @@ def test_coordinator_and_shards_need_nothing_but_their_files(site: Site, model: 
         )
         for number, (start, stop) in enumerate(((0, 2), (2, 3)), 1)
     ]
-    with site.start("coordinator", "coordinator", "--config", str(coordinator)) as log:
-        says(log, "the mesh has no model yet")  # it waits
+    with site.start("coordinator", "--config", str(coordinator)) as serving:
+        serving.wait("the mesh has no model yet")  # it waits
         pushed = site.run("push", str(model), "--quiet", *site.flags)
         assert pushed.returncode == 0, pushed.stderr
         with (
-            site.start("shard-1", "shard", "--config", str(shards[0]), "--quiet"),
-            site.start("shard-2", "shard", "--config", str(shards[1]), "--quiet"),
+            site.start("shard", "--config", str(shards[0]), "--quiet") as first,
+            site.start("shard", "--config", str(shards[1]), "--quiet") as second,
         ):
-            says(log, "ready: ")
-            for number in (1, 2):
-                says(site.folder / "logs" / f"shard-{number}.log", "ready: layers")
+            serving.wait("ready: ")
             prompt = [5, 17, 33]
             answer = site.run("generate", "--tokens", "5,17,33", "--max-tokens", "12", "--ignore-eos", "--json", *site.flags)
             assert answer.returncode == 0, answer.stderr
             assert json.loads(answer.stdout)["tokens"] == oracle.greedy(prompt, 12)
     kept = list((site.folder / "cache" / "models").iterdir())
     assert len(kept) == 1 and (kept[0] / "layer_002.onnx").exists()
-    said = "".join(path.read_text() for path in (*site.folder.glob("*.log"), *site.folder.glob("logs/*.log")))
-    assert "ready" in said and "right" not in said  # the password
+    logs = [(site.folder / "logs" / f"shard-{number}.log").read_text() for number in (1, 2)]
+    assert all("ready: layers" in log for log in logs)
+    assert "right" not in "".join([serving.said, first.said, second.said, *logs])  # the password
 
 
 @pytest.mark.parametrize(

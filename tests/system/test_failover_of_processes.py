@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system_tools import all_rows_free
+from system_tools import all_rows_free, until_leases
+from waiting import until
 
 from mesh import subjects
 from mesh.bus import Bucket, Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
+from mesh.client.results import MeshStatus
 from mesh.errors import ServiceError, Unavailable
 from mesh.local import LocalMesh, LocalOptions
 from mesh.messages import Drain, Drained, Event, ShardLease
@@ -109,20 +111,20 @@ async def load(mesh: LocalMesh, undisturbed: list[list[int]]) -> AsyncIterator[t
 
 
 async def counted(client: AsyncMeshClient, name: str) -> int:
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                status = await client.status()
-            except ServiceError:  # a cluster that has lost a server chooses another leader first
-                await asyncio.sleep(0.2)
-            else:
-                return sum(int(coordinator.counters[name]) for coordinator in status.coordinators)
+    async def asked() -> MeshStatus | None:
+        try:
+            return await client.status()
+        except ServiceError:  # a cluster that has lost a server chooses another leader first
+            return None
+
+    status = await until(asked)
+    assert status is not None
+    return sum(int(coordinator.counters[name]) for coordinator in status.coordinators)
 
 
-async def until_ready(mesh: LocalMesh, client: AsyncMeshClient, name: str) -> None:
-    async with asyncio.timeout(120):
-        while mesh.processes[name].pid not in {lease.pid for lease in (await client.status()).shards if lease.state == "ready"}:
-            await asyncio.sleep(0.2)
+async def until_ready(mesh: LocalMesh, name: str) -> None:
+    pid = mesh.processes[name].pid
+    await until_leases(mesh, lambda found: pid in {lease.pid for lease in found.values() if lease.state == "ready"})
 
 
 def test_a_suspended_shard_is_left_and_comes_back(pairs, undisturbed, run):
@@ -141,7 +143,7 @@ def test_a_suspended_shard_is_left_and_comes_back(pairs, undisturbed, run):
                     os.kill(pid, signal.SIGCONT)
             await running.more(100)
             for name in ("shard-1", "shard-3"):
-                await until_ready(pairs, client, name)
+                await until_ready(pairs, name)
         await all_rows_free(pairs)
 
     run(disturb())
@@ -173,7 +175,7 @@ def test_shards_and_coordinators_are_replaced_one_after_the_other(model, undistu
                 await asyncio.to_thread(process.wait, 120)
                 mesh.restart(name)
                 if name.startswith("shard"):
-                    await until_ready(mesh, client, name)
+                    await until_ready(mesh, name)
                 await running.more(60)
             assert await counted(client, "failed") == 0
         await all_rows_free(mesh)
@@ -256,8 +258,8 @@ def test_one_server_of_three_is_killed(model, undisturbed, run, tmp_path):
         async with load(mesh, undisturbed) as (running, client):
             servers[0].kill()
             loop = asyncio.get_running_loop()
-            until = loop.time() + 3 * subjects.LEASE_TTL_S  # leases that are not renewed meanwhile would have ended
-            while loop.time() < until:
+            enough = loop.time() + 3 * subjects.LEASE_TTL_S  # leases that are not renewed meanwhile would have ended
+            while loop.time() < enough:
                 await running.more(100)
             assert await counted(client, "failed") == 0
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from edge_tools import bearer, edge, events, submitted, token, verifier
 from system_tools import all_rows_free
+from waiting import until_true
 
 from mesh.client import MeshClient
 from mesh.local import LocalMesh
@@ -177,9 +178,9 @@ def test_a_client_that_leaves_cancels_its_generation(mesh, url, http, run):
     with socket.create_connection((host, int(port))) as raw:
         head = f"POST /api/v1/inference HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         raw.sendall(head.encode() + body)
-        _until(lambda: http.get("/api/v1/stats").json()["gateway"]["active"] == 2)  # it and this question
+        until_true(lambda: http.get("/api/v1/stats").json()["gateway"]["active"] == 2)  # it and this question
     run(all_rows_free(mesh))
-    _until(lambda: _counter(mesh, "cancelled") == before + 2)
+    until_true(lambda: _counter(mesh, "cancelled") == before + 2)
 
 
 def test_a_slow_reader_holds_no_row_and_is_let_go(mesh, run):
@@ -197,10 +198,10 @@ def test_a_slow_reader_holds_no_row_and_is_let_go(mesh, run):
             head = f"POST /api/v1/inference HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
             reader.sendall(head.encode() + body)
             readers.append(reader)
-        _until(lambda: _counter(mesh, "finished") + _counter(mesh, "cancelled") >= before + 3)
+        until_true(lambda: _counter(mesh, "finished") + _counter(mesh, "cancelled") >= before + 3)
         run(all_rows_free(mesh))
         with httpx.Client(base_url=url) as client:
-            _until(lambda: client.get("/api/v1/stats").json()["gateway"]["active"] == 1, 60)
+            until_true(lambda: client.get("/api/v1/stats").json()["gateway"]["active"] == 1)
         for reader in readers:
             reader.close()
 
@@ -380,10 +381,3 @@ def test_health_is_asked_of_the_mesh_once_by_many(mesh):
 def _counter(mesh: LocalMesh, name: str) -> int:
     with MeshClient(mesh.url) as client:
         return sum(coordinator.counters[name] for coordinator in client.status().coordinators)
-
-
-def _until(true, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import httpx
 from edge_tools import bearer, edge, token, verifier
-
-READY_S = 120.0
+from waiting import until_true
 
 
 def until_done(http: httpx.Client, location: str, **options: Any) -> dict[str, Any]:
-    deadline = time.monotonic() + READY_S
-    while (found := http.get(location, **options).json())["state"] not in ("done", "failed"):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.1)
+    def ended() -> dict[str, Any] | None:
+        found = http.get(location, **options).json()
+        return found if found["state"] in ("done", "failed") else None
+
+    found = until_true(ended)
+    assert found is not None
     return found
 
 

@@ -3,7 +3,6 @@ is lost."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import subprocess
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from system_tools import all_rows_free
+from system_tools import all_rows_free, until_leases
 from test_failover_of_processes import counted, load, options, undisturbed  # noqa: F401  # a fixture
 
-from mesh.client import AsyncMeshClient
 from mesh.local import LocalMesh
 from mesh.process import dying_with_parent
 from mesh.server import NatsServer
@@ -68,23 +66,20 @@ def host() -> Iterator[Host]:
         ip("netns", "del", NAME)  # and the line with it
 
 
-async def there(client: AsyncMeshClient, shard: str, *, wanted: bool) -> None:
-    async with asyncio.timeout(120):
-        while any(lease.shard == shard and lease.state == "ready" for lease in (await client.status()).shards) is not wanted:
-            await asyncio.sleep(0.2)
+async def there(mesh: LocalMesh, shard: str, *, wanted: bool) -> None:
+    await until_leases(mesh, lambda found: (shard in found and found[shard].state == "ready") is wanted)
 
 
 def test_a_shard_is_cut_off_and_comes_back(host, model, undisturbed, run, tmp_path):  # noqa: F811
     async def disturb(mesh: LocalMesh) -> None:
-        async with AsyncMeshClient(options=mesh.bus, model="tiny") as watching:
-            await there(watching, "shard-9", wanted=True)
+        await there(mesh, "shard-9", wanted=True)
         async with load(mesh, undisturbed) as (running, client):
             host.cut()
             await running.more(200)
-            await there(client, "shard-9", wanted=False)
+            await there(mesh, "shard-9", wanted=False)
             await running.more(100)
             host.heal()
-            await there(client, "shard-9", wanted=True)
+            await there(mesh, "shard-9", wanted=True)
             await running.more(200)
             assert await counted(client, "failed") == 0
         await all_rows_free(mesh)
