@@ -58,10 +58,21 @@ class Host(Protocol):
 
 
 class Continuity:
-    """See the module's docstring. `instance` is another one for each process, `name` may be the same after a restart."""
+    """See the module's docstring. `instance` is another one for each process, `name` may be the same after a restart;
+    `beat_ttl_s`: after which a coordinator that was not heard of does not live."""
 
     def __init__(
-        self, bus: Bus, host: Host, *, model: str, model_hash: str, name: str, instance: str, random: Random, announce: Announce
+        self,
+        bus: Bus,
+        host: Host,
+        *,
+        model: str,
+        model_hash: str,
+        name: str,
+        instance: str,
+        beat_ttl_s: float,
+        random: Random,
+        announce: Announce,
     ) -> None:
         self.bus = bus
         self.name = name
@@ -72,6 +83,7 @@ class Continuity:
         self._host = host
         self._model = model
         self._model_hash = model_hash
+        self._beat_ttl_s = beat_ttl_s
         self._random = random
         self._inbox = bus.new_inbox()
         self._connected_at = float("-inf")
@@ -98,8 +110,8 @@ class Continuity:
             await subscription.stop()
         return released
 
-    def beat(self, ttl_s: float, *, leaving: bool = False) -> Beat:
-        return Beat(coordinator=self.name, ttl_s=ttl_s, instance=self.instance, leaving=leaving)
+    def beat(self, *, leaving: bool = False) -> Beat:
+        return Beat(coordinator=self.name, ttl_s=self._beat_ttl_s, instance=self.instance, leaving=leaving)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -250,15 +262,18 @@ class Continuity:
         self._heard(beat)
         return True
 
-    def _heard(self, beat: Beat) -> None:
-        if beat.instance is not None and self.peers.heard(beat.instance, beat.coordinator, time.monotonic()):
-            log.info("coordinator %s (%s) is there", beat.coordinator, beat.instance)
+    def _heard(self, beat: Beat) -> bool:
+        """Whether it was not known to live."""
+        if beat.instance is None or not self.peers.heard(beat.instance, beat.coordinator, time.monotonic()):
+            return False
+        log.info("coordinator %s (%s) is there", beat.coordinator, beat.instance)
+        return True
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
     async def _on_alive(self, received: Received) -> None:
         Alive.parse(received.data)
-        await self.bus.respond(received, self.beat(10.0))
+        await self.bus.respond(received, self.beat())
 
     async def _on_beat(self, received: Received) -> None:
         beat = Beat.parse(received.data)
@@ -267,8 +282,8 @@ class Continuity:
         if beat.leaving:
             self.peers.left(beat.instance)
             await self._adopt(lambda owner: owner is None)
-        else:
-            self._heard(beat)
+        elif self._heard(beat):  # it came after this one's last beat: without this it would not know whom to take over from
+            await self.bus.send(subjects.coordinators(self._model), self.beat())
 
     async def _on_probed(self, received: Received) -> None:
         if received.headers.get("Status") == "503":

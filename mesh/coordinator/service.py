@@ -30,7 +30,7 @@ from typing import Any
 import orjson
 
 from mesh import frames, messages, subjects, telemetry
-from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription, announce, keep_events
+from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.bus.connection import reply_error
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
@@ -168,7 +168,6 @@ class Coordinator:
         self._refused_shards: dict[str, str] = {}  # shard -> instance that cannot take part, and was said to be
         self._lacking = ""
         # two beats may be lost
-        self._beat_ttl_s = min(max(_BEAT_TTL_S, 2.4 * options.health_check_interval_s), _LONGEST_TTL_S)
         self._frozen = False  # it leaves: what happens now happens to whoever goes on with its sessions
         self._connected_at = float("-inf")
         bus.on_change(self._on_connection)
@@ -179,6 +178,7 @@ class Coordinator:
             model_hash=self.manifest.model_hash,
             name=self.name,
             instance=secrets.token_hex(6),
+            beat_ttl_s=min(max(_BEAT_TTL_S, 2.4 * options.health_check_interval_s), _LONGEST_TTL_S),
             random=Random(secrets.randbits(64)),
             announce=lambda kind, who, detail: bus.spawn(self._announce(kind, who, detail), "event"),
         )
@@ -189,7 +189,7 @@ class Coordinator:
     async def run(self) -> None:
         """Serve until `stop`."""
         model = self.manifest.name
-        beat = self.bus.spawn(self._beat(), "beat")
+        beat: asyncio.Task[Any] | None = None
         try:
             self._subscriptions = [
                 await self.bus.subscribe(subjects.generate_at(model, self.continuity.instance), self._on_passed_on),
@@ -202,6 +202,7 @@ class Coordinator:
             await self._leases.start()
             await keep_events(self.bus)
             await self.continuity.start()
+            beat = self.bus.spawn(self._beat(), "beat")  # not before the others' answers to it are heard
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
@@ -222,8 +223,8 @@ class Coordinator:
             await self._stop.wait()
         finally:
             self.ready.clear()
-            beat.cancel()
-            await asyncio.gather(beat, return_exceptions=True)
+            if beat is not None:
+                await end_tasks(beat)
             await self._leave()
 
     def stop(self) -> None:
@@ -268,7 +269,7 @@ class Coordinator:
         await self._send()
         if self.bus.connected:
             await self.close_rows(self.name)
-            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(self._beat_ttl_s, leaving=True))
+            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         if self._timer is not None:
             self._timer.cancel()
@@ -299,7 +300,7 @@ class Coordinator:
 
     def _living(self) -> messages.Beat:
         held = self.core.keys
-        return self.continuity.beat(self._beat_ttl_s).model_copy(update={"sessions": held if len(held) <= _BEAT_SESSIONS else None})
+        return self.continuity.beat().model_copy(update={"sessions": held if len(held) <= _BEAT_SESSIONS else None})
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 

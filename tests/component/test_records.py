@@ -203,3 +203,17 @@ def test_tokens_that_cannot_have_been_given_are_refused(run: Run, server: NatsSe
     with pytest.raises(BadRequest) as caught:
         run(prepare(Generate(**{**LONG, "tokens": (1,), "given": given}), "r", Manifest.load(model), None))
     assert caught.value.field == "given"
+
+
+def test_coordinators_know_of_each_other_as_soon_as_the_later_one_is_there(run: Run, server: NatsServer, model: Path) -> None:
+    """Its first beat is answered: who dies before the next beat, seconds later, leaves sessions that somebody takes over at once."""
+
+    async def work() -> None:
+        async with (
+            coordinator(server.url, model, health_check_interval_s=60.0) as first,
+            coordinator(server.url, model, health_check_interval_s=60.0) as later,
+        ):
+            await until(lambda: first.continuity.peers.lives(later.continuity.instance), 5)
+            await until(lambda: later.continuity.peers.lives(first.continuity.instance), 5)
+
+    run(work())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -16,12 +17,13 @@ from system_tools import all_rows_free
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
-from mesh.client.results import CoordinatorStatus
+from mesh.client.aio import COORDINATOR_SERVICE
 from mesh.local import LocalMesh, LocalOptions
 from mesh.subjects import generate
 
 PROMPT = [5, 17, 33]
-LONG = {"tokens": PROMPT, "max_tokens": 200, "ignore_eos": True}
+TOKENS = 240  # long enough that a generation is under way when it is known which coordinator has it
+LONG = {"tokens": PROMPT, "max_tokens": TOKENS, "ignore_eos": True}
 CONTEXT = 256
 
 
@@ -37,16 +39,23 @@ def undisturbed(model: Path) -> list[int]:
     from mesh.runtime.generate import Pipeline
     from mesh.runtime.sampling import SamplingParams
 
-    return Pipeline.load(model, context=CONTEXT).complete(PROMPT, SamplingParams(temperature=0.0), max_tokens=200).ids
+    return Pipeline.load(model, context=CONTEXT).complete(PROMPT, SamplingParams(temperature=0.0), max_tokens=TOKENS).ids
 
 
-async def owner(client: AsyncMeshClient) -> CoordinatorStatus:
-    """The one that generates."""
-    async with asyncio.timeout(60):
+async def owner(mesh: LocalMesh) -> int:
+    """The process that generates, known as soon as it says so: the others' answers are not waited for."""
+    async with await Bus.connect(BusOptions(urls=(mesh.url,)), name="asking") as bus, asyncio.timeout(60):
+        answers: asyncio.Queue[Received] = asyncio.Queue()
+        inbox = bus.new_inbox()
+        await bus.subscribe(inbox, answers.put)
         while True:
-            busy = [c for c in (await client.status()).coordinators if c.live]
-            if busy:
-                return busy[0]
+            await bus.publish(f"$SRV.STATS.{COORDINATOR_SERVICE}", b"", reply=inbox)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    answer = await asyncio.wait_for(answers.get(), 0.1)
+                    data = next(e["data"] for e in orjson.loads(answer.data)["endpoints"] if e["name"] == "generate")
+                    if data["live"]:
+                        return int(data["pid"])
 
 
 @asynccontextmanager
@@ -75,7 +84,7 @@ def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undistur
                     assert chunk.index == len(seen)
                     seen.append(chunk.token.id)
                 if len(seen) == 10 and not pid:
-                    pid = (await owner(client)).counters["pid"]
+                    pid = await owner(twins)
                     os.kill(pid, number)
             assert seen == undisturbed == list(stream.completion.tokens)
             assert text == stream.completion.text
@@ -91,7 +100,7 @@ def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undistur
 
 def test_a_plain_stream_goes_on_and_its_indexes_say_what_is_repeated(twins, undisturbed, run):
     async def disturb() -> None:
-        async with AsyncMeshClient(twins.url, model="tiny") as client, asked(twins, LONG | {"stream": True}) as answers:
+        async with asked(twins, LONG | {"stream": True}) as answers:
             documents: dict[int, dict[str, Any]] = {}
             killed, epochs, first = False, [], 0
             while True:
@@ -111,9 +120,9 @@ def test_a_plain_stream_goes_on_and_its_indexes_say_what_is_repeated(twins, undi
                     assert documents.setdefault(index, document)["token"] == document["token"]
                     assert documents[index]["text"] == document["text"]
                 if len(documents) == 10 and not killed:
-                    kill((await owner(client)).counters["pid"])
+                    kill(await owner(twins))
                     killed = True
-            assert [documents[index]["token"] for index in range(200)] == undisturbed == document["tokens"]
+            assert [documents[index]["token"] for index in range(TOKENS)] == undisturbed == document["tokens"]
             assert epochs == [1, 2]
         await all_rows_free(twins)
 
@@ -123,7 +132,7 @@ def test_a_plain_stream_goes_on_and_its_indexes_say_what_is_repeated(twins, undi
 def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undisturbed, run):
     async def disturb() -> None:
         async with AsyncMeshClient(twins.url, model="tiny") as client, asked(twins, LONG) as answers:
-            kill((await owner(client)).counters["pid"])
+            kill(await owner(twins))
             received = await asyncio.wait_for(answers.get(), 60)
             assert orjson.loads(received.data)["tokens"] == undisturbed
             await client.generate(tokens=[1], max_tokens=1)
@@ -135,7 +144,7 @@ def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undist
 @pytest.mark.parametrize("what", ["logprobs", "stop"])
 def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, run, what):
     async def disturb() -> None:
-        common = {"tokens": PROMPT, "temperature": 0.9, "top_p": 0.95, "seed": 11, "max_tokens": 150, "repetition_penalty": 1.1}
+        common = {"tokens": PROMPT, "temperature": 0.9, "top_p": 0.95, "seed": 11, "max_tokens": 240, "repetition_penalty": 1.1}
         async with AsyncMeshClient(twins.url, model="tiny") as client:
             whole = await client.generate(**common)
             request = common | ({"logprobs": 2} if what == "logprobs" else {"stop": [whole.text[100:104]]})
@@ -147,7 +156,7 @@ def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, r
                     logprobs += [] if chunk.token is None else [chunk.token]
                     if chunk.index == 10 and not killed:
                         killed = True
-                        kill((await owner(client)).counters["pid"])
+                        kill(await owner(twins))
             assert stream.completion.tokens == right.tokens
             assert stream.completion.finish_reason == right.finish_reason
             assert text == stream.completion.text == right.text
@@ -189,7 +198,7 @@ def test_the_only_coordinator_comes_back_and_goes_on(model, undisturbed, run, tm
             async for chunk in stream:
                 seen += [] if chunk.token is None else [chunk.token.id]
                 if chunk.index == 10 and chunk.token is not None:
-                    kill((await owner(client)).counters["pid"])
+                    kill(await owner(mesh))
                     mesh.restart("coordinator-1")
             assert seen == undisturbed
             received = await asyncio.wait_for(answers.get(), 60)
