@@ -76,7 +76,14 @@ class Subscription:
 
 
 class _Client(nats.aio.client.Client):
-    """nats-py's, which stops reading where the answer comes to a flush that was given up meanwhile."""
+    """nats-py's, which stops reading where the answer comes to a flush that was given up meanwhile, and whose pings overtake what was
+    sent before: a flush would say of a subscription that the server has it, and miss the next message."""
+
+    async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
+        if self.is_connected and self._transport and self._pending_data_size:
+            self._transport.writelines(self._pending)
+            self._pending, self._pending_data_size = [], 0
+        await super()._send_ping(future)
 
     async def _process_pong(self) -> None:
         if self._pongs and self._pongs[0].done():

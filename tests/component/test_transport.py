@@ -71,6 +71,32 @@ def test_a_post_goes_at_once_and_in_order_with_what_is_published(run: Run, serve
     run(work())
 
 
+def test_a_flush_asks_the_server_after_all_that_was_sent_before_it(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as bus:
+            transport = bus.client._transport
+            assert transport is not None
+            written = bytearray()
+            write, writelines = transport.write, transport.writelines
+
+            def one(data: bytes) -> None:
+                written.extend(data)
+                write(data)
+
+            def many(data: list[bytes]) -> None:
+                written.extend(b"".join(data))
+                writelines(data)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(transport, "write", one)
+                patch.setattr(transport, "writelines", many)
+                await bus.subscribe("t.flush", lambda received: asyncio.sleep(0))
+                await bus.flush()
+            assert 0 <= written.find(b"SUB t.flush") < written.find(b"PING")
+
+    run(work())
+
+
 def test_nothing_is_posted_without_a_connection_and_direct_subscriptions_are_back_with_it(run: Run, tmp_path: Path) -> None:
     async def work() -> None:
         server = NatsServer.start()
