@@ -21,8 +21,8 @@ from mesh.runtime.step import LayerCache
 
 __all__ = ["Bucket", "Compiled", "Group", "Programs", "chunk_numbers", "to_host", "wave_numbers"]
 
-_HEAD_LENGTH = 2048
-"""Tokens that every head can look back at: fewer programs for 0.02 ms, and that where there are penalties alone."""
+_SEEN, _SEEN_FACTOR = 2048, 4
+"""Penalties look back at so many tokens, or so many times as many, and so on: few programs, for 0.02 ms where there are penalties."""
 
 Compiled = dict[tuple[Any, ...], Any]
 """(kind, bucket, signature, shape of the state) -> executable."""
@@ -56,18 +56,31 @@ class Group:
         return tuple(block.signature for block in self.blocks)
 
 
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """What sampling depends on, in place of a block."""
+
+    size: int
+
+    @property
+    def signature(self) -> str:
+        return f"{self.size} tokens"
+
+
 class _Step(NamedTuple):
-    """The executables of one bucket: of the embedding, of each group of layers, of the head, after what makes one token of a chunk."""
+    """The executables of one bucket: of the embedding, of each group of layers, of the head, after what makes one token of a chunk, and
+    of sampling."""
 
     embed: Any
     layers: tuple[Any, ...]
     last: Any
     head: Any
+    sampled: Any
 
 
 class Programs:
     """Compiles on demand and keeps what it compiled. Groups of equal signature and shapes share a program, and stages of one
-    process do that are given the same `compiled`. `hidden`: size and type of the hidden state.
+    process do that are given the same `compiled`. `hidden`: size and type of the hidden state; `vocab`: tokens.
 
     `own` of `layers` (None: all) run as groups. The others are held so that `serve` can take them in: those, and what is left of a
     group that `serve` cuts, run layer by layer, and that program is compiled with the rest."""
@@ -79,6 +92,7 @@ class Programs:
         head: Block | None,
         *,
         hidden: tuple[int, Any],
+        vocab: int,
         own: slice | None = None,
         compiled: Compiled | None = None,
     ) -> None:
@@ -89,6 +103,7 @@ class Programs:
         alone = {block.signature: Group((block,), index) for index, block in enumerate(self._layers)}
         self._alone = tuple(alone.values()) if len(self._layers) > self._own.stop - self._own.start else ()
         self._hidden = hidden
+        self._vocabulary = _Vocabulary(vocab)
         self._compiled: Compiled = {} if compiled is None else compiled
         self._lock = threading.Lock()
         self._making: dict[Any, threading.Lock] = {}
@@ -125,11 +140,10 @@ class Programs:
         history: Any,
         hidden: np.ndarray | None,
         numbers: np.ndarray,
-        floats: np.ndarray,
-        ints: np.ndarray,
+        wanted: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[Any, Any]:
-        """One step of `numbers` (`wave_numbers` or `chunk_numbers`). `caches` is updated in place; returns (history, hidden [B, T, D]
-        or Sampled)."""
+        """One step of `numbers` (`wave_numbers` or `chunk_numbers`). `wanted`: the rows' parameters, None where the likeliest tokens are
+        all they want. `caches` is updated in place; returns (history, hidden [B, T, D], or on the last stage Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         numbers_ = jax.device_put(numbers)
         if self.embed is not None:
@@ -143,7 +157,10 @@ class Programs:
             return history, x
         if bucket.prefill:
             history, x, numbers_ = step.last(history, x, numbers_)
-        return step.head(self._head_weights, history, x, numbers_, *self._on_device(floats, ints))
+        history, logits, likeliest = step.head(self._head_weights, history, x, numbers_)
+        if wanted is None:
+            return history, Sampled(likeliest, None, None, None)
+        return history, step.sampled(logits, history, numbers_, *self._on_device(*wanted))
 
     def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any) -> _Step:
         """Everything a step of this shape runs, now or after another `serve`."""
@@ -155,6 +172,7 @@ class Programs:
             self._get("embed", bucket, self._embed)
         if self._alone and self._head is not None:
             self._get("head", bucket, self._head, history, x)
+            self._get("sampled", bucket, self._vocabulary, history)
             if bucket.prefill:
                 self._get("last", bucket, self._head, history, x)
         self._steps[bucket] = step = _Step(
@@ -162,6 +180,7 @@ class Programs:
             tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
             self._get("last", bucket, self.head, history, x) if self.head is not None and bucket.prefill else None,
             None if self.head is None else self._get("head", bucket, self.head, history, x),
+            None if self.head is None else self._get("sampled", bucket, self._vocabulary, history),
         )
         return step
 
@@ -187,12 +206,17 @@ class Programs:
 
 
 def _relevant(kind: str, bucket: Bucket, state: Any) -> Bucket:
-    """What of a bucket makes a difference to a program, so that fewer are compiled. The head runs for one token a row, and of the
-    length it uses only how many tokens it looks back at."""
+    """What of a bucket makes a difference to a program, so that fewer are compiled. Head and sampling run for one token a row, and
+    sampling looks back at no more than a few lengths."""
     if kind in ("embed", "last"):
         return replace(bucket, length=0)
     if kind == "head":
-        return Bucket(False, 1 if bucket.prefill else bucket.size, max(bucket.length, min(_HEAD_LENGTH, state.shape[1] - SLACK)))
+        return Bucket(False, 1 if bucket.prefill else bucket.size, 0)
+    if kind == "sampled":
+        seen = _SEEN
+        while seen < bucket.length:
+            seen *= _SEEN_FACTOR
+        return Bucket(False, 1 if bucket.prefill else bucket.size, min(seen, state.shape[1] - SLACK))
     return bucket
 
 
@@ -290,15 +314,23 @@ def _compile_last(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
 
 def _compile_head(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
     weights, whole = _flat(block.weights)
-    table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
     hidden = _shape((bucket.size, 1, x.shape[-1]), x.dtype)
 
-    def head(flat: Any, history: Any, hidden: Any, vector: Any, floats: Any, ints: Any) -> Any:
+    def head(flat: Any, history: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)
-        given = (history, hidden, n.tokens, n.positions, n.writes, n.row, floats, ints)
-        return step.head(block.lowered, whole(flat), *given, length=bucket.length)
+        return step.head(block.lowered, whole(flat), history, hidden, n.tokens, n.writes, n.row)
 
-    return _compile(jax.jit(head, donate_argnums=1), weights, history, hidden, _vector(bucket), *table)
+    return _compile(jax.jit(head, donate_argnums=1), weights, history, hidden, _vector(bucket))
+
+
+def _compile_sampled(bucket: Bucket, vocabulary: _Vocabulary, history: Any, x: Any) -> Any:
+    table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
+
+    def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any) -> Any:
+        n = _numbers(bucket, vector)
+        return step.sampled(logits, history, n.positions, n.row, floats, ints, length=bucket.length)
+
+    return _compile(jax.jit(sampled), _shape((bucket.size, vocabulary.size), np.float32), history, _vector(bucket), *table)
 
 
 def _compile(jitted: Any, *args: Any) -> Any:
@@ -312,6 +344,7 @@ _COMPILE: dict[str, Callable[..., Any]] = {
     "layers": _compile_layers,
     "last": _compile_last,
     "head": _compile_head,
+    "sampled": _compile_sampled,
 }
 
 

@@ -6,7 +6,8 @@ jax.random seeded by (seed, position), one row at a time, and no row's parameter
     logits -> penalties over the row's history -> temperature -> top_k -> top_p -> min_p -> Gumbel arg-max
            temperature 0: arg-max of the penalised logits
 
-Only what some row of the step asks for is computed: a wave of greedy rows is one arg-max.
+Only what some row of the step asks for is computed, and a wave whose rows all want the likeliest token (`RowTable.plain`) needs none
+of this: the head has it.
 
 Penalties are those in common use: repetition (Keskar et al. 2019) over prompt and output, presence and frequency (OpenAI)
 over the output. top_p is Holtzman et al. 2019, min_p Nguyen et al. 2024. Filters keep every token that ties with the last kept.
@@ -23,7 +24,7 @@ import numpy as np
 
 from mesh.errors import BadRequest
 
-__all__ = ["MAX_LOGPROBS", "RowTable", "Sampled", "SamplingParams", "sample"]
+__all__ = ["MAX_LOGPROBS", "RowTable", "Sampled", "SamplingParams", "argmax", "sample"]
 
 MAX_LOGPROBS = 20
 """The most alternatives reported with a token."""
@@ -68,6 +69,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def plain(self) -> bool:
+        """Nothing but the likeliest token is wanted."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return self.greedy and penalties == (1.0, 0.0, 0.0) and self.logprobs is None
+
 
 class RowTable:
     """The parameters of every row, as the two small arrays a step takes. Host memory; written when a row is opened."""
@@ -78,12 +85,15 @@ class RowTable:
     def __init__(self, rows: int) -> None:
         self.floats = np.zeros((rows, len(self.FLOATS)), np.float32)
         self.ints = np.zeros((rows, len(self.INTS)), np.int32)
+        self.plain = np.ones(rows, np.bool_)
+        """Of which rows nothing but the likeliest token is wanted."""
         for row in range(rows):
             self.set(row, SamplingParams(temperature=0.0), prompt_length=0)
 
     def set(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
         """Give `row` its parameters; penalties count positions from `prompt_length` on as output."""
         self.floats[row] = [getattr(params, name) for name in self.FLOATS]
+        self.plain[row] = params.plain
         low, high = np.array([params.seed], np.uint64).view(np.uint32).view(np.int32)
         top_k = min(params.top_k, 2**31 - 1)
         self.ints[row] = [top_k, low, high, prompt_length, -1 if params.logprobs is None else params.logprobs]
@@ -129,7 +139,7 @@ def sample(logits: jax.Array, floats: jax.Array, ints: jax.Array, history: jax.A
     def draw() -> jax.Array:
         return _draw(scores, temperature, top_k, top_p, min_p, ints[:, 1:3], positions)
 
-    greedy = _argmax(scores)
+    greedy = argmax(scores)
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
     tokens = jnp.where(temperature[:, 0] > 0, drawn, greedy)
 
@@ -171,10 +181,10 @@ def _draw(scores: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, see
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
 
     gumbel = jax.lax.map(lambda args: noise(*args), (seeds, positions)) if batch > 1 else noise(seeds[0], positions[0])[None]
-    return _argmax(scaled + gumbel)
+    return argmax(scaled + gumbel)
 
 
-def _argmax(scores: Any) -> Any:
+def argmax(scores: Any) -> Any:
     """The first index of the largest of scores [B, V] -> int32 [B]; the last index where there is NaN.
 
     As two plain reductions, which XLA vectorises on a CPU: jnp.argmax takes 10 times as long there, 0.2 ms for each row of 49,152.

@@ -110,7 +110,9 @@ class Stage:
         self._table = RowTable(config.rows)
         self._dtype = np.dtype(_DTYPES[manifest.hidden.dtype])
         own = slice(self.layers.start - self.held.start, self.layers.stop - self.held.start)
-        self.programs = Programs(embed, inner, head, own=own, hidden=(manifest.hidden.size, self._dtype), compiled=compiled)
+        self.programs = Programs(
+            embed, inner, head, own=own, hidden=(manifest.hidden.size, self._dtype), vocab=manifest.vocab_size, compiled=compiled
+        )
         slots = self.context + SLACK
         self._caches = [self._fresh_cache(layer, slots) for layer in self.held]
         self._history: Any = jnp.zeros((self.rows, slots), jnp.int32) if head is not None else None  # input tokens by position
@@ -257,11 +259,11 @@ class Stage:
         if hidden is not None:
             x = np.zeros((size, 1, self.manifest.hidden.size), self._dtype)
             x[at, 0] = hidden
-        floats, ints = self._table.only(rows, base, size)
+        wanted = self._table.only(rows, base, size) if self.last and not self._table.plain[rows].all() else None
         numbers = wave_numbers(wave_tokens, wave_positions, writes, base)
-        self._history, result = self.programs.run(Bucket(False, size, length), self._caches, self._history, x, numbers, floats, ints)
+        self._history, result = self.programs.run(Bucket(False, size, length), self._caches, self._history, x, numbers, wanted)
         if self.last:
-            host = to_host(result, logprobs=bool((ints[:, -1] >= 0).any()))
+            host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
             answer: Any = [self._token(host, index, row) for index, row in zip(at.tolist(), rows.tolist(), strict=True)]
         else:
             answer = np.asarray(result)[at, 0]
@@ -294,10 +296,11 @@ class Stage:
         if hidden is not None:
             x = np.zeros((1, size, self.manifest.hidden.size), self._dtype)
             x[0, :count] = hidden
-        floats, ints = self._table.floats[row : row + 1], self._table.ints[row : row + 1]
+        only = slice(row, row + 1)
+        wanted = None if self._table.plain[row] else (self._table.floats[only], self._table.ints[only])
         numbers = chunk_numbers(tokens, start, row, size)
-        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, floats, ints)
-        return to_host(result, logprobs=bool(ints[0, -1] >= 0)) if self.last else np.asarray(result)[0]
+        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted)
+        return to_host(result, logprobs=bool(self._table.ints[row, -1] >= 0)) if self.last else np.asarray(result)[0]
 
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
         info, dtype = self.manifest.cache[layer], _DTYPES[self.manifest.cache_dtype]

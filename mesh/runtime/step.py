@@ -2,7 +2,8 @@
 
     embed      token ids -> hidden state                            first stage
     layers     a few consecutive layers, their caches updated       every stage, as often as its layers need
-    head       hidden state -> sampled tokens                       last stage
+    head       hidden state -> logits, the likeliest tokens         last stage
+    sampled    logits -> sampled tokens                             last stage, where some row asks for more than the likeliest token
 
 Each takes either a decode step (one token for each of B rows of a wave) or a prefill chunk (T tokens of one row).
 Layers run a few at a time, not all at once: groups of equal layers are one compiled program, so that the time to compile does
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 
 from mesh.lowering import Lowered
 from mesh.runtime.cache import CacheView
-from mesh.runtime.sampling import Sampled, sample
+from mesh.runtime.sampling import Sampled, argmax, sample
 
-__all__ = ["LayerCache", "embed", "group_sizes", "head", "last_of_chunk", "layer", "layers"]
+__all__ = ["LayerCache", "embed", "group_sizes", "head", "last_of_chunk", "layer", "layers", "sampled"]
 
 GROUP_LAYERS = 6
 """The most layers in one program."""
@@ -92,21 +93,31 @@ def head(
     history: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,
-    positions: jax.Array,
     writes: jax.Array,
+    row: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """hidden [B, 1, D]; tokens [B, 1]; writes [B]; history [R, S] of input tokens by position -> the history with these, logits
+    [B, V] as float32 and the likeliest token of each row [B]."""
+    rows = row + jnp.arange(writes.shape[0])
+    history = history.at[rows, writes].set(tokens[:, 0], mode="promise_in_bounds", unique_indices=True)
+    logits = _logits(block, weights, hidden)
+    return history, logits, argmax(logits)
+
+
+def sampled(
+    logits: jax.Array,
+    history: jax.Array,
+    positions: jax.Array,
     row: jax.Array,
     floats: jax.Array,
     ints: jax.Array,
     *,
     length: int,
-) -> tuple[jax.Array, Sampled]:
-    """hidden [B, 1, D]; tokens, positions [B, 1]; writes [B]; history [R, S] of input tokens by position; floats, ints of a
-    RowTable -> the history and what was sampled for each row."""
-    rows = hidden.shape[0]
-    at = row + jnp.arange(rows)
-    history = history.at[at, writes].set(tokens[:, 0], mode="promise_in_bounds", unique_indices=True)
-    seen = jax.lax.dynamic_slice(history, (row, 0), (rows, length))
-    return history, sample(_logits(block, weights, hidden), floats, ints, seen, positions[:, 0])
+) -> Sampled:
+    """logits [B, V] of `head`, and the history with this step's tokens; positions [B, 1]; floats, ints of a RowTable -> what was
+    sampled for each row. Penalties look back at `length` tokens."""
+    seen = jax.lax.dynamic_slice(history, (row, 0), (logits.shape[0], length))
+    return sample(logits, floats, ints, seen, positions[:, 0])
 
 
 def last_of_chunk(
@@ -122,7 +133,7 @@ def last_of_chunk(
 def _logits(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array) -> jax.Array:
     """hidden [B, 1, D] -> [B, V]."""
     with jax.named_scope("head"):
-        return _run(block, weights, {"hidden_in": hidden})["logits"][:, 0]
+        return _run(block, weights, {"hidden_in": hidden})["logits"][:, 0].astype(jnp.float32)
 
 
 def _run(lowered: Lowered, weights: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
