@@ -64,9 +64,10 @@ class Timing:
     codec_us: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Frame:
-    """A frame; n rows, m tokens.
+    """A frame; n rows, m tokens. Nobody changes one; it is not frozen because making a frozen one takes three times as long, and
+    three are made at every hop.
 
     sessions [n] uint64; epochs [n] uint32; positions [n] uint32, of each row's first token; slots [hops, n] uint32, the row each
     session has on each stage; tokens [m] int32: m == n, but PREFILL n == 1 <= m, ACK and GAP m == 0.
@@ -94,6 +95,9 @@ class Frame:
     traceparent: str | None = None
     # what reading it found, not sent
     stored_bytes: int = field(default=0, repr=False)
+    # Its bytes before its tensors, and those of the frame that `forward` was called on. What `replace` makes has neither.
+    head: bytes = field(default=b"", init=False, repr=False)
+    came_as: bytes = field(default=b"", init=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -108,7 +112,7 @@ class Frame:
 
     def forward(self, hidden: np.ndarray, timing: Timing) -> Frame:
         """The same step on its way to the next stage, with hidden state [m, D]."""
-        return Frame(
+        following = Frame(
             self.kind,
             self.model_hash,
             self.coordinator,
@@ -127,6 +131,8 @@ class Frame:
             (*self.timings, timing),
             self.traceparent,
         )
+        following.came_as = self.head
+        return following
 
     def answer(self, kind: Kind, timing: Timing, *, tokens: np.ndarray | None = None, tensors: tuple[np.ndarray, ...] = ()) -> Frame:
         """What the last stage tells the coordinator: TOKENS, with their positions, or ACK."""

@@ -25,7 +25,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -61,13 +61,19 @@ REASONS: Final = (
 """Everything a rejected frame is counted under."""
 
 _HEADER = struct.Struct("<4sBBH8sIQBBBBHBHBI")
+_COUNTS = struct.Struct("<BHBBBBHBHBI")  # kind and flags, then what follows the step
 _HOP = struct.Struct("<HHB")
 _TIMING = struct.Struct("<III")
 _TENSOR = struct.Struct("<BB")
+_TENSOR_OF = tuple(struct.Struct(f"<BB{rank}II") for rank in range(5))  # by rank
 _CRC = struct.Struct("<I")
 _TRACE = struct.Struct("<B16s8sB")
+_STEP = struct.Struct("<IQ")
 _ALIGN = 16
-
+_PADDING = bytes(_ALIGN)
+_U8, _U4, _I4 = (np.dtype(name) for name in ("<u8", "<u4", "<i4"))  # by name numpy looks them up in every call
+_KIND_AT, _HASH_AT, _WAVE_AT, _HOP_AT, _TENSORS_AT, _TIMINGS_AT = 5, 8, 16, 28, 31, 34
+"""In the header."""
 
 _ALL_FLAGS: Final = sum(Flags)
 _FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))  # making a member anew is slow
@@ -86,6 +92,18 @@ def reject(reason: str, message: str) -> FrameRejected:
 
 def encode(frame: Frame) -> bytes:
     """The frame as one message. A ValueError is a frame that was put together wrongly, never the network's fault."""
+    parts = _next_hop(frame) if frame.came_as else _table(frame)
+    if frame.tensors:
+        _append_tensors(parts, frame.tensors, bf16=Flags.BF16 in frame.flags, zstd=Flags.ZSTD in frame.flags)
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    parts.append(_CRC.pack(crc))
+    return b"".join(parts)
+
+
+def _table(frame: Frame) -> list[Any]:
+    """Header, names, row table and timings."""
     n, m, hops = frame.rows, len(frame.tokens), len(frame.route)
     problem = _shape_problem(frame.kind, n, m, hops, frame.hop, len(frame.tensors), frame.flags, frame.reason)
     if problem is not None:
@@ -95,43 +113,45 @@ def encode(frame: Frame) -> bytes:
     flags = int(frame.flags) & ~_TRACED | (_TRACED if frame.traceparent else 0)
     name = subjects.check_token(frame.coordinator, "coordinator").encode()
     route = _encode_route(frame.route)
-    counts = (frame.hop, hops, frame.reason, len(frame.tensors), n, len(frame.timings), len(route), len(name), m)
-    header = _HEADER.pack(MAGIC, VERSION, frame.kind, flags, bytes.fromhex(frame.model_hash), frame.wave, frame.step, *counts)
-    parts: list[Any] = [
-        header,
-        route,
-        name,
-    ]
+    counts = (frame.hop, len(frame.route), frame.reason, len(frame.tensors), frame.rows, len(frame.timings))
+    lengths = (len(route), len(name), len(frame.tokens))
+    header = _HEADER.pack(MAGIC, VERSION, frame.kind, flags, bytes.fromhex(frame.model_hash), frame.wave, frame.step, *counts, *lengths)
+    parts: list[Any] = [header, route, name]
     if frame.traceparent:
         parts.append(_encode_trace(frame.traceparent))
     for array, dtype in (
-        (frame.sessions, "<u8"),
-        (frame.epochs, "<u4"),
-        (frame.positions, "<u4"),
-        (frame.slots, "<u4"),
-        (frame.tokens, "<i4"),
+        (frame.sessions, _U8),
+        (frame.epochs, _U4),
+        (frame.positions, _U4),
+        (frame.slots, _U4),
+        (frame.tokens, _I4),
     ):
         parts.append(np.ascontiguousarray(array, dtype).tobytes())
-    parts.extend(_TIMING.pack(*(min(us, 2**32 - 1) for us in (t.queue_us, t.compute_us, t.codec_us))) for t in frame.timings)
-    if frame.tensors:
-        _append_tensors(parts, frame.tensors, bf16=bool(flags & _BF16), zstd=bool(flags & _ZSTD))
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    parts.append(_CRC.pack(crc))
-    return b"".join(parts)
+    parts.extend(map(_timing, frame.timings))
+    return parts
+
+
+def _next_hop(frame: Frame) -> list[Any]:
+    """The same of a frame that came and goes on: as it came, but for the hop and one more timing."""
+    before = bytearray(frame.came_as)
+    before[_HOP_AT], before[_TENSORS_AT], before[_TIMINGS_AT] = frame.hop, len(frame.tensors), len(frame.timings)
+    return [before, _timing(frame.timings[-1])]
+
+
+def _timing(timing: Timing) -> bytes:
+    return _TIMING.pack(*(min(us, 2**32 - 1) for us in (timing.queue_us, timing.compute_us, timing.codec_us)))
 
 
 def _append_tensors(parts: list[Any], tensors: Sequence[np.ndarray], *, bf16: bool, zstd: bool) -> None:
     table, bodies = [], []
     for tensor in tensors:
         code, body = wire.pack(tensor, bf16=bf16, zstd=zstd)
-        table.append(_TENSOR.pack(code, tensor.ndim) + struct.pack(f"<{tensor.ndim}II", *tensor.shape, len(body)))
+        table.append(_TENSOR_OF[tensor.ndim].pack(code, tensor.ndim, *tensor.shape, len(body)))
         bodies.append(body)
     parts.extend(table)
     at = sum(len(part) for part in parts)
     for body in bodies:
-        parts.append(b"\0" * (-at % _ALIGN))
+        parts.append(_PADDING[: -at % _ALIGN])
         parts.append(body)
         at += -at % _ALIGN + len(body)
 
@@ -172,60 +192,92 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
         raise reject("truncated", f"{size} bytes are less than a header")
     if size > MAX_FRAME_BYTES:
         raise reject("too_large", f"{size:,} bytes")
-    (magic, version, kind_, flags_, hash_, wave, step, hop, hops, reason_, tensors_, n, timings_, route_len, name_len, m) = (
-        _HEADER.unpack_from(data)
-    )
-    if magic != MAGIC:
+    if not data.startswith(MAGIC):
         raise reject("magic", "this is no frame")
-    if version != VERSION:
-        raise reject("version", f"version {version}, and this side speaks {VERSION}")
+    if data[len(MAGIC)] != VERSION:
+        raise reject("version", f"version {data[len(MAGIC)]}, and this side speaks {VERSION}")
     body = size - _CRC.size
     if zlib.crc32(memoryview(data)[:body]) != _CRC.unpack_from(data, body)[0]:
         raise reject("checksum", "its checksum is wrong")
-    if model_hash is not None and hash_.hex() != model_hash:
-        raise reject("model", f"it is of model {hash_.hex()}, and here is {model_hash}")
+    hash_ = data[_HASH_AT:_WAVE_AT].hex()
+    if model_hash is not None and hash_ != model_hash:
+        raise reject("model", f"it is of model {hash_}, and here is {model_hash}")
+    layout = _layout(data[_KIND_AT:_HASH_AT] + data[_HOP_AT : _HEADER.size])
+    if layout.tensors_at > body:
+        raise reject("length", f"{layout.tensors_at:,} bytes are announced where {body:,} are left")
+    wave, step = _STEP.unpack_from(data, _WAVE_AT)
+    route, coordinator = _read_names(data[_HEADER.size : layout.trace_at], layout.hops, layout.name_length)
+    n, at = layout.rows, layout.sessions_at
+    timings = tuple(Timing(*_TIMING.unpack_from(data, at)) for at in layout.timings_at)
+    tensors: tuple[np.ndarray, ...] = ()
+    end = layout.tensors_at
+    if layout.tensors:
+        tensors, end = _read_tensors(data, end, body, layout)
+    if end != body:
+        raise reject("length", f"{body - end} bytes too many")
+    frame = Frame(
+        layout.kind,
+        hash_,
+        coordinator,
+        route,
+        np.frombuffer(data, _U8, n, at),
+        np.frombuffer(data, _U4, n, at + 8 * n),
+        np.frombuffer(data, _U4, n, at + 12 * n),
+        np.frombuffer(data, _U4, layout.hops * n, at + 16 * n).reshape(layout.hops, n),
+        np.frombuffer(data, _I4, layout.tokens, at + (16 + 4 * layout.hops) * n),
+        wave,
+        step,
+        layout.hop,
+        layout.flags,
+        layout.reason,
+        tensors,
+        timings,
+        _read_trace(data, layout.trace_at) if layout.traced else None,
+        size,
+    )
+    frame.head = data[: layout.tensors_at]
+    return frame
+
+
+class _Layout(NamedTuple):
+    """What the counts of a header say, and where in a message that puts what."""
+
+    kind: Kind
+    flags: Flags
+    traced: bool
+    reason: Gap
+    hop: int
+    hops: int
+    rows: int
+    tokens: int
+    tensors: int
+    name_length: int
+    trace_at: int
+    sessions_at: int
+    timings_at: tuple[int, ...]
+    tensors_at: int
+
+
+@lru_cache(maxsize=256)
+def _layout(counts: bytes) -> _Layout:
+    """Of a header's counts, which are the same for frame after frame."""
+    kind_, flags_, hop, hops, reason_, tensors, n, timings, route_length, name_length, m = _COUNTS.unpack(counts)
     kind, reason = _KINDS.get(kind_), _GAPS.get(reason_)
     if kind is None or reason is None:
         raise reject("kind", f"kind {kind_}, reason {reason_}")
     if flags_ & ~_ALL_FLAGS:
         raise reject("flags", f"flags {flags_:#x}")
     flags = _FLAGS[flags_]
-    problem = _shape_problem(kind, n, m, hops, hop, tensors_, flags, reason)
+    problem = _shape_problem(kind, n, m, hops, hop, tensors, flags, reason)
     if problem is not None:
         raise reject(*problem)
-    reader = _Reader(data, _HEADER.size, body)
-    at = reader.take(route_len + name_len)
-    route, coordinator = _read_names(data[at : at + route_len + name_len], hops, name_len)
-    traceparent = reader.trace() if flags_ & _TRACED else None
-    sessions = reader.array("<u8", n)
-    epochs = reader.array("<u4", n)
-    positions = reader.array("<u4", n)
-    slots = reader.array("<u4", hops * n).reshape(hops, n)
-    tokens = reader.array("<i4", m)
-    timings = tuple(Timing(*_TIMING.unpack_from(data, reader.take(_TIMING.size))) for _ in range(timings_))
-    tensors = reader.tensors(tensors_, bf16=bool(flags_ & _BF16), zstd=bool(flags_ & _ZSTD)) if tensors_ else ()
-    if reader.at != body:
-        raise reject("length", f"{body - reader.at} bytes too many")
-    return Frame(
-        kind,
-        hash_.hex(),
-        coordinator,
-        route,
-        sessions,
-        epochs,
-        positions,
-        slots,
-        tokens,
-        wave=wave,
-        step=step,
-        hop=hop,
-        flags=flags,
-        reason=reason,
-        tensors=tensors,
-        timings=timings,
-        traceparent=traceparent,
-        stored_bytes=size,
-    )
+    traced = bool(flags_ & _TRACED)
+    trace_at = _HEADER.size + route_length + name_length
+    sessions_at = trace_at + (_TRACE.size if traced else 0)
+    rows_end = sessions_at + n * (16 + 4 * hops) + 4 * m
+    timings_at = tuple(rows_end + index * _TIMING.size for index in range(timings))
+    tensors_at = rows_end + timings * _TIMING.size
+    return _Layout(kind, flags, traced, reason, hop, hops, n, m, tensors, name_length, trace_at, sessions_at, timings_at, tensors_at)
 
 
 def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int, flags: Flags, reason: Gap) -> tuple[str, str] | None:
@@ -257,64 +309,64 @@ def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int
 
 
 @lru_cache(maxsize=256)
-def _read_names(data: bytes, hops: int, name_len: int) -> tuple[tuple[Hop, ...], str]:
+def _read_names(data: bytes, hops: int, name_length: int) -> tuple[tuple[Hop, ...], str]:
     """(route, coordinator), which are the same for frame after frame."""
-    reader = _Reader(data, 0, len(data))
     route: list[Hop] = []
+    at, end = 0, len(data) - name_length
     for _ in range(hops):
-        start, stop, length = _HOP.unpack_from(data, reader.take(_HOP.size))
+        if at + _HOP.size > end:
+            raise reject("route", f"{hops} hops are announced, and there are {len(route)}")
+        start, stop, length = _HOP.unpack_from(data, at)
         layers = LayerRange(start, stop)
         if stop <= start or (route and route[-1].layers.stop != start):
             raise reject("route", f"layers {layers} after {route[-1].layers if route else 'nothing'}")
-        route.append(Hop(layers, _name(data, reader.take(length), length)))
-    coordinator = _name(data, reader.take(name_len), name_len)
-    if reader.at != len(data):
-        raise reject("route", f"{len(data) - reader.at} bytes too many")
-    return tuple(route), coordinator
+        at += _HOP.size + length
+        if at > end:
+            raise reject("route", f"a name of {length} bytes where {end - at + length} are left")
+        route.append(Hop(layers, _name(data[at - length : at])))
+    if at != end:
+        raise reject("route", f"{end - at} bytes too many")
+    return tuple(route), _name(data[end:])
 
 
-def _name(data: bytes, at: int, length: int) -> str:
-    text = data[at : at + length].decode("ascii", "replace")
+def _name(data: bytes) -> str:
+    text = data.decode("ascii", "replace")
     if not subjects.is_token(text):
         raise reject("route", f"{text!r} is no name")
     return text
 
 
-class _Reader:
-    """A position in a message that never passes its end."""
+def _read_trace(data: bytes, at: int) -> str:
+    version, trace, span, flags = _TRACE.unpack_from(data, at)
+    return f"{version:02x}-{trace.hex()}-{span.hex()}-{flags:02x}"
 
-    def __init__(self, data: bytes, at: int, end: int) -> None:
-        self.data, self.at, self.end = data, at, end
 
-    def take(self, count: int) -> int:
-        """Move on by `count` bytes; where they begin."""
-        at = self.at
-        if count > self.end - at:
-            raise reject("length", f"{count} bytes are announced where {self.end - at} are left")
-        self.at = at + count
-        return at
+def _read_tensors(data: bytes, at: int, body: int, layout: _Layout) -> tuple[tuple[np.ndarray, ...], int]:
+    """(the tensors whose table is at `at`, where they end)"""
 
-    def array(self, dtype: str, count: int) -> np.ndarray:
-        return np.frombuffer(self.data, dtype, count, self.take(count * int(dtype[-1])))
+    def require(end: int) -> None:
+        if end > body:
+            raise reject("length", f"{end - at:,} bytes are announced where {body - at:,} are left")
 
-    def trace(self) -> str:
-        version, trace, span, flags = _TRACE.unpack_from(self.data, self.take(_TRACE.size))
-        return f"{version:02x}-{trace.hex()}-{span.hex()}-{flags:02x}"
-
-    def tensors(self, count: int, *, bf16: bool, zstd: bool) -> tuple[np.ndarray, ...]:
-        table = []
-        for _ in range(count):
-            code, rank = _TENSOR.unpack_from(self.data, self.take(_TENSOR.size))
-            if rank > 4:
-                raise reject("tensor", f"rank {rank}")
-            numbers = struct.unpack_from(f"<{rank + 1}I", self.data, self.take(4 * rank + 4))
-            table.append((code, numbers[:-1], numbers[-1]))
-        result = []
-        for code, shape, stored in table:
-            self.take(-self.at % _ALIGN)
-            at = self.take(stored)
-            try:
-                result.append(wire.unpack(code, shape, self.data, at, stored, bf16=bf16, zstd=zstd, limit_bytes=MAX_FRAME_BYTES))
-            except wire.WireError as error:
-                raise reject("tensor", str(error)) from None
-        return tuple(result)
+    table: list[tuple[int, tuple[int, ...], int]] = []
+    for _ in range(layout.tensors):
+        require(at + _TENSOR.size)
+        rank = data[at + 1]
+        if rank >= len(_TENSOR_OF):
+            raise reject("tensor", f"rank {rank}")
+        entry = _TENSOR_OF[rank]
+        require(at + entry.size)
+        code, _, *shape, stored = entry.unpack_from(data, at)
+        table.append((code, tuple(shape), stored))
+        at += entry.size
+    bf16, zstd = Flags.BF16 in layout.flags, Flags.ZSTD in layout.flags
+    result = []
+    for code, dimensions, stored in table:
+        at += -at % _ALIGN
+        require(at + stored)
+        try:
+            result.append(wire.unpack(code, dimensions, data, at, stored, bf16=bf16, zstd=zstd, limit_bytes=MAX_FRAME_BYTES))
+        except wire.WireError as error:
+            raise reject("tensor", str(error)) from None
+        at += stored
+    return tuple(result), at

@@ -22,6 +22,7 @@ _CODES: Final = {dtype: code for code, dtype in enumerate(_TYPES)}
 _FLOAT32: Final = 0
 _BFLOAT16: Final = _TYPES[1]
 _LEVEL = 1
+_SMALL = 65536  # bytes: a copy takes less than making a view
 
 
 class WireError(ValueError):
@@ -37,7 +38,7 @@ def pack(tensor: np.ndarray, *, bf16: bool, zstd: bool) -> tuple[int, Any]:
         tensor = tensor.astype(_BFLOAT16)
     tensor = np.ascontiguousarray(tensor)
     if not zstd:
-        return code, tensor.reshape(-1).view(np.uint8).data if tensor.size else b""
+        return code, tensor.tobytes() if tensor.nbytes <= _SMALL else tensor.reshape(-1).view(np.uint8).data
     planes = tensor.reshape(-1).view(np.uint8).reshape(-1, tensor.dtype.itemsize).T if tensor.size else tensor
     # A compressor is no object of two threads, and making one costs less than what it compresses.
     return code, zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(np.ascontiguousarray(planes).tobytes())
@@ -57,6 +58,8 @@ def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int,
         if stored != expected:
             raise WireError(f"{stored:,} bytes for a tensor {shape} of {travels}")
         flat = np.frombuffer(data, travels, count, at)
+        if travels is dtype:
+            return flat.reshape(shape)
     else:
         flat = _inflate(memoryview(data)[at : at + stored], expected, travels)
     return flat.reshape(shape).astype(dtype, copy=False)

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import nats
@@ -42,6 +43,15 @@ _PENDING_BYTES = 8 * 1024 * 1024  # what is kept to be sent after a reconnection
 _RECONNECT_WAIT_S = 0.25
 _PING_INTERVAL_S = 5  # a connection that answers two of these no more is given up
 _SUBJECT = re.compile(r"[!-~]+")
+
+
+@lru_cache(maxsize=1024)
+def _is_subject(text: str) -> bool:
+    return _SUBJECT.fullmatch(text) is not None
+
+
+def _line(subject: str, reply: str, size: int) -> bytes:
+    return f"PUB {subject} {reply} {size}\r\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +197,23 @@ class Bus:
             await self.client.publish(subject, data, reply=reply, headers=None if headers is None else dict(headers))
 
     def post(self, subject: str, data: bytes, *, reply: str = "") -> bool:
-        """Write one message to the socket now; False where something is in the way (no connection, what was published before and is
-        still to be written): then `publish` it. PayloadTooLarge as there."""
+        """Write one message with all else that this turn of the loop writes; False where something is in the way (no connection, what
+        was published before and is still to be written): then `publish` it. PayloadTooLarge as there. In the loop's thread."""
+        direct = self._short_way(subject, data, reply)
+        return direct is not None and direct.send(_line(subject, reply, len(data)), data)
+
+    def post_now(self, subject: str, data: bytes) -> bool:
+        """The same before anything else, in any thread, for what is waited for; False under TLS too: then `post` it."""
+        direct = self._short_way(subject, data, "")
+        return direct is not None and direct.send_now(_line(subject, "", len(data)), data)
+
+    def _short_way(self, subject: str, data: bytes, reply: str) -> DirectTransport | None:
         client = self.client
-        if self._direct is None or not client.is_connected or client._pending_data_size or client.is_draining_pubs:
-            return False
+        if not client.is_connected or client._pending_data_size or client.is_draining_pubs:
+            return None
         self._require_size(subject, len(data))
-        if not (_SUBJECT.fullmatch(subject) and (not reply or _SUBJECT.fullmatch(reply))):
-            return False  # nats-py says what is wrong with it
-        return self._direct.send(f"PUB {subject} {reply} {len(data)}\r\n".encode(), data)
+        # nats-py says what is wrong with any other
+        return self._direct if _is_subject(subject) and (not reply or _SUBJECT.fullmatch(reply)) else None
 
     def _require_size(self, subject: str, size: int) -> None:
         limit = self.client.max_payload

@@ -3,16 +3,19 @@
 nats-py reads through a stream, a task and a queue with a task of its own for each subscription, and writes through a queue and a
 task: each way two or three turns of the event loop. Between two steps of a stage, whose weights have just gone through the
 processor's caches, that takes a multiple of what sending takes. Here a message of a subscription that asked for it is handed over
-where its bytes arrive, and one can be written from where it was made. Everything else is nats-py's, on the same connection:
-authentication, TLS, reconnecting, all other messages.
+where its bytes arrive, and one can be written from where it was made, in whatever thread that is. Everything else is nats-py's, on the
+same connection: authentication, TLS, reconnecting, all other messages.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import ssl
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 from urllib.parse import ParseResult
 
@@ -40,27 +43,40 @@ class DirectTransport(nats.aio.transport.Transport):
         self.direct: dict[bytes, Callable[[bytes], None]] = {}
         self._socket: asyncio.Transport | None = None
         self._protocol: _Protocol | None = None
+        self._short: _Short | None = None  # past the socket's own buffer; None under TLS
 
     # -- the short way -------------------------------------------------------------------------------------------------
 
     def send(self, head: bytes, data: bytes) -> bool:
-        """Write a protocol line and what belongs to it; False where the socket is behind or not there."""
+        """Write a protocol line and what belongs to it with all else that this turn of the loop writes; False where the socket is
+        behind or not there. In the loop's thread."""
         socket = self._socket
         if socket is None or socket.is_closing() or socket.get_write_buffer_size() > _WRITE_AHEAD:
             return False
-        socket.writelines((head, data, _CRLF))
+        self._write((head, data, _CRLF))
         return True
+
+    def send_now(self, head: bytes, data: bytes) -> bool:
+        """The same before anything else, in any thread; False where something is still to be written, or the connection is secured."""
+        short = self._short
+        return short is not None and short.send((head, data, _CRLF))
 
     # -- nats-py's side ------------------------------------------------------------------------------------------------
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
         assert uri.hostname is not None and uri.port is not None  # nats-py has filled them in
-        connecting = asyncio.get_running_loop().create_connection(lambda: _Protocol(self.direct), uri.hostname, uri.port)
-        self._socket, self._protocol = await asyncio.wait_for(connecting, connect_timeout)
+        loop = asyncio.get_running_loop()
+        connecting = loop.create_connection(lambda: _Protocol(self.direct), uri.hostname, uri.port)
+        socket, protocol = await asyncio.wait_for(connecting, connect_timeout)
+        self._socket, self._protocol = socket, protocol
+        self._short = protocol.short = _Short(socket, loop)
 
     async def connect_tls(self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int) -> None:
         assert self._socket is not None, "connect comes first"
         name = uri if isinstance(uri, str) else uri.hostname
+        if self._short is not None:
+            self._short.close()
+            self._short = None
         plain, protocol = self._protocol, _Protocol(self.direct)
         securing = asyncio.get_running_loop().start_tls(self._socket, protocol, ssl_context, server_hostname=name)
         try:
@@ -75,11 +91,15 @@ class DirectTransport(nats.aio.transport.Transport):
         self._socket, self._protocol = secured, protocol
 
     def write(self, payload: bytes) -> None:
-        if self._socket is not None:
-            self._socket.write(payload)
+        self._write((payload,))
 
     def writelines(self, payload: list[bytes]) -> None:
-        if self._socket is not None:
+        self._write(payload)
+
+    def _write(self, payload: Sequence[bytes]) -> None:
+        if self._short is not None:
+            self._short.write(payload)
+        elif self._socket is not None:
             self._socket.writelines(payload)
 
     async def read(self, buffer_size: int) -> bytes:
@@ -99,6 +119,8 @@ class DirectTransport(nats.aio.transport.Transport):
             await self._protocol.closed.wait()
 
     def close(self) -> None:
+        if self._short is not None:
+            self._short.close()
         if self._socket is not None:
             self._socket.close()
 
@@ -107,6 +129,49 @@ class DirectTransport(nats.aio.transport.Transport):
 
     def __bool__(self) -> bool:
         return True  # nats-py makes its own transport otherwise
+
+
+class _Short:
+    """Writes to the socket of an asyncio transport past its buffer, where that is empty. Messages stay whole: whoever writes holds the
+    lock, and what the socket did not take of one goes before all that is written later."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._left = bytearray()  # of a message that the socket took a part of
+        # Our own, so that it names this socket until `close`, whatever the transport does with its own.
+        self._descriptor = os.dup(transport.get_extra_info("socket").fileno())
+
+    def send(self, parts: Sequence[bytes]) -> bool:
+        """In any thread. False: nothing was written."""
+        with self._lock:
+            if self._descriptor < 0 or self._left or self._transport.get_write_buffer_size():
+                return False
+            try:
+                written = os.writev(self._descriptor, parts)
+            except OSError:  # it is full, or lost, which the transport is about to notice
+                return False
+            if written < sum(map(len, parts)):
+                self._left += b"".join(parts)[written:]
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(self.write, ())
+        return True
+
+    def write(self, parts: Sequence[bytes]) -> None:
+        """Through the transport, in the loop's thread."""
+        with self._lock:
+            if self._left:
+                left, self._left = bytes(self._left), bytearray()
+                self._transport.write(left)
+            if parts:
+                self._transport.writelines(parts)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
 
 
 class _Protocol(asyncio.Protocol):
@@ -125,6 +190,7 @@ class _Protocol(asyncio.Protocol):
         self._ended = False
         self._error: Exception | None = None
         self._held = False
+        self.short: _Short | None = None  # ends with the connection
 
     # -- asyncio's side ------------------------------------------------------------------------------------------------
 
@@ -159,6 +225,8 @@ class _Protocol(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._ended, self._error = True, error
+        if self.short is not None:
+            self.short.close()
         self._arrived.set()
         self._writable.set()
         self.closed.set()

@@ -672,7 +672,8 @@ class Coordinator:
             item = self._outbox.popleft()
             try:
                 subject, data, reply, headers = self._mail(item)
-                if headers is not None or not self.bus.post(subject, data, reply=reply):
+                first = isinstance(item, FrameOut) and self.bus.post_now(subject, data)
+                if not first and (headers is not None or not self.bus.post(subject, data, reply=reply)):
                     self._outbox.appendleft(item)
                     return
             except MeshError as error:

@@ -109,6 +109,7 @@ class Programs:
         self._making: dict[Any, threading.Lock] = {}
         self._steps: dict[Bucket, _Step] = {}
         self._table: tuple[bytes, Any] = (b"", None)
+        self._on_host = jax.default_backend() == "cpu"
         # Flat, as a call would otherwise flatten them in every step.
         self._embed_weights = tuple(jax.tree.leaves(embed.weights)) if embed is not None else ()
         self._head_weights = tuple(jax.tree.leaves(head.weights)) if head is not None else ()
@@ -145,11 +146,10 @@ class Programs:
         """One step of `numbers` (`wave_numbers` or `chunk_numbers`). `wanted`: the rows' parameters, None where the likeliest tokens are
         all they want. `caches` is updated in place; returns (history, hidden [B, T, D], or on the last stage Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
-        numbers_ = jax.device_put(numbers)
+        # A call takes host arrays over itself, faster than device_put; for several of them an accelerator would be sent it several times.
+        numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
         if self.embed is not None:
             x = step.embed(self._embed_weights, numbers_)
-        else:
-            x = jax.device_put(hidden)
         for run, group, weights in zip(step.layers, self.groups, self._weights, strict=True):
             stop = group.first + len(group.blocks)
             caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, numbers_)
@@ -248,9 +248,14 @@ class _Numbers(NamedTuple):
     count: Any
 
 
-def wave_numbers(tokens: np.ndarray, positions: np.ndarray, writes: np.ndarray, row: int) -> np.ndarray:
-    """A decode step's input, tokens, positions and writes [B], as the one array that is sent to the device: int32 [3 B + 1]."""
-    return np.concatenate((tokens, positions, writes, (row,)), dtype=np.int32)
+def wave_numbers(rows: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, base: int, size: int, unseen: int) -> np.ndarray:
+    """A decode step's input as the one array that is sent to the device: int32 [3 size + 1], tokens, positions and writes of the `size`
+    rows from `base` on, and `base`. The rows that are not named write to slot `unseen`."""
+    numbers = [0] * (2 * size) + [unseen] * size + [base]
+    for row, position, token in zip(rows, positions, tokens, strict=True):
+        at = row - base
+        numbers[at], numbers[size + at], numbers[2 * size + at] = token, position, position
+    return np.array(numbers, np.int32)
 
 
 def chunk_numbers(tokens: np.ndarray, start: int, row: int, size: int) -> np.ndarray:

@@ -85,7 +85,7 @@ class RowTable:
     def __init__(self, rows: int) -> None:
         self.floats = np.zeros((rows, len(self.FLOATS)), np.float32)
         self.ints = np.zeros((rows, len(self.INTS)), np.int32)
-        self.plain = np.ones(rows, np.bool_)
+        self.plain = [True] * rows
         """Of which rows nothing but the likeliest token is wanted."""
         for row in range(rows):
             self.set(row, SamplingParams(temperature=0.0), prompt_length=0)

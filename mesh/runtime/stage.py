@@ -235,38 +235,38 @@ class Stage:
 
         Returns hidden [n, D] in the same order, or on the last stage n tokens. Rows that are not named stay as they are.
         """
-        rows, positions = np.asarray(rows, np.int32), np.asarray(positions, np.int32)
-        tokens = np.asarray(tokens, np.int32)
-        if not (rows.shape == positions.shape == tokens.shape) or rows.ndim != 1 or not len(rows):
+        # A few numbers: as lists, for every call of numpy's finds its caches cold, after the weights of the last step.
+        rows_, positions_, tokens_ = rows.tolist(), positions.tolist(), tokens.tolist()
+        if not (len(rows_) == len(positions_) == len(tokens_)) or not rows_ or rows.ndim != 1:
             raise BadRequest("rows, positions and tokens of a decode step must be equally long and not empty", field="rows")
-        low, high = int(rows.min()), int(rows.max())
+        low, high, last = min(rows_), max(rows_), max(positions_)
         self._check_row(low)
         self._check_row(high)
-        if len(set(rows.tolist())) != len(rows):
+        if len(set(rows_)) != len(rows_):
             raise BadRequest("a row appears twice in a decode step", field="rows")
-        last = int(positions.max())
-        self._check_positions(int(positions.min()), last)
-        hidden = self._check_hidden(hidden, len(rows))
+        self._check_positions(min(positions_), last)
+        hidden = self._check_hidden(hidden, len(rows_))
         began = time.perf_counter()
         size = Buckets.fit(self.buckets.rows, high - low + 1)
         base = min(low, self.rows - size)
         length = Buckets.fit(self.buckets.lengths, last + 1)
-        wave_tokens, wave_positions = np.zeros((2, size), np.int32)
-        writes = np.full(size, self.context + SLACK - 1, np.int32)  # the slot nobody sees
-        at = rows - base
-        wave_tokens[at], wave_positions[at], writes[at] = tokens, positions, positions
+        whole = rows_ == list(range(base, base + size))
+        numbers = wave_numbers(rows_, positions_, tokens_, base=base, size=size, unseen=self.context + SLACK - 1)
         x = None
-        if hidden is not None:
+        if hidden is not None and whole:
+            x = hidden[:, None]
+        elif hidden is not None:
             x = np.zeros((size, 1, self.manifest.hidden.size), self._dtype)
-            x[at, 0] = hidden
-        wanted = self._table.only(rows, base, size) if self.last and not self._table.plain[rows].all() else None
-        numbers = wave_numbers(wave_tokens, wave_positions, writes, base)
+            x[rows - base, 0] = hidden
+        wanted = None
+        if self.last and not all(self._table.plain[row] for row in rows_):
+            wanted = self._table.only(rows, base, size)
         self._history, result = self.programs.run(Bucket(False, size, length), self._caches, self._history, x, numbers, wanted)
         if self.last:
             host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
-            answer: Any = [self._token(host, index, row) for index, row in zip(at.tolist(), rows.tolist(), strict=True)]
+            answer: Any = [self._token(host, row - base, row) for row in rows_]
         else:
-            answer = np.asarray(result)[at, 0]
+            answer = np.asarray(result)[:, 0] if whole else np.asarray(result)[rows - base, 0]
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(rows)
         self.counters.decode_s += time.perf_counter() - began

@@ -89,7 +89,7 @@ def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -
     if frame.kind is Kind.PREFILL:
         result = stage.prefill(int(rows[0]), int(frame.positions[0]), frame.tokens, hidden)
     else:
-        result = stage.decode(rows.astype(np.int32), frame.positions.astype(np.int32), frame.tokens, hidden)
+        result = stage.decode(rows, frame.positions, frame.tokens, hidden)
     record = timing(time.perf_counter() - began)
     if not stage.last:
         return frame.forward(result, record)

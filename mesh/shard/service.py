@@ -4,7 +4,7 @@
 
 The event loop receives, decides (ShardState) and publishes; the compute thread computes. A frame's life here:
 
-    message -> decode -> admit -> queue -> run_step and encode, in the thread -> publish to the frame's next subject
+    message -> decode -> admit -> queue -> run_step, encode and publish to the frame's next subject, in the thread
                             \\-> GAP to the coordinator for rows that cannot be computed
 """
 
@@ -87,6 +87,16 @@ class ShardOptions:
     mirror: bool = False
     overlap: int = 0
     kv_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Stepped:
+    """What became of a frame in the compute thread; `sent`: it is on its way already."""
+
+    out: Frame
+    data: bytes
+    encode_s: float
+    sent: bool
 
 
 class _StoppedError(Exception):
@@ -338,7 +348,7 @@ class Shard:
         if error is not None:
             self._failed(frame, error, followed=True)
 
-    def _step(self, stage: AnyStage, frame: Frame, queued: float, decode_s: float) -> tuple[Frame, bytes, Timing, float]:
+    def _step(self, stage: AnyStage, frame: Frame, queued: float, decode_s: float) -> _Stepped:
         """In the compute thread."""
         codec_s = decode_s + self._encode_s[frame.kind]
         wait_s = time.perf_counter() - queued
@@ -349,21 +359,27 @@ class Shard:
         out = run_step(stage, frame, timing)
         began = time.perf_counter()
         data = frames.encode(out)
-        return out, data, out.timings[-1], time.perf_counter() - began
+        encode_s = time.perf_counter() - began
+        # The next stage waits: not even the loop's turn is waited for, where nothing is in the way.
+        try:
+            sent = self.bus.post_now(out.subject(self.manifest.name), data)
+        except PayloadTooLarge:
+            sent = False  # the loop finds that out again, and says so
+        return _Stepped(out, data, encode_s, sent)
 
-    def _stepped(self, frame: Frame, result: tuple[Frame, bytes, Timing, float] | None, error: BaseException | None) -> None:
+    def _stepped(self, frame: Frame, result: _Stepped | None, error: BaseException | None) -> None:
         """Back in the loop."""
         self.state.done()
         if error is not None or result is None:
             self._failed(frame, error)
             return
-        out, data, timing, encode_s = result
-        self._encode_s[frame.kind] = encode_s
+        timing = result.out.timings[-1]
+        self._encode_s[frame.kind] = result.encode_s
         self.meter.queue_s += timing.queue_us / 1e6
         self.meter.codec_s += timing.codec_us / 1e6
         if frame.kind is Kind.DECODE:
             self.meter.decode_step(timing.compute_us / 1e6)
-        self._send(out, data, frame)
+        self._send(result.out, result.data, frame, sent=result.sent)
 
     def _failed(self, frame: Frame, error: BaseException | None, *, followed: bool = False) -> None:
         """A step that the stage refused changed nothing; any other failure may have taken the caches with it, so the shard ends."""
@@ -381,13 +397,13 @@ class Shard:
         gap = frame.gap(why, range(frame.rows))
         self._send(gap, frames.encode(gap))
 
-    def _send(self, out: Frame, data: bytes, of: Frame | None = None) -> None:
-        """Send `out`, which is what the admitted frame `of` became."""
+    def _send(self, out: Frame, data: bytes, of: Frame | None = None, *, sent: bool = False) -> None:
+        """Send `out`, which is what the admitted frame `of` became; `sent`: it has been, and is merely counted."""
         self.meter.frames_out += 1
         self.meter.bytes_out += len(data)
         subject = out.subject(self.manifest.name)
         try:
-            sent = self.bus.post(subject, data)
+            sent = sent or self.bus.post(subject, data)
         except PayloadTooLarge as error:
             self._too_large(error, of)
             sent = True

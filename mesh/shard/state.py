@@ -106,7 +106,7 @@ class ShardState:
     gaps: Counter[str] = field(default_factory=Counter)  # rows, by why they were not computed
     _seats: dict[int, Seat] = field(default_factory=dict)  # by session
     _free: list[int] = field(default_factory=list)  # heap
-    _pending: Counter[tuple[str, int]] = field(default_factory=Counter)  # (coordinator, step) that has not gone on yet
+    _pending: dict[tuple[str, int], int] = field(default_factory=dict)  # (coordinator, step) that has not gone on yet
     _heard: dict[str, tuple[float, float]] = field(default_factory=dict)  # coordinator -> (silent since, allowed for)
 
     def __post_init__(self) -> None:
@@ -233,7 +233,8 @@ class ShardState:
         if kept:
             self._hear(frame.coordinator, now)
             self.queued += 1
-            self._pending[frame.coordinator, frame.step] += 1
+            key = (frame.coordinator, frame.step)
+            self._pending[key] = self._pending.get(key, 0) + 1
         gaps = []
         for why, rows in refused.items():
             self.gaps[why.name.lower()] += len(rows)
@@ -323,10 +324,10 @@ class ShardState:
             refuse("route", f"it is for {hop.shard} and layers {hop.layers}")
         if frame.route[0].layers.start != 0 or frame.route[-1].layers.stop != shape.total_layers:
             refuse("route", f"its route does not go through all {shape.total_layers} layers")
-        if len(set(frame.sessions.tolist())) != frame.rows:
+        if frame.rows > 1 and len(set(frame.sessions.tolist())) != frame.rows:
             refuse("rows", "a session is in it twice")
-        tokens = frame.tokens
-        if int(tokens.min()) < 0 or int(tokens.max()) >= shape.vocab_size:
+        tokens = frame.tokens.tolist()
+        if min(tokens) < 0 or max(tokens) >= shape.vocab_size:
             refuse("input", f"a token is not in the vocabulary of {shape.vocab_size}")
         if frame.hop:
             hidden = frame.tensors[0]

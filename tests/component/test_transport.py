@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 from mesh.bus import Bus, BusOptions, Received
-from mesh.bus.transport import _Protocol
+from mesh.bus.transport import _Protocol, _Short
 from mesh.errors import PayloadTooLarge
 from mesh.server import NatsServer
 
@@ -220,3 +220,61 @@ def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts:
         at, turn = at + count, turn + 1
     assert direct == [data for kind, data in messages if kind == "direct"]
     assert bytes(protocol._rest) == bytes(rest) and not protocol._partial
+
+
+def test_what_goes_out_at_once_from_other_threads_comes_whole_between_all_else(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with await connect(server) as here, await connect(server) as there:
+            direct: asyncio.Queue[bytes] = asyncio.Queue()
+            other: asyncio.Queue[Received] = asyncio.Queue()
+            await there.subscribe_direct("t.now", direct.put_nowait)
+            await there.subscribe("t.other", other.put)
+            await there.flush()
+            size, count, threads = 200_000, 40, 3
+            behind: list[bytes] = []
+
+            def send(thread: int) -> None:
+                for index in range(count):
+                    data = f"{thread} {index} ".encode().ljust(size, b"x")
+                    if not here.post_now("t.now", data):  # the socket is full, or what it did not take of another is not written yet
+                        behind.append(data)
+
+            sending = asyncio.gather(*(asyncio.to_thread(send, thread) for thread in range(threads)))
+            index = 0
+            while not sending.done():
+                await here.publish("t.other", str(index).encode())
+                index += 1
+                await asyncio.sleep(0)
+            for data in behind:
+                await here.publish("t.now", data)
+            got = await take(direct, threads * count)
+            assert sorted(got) == sorted(f"{t} {i} ".encode().ljust(size, b"x") for t in range(threads) for i in range(count))
+            assert [int(received.data) for received in await take(other, index)] == list(range(index))
+
+    run(work())
+
+
+def test_what_the_socket_did_not_take_goes_before_all_that_comes_after(run: Run) -> None:
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        theirs.setblocking(False)
+        transport, protocol = await loop.create_connection(lambda: _Protocol({}), sock=ours)
+        short = protocol.short = _Short(transport, loop)
+        big, small = b"1" * 1_000_000, b"2" * 10
+        assert await asyncio.to_thread(short.send, (big,))
+        assert not await asyncio.to_thread(short.send, (small,)), "something is still to be written"
+        short.write((small, small))
+        got = b""
+        while len(got) < len(big) + 20:
+            got += await loop.sock_recv(theirs, 65536)
+        assert got == big + small + small
+        assert await asyncio.to_thread(short.send, (b"3",))
+        assert await loop.sock_recv(theirs, 10) == b"3"
+        transport.close()
+        await protocol.closed.wait()
+        assert not short.send((b"4",)), "the descriptor is given back"
+        theirs.close()
+
+    run(work())
