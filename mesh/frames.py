@@ -126,7 +126,7 @@ def _table(frame: Frame) -> list[Any]:
         (frame.slots, _U4),
         (frame.tokens, _I4),
     ):
-        parts.append(np.ascontiguousarray(array, dtype).tobytes())
+        parts.append((array if array.dtype == dtype else array.astype(dtype)).tobytes())
     parts.extend(map(_timing, frame.timings))
     return parts
 

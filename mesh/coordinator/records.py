@@ -5,9 +5,10 @@ who owns the session. Only its owner writes it, by compare and set on the key's 
 way, with the next epoch; the former owner, should it live after all, finds that out at its next write and drops the session.
 
 Nothing on the way of a token waits for a write. A session that changes is marked; one task writes what is marked, each record at
-most every EVERY_S seconds, and less often where it is large: what was generated since is generated again, with the same seed and so
-the same tokens. A record counts as told only what was handed to the connection before the record was, and NATS keeps the order
-of a connection: whoever takes over may repeat a document, and never skips one.
+most every EVERY_S seconds, less often where it is large, and less often where there are many, RECORDS_PER_S of them together up to
+RARELY_S: what was generated since is generated again, with the same seed and so the same tokens. A record counts as told only what
+was handed to the connection before the record was, and NATS keeps the order of a connection: whoever takes over may repeat a
+document, and never skips one.
 
 A record that has ended keeps its answer for KEPT_S, for a client that asks again; then it is deleted, at the latest by the bucket.
 """
@@ -36,6 +37,8 @@ __all__ = ["Recorder", "SessionRecord", "digest_of", "sessions_bucket"]
 log = logging.getLogger("mesh.coordinator")
 
 EVERY_S: Final = 0.5
+RECORDS_PER_S: Final = 32
+RARELY_S: Final = 2.0
 BYTES_PER_S: Final = 128 * 1024  # of one session's record
 REFRESH_S: Final = 40.0  # one that does not change is written again, or the bucket would forget it
 KEPT_S: Final = 60.0
@@ -254,7 +257,7 @@ class Recorder:
             record = None
         now = time.monotonic()
         kept.written_at = now
-        kept.due_at = now + max(EVERY_S, len(data) / BYTES_PER_S)
+        kept.due_at = now + max(EVERY_S, min(len(self._kept) / RECORDS_PER_S, RARELY_S), len(data) / BYTES_PER_S)
         if record is None:
             if kept.revision:
                 await self.bucket.delete(self.key(session), revision=kept.revision)

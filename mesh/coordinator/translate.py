@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from mesh import frames
 from mesh.coordinator.events import FrameLost, FrameOut, Result, ResultRow
 from mesh.coordinator.replies import Token
-from mesh.coordinator.routing import Replica
+from mesh.coordinator.routing import Replica, Route
 from mesh.errors import FrameRejected
 from mesh.frames import Flags, Frame, Gap, Kind
 from mesh.messages import ShardLease
@@ -28,7 +29,7 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         kind=Kind.PREFILL if out.kind == "prefill" else Kind.DECODE,
         model_hash=model_hash,
         coordinator=coordinator,
-        route=tuple(frames.Hop(hop.layers, str(hop.shard)) for hop in out.route),
+        route=_hops(out.route),
         sessions=sessions,
         epochs=np.array([row.epoch for row in out.rows], np.uint32),
         positions=np.array([row.start for row in out.rows], np.uint32),
@@ -37,6 +38,11 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         step=out.frame,
         flags=flags,
     )
+
+
+@lru_cache(maxsize=256)
+def _hops(route: Route) -> tuple[frames.Hop, ...]:
+    return tuple(frames.Hop(hop.layers, str(hop.shard)) for hop in route)
 
 
 def event_of(frame: Frame) -> Result | FrameLost | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from test_coordinator import LONG, coordinator
 from waiting import until
 
 from mesh.bus import Bus, BusOptions
-from mesh.coordinator.records import Recorder, SessionRecord, digest_of, sessions_bucket
+from mesh.coordinator.records import RECORDS_PER_S, Recorder, SessionRecord, digest_of, sessions_bucket
 from mesh.messages import Generate
 from mesh.server import NatsServer
 from mesh.subjects import generate
@@ -111,6 +112,24 @@ def test_a_record_is_written_at_most_every_so_often(run: Run, server: NatsServer
                 await asyncio.sleep(0.002)
             await a.written(200)
             assert a.recorder.counters["written"] < 20
+
+    run(work())
+
+
+def test_many_records_are_written_less_often_each(run: Run, server: NatsServer) -> None:
+    async def work() -> None:
+        async with sides(server) as (a, _):
+            names = [f"s{index}" for index in range(48)]
+            began = time.monotonic()
+            for name in names:
+                a.recorder.keep(name, lambda name=name: a.record().model_copy(update={"session": name}))
+            await until(lambda: a.recorder.counters["written"] >= len(names))
+            while time.monotonic() < began + 1.2:  # at one every EVERY_S each, they would have been written twice more
+                for name in names:
+                    a.recorder.touch(name)
+                await asyncio.sleep(0.01)
+            most = 1 + (time.monotonic() - began) * RECORDS_PER_S / len(names)
+            assert a.recorder.counters["written"] <= len(names) * most
 
     run(work())
 
