@@ -99,7 +99,9 @@ class RowTable:
         self.ints[row] = [top_k, low, high, prompt_length, -1 if params.logprobs is None else params.logprobs]
 
     def only(self, rows: np.ndarray, base: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(floats, ints) of a wave of `size` rows from `base` on, of which just `rows` ask for anything; the others are greedy."""
+        """(floats, ints) of a wave of `size` rows from `base` on, of which just `rows` ask for anything; the others are greedy.
+
+        Copies: what is handed to a CPU device may stay where it is, and would change when a row is given to somebody else."""
         floats, ints = np.zeros((size, len(self.FLOATS)), np.float32), np.zeros((size, len(self.INTS)), np.int32)
         floats[:, 1] = floats[:, 3] = 1.0
         ints[:, -1] = -1

@@ -296,8 +296,7 @@ class Stage:
         if hidden is not None:
             x = np.zeros((1, size, self.manifest.hidden.size), self._dtype)
             x[0, :count] = hidden
-        only = slice(row, row + 1)
-        wanted = None if self._table.plain[row] else (self._table.floats[only], self._table.ints[only])
+        wanted = None if self._table.plain[row] else self._table.only(np.array([row]), row, 1)
         numbers = chunk_numbers(tokens, start, row, size)
         self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted)
         return to_host(result, logprobs=bool(self._table.ints[row, -1] >= 0)) if self.last else np.asarray(result)[0]

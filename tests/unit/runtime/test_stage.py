@@ -90,6 +90,31 @@ def test_sampled_tokens_do_not_depend_on_the_batch(pipeline):
     assert tokens == alone
 
 
+def test_a_row_that_is_opened_again_takes_nothing_from_a_row_of_the_same_parameters(pipeline):
+    """A CPU device keeps an array of the host where it is, if its address is a multiple of 64: here the table's is."""
+    params = SamplingParams(temperature=1.1, top_k=40, seed=3)
+    alone = pipeline.complete(PROMPT, params, max_tokens=24).ids
+    assert alone != pipeline.complete(PROMPT, GREEDY, max_tokens=24).ids
+    table = pipeline.stages[-1]._table
+    table.floats, table.ints = _aligned(table.floats), _aligned(table.ints)
+    pipeline.complete(PROMPT, SamplingParams(temperature=1.1, seed=4), max_tokens=2)  # the parameters of a step are kept for the next
+    for row in (0, 2):
+        pipeline.start(row, PROMPT, params, max_tokens=24)
+    pipeline.stages[-1].open(0, GREEDY, prompt_length=len(PROMPT))
+    tokens = [alone[0]]
+    for at in range(len(PROMPT), len(PROMPT) + 23):
+        tokens += [token.id for token in pipeline.decode(np.array([2]), np.array([at]), np.array([tokens[-1]]))]
+    assert tokens == alone
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    room = np.zeros(array.nbytes + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    copy = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
 def test_a_wave_of_high_rows_costs_what_low_ones_do(llama, greedy_tokens):
     stages = Pipeline.load(llama, shards=2, rows=16, chunk=32)
     history = [*PROMPT, *greedy_tokens]
