@@ -75,6 +75,7 @@ class Report:
     repeated: int = 0
     wrong: int = 0
     failed: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
     pauses: dict[str, list[float]] = field(default_factory=dict)
     median_step_s: float = 0.0
@@ -104,6 +105,7 @@ class Report:
             "repeated": self.repeated,
             "wrong": self.wrong,
             "failed": self.failed,
+            "differences": self.differences,
             "median_step_ms": round(1e3 * self.median_step_s, 2),
             "pauses": pauses,
             "coordinators": self.counters,
@@ -197,7 +199,14 @@ class Chaos:
         report.generations += 1
         report.tokens += len(seen)
         report.lost += max(len(wish.expected) - len(seen), 0)
-        report.wrong += sum(a != b for a, b in zip(seen, wish.expected, strict=False))
+        different = [index for index, (a, b) in enumerate(zip(seen, wish.expected, strict=False)) if a != b]
+        report.wrong += len(different)
+        if different:
+            first = different[0]
+            report.differences.append(
+                f"{len(different)} tokens of {len(seen)} from {first} on ({seen[first : first + 4]}, not "
+                f"{wish.expected[first : first + 4]}), {len(wish.tokens)} of prompt, {wish.options}"
+            )
 
     # -- disturbances --------------------------------------------------------------------------------------------------
 
