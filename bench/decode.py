@@ -4,7 +4,7 @@
 
 Every engine runs the model at float32 in a process of its own, one engine after the other, in as many rounds; a figure is the median
 over rounds of the median step. The floor is the bytes of all weights over the memory bandwidth measured in the same run.
-Needs the extras `import` and `fixtures`, and llama-cpp-python for llama.cpp.
+Needs the extras `import` and `fixtures`, accelerate for transformers, and llama-cpp-python for llama.cpp.
 """
 
 from __future__ import annotations

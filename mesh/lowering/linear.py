@@ -33,7 +33,7 @@ _TILES = {"tile32": 32, "tile64": 64, "tile96": 96}
 FORMS = ("dot", "split", *_TILES, "rows", "stream")
 _STREAMED = 512
 _BEYOND_CACHE = 96 << 20
-_LEAST_PART, _MOST_PART = 256 << 10, 2 << 20  # bytes: less is lost in its call, of more the last core to finish has more to do alone
+_LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: less is lost in its call, of more the last core to finish has more to do alone
 
 
 @jax.tree_util.register_dataclass

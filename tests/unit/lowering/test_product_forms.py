@@ -40,6 +40,6 @@ def test_a_weight_that_nothing_divides_is_one_part() -> None:
 def test_parts_are_equal_and_neither_tiny_nor_huge(cores: int, out: int, size: int) -> None:
     parts = linear.parts(out, size, cores)
     assert out % parts == 0
-    assert parts == 1 or size // parts >= 128 << 10
-    assert size // parts <= 2 << 20
-    assert parts >= min(cores, size // (256 << 10))
+    assert parts == 1 or size // parts >= 64 << 10
+    assert size // parts <= 512 << 10
+    assert parts >= min(cores, size // (128 << 10))
