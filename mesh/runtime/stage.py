@@ -7,7 +7,7 @@
     stage.decode(rows, positions, x) one token for each of several rows
 
 Synchronous, one caller at a time. What is written at a position depends only on that position's input and on what is before
-it, so a step that is repeated changes nothing: recovery is replay.
+it, so a step that is repeated changes nothing up to its last position: recovery is replay. Beyond a prefill chunk lies its padding.
 """
 
 from __future__ import annotations

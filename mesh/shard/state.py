@@ -9,7 +9,8 @@ steps in the order in which they were admitted, so what is queued may be counted
     open, same epoch       there                    the same answer again
     open, higher epoch     there                    row kept, filled = min(filled, keep); lower epochs are fenced from now on
     open, lower epoch      there                    refused
-    frame row, its epoch   there, start <= filled   computed; filled = max(filled, start + count)
+    decode, its epoch      there, start <= filled   computed; filled = max(filled, start + 1)
+    prefill, its epoch     there, start <= filled   computed; filled = start + count: its padding is written over what follows
     frame row, its epoch   there, start > filled    GAP hole, from `filled` on: a step was lost
     frame row, lower epoch there                    GAP stale_epoch
     frame row              none, or a higher epoch  GAP unknown_session
@@ -21,8 +22,8 @@ A mirror is an ordinary shard that also follows the frames of its range's other 
 computed in their own places and nothing is said of it, neither result nor gap. What it missed shows in `filled` when the session is
 opened again.
 
-A frame that could not have been meant for this shard (route, shapes, types) is refused whole. Repeating a step changes nothing
-(mesh/runtime/stage.py), so a row that was computed before is simply computed again: recovery is replay.
+A frame that could not have been meant for this shard (route, shapes, types) is refused whole. Repeating a step changes nothing up
+to its last position (mesh/runtime/stage.py), so a row that was computed before is simply computed again: recovery is replay.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ class Seat:
     row: int
     filled: int
     missing: bool = False  # from the last beat of its coordinator
+
+    def fill(self, kind: Kind, start: int, count: int) -> None:
+        """`count` positions from `start` on are written. A prefill chunk is padded to a compiled size, over what was there."""
+        stop = start + count
+        self.filled = stop if kind is Kind.PREFILL else max(self.filled, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +232,7 @@ class ShardState:
             if why is Gap.NONE:
                 assert seat is not None
                 kept.append(index)
-                seat.filled = max(seat.filled, start + count)
+                seat.fill(frame.kind, start, count)
             else:
                 go_on = seat.filled if why is Gap.HOLE and seat is not None else start
                 refused.setdefault(why, []).append((index, go_on))
@@ -257,7 +263,7 @@ class ShardState:
                 continue
             kept.append(index)
             slots.append(seat.row)
-            seat.filled = max(seat.filled, start + count)
+            seat.fill(frame.kind, start, count)
         if not kept:
             return None
         self.queued += 1

@@ -109,7 +109,7 @@ class Machine(RuleBasedStateMachine):
             assert admission.gaps[0].positions.tolist() == [filled]
         else:
             assert admission.rows is None and not admission.gaps
-            self.open[session][3] = max(filled, start + count)  # type: ignore[type-var]
+            self.open[session][3] = start + count
             self.queued += 1
             self.hear(coordinator)  # type: ignore[arg-type]
 
@@ -242,6 +242,22 @@ def test_a_frame_for_another_shard_is_refused_whole(change: dict[str, object], r
     assert caught.value.reason == reason
     assert state.queued == 0 and all(seat.filled == 0 for s in (1, 2) if (seat := state.seat(s)) is not None)
     assert state.admit(good, 0.0).rows is None
+    state.check()
+
+
+def test_what_follows_a_prefill_chunk_is_not_counted_on_any_more() -> None:
+    """Its padding was written there."""
+    state = ShardState(SHAPE)
+    state.open(opening(1), 0.0)
+    for kind, start, count, filled in (
+        (Kind.PREFILL, 0, 6, 6),
+        (Kind.DECODE, 3, 1, 6),
+        (Kind.PREFILL, 1, 2, 3),
+        (Kind.DECODE, 3, 1, 4),
+    ):
+        assert state.admit(frame(kind, [(1, 1, start, 0)], [1] * count), 0.0).rows is None
+        assert (seat := state.seat(1)) is not None and seat.filled == filled
+        state.done()
     state.check()
 
 
