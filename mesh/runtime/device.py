@@ -7,12 +7,13 @@ import os
 import platform
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from mesh.paths import cache_directory
 
-__all__ = ["cache_directory", "prepare", "processor"]
+__all__ = ["cache_directory", "keeps_programs", "prepare", "processor"]
 
 _WORKER = "tf_XLAEigen"
 """The name of the threads that compute."""
@@ -32,6 +33,12 @@ def prepare() -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def keeps_programs() -> bool:
+    """Whether `prepare` has been called, and found where."""
+    config: Any = jax.config  # its attributes are made as it is imported
+    return bool(config.jax_compilation_cache_dir)
 
 
 def _pin_workers() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mesh.runtime import step
 from mesh.runtime.cache import SLACK
+from mesh.runtime.executables import Executables
 from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled
 from mesh.runtime.step import LayerCache
@@ -107,6 +108,7 @@ class Programs:
         self._compiled: Compiled = {} if compiled is None else compiled
         self._lock = threading.Lock()
         self._making: dict[Any, threading.Lock] = {}
+        self._kept = Executables.of_this_process()
         self._steps: dict[Bucket, _Step] = {}
         self._table: tuple[bytes, Any] = (b"", None)
         self._on_host = jax.default_backend() == "cpu"
@@ -201,7 +203,7 @@ class Programs:
             with making:
                 found = self._compiled.get(key)  # by another thread meanwhile
                 if found is None:
-                    found = self._compiled[key] = _COMPILE[kind](bucket, what, state, x)
+                    found = self._compiled[key] = _PROGRAM[kind](bucket, what, state, x).compile(key, self._kept)
         return found
 
 
@@ -279,77 +281,86 @@ def _vector(bucket: Bucket) -> Any:
     return _shape((bucket.size + 3 if bucket.prefill else 3 * bucket.size + 1,))
 
 
-def _flat(weights: Any) -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
-    """(the weights as a flat tuple, what makes them whole again)"""
+def _flat(weights: Any) -> tuple[tuple[Any, ...], Any]:
+    """(the weights as a flat tuple, the tree that makes them whole again)"""
     leaves, tree = jax.tree.flatten(weights)
-    return tuple(leaves), partial(jax.tree.unflatten, tree)
+    return tuple(leaves), tree
 
 
-def _compile_embed(bucket: Bucket, block: Block, state: Any, x: Any) -> Any:
-    weights, whole = _flat(block.weights)
+class _Program(NamedTuple):
+    """What is to be compiled for which arguments; `weights`: how the flat ones among these make up the blocks'."""
+
+    jitted: Any
+    args: tuple[Any, ...]
+    weights: Any = None
+
+    def compile(self, key: tuple[Any, ...], kept: Executables | None) -> Any:
+        # On a CPU a reduction in two steps, as XLA would make every one, is two operations where one is as fast.
+        options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if jax.default_backend() == "cpu" else {}
+        if kept is not None:
+            return kept.get((key, str(self.weights)), self.jitted, self.args, options)
+        return self.jitted.lower(*self.args).compile(compiler_options=options)
+
+
+def _embed(bucket: Bucket, block: Block, state: Any, x: Any) -> _Program:
+    weights, tree = _flat(block.weights)
 
     def embed(flat: Any, vector: Any) -> Any:
         numbers = _numbers(bucket, vector)
-        return step.embed(block.lowered, whole(flat), numbers.tokens, numbers.positions)
+        return step.embed(block.lowered, tree.unflatten(flat), numbers.tokens, numbers.positions)
 
-    return _compile(jax.jit(embed), weights, _vector(bucket))
+    return _Program(jax.jit(embed), (weights, _vector(bucket)), tree)
 
 
-def _compile_layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) -> Any:
-    weights, whole = _flat([block.weights for block in group.blocks])
+def _layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) -> _Program:
+    weights, tree = _flat([block.weights for block in group.blocks])
     # Equal layers are traced once: XLA inlines the calls, so that the program is the same.
     traced = {block.signature: jax.jit(partial(step.layer, block.lowered, length=bucket.length)) for block in group.blocks}
 
     def layers(flat: Any, caches: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)
         runs = [traced[block.signature] for block in group.blocks]
-        return step.layers(runs, whole(flat), caches, hidden, n.positions, n.writes, n.row)
+        return step.layers(runs, tree.unflatten(flat), caches, hidden, n.positions, n.writes, n.row)
 
-    return _compile(jax.jit(layers, donate_argnums=1), weights, tuple(caches), x, _vector(bucket))
+    return _Program(jax.jit(layers, donate_argnums=1), (weights, tuple(caches), x, _vector(bucket)), tree)
 
 
-def _compile_last(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
+def _last(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
     def last(history: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)
         history, hidden, token, position, write = step.last_of_chunk(history, hidden, n.tokens, n.positions, n.row, n.count)
         return history, hidden, jnp.concatenate((token[0], position[0], write, n.row[None]))
 
-    return _compile(jax.jit(last, donate_argnums=0), history, x, _vector(bucket))
+    return _Program(jax.jit(last, donate_argnums=0), (history, x, _vector(bucket)))
 
 
-def _compile_head(bucket: Bucket, block: Block, history: Any, x: Any) -> Any:
-    weights, whole = _flat(block.weights)
+def _head(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
+    weights, tree = _flat(block.weights)
     hidden = _shape((bucket.size, 1, x.shape[-1]), x.dtype)
 
     def head(flat: Any, history: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)
-        return step.head(block.lowered, whole(flat), history, hidden, n.tokens, n.writes, n.row)
+        return step.head(block.lowered, tree.unflatten(flat), history, hidden, n.tokens, n.writes, n.row)
 
-    return _compile(jax.jit(head, donate_argnums=1), weights, history, hidden, _vector(bucket))
+    return _Program(jax.jit(head, donate_argnums=1), (weights, history, hidden, _vector(bucket)), tree)
 
 
-def _compile_sampled(bucket: Bucket, vocabulary: _Vocabulary, history: Any, x: Any) -> Any:
+def _sampled(bucket: Bucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
     table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
 
     def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any) -> Any:
         n = _numbers(bucket, vector)
         return step.sampled(logits, history, n.positions, n.row, floats, ints, length=bucket.length)
 
-    return _compile(jax.jit(sampled), _shape((bucket.size, vocabulary.size), np.float32), history, _vector(bucket), *table)
+    return _Program(jax.jit(sampled), (_shape((bucket.size, vocabulary.size), np.float32), history, _vector(bucket), *table))
 
 
-def _compile(jitted: Any, *args: Any) -> Any:
-    """On a CPU a reduction in two steps, as XLA would make every one, is two operations where one is as fast."""
-    options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if jax.default_backend() == "cpu" else {}
-    return jitted.lower(*args).compile(compiler_options=options)
-
-
-_COMPILE: dict[str, Callable[..., Any]] = {
-    "embed": _compile_embed,
-    "layers": _compile_layers,
-    "last": _compile_last,
-    "head": _compile_head,
-    "sampled": _compile_sampled,
+_PROGRAM: dict[str, Callable[..., _Program]] = {
+    "embed": _embed,
+    "layers": _layers,
+    "last": _last,
+    "head": _head,
+    "sampled": _sampled,
 }
 
 

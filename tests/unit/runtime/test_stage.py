@@ -174,11 +174,11 @@ def test_threads_that_warm_up_compile_what_they_share_once(llama, monkeypatch):
     made = []
     gate = threading.Barrier(4)
 
-    def counted(compile, *args):
-        made.append((compile, args[0]))
-        return compile(*args)
+    def counted(program, *args):
+        made.append((program, args[0]))
+        return program(*args)
 
-    monkeypatch.setattr(programs, "_COMPILE", {kind: partial(counted, compile) for kind, compile in programs._COMPILE.items()})
+    monkeypatch.setattr(programs, "_PROGRAM", {kind: partial(counted, program) for kind, program in programs._PROGRAM.items()})
     stage = Stage.load(llama, StageConfig(LayerRange(0, 5), rows=2, chunk=16))
 
     def warm_up():

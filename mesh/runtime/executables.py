@@ -1,0 +1,128 @@
+"""Compiled programs, kept across processes under names that are found without tracing them.
+
+JAX keeps compiled programs as well, but finds them by what they are lowered to, so that a process that starts again traces and lowers
+every one: half of its start. Here a program's name is a digest of what it is made from: the block's signature, the shapes and types of
+its arguments, and the environment, which is all of this package's code that takes part, the versions of JAX, the processor and what XLA
+was told.
+
+    CACHE/executables/ENVIRONMENT/PROGRAM    SHA-256 of the rest, then a pickle of the executable as JAX serialises it
+
+What is damaged, or cannot be loaded here, is compiled again; what cannot be written is done without. Whoever can write to the cache
+directory can run code in the processes that read it, as with JAX's own: it belongs to one user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jaxlib.version
+from jax.experimental import serialize_executable
+
+import mesh
+from mesh.runtime.device import cache_directory, keeps_programs
+
+__all__ = ["Executables"]
+
+log = logging.getLogger("mesh.runtime")
+
+_CODE: Final = ("lowering", "runtime")
+_ENVIRONMENTS: Final = 4
+"""How many are kept, those used last: a new version of anything begins an empty one."""
+_DIGEST_BYTES: Final = 32
+
+
+class Executables:
+    """The programs of one environment, in `directory`, which is made when the first one is kept."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @classmethod
+    def of_this_process(cls) -> Executables | None:
+        """None where nothing is to be kept."""
+        return cls(cache_directory() / "executables" / _environment()) if keeps_programs() else None
+
+    def get(self, key: object, jitted: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """`jitted` compiled for `args` (arrays, or their shapes and types) with XLA's `options`. `key`: what, beside their shapes, tells
+        it from other programs; its repr has to be the same in every process."""
+        path = self.directory / _program(key, args)
+        return self._load(path) or self._make(path, jitted, args, options)
+
+    def _load(self, path: Path) -> Any:
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
+            log.warning("%s is damaged: compiling it again", path)
+            return None
+        try:
+            return serialize_executable.deserialize_and_load(*pickle.loads(data[_DIGEST_BYTES:]))
+        except Exception as error:  # of JAX's, of XLA's or of pickle's: whatever it is, compiling mends it
+            log.warning("%s cannot be loaded (%r): compiling it again", path, error)
+            return None
+
+    def _make(self, path: Path, jitted: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        compiled = jitted.lower(*args).compile(compiler_options=options)
+        try:
+            data = pickle.dumps(serialize_executable.serialize(compiled))
+        except Exception as error:  # a backend that cannot
+            log.debug("%s is not kept: %r", path.name, error)
+            return compiled
+        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+        with contextlib.suppress(OSError):
+            if not path.parent.exists():
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _forget_old(path.parent.parent)
+            part.write_bytes(hashlib.sha256(data).digest() + data)
+            part.replace(path)
+        return compiled
+
+
+def _program(key: object, args: tuple[Any, ...]) -> str:
+    leaves, tree = jax.tree.flatten(args)
+    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+    return hashlib.sha256(repr((key, str(tree), shapes)).encode()).hexdigest()[:40]
+
+
+@cache
+def _environment() -> str:
+    """What programs depend on beside their key and arguments."""
+    digest = hashlib.sha256()
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    set_here: Any = jax.config  # its attributes are made as it is imported
+    told = (os.environ.get("XLA_FLAGS", ""), set_here.jax_default_matmul_precision, set_here.jax_enable_x64)
+    versions = (jax.__version__, jaxlib.version.__version__, device.client.platform_version)
+    digest.update(repr((versions, device.platform, device.device_kind, os.cpu_count(), cores, told, _instructions())).encode())
+    root = Path(mesh.__file__).parent
+    for folder in _CODE:
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _instructions() -> list[str]:
+    """The processor's name and what it can do."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return []
+
+
+def _forget_old(directory: Path) -> None:
+    """Keep the environments that were begun last."""
+    found = sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found[_ENVIRONMENTS:]:
+        shutil.rmtree(path, ignore_errors=True)
