@@ -56,7 +56,7 @@ class CacheView:
         return self.array.dtype
 
     def read(self) -> jax.Array:
-        """[rows, Hkv, length, D]; fused into its reader where XLA can, else a copy of just that."""
+        """[rows, Hkv, length, D]; a copy of just that, where XLA does not fuse it into its reader."""
         return jax.lax.dynamic_slice(self.array, (self.row, 0, 0, 0), self.shape)
 
     def write(self, update: jax.Array, indices: jax.Array) -> CacheView:
@@ -92,8 +92,8 @@ class CacheView:
 def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *, scale: float, softcap: float) -> jax.Array:
     """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv].
 
-    Scores and their softmax are float32. One token for each of several rows is a fused multiply and sum: as matrix products those are
-    thousands of tiny calls. One row alone has so few of them that they are the cheaper form.
+    Scores and their softmax are float32. A fused multiply and sum would read the caches where they are, but XLA's on a CPU takes longer
+    than the matrix products with the copies they need (bench/results/decode-2core.md).
     """
     batch, q_heads, tokens, dim = q.shape
     _, heads, _, value_dim = values.shape
@@ -101,22 +101,15 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
     q32 = q.astype(jnp.float32).reshape(batch, heads, group, tokens, dim) * scale
     bias = _bias(mask, heads, group)  # [B or 1, Hkv or 1, G or 1, T, L]
     k, v = keys.read(), values.read()
-    fused = tokens == 1 and batch > 1 and jax.default_backend() == "cpu"
-    if fused:
-        scores = jnp.sum(q32 * k.astype(jnp.float32)[:, :, None], axis=-1)[:, :, :, None]  # [B, Hkv, G, 1, L]
-    else:
-        # Keys on the left: XLA lays both operands out with the sum last and would copy what stands on the right.
-        scores = jnp.einsum("bhld,bhgtd->bhlgt", k.astype(jnp.float32), q32).transpose(0, 1, 3, 4, 2)
+    # Keys on the left: XLA lays both operands out with the sum last and would copy what stands on the right.
+    scores = jnp.einsum("bhld,bhgtd->bhlgt", k.astype(jnp.float32), q32).transpose(0, 1, 3, 4, 2)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     # A slot nobody sees may hold anything, NaN included: neither NaN nor 0 * NaN may reach a sum.
     weights = jax.nn.softmax(jnp.where(bias > _HIDDEN, scores + bias, _HIDDEN), axis=-1)
     seen = jnp.any(bias > _HIDDEN, axis=(1, 2, 3))[:, None, :, None]  # [B or 1, 1, L, 1]
     v32 = jnp.where(seen, v.astype(jnp.float32), 0.0)
-    if fused:
-        context = jnp.sum(weights[:, :, :, 0, :, None] * v32[:, :, None], axis=-2)[:, :, :, None]  # [B, Hkv, G, 1, Dv]
-    else:
-        context = jnp.einsum("bhgtl,bhld->bhgtd", weights, v32)
+    context = jnp.einsum("bhgtl,bhld->bhgtd", weights, v32)
     return context.reshape(batch, q_heads, tokens, value_dim).astype(q.dtype)
 
 
