@@ -92,8 +92,8 @@ class CacheView:
 def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *, scale: float, softcap: float) -> jax.Array:
     """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv].
 
-    Scores and their softmax are float32. A fused multiply and sum would read the caches where they are, but XLA's on a CPU takes longer
-    than the matrix products with the copies they need (bench/results/decode-2core.md).
+    Scores and their softmax are float32. On a CPU the two products copy what they read; a fused multiply and sum need not, and takes
+    longer all the same (docs/adr/0002-one-allocation-per-cache.md).
     """
     batch, q_heads, tokens, dim = q.shape
     _, heads, _, value_dim = values.shape
