@@ -38,6 +38,7 @@ ERROR_HEADER = "Nats-Service-Error"
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 _PENDING_BYTES = 8 * 1024 * 1024  # what is kept to be sent after a reconnection; more is Unavailable
 _RECONNECT_WAIT_S = 0.25
@@ -267,15 +268,8 @@ class Bus:
         async def call(message: nats.aio.msg.Msg) -> None:
             try:
                 await handler(_received(message))
-            except MessageRejected as error:
-                self.counters["rejected"] += 1
-                log.warning("%s: %s", message.subject, error)
-            except MeshError as error:
-                self.counters["handler_errors"] += 1
-                log.warning("%s: %s", message.subject, error)
-            except Exception:
-                self.counters["handler_errors"] += 1
-                log.exception("handling a message on %s", message.subject)
+            except Exception as error:
+                self._not_handled(message.subject, error)
 
         with mapped(f"subscribing to {subject}"):
             inner = await self.client.subscribe(
@@ -287,23 +281,47 @@ class Bus:
         """Call `handler` with each message's payload where it arrives: before what came earlier for other subscriptions, or with
         headers, may have been handled. It bounds itself what it keeps. Its errors are logged and counted, and end nothing."""
 
-        def call(data: bytes) -> None:
+        return await self._subscribe_short(
+            subject, handler, lambda message: message.data, None if self._direct is None else self._direct.direct
+        )
+
+    async def subscribe_unheard(self, subject: str, handler: Callable[[str], None]) -> Subscription:
+        """Call `handler` with the subject on which the server says that nobody listens: the reply subject that a message was published
+        with. Where it arrives, so before the messages of `subscribe_direct` that came after it. Other messages are nothing."""
+
+        def unheard(message: nats.aio.msg.Msg) -> str | None:
+            return message.subject if (message.headers or {}).get("Status") == "503" else None
+
+        return await self._subscribe_short(subject, handler, unheard, None if self._direct is None else self._direct.unheard)
+
+    async def _subscribe_short(
+        self,
+        subject: str,
+        handler: Callable[[T], None],
+        of: Callable[[nats.aio.msg.Msg], T | None],
+        calls: dict[bytes, Callable[[T], None]] | None,
+    ) -> Subscription:
+        """`of`: what the handler gets of a message that nats-py has received. `calls`: those of the transport; None where everything
+        goes nats-py's own way."""
+
+        def call(what: T) -> None:
             try:
-                handler(data)
-            except Exception:
-                self.counters["handler_errors"] += 1
-                log.exception("handling a message on %s", subject)
+                handler(what)
+            except Exception as error:
+                self._not_handled(subject, error)
 
         async def from_client(message: nats.aio.msg.Msg) -> None:
-            call(message.data)
+            what = of(message)
+            if what is not None:
+                call(what)
 
         with mapped(f"subscribing to {subject}"):
             inner = await self.client.subscribe(subject, cb=from_client)
-        if self._direct is None:
+        if calls is None:
             return Subscription(inner)
-        direct, sid = self._direct.direct, str(inner._id).encode()
-        direct[sid] = call
-        return Subscription(inner, lambda: direct.pop(sid, None))
+        sid = str(inner._id).encode()
+        calls[sid] = call
+        return Subscription(inner, lambda: calls.pop(sid, None))
 
     async def respond(self, to: Received, message: Message) -> None:
         """Answer a request; nothing where nobody waits."""
@@ -368,6 +386,13 @@ class Bus:
         log.info("NATS %s", "connected again" if connected else "connection lost")
         for call in self._watchers:
             call(connected)
+
+    def _not_handled(self, subject: str, error: Exception) -> None:
+        self.counters["rejected" if isinstance(error, MessageRejected) else "handler_errors"] += 1
+        if isinstance(error, MeshError):
+            log.warning("%s: %s", subject, error)
+        else:
+            log.error("handling a message on %s", subject, exc_info=error)
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):

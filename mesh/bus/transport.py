@@ -30,17 +30,21 @@ _READ_AHEAD: Final = 4 * 1024 * 1024
 _WRITE_AHEAD: Final = 1024 * 1024
 """Bytes that the socket has not taken yet before `send` refuses."""
 _CRLF: Final = b"\r\n"
+_UNHEARD: Final = b"NATS/1.0 503\r\n"
+"""How the headers begin with which the server says that nobody listens."""
 
 
 class DirectTransport(nats.aio.transport.Transport):
     """One for the life of a connection, reconnections included.
 
     `direct`: a subscription's id as the protocol has it -> what is called with the payload of each of its messages, in the loop, in
-    their order; it must not raise. A message with headers, or of another subscription, goes to nats-py.
+    their order; it must not raise. `unheard`: the same for what the server says where nobody listens, with the subject that it says it on.
+    Any other message goes to nats-py.
     """
 
     def __init__(self) -> None:
         self.direct: dict[bytes, Callable[[bytes], None]] = {}
+        self.unheard: dict[bytes, Callable[[str], None]] = {}
         self._socket: asyncio.Transport | None = None
         self._protocol: _Protocol | None = None
         self._short: _Short | None = None  # past the socket's own buffer; None under TLS
@@ -66,7 +70,7 @@ class DirectTransport(nats.aio.transport.Transport):
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
         assert uri.hostname is not None and uri.port is not None  # nats-py has filled them in
         loop = asyncio.get_running_loop()
-        connecting = loop.create_connection(lambda: _Protocol(self.direct), uri.hostname, uri.port)
+        connecting = loop.create_connection(lambda: _Protocol(self.direct, self.unheard), uri.hostname, uri.port)
         socket, protocol = await asyncio.wait_for(connecting, connect_timeout)
         self._socket, self._protocol = socket, protocol
         self._short = protocol.short = _Short(socket, loop)
@@ -77,7 +81,7 @@ class DirectTransport(nats.aio.transport.Transport):
         if self._short is not None:
             self._short.close()
             self._short = None
-        plain, protocol = self._protocol, _Protocol(self.direct)
+        plain, protocol = self._protocol, _Protocol(self.direct, self.unheard)
         securing = asyncio.get_running_loop().start_tls(self._socket, protocol, ssl_context, server_hostname=name)
         try:
             secured = await asyncio.wait_for(securing, connect_timeout)
@@ -177,9 +181,10 @@ class _Short:
 class _Protocol(asyncio.Protocol):
     """One connection: takes what is direct out of what arrives, and keeps the rest until nats-py asks for it."""
 
-    def __init__(self, direct: dict[bytes, Callable[[bytes], None]]) -> None:
+    def __init__(self, direct: dict[bytes, Callable[[bytes], None]], unheard: dict[bytes, Callable[[str], None]]) -> None:
         self.closed = asyncio.Event()
         self._direct = direct
+        self._unheard = unheard
         self._transport: asyncio.Transport | None = None
         self._partial = bytearray()  # the beginning of a line or message
         self._wanted = 0  # bytes of it without which there is no going on
@@ -296,6 +301,10 @@ class _Protocol(asyncio.Protocol):
                 call = self._direct.get(fields[2]) if message else None
                 if call is not None:
                     call(data[end : end + size])
+                    at = stop
+                    continue
+                if not message and fields[2] in self._unheard and data.startswith(_UNHEARD, end):
+                    self._unheard[fields[2]](fields[1].decode())
                     at = stop
                     continue
                 end = stop

@@ -194,9 +194,9 @@ class Coordinator:
             self._subscriptions = [
                 await self.bus.subscribe(subjects.generate_at(model, self.continuity.instance), self._on_passed_on),
                 await self.bus.subscribe_direct(subjects.tokens(model, self.name), self._on_answer),
-                await self.bus.subscribe(subjects.cancel(model, self.name), self._on_cancel),
+                await self.bus.subscribe_direct(subjects.cancel(model, self.name), self._on_cancel),
                 await self.bus.subscribe(subjects.trace(model, self.name), self._on_trace),
-                await self.bus.subscribe(f"{self._probe}.*", self._on_probe),
+                await self.bus.subscribe_unheard(f"{self._probe}.*", self._on_unheard),
                 await self.bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
             ]
             await self._leases.start()
@@ -448,12 +448,17 @@ class Coordinator:
                 self._last_step_at = time.monotonic()
                 self._measure(frame, flight, arrived)
 
-        self._apply(event, sent)
-        if self._outbox:
-            self.bus.spawn(self._send(), "sending")
+        self._handle_now(event, sent)
 
-    async def _on_cancel(self, received: Received) -> None:
-        await self._handle(Cancel(messages.Cancel.parse(received.data).request))
+    # As directly as answers, or those of several steps would come before them.
+
+    def _on_cancel(self, data: bytes) -> None:
+        self._handle_now(Cancel(messages.Cancel.parse(data).request))
+
+    def _on_unheard(self, subject: str) -> None:
+        """Nobody listens to what a client is told."""
+        if time.monotonic() - self._connected_at > _RECONNECTED_S:
+            self._handle_now(Cancel(subject.rpartition(".")[2], gone=True))
 
     async def _on_trace(self, received: Received) -> None:
         """Whoever asks for a trace that is not here is not answered with an error: another coordinator may have it."""
@@ -468,10 +473,6 @@ class Coordinator:
         if trace is not None:
             trace |= {"coordinator": self.name, "model": self.manifest.name}
         await self.bus.publish(received.reply, orjson.dumps({"trace": trace}))
-
-    async def _on_probe(self, received: Received) -> None:
-        if received.headers.get("Status") == "503" and time.monotonic() - self._connected_at > _RECONNECTED_S:
-            await self._handle(Cancel(received.subject.rpartition(".")[2], gone=True))
 
     def _on_lease(self, shard: str, lease: ShardLease | None) -> None:
         there = lease is not None and lease.state in ("ready", "draining") and self._compatible(lease)
@@ -516,6 +517,12 @@ class Coordinator:
     async def _handle(self, event: Event) -> None:
         self._apply(event)
         await self._send()
+
+    def _handle_now(self, event: Event, sent: Callable[[], None] = lambda: None) -> None:
+        """As `_handle`, where nothing can be waited for."""
+        self._apply(event, sent)
+        if self._outbox:
+            self.bus.spawn(self._send(), "sending")
 
     def _apply(self, event: Event, sent: Callable[[], None] = lambda: None) -> None:
         """Let the core have it, and send what comes of it; what cannot go out at once stays in the outbox. The stages wait for the next

@@ -50,6 +50,33 @@ def test_direct_messages_of_every_size_come_whole_in_order_between_all_others(ru
     run(work())
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_where_nobody_listens_is_known_before_any_answer_to_what_was_sent_later(run: Run, server: NatsServer, direct: bool) -> None:
+    async def work() -> None:
+        options = BusOptions(urls=(server.url,))
+        async with await Bus.connect(options, name="here", direct=direct) as here, await connect(server) as there:
+            order: asyncio.Queue[object] = asyncio.Queue()
+
+            async def answer(received: Received) -> None:
+                await there.publish("t.answers", received.data)
+
+            await here.subscribe_unheard("t.unheard.*", order.put_nowait)
+            await here.subscribe_direct("t.answers", order.put_nowait)
+            await there.subscribe("t.asked", answer)
+            await there.flush()
+            for index in range(50):
+                await here.publish("t.nobody", b"", reply=f"t.unheard.{index}")
+                await here.publish("t.asked", str(index).encode())
+            await here.publish("t.unheard.x", b"no word of the server's")
+            got = await take(order, 100)
+            if direct:
+                for index in range(50):
+                    assert got.index(f"t.unheard.{index}") < got.index(str(index).encode())
+            assert sorted(map(str, got)) == sorted([*(f"t.unheard.{i}" for i in range(50)), *(str(str(i).encode()) for i in range(50))])
+
+    run(work())
+
+
 def test_a_post_goes_at_once_and_in_order_with_what_is_published(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as here, await connect(server) as there:
@@ -192,23 +219,31 @@ def test_a_flush_that_is_given_up_ends_nothing(run: Run, server: NatsServer) -> 
     run(work())
 
 
-_PAYLOADS = st.lists(st.tuples(st.sampled_from(["direct", "other", "headers", "ping"]), st.binary(max_size=40)), max_size=12)
+_PAYLOADS = st.lists(
+    st.tuples(st.sampled_from(["direct", "other", "headers", "unheard", "answered", "ping"]), st.binary(max_size=40)), max_size=12
+)
 
 
 @given(_PAYLOADS, st.lists(st.integers(1, 30), min_size=1, max_size=40))
 def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts: list[int]) -> None:
     direct: list[bytes] = []
-    protocol = _Protocol({b"7": direct.append})
+    unheard: list[str] = []
+    protocol = _Protocol({b"7": direct.append}, {b"9": unheard.append})
     stream, rest = bytearray(), bytearray()
     for kind, data in messages:
         if kind == "direct":
             stream += b"MSG a.b 7 %s%d\r\n%s\r\n" % (b"reply " if len(data) % 2 else b"", len(data), data)
+            continue
+        if kind == "unheard":
+            stream += b"HMSG a.b.%d 9 16 16\r\nNATS/1.0 503\r\n\r\n\r\n" % len(data)
             continue
         if kind == "other":
             one = b"MSG a.c 8 %d\r\n%s\r\n" % (len(data), data)
         elif kind == "headers":
             head = b"NATS/1.0\r\n\r\n"
             one = b"HMSG a.b 7 %d %d\r\n%s%s\r\n" % (len(head), len(head) + len(data), head, data)
+        elif kind == "answered":
+            one = b"MSG a.b 9 %d\r\n%s\r\n" % (len(data), data)
         else:
             one = b"PING\r\n"
         stream += one
@@ -219,6 +254,7 @@ def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts:
         protocol.data_received(bytes(stream[at : at + count]))
         at, turn = at + count, turn + 1
     assert direct == [data for kind, data in messages if kind == "direct"]
+    assert unheard == [f"a.b.{len(data)}" for kind, data in messages if kind == "unheard"]
     assert bytes(protocol._rest) == bytes(rest) and not protocol._partial
 
 
@@ -260,7 +296,7 @@ def test_what_the_socket_did_not_take_goes_before_all_that_comes_after(run: Run)
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         theirs.setblocking(False)
-        transport, protocol = await loop.create_connection(lambda: _Protocol({}), sock=ours)
+        transport, protocol = await loop.create_connection(lambda: _Protocol({}, {}), sock=ours)
         short = protocol.short = _Short(transport, loop)
         big, small = b"1" * 1_000_000, b"2" * 10
         assert await asyncio.to_thread(short.send, (big,))
