@@ -67,6 +67,9 @@ _TIMING = struct.Struct("<III")
 _TENSOR = struct.Struct("<BB")
 _TENSOR_OF = tuple(struct.Struct(f"<BB{rank}II") for rank in range(5))  # by rank
 _CRC = struct.Struct("<I")
+_SUMMED: Final = 0x2144DF1C
+"""The CRC-32 of whatever ends with its own."""
+_MOST_US: Final = 2**32 - 1
 _TRACE = struct.Struct("<B16s8sB")
 _STEP = struct.Struct("<IQ")
 _ALIGN = 16
@@ -94,12 +97,9 @@ def encode(frame: Frame) -> bytes:
     """The frame as one message. A ValueError is a frame that was put together wrongly, never the network's fault."""
     parts = _next_hop(frame) if frame.came_as else _table(frame)
     if frame.tensors:
-        _append_tensors(parts, frame.tensors, bf16=Flags.BF16 in frame.flags, zstd=Flags.ZSTD in frame.flags)
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    parts.append(_CRC.pack(crc))
-    return b"".join(parts)
+        _append_tensors(parts, frame.tensors, int(frame.flags))
+    data = b"".join(parts)
+    return data + _CRC.pack(zlib.crc32(data))
 
 
 def _table(frame: Frame) -> list[Any]:
@@ -139,21 +139,21 @@ def _next_hop(frame: Frame) -> list[Any]:
 
 
 def _timing(timing: Timing) -> bytes:
-    return _TIMING.pack(*(min(us, 2**32 - 1) for us in (timing.queue_us, timing.compute_us, timing.codec_us)))
+    queue_us, compute_us, codec_us = timing
+    return _TIMING.pack(min(queue_us, _MOST_US), min(compute_us, _MOST_US), min(codec_us, _MOST_US))
 
 
-def _append_tensors(parts: list[Any], tensors: Sequence[np.ndarray], *, bf16: bool, zstd: bool) -> None:
-    table, bodies = [], []
+def _append_tensors(parts: list[Any], tensors: Sequence[np.ndarray], flags: int) -> None:
+    bodies = []
     for tensor in tensors:
-        code, body = wire.pack(tensor, bf16=bf16, zstd=zstd)
-        table.append(_TENSOR_OF[tensor.ndim].pack(code, tensor.ndim, *tensor.shape, len(body)))
+        code, body = wire.pack(tensor, bf16=bool(flags & _BF16), zstd=bool(flags & _ZSTD))
+        parts.append(_TENSOR_OF[tensor.ndim].pack(code, tensor.ndim, *tensor.shape, len(body)))
         bodies.append(body)
-    parts.extend(table)
-    at = sum(len(part) for part in parts)
+    at = sum(map(len, parts))
     for body in bodies:
-        parts.append(_PADDING[: -at % _ALIGN])
-        parts.append(body)
-        at += -at % _ALIGN + len(body)
+        gap = -at % _ALIGN
+        parts += (_PADDING[:gap], body)
+        at += gap + len(body)
 
 
 @lru_cache(maxsize=256)
@@ -197,7 +197,7 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
     if data[len(MAGIC)] != VERSION:
         raise reject("version", f"version {data[len(MAGIC)]}, and this side speaks {VERSION}")
     body = size - _CRC.size
-    if zlib.crc32(memoryview(data)[:body]) != _CRC.unpack_from(data, body)[0]:
+    if zlib.crc32(data) != _SUMMED:
         raise reject("checksum", "its checksum is wrong")
     hash_ = data[_HASH_AT:_WAVE_AT].hex()
     if model_hash is not None and hash_ != model_hash:
@@ -208,9 +208,9 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
     wave, step = _STEP.unpack_from(data, _WAVE_AT)
     route, coordinator = _read_names(data[_HEADER.size : layout.trace_at], layout.hops, layout.name_length)
     n, at = layout.rows, layout.sessions_at
-    timings = tuple(Timing(*_TIMING.unpack_from(data, at)) for at in layout.timings_at)
-    tensors: tuple[np.ndarray, ...] = ()
     end = layout.tensors_at
+    timings = tuple(map(Timing._make, _TIMING.iter_unpack(data[layout.timings_at : end])))
+    tensors: tuple[np.ndarray, ...] = ()
     if layout.tensors:
         tensors, end = _read_tensors(data, end, body, layout)
     if end != body:
@@ -245,6 +245,8 @@ class _Layout(NamedTuple):
     kind: Kind
     flags: Flags
     traced: bool
+    bf16: bool
+    zstd: bool
     reason: Gap
     hop: int
     hops: int
@@ -254,7 +256,7 @@ class _Layout(NamedTuple):
     name_length: int
     trace_at: int
     sessions_at: int
-    timings_at: tuple[int, ...]
+    timings_at: int
     tensors_at: int
 
 
@@ -271,13 +273,13 @@ def _layout(counts: bytes) -> _Layout:
     problem = _shape_problem(kind, n, m, hops, hop, tensors, flags, reason)
     if problem is not None:
         raise reject(*problem)
-    traced = bool(flags_ & _TRACED)
+    traced, bf16, zstd = (bool(flags_ & flag) for flag in (_TRACED, _BF16, _ZSTD))
     trace_at = _HEADER.size + route_length + name_length
     sessions_at = trace_at + (_TRACE.size if traced else 0)
     rows_end = sessions_at + n * (16 + 4 * hops) + 4 * m
-    timings_at = tuple(rows_end + index * _TIMING.size for index in range(timings))
     tensors_at = rows_end + timings * _TIMING.size
-    return _Layout(kind, flags, traced, reason, hop, hops, n, m, tensors, name_length, trace_at, sessions_at, timings_at, tensors_at)
+    where = (trace_at, sessions_at, rows_end, tensors_at)
+    return _Layout(kind, flags, traced, bf16, zstd, reason, hop, hops, n, m, tensors, name_length, *where)
 
 
 def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int, flags: Flags, reason: Gap) -> tuple[str, str] | None:
@@ -348,25 +350,30 @@ def _read_tensors(data: bytes, at: int, body: int, layout: _Layout) -> tuple[tup
         if end > body:
             raise reject("length", f"{end - at:,} bytes are announced where {body - at:,} are left")
 
-    table: list[tuple[int, tuple[int, ...], int]] = []
+    table = []
     for _ in range(layout.tensors):
         require(at + _TENSOR.size)
         rank = data[at + 1]
         if rank >= len(_TENSOR_OF):
             raise reject("tensor", f"rank {rank}")
-        entry = _TENSOR_OF[rank]
-        require(at + entry.size)
-        code, _, *shape, stored = entry.unpack_from(data, at)
-        table.append((code, tuple(shape), stored))
-        at += entry.size
-    bf16, zstd = Flags.BF16 in layout.flags, Flags.ZSTD in layout.flags
+        end = at + _TENSOR_OF[rank].size
+        require(end)
+        table.append(_tensor(data[at:end]))
+        at = end
     result = []
-    for code, dimensions, stored in table:
+    for code, shape, stored in table:
         at += -at % _ALIGN
         require(at + stored)
         try:
-            result.append(wire.unpack(code, dimensions, data, at, stored, bf16=bf16, zstd=zstd, limit_bytes=MAX_FRAME_BYTES))
+            result.append(wire.unpack(code, shape, data, at, stored, bf16=layout.bf16, zstd=layout.zstd, limit_bytes=MAX_FRAME_BYTES))
         except wire.WireError as error:
             raise reject("tensor", str(error)) from None
         at += stored
     return tuple(result), at
+
+
+@lru_cache(maxsize=256)
+def _tensor(entry: bytes) -> tuple[int, tuple[int, ...], int]:
+    """(type, shape, stored bytes) of an entry of the tensors' table, which is the same for frame after frame."""
+    code, _, *shape, stored = _TENSOR_OF[entry[1]].unpack(entry)
+    return code, tuple(shape), stored

@@ -9,6 +9,7 @@ Neither changes integers' values; BF16 leaves whatever is not float32 alone.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Final
 
 import ml_dtypes
@@ -18,7 +19,7 @@ import zstandard
 __all__ = ["WireError", "pack", "unpack"]
 
 _TYPES: Final[tuple[Any, ...]] = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint32, np.int64))
-_CODES: Final = {dtype: code for code, dtype in enumerate(_TYPES)}
+_CODES: Final = {dtype.num: code for code, dtype in enumerate(_TYPES)}  # a type's own hash is slow
 _FLOAT32: Final = 0
 _BFLOAT16: Final = _TYPES[1]
 _LEVEL = 1
@@ -31,12 +32,14 @@ class WireError(ValueError):
 
 def pack(tensor: np.ndarray, *, bf16: bool, zstd: bool) -> tuple[int, Any]:
     """(type number of the tensor itself, bytes-like body)."""
-    code = _CODES.get(tensor.dtype)
-    if code is None:
+    dtype = tensor.dtype
+    code = _CODES.get(dtype.num)
+    if code is None or not dtype.isnative:
         raise ValueError(f"a tensor of {tensor.dtype} does not travel: {', '.join(map(str, _TYPES))} do")
     if bf16 and code == _FLOAT32:
         tensor = tensor.astype(_BFLOAT16)
-    tensor = np.ascontiguousarray(tensor)
+    if not tensor.flags.c_contiguous:
+        tensor = np.ascontiguousarray(tensor)
     if not zstd:
         return code, tensor.tobytes() if tensor.nbytes <= _SMALL else tensor.reshape(-1).view(np.uint8).data
     planes = tensor.reshape(-1).view(np.uint8).reshape(-1, tensor.dtype.itemsize).T if tensor.size else tensor
@@ -46,12 +49,7 @@ def pack(tensor: np.ndarray, *, bf16: bool, zstd: bool) -> tuple[int, Any]:
 
 def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int, *, bf16: bool, zstd: bool, limit_bytes: int) -> np.ndarray:
     """The tensor of `shape` in data[at : at + stored]; WireError where it is not one. Read-only where it shares `data`'s memory."""
-    if code >= len(_TYPES):
-        raise WireError(f"tensor type {code}")
-    dtype = _TYPES[code]
-    travels = _BFLOAT16 if bf16 and code == _FLOAT32 else dtype
-    count = math.prod(shape)
-    expected = count * travels.itemsize
+    dtype, travels, count, expected = _as_sent(code, shape, bf16)
     if expected > limit_bytes:
         raise WireError(f"a tensor of {expected:,} bytes, where {limit_bytes:,} are the most")
     if not zstd:
@@ -63,6 +61,16 @@ def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int,
     else:
         flat = _inflate(memoryview(data)[at : at + stored], expected, travels)
     return flat.reshape(shape).astype(dtype, copy=False)
+
+
+@lru_cache(maxsize=256)
+def _as_sent(code: int, shape: tuple[int, ...], bf16: bool) -> tuple[Any, Any, int, int]:
+    """(type, type it travels as, elements, bytes they are sent as), which are the same for frame after frame."""
+    if code >= len(_TYPES):
+        raise WireError(f"tensor type {code}")
+    travels = _BFLOAT16 if bf16 and code == _FLOAT32 else _TYPES[code]
+    count = math.prod(shape)
+    return _TYPES[code], travels, count, count * travels.itemsize
 
 
 def _inflate(body: memoryview, expected: int, dtype: Any) -> np.ndarray:
