@@ -4,7 +4,8 @@
 
 A whole mesh (nats-server, coordinator, shards) and a process with the stages are both up; they take turns, a round each, so that a slow
 minute of the machine slows both. A round's figure is the median time of a step once every session decodes; the ratio is that of the
-medians over the rounds. Also the time of a hop beyond computing, as the frames measured it, against a bare nats-py hop of the same size.
+medians over the rounds. Also the time of a hop beyond computing, as the frames measured it, against bare nats-py hops of the same size:
+between two connections that do nothing besides, and between processes that read as much as a stage before they send.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 
 from mesh.bus import BusOptions
 from mesh.client import AsyncMeshClient
-from mesh.commands.bench import bare_hop_s
+from mesh.commands.bare_hop import bare_hop_between_stages_s, bare_hop_s
 from mesh.local import LocalMesh, LocalOptions
 from mesh.model.manifest import Manifest
 
@@ -92,8 +93,9 @@ def main() -> None:
     command = [sys.executable, __file__, str(args.model), "--shards", str(args.shards), "--one", str(rows)]
     manifest = Manifest.load(args.model)
     hidden_bytes = manifest.hidden.size * 4
-    results: dict[int, dict[str, Any]] = {count: {"mesh_s": [], "one_process_s": [], "step": []} for count in counts}
-    bare = []
+    measured = ("mesh_s", "one_process_s", "step", "bare_s", "between_stages_s")
+    results: dict[int, dict[str, Any]] = {count: {name: [] for name in measured} for count in counts}
+    stage_bytes = sum(block.weight_bytes for block in manifest.blocks) // args.shards
     with (
         LocalMesh(LocalOptions(model=args.model, shards=args.shards, rows=rows, context=CONTEXT)) as mesh,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alone,
@@ -101,8 +103,10 @@ def main() -> None:
         assert alone.stdin is not None and alone.stdout is not None
         assert alone.stdout.readline() == "ready\n"
         for _ in range(args.rounds):
-            bare.append(asyncio.run(bare_hop_s(BusOptions(urls=(mesh.url,)), hidden_bytes)))
             for count, result in results.items():
+                options, size = BusOptions(urls=(mesh.url,)), count * hidden_bytes
+                result["bare_s"].append(asyncio.run(bare_hop_s(options, size)))
+                result["between_stages_s"].append(asyncio.run(bare_hop_between_stages_s(options, size, stage_bytes)))
                 alone.stdin.write(f"{count}\n")
                 alone.stdin.flush()
                 result["one_process_s"].append(float(alone.stdout.readline()))
@@ -110,19 +114,21 @@ def main() -> None:
                 result["mesh_s"].append(step_s)
                 result["step"].append(parts)
         alone.stdin.close()
-    hop = statistics.median(bare)
-    print(f"bare NATS hop of {hidden_bytes} bytes: {hop * 1e3:.2f} ms")
-    print("| sessions | one process, tokens/s | mesh, tokens/s | ratio | hop beyond computing, ms | against a bare hop |")
-    print("|---|---|---|---|---|---|")
+    print("| sessions | one process, tokens/s | mesh, tokens/s | ratio | hop beyond computing, ms | a bare one | between stages |")
+    print("|---|---|---|---|---|---|---|")
     for count, result in results.items():
         ours, alone_s = statistics.median(result["mesh_s"]), statistics.median(result["one_process_s"])
-        hop_s = statistics.median(parts["hop_s"] for parts in result["step"])
-        print(f"| {count} | {count / alone_s:.1f} | {count / ours:.1f} | {alone_s / ours:.2f} | {hop_s * 1e3:.2f} | {hop_s / hop:.1f} |")
+        hop, bare, between = (
+            statistics.median(seconds) * 1e3
+            for seconds in ([parts["hop_s"] for parts in result["step"]], result["bare_s"], result["between_stages_s"])
+        )
+        speeds = f"{count / alone_s:.1f} | {count / ours:.1f} | {alone_s / ours:.2f}"
+        print(f"| {count} | {speeds} | {hop:.2f} | {bare:.2f} (x {hop / bare:.1f}) | {between:.2f} (x {hop / between:.1f}) |")
         parts = [name for name in result["step"][0] if name.endswith("_s")]
         means = {name: statistics.median(step[name] for step in result["step"]) for name in parts}
         print(", ".join(f"{name[:-2]} {seconds * 1e3:.2f} ms" for name, seconds in means.items()), file=sys.stderr)
     if args.out:
-        args.out.write_text(json.dumps({"bare_hop_s": bare, "sessions": results}, indent=1))
+        args.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

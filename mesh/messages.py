@@ -319,8 +319,10 @@ class ShardLease(Message):
     """What a shard says of itself in KV `mesh_shards` under its own name, renewed well within the bucket's TTL.
 
     `load`: share of the last seconds spent computing, 0 to 1. `step_s`: median decode step of late; 0 before any.
-    `max_frame_bytes`: the largest frame its connection takes. `held_*`: the layers it holds, overlap included.
+    `max_frame_bytes`: the largest frame its connection takes. `weights_bytes`: of the layers it holds. A later version may say more.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     shard: Token
     instance: Token  # another one: the process was restarted, and every row with it
@@ -343,6 +345,7 @@ class ShardLease(Message):
     load: Annotated[float, Field(ge=0, le=1)] = 0.0
     step_s: Annotated[float, Field(ge=0)] = 0.0
     memory_bytes: Natural = 0
+    weights_bytes: Natural = 0
     frame_version: Natural
     version: str = ""
     host: str = ""

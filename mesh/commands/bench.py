@@ -15,19 +15,19 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from mesh.bus import Bus, BusOptions, Received
+from mesh.bus import BusOptions
 from mesh.client import AsyncMeshClient
+from mesh.commands.bare_hop import bare_hop_between_stages_s, bare_hop_s
 from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.errors import BadRequest, MeshError, Unavailable
 from mesh.units import format_seconds
 
-__all__ = ["add_parser", "bare_hop_s", "percentiles", "run_command"]
+__all__ = ["add_parser", "percentiles", "run_command"]
 
 _DESCRIPTION = """\
 Generate under load and report: time to the first token, time between tokens, throughput, and for each hop of a decode step the time
-beyond computing, beside a bare NATS hop of the same size measured here and now. Prompts are random tokens, the same for a seed."""
-
-_HOP_ROUNDS = 400
+beyond computing, beside bare NATS hops of the same size measured here and now: between two connections that do nothing besides, and
+between two processes that read as much memory as a stage before they send. Prompts are random tokens, the same for a seed."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompt-tokens", default="16-64", metavar="N[-M]", help="length of prompts (default 16-64)")
     parser.add_argument("--max-tokens", default="32", metavar="N[-M]", help="tokens to generate (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals (default 0)")
-    parser.add_argument("--no-hop", action="store_true", help="do not measure a bare NATS hop")
+    parser.add_argument("--no-hop", action="store_true", help="do not measure bare NATS hops")
     parser.add_argument("--json", action="store_true", help="print one object and nothing else")
     parser.set_defaults(run=run_command)
 
@@ -93,14 +93,17 @@ async def _bench(args: argparse.Namespace, options: BusOptions, prompts: tuple[i
         for _ in range(args.requests):
             tokens = [random.randrange(vocabulary) for _ in range(random.randint(*prompts))]
             plans.append({"tokens": tokens, "max_tokens": random.randint(*answers), "ignore_eos": True, "model": model})
-        hop_s = None
         shards = [shard for shard in status.shards if shard.model == model]
+        bare: dict[str, float] = {}
         if shards and not args.no_hop:
-            hop_s = await bare_hop_s(options, shards[0].hidden_size * shards[0].hidden_itemsize)
+            size = shards[0].hidden_size * shards[0].hidden_itemsize
+            bare["bare_hop_s"] = await bare_hop_s(options, size)
+            stage_bytes = max(shard.weights_bytes for shard in shards)
+            bare["bare_hop_between_stages_s"] = await bare_hop_between_stages_s(options, size, stage_bytes)
         began = time.perf_counter()
         outcomes = await _load(client, plans, args, random)
         took_s = time.perf_counter() - began
-    return _report(outcomes, took_s, hop_s, model, stages=len({shard.layers for shard in shards}))
+    return _report(outcomes, took_s, bare, model, stages=len({shard.layers for shard in shards}))
 
 
 async def _load(client: AsyncMeshClient, plans: Sequence[dict[str, Any]], args: argparse.Namespace, random: Random) -> list[_Outcome]:
@@ -128,37 +131,7 @@ async def _load(client: AsyncMeshClient, plans: Sequence[dict[str, Any]], args: 
     return list(await asyncio.gather(*tasks))
 
 
-async def bare_hop_s(options: BusOptions, size: int) -> float:
-    """Median seconds from a nats-py publish to the callback of another connection, `size` bytes, there and back."""
-    payload = bytes(size)
-    async with (
-        await Bus.connect(options, name="mesh-bench-a", direct=False) as near,
-        await Bus.connect(options, name="mesh-bench-b", direct=False) as far,
-    ):
-        there, back = near.new_inbox(), near.new_inbox()
-        arrived = asyncio.Event()
-
-        async def answer(received: Received) -> None:
-            await far.publish(back, payload)
-
-        async def home(received: Received) -> None:
-            arrived.set()
-
-        await far.subscribe(there, answer)
-        await near.subscribe(back, home)
-        await far.flush()
-        await near.flush()
-        rounds = []
-        for _ in range(_HOP_ROUNDS):
-            arrived.clear()
-            began = time.perf_counter()
-            await near.publish(there, payload)
-            await arrived.wait()
-            rounds.append((time.perf_counter() - began) / 2)
-    return sorted(rounds)[len(rounds) // 2]
-
-
-def _report(outcomes: Sequence[_Outcome], took_s: float, hop_s: float | None, model: str, *, stages: int) -> dict[str, Any]:
+def _report(outcomes: Sequence[_Outcome], took_s: float, bare: dict[str, float], model: str, *, stages: int) -> dict[str, Any]:
     done = [outcome for outcome in outcomes if outcome.error is None]
     tokens = sum(len(outcome.token_s) for outcome in done)
     gaps = [b - a for outcome in done for a, b in zip(outcome.token_s, outcome.token_s[1:], strict=False)]
@@ -184,8 +157,9 @@ def _report(outcomes: Sequence[_Outcome], took_s: float, hop_s: float | None, mo
         "inter_token_s": percentiles(gaps),
         "total_s": percentiles([o.token_s[-1] - o.sent_s for o in done if o.token_s]),
         "step": step,
-        "bare_hop_s": hop_s,
-        "hop_ratio": step["hop_s"] / hop_s if step and hop_s else None,
+        "bare_hop_s": None,
+        "bare_hop_between_stages_s": None,
+        **bare,
     }
 
 
@@ -205,10 +179,14 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"{count} x {code}")
     step = report["step"]
     if step is not None:
-        beside = f" (a bare NATS hop takes {format_seconds(report['bare_hop_s'])})" if report["bare_hop_s"] else ""
         console.print(
             f"a step of {format_seconds(step['step_s'])}: {format_seconds(step['compute_s'])} computing, "
-            f"{format_seconds(step['queue_s'])} waiting for other work, {format_seconds(step['hop_s'])} for each hop{beside}"
+            f"{format_seconds(step['queue_s'])} waiting for other work, {format_seconds(step['hop_s'])} for each hop"
+        )
+    if report["bare_hop_s"] is not None:
+        console.print(
+            f"a bare NATS hop takes {format_seconds(report['bare_hop_s'])} where nothing else is done, "
+            f"{format_seconds(report['bare_hop_between_stages_s'])} between processes that read a stage's weights before they send"
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mesh.errors import BadRequest
+from mesh.memory import MemoryNeed
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
@@ -59,6 +60,10 @@ class RecomputingStage:
     @property
     def layers(self) -> LayerRange:
         return self._inner.layers
+
+    @property
+    def need(self) -> MemoryNeed:
+        return self._inner.need
 
     @property
     def held(self) -> LayerRange:

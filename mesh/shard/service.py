@@ -580,6 +580,7 @@ class Shard:
             load=self.meter.load(now, busy_s),
             step_s=self.meter.step_s,
             memory_bytes=resident_bytes(),
+            weights_bytes=self.stage.need.weights_bytes if self.stage is not None else 0,
             frame_version=frames.VERSION,
             version=telemetry.version(),
             host=socket.gethostname(),

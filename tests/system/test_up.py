@@ -138,7 +138,7 @@ def test_commands_find_the_mesh_that_is_up(up, oracle):
         up.command("bench", "--requests", "6", "--concurrency", "3", "--prompt-tokens", "2-9", "--max-tokens", "8", "--json")
     )
     assert report["failed"] == 0 and report["tokens"] == 48 and report["stages"] == 2
-    assert report["bare_hop_s"] > 0 and report["step"]["hop_s"] > 0
+    assert report["bare_hop_s"] > 0 and report["bare_hop_between_stages_s"] > 0 and report["step"]["hop_s"] > 0
     assert report["first_token_s"]["p50"] <= report["first_token_s"]["p99"]
     assert up.command("generate", "--tokens", "5,1700", code=2) == ""
     kinds = [json.loads(line)["kind"] for line in up.command("events", "--json").splitlines()]

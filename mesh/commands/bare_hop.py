@@ -1,0 +1,120 @@
+"""What a hop costs that is nothing else: from a nats-py publish to the callback of another connection.
+
+Between stages that is more than between two connections which do nothing besides: a stage reads its weights before it sends, after
+which the caches hold nothing of what sending and receiving need. So it is measured twice, the second time between two processes that
+read as many bytes as a stage, with every processor, before they send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from mesh.bus import Bus, BusOptions, Received
+from mesh.errors import Unavailable
+
+__all__ = ["bare_hop_between_stages_s", "bare_hop_s"]
+
+_ROUNDS = 400
+_READING_ROUNDS = 40
+_ENOUGH_BYTES = 256 * 1024 * 1024
+"""More than the caches hold."""
+_ANSWER_S = 60.0
+_STAMP = struct.Struct("<qq")
+"""When a message was sent, and how long the one before it took, in nanoseconds of the monotonic clock, which processes share."""
+
+
+async def bare_hop_s(options: BusOptions, size: int) -> float:
+    """Median seconds for `size` bytes between two connections of this process, which does nothing else."""
+    reader = _Reader(0)
+    async with await Bus.connect(options, name="mesh-bench-b", direct=False) as far:
+        return await _median_s(options, await _answer(far, reader), size, _ROUNDS, reader)
+
+
+async def bare_hop_between_stages_s(options: BusOptions, size: int, stage_bytes: int) -> float:
+    """Median seconds for `size` bytes between two processes that each read `stage_bytes` before they send."""
+    read = min(stage_bytes, _ENOUGH_BYTES)
+    spawn = multiprocessing.get_context("spawn")  # a fork would have this loop's sockets
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_far_side, args=(theirs, options, read), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        there = await asyncio.to_thread(ours.recv)
+        return await _median_s(options, there, size, _READING_ROUNDS, _Reader(read))
+    except (EOFError, TimeoutError) as error:
+        raise Unavailable("the process at the other end of a bare hop does not answer: give --no-hop to do without it") from error
+    finally:
+        ours.close()  # it ends when it sees that
+        await asyncio.to_thread(process.join, 5.0)
+        process.kill()
+
+
+class _Reader:
+    """Reads `size` bytes of memory with every processor."""
+
+    def __init__(self, size: int) -> None:
+        workers = os.cpu_count() or 1
+        self._parts = np.array_split(np.ones(size // 8), workers) if size else []
+        self._pool = ThreadPoolExecutor(workers, "read")
+
+    def read(self) -> None:
+        list(self._pool.map(np.sum, self._parts))
+
+
+async def _answer(bus: Bus, reader: _Reader) -> str:
+    """The subject on which what comes is sent back, after reading."""
+    subject = bus.new_inbox()
+
+    async def arrived(received: Received) -> None:
+        took_ns = time.monotonic_ns() - _STAMP.unpack_from(received.data)[0]
+        reader.read()
+        await bus.publish(received.reply, _STAMP.pack(time.monotonic_ns(), took_ns) + received.data[_STAMP.size :])
+
+    await bus.subscribe(subject, arrived)
+    await bus.flush()
+    return subject
+
+
+async def _median_s(options: BusOptions, there: str, size: int, rounds: int, reader: _Reader) -> float:
+    """Of the hops to whoever answers at `there`, and back."""
+    filler = bytes(max(size - _STAMP.size, 0))
+    home: asyncio.Queue[tuple[int, int, int]] = asyncio.Queue()
+    hops_ns: list[int] = []
+    async with await Bus.connect(options, name="mesh-bench-a", direct=False) as near:
+        back = near.new_inbox()
+
+        async def arrived(received: Received) -> None:
+            home.put_nowait((time.monotonic_ns(), *_STAMP.unpack_from(received.data)))
+
+        await near.subscribe(back, arrived)
+        await near.flush()
+        for _ in range(rounds):
+            reader.read()
+            await near.publish(there, _STAMP.pack(time.monotonic_ns(), 0) + filler, reply=back)
+            now_ns, sent_ns, there_ns = await asyncio.wait_for(home.get(), _ANSWER_S)
+            hops_ns += (there_ns, now_ns - sent_ns)
+    return sorted(hops_ns)[len(hops_ns) // 2] / 1e9
+
+
+def _far_side(pipe: Connection, options: BusOptions, stage_bytes: int) -> None:
+    """The other process, until the pipe is closed."""
+
+    async def serve() -> None:
+        async with await Bus.connect(options, name="mesh-bench-b", direct=False) as bus:
+            pipe.send(await _answer(bus, _Reader(stage_bytes)))
+            await asyncio.to_thread(pipe.poll, None)
+
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serve())
+    else:
+        uvloop.run(serve())
