@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.errors import ConfigError
-from mesh.runtime.cache import SLACK
+from mesh.runtime.cache import SLACK, in_blocks
 
 __all__ = ["Buckets"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
-_SHORTEST_LENGTH = 128
-_LENGTH_STEP = 4
+_LENGTHS = (128, 256, 512)
+_LENGTH = 8192
+"""Where attention reads block by block a shorter length would save nothing but the mask; and each after it is 4 times as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
     """Sizes in ascending order; the last of each is the most there can be.
 
-    rows: rows of a decode wave. chunks: tokens of a prefill chunk. lengths: cache slots a step reads.
+    rows: rows of a decode wave. chunks: tokens of a prefill chunk. lengths: cache slots a step reads at most.
     """
 
     rows: tuple[int, ...]
@@ -38,13 +39,12 @@ class Buckets:
             chunk_sizes.append(chunk_sizes[-1] * 4)
         if chunk > SLACK:
             chunk_sizes.append(chunk)
-        lengths = []
-        size = _SHORTEST_LENGTH
+        lengths = [] if in_blocks() else [size for size in _LENGTHS if size < context]
+        size = _LENGTH
         while size < context:
             lengths.append(size)
-            size *= _LENGTH_STEP if size >= 512 else 2
-        lengths.append(context)
-        return cls(tuple(row_sizes), tuple(chunk_sizes), tuple(lengths))
+            size *= 4
+        return cls(tuple(row_sizes), tuple(chunk_sizes), (*lengths, context))
 
     @staticmethod
     def fit(sizes: tuple[int, ...], value: int) -> int:

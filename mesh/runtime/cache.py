@@ -5,7 +5,7 @@
 A block takes `past_key`, scatters into it with TensorScatter and reads the result with Attention (docs/model-format.md). Run
 literally, that would gather the rows of a step and copy them back. A CacheView stands where the past stood in the
 lowered graph and answers those two ops on the whole array instead: new tokens are written where they belong, in
-place, and attention reads only the rows and the first `length` slots of the step.
+place, and attention reads only the rows of the step, a block of slots at a time, up to the last that one of them sees.
 
 Slots beyond the context are slack: the last one takes the writes of rows that have nothing to write in this step, the others
 the padding of a prefill chunk. No mask ever shows them.
@@ -15,30 +15,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["SLACK", "CacheView", "attend"]
+__all__ = ["SLACK", "CacheView", "attend", "in_blocks"]
 
 SLACK = 16
 """Slots a row has beyond its context; also the smallest prefill chunk."""
 
+COARSE, FINE = 1024, 128
+"""Slots that attention reads at a time: blocks of as many as the first as long as they are full, then of the second. A block of few
+slots wastes little, one of many takes fewer turns."""
+_BLOCK_BYTES = 3 << 20
+"""The most a coarse block of keys should take, so that its copy stays in the processor's caches."""
 _HIDDEN = -1e30  # finite, so that a row that sees nothing stays finite
+_LOWEST = -1e20  # below every score of a slot that is seen, and so far above one that is not that this weighs 0
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CacheView:
-    """Rows `row` .. row + rows - 1 of a cache as a block sees them: [rows, Hkv, length, D].
+    """Rows `row` .. row + rows - 1 of a cache as a block sees them: [rows, Hkv, length, D]; no query sees a slot from `used` on.
 
     Written either with one token a row (a decode wave) or, where `rows` is 1, with several (a prefill chunk).
     """
 
     array: Any  # [R, Hkv, S, D]
     row: Any  # int32 scalar
+    used: Any  # int32 scalar, at most `length`
     rows: int = field(metadata={"static": True})
     length: int = field(metadata={"static": True})
 
@@ -55,13 +62,15 @@ class CacheView:
     def dtype(self) -> Any:
         return self.array.dtype
 
-    def read(self) -> jax.Array:
-        """[rows, Hkv, length, D]; a copy of just that, where XLA does not fuse it into its reader."""
-        return jax.lax.dynamic_slice(self.array, (self.row, 0, 0, 0), self.shape)
+    def read(self, start: Any, size: int) -> jax.Array:
+        """Slots start .. start + size - 1 as float32 [rows, Hkv, size, D]; a copy of just that, where XLA does not fuse it into its
+        reader."""
+        rows, heads, _, dim = self.shape
+        return jax.lax.dynamic_slice(self.array, (self.row, 0, start, 0), (rows, heads, size, dim)).astype(jnp.float32)
 
     def write(self, update: jax.Array, indices: jax.Array) -> CacheView:
         """update [rows, Hkv, T, D] at slots indices[b] .. indices[b] + T - 1."""
-        update = update.astype(self.array.dtype)
+        update = jnp.nan_to_num(update.astype(self.array.dtype))  # no weight of 0 makes a NaN vanish
         if update.shape[2] > 1:
             if self.rows > 1:
                 raise ValueError("several tokens are written to one row at a time")
@@ -89,28 +98,72 @@ class CacheView:
         return NotImplemented
 
 
+def in_blocks() -> bool:
+    """Whether attention goes through the slots in blocks. An accelerator would be asked before each whether there is another, and
+    reads `length` slots at once."""
+    return jax.default_backend() == "cpu"
+
+
 def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *, scale: float, softcap: float) -> jax.Array:
     """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv].
 
-    Scores and their softmax are float32. On a CPU the two products copy what they read; a fused multiply and sum need not, and takes
-    longer all the same (docs/adr/0002-one-allocation-per-cache.md).
+    The softmax is taken as the blocks come: what is summed so far shrinks when a higher score does (Milakov, Gimelshein 2018).
+    Scores and sums are float32. What a slot holds that nobody sees may overflow in its score, which is dropped, and weighs nothing.
     """
     batch, q_heads, tokens, dim = q.shape
-    _, heads, _, value_dim = values.shape
+    _, heads, length, value_dim = values.shape
     group = q_heads // heads
     q32 = q.astype(jnp.float32).reshape(batch, heads, group, tokens, dim) * scale
-    bias = _bias(mask, heads, group)  # [B or 1, Hkv or 1, G or 1, T, L]
-    k, v = keys.read(), values.read()
-    # Keys on the left: XLA lays both operands out with the sum last and would copy what stands on the right.
-    scores = jnp.einsum("bhld,bhgtd->bhlgt", k.astype(jnp.float32), q32).transpose(0, 1, 3, 4, 2)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    # A slot nobody sees may hold anything, NaN included: neither NaN nor 0 * NaN may reach a sum.
-    weights = jax.nn.softmax(jnp.where(bias > _HIDDEN, scores + bias, _HIDDEN), axis=-1)
-    seen = jnp.any(bias > _HIDDEN, axis=(1, 2, 3))[:, None, :, None]  # [B or 1, 1, L, 1]
-    v32 = jnp.where(seen, v.astype(jnp.float32), 0.0)
-    context = jnp.einsum("bhgtl,bhld->bhgtd", weights, v32)
-    return context.reshape(batch, q_heads, tokens, value_dim).astype(q.dtype)
+    mask = jnp.broadcast_to(mask, (*mask.shape[:3], length))
+
+    def block(begin: Any, size: int, before: _Sums) -> _Sums:
+        """The sums with slots begin .. begin + size - 1, as far as they exist."""
+        start = jnp.minimum(begin, length - size)
+        bias = _bias(jax.lax.dynamic_slice_in_dim(mask, start, size, axis=3), heads, group)  # [B or 1, Hkv or 1, G or 1, T, size]
+        seen = (bias > _HIDDEN) & (start + jnp.arange(size) >= begin)
+        # Keys on the left: XLA lays both operands out with the sum last and would copy what stands on the right.
+        scores = jnp.einsum("bhld,bhgtd->bhlgt", keys.read(start, size), q32).transpose(0, 1, 3, 4, 2)
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(seen, scores + bias, _HIDDEN)
+        peak = jnp.maximum(before.peak, jnp.max(scores, axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(before.peak - peak), jnp.exp(scores - peak)
+        context = jnp.einsum("bhgtl,bhld->bhgtd", weights, values.read(start, size))
+        return _Sums(peak, before.total * shrink + jnp.sum(weights, axis=-1, keepdims=True), before.context * shrink + context)
+
+    one = jnp.zeros((batch, heads, group, tokens, 1), jnp.float32)
+    sums = _Sums(one + _LOWEST, one, jnp.zeros((batch, heads, group, tokens, value_dim), jnp.float32))
+    sizes = _block_sizes(length, batch * heads * dim * 4)
+    if sizes == (length,):
+        sums = block(0, length, sums)
+    else:
+        at = jnp.int32(0)
+        for size in sizes:
+            left = keys.used - at
+            count = -(-left // size) if size == sizes[-1] else left // size
+            sums = jax.lax.fori_loop(0, count, lambda index, sums, at=at, size=size: block(at + index * size, size, sums), sums)
+            at += count * size
+    total = jnp.maximum(sums.total, 1.0)  # which it is where anything is seen: the highest score weighs 1
+    return (sums.context / total).reshape(batch, q_heads, tokens, value_dim).astype(q.dtype)
+
+
+class _Sums(NamedTuple):
+    """Of the blocks so far: the highest score [B, Hkv, G, T, 1], the sum of the weights [B, Hkv, G, T, 1] and that of the weighted values
+    [B, Hkv, G, T, Dv], both as if the highest score were 0."""
+
+    peak: Any
+    total: Any
+    context: Any
+
+
+def _block_sizes(length: int, slot_bytes: int) -> tuple[int, ...]:
+    """Descending; the whole where it is one block. `slot_bytes`: what the keys of one slot of all rows take."""
+    if length <= FINE or not in_blocks():
+        return (length,)
+    coarse = COARSE
+    while coarse > FINE and (coarse > length or coarse * slot_bytes > _BLOCK_BYTES):
+        coarse //= 2
+    return (coarse, FINE) if coarse > FINE else (FINE,)
 
 
 def _bias(mask: jax.Array, heads: int, group: int) -> jax.Array:

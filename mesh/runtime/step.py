@@ -60,11 +60,12 @@ def layer(
 ) -> tuple[LayerCache, jax.Array]:
     """hidden [B, T, D], positions [B, T], writes [B] -> the cache and hidden [B, T, D].
 
-    The rows are `row` .. row + B - 1; B or T is 1. `length` slots are read.
+    The rows are `row` .. row + B - 1; B or T is 1. No more than `length` slots are read.
     """
     given: dict[str, Any] = {"position_ids": positions, "write_indices": writes, "hidden_in": hidden}
+    used = jnp.minimum(jnp.max(positions) + 1, length)
     for which, array in (("past_key", cache.key), ("past_value", cache.value)):
-        given[which] = CacheView(array, row, hidden.shape[0], length)
+        given[which] = CacheView(array, row, used, hidden.shape[0], length)
     out = _run(block, weights, given)
     return LayerCache(out["present_key"].array, out["present_value"].array), out["hidden_out"]
 

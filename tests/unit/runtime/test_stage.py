@@ -139,8 +139,15 @@ def test_a_replayed_step_changes_nothing(pipeline, greedy_tokens):
 def test_whatever_a_row_held_before_cannot_be_seen(llama, greedy_tokens):
     stages = Pipeline.load(llama, shards=2, chunk=32)
     for stage in stages.stages:
-        stage._caches = [jax.tree.map(lambda array: array + np.nan, cache) for cache in stage._caches]
+        stage._caches = [jax.tree.map(lambda array: array + np.finfo(array.dtype).max, cache) for cache in stage._caches]
     assert stages.complete(PROMPT, GREEDY, max_tokens=60).ids == greedy_tokens
+    last = stages.stages[1]
+    for filler in (np.nan, np.inf, -np.inf):
+        hidden = np.full((32, last.manifest.hidden.size), filler, np.float32)
+        for start in (0, 32):
+            last.prefill(0, start, np.zeros(32, np.int32), hidden)
+        last.decode(np.array([0]), np.array([64]), np.array([0]), hidden[:1])
+        assert stages.complete(PROMPT, GREEDY, max_tokens=60).ids == greedy_tokens
 
 
 def test_nothing_compiles_after_warm_up(llama):
