@@ -11,7 +11,7 @@ fits is a placement which loads. Weights and KV cache are exact; workspace is an
                   activations   tokens * (4 D + 3 W) * 4 bytes: residual, normed, attention's in and out; gate, up and product
                   scores        2 * tokens * query_heads * context * 4 bytes: scores and probabilities of one layer
                   reads         rows of the step * context * kv_heads * (key_dim + value_dim) * 4 bytes: one layer's keys and
-                                values as attention reads them
+                                values as attention reads them on an accelerator; in blocks, as on a CPU, it takes less
                 and for either step
                   logits        3 * rows * vocab * 4 bytes (head only): logits, their sorted copy, the penalty counts
                   history       rows * (context + slack) * 4 bytes (head only): the tokens that penalties look at

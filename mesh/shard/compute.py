@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 
 from mesh.frames import Flags, Frame, Kind, Timing
-from mesh.runtime.buckets import Buckets
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import MAX_LOGPROBS
 from mesh.runtime.stage import Stage, Token
@@ -24,7 +23,7 @@ __all__ = ["HIDDEN_DTYPES", "AnyStage", "ComputeThread", "exercise", "run_step"]
 log = logging.getLogger("mesh.shard")
 
 _LONG_CHUNK: Final = 1 << 20
-"""Tokens times the slots that each of them reads: some 70 ms a layer on two cores, beside which a first run's 6 ms are little."""
+"""Tokens times the slots that they read: some 70 ms a layer on two cores, beside which a first run's 6 ms are little."""
 
 HIDDEN_DTYPES: Final[dict[str, Any]] = {
     "float32": np.dtype(np.float32),
@@ -113,8 +112,8 @@ def exercise(stage: Stage) -> None:
     for shorter in (0, *buckets.lengths[:-1]):
         for smaller in (0, *buckets.chunks[:-1]):
             start = max(shorter - smaller, 0)  # one token more than the smaller bucket and the shorter length hold
-            size, length = buckets.chunk(start, smaller + 1), Buckets.fit(buckets.lengths, start + smaller + 1)
-            if start + smaller < stage.context and size * length < _LONG_CHUNK:
+            size = buckets.chunk(start, smaller + 1)
+            if start + smaller < stage.context and size * (start + size) < _LONG_CHUNK:
                 stage.prefill(0, start, np.zeros(smaller + 1, np.int32), hidden(smaller + 1))
         for rows in buckets.rows:
             stage.decode(np.array([rows - 1], np.int32), np.array([shorter], np.int32), np.zeros(1, np.int32), hidden(1))
