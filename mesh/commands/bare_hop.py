@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from mesh.bus import Bus, BusOptions, Received
+from mesh.commands.coordinator import run_loop
 from mesh.errors import Unavailable
 
 __all__ = ["bare_hop_between_stages_s", "bare_hop_s"]
@@ -112,9 +113,4 @@ def _far_side(pipe: Connection, options: BusOptions, stage_bytes: int) -> None:
             pipe.send(await _answer(bus, _Reader(stage_bytes)))
             await asyncio.to_thread(pipe.poll, None)
 
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(serve())
-    else:
-        uvloop.run(serve())
+    run_loop(serve)

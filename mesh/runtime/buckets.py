@@ -10,9 +10,9 @@ from mesh.runtime.cache import SLACK, in_blocks
 __all__ = ["Buckets"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
-_LENGTHS = (128, 256, 512)
-_LENGTH = 8192
-"""Where attention reads block by block a shorter length would save nothing but the mask; and each after it is 4 times as long."""
+_SHORT_LENGTHS = (128, 256, 512, 2048)
+"""Of no use where attention reads block by block: there they would save nothing but a part of the mask."""
+_LENGTH, _LENGTH_STEP = 8192, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class Buckets:
             chunk_sizes.append(chunk_sizes[-1] * 4)
         if chunk > SLACK:
             chunk_sizes.append(chunk)
-        lengths = [] if in_blocks() else [size for size in _LENGTHS if size < context]
+        lengths = [] if in_blocks() else [size for size in _SHORT_LENGTHS if size < context]
         size = _LENGTH
         while size < context:
             lengths.append(size)
-            size *= 4
+            size *= _LENGTH_STEP
         return cls(tuple(row_sizes), tuple(chunk_sizes), (*lengths, context))
 
     @staticmethod
