@@ -32,7 +32,7 @@ from typing import Any
 
 from mesh.client import AsyncMeshClient
 from mesh.errors import MeshError
-from mesh.local import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -337,8 +337,8 @@ def main() -> int:
 
 def make_model(folder: Path) -> Path:
     """A llama of 3 layers with random weights."""
-    from mesh.model.importing import import_model
-    from mesh.model.source import ImportOptions
+    from mesh.importer.importing import import_model
+    from mesh.importer.sources.source import ImportOptions
 
     import_model(ROOT / "tests" / "fixtures" / "onnx" / "llama-dynamo.onnx", folder / "tiny", ImportOptions(), name="tiny")
     return folder / "tiny"

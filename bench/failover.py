@@ -21,11 +21,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mesh import subjects
 from mesh.bus import Bus
 from mesh.client import AsyncMeshClient
-from mesh.local import LocalMesh, LocalOptions
-from mesh.messages import ShardStats, StatsRequest
+from mesh.local.mesh import LocalMesh, LocalOptions
+from mesh.protocol import subjects
+from mesh.protocol.messages import ShardStats, StatsRequest
 
 BEFORE, AFTER = 40, 40
 """Tokens before the kill, at least, and afterwards."""

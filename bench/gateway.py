@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import openai
 
 from mesh.client import AsyncMeshClient
-from mesh.local import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
 
 Times = list[float]
 Way = Callable[[int], Awaitable[Times]]

@@ -41,10 +41,10 @@ from mesh.bus import Bus
 from mesh.client import AsyncMeshClient
 from mesh.commands.bench import percentiles
 from mesh.errors import Busy
-from mesh.frames import Kind
-from mesh.local import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
+from mesh.protocol.frame_codec import Kind
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("crowd", "arrival", "leave", "overload")

@@ -12,14 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mesh import frames
 from mesh.bus import Bus, Received
 from mesh.client import AsyncMeshClient
 from mesh.commands.bench import percentiles
 from mesh.errors import FrameRejected, MeshError
-from mesh.frames import Kind
-from mesh.local import LocalMesh
-from mesh.messages import Close
+from mesh.local.mesh import LocalMesh
+from mesh.protocol import frame_codec
+from mesh.protocol.frame_codec import Kind
+from mesh.protocol.messages import Close
 
 SAMPLE_S = 0.5
 
@@ -122,7 +122,7 @@ class Tap:
 
     async def _on_frame(self, received: Received) -> None:
         try:
-            frame = frames.decode(received.data)
+            frame = frame_codec.decode(received.data)
         except FrameRejected:
             return
         self.sent.append((time.perf_counter(), frame.kind, frozenset(frame.sessions.tolist())))

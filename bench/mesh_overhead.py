@@ -26,7 +26,7 @@ import numpy as np
 from mesh.bus import BusOptions
 from mesh.client import AsyncMeshClient
 from mesh.commands.bare_hop import bare_hop_between_stages_s, bare_hop_s
-from mesh.local import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.model.manifest import Manifest
 
 PROMPT_TOKENS, STEPS, CONTEXT = 16, 64, 256

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from mesh.process import dying_with_parent
-from mesh.server import NatsServer
+from mesh.host.process import dying_with_parent
+from mesh.local.nats_server import NatsServer
 
 
 def seconds_until_ready(command: list[str], environment: dict[str, str]) -> float:

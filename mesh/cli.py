@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version", "version"):
-        from mesh.telemetry import version
+        from mesh.telemetry.logs import version
 
         print(f"mesh {version()}")
         return 0

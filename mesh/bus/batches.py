@@ -26,14 +26,14 @@ import nats.js.client
 import nats.js.errors
 import orjson
 
-from mesh import subjects
 from mesh.bus.connection import Bus
 from mesh.bus.kv import Bucket
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, Busy, PayloadTooLarge
-from mesh.messages import MAX_BATCH, BatchItem, BatchState, BatchStatus, ErrorReply, Generate, Message
-from mesh.units import format_bytes
+from mesh.protocol import subjects
+from mesh.protocol.messages import MAX_BATCH, BatchItem, BatchState, BatchStatus, ErrorReply, Generate, Message
+from mesh.settings.units import format_bytes
 
 __all__ = ["BatchQueue", "BatchStore", "Work"]
 

@@ -19,13 +19,13 @@ import nats.js.api
 import nats.js.client
 import nats.js.errors
 
-from mesh import subjects
 from mesh.bus.connection import Bus
 from mesh.bus.kv import WATCH_IDLE_S, anything_sent
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
-from mesh.messages import Event, EventKind
+from mesh.protocol import subjects
+from mesh.protocol.messages import Event, EventKind
 
 __all__ = ["EventLog", "announce", "keep_events"]
 

@@ -23,13 +23,13 @@ import nats.js.errors
 import nats.js.object_store
 from pydantic import ValidationError
 
-from mesh import subjects
 from mesh.bus.connection import Bus
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
+from mesh.host.paths import cache_directory
 from mesh.model.manifest import FileInfo, Manifest, block_name, check_file
-from mesh.paths import cache_directory
+from mesh.protocol import subjects
 from mesh.types import LayerRange
 
 __all__ = ["ModelStore", "Progress", "files_of", "kept_at"]

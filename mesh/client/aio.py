@@ -10,13 +10,13 @@ from typing import Any
 
 import orjson
 
-from mesh import messages, subjects
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.bus.batches import BatchStore
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
-from mesh.messages import BatchStatus
+from mesh.protocol import messages, subjects
+from mesh.protocol.messages import BatchStatus
 
 __all__ = ["AsyncMeshClient"]
 
@@ -85,7 +85,7 @@ class AsyncMeshClient:
         return self.stream(prompt, model=model, **request)
 
     def stream(self, prompt: str | None = None, *, model: str | None = None, timeout_s: float | None = None, **request: Any) -> Stream:
-        """A generation token by token. `request`: the fields of mesh.messages.Generate: messages or tokens instead of a prompt,
+        """A generation token by token. `request`: the fields of mesh.protocol.generation.Generate: messages or tokens instead of a prompt,
         max_tokens, temperature, top_k, top_p, min_p, penalties, seed, logprobs, stop, ignore_eos, raw, session."""
         name = model or self._model
         if name is None:

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from mesh.client.results import CoordinatorStatus, MeshStatus
-from mesh.messages import Event, ShardLease, ShardStats
+from mesh.protocol.messages import Event, ShardLease, ShardStats
 
 __all__ = ["Board", "Point"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.errors import MeshError
-from mesh.messages import BatchItem, ShardLease
+from mesh.protocol.messages import BatchItem, ShardLease
 
 __all__ = ["BatchResult", "Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "Timing", "Token", "Usage"]
 

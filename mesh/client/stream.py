@@ -19,11 +19,11 @@ from typing import Any
 
 import orjson
 
-from mesh import messages, subjects
 from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import raise_error
 from mesh.client.results import Chunk, Completion, Token, token_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
+from mesh.protocol import messages, subjects
 
 __all__ = ["Retry", "Stream"]
 

@@ -13,7 +13,7 @@ from mesh.client.aio import AsyncMeshClient
 from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
-from mesh.messages import BatchStatus, ShardStats
+from mesh.protocol.messages import BatchStatus, ShardStats
 
 __all__ = ["MeshClient", "SyncStream"]
 

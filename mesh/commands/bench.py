@@ -20,7 +20,7 @@ from mesh.client import AsyncMeshClient
 from mesh.commands.bare_hop import bare_hop_between_stages_s, bare_hop_s
 from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.errors import BadRequest, MeshError, Unavailable
-from mesh.units import format_seconds
+from mesh.settings.units import format_seconds
 
 __all__ = ["add_parser", "percentiles", "run_command"]
 

@@ -10,7 +10,7 @@ from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
     from mesh.bus import BusOptions
-    from mesh.config import NatsSection
+    from mesh.settings.schema import NatsSection
 
 __all__ = ["add_connection_arguments", "bus_options"]
 
@@ -52,8 +52,8 @@ def bus_options(args: argparse.Namespace, section: NatsSection | None = None) ->
     from pydantic import ValidationError
 
     from mesh.bus import BusOptions
-    from mesh.config import ConnectionConfig, NatsSection
-    from mesh.configfile import load_environment
+    from mesh.settings.files import load_environment
+    from mesh.settings.schema import ConnectionConfig, NatsSection
 
     base = section or load_environment(ConnectionConfig).nats
     values: dict[str, Any] = {key: getattr(base, key) for key in base.model_fields_set}

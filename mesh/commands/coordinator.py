@@ -15,10 +15,10 @@ from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
     from mesh.bus import BusOptions
-    from mesh.config import CoordinatorConfig, ServedModelSection
     from mesh.coordinator.description import Wanted
     from mesh.coordinator.service import Coordinator
     from mesh.gateway import HttpEdge
+    from mesh.settings.schema import CoordinatorConfig, ServedModelSection
 
 __all__ = ["add_parser", "run_command", "run_until_signal"]
 
@@ -44,14 +44,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
-    from mesh.config import CoordinatorConfig, load_config
+    from mesh.coordinator.core.expectations import Expected
     from mesh.coordinator.description import find_model
-    from mesh.coordinator.expectations import Expected
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
-    from mesh.frames import Flags
-    from mesh.process import settle
-    from mesh.telemetry import setup_logging
-    from mesh.units import GB
+    from mesh.host.process import settle
+    from mesh.protocol.frame_codec import Flags
+    from mesh.settings.schema import CoordinatorConfig, load_config
+    from mesh.settings.units import GB
+    from mesh.telemetry.logs import setup_logging
 
     config = load_config(args.config, CoordinatorConfig)
     setup_logging(config.logging.level, config.logging.file)

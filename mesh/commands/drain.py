@@ -7,7 +7,7 @@ import asyncio
 from typing import Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
-from mesh.units import parse_seconds
+from mesh.settings.units import parse_seconds
 
 __all__ = ["add_drain_parser", "add_load_parser"]
 
@@ -23,9 +23,9 @@ def add_drain_parser(subparsers: Any) -> None:
 
 
 def drain_command(args: argparse.Namespace) -> int:
-    from mesh import subjects
     from mesh.bus import Bus
-    from mesh.messages import Drain, Drained
+    from mesh.protocol import subjects
+    from mesh.protocol.messages import Drain, Drained
 
     name = _name(args.shard)
     message = Drain(timeout_s=parse_seconds(args.timeout), stop=not args.keep)
@@ -52,11 +52,11 @@ compiled; sessions that are open may end first, the rest go on on other replicas
 
 
 def load_command(args: argparse.Namespace) -> int:
-    from mesh import subjects
     from mesh.bus import Bus
     from mesh.errors import ConfigError
-    from mesh.messages import Load, Loaded
     from mesh.planner.requests import parse_ranges
+    from mesh.protocol import subjects
+    from mesh.protocol.messages import Load, Loaded
 
     ranges = parse_ranges(args.layers)
     if len(ranges) != 1:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mesh.units import format_bytes, format_seconds
+from mesh.settings.units import format_bytes, format_seconds
 
 __all__ = ["coordinator_table", "headline", "session_table", "shard_table"]
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from mesh.commands.connection import add_connection_arguments
-from mesh.units import parse_seconds
+from mesh.settings.units import parse_seconds
 
 __all__ = ["add_events_parser"]
 

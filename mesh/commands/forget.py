@@ -26,8 +26,8 @@ def add_forget_parser(subparsers: Any) -> None:
 def forget_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.commands.generate import mesh_options
+    from mesh.protocol.subjects import check_token
     from mesh.shard.forget import forget
-    from mesh.subjects import check_token
 
     name = check_token(f"shard-{args.shard}" if args.shard.isdigit() else args.shard, "shard")
 

@@ -12,10 +12,10 @@ from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mesh.config import AuthenticationSection, HttpSection, TlsSection
     from mesh.gateway import GatewaySettings, HttpEdge
-    from mesh.listener import Tls
-    from mesh.security import Verifier
+    from mesh.http.listener import Tls
+    from mesh.http.tokens import Verifier
+    from mesh.settings.schema import AuthenticationSection, HttpSection, TlsSection
 
 __all__ = ["add_parser", "gateway_settings", "run_command", "tls_of", "until_told", "verifier_of"]
 
@@ -36,10 +36,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from mesh.commands.coordinator import run_loop
-    from mesh.config import GatewayConfig, load_config
-    from mesh.configfile import load_environment
     from mesh.gateway import HttpEdge
-    from mesh.telemetry import setup_logging
+    from mesh.settings.files import load_environment
+    from mesh.settings.schema import GatewayConfig, load_config
+    from mesh.telemetry.logs import setup_logging
 
     config = load_environment(GatewayConfig) if args.config is None else load_config(args.config, GatewayConfig)
     given = {"listen_host": args.host, "listen_port": args.http_port, "model": args.model}
@@ -79,7 +79,7 @@ def gateway_settings(
     """What the sections of a file say; ConfigError where the listener would be open to others than this machine, and they say
     nothing of who may ask."""
     from mesh.gateway import GatewaySettings, Limits
-    from mesh.listener import ListenerOptions
+    from mesh.http.listener import ListenerOptions
 
     listener = ListenerOptions(
         host=section.listen_host,
@@ -106,7 +106,7 @@ def gateway_settings(
 
 
 def tls_of(section: TlsSection | None) -> Tls | None:
-    from mesh.listener import Tls
+    from mesh.http.listener import Tls
 
     if section is None or not section.enabled:
         return None
@@ -115,8 +115,8 @@ def tls_of(section: TlsSection | None) -> Tls | None:
 
 def verifier_of(section: AuthenticationSection, host: str) -> Verifier | None:
     """Who checks tokens at a listener on `host`; None: nobody."""
-    from mesh.listener import is_loopback
-    from mesh.security import Verifier, read_secret
+    from mesh.http.listener import is_loopback
+    from mesh.http.tokens import Verifier, read_secret
 
     enabled = not is_loopback(host) if section.enabled is None else section.enabled
     if not enabled:

@@ -15,8 +15,8 @@ from mesh.client import MeshClient
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.run import add_generation_arguments
 from mesh.errors import BadRequest
-from mesh.local import default_url
-from mesh.units import format_seconds
+from mesh.local.mesh import default_url
+from mesh.settings.units import format_seconds
 
 __all__ = ["add_mesh_arguments", "add_parser", "ask", "hop_line", "mesh_options", "request_of", "run_command"]
 

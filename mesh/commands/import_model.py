@@ -9,7 +9,7 @@ from typing import Any
 
 from mesh.commands.progress import progress_bar
 from mesh.model.manifest import Manifest
-from mesh.units import format_bytes, format_count, format_seconds
+from mesh.settings.units import format_bytes, format_count, format_seconds
 
 __all__ = ["add_parser", "import_command", "import_quietly"]
 
@@ -33,9 +33,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def import_command(args: argparse.Namespace) -> int:
-    from mesh.model.importing import import_model
-    from mesh.model.source import ImportOptions
-    from mesh.process import give_memory_back
+    from mesh.host.process import give_memory_back
+    from mesh.importer.importing import import_model
+    from mesh.importer.sources.source import ImportOptions
     from mesh.runtime.device import prepare
 
     give_memory_back()
@@ -50,9 +50,9 @@ def import_command(args: argparse.Namespace) -> int:
 
 def import_quietly(source: Path, out: Path, bits: int | None) -> None:
     """What `mesh shard-model` imports a source with: `bits` None are the source's 32."""
-    from mesh.model.importing import import_model
-    from mesh.model.source import ImportOptions
-    from mesh.process import give_memory_back
+    from mesh.host.process import give_memory_back
+    from mesh.importer.importing import import_model
+    from mesh.importer.sources.source import ImportOptions
     from mesh.runtime.device import prepare
 
     give_memory_back()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mesh.planner.placement import Placement
-from mesh.units import format_bytes, format_count, format_seconds
+from mesh.settings.units import format_bytes, format_count, format_seconds
 
 __all__ = ["print_placement"]
 

@@ -18,14 +18,14 @@ import yaml
 
 from mesh.commands.import_model import import_quietly
 from mesh.commands.placement_table import print_placement
-from mesh.config import DistributedConfig, ModelConfig, load_config
 from mesh.errors import ConfigError, ModelNotFound, PlanError
-from mesh.memory import DEFAULT_CHUNK, ModelShape
 from mesh.model.manifest import Manifest
+from mesh.model.memory import DEFAULT_CHUNK, ModelShape
 from mesh.planner.placement import Node, Placement, Strategy
 from mesh.planner.plan import PlanRequest, place, plan, ranges_of, same_nodes
 from mesh.planner.requests import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
-from mesh.units import GB, parse_bytes
+from mesh.settings.schema import DistributedConfig, ModelConfig, load_config
+from mesh.settings.units import GB, parse_bytes
 
 __all__ = ["Importer", "add_plan_parser", "add_shard_model_parser", "plan_command", "shard_model_command"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
-from mesh.units import format_bytes, format_seconds
+from mesh.settings.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from mesh.types import LayerRange

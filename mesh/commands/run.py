@@ -14,7 +14,7 @@ import orjson
 
 from mesh.commands.progress import progress_bar
 from mesh.errors import BadRequest, ModelNotFound
-from mesh.units import format_seconds, parse_bytes
+from mesh.settings.units import format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from mesh.model.tokenizer import Tokenizer

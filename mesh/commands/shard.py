@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.errors import ConfigError
-from mesh.units import parse_bytes
+from mesh.settings.units import parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus
-    from mesh.config import ShardConfig
+    from mesh.settings.schema import ShardConfig
     from mesh.shard.http import ShardHttp
     from mesh.shard.service import Progress, ShardOptions
     from mesh.types import LayerRange
@@ -62,11 +62,11 @@ def add_join_parser(subparsers: Any) -> None:
 
 
 def shard_command(args: argparse.Namespace) -> int:
-    from mesh.config import ShardConfig, load_config
     from mesh.runtime.device import prepare
+    from mesh.settings.schema import ShardConfig, load_config
     from mesh.shard.process import choose_device, limit_threads, run_loop, serve
     from mesh.shard.service import ShardOptions
-    from mesh.telemetry import setup_logging
+    from mesh.telemetry.logs import setup_logging
     from mesh.types import LayerRange
 
     config = load_config(args.config, ShardConfig)
@@ -102,7 +102,7 @@ def shard_command(args: argparse.Namespace) -> int:
 def _http(config: ShardConfig) -> ShardHttp:
     """With its port taken, so that a wrong one is an error before anything is loaded."""
     from mesh.commands.gateway import tls_of, verifier_of
-    from mesh.listener import Listener, ListenerOptions
+    from mesh.http.listener import Listener, ListenerOptions
     from mesh.shard.http import ShardHttp
 
     section = config.shard
@@ -113,12 +113,12 @@ def _http(config: ShardConfig) -> ShardHttp:
 
 
 def join_command(args: argparse.Namespace) -> int:
-    from mesh.config import HealthSection
-    from mesh.listener import Listener, ListenerOptions
+    from mesh.http.listener import Listener, ListenerOptions
     from mesh.runtime.device import prepare
+    from mesh.settings.schema import HealthSection
     from mesh.shard.http import ShardHttp
     from mesh.shard.process import choose_device, limit_threads, run_loop, serve
-    from mesh.telemetry import setup_logging
+    from mesh.telemetry.logs import setup_logging
 
     setup_logging()
     limit_threads(args.threads)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mesh.config import AuthenticationSection
+    from mesh.settings.schema import AuthenticationSection
 
 __all__ = ["add_parser"]
 
@@ -43,8 +43,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def issue_command(args: argparse.Namespace) -> int:
-    from mesh.security import Issuer
-    from mesh.units import parse_seconds
+    from mesh.http.tokens import Issuer
+    from mesh.settings.units import parse_seconds
 
     section = _section(args)
     key = _key(section, section.private_key_file, "private_key")
@@ -68,7 +68,7 @@ def inspect_command(args: argparse.Namespace) -> int:
     import orjson
 
     from mesh.errors import Denied
-    from mesh.security import Verifier, peek
+    from mesh.http.tokens import Verifier, peek
 
     token = (sys.stdin.read() if args.token == "-" else args.token).strip()
     header, claims = peek(token)
@@ -94,8 +94,8 @@ def _section(args: argparse.Namespace) -> AuthenticationSection:
     """What the file or the environment says, the flags over it."""
     from pydantic import ValidationError
 
-    from mesh.config import AuthenticationConfig, AuthenticationSection, CoordinatorConfig, GatewayConfig, load_config
-    from mesh.configfile import load_environment, read_mapping
+    from mesh.settings.files import load_environment, read_mapping
+    from mesh.settings.schema import AuthenticationConfig, AuthenticationSection, CoordinatorConfig, GatewayConfig, load_config
 
     if args.config is None:
         base = load_environment(AuthenticationConfig).authentication
@@ -116,7 +116,7 @@ def _section(args: argparse.Namespace) -> AuthenticationSection:
 
 
 def _key(section: AuthenticationSection, key_file: str | None, name: str) -> bytes | None:
-    from mesh.security import read_secret
+    from mesh.http.tokens import read_secret
 
     if section.algorithm != "HS256":
         return read_secret(None, key_file, f"authentication.{name}")

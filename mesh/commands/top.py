@@ -17,7 +17,7 @@ from mesh.client.board import Board
 from mesh.commands.drawing import headline, session_table, shard_table
 from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.errors import BadRequest, MeshError
-from mesh.units import format_seconds
+from mesh.settings.units import format_seconds
 
 __all__ = ["add_parser", "render", "run_command"]
 

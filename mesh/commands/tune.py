@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mesh.units import format_seconds
+from mesh.settings.units import format_seconds
 
 __all__ = ["add_parser", "tune_command"]
 

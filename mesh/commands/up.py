@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
-from mesh.units import format_seconds, parse_bytes
+from mesh.settings.units import format_seconds, parse_bytes
 
 __all__ = ["add_parser", "run_command"]
 
@@ -45,8 +45,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    from mesh.local import DEFAULT_HTTP_PORT, LocalMesh, LocalOptions, announced
-    from mesh.subjects import generate as generate_subject
+    from mesh.local.mesh import DEFAULT_HTTP_PORT, LocalMesh, LocalOptions, announced
+    from mesh.protocol.subjects import generate as generate_subject
 
     options = LocalOptions(
         model=args.model,

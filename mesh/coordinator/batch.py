@@ -16,12 +16,12 @@ from typing import Any, Final
 
 import orjson
 
-from mesh import subjects
 from mesh.bus import Bus, Endpoint, Received, Subscription, end_tasks
 from mesh.bus.batches import BatchQueue, BatchStore, Work
 from mesh.bus.connection import raise_error
 from mesh.errors import DeadlineExceeded, MeshError, ServiceError
-from mesh.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, ErrorReply, Generate
+from mesh.protocol import subjects
+from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, ErrorReply, Generate
 
 __all__ = ["BatchWorker"]
 

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Final, Protocol
 
-from mesh import subjects
 from mesh.bus import Bus, Received, Subscription, end_tasks
-from mesh.coordinator.peers import Peer, Peers
+from mesh.coordinator.core.peers import Peer, Peers
 from mesh.coordinator.records import Recorder, SessionRecord, sessions_bucket
 from mesh.coordinator.replies import Job
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
-from mesh.messages import Alive, Beat, EventKind, Generate
+from mesh.protocol import subjects
+from mesh.protocol.messages import Alive, Beat, EventKind, Generate
 
 __all__ = ["Continuity", "Host"]
 

@@ -27,10 +27,10 @@ from typing import Annotated, ClassVar, Final
 import orjson
 from pydantic import Field
 
-from mesh import messages, subjects
 from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
-from mesh.messages import Generate, Message
+from mesh.protocol import messages, subjects
+from mesh.protocol.messages import Generate, Message
 
 __all__ = ["Recorder", "SessionRecord", "digest_of", "sessions_bucket"]
 

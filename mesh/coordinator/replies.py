@@ -22,10 +22,10 @@ from typing import Any
 
 import orjson
 
-from mesh import messages
-from mesh.coordinator.events import Ended
-from mesh.coordinator.session import Request
+from mesh.coordinator.core.events import Ended
+from mesh.coordinator.core.session import Request
 from mesh.model.tokenizer import TextStream, Tokenizer
+from mesh.protocol import messages
 
 __all__ = ["EPOCH_HEADER", "HopMeter", "Job", "Token"]
 

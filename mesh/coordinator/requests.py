@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 
-from mesh import messages
-from mesh.coordinator.session import Request
+from mesh.coordinator.core.session import Request
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
+from mesh.protocol import messages
 
 __all__ = ["prepare"]
 

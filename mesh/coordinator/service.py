@@ -29,13 +29,11 @@ from typing import Any
 
 import orjson
 
-from mesh import frames, messages, subjects, telemetry
 from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.bus.connection import reply_error
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
-from mesh.coordinator.core import Core, CoreConfig
-from mesh.coordinator.events import (
+from mesh.coordinator.core.events import (
     Admitted,
     Answered,
     Ask,
@@ -61,21 +59,24 @@ from mesh.coordinator.events import (
     Submit,
     Tick,
 )
-from mesh.coordinator.expectations import Expected
+from mesh.coordinator.core.expectations import Expected
+from mesh.coordinator.core.machine import Core, CoreConfig
+from mesh.coordinator.core.routing import Strategy
+from mesh.coordinator.core.scheduler import Flight
+from mesh.coordinator.core.session import Request
 from mesh.coordinator.records import SessionRecord, digest_of
 from mesh.coordinator.replies import EPOCH_HEADER, HopMeter, Job
 from mesh.coordinator.requests import prepare
-from mesh.coordinator.routing import Strategy
-from mesh.coordinator.scheduler import Flight
-from mesh.coordinator.session import Request
 from mesh.coordinator.trace import Traces
 from mesh.coordinator.translate import event_of, frame_of, replica_of
 from mesh.errors import BadRequest, Busy, DeadlineExceeded, FrameRejected, MeshError, NobodyListens, Unavailable
-from mesh.frames import Flags
-from mesh.messages import ShardLease
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.units import format_bytes
+from mesh.protocol import frame_codec, messages, subjects
+from mesh.protocol.frame_codec import Flags
+from mesh.protocol.messages import ShardLease
+from mesh.settings.units import format_bytes
+from mesh.telemetry import logs
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
@@ -206,7 +207,7 @@ class Coordinator:
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
-                version=telemetry.version(),
+                version=logs.version(),
                 description=f"generation with {model}",
                 metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
                 stats=self.stats,
@@ -433,7 +434,7 @@ class Coordinator:
 
     def _on_answer(self, data: bytes) -> None:
         try:
-            frame = frames.decode(data, model_hash=self.manifest.model_hash)
+            frame = frame_codec.decode(data, model_hash=self.manifest.model_hash)
             event = event_of(frame)
             if event is None:
                 raise FrameRejected("frame rejected: only answers are sent here", reason="kind")
@@ -484,7 +485,7 @@ class Coordinator:
 
     def _compatible(self, lease: ShardLease) -> bool:
         """Whether the shard can take part. Another model's is none of our business; another cut or version of ours is said once."""
-        if lease.model_hash == self.manifest.model_hash and lease.frame_version == frames.VERSION:
+        if lease.model_hash == self.manifest.model_hash and lease.frame_version == frame_codec.VERSION:
             self._refused_shards.pop(lease.shard, None)
             return True
         if lease.model == self.manifest.name and self._refused_shards.get(lease.shard) != lease.instance:
@@ -492,8 +493,8 @@ class Coordinator:
                 self._refused_shards.clear()
             self._refused_shards[lease.shard] = lease.instance
             why = f"model hash {lease.model_hash}, and {self.manifest.model_hash} is served here"
-            if lease.frame_version != frames.VERSION:
-                why = f"it speaks frame version {lease.frame_version}, and this coordinator {frames.VERSION}"
+            if lease.frame_version != frame_codec.VERSION:
+                why = f"it speaks frame version {lease.frame_version}, and this coordinator {frame_codec.VERSION}"
             log.warning("shard %s takes no part: %s", lease.shard, why)
             self.bus.spawn(self._announce("rejected", lease.shard, why), "event")
         return False
@@ -711,7 +712,7 @@ class Coordinator:
         if isinstance(item, _Mail):
             return item.subject, item.data, item.reply, item.headers
         frame = frame_of(item, model_hash=self.manifest.model_hash, coordinator=self.name, flags=self.options.flags)
-        data = frames.encode(frame)
+        data = frame_codec.encode(frame)
         self._sent_at[item.frame] = time.perf_counter()
         while len(self._sent_at) > 4096:  # of frames that never came back
             del self._sent_at[next(iter(self._sent_at))]
@@ -726,7 +727,7 @@ class Coordinator:
         if isinstance(item, FrameOut):
             self.bus.spawn(self._handle(FrameLost(item.frame)), "frame lost")
 
-    def _measure(self, frame: frames.Frame, flight: Flight | None, arrived: float) -> None:
+    def _measure(self, frame: frame_codec.Frame, flight: Flight | None, arrived: float) -> None:
         """Where the time of a step went."""
         sent_at = self._sent_at.pop(frame.step, None)
         if sent_at is None or flight is None:

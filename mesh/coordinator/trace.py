@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mesh.coordinator.events import Ended, FrameOut
-from mesh.coordinator.routing import Route
-from mesh.coordinator.session import Session, State
-from mesh.frames import Timing
+from mesh.coordinator.core.events import Ended, FrameOut
+from mesh.coordinator.core.routing import Route
+from mesh.coordinator.core.session import Session, State
+from mesh.protocol.frame_codec import Timing
 
 __all__ = ["Trace", "Traces"]
 

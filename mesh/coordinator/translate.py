@@ -7,13 +7,13 @@ from typing import Final
 
 import numpy as np
 
-from mesh import frames
-from mesh.coordinator.events import FrameLost, FrameOut, Result, ResultRow
+from mesh.coordinator.core.events import FrameLost, FrameOut, Result, ResultRow
+from mesh.coordinator.core.routing import Replica, Route
 from mesh.coordinator.replies import Token
-from mesh.coordinator.routing import Replica, Route
 from mesh.errors import FrameRejected
-from mesh.frames import Flags, Frame, Gap, Kind
-from mesh.messages import ShardLease
+from mesh.protocol import frame_codec
+from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
+from mesh.protocol.messages import ShardLease
 
 __all__ = ["event_of", "frame_of", "replica_of"]
 
@@ -41,8 +41,8 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
 
 
 @lru_cache(maxsize=256)
-def _hops(route: Route) -> tuple[frames.Hop, ...]:
-    return tuple(frames.Hop(hop.layers, str(hop.shard)) for hop in route)
+def _hops(route: Route) -> tuple[frame_codec.Hop, ...]:
+    return tuple(frame_codec.Hop(hop.layers, str(hop.shard)) for hop in route)
 
 
 def event_of(frame: Frame) -> Result | FrameLost | None:
@@ -84,7 +84,7 @@ def replica_of(lease: ShardLease) -> Replica:
 
 def _chunk(lease: ShardLease) -> int:
     """The most tokens a prefill frame may bring, so that the hidden state the shard passes on still fits in one message."""
-    room = lease.max_frame_bytes - frames.overhead_bytes(1, lease.chunk, frames.MAX_HOPS)
+    room = lease.max_frame_bytes - frame_codec.overhead_bytes(1, lease.chunk, frame_codec.MAX_HOPS)
     return max(1, min(lease.chunk, room // (lease.hidden_size * lease.hidden_itemsize)))
 
 

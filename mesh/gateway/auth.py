@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mesh.errors import Busy, Denied
 from mesh.gateway.settings import Limits
-from mesh.security import Claims, Verifier
+from mesh.http.tokens import Claims, Verifier
 
 __all__ = ["Caller", "Gate", "NotAuthenticated"]
 

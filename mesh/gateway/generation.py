@@ -33,7 +33,7 @@ def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
 
 
 class Generation:
-    """`fields` are those of mesh.messages.Generate; without max_tokens it is the gateway's default, or what the context leaves.
+    """`fields` are those of mesh.protocol.generation.Generate; without max_tokens it is the gateway's default, or what the context leaves.
 
     Iterate over `chunks`; with the last one, which has no token, `completion` is set. Closing the iterator early cancels the
     generation. `request`: its name in the mesh, once it has begun.

@@ -82,7 +82,7 @@ class Common(Request):
     ignore_eos: bool | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of mesh.messages.Generate that were given; OpenAI's temperature is 1 where none is."""
+        """The fields of mesh.protocol.generation.Generate that were given; OpenAI's temperature is 1 where none is."""
         names = ("top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty", "ignore_eos")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         given["temperature"] = 1.0 if self.temperature is None else self.temperature
@@ -137,7 +137,7 @@ class CompletionRequest(Common):
         return self
 
     def prompts(self) -> list[dict[str, Any]]:
-        """Each as the field of mesh.messages.Generate that it is."""
+        """Each as the field of mesh.protocol.generation.Generate that it is."""
         if isinstance(self.prompt, str):
             return [{"prompt": self.prompt, "raw": True}]
         if all(isinstance(part, int) for part in self.prompt):

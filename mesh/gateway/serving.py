@@ -12,7 +12,7 @@ from mesh.client import AsyncMeshClient
 from mesh.gateway import dashboard
 from mesh.gateway.app import create_app
 from mesh.gateway.settings import GatewaySettings
-from mesh.listener import Listener, is_loopback
+from mesh.http.listener import Listener, is_loopback
 
 __all__ = ["HttpEdge"]
 

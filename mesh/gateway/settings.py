@@ -1,11 +1,11 @@
-"""What an HTTP edge is told when it is made. mesh.config reads it from files; here it is values."""
+"""What an HTTP edge is told when it is made. mesh.settings reads it from files; here it is values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mesh.listener import ListenerOptions
-from mesh.security import Verifier
+from mesh.http.listener import ListenerOptions
+from mesh.http.tokens import Verifier
 
 __all__ = ["GatewaySettings", "Limits"]
 

@@ -8,8 +8,8 @@ from typing import Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mesh.config import LoadBalancing
 from mesh.errors import ConfigError, DoesNotFit
+from mesh.settings.schema import LoadBalancing
 from mesh.types import LayerRange
 
 __all__ = ["Node", "PlacedRange", "PlacedShard", "Placement", "Remedy", "Strategy"]

@@ -19,14 +19,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mesh.config import LoadBalancing
 from mesh.errors import BadLayerRange, PlanError
-from mesh.memory import DEFAULT_CHUNK, MemoryNeed, ModelShape, predict
+from mesh.model.memory import DEFAULT_CHUNK, MemoryNeed, ModelShape, predict
 from mesh.planner.partition import Stage, partition
 from mesh.planner.placement import Node, PlacedRange, PlacedShard, Placement, Strategy
 from mesh.planner.remedies import advise
+from mesh.settings.schema import LoadBalancing
+from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
-from mesh.units import format_bytes
 
 __all__ = ["BASE_BANDWIDTH", "PlanRequest", "even_ranges", "fits", "place", "plan", "ranges_of", "same_nodes"]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mesh.planner.placement import Node, Placement, Remedy
-from mesh.units import GB, MB, format_bytes
+from mesh.settings.units import GB, MB, format_bytes
 
 if TYPE_CHECKING:
     from mesh.planner.plan import PlanRequest

@@ -6,14 +6,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from mesh.config import DistributedConfig, ModelConfig
-from mesh.configfile import read_mapping
 from mesh.errors import ConfigError, ModelNotFound
-from mesh.memory import ModelShape
+from mesh.model.memory import ModelShape
 from mesh.planner.placement import Node
 from mesh.planner.plan import PlanRequest, same_nodes
+from mesh.settings.files import read_mapping
+from mesh.settings.schema import DistributedConfig, ModelConfig
+from mesh.settings.units import parse_bytes, parse_count, parse_rate, parse_seconds
 from mesh.types import LayerRange
-from mesh.units import parse_bytes, parse_count, parse_rate, parse_seconds
 
 __all__ = ["config_class", "from_distributed", "from_model_config", "guess_shape", "locate", "parse_nodes", "parse_ranges"]
 

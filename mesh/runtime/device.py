@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from mesh.paths import cache_directory
+from mesh.host.paths import cache_directory
 
 __all__ = ["cache_directory", "keeps_programs", "prepare", "processor"]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from mesh.errors import BadRequest
-from mesh.memory import MemoryNeed
 from mesh.model.manifest import Manifest
+from mesh.model.memory import MemoryNeed
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Counters, Stage, StageConfig, Token

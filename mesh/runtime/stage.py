@@ -26,8 +26,8 @@ import ml_dtypes
 import numpy as np
 
 from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
-from mesh.memory import MemoryNeed, predict
 from mesh.model.manifest import Manifest
+from mesh.model.memory import MemoryNeed, predict
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
 from mesh.runtime.forms import FormTable
@@ -35,8 +35,8 @@ from mesh.runtime.loading import Block, block_names, load_block
 from mesh.runtime.programs import Bucket, Compiled, Programs, chunk_numbers, to_host, wave_numbers
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.step import LayerCache
+from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
-from mesh.units import format_bytes
 
 __all__ = ["Stage", "StageConfig", "Token"]
 

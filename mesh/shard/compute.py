@@ -13,7 +13,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from mesh.frames import Flags, Frame, Kind, Timing
+from mesh.protocol.frame_codec import Flags, Frame, Kind, Timing
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import MAX_LOGPROBS
 from mesh.runtime.stage import Stage, Token

@@ -9,10 +9,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mesh import subjects
 from mesh.bus import Bucket, Bus, announce
 from mesh.errors import BadRequest, DeadlineExceeded, MessageRejected, Unavailable
-from mesh.messages import ShardLease, ShardStats, StatsRequest
+from mesh.protocol import subjects
+from mesh.protocol.messages import ShardLease, ShardStats, StatsRequest
 from mesh.shard.placing import Claims
 
 __all__ = ["Forgotten", "forget"]

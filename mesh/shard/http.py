@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from mesh.errors import Denied
-from mesh.listener import Listener
-from mesh.security import Verifier
+from mesh.http.listener import Listener
+from mesh.http.tokens import Verifier
 from mesh.shard.service import Shard
 
 __all__ = ["ShardHttp"]

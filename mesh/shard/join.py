@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mesh.errors import DoesNotFit
+from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
-from mesh.units import format_bytes
 
 __all__ = ["Held", "choose_range"]
 

@@ -13,12 +13,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mesh import subjects
 from mesh.bus import Bucket, Bus, ModelStore, announce, kept_at
 from mesh.errors import BadRequest, MessageRejected, Unavailable
-from mesh.memory import DEFAULT_CHUNK, predict
-from mesh.messages import Message, ShardLease
 from mesh.model.manifest import Manifest
+from mesh.model.memory import DEFAULT_CHUNK, predict
+from mesh.protocol import subjects
+from mesh.protocol.messages import Message, ShardLease
 from mesh.shard.join import Held, choose_range
 from mesh.shard.service import Progress, ShardOptions
 from mesh.types import LayerRange

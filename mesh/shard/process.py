@@ -15,7 +15,7 @@ from typing import Any
 
 from mesh.bus import Bus, BusOptions
 from mesh.errors import ConfigError
-from mesh.process import settle
+from mesh.host.process import settle
 from mesh.shard.http import ShardHttp
 from mesh.shard.service import Progress, Shard, ShardOptions
 

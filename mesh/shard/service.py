@@ -22,12 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mesh import frames, subjects, telemetry
 from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
-from mesh.frames import Frame, Gap, Kind, Timing
-from mesh.memory import DEFAULT_CHUNK
-from mesh.messages import (
+from mesh.model.manifest import Manifest
+from mesh.model.memory import DEFAULT_CHUNK
+from mesh.protocol import frame_codec, subjects
+from mesh.protocol.frame_codec import Frame, Gap, Kind, Timing
+from mesh.protocol.messages import (
     Beat,
     Close,
     Closed,
@@ -44,7 +45,6 @@ from mesh.messages import (
     ShardStats,
     StatsRequest,
 )
-from mesh.model.manifest import Manifest
 from mesh.runtime.device import processor
 from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled
@@ -55,6 +55,7 @@ from mesh.shard.compute import HIDDEN_DTYPES, AnyStage, ComputeThread, exercise,
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.state import ShardShape, ShardState
+from mesh.telemetry import logs
 from mesh.types import LayerRange
 
 __all__ = ["Shard", "ShardOptions"]
@@ -320,7 +321,7 @@ class Shard:
         meter.frames_in += 1
         meter.bytes_in += len(data)
         try:
-            frame = frames.decode(data, model_hash=state.shape.model_hash)
+            frame = frame_codec.decode(data, model_hash=state.shape.model_hash)
             if self.options.mirror and frame.kind in (Kind.PREFILL, Kind.DECODE) and frame.route[frame.hop].shard != state.shape.shard:
                 self._follow(frame, state.follow(frame))
                 return
@@ -330,7 +331,7 @@ class Shard:
             log.debug("%s", error)
             return
         for gap in admission.gaps:
-            self._send(gap, frames.encode(gap))
+            self._send(gap, frame_codec.encode(gap))
         if admission.nothing:
             return
         if admission.rows is not None:
@@ -363,7 +364,7 @@ class Shard:
 
         out = run_step(stage, frame, timing)
         began = time.perf_counter()
-        data = frames.encode(out)
+        data = frame_codec.encode(out)
         encode_s = time.perf_counter() - began
         # The next stage waits: not even the loop's turn is waited for, where nothing is in the way.
         try:
@@ -400,7 +401,7 @@ class Shard:
     def _gap(self, frame: Frame, why: Gap) -> None:
         self.state.gaps[why.name.lower()] += frame.rows
         gap = frame.gap(why, range(frame.rows))
-        self._send(gap, frames.encode(gap))
+        self._send(gap, frame_codec.encode(gap))
 
     def _send(self, out: Frame, data: bytes, of: Frame | None = None, *, sent: bool = False) -> None:
         """Send `out`, which is what the admitted frame `of` became; `sent`: it has been, and is merely counted."""
@@ -481,7 +482,7 @@ class Shard:
         self._service = await Service.start(
             self.bus,
             name="mesh-shard",
-            version=telemetry.version(),
+            version=logs.version(),
             description=f"layers {shape.layers} of {self.manifest.name}",
             metadata={"shard": name, "instance": self.instance, "model": self.manifest.name, "layers": str(shape.layers)},
             stats=lambda: self.stats().model_dump(mode="json"),
@@ -581,8 +582,8 @@ class Shard:
             step_s=self.meter.step_s,
             memory_bytes=resident_bytes(),
             weights_bytes=self.stage.need.weights_bytes if self.stage is not None else 0,
-            frame_version=frames.VERSION,
-            version=telemetry.version(),
+            frame_version=frame_codec.VERSION,
+            version=logs.version(),
             host=socket.gethostname(),
             processor=processor() if self.stage is not None else "",
             pid=os.getpid(),

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from mesh.model.importing import import_model
-from mesh.model.source import ImportOptions
+from mesh.importer.importing import import_model
+from mesh.importer.sources.source import ImportOptions
+from mesh.local.nats_server import NatsServer
 from mesh.runtime.device import prepare
-from mesh.server import NatsServer
 
 T = TypeVar("T")
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "onnx"

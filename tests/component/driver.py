@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mesh import frames, subjects
 from mesh.bus import Bus, BusOptions, Received
-from mesh.frames import Flags, Frame, Hop, Kind
-from mesh.messages import Beat, Close, Closed, Open, Opened, Sampling, ShardStats, StatsRequest
 from mesh.model.manifest import Manifest
+from mesh.protocol import frame_codec, subjects
+from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
+from mesh.protocol.messages import Beat, Close, Closed, Open, Opened, Sampling, ShardStats, StatsRequest
 from mesh.runtime.programs import Compiled
 from mesh.shard.service import Shard, ShardOptions
 from mesh.types import LayerRange, even_ranges
@@ -77,7 +77,7 @@ class Driver:
             yield driver
 
     async def _take(self, received: Received) -> None:
-        self.answers.put_nowait(frames.decode(received.data, model_hash=self.manifest.model_hash))
+        self.answers.put_nowait(frame_codec.decode(received.data, model_hash=self.manifest.model_hash))
 
     async def open(self, session: int, prompt_length: int, sampling: Sampling | None = None, *, epoch: int = 1, keep: int = 0) -> None:
         message = Open(
@@ -114,7 +114,7 @@ class Driver:
         )
 
     async def send(self, frame: Frame) -> None:
-        await self.bus.publish(frame.subject(self.manifest.name), frames.encode(frame))
+        await self.bus.publish(frame.subject(self.manifest.name), frame_codec.encode(frame))
 
     async def answer(self) -> Frame:
         return await asyncio.wait_for(self.answers.get(), 60)

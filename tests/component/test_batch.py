@@ -11,15 +11,15 @@ import pytest
 from driver import CONTEXT, shards
 from test_coordinator import coordinator
 
-from mesh import subjects
 from mesh.bus import Bus, BusOptions
 from mesh.bus.batches import BatchQueue, BatchStore
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError
-from mesh.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, Generate
+from mesh.local.nats_server import NatsServer
+from mesh.protocol import subjects
+from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, Generate
 from mesh.runtime.generate import Pipeline, even_ranges
 from mesh.runtime.sampling import SamplingParams
-from mesh.server import NatsServer
 
 Run = Callable[[Any], Any]
 

@@ -12,7 +12,6 @@ import orjson
 import pytest
 from waiting import until
 
-from mesh import subjects
 from mesh.bus import Bucket, Bus, BusOptions, Endpoint, EventLog, LeaseTable, ModelStore, Received, Service, announce
 from mesh.errors import (
     Busy,
@@ -26,9 +25,10 @@ from mesh.errors import (
     PayloadTooLarge,
     Unavailable,
 )
-from mesh.messages import Beat, StatsRequest
+from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
-from mesh.server import NatsServer
+from mesh.protocol import subjects
+from mesh.protocol.messages import Beat, StatsRequest
 from mesh.types import LayerRange
 
 Run = Callable[[Any], Any]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from driver import CONTEXT, shards
 
-from mesh import frames, subjects
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
-from mesh.frames import Frame, Hop, Kind
-from mesh.messages import Close
+from mesh.protocol import frame_codec, subjects
+from mesh.protocol.frame_codec import Frame, Hop, Kind
+from mesh.protocol.messages import Close
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.types import even_ranges
@@ -74,7 +74,7 @@ def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(serv
                 Kind.TOKENS, running.manifest.model_hash, running.name, route, one.astype(np.uint64), one.astype(np.uint32),
                 one.astype(np.uint32), np.ones((count, 1), np.uint32), one.astype(np.int32), step=10**9,
             )  # fmt: skip
-            whole = frames.encode(stranger)
+            whole = frame_codec.encode(stranger)
             sent = 0
             async with client.stream(model=name, **LONG) as stream:
                 tokens = []

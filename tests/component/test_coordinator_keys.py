@@ -10,12 +10,12 @@ from driver import shards
 from test_coordinator import LONG, coordinator, expected  # noqa: F401  # the fixture
 from waiting import Heard
 
-from mesh import subjects
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
-from mesh.coordinator.expectations import Expected
+from mesh.coordinator.core.expectations import Expected
 from mesh.errors import Busy
-from mesh.messages import Beat
+from mesh.protocol import subjects
+from mesh.protocol.messages import Beat
 from mesh.types import even_ranges
 
 

@@ -19,8 +19,8 @@ from mesh.client import AsyncMeshClient
 from mesh.gateway import GatewaySettings, create_app
 from mesh.gateway.dashboard import Watch, routes
 from mesh.gateway.dashboard import watch as watch_module
-from mesh.listener import Listener, ListenerOptions
-from mesh.security import Issuer, Verifier
+from mesh.http.listener import Listener, ListenerOptions
+from mesh.http.tokens import Issuer, Verifier
 from mesh.types import even_ranges
 
 

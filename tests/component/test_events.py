@@ -11,12 +11,12 @@ import pytest
 from driver import shards
 from test_coordinator import coordinator
 
-from mesh import subjects
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, announce, keep_events
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, Unavailable
+from mesh.local.nats_server import NatsServer
+from mesh.protocol import subjects
 from mesh.runtime.generate import even_ranges
-from mesh.server import NatsServer
 from mesh.shard.forget import forget
 from mesh.shard.placing import Claim, Claims
 

@@ -11,13 +11,13 @@ import pytest
 from driver import CONTEXT, Driver, shards
 from waiting import leases
 
-from mesh import subjects
 from mesh.bus import Bus, BusOptions
 from mesh.errors import BadRequest, Unavailable
-from mesh.messages import Load, Loaded, Open, Opened, ShardLease
+from mesh.local.nats_server import NatsServer
+from mesh.protocol import subjects
+from mesh.protocol.messages import Load, Loaded, Open, Opened, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
-from mesh.server import NatsServer
 from mesh.shard.service import Shard
 from mesh.types import LayerRange
 

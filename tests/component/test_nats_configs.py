@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from mesh import subjects
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received
 from mesh.bus.replicas import spread
 from mesh.errors import ServiceError, Unavailable
-from mesh.messages import TOPICS
-from mesh.server import NatsServer
+from mesh.local.nats_server import NatsServer
+from mesh.protocol import subjects
+from mesh.protocol.messages import TOPICS
 
 NATS = Path(__file__).parents[2] / "nats"
 Run = Callable[[Any], Any]

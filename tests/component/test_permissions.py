@@ -14,15 +14,15 @@ from authority import Authority
 from driver import COMPILED, CONTEXT
 from waiting import until
 
-from mesh import subjects
 from mesh.bus import Bucket, Bus, BusOptions, ModelStore
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.description import Wanted, find_model
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
 from mesh.errors import Denied, MeshError
+from mesh.local.nats_server import NatsServer
+from mesh.protocol import subjects
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
-from mesh.server import NatsServer
 from mesh.shard.service import Shard, ShardOptions
 from mesh.types import even_ranges
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from mesh import subjects
 from mesh.bus import Bus, BusOptions, ModelStore, Received
 from mesh.errors import DoesNotFit, ModelNotFound
-from mesh.memory import predict
-from mesh.messages import Event
+from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
-from mesh.server import NatsServer
+from mesh.model.memory import predict
+from mesh.protocol import subjects
+from mesh.protocol.messages import Event
 from mesh.shard.placing import place
 from mesh.types import LayerRange
 

@@ -15,9 +15,9 @@ from waiting import until
 
 from mesh.bus import Bus, BusOptions
 from mesh.coordinator.records import RECORDS_PER_S, Recorder, SessionRecord, digest_of, sessions_bucket
-from mesh.messages import Generate
-from mesh.server import NatsServer
-from mesh.subjects import generate
+from mesh.local.nats_server import NatsServer
+from mesh.protocol.messages import Generate
+from mesh.protocol.subjects import generate
 
 Run = Callable[[Any], Any]
 

@@ -12,9 +12,9 @@ from authority import Authority, Identity, Pair, credentials
 
 from mesh.bus import Bus, BusOptions
 from mesh.commands.connection import add_connection_arguments, bus_options
-from mesh.config import NatsSection
 from mesh.errors import ConfigError, Denied, MeshError
-from mesh.server import NatsServer
+from mesh.local.nats_server import NatsServer
+from mesh.settings.schema import NatsSection
 
 Run = Callable[[Any], Any]
 

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from mesh.server import NatsServer
+from mesh.local.nats_server import NatsServer
 
 _OWNER = """\
 import signal
-from mesh.server import NatsServer
+from mesh.local.nats_server import NatsServer
 server = NatsServer.start()
 print(server.pid, flush=True)
 signal.pause()

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from driver import COMPILED, CONTEXT, Driver, ranges, shards
 
-from mesh import frames, subjects
 from mesh.bus import Bucket, Bus, BusOptions, LeaseTable, Received
 from mesh.errors import BadRequest, Busy, ConfigError, MessageRejected, Unavailable
-from mesh.frames import Flags, Frame, Gap, Kind
-from mesh.messages import Beat, Close, Drain, Drained, Event, Open, Opened, Sampling, ShardLease
+from mesh.local.nats_server import NatsServer
+from mesh.protocol import frame_codec, subjects
+from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
+from mesh.protocol.messages import Beat, Close, Drain, Drained, Event, Open, Opened, Sampling, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.server import NatsServer
 from mesh.types import LayerRange
 
 Run = Callable[[Any], Any]
@@ -139,10 +139,10 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
             sent = 0
             while len(tokens) < 10:
                 good = driver.frame(Kind.DECODE, [1], [len(prompt) + len(tokens) - 1], tokens[-1:])
-                second = good.forward(random.standard_normal((1, 32), np.float32), frames.Timing())
+                second = good.forward(random.standard_normal((1, 32), np.float32), frame_codec.Timing())
                 for hop, base in enumerate((good, second)):
                     subject = base.subject("tiny")
-                    data = frames.encode(base)
+                    data = frame_codec.encode(base)
                     flipped = bytearray(data)
                     flipped[random.integers(len(data))] ^= 1 << random.integers(8)
                     versioned = bytearray(data)
@@ -150,12 +150,12 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
                     other_shard = replace(base, route=tuple(replace(h, shard="nobody") for h in base.route))
                     short_route = replace(base, route=base.route[hop : hop + 1], slots=base.slots[hop : hop + 1], hop=0, tensors=())
                     bad = [bytes(flipped), bytes(versioned), data[:-3], b"", random.bytes(200), b'{"session": 1}']
-                    bad += [frames.encode(replace(base, model_hash="f" * 16)), frames.encode(other_shard)]
-                    bad += [frames.encode(short_route), frames.encode(replace(base, tokens=np.array([10**6], np.int32)))]
-                    bad += [frames.encode(base.answer(Kind.TOKENS, frames.Timing(), tokens=base.tokens))]
+                    bad += [frame_codec.encode(replace(base, model_hash="f" * 16)), frame_codec.encode(other_shard)]
+                    bad += [frame_codec.encode(short_route), frame_codec.encode(replace(base, tokens=np.array([10**6], np.int32)))]
+                    bad += [frame_codec.encode(base.answer(Kind.TOKENS, frame_codec.Timing(), tokens=base.tokens))]
                     if hop:
-                        bad += [frames.encode(replace(base, tensors=(np.zeros((1, 31), np.float32),)))]
-                        bad += [frames.encode(replace(base, tensors=(np.zeros((1, 32), np.float16),)))]
+                        bad += [frame_codec.encode(replace(base, tensors=(np.zeros((1, 31), np.float32),)))]
+                        bad += [frame_codec.encode(replace(base, tensors=(np.zeros((1, 32), np.float16),)))]
                     for message in bad:
                         await driver.bus.publish(subject, message)
                         sent += 1

@@ -15,7 +15,7 @@ from hypothesis import given
 from mesh.bus import Bus, BusOptions, Received
 from mesh.bus.transport import _Protocol, _Short
 from mesh.errors import PayloadTooLarge
-from mesh.server import NatsServer
+from mesh.local.nats_server import NatsServer
 
 Run = Callable[[Any], Any]
 T = TypeVar("T")

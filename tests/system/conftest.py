@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from mesh.local import LocalMesh, LocalOptions
-from mesh.model.importing import import_model
-from mesh.model.source import ImportOptions
+from mesh.importer.importing import import_model
+from mesh.importer.sources.source import ImportOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.runtime.device import prepare
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams

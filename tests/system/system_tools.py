@@ -12,8 +12,8 @@ from waiting import leases
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
-from mesh.local import LocalMesh
-from mesh.messages import ShardLease
+from mesh.local.mesh import LocalMesh
+from mesh.protocol.messages import ShardLease
 
 
 async def raw(url: str, subject: str, request: dict[str, Any] | bytes, *, timeout_s: float = 60.0) -> Received:

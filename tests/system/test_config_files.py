@@ -17,8 +17,8 @@ from authority import Authority
 from waiting import Talking
 
 from mesh.errors import ModelNotFound
-from mesh.process import dying_with_parent
-from mesh.server import NatsServer
+from mesh.host.process import dying_with_parent
+from mesh.local.nats_server import NatsServer
 
 MESH = [sys.executable, "-m", "mesh.cli"]
 READY_S = 240.0

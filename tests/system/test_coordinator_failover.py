@@ -18,8 +18,8 @@ from system_tools import all_rows_free
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.client.aio import COORDINATOR_SERVICE
-from mesh.local import LocalMesh, LocalOptions
-from mesh.subjects import generate
+from mesh.local.mesh import LocalMesh, LocalOptions
+from mesh.protocol.subjects import generate
 
 PROMPT = [5, 17, 33]
 TOKENS = 240  # long enough that a generation is under way when it is known which coordinator has it

@@ -16,10 +16,10 @@ from chromium import CONTRAST, Browser, chromium
 from mesh.bus import BusOptions
 from mesh.client import MeshClient
 from mesh.gateway import GatewaySettings, HttpEdge
-from mesh.listener import ListenerOptions
-from mesh.local import LocalMesh, LocalOptions
-from mesh.security import Issuer, Verifier
-from mesh.server import NatsServer
+from mesh.http.listener import ListenerOptions
+from mesh.http.tokens import Issuer, Verifier
+from mesh.local.mesh import LocalMesh, LocalOptions
+from mesh.local.nats_server import NatsServer
 
 ESCAPE, ENTER, TAB = "\ue00c", "\ue007", "\ue004"
 SERVING = "document.documentElement.dataset.standing === 'ready'"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
-from mesh.local import LocalMesh, LocalOptions
-from mesh.server import NatsServer
-from mesh.subjects import STREAM_BATCH
+from mesh.local.mesh import LocalMesh, LocalOptions
+from mesh.local.nats_server import NatsServer
+from mesh.protocol.subjects import STREAM_BATCH
 
 COUNT = 60
 

@@ -17,17 +17,17 @@ import pytest
 from system_tools import all_rows_free, until_leases
 from waiting import until
 
-from mesh import subjects
 from mesh.bus import Bucket, Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.client.results import MeshStatus
 from mesh.errors import ServiceError, Unavailable
-from mesh.local import LocalMesh, LocalOptions
-from mesh.messages import Drain, Drained, Event, ShardLease
-from mesh.model.importing import import_model
+from mesh.importer.importing import import_model
+from mesh.importer.sources.source import ImportOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
+from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
-from mesh.model.source import ImportOptions
-from mesh.server import NatsServer
+from mesh.protocol import subjects
+from mesh.protocol.messages import Drain, Drained, Event, ShardLease
 
 CONTEXT, TOKENS = 256, 160
 PROMPTS = [[5, 17, 33], [90], [7, 7, 7, 60, 3], list(range(1, 30))]

@@ -19,7 +19,7 @@ from system_tools import all_rows_free
 from waiting import until_true
 
 from mesh.client import MeshClient
-from mesh.local import LocalMesh
+from mesh.local.mesh import LocalMesh
 
 GUIDE = {
     "inference": """curl -X POST http://coordinator:8080/api/v1/inference \\
@@ -45,7 +45,7 @@ LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def mesh(model: Path) -> Iterator[LocalMesh]:
     """As `mesh up` makes it, with rows long enough for the guide's requests."""
-    from mesh.local import LocalOptions
+    from mesh.local.mesh import LocalOptions
 
     with LocalMesh(LocalOptions(model=model, shards=2, rows=4, context=256, coordinator_arguments=("--queue", "8"))) as running:
         yield running

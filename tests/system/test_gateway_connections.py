@@ -16,7 +16,7 @@ import pytest
 from edge_tools import edge
 from waiting import until
 
-from mesh.local import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
 
 LIMIT, STREAMS = 1000, 10
 LONG = {"max_tokens": 50, "ignore_eos": True, "stream": True}

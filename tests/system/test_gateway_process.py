@@ -18,9 +18,9 @@ from authority import Authority
 from edge_tools import bearer, edge, events
 from waiting import Talking
 
-from mesh.listener import Tls
-from mesh.process import dying_with_parent
-from mesh.server import NatsServer
+from mesh.host.process import dying_with_parent
+from mesh.http.listener import Tls
+from mesh.local.nats_server import NatsServer
 
 MESH = [sys.executable, "-m", "mesh.cli"]
 LONG = {"tokens": [5], "max_tokens": 50, "ignore_eos": True, "stream": True}

@@ -16,9 +16,9 @@ import yaml
 from system_tools import all_rows_free, until_leases
 from test_failover_of_processes import counted, load, options, undisturbed  # noqa: F401  # a fixture
 
-from mesh.local import LocalMesh
-from mesh.process import dying_with_parent
-from mesh.server import NatsServer
+from mesh.host.process import dying_with_parent
+from mesh.local.mesh import LocalMesh
+from mesh.local.nats_server import NatsServer
 
 HERE, THERE = "10.213.77.1", "10.213.77.2"
 NAME = f"mesh{os.getpid()}"

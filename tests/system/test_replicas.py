@@ -11,7 +11,7 @@ import pytest
 from system_tools import all_rows_free
 
 from mesh.client import AsyncMeshClient
-from mesh.local import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh, LocalOptions
 
 LONG = {"max_tokens": 50, "ignore_eos": True}
 

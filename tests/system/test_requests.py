@@ -12,9 +12,9 @@ from system_tools import all_rows_free, raw
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient, MeshClient
 from mesh.errors import BadRequest, Busy, PromptTooLong
-from mesh.frames import decode
-from mesh.messages import Cancel, Close
-from mesh.subjects import generate, layers
+from mesh.protocol.frame_codec import decode
+from mesh.protocol.messages import Cancel, Close
+from mesh.protocol.subjects import generate, layers
 
 SUBJECT = generate("tiny")
 LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}

@@ -15,8 +15,8 @@ import httpx
 from mesh.bus import BusOptions
 from mesh.client import MeshClient
 from mesh.gateway import GatewaySettings, HttpEdge, Limits
-from mesh.listener import ListenerOptions
-from mesh.security import Issuer, Verifier
+from mesh.http.listener import ListenerOptions
+from mesh.http.tokens import Issuer, Verifier
 
 SECRET = b"0123456789abcdef0123456789abcdef-secret"
 

@@ -13,8 +13,8 @@ from inspect import isawaitable
 from typing import Any, TypeVar
 
 from mesh.bus import Bucket, Bus, LeaseTable
-from mesh.messages import ShardLease
-from mesh.subjects import KV_SHARDS, LEASE_TTL_S
+from mesh.protocol.messages import ShardLease
+from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
 
 T = TypeVar("T")
 DEADLINE_S = 120.0

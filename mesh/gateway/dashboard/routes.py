@@ -24,7 +24,7 @@ from mesh.errors import Busy
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.dashboard.watch import Watch
 from mesh.gateway.errors import HttpError
-from mesh.subjects import is_token
+from mesh.protocol.subjects import is_token
 
 __all__ = ["POLICY", "routes"]
 

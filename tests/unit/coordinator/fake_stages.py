@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from mesh.coordinator.core import Core
-from mesh.coordinator.events import (
+from mesh.coordinator.core.events import (
     Answered,
     Ask,
     CloseRow,
@@ -34,8 +33,9 @@ from mesh.coordinator.events import (
     ResultRow,
     Submit,
 )
-from mesh.coordinator.routing import Replica
-from mesh.coordinator.session import Request
+from mesh.coordinator.core.machine import Core
+from mesh.coordinator.core.routing import Replica
+from mesh.coordinator.core.session import Request
 from mesh.errors import Busy, MessageRejected, Unavailable
 from mesh.types import LayerRange
 

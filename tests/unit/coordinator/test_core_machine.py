@@ -10,9 +10,9 @@ from fake_stages import FakeMesh, expected
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mesh.coordinator.core import Core, CoreConfig
-from mesh.coordinator.events import Cancel, Connection, Finish, Hint, ReplicaGone, Tick
-from mesh.coordinator.session import Request
+from mesh.coordinator.core.events import Cancel, Connection, Finish, Hint, ReplicaGone, Tick
+from mesh.coordinator.core.machine import Core, CoreConfig
+from mesh.coordinator.core.session import Request
 from mesh.types import LayerRange
 
 CUTS = {1: [(0, 6)], 2: [(0, 3), (3, 6)], 3: [(0, 2), (2, 4), (4, 6)]}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mesh.coordinator.expectations import Expected
-from mesh.coordinator.routing import Replica
+from mesh.coordinator.core.expectations import Expected
+from mesh.coordinator.core.routing import Replica
 from mesh.types import LayerRange
 
 

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from fake_stages import FakeMesh, expected
 
-from mesh.coordinator.core import Core, CoreConfig
-from mesh.coordinator.events import Answered, Ask, Connection, Happened, Hint, ReplicaGone, Tick
-from mesh.coordinator.session import Request
+from mesh.coordinator.core.events import Answered, Ask, Connection, Happened, Hint, ReplicaGone, Tick
+from mesh.coordinator.core.machine import Core, CoreConfig
+from mesh.coordinator.core.session import Request
 from mesh.errors import Unavailable
 from mesh.types import LayerRange
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mesh.coordinator.events import FrameOut
-from mesh.coordinator.pace import REVIEW_AFTER, Pace
-from mesh.coordinator.routing import Hop
-from mesh.coordinator.scheduler import Scheduler
-from mesh.coordinator.session import Request, Session, State
+from mesh.coordinator.core.events import FrameOut
+from mesh.coordinator.core.pace import REVIEW_AFTER, Pace
+from mesh.coordinator.core.routing import Hop
+from mesh.coordinator.core.scheduler import Scheduler
+from mesh.coordinator.core.session import Request, Session, State
 from mesh.types import LayerRange
 
 CHUNK = 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.coordinator.peers import GONE_S, SILENT_S, Peers
+from mesh.coordinator.core.peers import GONE_S, SILENT_S, Peers
 
 
 def names(peers: Peers, now: float) -> list[str]:

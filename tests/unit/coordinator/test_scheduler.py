@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from fake_stages import FakeMesh, expected
 
-from mesh.coordinator.core import Core, CoreConfig
-from mesh.coordinator.events import Cancel, FrameOut, Tick
-from mesh.coordinator.session import TERMINAL, TRANSITIONS, Act, IllegalTransition, Request, Session, State
+from mesh.coordinator.core.events import Cancel, FrameOut, Tick
+from mesh.coordinator.core.machine import Core, CoreConfig
+from mesh.coordinator.core.session import TERMINAL, TRANSITIONS, Act, IllegalTransition, Request, Session, State
 from mesh.errors import Busy, PromptTooLong, Unavailable
 from mesh.types import LayerRange
 

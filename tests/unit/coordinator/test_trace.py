@@ -6,11 +6,11 @@ import orjson
 import pytest
 
 from mesh.coordinator import trace as module
-from mesh.coordinator.events import Ended, FrameOut, FrameRow
-from mesh.coordinator.routing import Hop, Route
-from mesh.coordinator.session import Request, Session
+from mesh.coordinator.core.events import Ended, FrameOut, FrameRow
+from mesh.coordinator.core.routing import Hop, Route
+from mesh.coordinator.core.session import Request, Session
 from mesh.coordinator.trace import Traces
-from mesh.frames import Timing
+from mesh.protocol.frame_codec import Timing
 from mesh.types import LayerRange
 
 ROUTE: Route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "b"))

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound, UnsupportedModel
-from mesh.model.importers.gguf_tokenizer import PRE_TOKENIZERS, write_gguf_tokenizer
-from mesh.model.importers.tokenizer import write_huggingface_tokenizer
+from mesh.importer.sources.gguf_tokenizer import PRE_TOKENIZERS, write_gguf_tokenizer
+from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, TokenizerInfo, WeightsInfo
 from mesh.model.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def read(directory: Path, info: TokenizerInfo) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    from mesh.model.importers.gguf_file import GgufCheckpoint
+    from mesh.importer.sources.gguf_file import GgufCheckpoint
 
     directory = tmp_path_factory.mktemp("smollm")
     info, _ = write_gguf_tokenizer(GgufCheckpoint(smollm2_gguf()).metadata, "smollm", directory)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mesh.errors import BadLayerRange, DoesNotFit
-from mesh.memory import predict
 from mesh.model.manifest import Manifest
+from mesh.model.memory import predict
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig

@@ -1,0 +1,145 @@
+"""Where a decoder may be cut: values that every path from the token ids to the logits crosses.
+
+The data path is looked at with each attention island as one step from its queries, keys and values to its output. Between two
+islands the last such value of shape [B, T, D] is taken; after the last island, the one that ends a layer as the earlier layers
+end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from mesh.errors import UnsupportedModel
+from mesh.importer.analysis.attention import Island
+from mesh.importer.graph.decoder import DecoderGraph, Kind, Role, maker
+from mesh.importer.graph.evaluate import NotConcrete
+from mesh.importer.graph.probe import Probe
+
+__all__ = ["Cut", "DataPath", "find_cuts"]
+
+PRIME = (1 << 61) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """`values[0]` leaves embed, `values[i + 1]` leaves layer i; all [B, T, size]."""
+
+    values: tuple[ir.Value, ...]
+    size: int
+
+
+class DataPath:
+    """The graph as blocks will have it: islands are single steps, shapes and masks are not part of it."""
+
+    def __init__(self, graph: DecoderGraph, islands: Sequence[Island]) -> None:
+        self.graph = graph
+        self.islands: Mapping[ir.Value, Island] = {island.output: island for island in islands}
+
+    def inputs(self, value: ir.Value) -> tuple[ir.Value, ...]:
+        """The data values that `value` is made from directly."""
+        island = self.islands.get(value)
+        if island is not None:
+            return island.reads
+        node = value.producer()
+        if node is None or node.op_type in ("Shape", "Size"):
+            return ()
+        return tuple(v for v in dict.fromkeys(node.inputs) if v is not None and self.graph.kind(v) is Kind.TOKENS)
+
+    def place(self, value: ir.Value) -> int:
+        """Its place in the graph's order; inputs come first."""
+        node = value.producer()
+        return self.graph.index[node] if node is not None else -1
+
+    def between(self, value: ir.Value, start: ir.Value | None) -> list[ir.Value]:
+        """The values needed for `value` back to `start`, in order, `start` itself left out.
+
+        UnsupportedModel if one of them needs the token ids past `start`.
+        """
+        needed: set[ir.Value] = set()
+        stack = [value]
+        while stack:
+            current = stack.pop()
+            if current in needed or current is start:
+                continue
+            if start is not None and self.graph.roles.get(current) is Role.TOKENS:
+                raise UnsupportedModel(
+                    f"{value.name} needs the token ids again after the embedding (embeddings for each layer): not supported"
+                )
+            needed.add(current)
+            stack.extend(self.inputs(current))
+        return sorted(needed, key=self.place)
+
+
+def find_cuts(path: DataPath, islands: Sequence[Island], probe: Probe) -> Cut:
+    """Cuts for every layer. UnsupportedModel where two layers share more than the hidden state."""
+    graph = path.graph
+    order = path.between(graph.logits, None)
+    crossings = [v for v in _articulations(path, order) if _is_hidden(probe, v)]
+    outputs = [path.place(island.output) for island in islands]
+    values: list[ir.Value] = []
+    for number, end in enumerate(outputs):
+        start = outputs[number - 1] if number else -1
+        inside = [v for v in crossings if start < path.place(v) < end]
+        if not inside:
+            if number == 0:
+                raise UnsupportedModel(
+                    "the first layer takes more than the embedded tokens [batch, tokens, width]: such a graph cannot be cut"
+                )
+            raise UnsupportedModel(
+                f"layers {number - 1} and {number} share more than the hidden state: such a graph cannot be cut between them"
+            )
+        values.append(inside[-1])
+    after = [v for v in crossings if path.place(v) > outputs[-1] and v is not graph.logits]
+    if not after:
+        raise UnsupportedModel("nothing crosses from the last layer to the logits alone: such a graph cannot be cut")
+    values.append(_last_layer_end(path, values, after))
+    sizes = {probe.shape(v)[-1] for v in values}
+    if len(sizes) > 1:
+        raise UnsupportedModel(f"the hidden state has different widths in different layers ({sorted(sizes)}): not supported")
+    return Cut(tuple(values), sizes.pop())
+
+
+def _articulations(path: DataPath, order: Sequence[ir.Value]) -> Iterator[ir.Value]:
+    """Values on every path, found by counting paths modulo a prime from either end."""
+    graph = path.graph
+    source = graph.input(Role.TOKENS)
+    from_source: dict[ir.Value, int] = {}
+    to_logits: dict[ir.Value, int] = dict.fromkeys(order, 0)
+    for value in order:
+        from_source[value] = 1 if value is source else sum(from_source[v] for v in path.inputs(value)) % PRIME
+    to_logits[graph.logits] = 1
+    for value in reversed(order):
+        for v in path.inputs(value):
+            to_logits[v] = (to_logits[v] + to_logits[value]) % PRIME
+    if source is None:
+        return
+    whole = to_logits[source]
+    for value in order:
+        if from_source[value] * to_logits[value] % PRIME == whole:
+            yield value
+
+
+def _is_hidden(probe: Probe, value: ir.Value) -> bool:
+    try:
+        shape = probe.shape(value)
+    except NotConcrete:
+        return False
+    return len(shape) == 3 and shape[:2] == (probe.batch, probe.chunk)
+
+
+def _last_layer_end(path: DataPath, values: Sequence[ir.Value], after: Sequence[ir.Value]) -> ir.Value:
+    """The crossing after the last island at which the last layer has done what an earlier one does, else its last residual sum."""
+    earlier = [_signature(path, values[i], values[i - 1]) for i in range(1, len(values))]
+    for value in after:
+        if _signature(path, value, values[-1]) in earlier:
+            return value
+    sums = [v for v in after if (node := v.producer()) is not None and node.op_type == "Add" and len(path.inputs(v)) == 2]
+    return sums[-1] if sums else after[0]
+
+
+def _signature(path: DataPath, value: ir.Value, start: ir.Value) -> Counter[str]:
+    return Counter("island" if v in path.islands else maker(v).op_type for v in path.between(value, start))

@@ -1,0 +1,48 @@
+"""config.json, read with the errors that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.families.spec import ACTIVATIONS
+
+__all__ = ["Config"]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The values of one config.json; `path` is for messages."""
+
+    model_type: str
+    values: Mapping[str, Any]
+    path: str
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
+        return Config(self.model_type, {**defaults, **{key: value for key, value in self.values.items() if value is not None}}, self.path)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer. CorruptModel if it is missing (and there is no default) or is not one."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CorruptModel(f"{self.path}: {key} is {value!r} where {self.model_type} needs a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise CorruptModel(f"{self.path}: {key} is {value!r} where {self.model_type} needs a number")
+        return float(value)
+
+    def activation(self, *keys: str, default: str) -> str:
+        """Our name of the activation that the first present key gives."""
+        name = next((str(self.values[key]) for key in keys if self.values.get(key) is not None), default)
+        if name not in ACTIVATIONS:
+            raise UnsupportedModel(f"{self.path}: activation {name!r} is not supported: only {', '.join(ACTIVATIONS)} are")
+        return ACTIVATIONS[name]

@@ -1,0 +1,104 @@
+"""Which decoder a Hugging Face config.json describes, and where its tensors are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.families import gpt, llama
+from mesh.importer.families.config import Config
+from mesh.importer.families.spec import DecoderSpec, DecoderWeights
+from mesh.importer.families.tensors import Checkpoint, Tensors
+
+__all__ = ["SUPPORTED", "open_decoder"]
+
+
+class _MakeWeights(Protocol):
+    def __call__(self, spec: DecoderSpec, tensors: Tensors, *, head: Tensors, tied: bool) -> DecoderWeights: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """`prefixes`: what may stand before the decoder's names, `table` the embedding that tells which does; `head`: the output
+    projection, which stands outside; `tied`: whether it is the embedding when config.json does not say."""
+
+    spec: Callable[[Config], DecoderSpec]
+    weights: _MakeWeights
+    prefixes: tuple[str, ...]
+    table: str
+    head: str = "lm_head.weight"
+    tied: bool = False
+
+
+_LLAMA = _Family(llama.spec_of, llama.LlamaWeights, ("model.", ""), "embed_tokens.weight")
+_GEMMA = _Family(
+    llama.spec_of,
+    llama.LlamaWeights,
+    ("model.", "", "model.language_model.", "language_model.model.", "language_model."),
+    "embed_tokens.weight",
+    tied=True,
+)
+_FAMILIES: Mapping[str, _Family] = {
+    "bloom": _Family(gpt.bloom_spec, gpt.BloomWeights, ("transformer.", ""), "word_embeddings.weight", tied=True),
+    "gemma3": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": _Family(gpt.gpt2_spec, gpt.Gpt2Weights, ("transformer.", ""), "wte.weight", tied=True),
+    "gpt_neox": _Family(gpt.gpt_neox_spec, gpt.GptNeoxWeights, ("gpt_neox.", ""), "embed_in.weight", head="embed_out.weight"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "opt": _Family(gpt.opt_spec, gpt.OptWeights, ("model.decoder.", "decoder.", ""), "embed_tokens.weight", tied=True),
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+SUPPORTED: tuple[str, ...] = tuple(sorted(_FAMILIES))
+
+# Buffers that old checkpoints carry: masks and rotary frequencies, which blocks compute.
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.bias|\.attention\.masked_bias)$")
+
+
+def open_decoder(config: Mapping[str, Any], path: str, checkpoint: Checkpoint, names: Iterable[str]) -> tuple[DecoderSpec, DecoderWeights]:
+    """The decoder of `config` (read from `path`) with the tensors `names` of `checkpoint`.
+
+    UnsupportedModel: not a supported decoder, or a tensor that its architecture does not account for. CorruptModel: a value
+    or a tensor is missing or has another shape than the configuration says.
+    """
+    kind = str(config.get("model_type"))
+    family = _FAMILIES.get(kind)
+    if family is None:
+        raise UnsupportedModel(
+            f"{path}: model_type {kind!r} is not a supported decoder; supported: {', '.join(SUPPORTED)}. "
+            "Export the model to ONNX and import that instead"
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModel(f"{path}: the weights are quantized already ({method}): import the unquantized model, or a GGUF of it")
+    if kind == "gemma3":
+        config = {"tie_word_embeddings": config.get("tie_word_embeddings"), **(config.get("text_config") or {})}
+        kind = "gemma3_text"
+    known = tuple(names)
+    prefix = next((prefix for prefix in family.prefixes if prefix + family.table in checkpoint), None)
+    if prefix is None:
+        raise CorruptModel(f"{path}: the weights have no tensor {family.prefixes[0]}{family.table}, which {kind} needs")
+    head = next((name[: -len(family.head)] for name in known if name.endswith(family.head)), "")
+    tied = config.get("tie_word_embeddings")
+    spec = family.spec(Config(kind, config, path))
+    tensors, head_tensors = Tensors(checkpoint, prefix), Tensors(checkpoint, head)
+    weights = family.weights(spec, tensors, head=head_tensors, tied=family.tied if tied is None else bool(tied))
+    rows = tensors.shape(family.table)[0]
+    if rows != spec.vocab_size:
+        raise CorruptModel(f"{path}: vocab_size is {spec.vocab_size} where {prefix}{family.table} has {rows} rows")
+    # every weight is looked up now, so that what is missing or not understood is known before anything is written
+    weights.embed()
+    for index in range(spec.layers):
+        weights.layer(index)
+    weights.head()
+    used = tensors.used | head_tensors.used | {head + family.head}
+    for name in known:
+        if name.startswith(prefix) and name not in used and not _BUFFERS.search(name):
+            raise UnsupportedModel(f"{path}: {kind} has no use for the tensor {name}: this is a variant that is not supported")
+    return spec, weights

@@ -1,0 +1,89 @@
+"""Named tensors of a source, read when they are asked for, and the small reshapings that weights need on their way to a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mesh.errors import CorruptModel
+from mesh.importer.families.spec import Linear, Norm
+
+__all__ = ["Checkpoint", "Tensors"]
+
+Array = npt.NDArray[Any]
+
+
+class Checkpoint(Protocol):
+    """Tensors by name. `read` may return a view of a mapped file; CorruptModel if the name is missing."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Array: ...
+    def release(self) -> None: ...
+
+
+class Tensors:
+    """A checkpoint under a prefix, with a record of what was used: what is left over was not understood."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str = "") -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.used: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.checkpoint
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """CorruptModel if the tensor is missing."""
+        return self.checkpoint.shape(self.prefix + name)
+
+    def tensor(
+        self, name: str, change: Callable[[Array], Array] | None = None, *, shape: tuple[int | None, ...] | None = None
+    ) -> Callable[[], Array]:
+        """A producer of the tensor, after `change`. CorruptModel at once if it is missing or is not of `shape` (None: any size)."""
+        full = self.prefix + name
+        found = self.checkpoint.shape(full)
+        if shape is not None and (
+            len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True))
+        ):
+            wanted = ["any" if size is None else size for size in shape]
+            raise CorruptModel(f"tensor {full} has shape {list(found)} where the configuration needs {wanted}")
+        self.used.add(full)
+        if change is None:
+            return lambda: self.checkpoint.read(full)
+        return lambda: change(self.checkpoint.read(full))
+
+    def optional(self, name: str, change: Callable[[Array], Array] | None = None) -> Callable[[], Array] | None:
+        return self.tensor(name, change) if name in self else None
+
+    def linear(
+        self, name: str, part: slice | Callable[[Array], Array] | None = None, *, shape: tuple[int | None, int | None] = (None, None)
+    ) -> Linear:
+        """`name`.weight stored [out, in] = `shape`, and `name`.bias if there is one. `part` takes some of the output rows of both."""
+        pick = part if callable(part) else (lambda array: array[part]) if part is not None else (lambda array: array)
+        weight = self.tensor(f"{name}.weight", lambda array: pick(array).T, shape=shape)
+        return Linear(weight, self.optional(f"{name}.bias", pick))
+
+    def stack(self, names: Sequence[str]) -> Callable[[], Array]:
+        """Weights stored [out, in] of several experts, as [experts, in, out]."""
+        producers = [self.tensor(name) for name in names]
+
+        def produce() -> Array:
+            first = producers[0]()
+            stacked = np.empty((len(producers), *first.shape[::-1]), first.dtype)
+            for index, producer in enumerate(producers):
+                stacked[index] = producer().T
+            return stacked
+
+        return produce
+
+    def norm(self, name: str, *, plus_one: bool = False) -> Norm:
+        """`name`.weight and `name`.bias if there is one. `plus_one`: stored as the multiplier less one."""
+        change = (lambda array: array.astype(np.float32) + 1) if plus_one else None
+        return Norm(self.tensor(f"{name}.weight", change), self.optional(f"{name}.bias"))
+
+    def optional_norm(self, name: str, *, plus_one: bool = False) -> Norm | None:
+        return self.norm(name, plus_one=plus_one) if f"{name}.weight" in self else None

@@ -1,0 +1,178 @@
+"""`mesh import`: a source becomes a verified model directory, or nothing is left on disk.
+
+detect the kind -> open -> blocks and tokenizer into a staging folder beside OUT -> verify -> manifest -> rename to OUT
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mesh.errors import ConfigError, CorruptModel, ModelNotFound
+from mesh.importer.sources.source import ImportOptions, Progress, Source
+from mesh.importer.verify.oracle import OrtParts, open_oracle
+from mesh.importer.verify.verify import Reference, verify
+from mesh.importer.write.blocks import BlockWriter
+from mesh.model.manifest import HiddenInfo, Manifest
+
+__all__ = ["detect", "import_model"]
+
+WHOLE_SOURCE_BYTES = 2 << 30
+"""Up to this size a source is run whole, token by token; a larger one is compared layer by layer, on random tokens."""
+
+
+def import_model(
+    source: Path,
+    out: Path,
+    options: ImportOptions | None = None,
+    *,
+    name: str | None = None,
+    report: bool = False,
+    force: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Manifest:
+    """Import `source` as the model directory `out`.
+
+    `report` also measures the error against 32-bit weights (perplexity of a fixed text). `force` replaces a model directory
+    that is there. Errors: ModelNotFound, CorruptModel, UnsupportedModel, VerificationFailed, ConfigError; on any of them, and on
+    an interrupt, `out` is as it was.
+    """
+    options = options or ImportOptions()
+    out = Path(out)
+    if out.exists() and not (force and (out / "manifest.json").exists()) and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} exists: choose another directory, or give --force to replace a model directory")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out.parent} is no directory: create it first")
+    opened = open_source(Path(source))
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        manifest = _write(opened, staging, options, name, progress)
+        reference, parts = _oracles(opened)
+        measured = verify(staging, manifest, reference=reference, parts=parts, progress=progress)
+        manifest = manifest.model_copy(update={"report": measured})
+        manifest.save(staging)
+        if report:
+            from mesh.importer.verify.report import measure_against_float32
+
+            measured |= measure_against_float32(opened, staging, manifest, options, progress)
+            manifest = manifest.model_copy(update={"report": measured})
+            manifest.save(staging)
+        staging.chmod(0o755)
+        _replace(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return manifest
+
+
+def detect(path: Path) -> str:
+    """The kind of a source: onnx, safetensors or gguf. ModelNotFound says what was looked for."""
+    if path.is_file():
+        if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
+            return "gguf"
+        if path.suffix == ".onnx":
+            return "onnx"
+        if path.suffix == ".safetensors":
+            raise ModelNotFound(f"{path} holds weights alone: give the directory it lies in, with its config.json")
+        raise ModelNotFound(f"{path} is neither .onnx nor .gguf: give one of these, or a Hugging Face directory")
+    if not path.is_dir():
+        raise ModelNotFound(f"{path} does not exist: give an .onnx or .gguf file, or a Hugging Face directory")
+    if (path / "manifest.json").is_file():
+        raise ModelNotFound(f"{path} is a model directory already: use it as it is")
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors*")):
+        return "safetensors"
+    if any(path.glob("*.onnx")) or any((path / "onnx").glob("*.onnx")):
+        return "onnx"
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return "gguf"
+    if found:
+        raise ModelNotFound(f"{path} has {len(found)} .gguf files: give the one to import")
+    raise ModelNotFound(f"{path} has no .onnx, no .gguf and no config.json with .safetensors: give the directory of a model")
+
+
+def open_source(path: Path) -> Source:
+    """Open a source of any kind; reads its description only."""
+    kind = detect(path)
+    if kind == "onnx":
+        from mesh.importer.sources import onnx
+
+        return onnx.open_source(path)
+    if kind == "gguf":
+        from mesh.importer.sources import gguf
+
+        return gguf.open_source(path if path.is_file() else next(path.glob("*.gguf")))
+    from mesh.importer.sources import safetensors
+
+    return safetensors.open_source(path)
+
+
+def _write(source: Source, staging: Path, options: ImportOptions, name: str | None, progress: Progress) -> Manifest:
+    blocks = source.write_blocks(BlockWriter(staging), options, progress)
+    tokenizer, extra = source.write_tokenizer(staging)
+    manifest = Manifest(
+        name=_name(name or source.name),
+        architecture=source.architecture,
+        source=source.kind,
+        layers=source.layers,
+        vocab_size=source.vocab_size,
+        context_length=source.context_length,
+        hidden=HiddenInfo(size=source.hidden_size, dtype=options.dtype),
+        cache=source.cache,
+        cache_dtype=options.dtype,
+        weights=options.weights,
+        blocks=blocks,
+        tokenizer=tokenizer,
+        extra_files=extra,
+    )
+    manifest.save(staging)
+    return manifest
+
+
+def _name(text: str) -> str:
+    """A model's name is a token of NATS subjects and a file name: letters, digits, '-' and '_'."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in text).strip("-") or "model"
+
+
+def _oracles(source: Source) -> tuple[Reference | None, OrtParts | None]:
+    """What answers for the source: the whole of it where it is small enough, and its parts one at a time."""
+    if source.kind != "onnx":
+        return None, None
+    from mesh.importer.sources.onnx import OnnxSource
+
+    assert isinstance(source, OnnxSource)
+    size = sum(file.stat().st_size for file in source.file.parent.glob("*") if file.is_file())
+    roles = {str(value.name): role.value for value, role in source.graph.roles.items()}
+    parts = OrtParts([partial(source.part, index) for index in range(source.layers + 2)], roles, source.file.parent)
+    if size > WHOLE_SOURCE_BYTES:
+        return None, parts
+    oracle = open_oracle(source.file, roles, str(source.graph.logits.name))
+
+    def logits(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        try:
+            return oracle.logits(tokens)
+        except Exception as error:  # onnxruntime's own exceptions
+            raise CorruptModel(f"{source.file} does not run in onnxruntime: {str(error).splitlines()[0]}") from None
+
+    return logits, parts
+
+
+def _replace(staging: Path, out: Path) -> None:
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    staging.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic

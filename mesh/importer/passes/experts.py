@@ -1,0 +1,145 @@
+"""Experts that were exported as a loop over tokens chosen by NonZero: made static, so that a compiler can take them.
+
+    where(mask[e]) -> rows; y = expert_e(x[rows]) * weight[rows]; out.index_add(rows, y)
+
+becomes the same over every element of the mask, chosen or not, with y multiplied by the mask before it is added. What lies
+between is computed row by row, so rows that were not chosen add nothing. It costs arithmetic, not weights: each expert is
+applied to all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mesh.errors import UnsupportedModel
+from mesh.importer.graph.decoder import DecoderGraph, Kind, argument, attribute, constant
+from mesh.importer.graph.evaluate import NotConcrete
+from mesh.importer.graph.probe import Probe
+from mesh.importer.passes.opset import NEWEST, new_constant
+
+__all__ = ["make_experts_static", "mask_chosen_rows"]
+
+SCATTERS = ("ScatterElements", "ScatterND")
+MASK = "mesh.mask"  # in the meta of the node that gives all indices of a mask: the mask
+
+
+def make_experts_static(graph: DecoderGraph) -> bool:
+    """Replace every NonZero of data, not itself chosen by another, by all indices of its input, in place; whether there was one."""
+    past = (4, 7) if graph.has_past else (0, 0)
+    probes = [Probe(graph, rows, chunk, before) for (rows, chunk), before in zip(((2, 3), (3, 5)), past, strict=True)]
+    found, blocked = False, ""
+    for node in graph.nodes:
+        if node.op_type != "NonZero" or node.domain != "" or graph.kind(argument(node, 0)) is not Kind.TOKENS:
+            continue
+        mask = argument(node, 0)
+        try:
+            shapes = [probe.shape(mask) for probe in probes]
+        except NotConcrete:
+            blocked = blocked or str(node.name)
+            continue
+        if shapes[0] == shapes[1]:
+            indices = np.indices(shapes[0]).reshape(len(shapes[0]), -1).astype(np.int64)
+            grid = new_constant(graph.model.graph, indices[:, : _traced(node, indices.shape[1])])
+        else:
+            grid = _all_indices(graph, node, mask, len(shapes[0]))
+            made = grid.producer()
+            assert made is not None
+            made.meta[MASK] = mask
+        ir.convenience.replace_all_uses_with(node.outputs[0], grid)
+        graph.model.graph.remove(node, safe=True)
+        found = True
+    if blocked and not found:
+        raise UnsupportedModel(f"node {blocked} (NonZero) chooses among what was chosen by the tokens: not supported")
+    return found
+
+
+def _traced(node: ir.Node, most: int) -> int:
+    """How many indices the graph goes on with: a traced loop over the experts in use has one turn for each of them."""
+    frontier = [node]
+    while frontier:
+        for follower, _ in frontier.pop().outputs[0].uses():
+            if follower.op_type == "Transpose":
+                frontier.append(follower)
+            elif follower.op_type == "Split" and len(follower.inputs) > 1:
+                sizes = constant(follower.inputs[1])
+                total = int(sizes.sum()) if sizes is not None else most
+                if len(follower.outputs) == total < most:
+                    return total
+    return most
+
+
+def _op(graph: DecoderGraph, at: ir.Node, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+    node = ir.node(op_type, list(inputs), attributes=attributes, version=NEWEST)
+    node.name = f"{at.name}/{op_type}"
+    graph.model.graph.insert_before(at, node)
+    return node.outputs[0]
+
+
+def _all_indices(graph: DecoderGraph, at: ir.Node, mask: ir.Value, rank: int) -> ir.Value:
+    """int64 [rank, size]: what NonZero gives for a mask of ones."""
+    constants = {number: new_constant(graph.model.graph, np.array(number)) for number in (0, 1)}
+    first = new_constant(graph.model.graph, np.array([0]))
+    counter = _op(graph, at, "Range", constants[0], _op(graph, at, "Size", mask), constants[1])
+    lines: list[ir.Value] = []
+    for axis in reversed(range(rank)):
+        size = _op(graph, at, "Shape", mask, start=axis, end=axis + 1)
+        lines.insert(0, _op(graph, at, "Unsqueeze", _op(graph, at, "Mod", counter, size), first))
+        counter = _op(graph, at, "Div", counter, size)
+    return _op(graph, at, "Concat", *lines, axis=0)
+
+
+def mask_chosen_rows(graph: DecoderGraph) -> bool:
+    """Multiply by the mask what is added for rows that make_experts_static chose, in place; whether there were any."""
+    probe = Probe(graph, 2, 3, 4 if graph.has_past else 0)
+    found = False
+    for node in graph.nodes:
+        mask = node.meta.pop(MASK, None)
+        if mask is None:
+            continue
+        found = True
+        for scatter in list(_scatters(graph, node)):
+            _check_adds(graph, probe, scatter)
+            updates = argument(scatter, 2)
+            shape = probe.shape(updates)
+            flat = _op(graph, scatter, "Reshape", mask, new_constant(graph.model.graph, np.array([-1] + [1] * (len(shape) - 1))))
+            factor = _op(graph, scatter, "Cast", flat, to=int(ir.DataType.from_numpy(probe.dtype(updates))))
+            scatter.replace_input_with(2, _op(graph, scatter, "Mul", updates, factor))
+            scatter.attributes["reduction"] = ir.AttrString("reduction", "add")
+    return found
+
+
+def _scatters(graph: DecoderGraph, start: ir.Node) -> Iterator[ir.Node]:
+    """The scatters that put back the rows chosen at `start`."""
+    seen: set[ir.Node] = set()
+    frontier = [start]
+    reached = False
+    while frontier:
+        for output in frontier.pop().outputs:
+            if output is graph.logits:
+                raise UnsupportedModel(f"the rows chosen by node {start.name} are not added back: experts of this form are not supported")
+            for node, place in output.uses():
+                if node in seen or node.op_type in ("Shape", "Size"):
+                    continue
+                seen.add(node)
+                if node.op_type in SCATTERS and place in (1, 2):
+                    reached = True
+                    yield node
+                else:
+                    frontier.append(node)
+    if not reached:
+        raise UnsupportedModel(f"the rows chosen by node {start.name} are not added back: experts of this form are not supported")
+
+
+def _check_adds(graph: DecoderGraph, probe: Probe, scatter: ir.Node) -> None:
+    """Rows may be chosen twice, so that a scatter must add; into zeros, a scatter that replaces may be made to."""
+    if attribute(scatter, "reduction", "none") == "add":
+        return
+    data = argument(scatter, 0)
+    if graph.kind(data) > Kind.SHAPE or np.any(probe.value(data)):
+        raise UnsupportedModel(
+            f"node {scatter.name} ({scatter.op_type}) replaces rows chosen by the tokens: experts of this form are not supported"
+        )

@@ -1,0 +1,219 @@
+"""Import of exported ONNX decoders: any graph of the torch exporters, optimum or onnxruntime-genai, cut into blocks.
+
+graph       read and normalise            probe       evaluate shapes, masks and positions on concrete sizes
+attention   find the attention islands    mask        what each does to its scores
+cut         where layers end              positions   what depends on positions and sizes
+emit        one block's nodes
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import orjson
+from onnx import TensorProto
+
+from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, Island, find_islands
+from mesh.importer.analysis.cut import DataPath, find_cuts
+from mesh.importer.analysis.mask import MaskReader, ScoreRule
+from mesh.importer.analysis.positions import InputParts, context_limit
+from mesh.importer.graph.decoder import DecoderGraph, load
+from mesh.importer.graph.evaluate import NotConcrete
+from mesh.importer.graph.probe import Probe
+from mesh.importer.sources.source import ImportOptions, Progress
+from mesh.importer.write.blocks import BlockWriter, GraphBuilder
+from mesh.importer.write.emit import Emitter, Part
+from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, block_name
+
+__all__ = ["OnnxSource", "open_source"]
+
+DEFAULT_CONTEXT = 4096  # for a graph that has no table of positions and no config.json beside it
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx", "context_length")
+
+
+def open_source(path: Path) -> OnnxSource:
+    """Open a .onnx file, or a directory with one.
+
+    Errors: ModelNotFound, CorruptModel, UnsupportedModel (not a decoder, or of a form that cannot be cut).
+    """
+    return OnnxSource(_model_file(Path(path)))
+
+
+class OnnxSource:
+    """An exported decoder; see mesh/importer/sources/source.py for the attributes. `file` is the .onnx file."""
+
+    kind: Literal["onnx"] = "onnx"
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self._analyse(file)
+        except NotConcrete as error:
+            raise UnsupportedModel(
+                f"{file}: {error} depends on the tokens: export without data-dependent shapes (experts as batched products, "
+                "such as experts_implementation='batched_mm' of transformers)"
+            ) from None
+
+    def _analyse(self, file: Path) -> None:
+        self.graph: DecoderGraph = load(file)
+        self._config = _read_config(file)
+        self.islands: list[Island] = find_islands(self.graph)
+        self._path = DataPath(self.graph, self.islands)
+        probe = Probe(self.graph, BATCH, CHUNK, PAST if self.graph.has_past else 0)
+        self.context_length = self._context_length()
+        reader = MaskReader(self.graph, self.context_length)
+        self.rules: list[ScoreRule] = [reader.read(island) for island in self.islands]
+        self._cut = find_cuts(self._path, self.islands, probe)
+        self._inputs = InputParts(self.graph, self.context_length)
+        logits = probe.shape(self.graph.logits)
+        if len(logits) != 3 or logits[:2] != (BATCH, CHUNK):
+            raise UnsupportedModel(
+                f"{file}: the logits have shape {list(logits)} for {BATCH} rows of {CHUNK} tokens: export the logits of every position"
+            )
+        self.vocab_size = logits[2]
+        self.hidden_size = self._cut.size
+        self._type = probe.dtype(self._cut.values[0])
+
+    @property
+    def name(self) -> str:
+        stem = self.file.stem
+        return self.file.parent.name if stem in ("model", "decoder_model", "decoder_with_past_model", "decoder_model_merged") else stem
+
+    @property
+    def architecture(self) -> str:
+        found = self._config.get("model_type")
+        return str(found) if isinstance(found, str) else "onnx"
+
+    @property
+    def layers(self) -> int:
+        return len(self.islands)
+
+    @property
+    def cache(self) -> tuple[CacheInfo, ...]:
+        return tuple(
+            CacheInfo(kv_heads=i.kv_heads, key_dim=i.k.layout.width, value_dim=i.v.layout.width, window=rule.window)
+            for i, rule in zip(self.islands, self.rules, strict=True)
+        )
+
+    def _context_length(self) -> int:
+        config = self._config.get("text_config") or self._config
+        said = next((int(config[key]) for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+        limits = [limit for limit in (said, context_limit(self.graph)) if limit is not None]
+        return max(1, min(limits)) if limits else DEFAULT_CONTEXT
+
+    def write_blocks(self, writer: BlockWriter, options: ImportOptions, progress: Progress) -> tuple[BlockInfo, ...]:
+        """See mesh/importer/sources/source.py. Weights are read from the source's file while their block is written."""
+        cuts, total = self._cut.values, self.layers + 2
+        parts = [Part(block_name("embed"), None, cuts[0])]
+        parts += [Part(block_name(i), cuts[i], cuts[i + 1], self.rules[i]) for i in range(self.layers)]
+        parts.append(Part(block_name("head"), cuts[-1], self.graph.logits))
+        blocks = []
+        for done, part in enumerate(parts):
+            progress(part.name, done, total)
+            blocks.append(self.build(part, options).write(writer))
+            self._release()
+        progress("done", total, total)
+        return tuple(blocks)
+
+    def _release(self) -> None:
+        """Let go of the mapped weights: pages of a file that was read count as memory until they are unmapped."""
+        for value in self.graph.model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                with suppress(BufferError):  # a table that the analysis still looks at
+                    value.const_value.release()
+
+    def build(self, part: Part, options: ImportOptions) -> GraphBuilder:
+        """The graph of one block."""
+        builder = GraphBuilder(part.name, options)
+        emitter = Emitter(self._path, self._inputs, builder, part, self._type)
+        hidden: list[int | str] = ["batch", "chunk", self.hidden_size]
+        out = "logits" if part.end is self.graph.logits else "hidden_out"
+        emitter.emit(out)
+        if part.start is None:
+            builder.input("input_ids", ["batch", "chunk"], TensorProto.INT64)
+        else:
+            builder.input("hidden_in", hidden)
+        if part.rule is not None or emitter.uses_positions:
+            if out == "logits":
+                raise UnsupportedModel(f"{self.file}: the head needs positions: not supported")
+            builder.input("position_ids", ["batch", "chunk"], TensorProto.INT64)
+        builder.output(out, ["batch", "chunk", self.vocab_size] if out == "logits" else hidden)
+        if part.rule is not None:
+            cache = self.cache[self._cut.values.index(part.start)]
+            builder.input("write_indices", ["batch"], TensorProto.INT64)
+            for which, width in (("key", cache.key_dim), ("value", cache.value_dim)):
+                shape: list[int | str] = ["batch", cache.kv_heads, "cache", width]
+                builder.input(f"past_{which}", shape)
+                builder.output(f"present_{which}", shape)
+        return builder
+
+    def part(self, index: int) -> tuple[bytes, str | None, str]:
+        """The source's own nodes of one block (0 is embed, the last is the head), as a model of its own whose weights stay where they
+        are, with the names of its hidden input (None for embed) and of its output."""
+        cuts = self._cut.values
+        start = cuts[index - 1] if index else None
+        end = cuts[index] if index < len(cuts) else self.graph.logits
+        inputs, stack, seen = ([start] if start is not None else []), [end], {start}
+        while stack:
+            value = stack.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value in self.graph.roles:
+                inputs.append(value)
+            elif (node := value.producer()) is not None:
+                stack.extend(v for v in node.inputs if v is not None)
+        graph = ir.convenience.extract(self.graph.model.graph, inputs, [end])
+        for number, node in enumerate(graph):
+            node.name = f"part{index}_{number}"  # rewritten nodes may share a name, which onnxruntime refuses
+            if node.op_type == "Attention" and node.domain == "":
+                for past in range(4, min(6, len(node.inputs))):  # empty here, and onnxruntime wants the present with it
+                    node.replace_input_with(past, None)
+        for value in graph.outputs:
+            value.dtype = value.dtype or ir.DataType.FLOAT
+        for value in graph.inputs:
+            if start is not None and value.name == start.name:
+                value.dtype, value.shape = value.dtype or ir.DataType.FLOAT, ir.Shape(["batch", "chunk", self.hidden_size])
+        model = ir.Model(graph, ir_version=max(self.graph.model.ir_version, 10))
+        return ir.to_proto(model).SerializeToString(), None if start is None else start.name, str(end.name)
+
+    def write_tokenizer(self, directory: Path) -> tuple[TokenizerInfo | None, tuple[FileInfo, ...]]:
+        """From the Hugging Face files beside the .onnx file."""
+        from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
+
+        return write_huggingface_tokenizer(self.file.parent, directory)
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ModelNotFound(f"{path} does not exist: give an .onnx file or a directory with one")
+    for folder in (path, path / "onnx"):
+        for name in ("model.onnx", "decoder_model_merged.onnx", "decoder_with_past_model.onnx", "decoder_model.onnx"):
+            if (folder / name).is_file():
+                return folder / name
+    found = sorted(path.glob("*.onnx"))
+    if len(found) != 1:
+        what = "no .onnx file" if not found else f"{len(found)} .onnx files"
+        raise ModelNotFound(f"{path} has {what}, none named model.onnx: give the file itself")
+    return found[0]
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    for folder in (file.parent, file.parent.parent):
+        for name in ("config.json", "genai_config.json"):
+            path = folder / name
+            if not path.is_file():
+                continue
+            try:
+                config = orjson.loads(path.read_bytes())
+            except orjson.JSONDecodeError:
+                raise CorruptModel(f"{path} is not valid JSON: download it again or remove it") from None
+            if isinstance(config, dict):
+                return config.get("model", config) if name == "genai_config.json" else config
+    return {}

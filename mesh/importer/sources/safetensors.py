@@ -1,0 +1,146 @@
+"""Hugging Face directories: config.json and safetensors files, one or several with an index."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.importer.families.decoder_source import DecoderSource
+from mesh.importer.families.huggingface import open_decoder
+from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
+
+__all__ = ["SafetensorsCheckpoint", "open_source"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def open_source(path: Path) -> DecoderSource:
+    """Open a directory with config.json and safetensors weights; reads only their headers.
+
+    Errors: ModelNotFound, CorruptModel, UnsupportedModel.
+    """
+    directory = Path(path)
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise ModelNotFound(f"{directory} has no config.json: give a Hugging Face model directory")
+    config = read_json(config_path)
+    checkpoint = SafetensorsCheckpoint.open(directory)
+    spec, weights = open_decoder(config, str(config_path), checkpoint, checkpoint)
+    return DecoderSource("safetensors", directory.resolve().name, spec, weights, lambda out: write_huggingface_tokenizer(directory, out))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(f"{path} is not JSON ({error}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise CorruptModel(f"{path} is not a JSON object: fetch it again")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # from the beginning of the file
+
+
+class SafetensorsCheckpoint:
+    """The tensors of a directory by name. Reading maps just that tensor; dropping the array unmaps it."""
+
+    def __init__(self, entries: dict[str, _Entry], directory: Path) -> None:
+        self._entries = entries
+        self._directory = directory
+
+    @classmethod
+    def open(cls, directory: Path) -> SafetensorsCheckpoint:
+        """Read the headers. CorruptModel: a file is missing, truncated or inconsistent. ModelNotFound: no weights at all."""
+        index_path = directory / INDEX
+        entries: dict[str, _Entry] = {}
+        if (directory / SINGLE).is_file():
+            files = [SINGLE]
+        elif index_path.is_file():
+            files = sorted({str(file) for file in read_json(index_path).get("weight_map", {}).values()})
+        elif any(directory.glob("pytorch_model*.bin")):
+            raise UnsupportedModel(f"{directory} has pytorch_model.bin only: convert it to safetensors (save_pretrained does)")
+        else:
+            raise ModelNotFound(f"{directory} has neither {SINGLE} nor {INDEX}")
+        for file in files:
+            path = directory / file
+            if path.parent != directory:
+                raise CorruptModel(f"{index_path}: {file!r} is not a file of this directory")
+            if not path.is_file():
+                raise CorruptModel(f"{path} is missing though {INDEX} names it: fetch it")
+            entries.update(_read_header(path))
+        return cls(entries, directory)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        entry = self._entry(name)
+        if entry.dtype not in DTYPES:
+            raise UnsupportedModel(f"{entry.path}: tensor {name} has type {entry.dtype}: only {', '.join(DTYPES)} are supported")
+        if 0 in entry.shape:
+            return np.empty(entry.shape, DTYPES[entry.dtype])
+        return np.memmap(entry.path, DTYPES[entry.dtype], "r", entry.offset, entry.shape)
+
+    def release(self) -> None:
+        """Nothing is held between reads."""
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise CorruptModel(f"{self._directory} has no tensor {name}: its weights are not those of its config.json")
+        return self._entries[name]
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """The tensors of one file: 8 bytes of header length, a JSON header, then the data that its offsets point into."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise CorruptModel(f"{path} is truncated: it has {size:,} bytes and its header alone needs {8 + length:,}; fetch it again")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = {
+            name: _Entry(path, info["dtype"], tuple(int(n) for n in info["shape"]), 8 + length + int(info["data_offsets"][0]))
+            for name, info in header.items()
+        }
+        ends = {name: 8 + length + int(info["data_offsets"][1]) for name, info in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise CorruptModel(f"{path} is not a safetensors file (its header is not readable): fetch it again") from None
+    needed = max(ends.values(), default=0)
+    if needed > size:
+        raise CorruptModel(f"{path} is truncated: it has {size:,} bytes where its header needs {needed:,}; fetch it again")
+    for name, entry in entries.items():
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is not None and entry.offset + math.prod(entry.shape) * dtype.itemsize != ends[name]:
+            raise CorruptModel(f"{path}: tensor {name} has a shape that does not fit its length; fetch the file again")
+    return entries

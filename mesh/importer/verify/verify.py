@@ -1,0 +1,337 @@
+"""Every import verifies itself: the source, its blocks in stock onnxruntime, and its blocks in our runtime must agree.
+
+    source     the original graph in onnxruntime (ONNX sources): logits of whole sequences
+    oracle     the blocks in stock onnxruntime, one after the other: a chunk, then the rest on its cache
+    runtime    the blocks as stages run them: prompts prefilled whole and in chunks, then 32 decode steps as one wave
+
+Sequences are three random prompts, continued by the source's own greedy tokens where it is at hand and small, at random where
+not; each position then compares what follows it, so agreement means equal greedy tokens. Blocks are verified in groups
+that fit a budget of memory, so that a model of any size can be.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from mesh.errors import UnsupportedModel, VerificationFailed
+from mesh.importer.verify.oracle import OrtBlock, OrtParts
+from mesh.model.manifest import Manifest, block_name
+from mesh.runtime.loading import load_block
+from mesh.runtime.programs import Compiled
+from mesh.runtime.stage import Stage, StageConfig
+from mesh.types import LayerRange
+
+__all__ = ["GREEDY_STEPS", "Reference", "runtime_logits", "verify"]
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+Reference = Callable[[Array], Array]
+"""The source's logits of a whole sequence: tokens [T] -> [T, V] float32."""
+
+GREEDY_STEPS = 32
+PROMPT_LENGTHS = (24, 13, 9)
+CHUNK = 16
+GROUP_BYTES = 64 << 20  # a layer is one group where it is larger
+
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
+# What storing weights in fewer bits may change at most, as a share of the logits; over it the weights are damaged, not rounded.
+STORED_TOLERANCE = {32: 0.0, 16: 5e-2, 8: 0.25, 4: 0.8}
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows of tokens [T]; `prompts` [i] of each are prefilled, the rest is decoded one by one."""
+
+    tokens: list[Array]
+    prompts: list[int]
+
+
+def verify(
+    directory: Path,
+    manifest: Manifest,
+    *,
+    reference: Reference | None,
+    parts: OrtParts | None = None,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Verify a model directory; returns what was measured, for the manifest's report.
+
+    `reference` is the source itself, whose greedy tokens continue the prompts; None where it is too large, or nothing runs it
+    (weights). `parts` are its parts, compared where it is too large. VerificationFailed names the first layer that differs and by how much.
+    """
+    sequences = _sequences(manifest, reference, seed)
+    tolerance = TOLERANCE[manifest.hidden.dtype]
+    oracle_runs = True
+    ours: list[Array] = [np.asarray(tokens, np.int64) for tokens in sequences.tokens]  # tokens, then hidden [T, D]
+    theirs: list[Array] = list(ours)
+    worst = 0.0
+    groups = list(_groups(manifest))
+    compiled: Compiled = {}
+    for index, group in enumerate(groups):
+        progress(f"verify {group}", index, len(groups) + 1)
+        if oracle_runs:
+            try:
+                theirs = _oracle_group(directory, manifest, group, theirs)
+            except UnsupportedModel:
+                if manifest.hidden.dtype == "float32":
+                    raise
+                oracle_runs = False  # stock onnxruntime has no kernels of this type on the CPU
+        ours = _runtime_group(directory, manifest, group, ours, sequences, compiled=compiled)
+        if oracle_runs:
+            error = _error(ours, theirs)
+            worst = max(worst, error)
+            if not error <= tolerance:
+                layer, error = _first_layer(directory, manifest, group, sequences, fallback=error)
+                raise _failed(f"layer {layer} differs from onnxruntime's result for the same block", layer, error, tolerance)
+    progress("verify head", len(groups), len(groups) + 1)
+    logits = _logits(directory, ours)
+    if oracle_runs:
+        head = OrtBlock(directory, "head")
+        error = max((_error([got], [head.run(hidden, 0)]) for got, hidden in zip(logits, ours, strict=True)), key=_nan_first)
+        del head
+        worst = max(worst, error)
+        if not error <= tolerance:
+            raise _failed("the head differs from onnxruntime's result for the same block", None, error, tolerance)
+    report: dict[str, Any] = {
+        "positions": int(sum(len(tokens) for tokens in sequences.tokens)),
+        "greedy_steps": GREEDY_STEPS * len(PROMPT_LENGTHS),
+        "oracle": "onnxruntime" if oracle_runs else None,
+        "oracle_error": worst if oracle_runs else None,
+    }
+    allowed = max(tolerance, STORED_TOLERANCE[manifest.weights.bits])
+    if reference is not None or parts is not None:
+        expected = [reference(tokens) for tokens in sequences.tokens[:-1]] if reference is not None else _source(parts, manifest, sequences)
+        try:
+            report |= _against_source(manifest, sequences, logits, [*expected, expected[0]], allowed)
+        except VerificationFailed as error:
+            if parts is None:
+                raise
+            layer, at = _first_layer_of_source(directory, manifest, sequences, parts, allowed)
+            where = "the embedding or the head" if layer is None else f"layer {layer}"
+            raise _failed(f"{where} is the first that differs from the source's", layer, at or error.error or 0.0, allowed) from None
+    progress("verified", len(groups) + 1, len(groups) + 1)
+    return report
+
+
+def runtime_logits(directory: Path, manifest: Manifest, tokens: Array) -> Iterator[Array]:
+    """Our logits for each position of one sequence, in slices [up to 64, V] float32."""
+    hidden: list[Array] = [np.asarray(tokens, np.int64)]
+    sequences = Sequences([hidden[0]], [len(tokens)])
+    compiled: Compiled = {}
+    for group in _groups(manifest):
+        hidden = _runtime_group(directory, manifest, group, hidden, sequences, compiled=compiled, chunk=128)
+    yield from _head(directory, hidden[0])
+
+
+def _sequences(manifest: Manifest, reference: Reference | None, seed: int) -> Sequences:
+    rng = np.random.default_rng(seed)
+    room = manifest.context_length
+    steps = min(GREEDY_STEPS, max(1, room // 2))
+    prompts = [max(1, min(length, room - steps)) for length in PROMPT_LENGTHS]
+    rows = []
+    for length in prompts:
+        tokens = rng.integers(0, manifest.vocab_size, length)
+        for _ in range(min(steps, room - length)):
+            following = rng.integers(0, manifest.vocab_size) if reference is None else reference(tokens)[-1].argmax()
+            tokens = np.append(tokens, following)
+        rows.append(tokens.astype(np.int64))
+    # The first prompt once more, to be prefilled in chunks instead.
+    return Sequences([*rows, rows[0]], [*prompts, prompts[0]])
+
+
+def _groups(manifest: Manifest) -> Iterator[LayerRange]:
+    """Layer ranges whose weights fit the budget together; embed and head are counted with neither."""
+    start, held = 0, 0
+    for layer in range(manifest.layers):
+        size = manifest.block(block_name(layer)).weight_bytes
+        if layer > start and held + size > GROUP_BYTES:
+            yield LayerRange(start, layer)
+            start, held = layer, 0
+        held += size
+    yield LayerRange(start, manifest.layers)
+
+
+def _oracle_group(directory: Path, manifest: Manifest, group: LayerRange, rows: list[Array]) -> list[Array]:
+    names = ([block_name("embed")] if group.start == 0 else []) + [block_name(i) for i in group]
+    for name in names:
+        rows = [_oracle_block(directory, manifest, name, row) for row in _distinct(rows)]
+        rows.append(rows[0])
+    return rows
+
+
+def _distinct(rows: list[Array]) -> list[Array]:
+    """All but the last row, which repeats the first."""
+    return rows[:-1]
+
+
+def _oracle_block(directory: Path, manifest: Manifest, name: str, row: Array) -> Array:
+    """One row through one block: a first chunk, then the rest on the cache it left."""
+    cache = None
+    if name != "embed":
+        info = manifest.cache[int(name.removeprefix("layer_"))]
+        cache = ((info.kv_heads, info.key_dim), (info.kv_heads, info.value_dim))
+    dtype = jnp.dtype(manifest.cache_dtype)
+    block = OrtBlock(directory, name, slots=len(row) + 3, cache=cache, dtype=dtype)
+    half = max(1, len(row) // 2)
+    pieces = [block.run(row[:half], 0)] + ([block.run(row[half:], half)] if half < len(row) else [])
+    return np.concatenate(pieces)
+
+
+def _runtime_group(
+    directory: Path,
+    manifest: Manifest,
+    group: LayerRange,
+    rows: list[Array],
+    sequences: Sequences,
+    *,
+    compiled: Compiled | None = None,
+    chunk: int = 32,
+) -> list[Array]:
+    """The rows through the layers as a stage runs them. Input tokens [T] or hidden [T, D]; hidden [T, D] of each."""
+    longest = max(len(row) for row in rows)
+    config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
+    stage = Stage.load(directory, config, compiled=compiled)
+    tokens = sequences.tokens
+    out: list[list[Array]] = [[] for _ in rows]
+    for index, row in enumerate(rows):
+        prompt = sequences.prompts[index]
+        step = CHUNK if index == len(rows) - 1 and len(rows) > 1 else stage.buckets.chunks[-1]
+        for start in range(0, prompt, step):
+            stop = min(start + step, prompt)
+            hidden = None if stage.first else row[start:stop]
+            out[index].append(np.asarray(stage.prefill(index, start, tokens[index][start:stop], hidden)))
+    positions = list(sequences.prompts)
+    while any(position < len(row) for position, row in zip(positions, rows, strict=True)):
+        live = [index for index, row in enumerate(rows) if positions[index] < len(row)]
+        at = np.array([positions[index] for index in live])
+        hidden = None if stage.first else np.stack([rows[index][positions[index]] for index in live])
+        result = np.asarray(stage.decode(np.array(live), at, np.array([tokens[index][positions[index]] for index in live]), hidden))
+        for place, index in enumerate(live):
+            out[index].append(result[place : place + 1])
+            positions[index] += 1
+    del stage
+    gc.collect()  # its weights, before those of the next group
+    return [np.concatenate(parts) for parts in out]
+
+
+def _logits(directory: Path, rows: list[Array]) -> list[Array]:
+    """hidden [T, D] of each row -> its logits [T, V]; the head is loaded once, and gone afterwards."""
+    hidden = np.concatenate(rows)
+    logits, done = np.empty(0, np.float32), 0
+    for piece in _head(directory, hidden):
+        if not done:
+            logits = np.empty((len(hidden), piece.shape[1]), np.float32)
+        logits[done : done + len(piece)] = piece
+        done += len(piece)
+    gc.collect()
+    return np.split(logits, np.cumsum([len(row) for row in rows])[:-1])
+
+
+def _head(directory: Path, hidden: Array) -> Iterator[Array]:
+    """hidden [T, D] -> logits [64 or fewer, V] float32, slice by slice, padded so that one program serves all."""
+    block = load_block(directory, block_name("head"))
+    size = min(64, len(hidden))
+
+    @jax.jit
+    def run(weights: Any, x: Any) -> Any:
+        return block.lowered(weights, {"hidden_in": x})["logits"].astype(jnp.float32)
+
+    for start in range(0, len(hidden), size):
+        piece = hidden[start : start + size]
+        padded = np.zeros((1, size, hidden.shape[1]), hidden.dtype)
+        padded[0, : len(piece)] = piece
+        yield np.asarray(run(block.weights, padded))[0, : len(piece)]
+
+
+def _source(parts: OrtParts | None, manifest: Manifest, sequences: Sequences) -> list[Array]:
+    """The source's logits, part by part; never more than one part in memory."""
+    assert parts is not None
+    tokens = _distinct(sequences.tokens)
+    rows = tokens
+    for index in range(manifest.layers + 2):
+        rows = parts.run(index, tokens, rows)
+    return [row.astype(np.float32) for row in rows]
+
+
+def _first_layer_of_source(
+    directory: Path, manifest: Manifest, sequences: Sequences, parts: OrtParts, tolerance: float
+) -> tuple[int | None, float | None]:
+    """Which layer differs first from the source's own nodes, each given what the source's embedding and layers before it make."""
+    tokens = _distinct(sequences.tokens)
+    rows = parts.run(0, tokens, tokens)
+    for layer in range(manifest.layers):
+        ours = [_oracle_block(directory, manifest, block_name(layer), row) for row in rows]
+        rows = parts.run(layer + 1, tokens, rows)
+        error = _error(ours, rows)
+        if not error <= tolerance:
+            return layer, error
+    return None, None
+
+
+def _against_source(
+    manifest: Manifest, sequences: Sequences, logits: list[Array], expected: list[Array], tolerance: float
+) -> dict[str, Any]:
+    error = _error(logits, expected)
+    same = total = 0
+    for got, want, prompt in zip(logits, expected, sequences.prompts, strict=True):
+        got, want = got[prompt - 1 :], want[prompt - 1 :]
+        margin = np.take_along_axis(want, want.argmax(-1)[:, None], -1) - np.take_along_axis(want, got.argmax(-1)[:, None], -1)
+        # Two tokens nearer to each other than rounding are a tie: rounding decides it in the source too.
+        tie = margin[:, 0] <= TOLERANCE[manifest.hidden.dtype] * np.abs(want).max(-1)
+        same += int(((got.argmax(-1) == want.argmax(-1)) | tie).sum())
+        total += len(got)
+    exact = manifest.weights.bits == 32 and manifest.hidden.dtype == "float32"
+    if not error <= tolerance:
+        raise _failed("the logits differ from the source's", None, error, tolerance)
+    if exact and same != total:
+        raise VerificationFailed(f"{total - same} of {total} greedy tokens differ from the source's: please report this model", error=error)
+    return {"source_error": error, "source_greedy_equal": same / total}
+
+
+def _first_layer(
+    directory: Path, manifest: Manifest, group: LayerRange, sequences: Sequences, *, fallback: float
+) -> tuple[int | None, float]:
+    """Which layer of a group differs first: each alone, on the oracle's own input."""
+    tolerance = TOLERANCE[manifest.hidden.dtype]
+    rows: list[Array] = [np.asarray(tokens, np.int64) for tokens in sequences.tokens]
+    for layer in range(group.stop):
+        one = LayerRange(layer, layer + 1)
+        expected = _oracle_group(directory, manifest, one, rows)
+        error = _error(_runtime_group(directory, manifest, one, rows, sequences), expected)
+        if not error <= tolerance:
+            return layer, error
+        rows = expected
+    return None, fallback
+
+
+def _error(ours: Sequence[Array], theirs: Sequence[Array]) -> float:
+    """The largest relative error of any row: |a - b| / |b| over all its numbers; NaN where either has one."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+        error = float(np.linalg.norm(wide_a - wide_b) / max(float(np.linalg.norm(wide_b)), 1e-30))
+        worst = error if np.isnan(error) else max(worst, error)
+        if np.isnan(worst):
+            break
+    return worst
+
+
+def _nan_first(error: float) -> float:
+    return float("inf") if np.isnan(error) else error
+
+
+def _failed(what: str, layer: int | None, error: float, tolerance: float) -> VerificationFailed:
+    text = (
+        f"verification failed: {what} (relative error {error:.2g}, allowed {tolerance:.2g}); nothing was written, please report this model"
+    )
+    return VerificationFailed(text, layer=layer, error=error)

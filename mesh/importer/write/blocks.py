@@ -1,0 +1,208 @@
+"""Blocks: building their graphs and writing them to disk, for every importer. See docs/model-format.md for what a block is.
+
+GraphBuilder      nodes and named weights of one block; a weight may be produced later, when it is written
+attention_block   the one form of cached attention that blocks have
+BlockWriter       streams a block to NAME.onnx and NAME.onnx.data, one tensor in memory at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from mesh.importer.sources.source import NUMPY_DTYPES, ImportOptions
+from mesh.importer.write.quantize import EXPERT_GROUP, half_type, quantize_rows, quantize_weight
+from mesh.importer.write.writer import INLINE_BYTES, IR_VERSION, OPSET, BlockWriter, Weight, WeightValue, block_model, producer
+from mesh.model.manifest import BlockInfo, DType
+
+__all__ = ["INLINE_BYTES", "IR_VERSION", "OPSET", "BlockWriter", "GraphBuilder", "Weight", "WeightValue", "attention_block"]
+
+
+def tensor_type(dtype: DType) -> int:
+    """TensorProto type of a compute type."""
+    return int(helper.np_dtype_to_tensor_dtype(NUMPY_DTYPES[dtype]))
+
+
+class GraphBuilder:
+    """Nodes and weights of one block in opset 24. Values are names; `prefix` begins every name it makes up."""
+
+    def __init__(self, name: str, options: ImportOptions | None = None, *, prefix: str = "") -> None:
+        self.name = name
+        self.options = options or ImportOptions()
+        self.prefix = prefix
+        self.nodes: list[NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.weights: dict[str, WeightValue] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._count = 0
+
+    def input(self, name: str, shape: Sequence[int | str], dtype: int | None = None) -> str:
+        """Declare a graph input; dtype is a TensorProto type, None the compute type."""
+        self.inputs.append(helper.make_tensor_value_info(name, self._type(dtype), list(shape)))
+        return name
+
+    def output(self, name: str, shape: Sequence[int | str], dtype: int | None = None) -> None:
+        """Declare the value `name` a graph output."""
+        self.outputs.append(helper.make_tensor_value_info(name, self._type(dtype), list(shape)))
+
+    def op(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
+        """Add a node with one output and return that output's name. An input left out is ''."""
+        return self.ops(op_type, *inputs, out=[out or self._fresh(op_type)], **attributes)[0]
+
+    def ops(self, op_type: str, *inputs: str, out: int | Sequence[str], **attributes: Any) -> list[str]:
+        """Add a node with several outputs (their number or their names) and return the names."""
+        outputs = [self._fresh(op_type) for _ in range(out)] if isinstance(out, int) else list(out)
+        attributes = {name: value for name, value in attributes.items() if value is not None}
+        self.nodes.append(helper.make_node(op_type, list(inputs), outputs, name=f"{self.prefix}{op_type}_{len(self.nodes)}", **attributes))
+        return outputs
+
+    def const(self, value: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
+        """A constant (a Constant node; equal ones are shared). dtype None: int64 or the compute type, as the value is."""
+        array = np.asarray(value)
+        if dtype is None:
+            dtype = self.options.compute if array.dtype.kind == "f" else np.int64
+        array = array.astype(dtype)
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.op("Constant", value=numpy_helper.from_array(array))
+        return self._constants[key]
+
+    def weight(self, name: str, value: WeightValue) -> str:
+        """Add a weight stored as it comes."""
+        if name in self.weights:
+            raise ValueError(f"block {self.name} already has a weight {name}")
+        self.weights[name] = value
+        return name
+
+    def parameter(self, name: str, value: WeightValue) -> str:
+        """Add a weight stored in the compute type (norms, biases)."""
+        return self.weight(name, Weight(producer(value), self.options.compute))
+
+    def linear(self, x: str, name: str, weight: WeightValue, bias: WeightValue | None = None, *, out: str | None = None) -> str:
+        """x [..., in] @ weight [in, out] + bias [out], the weight stored as the options say."""
+        if bias is None:
+            return self.op("MatMul", x, self.matrix(name, weight), out=out)
+        product = self.op("MatMul", x, self.matrix(name, weight))
+        return self.op("Add", product, self.parameter(f"{name}.bias", bias), out=out)
+
+    def matrix(self, name: str, weight: WeightValue, *, experts: bool = False) -> str:
+        """A MatMul weight [in, out], or [experts, in, out], stored as the options say; returns its value in the compute type."""
+        options, produce = self.options, producer(weight)
+        if options.bits == 32:
+            return self.parameter(f"{name}.weight", weight)
+        if options.bits == 16:
+            if options.dtype != "float32":
+                return self.parameter(f"{name}.weight", weight)
+            return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, half_type)), to=TensorProto.FLOAT)
+        quantized = _Once(lambda: quantize_weight(produce(), options), uses=2)
+        values = self.weight(f"{name}.weight", lambda: quantized.get().values)
+        scale = self.weight(f"{name}.scale", lambda: quantized.get().scale)
+        if experts:
+            return self.op("DequantizeLinear", values, scale, axis=1, block_size=options.group_size or EXPERT_GROUP)
+        if options.group_size is not None:
+            return self.op("DequantizeLinear", values, scale, axis=0, block_size=options.group_size)
+        return self.op("DequantizeLinear", values, scale, axis=1)
+
+    def embedding(self, ids: str, name: str, table: WeightValue, *, out: str | None = None) -> str:
+        """Rows `ids` [...] of table [vocab, width]: [..., width]. At 8 and 4 bits rows are int8 with a scale each.
+
+        Only the rows asked for are converted: a table is large and a step reads few rows of it.
+        """
+        options, produce = self.options, producer(table)
+        if options.bits == 32 or (options.bits == 16 and options.dtype != "float32"):
+            return self.op("Gather", self.parameter(f"{name}.weight", table), ids, out=out)
+        if options.bits == 16:
+            rows = self.op("Gather", self.weight(f"{name}.weight", Weight(produce, half_type)), ids)
+            return self.op("Cast", rows, to=TensorProto.FLOAT, out=out)
+        quantized = _Once(lambda: quantize_rows(produce(), options), uses=2)
+        codes = self.op("Gather", self.weight(f"{name}.weight", lambda: quantized.get()[0]), ids)
+        scale = self.op("Gather", self.weight(f"{name}.scale", lambda: quantized.get()[1]), ids)
+        return self.op("Mul", self.op("Cast", codes, to=self._type(None)), scale, out=out)
+
+    def model(self) -> ModelProto:
+        """The graph without its weights, which BlockWriter adds."""
+        return block_model(helper.make_graph(self.nodes, self.name, self.inputs, self.outputs))
+
+    def write(self, writer: BlockWriter) -> BlockInfo:
+        """Write the block under its name."""
+        return writer.write(self.name, self.model(), self.weights)
+
+    def _type(self, dtype: int | None) -> int:
+        return tensor_type(self.options.dtype) if dtype is None else dtype
+
+    def _fresh(self, op_type: str) -> str:
+        self._count += 1
+        return f"{self.prefix}{op_type.lower()}_{self._count}"
+
+
+def attention_block(
+    builder: GraphBuilder,
+    q: str,
+    k: str,
+    v: str,
+    *,
+    position_ids: str = "position_ids",
+    write_indices: str = "write_indices",
+    past_key: str = "past_key",
+    past_value: str = "past_value",
+    scale: float,
+    softcap: float = 0.0,
+    window: int | None = None,
+    alibi_slopes: npt.ArrayLike | None = None,
+    mask: str | None = None,
+    present: tuple[str, str] = ("present_key", "present_value"),
+) -> tuple[str, str, str]:
+    """Write new keys and values to the cache and attend over it: (context [B, Hq, T, Dv], present_key, present_value).
+
+    q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv] are values of the compute type. `window`: tokens seen, the own one
+    included. `alibi_slopes` [Hq] adds slope * (slot - position); `mask` names a further additive bias [B or 1, Hq or 1, T, S].
+    """
+    present_key = builder.op("TensorScatter", past_key, k, write_indices, axis=-2, mode="linear", out=present[0])
+    present_value = builder.op("TensorScatter", past_value, v, write_indices, axis=-2, mode="linear", out=present[1])
+    slots, positions = cache_slots(builder, position_ids, past_key)
+    attn_mask = builder.op("LessOrEqual", slots, positions)
+    if window is not None:
+        recent = builder.op("Greater", slots, builder.op("Sub", positions, builder.const(window)))
+        attn_mask = builder.op("And", attn_mask, recent)
+    bias = mask
+    if alibi_slopes is not None:
+        distance = builder.op("Cast", builder.op("Sub", slots, positions), to=tensor_type(builder.options.dtype))
+        slopes = np.asarray(alibi_slopes, np.float32).reshape(1, -1, 1, 1)
+        alibi = builder.op("Mul", distance, builder.const(slopes))
+        bias = alibi if bias is None else builder.op("Add", bias, alibi)
+    if bias is not None:
+        attn_mask = builder.op("Where", attn_mask, bias, builder.const(-np.inf))
+    context = builder.op("Attention", q, present_key, present_value, attn_mask, is_causal=0, scale=float(scale), softcap=float(softcap))
+    return context, present_key, present_value
+
+
+def cache_slots(builder: GraphBuilder, position_ids: str, past_key: str) -> tuple[str, str]:
+    """(slot numbers int64 [S], positions int64 [B, 1, T, 1]): compared, they broadcast to a mask [B, 1, T, S]."""
+    length = builder.op("Squeeze", builder.op("Shape", past_key, start=2, end=3), builder.const([0]))
+    slots = builder.op("Range", builder.const(0), length, builder.const(1))
+    return slots, builder.op("Unsqueeze", position_ids, builder.const([1, 3]))
+
+
+class _Once:
+    """One computation whose result several weights share: made at the first use, dropped after the last."""
+
+    def __init__(self, produce: Callable[[], Any], uses: int) -> None:
+        self._produce = produce
+        self._uses = uses
+        self._left = 0
+        self._result: Any = None
+
+    def get(self) -> Any:
+        if self._left == 0:
+            self._result, self._left = self._produce(), self._uses
+        result = self._result
+        self._left -= 1
+        if self._left == 0:
+            self._result = None
+        return result

@@ -1,0 +1,342 @@
+"""A whole mesh on this machine: a nats-server (or one that is there already), a coordinator and shards as child processes.
+
+Every child is told by the kernel to die with this process, so nothing is left behind however it ends; in the orderly case they are
+asked to stop, coordinator first. One that dies is started again (mesh/local/supervisor.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from mesh.bus import Bucket, Bus, BusOptions, LeaseTable
+from mesh.client import AsyncMeshClient
+from mesh.errors import BadRequest, DeadlineExceeded
+from mesh.host.process import dying_with_parent
+from mesh.host.scratch import ScratchFolder
+from mesh.local.nats_server import NatsServer
+from mesh.local.supervisor import Child, Supervisor
+from mesh.model.manifest import Manifest
+from mesh.protocol.messages import ShardLease
+from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
+from mesh.settings.files import ENV_PREFIX
+from mesh.settings.schema import NatsSection
+from mesh.settings.units import GB
+from mesh.types import LayerRange, even_ranges
+
+__all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "default_url"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_URL = "nats://127.0.0.1:4222"
+DEFAULT_HTTP_PORT = 8080
+_STOP_S = 10.0
+_HTTP_DRAIN_S = 2.0
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """shards: layer ranges; replicas: shards of each; mode: how these stand in for each other (mesh/settings/schema.py). nats: use these
+    servers instead of one of its own. rows, context: of each shard (None: the model's context). memory_bytes: the most a shard may
+    take (None: what the machine has). port: of the embedded server (None: a free one). http: each coordinator serves it, the first
+    one on http_port (None: 8080, or a free one). coordinator_arguments: more of `mesh coordinator`'s own."""
+
+    model: Path
+    shards: int = 1
+    replicas: int = 1
+    mode: str = "balance"
+    coordinators: int = 1
+    nats: str | None = None
+    port: int | None = None
+    rows: int = 8
+    context: int | None = None
+    memory_bytes: int | None = None
+    strategy: str = "least_loaded"
+    failover_timeout_s: float = 30.0
+    compression: bool = False
+    http: bool = True
+    http_port: int | None = None
+    logs: Path | None = None
+    coordinator_arguments: tuple[str, ...] = ()
+    bus: BusOptions | None = None  # who connects to `nats`
+
+
+class LocalMesh:
+    """A context manager; start it from the main thread. `url` is where clients connect, `http_urls` where HTTP is served.
+
+    say: is told, a line each, which process ended and is started again.
+    """
+
+    def __init__(self, options: LocalOptions, *, say: Callable[[str], None] = log.warning) -> None:
+        self.options = options
+        self.manifest = Manifest.load(options.model)
+        self.ranges = even_ranges(self.manifest.layers, options.shards)
+        for name in ("replicas", "coordinators", "rows"):
+            if getattr(options, name) < 1:
+                raise BadRequest(f"{name} is {getattr(options, name)}: give at least 1", field=name)
+        self.url = ""
+        self.http_urls: tuple[str, ...] = ()
+        self._server: NatsServer | None = None
+        self._children: dict[str, Child] = {}
+        self._supervisor = Supervisor(say)
+        self._folder: ScratchFolder | None = None
+
+    @property
+    def bus(self) -> BusOptions:
+        """How to connect to it."""
+        return replace(self.options.bus or BusOptions(), urls=tuple(self.url.split(",")))
+
+    @property
+    def shard_count(self) -> int:
+        return len(self.ranges) * self.options.replicas
+
+    @property
+    def processes(self) -> dict[str, subprocess.Popen[bytes]]:
+        return {name: child.process for name, child in self._children.items()}
+
+    def start(self, *, timeout_s: float = 600.0, progress: Progress = lambda what, done, total: None) -> None:
+        """Start everything; returns when a request would be generated. Errors: those of children that are given up, DeadlineExceeded."""
+        options = self.options
+        self._folder = ScratchFolder("mesh-up-")
+        logs = options.logs or self._folder.path
+        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            if options.nats is None:
+                self._server = NatsServer.start(port=options.port)
+                self._supervisor.watch("nats-server", self._server)
+                self.url = self._server.url
+            else:
+                self.url = options.nats
+            number = 0
+            for layers in self.ranges:
+                for _ in range(options.replicas):
+                    number += 1
+                    config = self._write(f"shard-{number}.yaml", self._shard_config(number, layers))
+                    self._spawn(f"shard-{number}", ["shard", "--config", str(config)], logs)
+            config = self._write("coordinator.yaml", self._coordinator_config())
+            arguments = ["coordinator", "--config", str(config), "--model", str(options.model.absolute()), *options.coordinator_arguments]
+            for index in range(options.coordinators):
+                other = ["--free-port"] if options.http_port is None else ["--http-port", "0"] if index else []
+                self._spawn(f"coordinator-{index + 1}", [*arguments, *other], logs)
+            asyncio.run(self._wait_ready(timeout_s, progress))
+        except BaseException:
+            self.stop()
+            raise
+
+    def restart(self, name: str) -> None:
+        """Start a child of this name again, ending it first where it lives. Its log goes on."""
+        self._supervisor.restart(name)
+
+    @property
+    def server(self) -> NatsServer | None:
+        """The embedded one."""
+        return self._server
+
+    def supervise(self) -> None:
+        """Start again what ends, until one process keeps ending: ServiceError with its last words. From the main thread.
+
+        A shard that was drained stays away.
+        """
+        self._supervisor.run()
+
+    def stop(self) -> None:
+        """End everything, the coordinator first. Idempotent."""
+        for group in ("coordinator", "shard"):
+            members = [child for name, child in self._children.items() if name.startswith(group)]
+            for child in members:
+                child.process.terminate()
+            deadline = time.monotonic() + _STOP_S
+            for child in members:
+                try:
+                    child.process.wait(max(deadline - time.monotonic(), 0))
+                except subprocess.TimeoutExpired:
+                    child.kill()
+        self._children = {}
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
+
+    def __enter__(self) -> LocalMesh:
+        if not self.url:
+            self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, name: str, arguments: Sequence[str], logs: Path) -> None:
+        command = dying_with_parent([sys.executable, "-m", "mesh.cli", *arguments])
+        child = self._children[name] = Child(command, logs / f"{name}.log", self._environment())
+        self._supervisor.watch(name, child, may_leave=name.startswith("shard"))
+
+    def _write(self, name: str, content: object) -> Path:
+        assert self._folder is not None
+        path = self._folder.path / name
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def _nats_section(self) -> object:
+        """For a child's file; secrets do not stand in it, see _environment."""
+        bus = self.bus
+        files = {
+            "credentials_file": bus.credentials,
+            "nkey_seed_file": bus.nkey_seed,
+            "tls_ca_file": bus.tls_ca,
+            "tls_cert_file": bus.tls_cert,
+            "tls_key_file": bus.tls_key,
+        }
+        section = {"urls": list(bus.urls), "user": bus.user, "inbox_prefix": bus.inbox_prefix}
+        section |= {key: str(Path(file).absolute()) for key, file in files.items() if file is not None}
+        return {key: value for key, value in section.items() if value is not None}
+
+    def _environment(self) -> dict[str, str]:
+        """Of the children: this one's, but how to connect is in their files, and secrets are in these variables."""
+        named = {f"{ENV_PREFIX}{before}{key.upper()}" for key in NatsSection.model_fields for before in ("", "NATS_", "NATS__")}
+        secrets = {"MESH_NATS_PASSWORD": self.bus.password, "MESH_NATS_TOKEN": self.bus.token}
+        kept = {name: value for name, value in os.environ.items() if name not in named}
+        return kept | {name: value for name, value in secrets.items() if value is not None}
+
+    def _shard_config(self, number: int, layers: LayerRange) -> object:
+        options = self.options
+        memory = options.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        performance: dict[str, object] = {"batch_size": options.rows}
+        if options.context is not None:
+            performance["max_sequence_length"] = options.context
+        return {
+            "shard": {"shard_id": number, "listen_port": 0, "replication_mode": options.mode},
+            "nats": self._nats_section(),
+            "model": {"shard_path": str(options.model.absolute()), "layers_start": layers.start, "layers_end": layers.stop},
+            "resources": {"max_memory_gb": memory / GB},
+            "performance": performance,
+        }
+
+    def _coordinator_config(self) -> object:
+        options = self.options
+        interval = min(5.0, options.failover_timeout_s / 2)
+        return {
+            "coordinator": {
+                "health_check_interval": interval,
+                "serve_http": options.http,
+                "listen_port": DEFAULT_HTTP_PORT if options.http_port is None else options.http_port,
+                "drain_timeout": _HTTP_DRAIN_S,
+            },
+            "nats": self._nats_section(),
+            "distributed": {
+                "shards_count": len(self.ranges),
+                "replication_factor": options.replicas,
+                "failover_timeout": options.failover_timeout_s,
+                "load_balancing_strategy": options.strategy,
+            },
+            "memory": {"enable_compression": options.compression},
+        }
+
+    async def _wait_ready(self, timeout_s: float, progress: Progress) -> None:
+        changed = asyncio.Event()
+        async with (
+            asyncio.timeout(timeout_s) as limit,
+            await Bus.connect(self.bus, name="mesh-up") as bus,
+        ):
+            table = LeaseTable(Bucket(bus, KV_SHARDS, ttl_s=LEASE_TTL_S), ShardLease, lambda name, lease: changed.set())
+            await table.start()
+            async with AsyncMeshClient(options=self.bus, model=self.manifest.name) as client:
+                try:
+                    while True:
+                        self._supervisor.check()
+                        mine = {child.pid for child in self._children.values()}
+                        leases = [lease for lease in table.leases.values() if lease.pid in mine]
+                        ready = sum(lease.state == "ready" for lease in leases)
+                        states = sorted({lease.state for lease in leases} - {"ready"})
+                        progress(f"shards {', '.join(states) or 'starting'}", ready, self.shard_count)
+                        whole = ready == self.shard_count and (await client.health()).ready
+                        if whole and self._take_urls([coordinator.counters for coordinator in await client.coordinators()]):
+                            self._supervisor.ready()
+                            return
+                        changed.clear()
+                        try:
+                            await asyncio.wait_for(changed.wait(), 0.25)  # a child that ended says nothing
+                        except TimeoutError:
+                            continue
+                except asyncio.CancelledError:
+                    if limit.expired():
+                        raise DeadlineExceeded(f"the mesh was not ready within {timeout_s:g} s: {self._last_words()}") from None
+                    raise
+                finally:
+                    await table.stop()
+
+    def _take_urls(self, coordinators: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every coordinator says where it serves HTTP. Started again, it takes the same port."""
+        if not self.options.http:
+            return True
+        urls = {said.get("pid"): str(said["http"]) for said in coordinators if said.get("http")}
+        children = [child for name, child in self._children.items() if name.startswith("coordinator")]
+        if any(child.pid not in urls for child in children):
+            return False
+        self.http_urls = tuple(sorted((urls[child.pid] for child in children), key=lambda url: not url.endswith(f":{DEFAULT_HTTP_PORT}")))
+        for child in children:
+            child.command += ["--http-port", urls[child.pid].rpartition(":")[2]]
+        return True
+
+    def _last_words(self) -> str:
+        return "; ".join(f"{name}: {(child.log or ['nothing said'])[-1]}" for name, child in self._children.items())
+
+
+# -- where the last one runs -----------------------------------------------------------------------------------------------
+
+
+def default_url() -> str:
+    """Where commands look for a mesh that are not told: $MESH_NATS_URLS, the `mesh up` that runs here, NATS's own port."""
+    given = os.environ.get("MESH_NATS_URLS")
+    if given:
+        return given
+    try:
+        with _run_path().open() as file:
+            said = json.load(file)
+        os.kill(said["pid"], 0)
+        return str(said["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_URL
+
+
+@contextmanager
+def announced(url: str) -> Iterator[None]:
+    """Meanwhile `default_url` finds this mesh, unless a later one is announced, or the file cannot be written."""
+    path = _run_path()
+    said = json.dumps({"url": url, "pid": os.getpid()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.write_text(said)
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        try:
+            if path.read_text() == said:
+                path.unlink()
+        except OSError:
+            pass
+
+
+def _run_path() -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "stagemesh" / "up.json"

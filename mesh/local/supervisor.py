@@ -1,0 +1,192 @@
+"""Child processes that are started again when they end: `mesh up` and the fault tests.
+
+Each death in a row doubles the delay, from half a second to half a minute; a minute of health forgets them. Given up is one that
+ends START_TRIES times before everything was ready once, or MOST_DEATHS times in a row later, each within a minute of its start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mesh.errors import BadRequest, MeshError, ServiceError
+from mesh.host.process import wait_for_end
+
+__all__ = ["MOST_DEATHS", "START_TRIES", "Child", "Revivable", "Supervisor", "restart_delay_s"]
+
+START_TRIES = 3
+MOST_DEATHS = 10
+_FIRST_S, _LONGEST_S = 0.5, 30.0
+_HEALTHY_S = 60.0
+_SHOWN_LINES = 15
+_TAIL_BYTES = 16 * 1024
+
+
+class Revivable(Protocol):
+    """A process that can be started again; a NatsServer is one too."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; the negative number of a signal that ended it."""
+
+    @property
+    def log(self) -> list[str]:
+        """The last lines it wrote."""
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end. Nothing where it has ended."""
+
+    def revive(self) -> None:
+        """Start it again. From the main thread: it dies with the thread that starts it. MeshError where it cannot be."""
+
+
+class Child:
+    """A process in a session of its own: Ctrl-C in a terminal does not reach it. What it writes is appended to `path`."""
+
+    def __init__(self, command: Sequence[str], path: Path, environment: Mapping[str, str]) -> None:
+        path.unlink(missing_ok=True)
+        self.command = list(command)
+        self._path = path
+        self._environment = environment
+        self.revive()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.poll()
+
+    @property
+    def log(self) -> list[str]:
+        with self._path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+            return file.read().decode(errors="replace").strip().splitlines()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def revive(self) -> None:
+        with self._path.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=self._environment,
+            )
+
+
+def restart_delay_s(deaths: int) -> float:
+    """After so many in a row."""
+    return float(min(_FIRST_S * 2 ** (deaths - 1), _LONGEST_S))
+
+
+@dataclass
+class _Watched:
+    process: Revivable
+    may_leave: bool
+    since: float
+    deaths: int = 0  # in a row
+    due: float | None = None  # when it is started again
+    left: bool = False
+
+
+class Supervisor:
+    """`check` does what is due, `run` does so for ever. say: is told, a line each, who ended and who is started again."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._watched: dict[str, _Watched] = {}
+        self._all_were_ready = False
+
+    def watch(self, name: str, process: Revivable, *, may_leave: bool = False) -> None:
+        """may_leave: an end with code 0 is its own wish, and it stays away."""
+        self._watched[name] = _Watched(process, may_leave, self._clock())
+
+    def ready(self) -> None:
+        """Everything is: deaths until now are forgotten, and more are borne from now on."""
+        self._all_were_ready = True
+        for watched in self._watched.values():
+            watched.deaths = 0
+
+    def restart(self, name: str) -> None:
+        """Now, ending it first where it lives."""
+        if name not in self._watched:
+            raise BadRequest(f"there is no {name} here: {', '.join(self._watched)}", field="name")
+        watched = self._watched[name]
+        watched.process.kill()
+        watched.process.revive()
+        watched.since, watched.due, watched.left = self._clock(), None, False
+
+    def check(self) -> float | None:
+        """Start again who is due. Seconds until the next one is, None where there is none. ServiceError where one is given up."""
+        for name, watched in self._watched.items():
+            if watched.left:
+                continue
+            if watched.due is None and (code := watched.process.returncode) is not None:
+                self._ended(name, watched, code)
+            if watched.due is not None and self._clock() >= watched.due:
+                self._start(name, watched)
+        due = [watched.due for watched in self._watched.values() if watched.due is not None]
+        return max(min(due) - self._clock(), 0.0) if due else None
+
+    def run(self) -> None:
+        """Until one is given up: ServiceError. From the main thread."""
+        while True:
+            delay_s = self.check()
+            wait_for_end([watched.process.pid for watched in self._watched.values() if watched.due is None and not watched.left], delay_s)
+
+    def _ended(self, name: str, watched: _Watched, code: int) -> None:
+        lines = watched.process.log
+        if watched.may_leave and code == 0:
+            watched.left = True
+            self._say(f"{name} has left, as it was asked to")
+            return
+        # code 2: it says itself what is wrong with how it was started
+        self._count(name, watched, _how(code), lines, hopeless=code == 2 and not self._all_were_ready)
+        last = f": {lines[-1]}" if code > 0 and lines else ""
+        self._say(f"{name} {_how(code)}{last}; it is started again in {restart_delay_s(watched.deaths):g} s")
+
+    def _start(self, name: str, watched: _Watched) -> None:
+        try:
+            watched.process.revive()
+        except (MeshError, OSError) as error:
+            self._count(name, watched, "could not be started", [str(error)])
+            self._say(f"{name} could not be started: {error}; tried again in {restart_delay_s(watched.deaths):g} s")
+            return
+        watched.since, watched.due = self._clock(), None
+        self._say(f"{name} is started again, process {watched.process.pid}")
+
+    def _count(self, name: str, watched: _Watched, how: str, lines: list[str], *, hopeless: bool = False) -> None:
+        """One more death, and when it is started again."""
+        now = self._clock()
+        healthy = self._all_were_ready and now - watched.since >= _HEALTHY_S
+        watched.deaths = 1 if healthy else watched.deaths + 1
+        if hopeless or watched.deaths >= (MOST_DEATHS if self._all_were_ready else START_TRIES):
+            often = f", {watched.deaths} times in a row" if watched.deaths > 1 else ""
+            words = "\n  ".join(["", *lines[-_SHOWN_LINES:]]) if lines else " it said nothing"
+            raise ServiceError(f"{name} {how}{often}:{words}")
+        watched.due = now + restart_delay_s(watched.deaths)
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"

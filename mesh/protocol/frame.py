@@ -1,0 +1,182 @@
+"""A frame in memory: one step of some rows, on its way through the stages. mesh/protocol/frame_codec.py is what it is on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, IntFlag
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from mesh.protocol import subjects
+from mesh.types import LayerRange
+
+__all__ = ["NO_FLAGS", "Flags", "Frame", "Gap", "Hop", "Kind", "Timing"]
+
+
+class Kind(IntEnum):
+    PREFILL = 1  # consecutive tokens of one session, from `positions[0]` on
+    DECODE = 2  # one token for each of several sessions
+    TOKENS = 3  # the tokens sampled after `positions`
+    ACK = 4  # a prefill chunk that was not the prompt's last went through every stage
+    GAP = 5  # these rows were not computed; `reason` says why, `positions` what was expected
+
+
+class Flags(IntFlag):
+    FINAL = 1  # a prefill's last chunk: answer with a token
+    BF16 = 2  # hidden states travel as bfloat16 whatever they are computed in
+    ZSTD = 4  # tensors travel compressed
+    TRACED = 8  # a W3C trace context is there
+
+
+NO_FLAGS: Final = Flags(0)
+
+
+class Gap(IntEnum):
+    """Why a stage did not compute rows. NONE in every other frame."""
+
+    NONE = 0
+    UNKNOWN_SESSION = 1  # not open here (any more): open it again and replay
+    STALE_EPOCH = 2  # fenced: a later route exists
+    HOLE = 3  # positions before this one are missing; the frame's `positions` are where to go on from
+    DRAINING = 4
+    OVERLOADED = 5  # more frames than its queue holds: the credits were ignored
+    BAD_INPUT = 6  # the stage refused it
+    FAILED = 7  # the computation failed; the shard is going away
+    TOO_LARGE = 8  # its output is more than the connection takes
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One stage of a route: the shard that serves `layers`."""
+
+    layers: LayerRange
+    shard: str
+
+
+class Timing(NamedTuple):
+    """Of one stage, microseconds: waiting for the compute thread, in it, and reading and writing the frame."""
+
+    queue_us: int = 0
+    compute_us: int = 0
+    codec_us: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """A frame; n rows, m tokens. Nobody changes one; it is not frozen because making a frozen one takes three times as long, and
+    three are made at every hop.
+
+    sessions [n] uint64; epochs [n] uint32; positions [n] uint32, of each row's first token; slots [hops, n] uint32, the row each
+    session has on each stage; tokens [m] int32: m == n, but PREFILL n == 1 <= m, ACK and GAP m == 0.
+    tensors: PREFILL and DECODE the hidden state [m, D], none towards the first stage; TOKENS with log-probabilities
+    (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN where a row did not ask), else none.
+    `hop` is the stage it goes to; in an answer, the one it came from.
+    """
+
+    kind: Kind
+    model_hash: str  # 16 hex digits
+    coordinator: str
+    route: tuple[Hop, ...]
+    sessions: np.ndarray
+    epochs: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    tokens: np.ndarray
+    wave: int = 0
+    step: int = 0
+    hop: int = 0
+    flags: Flags = NO_FLAGS
+    reason: Gap = Gap.NONE
+    tensors: tuple[np.ndarray, ...] = ()
+    timings: tuple[Timing, ...] = ()
+    traceparent: str | None = None
+    # what reading it found, not sent
+    stored_bytes: int = field(default=0, repr=False)
+    # Its bytes before its tensors, and those of the frame that `forward` was called on. What `replace` makes has neither.
+    head: bytes = field(default=b"", init=False, repr=False)
+    came_as: bytes = field(default=b"", init=False, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return len(self.sessions)
+
+    def subject(self, model: str) -> str:
+        """Where the frame goes now: its hop's shard, or for an answer the coordinator."""
+        if self.kind in (Kind.PREFILL, Kind.DECODE):
+            hop = self.route[self.hop]
+            return subjects.frames(model, hop.layers, hop.shard)
+        return subjects.tokens(model, self.coordinator)
+
+    def forward(self, hidden: np.ndarray, timing: Timing) -> Frame:
+        """The same step on its way to the next stage, with hidden state [m, D]."""
+        following = Frame(
+            self.kind,
+            self.model_hash,
+            self.coordinator,
+            self.route,
+            self.sessions,
+            self.epochs,
+            self.positions,
+            self.slots,
+            self.tokens,
+            self.wave,
+            self.step,
+            self.hop + 1,
+            self.flags,
+            self.reason,
+            (hidden,),
+            (*self.timings, timing),
+            self.traceparent,
+        )
+        following.came_as = self.head
+        return following
+
+    def answer(self, kind: Kind, timing: Timing, *, tokens: np.ndarray | None = None, tensors: tuple[np.ndarray, ...] = ()) -> Frame:
+        """What the last stage tells the coordinator: TOKENS, with their positions, or ACK."""
+        positions = self.positions
+        if self.kind is Kind.PREFILL:
+            positions = positions + np.uint32(len(self.tokens) - 1)
+        sampled = np.zeros(0, np.int32) if tokens is None else tokens
+        return replace(
+            self,
+            kind=kind,
+            positions=positions,
+            tokens=sampled,
+            tensors=tensors,
+            timings=(*self.timings, timing),
+            flags=self.flags & Flags.TRACED,
+            stored_bytes=0,
+        )
+
+    def gap(self, reason: Gap, rows: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> Frame:
+        """GAP for these rows (indices); `positions` [len(rows)] where the stage would go on, else what was asked."""
+        chosen = np.asarray(rows, np.intp)
+        return replace(
+            self,
+            kind=Kind.GAP,
+            reason=reason,
+            sessions=self.sessions[chosen],
+            epochs=self.epochs[chosen],
+            positions=self.positions[chosen] if positions is None else np.asarray(positions, np.uint32),
+            slots=self.slots[:, chosen],
+            tokens=np.zeros(0, np.int32),
+            tensors=(),
+            flags=self.flags & Flags.TRACED,
+            stored_bytes=0,
+        )
+
+    def only(self, rows: np.ndarray) -> Frame:
+        """A DECODE frame with just these rows (indices, ascending); itself where that is all of them."""
+        if len(rows) == self.rows:
+            return self
+        return replace(
+            self,
+            sessions=self.sessions[rows],
+            epochs=self.epochs[rows],
+            positions=self.positions[rows],
+            slots=self.slots[:, rows],
+            tokens=self.tokens[rows],
+            tensors=tuple(tensor[rows] for tensor in self.tensors),
+        )

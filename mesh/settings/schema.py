@@ -1,0 +1,452 @@
+"""The configuration files, one class each; every key is declared here and nowhere else.
+
+    distributed_config.json    DistributedConfig    `mesh shard-model`, `mesh plan`
+    distributed_config.yaml    ModelConfig          `mesh plan`
+    coordinator config.yaml    CoordinatorConfig    `mesh coordinator`
+    gateway config.yaml        GatewayConfig        `mesh gateway`
+    shard config.yaml          ShardConfig          `mesh shard`
+    network config.yaml        NetworkConfig        both
+
+`load_config(path, Class)` reads one; the environment can override any key (see mesh/settings/files.py). GB and MB are 10^9 and
+10^6 bytes; durations are `5s`, `24h` or a number of seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+
+from mesh.errors import ConfigError
+from mesh.settings.files import ConfigFile, Section, load_config
+from mesh.settings.units import GB, MB, parse_seconds
+
+__all__ = [
+    "AuthenticationConfig",
+    "AuthenticationSection",
+    "ConnectionConfig",
+    "CoordinatorConfig",
+    "DistributedConfig",
+    "GatewayConfig",
+    "HealthSection",
+    "HttpSection",
+    "LoadBalancing",
+    "ModelConfig",
+    "NatsSection",
+    "NetworkConfig",
+    "ReplicationMode",
+    "ShardConfig",
+    "TlsSection",
+    "load_config",
+]
+
+LoadBalancing = Literal["least_loaded", "round_robin", "queue_group"]
+"""least_loaded: the lighter of two random replicas; round_robin: in turn; queue_group: NATS decides."""
+
+ReplicationMode = Literal["balance", "mirror"]
+"""How the shards of one range stand in for each other. balance: sessions are spread over them, and one that loses its shard has
+its history computed again. mirror: a second shard computes each session's steps too, and goes on where the first one ends."""
+
+QuantizationBits = Literal[16, 8, 4]
+
+
+def _duration(value: Any) -> float:
+    try:
+        return parse_seconds(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _url_list(value: Any) -> Any:
+    urls = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    if not isinstance(urls, (list, tuple)) or not urls:
+        raise ValueError("should be a list of NATS URLs, such as [nats://10.0.1.100:4222]")
+    for url in urls:
+        if not isinstance(url, str) or url.partition("://")[0] not in ("nats", "tls", "ws", "wss") or not url.partition("://")[2]:
+            raise ValueError(f"{url!r} is not a NATS URL: write it as nats://10.0.1.100:4222 or tls://...")
+    return tuple(urls)
+
+
+Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
+"""Seconds; written `5s`, `1m30s`, `24h` or a number."""
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+FreePort = Annotated[int, Field(ge=0, le=65535)]
+"""0: any that is free."""
+
+Count = Annotated[int, Field(ge=1)]
+Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class NatsSection(Section):
+    """Where the NATS servers are, any one of them being enough to join, and who connects: by one way, or none.
+
+    A password or token is given by its own file, by the environment (MESH_NATS_PASSWORD), or as `${NAME}`; no message shows it.
+    """
+
+    urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = ("nats://127.0.0.1:4222",)
+    credentials_file: str | None = None  # .creds: a user's JWT and seed
+    nkey_seed_file: str | None = None  # the seed alone
+    user: str | None = None
+    password: SecretStr | None = None
+    password_file: str | None = None
+    token: SecretStr | None = None
+    token_file: str | None = None
+    inbox_prefix: str = "_INBOX"  # answers come back below it; one of its own for each user keeps them apart
+    tls_ca_file: str | None = None  # who signed the server's certificate; None: the system's authorities
+    tls_cert_file: str | None = None  # shown to the server, with its key
+    tls_key_file: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> NatsSection:
+        ways = [name for name in ("credentials_file", "nkey_seed_file", "user", "token", "token_file") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)} each say who connects: keep one")
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("password and password_file say the same: keep one")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file belong together: give both or neither")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", self.inbox_prefix):
+            raise ValueError(f"inbox_prefix {self.inbox_prefix!r} is no subject: give letters, digits, - and _ between dots")
+        return self
+
+
+class ConnectionConfig(ConfigFile):
+    """What the environment alone says of the connection, for commands that read no file."""
+
+    nats: NatsSection = NatsSection()
+
+
+class PerformanceSection(Section):
+    """What memory is set aside for: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
+
+    batch_size: Count = 1
+    max_sequence_length: Count | None = None  # None: the model's context
+    enable_kv_cache: bool = True  # false: nothing is kept between steps, every step computes the whole prefix
+
+
+class DistributedConfig(ConfigFile):
+    """distributed_config.json: a model to cut over equal shards. The keys after load_balancing_strategy are optional."""
+
+    model_path: str = Field(min_length=1)  # a source or a model directory; relative to the file, then to the working directory
+    total_layers: Count
+    shards_count: Count  # layer ranges; replication_factor shards serve each
+    max_shard_memory_mb: Count
+    replication_factor: Count = 1
+    load_balancing_strategy: LoadBalancing = "least_loaded"
+    layers_per_shard: Count | None = None
+    overlap_layers: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 1
+    max_sequence_length: Count | None = None
+    enable_kv_cache: bool = True
+    quantization_bits: QuantizationBits | None = None
+    total_parameters: Count | None = None  # for an estimate before the model is there
+    vocab_size: Count | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> DistributedConfig:
+        _check_split(self.total_layers, self.shards_count, self.layers_per_shard, "", "")
+        return self
+
+    @property
+    def max_shard_memory_bytes(self) -> int:
+        return self.max_shard_memory_mb * MB
+
+
+class ModelSection(Section):
+    """What is known of a model before it is there. The keys after vocab_size are estimated where absent."""
+
+    name: str = Field(min_length=1)
+    format: Literal["onnx", "safetensors", "gguf"] = "onnx"
+    total_parameters: Count
+    total_layers: Count
+    vocab_size: Count
+    hidden_size: Count | None = None
+    kv_heads: Count | None = None
+    head_dim: Count | None = None
+
+
+class ShardingSection(Section):
+    strategy: Literal["layer_wise"] = "layer_wise"
+    shards_count: Count
+    layers_per_shard: Count | None = None
+    overlap_layers: Annotated[int, Field(ge=0)] = 0  # of the neighbours' layers on either side, held as well
+    replication_factor: Count = 1
+
+
+class MemorySection(Section):
+    max_shard_memory_gb: Gigabytes
+    enable_quantization: bool = True  # false: weights in 32 bits
+    quantization_bits: QuantizationBits = 16
+
+
+class ModelConfig(ConfigFile):
+    """The model configuration: how a model, there or not yet, is to be cut."""
+
+    model: ModelSection
+    sharding: ShardingSection
+    memory: MemorySection
+    performance: PerformanceSection = PerformanceSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> ModelConfig:
+        sharding = self.sharding
+        _check_split(self.model.total_layers, sharding.shards_count, sharding.layers_per_shard, "sharding.", "model.")
+        return self
+
+    @property
+    def bits(self) -> Literal[32, 16, 8, 4]:
+        return self.memory.quantization_bits if self.memory.enable_quantization else 32
+
+    @property
+    def max_shard_memory_bytes(self) -> int:
+        return round(self.memory.max_shard_memory_gb * GB)
+
+
+class HttpSection(Section):
+    """An HTTP listener. health_check_interval: how long a look at the mesh's health may take that generates a token to see."""
+
+    listen_host: str = Field(default="127.0.0.1", min_length=1)  # beyond loopback tokens are asked for, see authentication
+    listen_port: FreePort = 8080
+    max_connections: Count = 1000
+    health_check_interval: Duration = 5.0
+    max_body_bytes: Count = 4 * 1024 * 1024
+    max_prompt_chars: Count = 1_000_000
+    request_timeout: Duration = 600.0  # of a whole generation
+    drain_timeout: Duration = 10.0  # requests under way may take so long when the process is told to end
+    cors_origins: list[str] = Field(default_factory=list)  # whose pages may call; none by default
+
+
+class TlsSection(Section):
+    """HTTPS. With `ca_file`, client certificates that are shown must be signed by it; they must be shown where required."""
+
+    enabled: bool = True
+    cert_file: str = Field(min_length=1)
+    key_file: str = Field(min_length=1)
+    ca_file: str | None = None
+    require_client_certificate: bool = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> TlsSection:
+        if self.require_client_certificate and self.ca_file is None:
+            raise ValueError("require_client_certificate needs ca_file: the authority that signs them")
+        return self
+
+
+class AuthenticationSection(Section):
+    """Who may ask: bearers of a JSON Web Token. The secret of HS256 is given by the environment (`${JWT_SECRET}`) or a file; RS256
+    and EdDSA are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
+
+    enabled: bool | None = None  # None: as soon as others than this machine reach the listener
+    method: Literal["jwt"] = "jwt"
+    algorithm: Literal["HS256", "RS256", "EdDSA"] = "HS256"
+    secret_key: SecretStr | None = None
+    secret_key_file: str | None = None
+    public_key_file: str | None = None
+    private_key_file: str | None = None
+    token_expiry: Duration = 86400.0  # of those issued here
+    requests_per_minute: Count | None = None  # of tokens that name no limit themselves
+    tokens_per_minute: Count | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> AuthenticationSection:
+        if self.secret_key is not None and self.secret_key_file is not None:
+            raise ValueError("secret_key and secret_key_file say the same: keep one")
+        secret = self.secret_key is not None or self.secret_key_file is not None
+        if self.algorithm == "HS256" and (self.public_key_file or self.private_key_file):
+            raise ValueError("HS256 has a secret and no key pair: set algorithm to RS256 or EdDSA, or leave the key files out")
+        if self.algorithm != "HS256" and secret:
+            raise ValueError(f"{self.algorithm} has a key pair and no secret: give public_key_file, or set algorithm to HS256")
+        return self
+
+
+class CoordinatorSection(HttpSection):
+    serve_http: bool = True  # false: over NATS alone, and through gateways of their own
+
+
+class DistributedSection(Section):
+    shards_count: Count
+    replication_factor: Count = 1
+    failover_timeout: Duration = 30.0
+    load_balancing_strategy: LoadBalancing = "least_loaded"
+
+
+class PoolSection(Section):
+    max_pool_size_gb: Gigabytes = 1.0
+    enable_compression: bool = False
+
+
+class LoggingSection(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    file: str | None = None  # None: standard error
+
+
+class ServedModelSection(Section):
+    """Which model a coordinator serves: that of the directory `path`, else the pushed one of that `name`, else the only one pushed.
+
+    The other keys must be true of it where they are given: a coordinator of another model than meant does not start.
+    """
+
+    name: str | None = Field(default=None, min_length=1)
+    path: str | None = Field(default=None, min_length=1)  # a model directory; only its manifest and tokenizer are read
+    format: Literal["onnx", "safetensors", "gguf"] | None = None
+    total_layers: Count | None = None
+    vocab_size: Count | None = None
+
+
+class CoordinatorConfig(ConfigFile):
+    coordinator: CoordinatorSection = CoordinatorSection()
+    nats: NatsSection = NatsSection()
+    model: ServedModelSection = ServedModelSection()
+    distributed: DistributedSection
+    memory: PoolSection = PoolSection()
+    tls: TlsSection | None = None
+    authentication: AuthenticationSection = AuthenticationSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> CoordinatorConfig:
+        _check_longer(
+            self.distributed.failover_timeout,
+            "distributed.failover_timeout",
+            self.coordinator.health_check_interval,
+            "coordinator.health_check_interval",
+        )
+        return self
+
+
+class GatewaySection(HttpSection):
+    model: str | None = Field(default=None, min_length=1)  # what a request that names none means; None: the only one there
+
+
+class GatewayConfig(ConfigFile):
+    """An HTTP edge in a process of its own."""
+
+    gateway: GatewaySection = GatewaySection()
+    nats: NatsSection = NatsSection()
+    tls: TlsSection | None = None
+    authentication: AuthenticationSection = AuthenticationSection()
+    logging: LoggingSection = LoggingSection()
+
+
+class AuthenticationConfig(ConfigFile):
+    """What the environment alone says of tokens, for commands that read no file."""
+
+    authentication: AuthenticationSection = AuthenticationSection()
+
+
+class ShardSection(Section):
+    elsewhere: ClassVar[dict[str, str]] = {
+        "coordinator_address": "shards meet their coordinators over NATS: remove it and set nats.urls, such as [nats://10.0.1.100:4222]"
+    }
+
+    shard_id: Count
+    listen_host: str = Field(default="127.0.0.1", min_length=1)
+    listen_port: FreePort = 8080
+    replication_mode: ReplicationMode = "balance"
+
+
+class ShardModelSection(Section):
+    """The half-open layer range [layers_start, layers_end) of the model directory at `shard_path`."""
+
+    shard_path: str = Field(min_length=1)
+    layers_start: Annotated[int, Field(ge=0)]
+    layers_end: Count
+    overlap_layers: Annotated[int, Field(ge=0)] = 0
+
+
+class ResourcesSection(Section):
+    max_memory_gb: Gigabytes
+    worker_threads: Count | None = None  # None: every core
+    enable_gpu: bool = False
+
+    @property
+    def max_memory_bytes(self) -> int:
+        return round(self.max_memory_gb * GB)
+
+
+class HealthSection(Section):
+    check_interval: Duration = 10.0
+    timeout: Duration = 30.0
+
+
+class ShardConfig(ConfigFile):
+    shard: ShardSection
+    nats: NatsSection = NatsSection()
+    model: ShardModelSection
+    resources: ResourcesSection
+    performance: PerformanceSection = PerformanceSection()
+    health: HealthSection = HealthSection()
+    tls: TlsSection | None = None
+    authentication: AuthenticationSection = AuthenticationSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> ShardConfig:
+        start, end = self.model.layers_start, self.model.layers_end
+        if end <= start:
+            raise ValueError(
+                f"model.layers_start {start} and model.layers_end {end} hold no layer: the end is not included, give a larger one"
+            )
+        _check_longer(self.health.timeout, "health.timeout", self.health.check_interval, "health.check_interval")
+        return self
+
+
+class PortsSection(Section):
+    coordinator_port: Port = 8080
+    shard_base_port: Port = 8081
+    health_check_port: Port = 9090
+    metrics_port: Port = 9091
+
+
+class CommunicationSection(Section):
+    protocol: Literal["nats"] = "nats"  # frames travel over NATS; HTTP is only at the edge
+    compression: Literal["none", "gzip"] = "none"
+    timeout_seconds: Duration = 30.0
+    retry_count: Annotated[int, Field(ge=0)] = 3
+
+
+class BalancingSection(Section):
+    strategy: LoadBalancing = "least_loaded"
+    health_check_interval: Duration = 5.0
+    failover_timeout: Duration = 30.0
+
+
+class NetworkConfig(ConfigFile):
+    network: PortsSection = PortsSection()
+    communication: CommunicationSection = CommunicationSection()
+    load_balancing: BalancingSection = BalancingSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> NetworkConfig:
+        ports: dict[int, str] = {}
+        for key in ("coordinator_port", "health_check_port", "metrics_port"):
+            port = getattr(self.network, key)
+            if port in ports:
+                raise ValueError(f"network.{ports[port]} and network.{key} are both {port}: give each its own")
+            ports[port] = key
+        balancing = self.load_balancing
+        _check_longer(
+            balancing.failover_timeout,
+            "load_balancing.failover_timeout",
+            balancing.health_check_interval,
+            "load_balancing.health_check_interval",
+        )
+        return self
+
+
+def _check_split(layers: int, shards: int, per_shard: int | None, sharding: str, model: str) -> None:
+    if shards > layers:
+        raise ValueError(f"{sharding}shards_count {shards} is more than {model}total_layers {layers}: a shard has at least one layer")
+    if per_shard is not None and per_shard * shards != layers:
+        better = f"; {layers // shards} layers_per_shard would be right" if layers % shards == 0 else "; leave layers_per_shard out"
+        raise ValueError(
+            f"{sharding}layers_per_shard {per_shard} x {sharding}shards_count {shards} = {per_shard * shards} "
+            f"is not {model}total_layers {layers}{better}"
+        )
+
+
+def _check_longer(longer: float, longer_key: str, shorter: float, shorter_key: str) -> None:
+    if longer <= shorter:
+        raise ValueError(f"{longer_key} ({longer:g} s) must be longer than {shorter_key} ({shorter:g} s)")

@@ -1,0 +1,114 @@
+"""Who is let in at the edge, and how often."""
+
+from __future__ import annotations
+
+import pytest
+from edge_tools import token, verifier
+
+from mesh.errors import Busy, Denied
+from mesh.gateway.auth import Gate, NotAuthenticated
+from mesh.gateway.settings import Limits
+from mesh.http.listener import is_loopback
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def gate(clock: Clock, **limits: int) -> Gate:
+    return Gate(verifier(), Limits(**limits), clock)
+
+
+def test_without_a_verifier_everyone_may_do_everything():
+    caller = Gate(None, Limits(requests_per_minute=1)).admit(None, "admin")
+    for _ in range(5):
+        caller.charge(1_000_000)
+    assert caller.may("admin")
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic abc", "Bearer abc", "bearer  ", f"Token {'x' * 20}"])
+def test_without_a_token_nobody_is_let_in(header):
+    with pytest.raises(NotAuthenticated):
+        gate(Clock()).admit(header, "generate")
+    assert gate(Clock()).identify(header) is None
+
+
+def test_a_scope_is_needed_and_admin_has_them_all():
+    door = gate(Clock())
+    generate, admin = f"Bearer {token('generate')}", f"bearer {token('admin')}"
+    assert door.admit(generate, "generate").name == "somebody"
+    for scope in ("batch", "admin"):
+        with pytest.raises(Denied, match=f"needs the scope {scope}") as caught:
+            door.admit(generate, scope)
+        assert caught.value.code == "denied"
+        door.admit(admin, scope)
+
+
+def test_requests_a_minute_are_counted_for_each_token_and_come_back_evenly():
+    clock = Clock()
+    door = gate(clock)
+    one, other = f"Bearer {token('generate', requests_per_minute=3)}", f"Bearer {token('generate', requests_per_minute=3)}"
+    for _ in range(3):
+        door.admit(one, "generate").charge(1)
+    with pytest.raises(Busy) as caught:
+        door.admit(one, "generate").charge(1)
+    assert caught.value.retry_after_s == pytest.approx(20)
+    door.admit(other, "generate").charge(1)
+    clock.now += 19.9
+    with pytest.raises(Busy):
+        door.admit(one, "generate").charge(1)
+    clock.now += 0.2
+    door.admit(one, "generate").charge(1)
+
+
+def test_tokens_are_set_aside_and_what_was_not_used_is_given_back():
+    clock = Clock()
+    door = gate(clock, tokens_per_minute=600)
+    header = f"Bearer {token('generate')}"
+    first = door.admit(header, "generate")
+    charged = first.charge(600)
+    with pytest.raises(Busy):
+        door.admit(header, "generate").charge(1)
+    first.settle(charged, 100)
+    second = door.admit(header, "generate")
+    second.settle(second.charge(500), 700)  # a long prompt: 200 tokens of debt
+    with pytest.raises(Busy) as caught:
+        door.admit(header, "generate").charge(1)
+    assert caught.value.retry_after_s == pytest.approx(20.1)
+    clock.now += 20.2
+    door.admit(header, "generate").charge(1)
+
+
+def test_a_batch_counts_as_many_requests_and_one_larger_than_the_limit_waits_for_a_full_bucket():
+    clock = Clock()
+    door = gate(clock, requests_per_minute=10)
+    header = f"Bearer {token('batch')}"
+    door.admit(header, "batch").charge(1, requests=8)
+    with pytest.raises(Busy):
+        door.admit(header, "batch").charge(1, requests=8)
+    clock.now += 60
+    door.admit(header, "batch").charge(1, requests=25)
+    clock.now += 60
+    with pytest.raises(Busy):
+        door.admit(header, "batch").charge(1)
+    clock.now += 60
+    door.admit(header, "batch").charge(1)
+
+
+def test_the_tokens_own_limit_is_over_the_configured_one():
+    door = gate(Clock(), requests_per_minute=1)
+    header = f"Bearer {token('generate', requests_per_minute=5)}"
+    for _ in range(5):
+        door.admit(header, "generate").charge(1)
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("127.0.0.1", True), ("127.8.9.1", True), ("localhost", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("127.0.0.1.evil.example", False), ("0", False), ("", False)],
+)  # fmt: skip
+def test_only_this_machine_reaches_loopback(host, alone):
+    assert is_loopback(host) is alone

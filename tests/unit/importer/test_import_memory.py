@@ -1,0 +1,103 @@
+"""What importing a model larger than the memory that should be needed for it takes: writing and verifying, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+HIDDEN, HEADS, INNER, VOCAB, LAYERS = 512, 8, 10240, 64, 10
+BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER)
+LIBRARIES_BYTES = 64 << 20
+"""What the compiler and onnxruntime may need beyond what a tiny model makes them need."""
+
+IMPORT = """
+import resource, sys
+from pathlib import Path
+from mesh.importer import importing
+from mesh.host.process import give_memory_back
+give_memory_back()
+importing.WHOLE_SOURCE_BYTES = 0
+report = importing.import_model(Path(sys.argv[1]), Path(sys.argv[2])).report
+assert report["oracle_error"] < 1e-4 and report["source_error"] < 1e-4, report
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def write_decoder(path: Path, layers: int, inner: int) -> int:
+    """A decoder without a cache, weights as external data, each layer's the same; bytes of its graph."""
+    rng = np.random.default_rng(0)
+    nodes: list[onnx.NodeProto] = []
+    small: dict[str, np.ndarray] = {}
+    large: list[TensorProto] = []
+
+    def op(op_type: str, *inputs: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(op_type, inputs, [f"v{len(nodes)}"], f"n{len(nodes)}", **attributes))
+        return f"v{len(nodes) - 1}"
+
+    def const(value: object) -> str:
+        small[f"c{len(small)}"] = np.array(value)
+        return f"c{len(small) - 1}"
+
+    def weight(*dims: int) -> str:
+        tensor = TensorProto(name=f"w{len(large)}", data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
+        values = rng.standard_normal(dims, np.float32) * np.float32(0.7 / dims[0] ** 0.5)
+        entries = {"location": data.name, "offset": str(file.tell()), "length": str(values.nbytes)}
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=value)
+        file.write(values.data)
+        large.append(tensor)
+        return str(tensor.name)
+
+    data = path.with_suffix(".data")
+    with data.open("wb") as file:
+        x = op("Gather", const(rng.standard_normal((VOCAB, HIDDEN), np.float32)), "input_ids")
+        length = op("Squeeze", op("Gather", op("Shape", "input_ids"), const([1])))
+        positions = op("Range", const(0), length, const(1))
+        later = op("Greater", op("Unsqueeze", positions, const([0])), op("Unsqueeze", positions, const([1])))
+        mask = op("Where", later, const(np.float32(-1e9)), const(np.float32(0)))
+        for _ in range(layers):
+            split = [op("Reshape", op("MatMul", x, weight(HIDDEN, HIDDEN)), const([0, 0, HEADS, HIDDEN // HEADS])) for _ in range(3)]
+            q, k, v = (op("Transpose", part, perm=[0, 2, 1, 3]) for part in split)
+            scores = op("Div", op("MatMul", q, op("Transpose", k, perm=[0, 1, 3, 2])), const(np.float32(8)))
+            context = op("MatMul", op("Softmax", op("Add", scores, mask), axis=3), v)
+            merged = op("Reshape", op("Transpose", context, perm=[0, 2, 1, 3]), const([0, 0, HIDDEN]))
+            x = op("Add", x, op("MatMul", merged, weight(HIDDEN, HIDDEN)))
+            x = op("Add", x, op("MatMul", op("Tanh", op("MatMul", x, weight(HIDDEN, inner))), weight(inner, HIDDEN)))
+        nodes.append(helper.make_node("MatMul", [x, const(rng.standard_normal((HIDDEN, VOCAB), np.float32) / 20)], ["logits"]))
+    graph = helper.make_graph(
+        nodes,
+        "decoder",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "t"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "t", VOCAB])],
+        [numpy_helper.from_array(array, name) for name, array in small.items()] + large,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path.stat().st_size
+
+
+def peak_bytes(source: Path, out: Path) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", IMPORT, source, out], capture_output=True, text=True, env=environment, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return int(run.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux counts it")
+def test_an_import_takes_twice_the_largest_block_plus_the_graph(tmp_path: Path) -> None:
+    tiny, whole = tmp_path / "tiny.onnx", tmp_path / "large.onnx"
+    write_decoder(tiny, 2, 64)
+    graph_bytes = write_decoder(whole, LAYERS, INNER)
+    assert whole.with_suffix(".data").stat().st_size == LAYERS * BLOCK_BYTES
+    libraries = peak_bytes(tiny, tmp_path / "a")
+    peak = peak_bytes(whole, tmp_path / "b")
+    print(f"libraries {libraries >> 20} MiB, peak {peak >> 20} MiB, block {BLOCK_BYTES >> 20} MiB")
+    assert peak < libraries + 2 * BLOCK_BYTES + graph_bytes + LIBRARIES_BYTES
+    assert LAYERS * BLOCK_BYTES > 2 * BLOCK_BYTES + LIBRARIES_BYTES  # what holding all of it would fail

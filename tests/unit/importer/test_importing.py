@@ -1,0 +1,90 @@
+"""`mesh import` as a whole: what is verified, what a failure says, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel, VerificationFailed
+from mesh.importer import importing
+from mesh.importer.importing import import_model
+from mesh.importer.sources.onnx import OnnxSource
+from mesh.importer.sources.source import ImportOptions
+from mesh.model.manifest import Manifest
+
+EXPORTS = Path(__file__).parents[2] / "fixtures" / "onnx"
+
+
+@pytest.mark.parametrize("export", ["llama-dynamo", "genai-llama", "bloom-nopast"])
+def test_a_source_too_large_to_run_whole_is_compared_part_by_part(export, tmp_path, monkeypatch):
+    monkeypatch.setattr(importing, "WHOLE_SOURCE_BYTES", 0)
+    report = import_model(EXPORTS / f"{export}.onnx", tmp_path / "model").report
+    assert report["source_error"] < 1e-4
+    assert report["source_greedy_equal"] == 1.0
+
+
+def damage(monkeypatch, name: str, amount: float) -> None:
+    """Let the importer write one block's weights wrongly."""
+    original = OnnxSource.write_blocks
+
+    def write_blocks(self, writer, options, progress):
+        blocks = original(self, writer, options, progress)
+        data = writer.directory / f"{name}.onnx.data"
+        values = np.fromfile(data, np.float32)
+        (values * amount).astype(np.float32).tofile(data)
+        return blocks
+
+    monkeypatch.setattr(OnnxSource, "write_blocks", write_blocks)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_wrong_layer_is_named_and_nothing_is_left(tmp_path, monkeypatch, whole):
+    damage(monkeypatch, "layer_001", 1.01)
+    if not whole:
+        monkeypatch.setattr(importing, "WHOLE_SOURCE_BYTES", 0)
+    with pytest.raises(VerificationFailed, match=r"layer 1 is the first that differs from the source.s \(relative error") as caught:
+        import_model(EXPORTS / "llama-dynamo.onnx", tmp_path / "model")
+    assert caught.value.layer == 1
+    assert caught.value.error > 1e-4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_import_leaves_nothing_and_a_forced_one_what_was_there(tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    import_model(EXPORTS / "llama-dynamo.onnx", out)
+    before = Manifest.load(out)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "layer_002":
+            raise KeyboardInterrupt
+
+    with pytest.raises(ConfigError, match="--force"):
+        import_model(EXPORTS / "llama-dynamo.onnx", out)
+    with pytest.raises(KeyboardInterrupt):
+        import_model(EXPORTS / "gpt2-dynamo.onnx", out, force=True, progress=interrupt)
+    assert Manifest.load(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(("options", "error"), [({"bits": 8, "group_size": 32}, 0.2), ({"dtype": "float16"}, 2e-2)])
+def test_narrower_models_are_close_to_their_source_and_say_how_close(tmp_path, options, error):
+    report = import_model(EXPORTS / "qwen2-dynamo.onnx", tmp_path / "model", ImportOptions(**options), report=True).report
+    assert 0 < report["source_error"] < error
+    assert 0 < report["logits_error_float32"] < error
+    assert report["perplexity"] == pytest.approx(report["perplexity_float32"], rel=0.3)
+
+
+def test_what_is_no_source_is_said_to_be_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("no model")
+    with pytest.raises(ModelNotFound, match="neither"):
+        import_model(tmp_path / "notes.txt", tmp_path / "out")
+    with pytest.raises(ModelNotFound, match="does not exist"):
+        import_model(tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(UnsupportedModel, match="bert"):
+        import_model(tmp_path / "bert", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
