@@ -21,14 +21,13 @@ from typing import BinaryIO
 import nats.js.api
 import nats.js.errors
 import nats.js.object_store
-from pydantic import ValidationError
 
 from mesh.bus.connection import Bus
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.host.paths import cache_directory
-from mesh.model.manifest import FileInfo, Manifest, block_name, check_file
+from mesh.model.manifest import MAX_MANIFEST_BYTES, FileInfo, Manifest, block_name, check_file
 from mesh.protocol import subjects
 from mesh.types import LayerRange
 
@@ -80,15 +79,13 @@ class ModelStore:
 
     async def manifest(self, name: str) -> Manifest:
         """ModelNotFound where no such model was pushed."""
+        sink = _Meter(io.BytesIO(), lambda count: None, limit=MAX_MANIFEST_BYTES)
         with mapped(f"fetching {name}"):
             try:
-                result = await (await self._open()).get(f"model.{subjects.token(name)}")
+                await (await self._open()).get(f"model.{subjects.token(name)}", writeinto=sink)  # type: ignore[arg-type]  # it only writes
             except nats.js.errors.NotFoundError:
                 raise ModelNotFound(f"the mesh has no model {name}: push it with `mesh push MODEL_DIR`") from None
-        try:
-            return Manifest.model_validate_json(result.data or b"")
-        except ValidationError:
-            raise CorruptModel(f"the manifest of {name} in the object store is damaged: push the model again") from None
+        return await asyncio.to_thread(Manifest.parse, sink.content(), f"the manifest of {name} in the object store")
 
     async def push(self, directory: Path, progress: Progress = lambda what, done, total: None) -> Manifest:
         """Copy a model directory into the store; what is there already is left. CorruptModel: a file is not what the manifest says."""
@@ -149,7 +146,7 @@ class ModelStore:
     async def _fetch(self, file: FileInfo, directory: Path, progress: Callable[[int], None]) -> None:
         handle, part = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=directory)
         try:
-            with _Meter(os.fdopen(handle, "wb"), progress) as sink, mapped(f"fetching {file.name}"):
+            with _Meter(os.fdopen(handle, "wb"), progress, limit=file.bytes) as sink, mapped(f"fetching {file.name}"):
                 try:
                     await (await self._open()).get(_object(file), writeinto=sink)  # type: ignore[arg-type]  # it only writes
                 except nats.js.errors.NotFoundError:
@@ -200,11 +197,13 @@ def _is_there(path: Path, file: FileInfo) -> bool:
 
 
 class _Meter(io.RawIOBase):
-    """A file that says how much of it went through, and its checksum."""
+    """A file that counts the bytes that go through it, and computes their checksum."""
 
-    def __init__(self, inner: BinaryIO, progress: Callable[[int], None]) -> None:
+    def __init__(self, inner: BinaryIO, progress: Callable[[int], None], *, limit: int | None = None) -> None:
+        """`limit`: the most bytes that may be written; CorruptModel for the first one more."""
         self._inner = inner
         self._progress = progress
+        self._limit = limit
         self.count = 0
         self.digest = hashlib.sha256()
 
@@ -214,7 +213,14 @@ class _Meter(io.RawIOBase):
         self._progress(self.count)
         return int(count)
 
+    def content(self) -> bytes:
+        """What was written, where that is kept in memory."""
+        assert isinstance(self._inner, io.BytesIO)
+        return self._inner.getvalue()
+
     def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self._limit is not None and self.count + len(data) > self._limit:
+            raise CorruptModel(f"the object store holds more than the {self._limit:,} bytes that were announced: push the model again")
         self._inner.write(data)
         self.digest.update(data)
         self.count += len(data)

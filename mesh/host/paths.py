@@ -1,16 +1,33 @@
-"""Where things are kept on this machine."""
+"""Where files are on this machine, and that a name from elsewhere stays in its directory."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["cache_directory"]
+from mesh.errors import CorruptModel
+
+__all__ = ["cache_directory", "inside"]
 
 
 def cache_directory() -> Path:
-    """Where compiled programs, measured product forms and fetched models are kept: $MESH_CACHE_DIR, or stagemesh in the user's cache."""
+    """Where compiled programs, measured kernel variants and fetched models are kept.
+
+    $MESH_CACHE_DIR where it is set, else `stagemesh` in the user's cache directory.
+    """
     chosen = os.environ.get("MESH_CACHE_DIR")
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagemesh"
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory`/`name`, where that is a place in `directory`, also after symbolic links are followed; else CorruptModel.
+
+    `directory` itself may be a symbolic link. `name` may have folders in it (external data of an ONNX file).
+    """
+    path = directory / name
+    root, target = os.path.realpath(directory), os.path.realpath(path)
+    if target == root or os.path.commonpath((root, target)) != root:
+        raise CorruptModel(f"{name!r} lies outside the model's directory {directory}: a model is read from its own directory only")
+    return path

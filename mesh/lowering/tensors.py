@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from mesh.errors import CorruptModel
+from mesh.host.paths import inside
 from mesh.lowering import static
 
 __all__ = ["PackedFormat", "TensorReader", "unpack"]
@@ -130,7 +131,7 @@ class TensorReader:
                 raise CorruptModel(f"tensor {tensor_name!r} points outside the model's folder ({location!r})")
             if self._base_dir is None:
                 raise CorruptModel(f"tensor {tensor_name!r} is in {location}, but the model was given without its folder")
-            file = Path(self._base_dir) / path
+            file = inside(Path(self._base_dir), str(path))
             if not file.is_file():
                 raise CorruptModel(f"{file} is missing (tensor {tensor_name!r} is in it): put it beside the model's .onnx file")
             size = file.stat().st_size

@@ -5,20 +5,46 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound
+from mesh.host.paths import inside
 from mesh.types import LayerRange
 
-__all__ = ["FORMAT", "BlockInfo", "CacheInfo", "FileInfo", "HiddenInfo", "Manifest", "TokenizerInfo", "WeightsInfo", "block_name"]
+__all__ = [
+    "EXTRA_FILES",
+    "FORMAT",
+    "MAX_LAYERS",
+    "MAX_MANIFEST_BYTES",
+    "BlockInfo",
+    "CacheInfo",
+    "FileInfo",
+    "HiddenInfo",
+    "Manifest",
+    "TokenizerInfo",
+    "WeightsInfo",
+    "block_name",
+]
 
 FORMAT: Final = 1
 FILE_NAME = "manifest.json"
 
 DType = Literal["float32", "bfloat16", "float16"]
+
+# Bounds of everything that a manifest from elsewhere can say: far above any model, far below what would hurt to hold or to loop over.
+MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
+MAX_LAYERS: Final = 4096
+EXTRA_FILES: Final = frozenset({"tokenizer.json", "chat_template.jinja"})
+"""What may lie beside the blocks."""
+_MAX_COUNT: Final = 2**53
+Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+"""A name in the model's own directory: no separator, no leading dot."""
 
 
 class _Strict(BaseModel):
@@ -26,33 +52,33 @@ class _Strict(BaseModel):
 
 
 class FileInfo(_Strict):
-    name: str
-    bytes: int
-    sha256: str
+    name: FileName
+    bytes: Count
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class BlockInfo(_Strict):
     """One block. `weight_bytes` is what its weights take in memory as stored (quantized ones at their stored width)."""
 
-    name: str  # embed, layer_000, ..., head
-    files: tuple[FileInfo, ...]  # the .onnx file, then its .onnx.data if it has one
-    weight_bytes: int
-    parameters: int  # number of weight elements
+    name: FileName  # embed, layer_000, ..., head
+    files: Annotated[tuple[FileInfo, ...], Field(max_length=2)]  # the .onnx file, then its .onnx.data if it has one
+    weight_bytes: Count
+    parameters: Count  # number of weight elements
 
 
 class CacheInfo(_Strict):
     """The KV cache of one layer. Bytes for a token in a row: kv_heads * (key_dim + value_dim) * itemsize."""
 
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None = None  # sliding window in tokens; None: the whole context
+    kv_heads: Positive
+    key_dim: Positive
+    value_dim: Positive
+    window: Positive | None = None  # sliding window in tokens; None: the whole context
 
 
 class HiddenInfo(_Strict):
     """The tensor that crosses every cut: [batch, chunk, size]."""
 
-    size: int
+    size: Positive
     dtype: DType
 
 
@@ -60,33 +86,33 @@ class WeightsInfo(_Strict):
     """How weights are stored: bits 32, 16, 8 or 4; group_size None: per output channel (or not quantized)."""
 
     bits: Literal[32, 16, 8, 4]
-    group_size: int | None = None
+    group_size: Positive | None = None
 
 
 class TokenizerInfo(_Strict):
     """Beside tokenizer.json. Token ids; `add_bos`: whether a plain prompt is given a leading bos."""
 
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+    bos_id: TokenId | None = None
+    eos_ids: Annotated[tuple[TokenId, ...], Field(max_length=4096)] = ()
     add_bos: bool = False
     chat_template: bool = False
 
 
 class Manifest(_Strict):
     format: Literal[1] = FORMAT
-    name: str
-    architecture: str  # family name as the source gives it; for display only
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    architecture: Annotated[str, Field(max_length=256)]  # family name as the source gives it; for display only
     source: Literal["onnx", "safetensors", "gguf"]
-    layers: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
-    context_length: int = Field(ge=1)  # the most positions a row may have
+    layers: int = Field(ge=1, le=MAX_LAYERS)
+    vocab_size: int = Field(ge=1, lt=2**31)
+    context_length: int = Field(ge=1, lt=2**31)  # the most positions a row may have
     hidden: HiddenInfo
-    cache: tuple[CacheInfo, ...]  # one a layer
+    cache: Annotated[tuple[CacheInfo, ...], Field(max_length=MAX_LAYERS)]  # one a layer
     cache_dtype: DType
     weights: WeightsInfo
-    blocks: tuple[BlockInfo, ...]  # embed, the layers in order, head
+    blocks: Annotated[tuple[BlockInfo, ...], Field(max_length=MAX_LAYERS + 2)]  # embed, the layers in order, head
     tokenizer: TokenizerInfo | None = None
-    extra_files: tuple[FileInfo, ...] = ()  # tokenizer.json, chat_template.jinja
+    extra_files: Annotated[tuple[FileInfo, ...], Field(max_length=16)] = ()  # tokenizer.json, chat_template.jinja
     report: dict[str, Any] = Field(default_factory=dict)  # what verification measured
 
     @property
@@ -123,20 +149,39 @@ class Manifest(_Strict):
     def load(cls, directory: Path) -> Manifest:
         path = Path(directory) / FILE_NAME
         try:
-            raw = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             raise ModelNotFound(
                 f"{directory} is not a model directory (no {FILE_NAME}): make one with `mesh import SRC {directory}`"
             ) from None
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> Manifest:
+        """The manifest in `data`, which came from `where`; CorruptModel names the first key that is wrong.
+
+        Nothing in it can name a file outside the model's own directory.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise CorruptModel(f"{where} has more than {MAX_MANIFEST_BYTES:,} bytes, which no manifest needs; import the model again")
         try:
-            manifest = cls.model_validate_json(raw)
+            manifest = cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the document"
-            raise CorruptModel(f"{path}: {where}: {first['msg']}; import the model again") from None
+            first = error.errors(include_url=False, include_input=False)[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise CorruptModel(f"{where}: {key}: {first['msg']}; import the model again") from None
         expected = [block_name("embed"), *(block_name(i) for i in range(manifest.layers)), block_name("head")]
         if [block.name for block in manifest.blocks] != expected or len(manifest.cache) != manifest.layers:
-            raise CorruptModel(f"{path}: blocks or caches do not match layers = {manifest.layers}; import the model again")
+            raise CorruptModel(f"{where}: blocks or caches do not match layers = {manifest.layers}; import the model again")
+        for block in manifest.blocks:
+            names = [file.name for file in block.files]
+            if names != [f"{block.name}.onnx", f"{block.name}.onnx.data"][: len(names)]:
+                raise CorruptModel(f"{where}: block {block.name} has files {names}; import the model again")
+        extra = [file.name for file in manifest.extra_files]
+        if not set(extra) <= EXTRA_FILES or len(set(extra)) < len(extra):
+            allowed = ", ".join(sorted(EXTRA_FILES))
+            raise CorruptModel(f"{where}: extra_files are {extra}: only {allowed} may be there, each once; import the model again")
         return manifest
 
     def verify_files(self, directory: Path, layers: LayerRange, *, checksums: bool, embed: bool = False, head: bool = False) -> None:
@@ -169,6 +214,8 @@ def sha256(path: Path) -> str:
 
 
 def check_file(path: Path, expected: FileInfo, *, checksum: bool) -> None:
+    """CorruptModel unless `path` is a file of its own directory with the expected size and, with `checksum`, content."""
+    path = inside(path.parent, path.name)
     if not path.exists():
         raise CorruptModel(f"{path} is missing: fetch or import the model again")
     size = path.stat().st_size

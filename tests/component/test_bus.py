@@ -26,7 +26,7 @@ from mesh.errors import (
     Unavailable,
 )
 from mesh.local.nats_server import NatsServer
-from mesh.model.manifest import Manifest
+from mesh.model.manifest import MAX_MANIFEST_BYTES, Manifest
 from mesh.protocol import subjects
 from mesh.protocol.messages import Beat, StatsRequest
 from mesh.types import LayerRange
@@ -293,6 +293,35 @@ def test_a_damaged_object_is_refused_and_leaves_nothing(run: Run, server: NatsSe
             assert not (tmp_path / file.name).exists() and not list(tmp_path.glob(".*"))
             assert not (tmp_path / "manifest.json").exists()
             await inner.put(f"sha256.{file.sha256}", right)
+
+    run(work())
+
+
+def test_a_planted_manifest_writes_nothing_outside_and_nothing_too_large(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+    """A manifest whose file names lead elsewhere, one without end, and an object longer than its manifest says."""
+
+    async def work() -> None:
+        async with await connect(server) as bus:
+            store = ModelStore(bus)
+            manifest = await store.push(model)
+            inner = await bus.client.jetstream().object_store(subjects.OBJECTS_MODELS)
+            document = manifest.model_dump_json()
+            for name in ("../planted.onnx", "/tmp/planted.onnx", "sitecustomize.py"):
+                await inner.put("model.planted", document.replace('"head.onnx"', f'"{name}"').encode())
+                with pytest.raises(CorruptModel):
+                    await store.pull("planted", tmp_path / "in")
+            await inner.put("model.planted", b" " * (MAX_MANIFEST_BYTES + 1))
+            with pytest.raises(CorruptModel, match="announced"):
+                await store.manifest("planted")
+            assert not list(tmp_path.iterdir())
+            (file,) = (f for f in manifest.block("layer_002").files if f.name.endswith(".data"))
+            right = (model / file.name).read_bytes()
+            await inner.put(f"sha256.{file.sha256}", right + b"more" * 1_000_000)
+            with pytest.raises(CorruptModel, match="announced"):
+                await store.pull("tiny", tmp_path / "in")
+            assert not (tmp_path / "in" / file.name).exists() and not list((tmp_path / "in").glob(".*"))
+            await inner.put(f"sha256.{file.sha256}", right)
+            await inner.delete("model.planted")
 
     run(work())
 
