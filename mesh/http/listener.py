@@ -1,7 +1,15 @@
 """An HTTP listener inside a process of the mesh: uvicorn in the event loop that is there, with bounds of its own.
 
-What uvicorn does not bound is bounded here: connections (one too many is told so and closed, before it has asked anything), the
-size of a request's head, and how long a connection may take to send one. Signals stay the process's.
+What uvicorn does not bound is bounded here: the number of connections (one too many is told so and closed, before it has asked
+anything), the size of a request's head, and the time that a connection may spend in any state. Signals stay the process's.
+
+    state of a connection                                  ends by
+    before a request, or within its head                   head_timeout_s
+    a request under way                                    the application: it bounds the body's time and its own work
+    the client does not read its answer                    write_timeout_s
+    answered before the whole body came                    _LINGER_S; it no longer counts as a connection
+    between requests                                       idle_timeout_s
+    between requests, and bytes that begin no request      head_timeout_s
 """
 
 from __future__ import annotations
@@ -180,6 +188,7 @@ class _Connection(HttpToolsProtocol):
     _refused = False  # never one of uvicorn's connections
     _lingers = False
     _ended = False  # what still arrives is not read
+    _body_due = False  # the head of a request has come, and not yet all of its body
     _head_bytes = 0
     _fed_bytes = 0  # since a head was expected
     _head_timer: asyncio.TimerHandle | None = None
@@ -204,6 +213,8 @@ class _Connection(HttpToolsProtocol):
                 self._head_too_large()
                 return
         super().data_received(data)
+        if self._head_timer is None and self.timeout_keep_alive_task is None and not self._ended and self._answered:
+            self._expect_head()  # uvicorn took its timer away, and these bytes began no request
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -221,7 +232,20 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_arrived()
+        self._body_due = True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._body_due = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._body_due and self._answered and not self.transport.is_closing():
+            # The rest of the body is not wanted, and may never come.
+            self._unset_keepalive_if_required()
+            self.connections.discard(self)
+            self._linger()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_arrived()
@@ -247,6 +271,11 @@ class _Connection(HttpToolsProtocol):
         super().eof_received()
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _answered(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
@@ -284,15 +313,20 @@ class _Connection(HttpToolsProtocol):
 
     def _say_and_close(self, status: bytes, body: bytes, headers: bytes = b"") -> None:
         """Say why, and close once that was read: closing at once, with a request unread, would take the answer back."""
+        self.transport.write(_document(status, body, headers))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Send no more, read what comes without looking at it, and close when the client does, or after _LINGER_S."""
         self._ended = True
         state: Any = self.server_state
-        self.transport.write(_document(status, body, headers))
-        if state.lingering >= _LINGERING or not self.transport.can_write_eof():
+        if state.lingering >= _LINGERING:
             self.transport.close()
             return
         state.lingering += 1
         self._lingers = True
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # not over TLS: there the answer's length tells the client where it ends
+            self.transport.write_eof()
         self._head_timer = self.loop.call_later(_LINGER_S, self._head_late)
 
 
