@@ -1,0 +1,23 @@
+"""Serve a language model that fits no single machine: layer shards in JAX, joined by NATS.
+
+From the top down; a package imports only those below it (docs/architecture.md, tests/unit/test_imports.py).
+
+    cli, commands   the command line
+    gateway         HTTP, and the dashboard
+    local           a whole mesh on one machine
+    coordinator     requests, sessions, routes, failover
+    shard           one layer range served over NATS
+    importer        a source turned into a model directory, verified
+    client          the Python client
+    runtime         a stage: programs, caches, sampling
+    bus             NATS; nothing else imports it
+    planner         which layers on which machine
+    lowering        ONNX graphs to JAX functions
+    model           manifest, tokenizer, memory prediction
+    protocol        subjects, messages, frames
+    http            the HTTP listener and its tokens
+    host            the machine: processes, signals, folders
+    settings        configuration
+    telemetry       logs
+    types, errors   shared by all
+"""
