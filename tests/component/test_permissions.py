@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from authority import Authority
 from driver import COMPILED, CONTEXT
@@ -19,6 +20,8 @@ from mesh.client import AsyncMeshClient
 from mesh.coordinator.description import Wanted, find_model
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
 from mesh.errors import Denied, MeshError
+from mesh.gateway import GatewaySettings, HttpEdge
+from mesh.http.listener import ListenerOptions
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
 from mesh.runtime.generate import Pipeline
@@ -81,7 +84,7 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
                     ready.cancel()
                     if task.done():
                         task.result()
-                for role in ("client", "gateway"):
+                for role in ("client", "gateway", "coordinator"):
                     async with AsyncMeshClient(options=secure(role)) as client:
                         await until(partial(serves, client))
                         answer = await client.generate(tokens=prompt, max_tokens=8, ignore_eos=True, model="tiny")
@@ -91,6 +94,20 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
                         await client.wait_batch(batch.id, timeout_s=60)
                         (result,) = await client.batch_results(batch.id)
                         assert result.completion is not None and list(result.completion.tokens) == expected
+                for role in ("gateway", "coordinator"):  # a coordinator serves HTTP as its own user
+                    edge = HttpEdge.bind(GatewaySettings(model="tiny", listener=ListenerOptions(port=0, grace_s=1.0)))
+                    serving = asyncio.create_task(edge.serve(secure(role)))
+                    try:
+                        async with httpx.AsyncClient(base_url=edge.url, timeout=60) as http:
+                            body = {"tokens": prompt, "max_tokens": 8, "ignore_eos": True}
+                            made = await http.post("/api/v1/inference", json=body)
+                            assert made.status_code == 200 and made.json()["tokens"] == expected, (role, made.text)
+                            queued = await http.post("/api/v1/batch", json={"requests": [body], "async": True})
+                            assert queued.status_code == 202, (role, queued.text)
+                            assert (await http.get("/api/v1/health")).status_code == 200
+                    finally:
+                        edge.stop(now=True)
+                        await serving
                 assert running[-1].continuity.recorder.counters["written"] and not running[-1].continuity.recorder.counters["failed"]
             finally:
                 for one in running:
@@ -118,6 +135,8 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
         ("coordinator", "mesh.v1.control.p0.drain"),
         ("coordinator", "mesh.v1.control.p0.load"),
         ("coordinator", "$O.mesh_models.C.x"),
+        ("coordinator", "$KV.mesh_shards.p0"),
+        ("coordinator", "$KV.mesh_placement.p0"),
         ("coordinator", "$JS.API.STREAM.DELETE.KV_mesh_shards"),
     ],
 )
