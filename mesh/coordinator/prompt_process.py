@@ -1,0 +1,109 @@
+"""The process that applies chat templates and tokenizes prompts for a coordinator.
+
+A chat template is a program, and a tokenizer.json can ask for any amount of work: both come with the model. In a process of its own
+such work has limits of time and memory, and the coordinator's event loop, which carries everyone's tokens, never waits for it.
+
+    mesh.coordinator.prompt_pool starts it as   python -m mesh.coordinator.prompt_process MODEL_DIR MEMORY_BYTES
+
+On stdin and stdout, each message is a little-endian uint32 length and that many bytes. The first answer says whether the tokenizer
+was read. Then each request (JSON: prompt, messages, raw) has one answer: one byte, TOKENS followed by int32 ids, or ERROR followed by
+the JSON of a protocol ErrorReply.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import orjson
+
+from mesh.errors import BadRequest, MeshError
+from mesh.host.process import die_with_parent
+from mesh.model.tokenizer import Tokenizer
+from mesh.protocol.messages import ErrorReply
+
+__all__ = ["ERROR", "LENGTH", "TOKENS", "tokenize"]
+
+TOKENS: Final = b"T"
+ERROR: Final = b"E"
+LENGTH: Final = struct.Struct("<I")
+
+
+def tokenize(tokenizer: Tokenizer, *, prompt: str | None, messages: list[Mapping[str, Any]] | None, raw: bool) -> list[int]:
+    """The token ids of a prompt, or of chat messages through the model's template; BadRequest names the field that is wrong.
+
+    A chat model gets its template around a plain prompt, too, unless `raw`.
+    """
+    if messages is not None:
+        if not messages:
+            raise BadRequest("messages is empty: give at least one", field="messages")
+        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special=False)
+    assert prompt is not None
+    if tokenizer.has_chat_template and not raw:
+        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]), add_special=False)
+    return tokenizer.encode(prompt)
+
+
+def _answer(tokenizer: Tokenizer, data: bytes) -> bytes:
+    request = orjson.loads(data)
+    field = "prompt" if request["messages"] is None else "messages"
+    try:
+        return TOKENS + np.asarray(tokenize(tokenizer, **request), np.int32).tobytes()
+    except MeshError as error:
+        return ERROR + ErrorReply.of(error).to_bytes()
+    except MemoryError:
+        return ERROR + ErrorReply.of(BadRequest("the chat template needs too much memory for these messages", field=field)).to_bytes()
+    except RecursionError:
+        return ERROR + ErrorReply.of(BadRequest("the chat template nests too deeply for these messages", field=field)).to_bytes()
+    except Exception as error:  # the tokenizers library raises plain Exception, a template whatever its filters raise
+        why = f"{type(error).__name__}: {error}"[:300]
+        return ERROR + ErrorReply.of(BadRequest(f"the model's tokenizer refuses this text ({why})", field=field)).to_bytes()
+
+
+def _read(stream: BinaryIO) -> bytes | None:
+    """The next message; None when the other end has closed."""
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    (size,) = LENGTH.unpack(head)
+    data = stream.read(size)
+    return data if len(data) == size else None
+
+
+def _write(stream: BinaryIO, data: bytes) -> None:
+    stream.write(LENGTH.pack(len(data)) + data)
+    stream.flush()
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> int:
+    """Answer until stdin ends."""
+    die_with_parent()
+    directory, limit_bytes = Path(sys.argv[1]), int(sys.argv[2])
+    _limit_memory(limit_bytes)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        tokenizer = Tokenizer.load(directory)
+    except MeshError as error:
+        _write(sink, ERROR + ErrorReply.of(error).to_bytes())
+        return 1
+    _write(sink, TOKENS)
+    while (data := _read(source)) is not None:
+        _write(sink, _answer(tokenizer, data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
