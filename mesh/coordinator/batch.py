@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
@@ -19,6 +19,7 @@ import orjson
 from mesh.bus import Bus, Endpoint, Received, Subscription, end_tasks
 from mesh.bus.batches import BatchQueue, BatchStore, Work
 from mesh.bus.connection import raise_error
+from mesh.coordinator.core.machine import Core
 from mesh.errors import DeadlineExceeded, MeshError, ServiceError
 from mesh.protocol import subjects
 from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, ErrorReply, Generate
@@ -39,14 +40,14 @@ _FAILED_S: Final = 1.0
 
 
 class BatchWorker:
-    """`room(count)`: whether one more may be begun where `count` are being worked on. `instance`: of the coordinator that generates."""
+    """`instance`: of the coordinator that generates, whose `core` says whether there is room."""
 
-    def __init__(self, bus: Bus, model: str, instance: str, room: Callable[[int], bool]) -> None:
+    def __init__(self, bus: Bus, core: Core, model: str, instance: str) -> None:
         self.bus = bus
         self.counters: Counter[str] = Counter()
         self._model = model
         self._instance = instance
-        self._room = room
+        self._core = core
         self._store = BatchStore(bus)
         self._queue = BatchQueue(bus)
         self._inbox = bus.new_inbox()
@@ -115,10 +116,16 @@ class BatchWorker:
 
     # -- the work ------------------------------------------------------------------------------------------------------
 
+    def has_room(self, working: int) -> bool:
+        """Whether one more request may be begun while `working` are: no client waits, and a quarter of the rows stays free for clients
+        that may come."""
+        capacity = self._core.replicas.capacity()
+        return working < capacity and not len(self._core.admission) and self._core.replicas.free(time.monotonic()) > capacity // 4
+
     async def _take(self) -> None:
         while True:
             try:
-                if not self.bus.connected or not self._room(len(self._working)):
+                if not self.bus.connected or not self.has_room(len(self._working)):
                     await asyncio.sleep(_NO_ROOM_S)
                     continue
                 work = await self._queue.take(self._model, wait_s=_TAKE_S)

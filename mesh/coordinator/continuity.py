@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any, Final, Protocol
 
@@ -23,7 +23,7 @@ from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
 from mesh.protocol import subjects
 from mesh.protocol.messages import Alive, Beat, EventKind, Generate
 
-__all__ = ["Continuity", "Host"]
+__all__ = ["Announce", "Continuity", "Host"]
 
 log = logging.getLogger("mesh.coordinator")
 
@@ -43,7 +43,7 @@ Announce = Callable[[EventKind, str, str], object]
 
 
 class Host(Protocol):
-    """The coordinator."""
+    """Where sessions live while they are generated here (jobs.py)."""
 
     def has(self, session: str) -> bool: ...
 
@@ -53,18 +53,16 @@ class Host(Protocol):
     async def lose(self, session: str, record: SessionRecord) -> None:
         """Another one has it: drop it."""
 
-    async def close_rows(self, coordinator: str) -> None:
-        """Free what `coordinator` holds at the shards."""
-
 
 class Continuity:
-    """See the module's docstring. `instance` is another one for each process, `name` may be the same after a restart;
-    `beat_ttl_s`: after which a coordinator that was not heard of does not live."""
+    """See the module's docstring. `close_rows(name)` frees what a coordinator holds at the shards. `instance` is different for each
+    process, while `name` may be the same after a restart. `beat_ttl_s`: a coordinator that was not heard for so long is gone."""
 
     def __init__(
         self,
         bus: Bus,
         host: Host,
+        close_rows: Callable[[str], Awaitable[None]],
         *,
         model: str,
         model_hash: str,
@@ -81,6 +79,7 @@ class Continuity:
         self.recorder = Recorder(sessions_bucket(bus), model, instance, self._on_lost)
         self.peers = Peers(instance)
         self._host = host
+        self._close_rows = close_rows
         self._model = model
         self._model_hash = model_hash
         self._beat_ttl_s = beat_ttl_s
@@ -224,7 +223,7 @@ class Continuity:
         if peer.name:
             self._announce("suspected", peer.name, "the coordinator does not answer")
             if peer.name != self.name and not self.peers.named(peer.name):
-                await self._host.close_rows(peer.name)
+                await self._close_rows(peer.name)
         await self._adopt(lambda owner: owner == peer.instance)
 
     async def _adopt(self, whose: Callable[[str | None], bool]) -> None:
