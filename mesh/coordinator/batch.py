@@ -119,8 +119,8 @@ class BatchWorker:
     def has_room(self, working: int) -> bool:
         """Whether one more request may be begun while `working` are: no client waits, and a quarter of the rows stays free for clients
         that may come."""
-        capacity = self._core.replicas.capacity()
-        return working < capacity and not len(self._core.admission) and self._core.replicas.free(time.monotonic()) > capacity // 4
+        load = self._core.load(time.monotonic())
+        return working < load.capacity and not load.queued and load.free > load.capacity // 4
 
     async def _take(self) -> None:
         while True:

@@ -173,7 +173,7 @@ class Intake:
             log.debug("%s", error)
             return
         if isinstance(event, Result):
-            arrived, flight = time.perf_counter(), self._core.scheduler.flights.get(frame.step)
+            arrived, flight = time.perf_counter(), self._core.flight(frame.step)
             self._driver.handle_now(event, lambda: self._meter.landed(frame, flight, arrived))
         else:
             self._driver.handle_now(event)
@@ -204,7 +204,7 @@ class Intake:
         except MeshError as error:
             await self._bus.respond_error(received, error)
             return
-        trace = self._traces.document(id, self._core.session(id), time.monotonic())
+        trace = self._traces.document(id, self._core.session(id, time.monotonic()))
         if trace is not None:
             trace |= {"coordinator": self._name, "model": self._manifest.name}
         await self._bus.publish(received.reply, orjson.dumps({"trace": trace}))

@@ -40,7 +40,8 @@ class StepMeter:
         if sent_at is None or flight is None:
             return
         wall_s = arrived - sent_at
-        self._traces.step(flight.out, flight.sessions, at=sent_at, wall_s=wall_s, timings=frame.timings)
+        sessions = flight.ids
+        self._traces.step(flight.out, sessions, at=sent_at, wall_s=wall_s, timings=frame.timings)
         if not flight.decode:
             return
         compute_s, queue_s, codec_s = (
@@ -48,7 +49,7 @@ class StepMeter:
         )
         hops = len(frame.route) + 1
         self.hops.add(wall_s, compute_s, queue_s, codec_s, hops)
-        for session in flight.sessions:
-            job = self._job_of(session.id)
+        for session in sessions:
+            job = self._job_of(session)
             if job is not None:
                 job.hops.add(wall_s, compute_s, queue_s, codec_s, hops)

@@ -30,7 +30,7 @@ from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
-from mesh.coordinator.trace import Traces
+from mesh.coordinator.trace import SHOWN_SESSIONS, Traces
 from mesh.errors import MeshError, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -196,28 +196,29 @@ class Coordinator:
 
     def stats(self) -> dict[str, Any]:
         """For $SRV.STATS: counts since the start, means of decode steps."""
-        last_step_at = self.meter.last_step_at
+        now, last_step_at = time.monotonic(), self.meter.last_step_at
+        load, expected = self.core.load(now), self.options.expected
         return {
             "coordinator": self.name,
             "instance": self.continuity.instance,
             "pid": os.getpid(),
             "model": self.manifest.name,
             "vocab_size": self.manifest.vocab_size,
-            "context": self.core.replicas.longest(),
-            "live": self.core.live,
-            "queued": len(self.core.admission),
-            "capacity": self.core.replicas.capacity(),
-            "serving": self.core.replicas.longest() is not None,
-            "last_step_s": None if last_step_at is None else time.monotonic() - last_step_at,
+            "context": load.context,
+            "live": load.live,
+            "queued": load.queued,
+            "capacity": load.capacity,
+            "serving": load.context is not None,
+            "last_step_s": None if last_step_at is None else now - last_step_at,
             "http": self.http_url,
             "rejected_frames": dict(self.intake.rejected),
             "resumed": self.continuity.resumed,
             "records": dict(self.continuity.recorder.counters),
             "batches": dict(self.batches.counters),
-            **({"expected": self.options.expected.as_dict(self.core.replicas)} if self.options.expected is not None else {}),
+            **({"expected": expected.as_dict(self.core.replicas())} if expected is not None else {}),
             "hops": self.meter.hops.as_dict(),
-            **self.traces.summary(self.core.sessions, time.monotonic()),
-            **self.core.counters.as_dict(),
+            **self.traces.summary(self.core.sessions(now, SHOWN_SESSIONS)),
+            **self.core.counts(),
         }
 
     async def _leave(self) -> None:
@@ -243,8 +244,8 @@ class Coordinator:
         """By these, shards know whose rows to keep. A client whose request waits is told so, which also shows whether it still listens."""
         while True:
             try:
-                for place, session in enumerate(self.core.admission):
-                    job = self.jobs.table.get(session.id)
+                for place, session in enumerate(self.core.waiting()):
+                    job = self.jobs.table.get(session)
                     if job is not None and job.message.stream:
                         self.outbox.document(job, job.waiting(place))
                 await self.outbox.send()
@@ -256,7 +257,7 @@ class Coordinator:
 
     def _heartbeat(self) -> messages.Beat:
         """With the keys of the sessions that hold rows: shards close what is missing twice."""
-        keys = self.core.keys
+        keys = self.core.session_keys()
         return self.continuity.beat().model_copy(update={"sessions": keys if len(keys) <= _HEARTBEAT_SESSIONS else None})
 
     def _on_connection(self, connected: bool) -> None:

@@ -73,7 +73,7 @@ class Shards:
     def _on_lease(self, shard: str, lease: ShardLease | None) -> None:
         if lease is not None and lease.state in ("ready", "draining") and self._compatible(lease):
             self._driver.handle_soon(ReplicaSeen(replica_of(lease)), "lease")
-        elif shard in self._core.replicas:
+        elif self._core.knows(shard):
             log.info("shard %s is gone", shard)
             self._driver.handle_soon(ReplicaGone(shard), "lease")
 
@@ -96,7 +96,7 @@ class Shards:
 
     def report_lacking(self) -> None:
         """Log a change in what is lacking of the shards that the configuration asks for."""
-        lacking = self._expected.lacking(self._core.replicas) if self._expected is not None else ""
+        lacking = self._expected.lacking(self._core.replicas()) if self._expected is not None else ""
         if lacking != self._lacking:
             log.log(logging.WARNING if lacking else logging.INFO, "shards: %s", lacking or "all that were expected are there")
         self._lacking = lacking
@@ -141,7 +141,7 @@ class Shards:
     async def close_all(self, coordinator: str) -> None:
         """Free every row that `coordinator` holds at the shards."""
         message = messages.Close(coordinator=coordinator, sessions=(), all=True)
-        for shard in {replica.shard for replica in self._core.replicas}:
+        for shard in {replica.shard for replica in self._core.replicas()}:
             await self._bus.send(subjects.control(shard, "close"), message)
 
     # -- whether they live ---------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Shards:
 
     async def _gone(self, shard: str) -> None:
         """Nobody listens on a shard's subject: the shard is gone, unless this coordinator has only just reconnected."""
-        if not self._bus.connected or self._driver.connected_for_s() < _SETTLING_S or shard not in self._core.replicas:
+        if not self._bus.connected or self._driver.connected_for_s() < _SETTLING_S or not self._core.knows(shard):
             return
         log.info("nobody listens where shard %s was", shard)
         self._leases.forget(shard)

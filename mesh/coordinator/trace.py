@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from mesh.coordinator.core.events import Ended, FrameOut
 from mesh.coordinator.core.routing import Route
-from mesh.coordinator.core.session import Session, State
+from mesh.coordinator.core.session import SessionView
 from mesh.protocol.frame_codec import Timing
 
-__all__ = ["Trace", "Traces"]
+__all__ = ["SHOWN_SESSIONS", "Trace", "Traces"]
 
 KEPT_REQUESTS = 64
 KEPT_DECODES = 48
@@ -153,11 +153,11 @@ class Traces:
     def begin(self, id: str, prompt_tokens: int, max_tokens: int, *, now: float, unix_s: float) -> None:
         self._running[id] = Trace(id, now, unix_s, prompt_tokens, max_tokens)
 
-    def step(self, out: FrameOut, sessions: Iterable[Session], *, at: float, wall_s: float, timings: tuple[Timing, ...]) -> None:
+    def step(self, out: FrameOut, sessions: Iterable[str], *, at: float, wall_s: float, timings: tuple[Timing, ...]) -> None:
         """A frame that came back."""
         step = _Step(at, wall_s, len(out.rows[0].tokens) if out.kind == "prefill" else len(out.rows), timings)
         for session in sessions:
-            trace = self._running.get(session.id)
+            trace = self._running.get(session)
             if trace is not None:
                 trace.add(out, step)
 
@@ -171,23 +171,21 @@ class Traces:
         while len(self._ended) > KEPT_REQUESTS:
             self._ended.popitem(last=False)
 
-    def document(self, id: str, session: Session | None, now: float) -> dict[str, Any] | None:
-        """The whole trace of a request; None for one that is not known. `session` where it still runs, `now` on the core's clock."""
+    def document(self, id: str, session: SessionView | None) -> dict[str, Any] | None:
+        """The whole trace of a request, None for one that is not known. `session`: where it still runs."""
         trace = self._running.get(id)
         if trace is not None and session is not None:
-            return {**_running(trace, session, now), **trace.as_dict()}
+            return {**_running(trace, session), **trace.as_dict()}
         trace = self._ended.get(id)
         return None if trace is None else {**_over(trace), **trace.as_dict()}
 
-    def summary(self, sessions: Iterable[Session], now: float) -> dict[str, Any]:
-        """At most SHOWN_SESSIONS lines each of what runs (the oldest) and of what ended (the latest first)."""
+    def summary(self, sessions: Iterable[SessionView]) -> dict[str, Any]:
+        """A line for each of `sessions`, which run, and for the last SHOWN_SESSIONS that ended (the latest first)."""
         running = []
         for session in sessions:
             trace = self._running.get(session.id)
             if trace is not None:
-                running.append(_running(trace, session, now))
-                if len(running) == SHOWN_SESSIONS:
-                    break
+                running.append(_running(trace, session))
         latest = list(self._ended.values())[: -SHOWN_SESSIONS - 1 : -1]
         return {"sessions": running, "recent": [_over(trace) for trace in latest]}
 
@@ -197,19 +195,18 @@ class Traces:
             trace.check()
 
 
-def _running(trace: Trace, session: Session, now: float) -> dict[str, Any]:
-    since, first = session.submitted_at, session.first_token_at
+def _running(trace: Trace, session: SessionView) -> dict[str, Any]:
     return {
         "request": trace.id,
-        "state": session.state.value,
-        "route": [hop.shard for hop in session.route or ()],
+        "state": session.state,
+        "route": list(session.route),
         "prompt_tokens": trace.prompt_tokens,
         "max_tokens": trace.max_tokens,
-        "tokens": session.given,
-        "prefilled": session.done if session.state is State.PREFILLING else trace.prompt_tokens,
-        "queue_s": (session.started_at or now) - since,
-        "first_token_s": first - since if first else None,
-        "total_s": now - since,
+        "tokens": session.generated,
+        "prefilled": session.prefilled,
+        "queue_s": session.queue_s,
+        "first_token_s": session.first_token_s,
+        "total_s": session.total_s,
         "restarts": session.restarts,
     }
 

@@ -108,9 +108,8 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
                     if chunk.token is not None:
                         tokens.append(chunk.token.id)
                     if chunk.index == 10 and chunk.token is not None:
-                        session = serving.core.session(stream.request)
-                        assert session is not None
-                        close = Close(coordinator=serving.name, sessions=(session.key,))
+                        (key,) = serving.core.session_keys()
+                        close = Close(coordinator=serving.name, sessions=(key,))
                         await serving.bus.send(subjects.control(running[1].options.name, "close"), close)
             assert tokens == expected
             assert serving.core.counters.restarts >= 1

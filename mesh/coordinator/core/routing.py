@@ -89,10 +89,6 @@ class Replicas:
     def __iter__(self) -> Iterator[Replica]:
         return iter([entry.replica for entry in self._entries.values()])
 
-    def get(self, shard: str) -> Replica | None:
-        entry = self._entries.get(shard)
-        return None if entry is None else entry.replica
-
     # -- what is known -------------------------------------------------------------------------------------------------
 
     def seen(self, replica: Replica) -> bool:
@@ -216,6 +212,15 @@ class Replicas:
             if reach:
                 best[start] = max(reach)
         return best.get(0)
+
+    def chunk_of(self, route: Route) -> int:
+        """The most tokens that a prefill frame may bring through a route."""
+        return min(self._entries[str(hop.shard)].replica.chunk for hop in route if str(hop.shard) in self._entries)
+
+    def processors_of(self, route: Route) -> int:
+        """How many processors compute for a route."""
+        replicas = [self._entries[str(hop.shard)].replica for hop in route if str(hop.shard) in self._entries]
+        return len({replica.processor or replica.shard for replica in replicas})
 
     def capacity(self) -> int:
         """Sessions that fit at once: the rows of the scarcest range of those that are there."""

@@ -42,6 +42,11 @@ class Flight:
     def decode(self) -> bool:
         return self.out.kind == "decode"
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of its sessions."""
+        return tuple([session.request.id for session in self.sessions])
+
 
 @dataclass(slots=True)
 class _Group:

@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from mesh.coordinator.core.routing import Route
 
-__all__ = ["TERMINAL", "TRANSITIONS", "Act", "IllegalTransition", "Request", "Session", "State"]
+__all__ = ["TERMINAL", "TRANSITIONS", "Act", "IllegalTransition", "Request", "Session", "SessionView", "State"]
 
 
 class State(Enum):
@@ -83,6 +83,22 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     given: tuple[int, ...] = ()
     resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session at one moment, for those who may only look. route: the shard of each stage, None where it is not known yet. prefilled:
+    positions of the prompt that have been computed. Seconds since the request came: in the queue, to the first token, in all."""
+
+    id: str
+    state: str
+    route: tuple[str | None, ...]
+    generated: int
+    prefilled: int
+    queue_s: float
+    first_token_s: float | None
+    total_s: float
+    restarts: int
 
 
 @dataclass(slots=True)
@@ -143,6 +159,20 @@ class Session:
     @property
     def ended(self) -> bool:
         return self.state in TERMINAL
+
+    def view(self, now: float) -> SessionView:
+        since, first = self.submitted_at, self.first_token_at
+        return SessionView(
+            self.id,
+            self.state.value,
+            tuple(hop.shard for hop in self.route or ()),
+            self.given,
+            self.done if self.state is State.PREFILLING else len(self.request.prompt),
+            (self.started_at or now) - since,
+            first - since if first else None,
+            now - since,
+            self.restarts,
+        )
 
     def act(self, act: Act) -> None:
         """Go to the next state; the only place where `state` changes."""

@@ -35,7 +35,8 @@ from mesh.coordinator.core.events import (
 )
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.core.routing import Replica
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.scheduler import Flight
+from mesh.coordinator.core.session import Request, Session
 from mesh.errors import Busy, MessageRejected, Unavailable
 from mesh.types import LayerRange
 
@@ -107,6 +108,17 @@ class FakeMesh:
         self.rejected: dict[str, Rejected] = {}
         self.frames: list[FrameOut] = []
 
+    # -- what a test looks at ------------------------------------------------------------------------------------------
+
+    def session(self, id: str) -> Session | None:
+        """The core's own, if it has not ended."""
+        return self.core._state.by_id.get(id)
+
+    @property
+    def flights(self) -> dict[int, Flight]:
+        """The frames that are out."""
+        return self.core._state.scheduler.flights
+
     # -- what a test does ----------------------------------------------------------------------------------------------
 
     def event(self, event: Event) -> None:
@@ -138,7 +150,7 @@ class FakeMesh:
         """The coordinator says which sessions it has; every shard closes what is missing twice."""
         for shard in self.shards.values():
             for key, seat in list(shard.seats.items()):
-                if key in self.core.keys:
+                if key in self.core.session_keys():
                     seat.missing = False
                 elif seat.missing:
                     del shard.seats[key]

@@ -144,7 +144,7 @@ class CoreMachine(RuleBasedStateMachine):
         for there in mesh.shards.values():
             there.stopped = False
         alive = {shard.replica.shard for shard in mesh.shards.values()}
-        for replica in list(mesh.core.replicas):
+        for replica in mesh.core.replicas():
             if replica.shard not in alive:  # a death nobody noticed: its lease ends
                 mesh.event(ReplicaGone(replica.shard))
         for layers in self.ranges:
