@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Final
 
 import numpy as np
 
 from mesh.coordinator.core.events import FrameLost, FrameOut, Result, ResultRow
-from mesh.coordinator.core.routing import Replica, Route
+from mesh.coordinator.core.routing import Replica
 from mesh.coordinator.replies import Token
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
@@ -29,7 +28,7 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         kind=Kind.PREFILL if out.kind == "prefill" else Kind.DECODE,
         model_hash=model_hash,
         coordinator=coordinator,
-        route=_hops(out.route),
+        route=out.route,
         sessions=sessions,
         epochs=np.array([row.epoch for row in out.rows], np.uint32),
         positions=np.array([row.start for row in out.rows], np.uint32),
@@ -38,11 +37,6 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         step=out.frame,
         flags=flags,
     )
-
-
-@lru_cache(maxsize=256)
-def _hops(route: Route) -> tuple[frame_codec.Hop, ...]:
-    return tuple(frame_codec.Hop(hop.layers, str(hop.shard)) for hop in route)
 
 
 def event_of(frame: Frame) -> Result | FrameLost | None:

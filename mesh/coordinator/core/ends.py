@@ -56,5 +56,5 @@ def end(
 
 def settle(state: CoreState, session: Session) -> None:
     """Give an ended session's rows back, once no frame names it any more."""
-    if not session.in_flight and session.route is not None:
+    if not session.in_flight and session.choices is not None:
         rows.release(state, session)

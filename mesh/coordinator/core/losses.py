@@ -49,9 +49,9 @@ def lose_shard(state: CoreState, shard: str) -> None:
         if any(hop.shard == shard for hop in flight.out.route):
             lose_frame(state, number)
     for session in list(state.by_key.values()):
-        if session.route is None or session.ended or session.state is State.QUEUED:
+        if session.choices is None or session.ended or session.state is State.QUEUED:
             continue
-        if any(hop.shard == shard for hop in session.route):
+        if any(choice.shard == shard for choice in session.choices):
             lose(state, session)
         else:
             _miss_mirror(state, session, shard)
@@ -69,13 +69,13 @@ def _miss_mirror(state: CoreState, session: Session, shard: str) -> None:
 def move_away(state: CoreState, shard: str) -> None:
     """A shard drains. Its sessions go to other shards where there are any; the others stay until they end, or until the shard does."""
     for session in list(state.by_key.values()):
-        if session.route is None or session.state not in (State.OPENING, State.PREFILLING, State.DECODING):
+        if session.choices is None or session.state not in (State.OPENING, State.PREFILLING, State.DECODING):
             continue
-        if all(hop.shard != shard for hop in session.route):
+        if all(choice.shard != shard for choice in session.choices):
             _miss_mirror(state, session, shard)
             continue
-        mended = state.replicas.mend(session.key, session.route, session.mirrors, session.positions, state.now)
-        if mended is not None and mended[0] != session.route:
+        mended = state.replicas.mend(session.key, session.choices, session.mirrors, session.positions, state.now)
+        if mended is not None and mended[0] != session.choices:
             lose(state, session, blame=False)
             if not _go_on(state, session):
                 rows.release(state, session)
@@ -84,7 +84,7 @@ def move_away(state: CoreState, shard: str) -> None:
 
 def row_refused(state: CoreState, event: OpenRefused) -> None:
     session = state.by_key.get(event.key)
-    if session is None or session.state is not State.OPENING or session.route is None or event.epoch != session.epoch:
+    if session is None or session.state is not State.OPENING or session.choices is None or event.epoch != session.epoch:
         state.counters.late += 1
         return
     if event.shard is not None:
@@ -140,7 +140,7 @@ def look_after_frames(state: CoreState) -> None:
             continue
         if number in verdict.given_up:
             for hop in flight.out.route:
-                state.replicas.suspect(str(hop.shard))
+                state.replicas.suspect(hop.shard)
         lose_frame(state, number)
 
 
@@ -150,15 +150,16 @@ def look_after_frames(state: CoreState) -> None:
 def lose(state: CoreState, session: Session, *, blame: bool = True) -> None:
     """Back to the front of the queue, for the rest of the turn with its rows. `blame`: something went wrong, so the time until the
     session fails runs. It does not run where another session merely took a row first."""
-    if session.route is None or session.state is State.QUEUED:  # another of its frames was lost before
+    if session.choices is None or session.state is State.QUEUED:  # another of its frames was lost before
         return
     if blame:
         session.losses += 1
         if session.trouble_since is None:
             session.trouble_since = state.now
         if session.losses % STUBBORN == 0:
-            for hop in session.route:
-                state.replicas.suspect(str(hop.shard))
+            for choice in session.choices:
+                if choice.shard is not None:
+                    state.replicas.suspect(choice.shard)
     state.scheduler.leave(session)
     for number, flight in list(state.scheduler.flights.items()) if session.in_flight else ():
         if session in flight.sessions and len(flight.sessions) == 1:
@@ -184,13 +185,13 @@ def mend_torn(state: CoreState) -> None:
 
 def _go_on(state: CoreState, session: Session) -> bool:
     """Open a route that keeps the stages that are well and replaces the others. False: there is none."""
-    assert session.route is not None
+    assert session.choices is not None
     before = session.shards
-    mended = state.replicas.mend(session.key, session.route, session.mirrors, session.positions, state.now)
+    mended = state.replicas.mend(session.key, session.choices, session.mirrors, session.positions, state.now)
     if mended is None:
         return False
-    route, mirrors = mended
-    replaced = [(old.shard, new.shard) for old, new in zip(session.route, route, strict=True) if old.shard != new.shard]
+    choices, mirrors = mended
+    replaced = [(old.shard, new.shard) for old, new in zip(session.choices, choices, strict=True) if old.shard != new.shard]
     session.replay = session.replay or "resend"
     for old, new in replaced:
         state.counters.failovers += 1
@@ -199,8 +200,8 @@ def _go_on(state: CoreState, session: Session) -> bool:
         how = "its mirror stepped in" if stepped_in else "the history is computed again"
         state.effects.append(Happened("failed_over", str(old), f"session {session.id} goes on at {new}: {how}"))
     if state.mirrors and session.replay == "replay":  # everything is computed again, so a new mirror can follow from the start
-        mirrors = {**state.replicas.mirrors(route, session.positions, state.now), **mirrors}
-    session.route, session.mirrors = route, mirrors
+        mirrors = {**state.replicas.mirrors(choices, session.positions, state.now), **mirrors}
+    session.choices, session.mirrors = choices, mirrors
     for shard in before:
         if shard not in session.shards:
             rows.give_back(state, session, shard)

@@ -44,7 +44,7 @@ from mesh.coordinator.core.events import (
     Submit,
     Tick,
 )
-from mesh.coordinator.core.routing import Hop, Replica, Replicas
+from mesh.coordinator.core.routing import Choice, Replica, Replicas
 from mesh.coordinator.core.scheduler import Flight, Scheduler
 from mesh.coordinator.core.session import Act, Request, Session, SessionView, State
 from mesh.coordinator.core.state import CoreConfig, CoreState, Counters, Pause
@@ -214,7 +214,7 @@ class Core:
             assert not session.ended
             assert (session.state is State.QUEUED) == (id(session) in waiting), "queued, but not in the queue"
         for key, session in state.by_key.items():
-            assert session.key == key and session.route is not None
+            assert session.key == key and session.choices is not None
             assert not session.ended or session.in_flight, "an ended session keeps its rows"
         for shard, keys in state.replicas.held().items():
             assert keys <= state.by_key.keys(), f"rows of {shard} are held for nobody"
@@ -273,36 +273,36 @@ class Core:
         """Start the sessions at the front of the queue for which there are rows."""
         state = self._state
         while (session := state.admission.head()) is not None:
-            route = state.replicas.route(session.positions, state.now)
-            if route is None:
+            choices = state.replicas.choose(session.positions, state.now)
+            if choices is None:
                 return
             state.admission.remove(session)
             session.act(Act.START)
             session.epoch += 1
-            session.route = route
+            session.choices = choices
             if not session.started_at:
                 session.started_at = state.now
             state.by_key[session.key] = session
-            session.mirrors = state.replicas.mirrors(route, session.positions, state.now) if state.mirrors else {}
+            session.mirrors = state.replicas.mirrors(choices, session.positions, state.now) if state.mirrors else {}
             rows.open_rows(state, session)
 
     def _opened(self, event: Opened) -> None:
         state = self._state
         session = state.by_key.get(event.key)
-        if session is None or session.state is not State.OPENING or session.route is None or event.epoch != session.epoch:
+        if session is None or session.state is not State.OPENING or session.choices is None or event.epoch != session.epoch:
             state.counters.late += 1
             state.effects.append(CloseRow(event.key, event.epoch, event.shard))
             return
         if session.mirrors.get(event.stage) != event.shard:
-            hop = session.route[event.stage]
+            choice = session.choices[event.stage]
             # The queue group has answered twice, or a mirror that was given up since.
-            if event.stage in session.rows or hop.shard not in (None, event.shard):
+            if event.stage in session.rows or choice.shard not in (None, event.shard):
                 state.counters.late += 1
                 state.effects.append(CloseRow(event.key, event.epoch, event.shard))
                 return
-            if hop.shard is None:  # the queue group has answered
-                route = session.route
-                session.route = (*route[: event.stage], Hop(hop.layers, event.shard), *route[event.stage + 1 :])
+            if choice.shard is None:  # the queue group has answered
+                before, after = session.choices[: event.stage], session.choices[event.stage + 1 :]
+                session.choices = (*before, Choice(choice.layers, event.shard), *after)
                 state.replicas.take(event.shard, event.key)
             session.rows[event.stage] = event.row
         session.filled[event.shard] = event.filled

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
+from mesh.protocol.frame import Hop
 from mesh.types import LayerRange
 
-__all__ = ["Hop", "Replica", "Replicas", "Route", "Strategy"]
+__all__ = ["Choice", "Choices", "Hop", "Replica", "Replicas", "Route", "Strategy", "complete"]
 
 Strategy = Literal["least_loaded", "round_robin", "queue_group"]
 
@@ -30,14 +31,22 @@ REFUSAL_REST_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
-    """One stage of a route; `shard` None until a queue group has answered."""
+class Choice:
+    """One stage of a route that is being opened. shard None: the queue group of the range decides, and has not answered yet."""
 
     layers: LayerRange
     shard: str | None
 
 
+Choices = tuple[Choice, ...]
 Route = tuple[Hop, ...]
+"""A complete route: every stage has its shard."""
+
+
+def complete(choices: Choices) -> Route | None:
+    """The route, where every stage has its shard."""
+    route = tuple([Hop(choice.layers, choice.shard) for choice in choices if choice.shard is not None])
+    return route if len(route) == len(choices) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +147,7 @@ class Replicas:
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
-    def route(self, positions: int, now: float) -> Route | None:
+    def choose(self, positions: int, now: float) -> Choices | None:
         """Replicas with a free row for a session of `positions`, first stage first; None where there is no such chain."""
         free: dict[int, list[_Entry]] = {}
         for entry in self._entries.values():
@@ -147,57 +156,60 @@ class Replicas:
         hops = self._hops_to_end(free)
         if 0 not in hops:
             return None
-        route: list[Hop] = []
+        choices: list[Choice] = []
         at = 0
         while at < self._layers:
             best = [entry for entry in free[at] if hops.get(entry.replica.layers.stop) == hops[at] - 1]
             layers = min(entry.replica.layers for entry in best)
             candidates = [entry for entry in best if entry.replica.layers == layers]
             candidates = [entry for entry in candidates if not entry.suspected] or candidates
-            route.append(Hop(layers, None if self._strategy == "queue_group" else self._choose(layers, candidates, now)))
+            choices.append(Choice(layers, None if self._strategy == "queue_group" else self._choose(layers, candidates, now)))
             at = layers.stop
-        return tuple(route)
+        return tuple(choices)
 
-    def mirrors(self, route: Route, positions: int, now: float) -> dict[int, str]:
+    def mirrors(self, choices: Choices, positions: int, now: float) -> dict[int, str]:
         """For each stage that has one, another replica with a free row, which follows frames: stage -> shard."""
         found: dict[int, str] = {}
-        for stage, hop in enumerate(route):
-            primary = self._entries.get(str(hop.shard))
+        for stage, choice in enumerate(choices):
+            primary = self._entry(choice.shard)
             if primary is None or not primary.replica.mirrors:
                 continue
-            others = [entry for entry in self._fit(hop.layers, positions, now) if entry is not primary and entry.replica.mirrors]
+            others = [entry for entry in self._fit(choice.layers, positions, now) if entry is not primary and entry.replica.mirrors]
             others = [entry for entry in others if not entry.suspected]
             if others:
-                found[stage] = self._choose(hop.layers, others, now, by="least_loaded")
+                found[stage] = self._choose(choice.layers, others, now, by="least_loaded")
         return found
 
-    def mend(self, key: int, route: Route, mirrors: dict[int, str], positions: int, now: float) -> tuple[Route, dict[int, str]] | None:
-        """A route for session `key` that differs from `route` only where it must: a stage whose shard is gone, is another process
+    def mend(
+        self, key: int, choices: Choices, mirrors: dict[int, str], positions: int, now: float
+    ) -> tuple[Choices, dict[int, str]] | None:
+        """Choices for session `key` that differ from `choices` only where they must: a stage whose shard is gone, is another process
         now, is suspected or drains is taken over by its mirror, else by another replica of the range. None: some stage has
         nobody else. The mirrors that are left come with it."""
-        hops: list[Hop] = []
+        mended: list[Choice] = []
         left: dict[int, str] = {}
-        for stage, hop in enumerate(route):
+        for stage, choice in enumerate(choices):
             mirror = mirrors.get(stage)
             if mirror is not None and not self._well(mirror, key):
                 mirror = None
-            if hop.shard is not None and self._well(hop.shard, key):
-                hops.append(hop)
+            if choice.shard is not None and self._well(choice.shard, key):
+                mended.append(choice)
                 if mirror is not None:
                     left[stage] = mirror
                 continue
             if mirror is not None:
-                hops.append(Hop(hop.layers, mirror))
+                mended.append(Choice(choice.layers, mirror))
                 continue
-            others = [entry for entry in self._fit(hop.layers, positions, now) if not entry.suspected]
+            others = [entry for entry in self._fit(choice.layers, positions, now) if not entry.suspected]
             if others:
-                hops.append(Hop(hop.layers, None if self._strategy == "queue_group" else self._choose(hop.layers, others, now)))
+                shard = None if self._strategy == "queue_group" else self._choose(choice.layers, others, now)
+                mended.append(Choice(choice.layers, shard))
                 continue
-            entry = self._entries.get(str(hop.shard))
+            entry = self._entry(choice.shard)
             if entry is None or key not in entry.held or entry.suspected:
                 return None
-            hops.append(hop)  # it drains, and nobody else is there
-        return tuple(hops), left
+            mended.append(choice)  # it drains, and there is no other
+        return tuple(mended), left
 
     def longest(self) -> int | None:
         """The most positions any chain of replicas holds, busy or not; None where no chain is complete. Who drains takes nobody."""
@@ -215,11 +227,11 @@ class Replicas:
 
     def chunk_of(self, route: Route) -> int:
         """The most tokens that a prefill frame may bring through a route."""
-        return min(self._entries[str(hop.shard)].replica.chunk for hop in route if str(hop.shard) in self._entries)
+        return min(self._entries[hop.shard].replica.chunk for hop in route if hop.shard in self._entries)
 
     def processors_of(self, route: Route) -> int:
         """How many processors compute for a route."""
-        replicas = [self._entries[str(hop.shard)].replica for hop in route if str(hop.shard) in self._entries]
+        replicas = [self._entries[hop.shard].replica for hop in route if hop.shard in self._entries]
         return len({replica.processor or replica.shard for replica in replicas})
 
     def capacity(self) -> int:
@@ -246,6 +258,9 @@ class Replicas:
     def held(self) -> dict[str, frozenset[int]]:
         """Session keys by shard."""
         return {shard: frozenset(entry.held) for shard, entry in self._entries.items()}
+
+    def _entry(self, shard: str | None) -> _Entry | None:
+        return None if shard is None else self._entries.get(shard)
 
     def _hops_to_end(self, free: dict[int, list[_Entry]]) -> dict[int, int]:
         hops = {self._layers: 0}

@@ -101,7 +101,7 @@ class Scheduler:
         group.order.append(session)
         group.order.sort(key=lambda s: s.rows[0])
         for hop in group.route:
-            self._decoders[str(hop.shard)] = self._decoders.get(str(hop.shard), 0) + 1
+            self._decoders[hop.shard] = self._decoders.get(hop.shard, 0) + 1
 
     def leave(self, session: Session) -> None:
         """It takes no further part; its frames in flight are not called back."""
@@ -111,9 +111,9 @@ class Scheduler:
         if session in group.order:
             group.order.remove(session)
             for hop in group.route:
-                self._decoders[str(hop.shard)] -= 1
-                if not self._decoders[str(hop.shard)]:
-                    del self._decoders[str(hop.shard)]
+                self._decoders[hop.shard] -= 1
+                if not self._decoders[hop.shard]:
+                    del self._decoders[hop.shard]
         elif session in group.prefilling:
             group.prefilling.remove(session)
 
@@ -133,9 +133,9 @@ class Scheduler:
                 group.lanes_out.pop(flight.lane, None)
         else:
             for hop in route:
-                self._chunks_out[str(hop.shard)] -= 1
-                if not self._chunks_out[str(hop.shard)]:
-                    del self._chunks_out[str(hop.shard)]
+                self._chunks_out[hop.shard] -= 1
+                if not self._chunks_out[hop.shard]:
+                    del self._chunks_out[hop.shard]
             # it may have been what kept the prompts of another route waiting
             self._touched.update(dict.fromkeys(other for other in self._groups if not set(other).isdisjoint(route)))
         self._touched[route] = None
@@ -196,7 +196,7 @@ class Scheduler:
                 assert len(group.lanes_out) <= len(group.route), "more frames in flight than stages"
             else:
                 for hop in flight.out.route:
-                    chunks[str(hop.shard)] = chunks.get(str(hop.shard), 0) + 1
+                    chunks[hop.shard] = chunks.get(hop.shard, 0) + 1
         assert chunks == self._chunks_out, "prefill frames are miscounted"
         decoders: dict[str, int] = {}
         for route, group in self._groups.items():
@@ -205,7 +205,7 @@ class Scheduler:
             for session in group.order:
                 assert session.state is State.DECODING and session.route == route
                 for hop in route:
-                    decoders[str(hop.shard)] = decoders.get(str(hop.shard), 0) + 1
+                    decoders[hop.shard] = decoders.get(hop.shard, 0) + 1
             for session in group.prefilling:
                 assert session.state is State.PREFILLING and session.route == route
         assert decoders == self._decoders, "decoding sessions are miscounted"
@@ -245,7 +245,7 @@ class Scheduler:
 
     def _prefill(self, group: _Group) -> list[FrameOut]:
         frames: list[FrameOut] = []
-        shards = [str(hop.shard) for hop in group.route]
+        shards = [hop.shard for hop in group.route]
         for session in group.prefilling:
             while session.sent < len(session.history):
                 shared = any(shard in self._decoders for shard in shards)

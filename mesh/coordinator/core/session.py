@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
-from mesh.coordinator.core.routing import Route
+from mesh.coordinator.core.routing import Choices, Route, complete
 
 __all__ = ["TERMINAL", "TRANSITIONS", "Act", "IllegalTransition", "Request", "Session", "SessionView", "State"]
 
@@ -111,7 +111,8 @@ class Session:
     state: State = State.QUEUED
     epoch: int = 0  # of the route; results of an earlier one are not its own
     history: list[int] = field(default_factory=list)  # prompt, then every token given
-    route: Route | None = None  # while rows are held or being opened
+    choices: Choices | None = None  # while rows are open or asked for: the shard of each stage
+    route: Route | None = None  # the same once every row is open, so that frames can go along it
     mirrors: dict[int, str] = field(default_factory=dict)  # stage index -> the shard that follows it
     rows: dict[int, int] = field(default_factory=dict)  # stage index -> row, as replicas answer
     filled: dict[str, int] = field(default_factory=dict)  # shard -> positions it said it holds, in this epoch
@@ -144,7 +145,7 @@ class Session:
     @property
     def shards(self) -> tuple[str, ...]:
         """Those it has a row on, or is being given one, mirrors included."""
-        return (*(hop.shard for hop in self.route or () if hop.shard is not None), *self.mirrors.values())
+        return (*(choice.shard for choice in self.choices or () if choice.shard is not None), *self.mirrors.values())
 
     @property
     def given(self) -> int:
@@ -165,7 +166,7 @@ class Session:
         return SessionView(
             self.id,
             self.state.value,
-            tuple(hop.shard for hop in self.route or ()),
+            tuple(choice.shard for choice in self.choices or ()),
             self.given,
             self.done if self.state is State.PREFILLING else len(self.request.prompt),
             (self.started_at or now) - since,
@@ -189,12 +190,13 @@ class Session:
         assert 0 <= self.done <= self.sent <= len(self.history)
         assert self.in_flight >= 0
         if self.state is State.QUEUED:
-            assert self.route is None and not self.rows and not self.mirrors and not self.in_flight and not self.sent
-        if self.state in (State.OPENING, State.PREFILLING, State.DECODING):
-            assert self.route is not None
+            assert (
+                self.choices is None and self.route is None and not self.rows and not self.mirrors and not self.in_flight and not self.sent
+            )
         if self.state is State.OPENING:
-            assert not self.in_flight and not self.sent
+            assert self.choices is not None and self.route is None and not self.in_flight and not self.sent
         if self.state in (State.PREFILLING, State.DECODING):
-            assert self.route is not None and sorted(self.rows) == list(range(len(self.route)))
+            assert self.choices is not None and self.route is not None and self.route == complete(self.choices)
+            assert sorted(self.rows) == list(range(len(self.route)))
         if self.state is State.DECODING:
             assert self.in_flight <= 1 and self.given >= 1

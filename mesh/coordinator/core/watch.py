@@ -132,7 +132,7 @@ class Watch:
                 self._routes.popitem(last=False)
         known.add(seconds)
         for hop in away.route:  # whoever passed it on lives
-            asked = self._asked.get(str(hop.shard))
+            asked = self._asked.get(hop.shard)
             if asked is not None:
                 asked.since = None
         return seconds
@@ -187,7 +187,7 @@ class Watch:
                 continue
             away.wait_s = min(max(away.wait_s * 1.5, _ASK_AGAIN_S), _ASK_AGAIN_MOST_S)
             away.check_at = now + away.wait_s
-            shards = [str(hop.shard) for hop in away.route]
+            shards = [hop.shard for hop in away.route]
             ask.update(dict.fromkeys(shards))
             if now - away.sent_at >= self._ceiling_s:
                 given_up.append(number)
@@ -206,7 +206,7 @@ class Watch:
                 asked.since = now if asked.since is None or now - asked.last > _SERIES_S else asked.since
                 asked.last = now
         if len(self._asked) > _ROUTES:
-            there = {str(hop.shard) for away in self._away.values() for hop in away.route}
+            there = {hop.shard for away in self._away.values() for hop in away.route}
             self._asked = {shard: asked for shard, asked in self._asked.items() if shard in there}
         return Verdict(tuple(ask), tuple(silent), tuple(lost), tuple(given_up))
 

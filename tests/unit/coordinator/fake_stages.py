@@ -289,7 +289,7 @@ class FakeMesh:
     def _send_frame(self, sender: str, out: FrameOut, stage: int) -> None:
         """To the shard it is for, and to those of the range that follow."""
         hop = out.route[stage]
-        self._send(sender, str(hop.shard), (out, stage))
+        self._send(sender, hop.shard, (out, stage))
         for shard in self.shards.values():
             if shard.replica.mirrors and shard.replica.layers == hop.layers and shard.replica.shard != hop.shard:
                 self._send(sender, shard.replica.shard, (out, stage))

@@ -34,8 +34,8 @@ def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, u
 
 def route(mesh: FakeMesh) -> list[str]:
     session = mesh.session("r")
-    assert session is not None and session.route is not None
-    return [str(hop.shard) for hop in session.route]
+    assert session is not None and session.choices is not None
+    return [str(choice.shard) for choice in session.choices]
 
 
 def prefilled(mesh: FakeMesh, since: int) -> int:
@@ -247,6 +247,6 @@ def test_failovers_and_suspicions_are_told():
     mesh, random = make(), Random(13)
     begin(mesh, random)
     session = mesh.session("r")
-    dead = str(session.route[2].shard)
+    dead = session.route[2].shard
     told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Happened)]
     assert [(event.kind, event.who) for event in told] == [("failed_over", dead)]
