@@ -28,7 +28,7 @@ __all__ = ["BatchWorker"]
 
 log = logging.getLogger("mesh.coordinator")
 
-ALIVE_S: Final = 4.0
+IN_PROGRESS_S: Final = 4.0
 """How often the queue hears that a request is being worked on; the question is repeated then, too."""
 STARTS: Final = 5
 """A request that so many processes did not survive is not tried again."""
@@ -173,7 +173,7 @@ class BatchWorker:
         try:
             while True:
                 await self.bus.publish(subjects.generate_at(self._model, self._instance), message, reply=f"{self._inbox}.{name}")
-                await asyncio.wait([future], timeout=ALIVE_S)
+                await asyncio.wait([future], timeout=IN_PROGRESS_S)
                 if future.done():
                     break
                 await work.alive()

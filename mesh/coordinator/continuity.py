@@ -56,7 +56,7 @@ class Host(Protocol):
 
 class Continuity:
     """See the module's docstring. `close_rows(name)` frees what a coordinator holds at the shards. `instance` is different for each
-    process, while `name` may be the same after a restart. `beat_ttl_s`: a coordinator that was not heard for so long is gone."""
+    process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Continuity:
         model_hash: str,
         name: str,
         instance: str,
-        beat_ttl_s: float,
+        heartbeat_ttl_s: float,
         random: Random,
         announce: Announce,
     ) -> None:
@@ -82,7 +82,7 @@ class Continuity:
         self._close_rows = close_rows
         self._model = model
         self._model_hash = model_hash
-        self._beat_ttl_s = beat_ttl_s
+        self._heartbeat_ttl_s = heartbeat_ttl_s
         self._random = random
         self._inbox = bus.new_inbox()
         self._connected_at = float("-inf")
@@ -93,8 +93,8 @@ class Continuity:
 
     async def start(self) -> None:
         self._subscriptions = [
-            await self.bus.subscribe(subjects.alive(self._model, self.instance), self._on_alive),
-            await self.bus.subscribe(subjects.coordinators(self._model), self._on_beat),
+            await self.bus.subscribe(subjects.alive(self._model, self.instance), self._on_liveness_question),
+            await self.bus.subscribe(subjects.coordinators(self._model), self._on_heartbeat),
             await self.bus.subscribe(f"{self._inbox}.*", self._on_probed),
         ]
         self.recorder.start()
@@ -109,8 +109,8 @@ class Continuity:
             await subscription.stop()
         return released
 
-    def beat(self, *, leaving: bool = False) -> Beat:
-        return Beat(coordinator=self.name, ttl_s=self._beat_ttl_s, instance=self.instance, leaving=leaving)
+    def heartbeat(self, *, leaving: bool = False) -> Beat:
+        return Beat(coordinator=self.name, ttl_s=self._heartbeat_ttl_s, instance=self.instance, leaving=leaving)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class Continuity:
                 reply=job.reply,
                 # with log probabilities everything is computed again: they are not written down
                 given=() if message.logprobs is not None else tuple(token.id for token in job.tokens),
-                told=job.told,
+                told=job.delivered,
             )
 
         self.recorder.keep(job.request.id, snapshot, revision=job.revision)
@@ -255,34 +255,34 @@ class Continuity:
         if self.peers.lives(instance) and not self.peers.missing_now(instance):
             return True
         try:
-            beat = await self.bus.request(subjects.alive(self._model, instance), Alive(), Beat, timeout_s=_ASK_S)
+            heartbeat = await self.bus.request(subjects.alive(self._model, instance), Alive(), Beat, timeout_s=_ASK_S)
         except (Unavailable, DeadlineExceeded):
             return False
-        self._heard(beat)
+        self._heard(heartbeat)
         return True
 
-    def _heard(self, beat: Beat) -> bool:
+    def _heard(self, heartbeat: Beat) -> bool:
         """Whether it was not known to live."""
-        if beat.instance is None or not self.peers.heard(beat.instance, beat.coordinator, time.monotonic()):
+        if heartbeat.instance is None or not self.peers.heard(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
             return False
-        log.info("coordinator %s (%s) is there", beat.coordinator, beat.instance)
+        log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
         return True
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
-    async def _on_alive(self, received: Received) -> None:
+    async def _on_liveness_question(self, received: Received) -> None:
         Alive.parse(received.data)
-        await self.bus.respond(received, self.beat())
+        await self.bus.respond(received, self.heartbeat())
 
-    async def _on_beat(self, received: Received) -> None:
-        beat = Beat.parse(received.data)
-        if beat.instance is None or beat.instance == self.instance:
+    async def _on_heartbeat(self, received: Received) -> None:
+        heartbeat = Beat.parse(received.data)
+        if heartbeat.instance is None or heartbeat.instance == self.instance:
             return
-        if beat.leaving:
-            self.peers.left(beat.instance)
+        if heartbeat.leaving:
+            self.peers.left(heartbeat.instance)
             await self._adopt(lambda owner: owner is None)
-        elif self._heard(beat):  # it came after this one's last beat: without this it would not know whom to take over from
-            await self.bus.send(subjects.coordinators(self._model), self.beat())
+        elif self._heard(heartbeat):  # it came after this one's last heartbeat: without this it would not know whom to take over from
+            await self.bus.send(subjects.coordinators(self._model), self.heartbeat())
 
     async def _on_probed(self, received: Received) -> None:
         if received.headers.get("Status") == "503":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from mesh.bus import Bus
-from mesh.coordinator.core.events import Connection, Effect, Event, Finish, FrameOut, Tick
+from mesh.coordinator.core.events import Connection, Effect, Event, FinishSession, FrameOut, Tick
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.outbox import Outbox
 
@@ -75,7 +75,7 @@ class CoreDriver:
         self._arm(now)
         self._outbox.send_now()
         for session in stopped:
-            self._apply(Finish(session))
+            self._apply(FinishSession(session))
 
     def _arm(self, now: float) -> None:
         """Have the core called at its deadline. A timer that is too early is left as it is: the core then gives a new deadline."""

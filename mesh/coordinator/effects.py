@@ -20,7 +20,7 @@ import orjson
 
 from mesh.bus import Bus
 from mesh.coordinator.continuity import Announce, Continuity
-from mesh.coordinator.core.events import Admitted, Ask, CloseRow, Effect, Emit, Ended, FrameOut, Happened, OpenRow, Rejected
+from mesh.coordinator.core.events import Admitted, Announcement, CloseRow, Effect, Emit, Ended, FrameOut, OpenRow, Probe, Rejected
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.shards import Shards
@@ -59,9 +59,9 @@ class Effects:
                     self._bus.spawn(self._shards.open(effect), "opening a row")
                 case CloseRow():
                     self._shards.close(effect)
-                case Ask():
-                    self._bus.spawn(self._shards.ask(effect), "asking a shard")
-                case Happened(kind, who, detail):
+                case Probe():
+                    self._bus.spawn(self._shards.probe(effect), "probing a shard")
+                case Announcement(kind, who, detail):
                     log.info("%s %s: %s", who, kind, detail)
                     self._announce(kind, who, detail)
                 case Admitted():

@@ -2,8 +2,8 @@
 
     a request            -> Submit, unless the session is known: then its answer goes to the new reply subject
     an answer frame      -> Result or FrameLost
-    a cancel, or the server saying that a client no longer listens    -> Cancel
-    the server saying that some connection ended                      -> Hint
+    a cancel, or the server saying that a client no longer listens    -> CancelSession
+    the server saying that some connection ended                      -> Suspicion
     a question for a trace   answered from trace.py; no event
 
 Answer frames, cancels and clients that are gone are handled where they arrive, before anything that waits in a queue. Otherwise the
@@ -21,7 +21,7 @@ import orjson
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.coordinator.continuity import Continuity
-from mesh.coordinator.core.events import Cancel, Hint, Result
+from mesh.coordinator.core.events import CancelSession, Result, Suspicion
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.jobs import Jobs
@@ -125,7 +125,7 @@ class Intake:
             return
         self._jobs.require_room(request)
         job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=(message.attempt or 0) + 1)
-        job.start = job.told = len(message.given)
+        job.start = job.delivered = len(message.given)
         await self._jobs.begin(job)
 
     async def _on_passed_on(self, received: Received) -> None:
@@ -152,7 +152,7 @@ class Intake:
                 await self._jobs.drop(id)  # the client has more tokens than the record that was taken over: the client's tokens count
                 return False
             job.message = job.message.model_copy(update={"stream": message.stream})
-            job.reply, job.start, job.told = reply, has, has
+            job.reply, job.start, job.delivered = reply, has, has
             job.epoch = max(job.epoch, (message.attempt or 0) + 1)
             self._continuity.recorder.touch(id)
             if message.stream:
@@ -181,17 +181,17 @@ class Intake:
     # -- ends and hints ------------------------------------------------------------------------------------------------
 
     def _on_cancel(self, data: bytes) -> None:
-        self._driver.handle_now(Cancel(messages.Cancel.parse(data).request))
+        self._driver.handle_now(CancelSession(messages.Cancel.parse(data).request))
 
     def _on_unheard(self, subject: str) -> None:
         """The client of a session no longer listens."""
         if self._driver.connected_for_s() > _RECONNECTED_S:
-            self._driver.handle_now(Cancel(subject.rpartition(".")[2], gone=True))
+            self._driver.handle_now(CancelSession(subject.rpartition(".")[2], gone=True))
 
     async def _on_disconnect(self, received: Received) -> None:
         """A shard's connection has ended. Only a hint: the core finds out whose it was."""
         if _SHARD_CLIENT in received.data:
-            await self._driver.handle(Hint())
+            await self._driver.handle(Suspicion())
 
     # -- traces --------------------------------------------------------------------------------------------------------
 

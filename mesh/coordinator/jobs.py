@@ -9,8 +9,8 @@ from collections import OrderedDict
 from dataclasses import replace
 
 from mesh.bus import Bus
-from mesh.coordinator.core.events import Cancel, Finish, Submit
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.events import CancelSession, FinishSession, Submit
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.records import SessionRecord
@@ -66,7 +66,7 @@ class Jobs:
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
 
-    def require_room(self, request: Request) -> None:
+    def require_room(self, request: GenerationRequest) -> None:
         """Busy where this request and those that are held would take more than the pool."""
         pool = self._pool_bytes
         if pool is None:
@@ -83,12 +83,12 @@ class Jobs:
         self.table[job.request.id] = job
         await self._driver.handle(Submit(job.request))
         if job.stopped:  # by the tokens that came with the request
-            await self._driver.handle(Finish(job.request.id))
+            await self._driver.handle(FinishSession(job.request.id))
 
     async def drop(self, session: str) -> None:
         """End a session here without telling its client."""
         self.table.pop(session, None)
-        await self._driver.handle(Cancel(session))
+        await self._driver.handle(CancelSession(session))
 
     async def resume(self, record: SessionRecord, revision: int, asked: messages.Generate | None, reply: str) -> None:
         """Go on with a session that another coordinator began and that belongs to this one now. `asked`, `reply`: where its client has
@@ -108,7 +108,7 @@ class Jobs:
             await self._outbox.send()
             return
         job = Job.of(message, replace(request, resumed=True), reply, self._tokenizer, digest=record.digest, epoch=record.epoch)
-        job.start, job.told, job.revision = start, start, revision
+        job.start, job.delivered, job.revision = start, start, revision
         await self.begin(job)
 
     async def lose(self, session: str, record: SessionRecord) -> None:
@@ -121,5 +121,5 @@ class Jobs:
         if record.answer is not None:
             await self._bus.publish(job.reply, record.answer.encode())
         elif record.owner is not None and record.reply != job.reply:
-            asked = job.message.model_copy(update={"session": session, "given": tuple(token.id for token in job.tokens[: job.told])})
+            asked = job.message.model_copy(update={"session": session, "given": tuple(token.id for token in job.tokens[: job.delivered])})
             await self._bus.publish(subjects.generate_at(self._manifest.name, record.owner), asked.to_bytes(), reply=job.reply)

@@ -140,8 +140,8 @@ class Outbox:
     def _sent(self, item: _Outgoing | FrameOut) -> None:
         if isinstance(item, _Outgoing) and item.token_of is not None:
             job, index = item.token_of
-            if index == job.told:
-                job.told += 1
+            if index == job.delivered:
+                job.delivered += 1
 
     def _not_sent(self, item: _Outgoing | FrameOut, error: MeshError) -> None:
         log.warning("%s", error)

@@ -80,8 +80,8 @@ def digest_of(message: Generate) -> str:
 
 
 @dataclass(slots=True)
-class _Kept:
-    """A session's record as it is kept here. `revision` 0: not written yet."""
+class PendingWrite:
+    """A session's record as it is pending here. `revision` 0: not written yet."""
 
     snapshot: Callable[[], SessionRecord]
     revision: int
@@ -105,7 +105,7 @@ class Recorder:
         self.counters: Counter[str] = Counter()
         self._prefix = subjects.token(model)
         self._on_lost = on_lost
-        self._kept: dict[str, _Kept] = {}
+        self._pending: dict[str, PendingWrite] = {}
         self._finished: OrderedDict[str, tuple[float, int]] = OrderedDict()  # session -> (when, revision)
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITERS)
@@ -120,7 +120,7 @@ class Recorder:
             await end_tasks(self._task)
 
     def __contains__(self, session: str) -> bool:
-        return session in self._kept
+        return session in self._pending
 
     def key(self, session: str) -> str:
         return f"{self._prefix}.{session}"
@@ -129,51 +129,51 @@ class Recorder:
 
     def keep(self, session: str, snapshot: Callable[[], SessionRecord], *, revision: int = 0) -> None:
         """Write it down from now on. `snapshot` is called when it is written."""
-        self._kept[session] = _Kept(snapshot, revision)
+        self._pending[session] = PendingWrite(snapshot, revision)
         self._finished.pop(session, None)
         self._wake.set()
 
     def touch(self, session: str) -> None:
         """It has changed."""
-        kept = self._kept.get(session)
-        if kept is not None and not kept.dirty:
-            kept.dirty = True
+        pending = self._pending.get(session)
+        if pending is not None and not pending.dirty:
+            pending.dirty = True
             self._wake.set()
 
     def touch_all(self) -> None:
         """See at once whether they are still ours."""
-        for kept in self._kept.values():
-            kept.dirty, kept.due_at = True, 0.0
+        for pending in self._pending.values():
+            pending.dirty, pending.due_at = True, 0.0
         self._wake.set()
 
     def end(self, session: str, last: SessionRecord | None) -> None:
         """It has ended: write `last`, which has its answer, or delete it."""
-        kept = self._kept.get(session)
-        if kept is None:
+        pending = self._pending.get(session)
+        if pending is None:
             return
-        unwritten = last is None and not kept.revision and not kept.writing
-        if unwritten or len(self._kept) > WAITING:  # more than that have ended while nothing could be written: the bucket forgets them
-            del self._kept[session]
+        unwritten = last is None and not pending.revision and not pending.writing
+        if unwritten or len(self._pending) > WAITING:  # more than that have ended while nothing could be written: the bucket forgets them
+            del self._pending[session]
             return
-        kept.dirty, kept.over, kept.ended, kept.due_at = True, True, last, 0.0
+        pending.dirty, pending.over, pending.ended, pending.due_at = True, True, last, 0.0
         self._wake.set()
 
     def forget(self, session: str) -> None:
         """It is another's."""
-        self._kept.pop(session, None)
+        self._pending.pop(session, None)
 
     async def release(self, timeout_s: float) -> set[str]:
         """Give every session to whoever takes it: those that are written down so."""
         await self.stop()
         written: set[str] = set()
 
-        async def one(session: str, kept: _Kept) -> None:
+        async def one(session: str, pending: PendingWrite) -> None:
             try:
-                if kept.over:
-                    await self._write_once(session, kept)
+                if pending.over:
+                    await self._write_once(session, pending)
                     return
-                record = kept.snapshot().model_copy(update={"owner": None})
-                if await self.bucket.update(self.key(session), record.to_bytes(), revision=kept.revision) is not None:
+                record = pending.snapshot().model_copy(update={"owner": None})
+                if await self.bucket.update(self.key(session), record.to_bytes(), revision=pending.revision) is not None:
                     written.add(session)
             except MeshError as error:
                 log.warning("handing over session %s: %s", session, error)
@@ -182,7 +182,7 @@ class Recorder:
             async with asyncio.timeout(timeout_s):
                 for _ in range(WRITERS):  # those that are being written
                     await self._slots.acquire()
-                await asyncio.gather(*(one(session, kept) for session, kept in list(self._kept.items())))
+                await asyncio.gather(*(one(session, pending) for session, pending in list(self._pending.items())))
         except TimeoutError:
             log.warning("handing over sessions: not all were written down within %g s", timeout_s)
         return written
@@ -212,16 +212,16 @@ class Recorder:
             now = time.monotonic()
             wait_s = REFRESH_S
             if now >= self._paused_until:
-                for session, kept in list(self._kept.items()):
-                    due_at = kept.due_at if kept.dirty else kept.written_at + REFRESH_S
-                    if kept.writing:
+                for session, pending in list(self._pending.items()):
+                    due_at = pending.due_at if pending.dirty else pending.written_at + REFRESH_S
+                    if pending.writing:
                         continue
                     if due_at > now:
                         wait_s = min(wait_s, due_at - now)
                         continue
                     await self._slots.acquire()
-                    kept.writing, kept.dirty = True, False
-                    self.bucket.bus.spawn(self._write(session, kept), "writing a session record")
+                    pending.writing, pending.dirty = True, False
+                    self.bucket.bus.spawn(self._write(session, pending), "writing a session record")
             else:
                 wait_s = self._paused_until - now
             await self._clear_finished(now)
@@ -232,62 +232,62 @@ class Recorder:
             except TimeoutError:
                 continue
 
-    async def _write(self, session: str, kept: _Kept) -> None:
+    async def _write(self, session: str, pending: PendingWrite) -> None:
         try:
-            await self._write_once(session, kept)
+            await self._write_once(session, pending)
         except MeshError as error:
             self.counters["failed"] += 1
             log.debug("session record %s: %s", session, error)
-            kept.dirty = True
+            pending.dirty = True
             self._paused_until = time.monotonic() + _PAUSE_S
         finally:
-            kept.writing = False
+            pending.writing = False
             self._slots.release()
             self._wake.set()
 
-    async def _write_once(self, session: str, kept: _Kept) -> None:
-        over = kept.over
-        record = kept.ended if over else kept.snapshot()
+    async def _write_once(self, session: str, pending: PendingWrite) -> None:
+        over = pending.over
+        record = pending.ended if over else pending.snapshot()
         data = b"" if record is None else record.to_bytes()
         if len(data) > min(SessionRecord.limit_bytes, self.bucket.bus.max_payload - _HEADERS_BYTES):
             self.counters["too_large"] += 1
             if not over:
-                kept.due_at = float("inf")
+                pending.due_at = float("inf")
                 return
             record = None
         now = time.monotonic()
-        kept.written_at = now
-        kept.due_at = now + max(EVERY_S, min(len(self._kept) / RECORDS_PER_S, RARELY_S), len(data) / BYTES_PER_S)
+        pending.written_at = now
+        pending.due_at = now + max(EVERY_S, min(len(self._pending) / RECORDS_PER_S, RARELY_S), len(data) / BYTES_PER_S)
         if record is None:
-            if kept.revision:
-                await self.bucket.delete(self.key(session), revision=kept.revision)
-            self._done(session, kept)
+            if pending.revision:
+                await self.bucket.delete(self.key(session), revision=pending.revision)
+            self._done(session, pending)
             return
-        revision = await self.bucket.update(self.key(session), data, revision=kept.revision)
+        revision = await self.bucket.update(self.key(session), data, revision=pending.revision)
         if revision is None:
-            await self._conflict(session, kept)
+            await self._conflict(session, pending)
             return
-        kept.revision = revision
+        pending.revision = revision
         self.counters["written"] += 1
         if over:
-            self._done(session, kept)
+            self._done(session, pending)
             self._finished[session] = (now, revision)
 
-    async def _conflict(self, session: str, kept: _Kept) -> None:
+    async def _conflict(self, session: str, pending: PendingWrite) -> None:
         """The key is not as this side left it: gone with its server, written by a write whose answer was lost, or another's."""
         found = await self.read(session)
         if found is None:
-            kept.revision, kept.dirty, kept.due_at = 0, True, 0.0
-        elif found[0].owner == self.instance or (found[0].answer is not None and kept.over):
-            kept.revision, kept.dirty, kept.due_at = found[1], True, 0.0
-        elif self._kept.get(session) is kept:
-            del self._kept[session]
+            pending.revision, pending.dirty, pending.due_at = 0, True, 0.0
+        elif found[0].owner == self.instance or (found[0].answer is not None and pending.over):
+            pending.revision, pending.dirty, pending.due_at = found[1], True, 0.0
+        elif self._pending.get(session) is pending:
+            del self._pending[session]
             self.counters["lost"] += 1
             self._on_lost(session, found[0])
 
-    def _done(self, session: str, kept: _Kept) -> None:
-        if self._kept.get(session) is kept and kept.over:
-            del self._kept[session]
+    def _done(self, session: str, pending: PendingWrite) -> None:
+        if self._pending.get(session) is pending and pending.over:
+            del self._pending[session]
 
     async def _clear_finished(self, now: float) -> None:
         """Delete answers nobody asked for again. Another's newer record of the same name is left."""

@@ -23,17 +23,17 @@ from typing import Any
 import orjson
 
 from mesh.coordinator.core.events import Ended
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.model.tokenizer import TextStream, Tokenizer
 from mesh.protocol import messages
 
-__all__ = ["EPOCH_HEADER", "HopMeter", "Job", "Token"]
+__all__ = ["EPOCH_HEADER", "HopMeter", "Job", "SampledToken"]
 
 EPOCH_HEADER = "Mesh-Epoch"
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class SampledToken:
     """A sampled token as the last stage reports it."""
 
     id: int
@@ -80,17 +80,17 @@ class Job:
     it; `told`: so many it has, or has been sent; `revision`: of its record, 0 where there is none."""
 
     message: messages.Generate
-    request: Request
+    request: GenerationRequest
     reply: str  # where answers go
     text: TextStream | None
     tokenizer: Tokenizer | None
     digest: str = ""
     epoch: int = 1
     start: int = 0
-    told: int = 0
+    delivered: int = 0
     revision: int = 0
     began: float = field(default_factory=time.perf_counter)
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text each token made readable
     held: str = ""  # text that may be the beginning of a stop text
@@ -99,12 +99,19 @@ class Job:
 
     @classmethod
     def of(
-        cls, message: messages.Generate, request: Request, reply: str, tokenizer: Tokenizer | None, *, digest: str = "", epoch: int = 1
+        cls,
+        message: messages.Generate,
+        request: GenerationRequest,
+        reply: str,
+        tokenizer: Tokenizer | None,
+        *,
+        digest: str = "",
+        epoch: int = 1,
     ) -> Job:
         """With the tokens that the request is `given`, as if they had been generated here."""
         job = cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer, digest, epoch)
-        for id in request.given:
-            job._take(Token(id))
+        for id in request.prefix:
+            job._take(SampledToken(id))
         return job
 
     def accepted(self, model: str, cancel: str) -> bytes:
@@ -113,7 +120,7 @@ class Job:
     def waiting(self, place: int) -> bytes:
         return self._dump({"waiting": place})
 
-    def push(self, token: Token) -> tuple[bytes | None, bool]:
+    def push(self, token: SampledToken) -> tuple[bytes | None, bool]:
         """Take a token; its document (None: the client has it already), and whether a stop text is complete with it."""
         self._take(token)
         self.token_times.append(time.perf_counter())
@@ -157,7 +164,7 @@ class Job:
             answer["logprobs"] = [self._logprobs(token) for token in self.tokens]
         return answer
 
-    def _take(self, token: Token) -> None:
+    def _take(self, token: SampledToken) -> None:
         self.tokens.append(token)
         self.pieces.append(self._release("" if self.text is None else self.text.push(token.id)))
 
@@ -171,7 +178,7 @@ class Job:
     def _dump(self, document: dict[str, Any]) -> bytes:
         return orjson.dumps({**document, "epoch": self.epoch, "done": False})
 
-    def _logprobs(self, token: Token) -> dict[str, Any]:
+    def _logprobs(self, token: SampledToken) -> dict[str, Any]:
         """`piece` is a token's own text, None for a model without a tokenizer."""
         piece = self.tokenizer.piece if self.tokenizer is not None else lambda id: None
         top = [{"token": i, "logprob": p, "piece": piece(i)} for i, p in token.top]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ _INLINE_CHARACTERS = 2000
 """Longer texts are tokenized in a thread: the event loop carries everyone's tokens."""
 
 
-async def prepare(message: messages.Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> Request:
+async def prepare(message: messages.Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> GenerationRequest:
     """BadRequest or PromptTooLong, naming the field. The ranges of sampling fields are checked by the shard that samples."""
     if message.tokens is not None:
         tokens, field = list(message.tokens), "tokens"
@@ -52,8 +52,8 @@ async def prepare(message: messages.Generate, id: str, manifest: Manifest, token
     values = message.model_dump(include=set(messages.Sampling.model_fields) - {"seed"})
     sampling = messages.Sampling(**values, seed=secrets.randbits(62) if message.seed is None else message.seed)
     # log probabilities of what was given are known to nobody: all is computed again
-    given = message.given if message.logprobs is None else ()
-    return Request(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), given)
+    prefix = message.given if message.logprobs is None else ()
+    return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix)
 
 
 def _tokenize(message: messages.Generate, tokenizer: Tokenizer) -> list[int]:

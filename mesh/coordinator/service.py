@@ -19,7 +19,7 @@ from mesh.bus import Bus, Endpoint, Service, announce, end_tasks, keep_events
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core.events import FrameLost
-from mesh.coordinator.core.expectations import Expected
+from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.routing import Strategy
 from mesh.coordinator.driver import CoreDriver
@@ -69,7 +69,7 @@ class CoordinatorOptions:
     open_timeout_s: float = 2.0
     flags: Flags = EXACT
     health_check_interval_s: float = 3.0
-    expected: Expected | None = None
+    expected: ExpectedShards | None = None
     pool_bytes: int | None = None
 
 
@@ -131,7 +131,7 @@ class Coordinator:
             model_hash=model_hash,
             name=self.name,
             instance=secrets.token_hex(6),
-            beat_ttl_s=min(max(_HEARTBEAT_TTL_S, _HEARTBEATS_MISSED * options.health_check_interval_s), _LONGEST_TTL_S),
+            heartbeat_ttl_s=min(max(_HEARTBEAT_TTL_S, _HEARTBEATS_MISSED * options.health_check_interval_s), _LONGEST_TTL_S),
             random=Random(secrets.randbits(64)),
             announce=self._announce_soon,
         )
@@ -234,7 +234,7 @@ class Coordinator:
         await self.outbox.send()
         if self.bus.connected:
             await self.shards.close_all(self.name)
-            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(leaving=True))
+            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.heartbeat(leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         self.driver.stop()
         await self.shards.stop()
@@ -258,7 +258,7 @@ class Coordinator:
     def _heartbeat(self) -> messages.Beat:
         """With the keys of the sessions that hold rows: shards close what is missing twice."""
         keys = self.core.session_keys()
-        return self.continuity.beat().model_copy(update={"sessions": keys if len(keys) <= _HEARTBEAT_SESSIONS else None})
+        return self.continuity.heartbeat().model_copy(update={"sessions": keys if len(keys) <= _HEARTBEAT_SESSIONS else None})
 
     def _on_connection(self, connected: bool) -> None:
         if connected:

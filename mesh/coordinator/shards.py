@@ -9,8 +9,8 @@ import logging
 
 from mesh.bus import Bucket, Bus, LeaseTable
 from mesh.coordinator.continuity import Announce
-from mesh.coordinator.core.events import Answered, Ask, CloseRow, Event, Opened, OpenRefused, OpenRow, ReplicaGone, ReplicaSeen
-from mesh.coordinator.core.expectations import Expected
+from mesh.coordinator.core.events import CloseRow, Event, Opened, OpenRefused, OpenRow, Probe, ProbeAnswered, ReplicaGone, ReplicaSeen
+from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.outbox import Outbox
@@ -45,7 +45,7 @@ class Shards:
         model: str,
         model_hash: str,
         coordinator: str,
-        expected: Expected | None,
+        expected: ExpectedShards | None,
         open_timeout_s: float,
     ) -> None:
         self._bus = bus
@@ -146,7 +146,7 @@ class Shards:
 
     # -- whether they live ---------------------------------------------------------------------------------------------
 
-    async def ask(self, effect: Ask) -> None:
+    async def probe(self, effect: Probe) -> None:
         """Find out whether a shard lives, and which steps it has. Where nothing is answered the core asks again."""
         ping = messages.Ping(coordinator=self._coordinator)
         try:
@@ -156,7 +156,7 @@ class Shards:
         except (DeadlineExceeded, Unavailable) as error:
             log.debug("asking %s: %s", effect.shard, error)
         else:
-            await self._driver.handle(Answered(effect.shard, effect.asked_at, frozenset(pong.pending)))
+            await self._driver.handle(ProbeAnswered(effect.shard, effect.asked_at, frozenset(pong.pending)))
 
     async def _gone(self, shard: str) -> None:
         """Nobody listens on a shard's subject: the shard is gone, unless this coordinator has only just reconnected."""

@@ -43,7 +43,7 @@ def end(
         Ended(
             session.id,
             reason,
-            session.given,
+            session.generated,
             started - session.submitted_at,
             first,
             state.now - session.submitted_at,

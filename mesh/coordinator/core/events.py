@@ -6,49 +6,52 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mesh.coordinator.core.routing import Replica, Route
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import MeshError
 from mesh.types import LayerRange
 
 __all__ = [
     "Admitted",
-    "Answered",
-    "Ask",
-    "Cancel",
+    "Announcement",
+    "CancelSession",
     "CloseRow",
     "Connection",
     "Effect",
     "Emit",
     "Ended",
     "Event",
-    "Finish",
+    "FinishSession",
+    "FrameKind",
     "FrameLost",
     "FrameOut",
     "FrameRow",
-    "Happened",
-    "Hint",
     "OpenRefused",
     "OpenRow",
     "Opened",
+    "Probe",
+    "ProbeAnswered",
     "Rejected",
     "ReplicaGone",
     "ReplicaSeen",
     "Result",
     "ResultRow",
     "Submit",
+    "Suspicion",
     "Tick",
 ]
+
+FrameKind = Literal["prefill", "decode"]
 
 # -- events ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    request: Request
+    request: GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class CancelSession:
     """The client wants no more, or (`gone`) does not listen any more: if it does after all, it may ask again."""
 
     session: str
@@ -56,8 +59,8 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """What was generated is enough (a stop text was met): as Cancel, but counted as finished."""
+class FinishSession:
+    """What was generated is enough (a stop text was met): as CancelSession, but counted as finished."""
 
     session: str
 
@@ -132,7 +135,7 @@ class FrameLost:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class ProbeAnswered:
     """`shard` lives, as the question of `asked_at` found; of our steps it has `pending` in hand."""
 
     shard: str
@@ -141,7 +144,7 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Hint:
+class Suspicion:
     """Some connection to the server has ended: it may have been a shard's."""
 
 
@@ -158,7 +161,19 @@ class Tick:
 
 
 Event = (
-    Submit | Cancel | Finish | ReplicaSeen | ReplicaGone | Opened | OpenRefused | Result | FrameLost | Answered | Hint | Connection | Tick
+    Submit
+    | CancelSession
+    | FinishSession
+    | ReplicaSeen
+    | ReplicaGone
+    | Opened
+    | OpenRefused
+    | Result
+    | FrameLost
+    | ProbeAnswered
+    | Suspicion
+    | Connection
+    | Tick
 )
 
 # -- effects -----------------------------------------------------------------------------------------------------------
@@ -174,7 +189,7 @@ class OpenRow:
     stage: int
     layers: LayerRange
     shard: str | None
-    request: Request
+    request: GenerationRequest
     keep: int = 0
     mirror: bool = False
 
@@ -189,7 +204,7 @@ class CloseRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Probe:
     """Find out whether `shard` lives and which steps it has: Answered with `asked_at`, ReplicaGone if nobody listens, or nothing."""
 
     shard: str
@@ -197,7 +212,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Happened:
+class Announcement:
     """For people and monitors: an Event of the mesh."""
 
     kind: Literal["suspected", "failed_over"]
@@ -222,7 +237,7 @@ class FrameOut:
     A decode has one token a row."""
 
     frame: int
-    kind: Literal["prefill", "decode"]
+    kind: FrameKind
     route: Route
     rows: tuple[FrameRow, ...]
     last: bool = True
@@ -267,4 +282,4 @@ class Ended:
     error: MeshError | None = None
 
 
-Effect = OpenRow | CloseRow | FrameOut | Ask | Happened | Admitted | Emit | Rejected | Ended
+Effect = OpenRow | CloseRow | FrameOut | Probe | Announcement | Admitted | Emit | Rejected | Ended

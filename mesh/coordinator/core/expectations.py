@@ -9,11 +9,11 @@ from typing import Any
 
 from mesh.coordinator.core.routing import Replica
 
-__all__ = ["Expected"]
+__all__ = ["ExpectedShards"]
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class ExpectedShards:
     """So many layer ranges, each on so many shards."""
 
     ranges: int

@@ -14,7 +14,7 @@ gives its rows back and waits (`mend_torn`).
 from __future__ import annotations
 
 from mesh.coordinator.core import ends, rows
-from mesh.coordinator.core.events import Ask, CloseRow, Happened, OpenRefused
+from mesh.coordinator.core.events import Announcement, CloseRow, OpenRefused, Probe
 from mesh.coordinator.core.session import Act, Session, State
 from mesh.coordinator.core.state import CoreState
 from mesh.errors import MeshError, Unavailable
@@ -126,13 +126,13 @@ def lose_frame(state: CoreState, number: int, keys: frozenset[int] | None = None
 def look_after_frames(state: CoreState) -> None:
     """Frames that are away for too long: probe their shards, suspect those, send the frames again, or give them up."""
     verdict = state.watch.check(state.now)
-    for shard in verdict.ask:
+    for shard in verdict.probe:
         state.counters.asked += 1
-        state.effects.append(Ask(shard, state.now))
+        state.effects.append(Probe(shard, state.now))
     for shard in verdict.silent:
         if state.replicas.suspect(shard):
             state.counters.suspected += 1
-            state.effects.append(Happened("suspected", shard, "it has a step and does not answer"))
+            state.effects.append(Announcement("suspected", shard, "it has a step and does not answer"))
         lose_shard(state, shard)
     for number in (*verdict.lost, *verdict.given_up):
         flight = state.scheduler.flights.get(number)
@@ -198,7 +198,7 @@ def _go_on(state: CoreState, session: Session) -> bool:
         stepped_in = new in session.mirrors.values()
         session.replay = "mirror" if stepped_in and session.replay != "replay" else "replay"
         how = "its mirror stepped in" if stepped_in else "the history is computed again"
-        state.effects.append(Happened("failed_over", str(old), f"session {session.id} goes on at {new}: {how}"))
+        state.effects.append(Announcement("failed_over", str(old), f"session {session.id} goes on at {new}: {how}"))
     if state.mirrors and session.replay == "replay":  # everything is computed again, so a new mirror can follow from the start
         mirrors = {**state.replicas.mirrors(choices, session.positions, state.now), **mirrors}
     session.choices, session.mirrors = choices, mirrors

@@ -24,31 +24,31 @@ from mesh.coordinator.core import ends, losses, rows
 from mesh.coordinator.core.admission import Admission
 from mesh.coordinator.core.events import (
     Admitted,
-    Answered,
-    Cancel,
+    CancelSession,
     CloseRow,
     Connection,
     Effect,
     Emit,
     Event,
-    Finish,
+    FinishSession,
     FrameLost,
     FrameOut,
-    Hint,
     Opened,
     OpenRefused,
+    ProbeAnswered,
     Rejected,
     ReplicaGone,
     ReplicaSeen,
     Result,
     Submit,
+    Suspicion,
     Tick,
 )
 from mesh.coordinator.core.routing import Choice, Replica, Replicas
 from mesh.coordinator.core.scheduler import Flight, Scheduler
-from mesh.coordinator.core.session import Act, Request, Session, SessionView, State
-from mesh.coordinator.core.state import CoreConfig, CoreState, Counters, Pause
-from mesh.coordinator.core.watch import Watch
+from mesh.coordinator.core.session import Act, GenerationRequest, Session, SessionView, State
+from mesh.coordinator.core.state import CoreConfig, CoreCounters, CoreState, Pause
+from mesh.coordinator.core.watch import FrameWatch
 from mesh.errors import BadRequest, Busy, Cancelled, MeshError, PromptTooLong, Unavailable
 
 __all__ = ["Core", "CoreConfig", "Load"]
@@ -77,7 +77,7 @@ class Core:
             replicas,
             Admission(config.queue_limit),
             Scheduler(replicas.chunk_of, replicas.processors_of),
-            Watch(config.step_timeout_s),
+            FrameWatch(config.step_timeout_s),
             mirrors=config.strategy != "queue_group",  # NATS would have to name a second shard
         )
         self._base = random.getrandbits(_BASE_BITS) << _COUNTER_BITS
@@ -93,10 +93,10 @@ class Core:
                 self._result(event)
             case Submit(request):
                 self._submit(request)
-            case Cancel(session, gone):
+            case CancelSession(session, gone):
                 error = Unavailable("nobody listened to the answer: ask again to go on") if gone else Cancelled("the request was cancelled")
                 self._end_by_id(session, Act.CANCEL, "cancelled", error)
-            case Finish(session):
+            case FinishSession(session):
                 self._end_by_id(session, Act.FINISH, "stop", None)
             case ReplicaSeen(replica):
                 if state.replicas.seen(replica):
@@ -118,9 +118,9 @@ class Core:
                 if shard is not None:
                     state.replicas.suspect(shard)
                 losses.lose_frame(state, frame, keys, error)
-            case Answered(shard, asked_at, pending):
+            case ProbeAnswered(shard, asked_at, pending):
                 state.watch.answered(shard, asked_at, pending)
-            case Hint():
+            case Suspicion():
                 state.watch.hurry(now)
             case Connection(online):
                 losses.connection_changed(state, online)
@@ -154,7 +154,7 @@ class Core:
         return not self._state.by_id and not self._state.by_key
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> CoreCounters:
         """To be read only."""
         return self._state.counters
 
@@ -226,7 +226,7 @@ class Core:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, request: GenerationRequest) -> None:
         state = self._state
         state.counters.submitted += 1
         error = self._reason_to_refuse(request)
@@ -244,10 +244,10 @@ class Core:
             state.admission.push_front(session)
         else:
             state.admission.push(session)
-        if session.given >= request.max_tokens:
+        if session.generated >= request.max_tokens:
             ends.end(state, session, Act.FINISH, "length")
 
-    def _reason_to_refuse(self, request: Request) -> MeshError | None:
+    def _reason_to_refuse(self, request: GenerationRequest) -> MeshError | None:
         state = self._state
         longest = state.replicas.longest()
         if request.id in state.by_id:
@@ -351,8 +351,8 @@ class Core:
         state.counters.tokens += 1
         if not session.first_token_at:
             session.first_token_at = state.now
-        state.effects.append(Emit(session.id, session.given - 1, token))
-        if session.given >= request.max_tokens:
+        state.effects.append(Emit(session.id, session.generated - 1, token))
+        if session.generated >= request.max_tokens:
             ends.end(state, session, Act.FINISH, "length")
             return
         session.sent = session.done

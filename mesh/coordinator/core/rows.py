@@ -44,7 +44,7 @@ def begin_if_open(state: CoreState, session: Session) -> None:
             start = min(start, session.filled[shard])
     session.route = route
     session.sent = session.done = start
-    if session.given and start == last:
+    if session.generated and start == last:
         session.act(Act.CAUGHT_UP)
         state.scheduler.resume(session)
     else:

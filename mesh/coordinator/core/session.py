@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from mesh.coordinator.core.routing import Choices, Route, complete
 
-__all__ = ["TERMINAL", "TRANSITIONS", "Act", "IllegalTransition", "Request", "Session", "SessionView", "State"]
+__all__ = ["TERMINAL", "TRANSITIONS", "Act", "GenerationRequest", "IllegalTransition", "Session", "SessionView", "State"]
 
 
 class State(Enum):
@@ -72,7 +72,7 @@ class IllegalTransition(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class GenerationRequest:
     """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends it and is not given.
     `given`: tokens of it that are known already; the first one drawn comes after them. `resumed`: another coordinator began it."""
 
@@ -81,7 +81,7 @@ class Request:
     max_tokens: int
     sampling: Any
     stop_ids: frozenset[int] = frozenset()
-    given: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
     resumed: bool = False
 
 
@@ -105,7 +105,7 @@ class SessionView:
 class Session:
     """Times are the `now` of the events that set them, seconds; 0 where that has not happened."""
 
-    request: Request
+    request: GenerationRequest
     number: int  # unique in this coordinator; orders sessions by arrival
     submitted_at: float
     state: State = State.QUEUED
@@ -131,7 +131,7 @@ class Session:
 
     def __post_init__(self) -> None:
         if not self.history:
-            self.history = [*self.request.prompt, *self.request.given]
+            self.history = [*self.request.prompt, *self.request.prefix]
 
     @property
     def id(self) -> str:
@@ -148,7 +148,7 @@ class Session:
         return (*(choice.shard for choice in self.choices or () if choice.shard is not None), *self.mirrors.values())
 
     @property
-    def given(self) -> int:
+    def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.history) - len(self.request.prompt)
 
@@ -167,7 +167,7 @@ class Session:
             self.id,
             self.state.value,
             tuple(choice.shard for choice in self.choices or ()),
-            self.given,
+            self.generated,
             self.done if self.state is State.PREFILLING else len(self.request.prompt),
             (self.started_at or now) - since,
             first - since if first else None,
@@ -186,7 +186,7 @@ class Session:
         """Raise AssertionError if what is held does not fit the state."""
         prompt = self.request.prompt
         assert tuple(self.history[: len(prompt)]) == prompt, "the history no longer begins with the prompt"
-        assert self.given <= self.request.max_tokens
+        assert self.generated <= self.request.max_tokens
         assert 0 <= self.done <= self.sent <= len(self.history)
         assert self.in_flight >= 0
         if self.state is State.QUEUED:
@@ -199,4 +199,4 @@ class Session:
             assert self.choices is not None and self.route is not None and self.route == complete(self.choices)
             assert sorted(self.rows) == list(range(len(self.route)))
         if self.state is State.DECODING:
-            assert self.in_flight <= 1 and self.given >= 1
+            assert self.in_flight <= 1 and self.generated >= 1

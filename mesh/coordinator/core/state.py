@@ -11,9 +11,9 @@ from mesh.coordinator.core.events import Effect
 from mesh.coordinator.core.routing import Replicas, Strategy
 from mesh.coordinator.core.scheduler import Scheduler
 from mesh.coordinator.core.session import Session
-from mesh.coordinator.core.watch import Watch
+from mesh.coordinator.core.watch import FrameWatch
 
-__all__ = ["CoreConfig", "CoreState", "Counters", "Pause"]
+__all__ = ["CoreConfig", "CoreCounters", "CoreState", "Pause"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Pause:
 
 
 @dataclass(slots=True)
-class Counters:
+class CoreCounters:
     """Since the start. late: answers for frames or sessions that were no longer waited for. suspected: shards that did not answer.
     failovers: sessions that lost a shard in the middle and went on. asked: probes of shards."""
 
@@ -70,8 +70,8 @@ class CoreState:
     replicas: Replicas
     admission: Admission
     scheduler: Scheduler
-    watch: Watch
-    counters: Counters = field(default_factory=Counters)
+    watch: FrameWatch
+    counters: CoreCounters = field(default_factory=CoreCounters)
     pauses: deque[Pause] = field(default_factory=lambda: deque(maxlen=512))
     by_id: dict[str, Session] = field(default_factory=dict)  # the sessions that have not ended
     by_key: dict[int, Session] = field(default_factory=dict)  # those with rows, open or asked for; they may have ended

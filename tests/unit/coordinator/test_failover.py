@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from fake_stages import FakeMesh, expected
 
-from mesh.coordinator.core.events import Answered, Ask, Connection, Happened, Hint, ReplicaGone, Tick
+from mesh.coordinator.core.events import Announcement, Connection, Probe, ProbeAnswered, ReplicaGone, Suspicion, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import Unavailable
 from mesh.types import LayerRange
 
@@ -24,8 +24,8 @@ def make(*, replicas: int = 2, mirror: bool = False, rows: int = 8) -> FakeMesh:
     return mesh
 
 
-def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, until: int = 5) -> Request:
-    request = Request("r", tuple(number % 50 for number in range(prompt)), most, None)
+def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, until: int = 5) -> GenerationRequest:
+    request = GenerationRequest("r", tuple(number % 50 for number in range(prompt)), most, None)
     mesh.submit(request)
     while len(mesh.tokens["r"]) < until:
         assert mesh.deliver(random)
@@ -144,7 +144,7 @@ def test_a_connection_that_ends_is_a_reason_to_ask_at_once():
     mesh, random = make(), Random(5)
     request = begin(mesh, random)
     mesh.kill(route(mesh)[0], noticed=False)
-    mesh.event(Hint())
+    mesh.event(Suspicion())
     mesh.settle(random)
     assert mesh.tokens["r"] == expected(request) and mesh.now == 0.0
 
@@ -162,7 +162,7 @@ def test_a_shard_that_does_not_answer_is_left_and_its_late_frames_change_nothing
     mesh.settle(random)
     assert mesh.tokens["r"] == expected(request)
     assert mesh.core.counters.late > late and mesh.core.counters.suspected == 1
-    assert not mesh.shards[slow].seats
+    assert not mesh.shards[slow].reservations
 
 
 def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
@@ -175,10 +175,10 @@ def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
     for _ in range(40):
         mesh.now += 0.1
         mesh.event(Tick())
-        asks = [(pair, message) for pair, box in mesh.boxes.items() for message in box if isinstance(message, Ask)]
+        asks = [(pair, message) for pair, box in mesh.boxes.items() for message in box if isinstance(message, Probe)]
         mesh.boxes = {}
         for pair, message in asks:
-            mesh.event(Answered(pair[1], message.asked_at, frozenset((number,)) if pair[1].startswith("s0") else frozenset()))
+            mesh.event(ProbeAnswered(pair[1], message.asked_at, frozenset((number,)) if pair[1].startswith("s0") else frozenset()))
     assert mesh.core.counters.restarts == 0
     mesh.boxes = held
     mesh.settle(random)
@@ -221,7 +221,7 @@ def test_a_shard_that_drains_is_left_at_once_where_another_can_take_over(mirror)
     mesh.lease(leaving, draining=True)
     assert leaving not in route(mesh)
     mesh.settle(random)
-    assert not mesh.shards[leaving].seats
+    assert not mesh.shards[leaving].reservations
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.failovers == 1
 
 
@@ -248,5 +248,5 @@ def test_failovers_and_suspicions_are_told():
     begin(mesh, random)
     session = mesh.session("r")
     dead = session.route[2].shard
-    told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Happened)]
+    told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Announcement)]
     assert [(event.kind, event.who) for event in told] == [("failed_over", dead)]

@@ -6,7 +6,7 @@ from mesh.coordinator.core.events import FrameOut
 from mesh.coordinator.core.pace import REVIEW_AFTER, Pace
 from mesh.coordinator.core.routing import Hop
 from mesh.coordinator.core.scheduler import Scheduler
-from mesh.coordinator.core.session import Request, Session, State
+from mesh.coordinator.core.session import GenerationRequest, Session, State
 from mesh.types import LayerRange
 
 CHUNK = 256
@@ -14,7 +14,7 @@ ROUTE = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "b"))
 
 
 def session(number: int, prompt: int, state: State) -> Session:
-    made = Session(Request(f"s{number}", tuple(range(prompt)), 1000, None), number, 0.0, state=state)
+    made = Session(GenerationRequest(f"s{number}", tuple(range(prompt)), 1000, None), number, 0.0, state=state)
     made.route, made.rows = ROUTE, {0: number, 1: number}
     return made
 

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from fake_stages import FakeMesh, expected
 
-from mesh.coordinator.core.events import Cancel, FrameOut, Tick
+from mesh.coordinator.core.events import CancelSession, FrameOut, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
-from mesh.coordinator.core.session import TERMINAL, TRANSITIONS, Act, IllegalTransition, Request, Session, State
+from mesh.coordinator.core.session import TERMINAL, TRANSITIONS, Act, GenerationRequest, IllegalTransition, Session, State
 from mesh.errors import Busy, PromptTooLong, Unavailable
 from mesh.types import LayerRange
 
@@ -26,8 +26,8 @@ def make(
     return mesh
 
 
-def ask(mesh: FakeMesh, name: str, prompt: int, most: int) -> Request:
-    request = Request(name, tuple(range(prompt)), most, None)
+def ask(mesh: FakeMesh, name: str, prompt: int, most: int) -> GenerationRequest:
+    request = GenerationRequest(name, tuple(range(prompt)), most, None)
     mesh.submit(request)
     return request
 
@@ -40,7 +40,7 @@ def run_until(mesh: FakeMesh, condition, random: Random) -> None:
 def test_every_transition_is_in_the_table_and_no_other_is_possible():
     for state in State:
         for act in Act:
-            session = Session(Request("a", (1,), 1, None), 1, 0.0, state=state)
+            session = Session(GenerationRequest("a", (1,), 1, None), 1, 0.0, state=state)
             if act in TRANSITIONS[state]:
                 session.act(act)
                 assert session.state is TRANSITIONS[state][act]
@@ -175,7 +175,7 @@ def test_a_cancelled_session_keeps_its_row_until_its_frame_is_back():
     mesh, random = make(rows=1), Random(7)
     ask(mesh, "first", 3, 50)
     run_until(mesh, lambda: len(mesh.tokens["first"]) == 3 and len(mesh.flights) == 1, random)
-    mesh.event(Cancel("first"))
+    mesh.event(CancelSession("first"))
     second = ask(mesh, "second", 3, 5)
     assert mesh.session("second").state is State.QUEUED
     mesh.settle(random)

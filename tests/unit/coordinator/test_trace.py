@@ -8,7 +8,7 @@ import pytest
 from mesh.coordinator import trace as module
 from mesh.coordinator.core.events import Ended, FrameOut, FrameRow
 from mesh.coordinator.core.routing import Hop, Route
-from mesh.coordinator.core.session import Request, Session, SessionView
+from mesh.coordinator.core.session import GenerationRequest, Session, SessionView
 from mesh.coordinator.trace import Traces
 from mesh.protocol.frame_codec import Timing
 from mesh.types import LayerRange
@@ -19,7 +19,7 @@ TIMINGS = (Timing(1000, 2000, 500), Timing(0, 4000, 500))  # 8 ms in the stages
 
 
 def session(id: str = "s", now: float = 2.0) -> SessionView:
-    return Session(Request(id, (1, 2, 3), 1000, None), 1, submitted_at=0.0).view(now)
+    return Session(GenerationRequest(id, (1, 2, 3), 1000, None), 1, submitted_at=0.0).view(now)
 
 
 def frame(kind: str, route: Route = ROUTE) -> FrameOut:
