@@ -111,16 +111,21 @@ def lose_frame(state: CoreState, number: int, keys: frozenset[int] | None = None
         state.counters.late += 1
         return
     everyone = frozenset(session.key for session in flight.sessions)
-    dropped = state.scheduler.drop(number, everyone if keys is None else keys)
-    if number not in state.scheduler.flights:
-        state.watch.dropped(number)
-    for session in dropped:
+    for session in _drop(state, number, everyone if keys is None else keys):
         if session.ended:
             ends.settle(state, session)
         elif error is not None:
             ends.end(state, session, Act.FAIL, "error", error)
         else:
             lose(state, session)
+
+
+def _drop(state: CoreState, number: int, keys: frozenset[int]) -> list[Session]:
+    """Wait no more for these rows of a frame: their sessions."""
+    dropped = state.scheduler.drop(number, keys)
+    if number not in state.scheduler.flights:
+        state.watch.dropped(number)
+    return dropped
 
 
 def look_after_frames(state: CoreState) -> None:
@@ -162,11 +167,8 @@ def lose(state: CoreState, session: Session, *, blame: bool = True) -> None:
                     state.replicas.suspect(choice.shard)
     state.scheduler.leave(session)
     for number, flight in list(state.scheduler.flights.items()) if session.in_flight else ():
-        if session in flight.sessions and len(flight.sessions) == 1:
-            state.scheduler.landed(number)
-            state.watch.dropped(number)
-        elif session in flight.sessions:
-            state.scheduler.drop(number, frozenset((session.key,)))
+        if session in flight.sessions:
+            _drop(state, number, frozenset((session.key,)))
     session.act(Act.LOST)
     session.sent = session.done = 0
     session.restarts += 1

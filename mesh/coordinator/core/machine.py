@@ -315,11 +315,10 @@ class Core:
 
     def _result(self, event: Result) -> None:
         state = self._state
-        flight = state.scheduler.landed(event.frame)
+        flight = state.scheduler.landed(event.frame, state.watch.landed(event.frame, state.now) - event.waited_s)
         if flight is None:
             state.counters.late += 1
             return
-        state.scheduler.measured(flight, state.watch.landed(event.frame, state.now) - event.waited_s)
         answers = {row.key: row for row in event.rows}
         for session, sent in zip(flight.sessions, flight.out.rows, strict=True):
             if session.ended:

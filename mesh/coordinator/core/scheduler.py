@@ -119,8 +119,20 @@ class Scheduler:
 
     # -- frames --------------------------------------------------------------------------------------------------------
 
-    def landed(self, frame: int) -> Flight | None:
-        """A frame is back, or given up; None if it was already."""
+    def landed(self, frame: int, service_s: float) -> Flight | None:
+        """A frame is back; None if it was not waited for. service_s: how long it was away, less what it waited behind other work."""
+        flight = self._take_off(frame)
+        pace = None if flight is None else self._paces.get(flight.out.route)
+        if flight is None or pace is None:
+            return flight
+        if flight.decode:
+            pace.step(service_s)
+        elif flight.chunk:
+            pace.chunk(len(flight.out.rows[0].tokens), flight.chunk, service_s)
+        return flight
+
+    def _take_off(self, frame: int) -> Flight | None:
+        """A frame is no longer out."""
         flight = self._flights.pop(frame, None)
         if flight is None:
             return None
@@ -141,16 +153,6 @@ class Scheduler:
         self._touched[route] = None
         return flight
 
-    def measured(self, flight: Flight, service_s: float) -> None:
-        """How long a frame that has landed was away, less what it waited behind other work."""
-        pace = self._paces.get(flight.out.route)
-        if pace is None:
-            return
-        if flight.decode:
-            pace.step(service_s)
-        elif flight.chunk:
-            pace.chunk(len(flight.out.rows[0].tokens), flight.chunk, service_s)
-
     def drop(self, frame: int, keys: frozenset[int]) -> list[Session]:
         """Some rows of a frame will not come back: their sessions. The others are still under way."""
         flight = self._flights.get(frame)
@@ -158,7 +160,7 @@ class Scheduler:
             return []
         dropped = [session for session in flight.sessions if session.key in keys]
         if len(dropped) == len(flight.sessions):
-            self.landed(frame)
+            self._take_off(frame)
             return dropped
         kept = [index for index, session in enumerate(flight.sessions) if session.key not in keys]
         out = replace(flight.out, rows=tuple(flight.out.rows[index] for index in kept))

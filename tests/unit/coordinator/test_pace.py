@@ -31,10 +31,8 @@ def chunks_beside_a_decoder(prompt: int, *, step_s: float, token_s: float, decod
     out: list[FrameOut] = scheduler.plan()
     while out:
         frame = out.pop(0)
-        flight = scheduler.landed(frame.frame)
-        assert flight is not None
         tokens = len(frame.rows[0].tokens)
-        scheduler.measured(flight, step_s if frame.kind == "decode" else token_s * tokens)
+        assert scheduler.landed(frame.frame, step_s if frame.kind == "decode" else token_s * tokens) is not None
         if frame.kind == "prefill":
             sizes.append(tokens)
         scheduler.check()
