@@ -1,4 +1,4 @@
-"""The coordinator: what to generate next, where, and for whom.
+"""The coordinator: it takes requests, and decides which shards compute what next.
 
 From a request to its first frame:
 
@@ -27,7 +27,7 @@ The files:
     intake.py        what arrives becomes an event
     jobs.py          the requests that are held
     driver.py        one turn of the core: an event in, its effects out in the right order
-    effects.py       what the core wants done, and who does it
+    effects.py       what the core wants done is passed to the part that does it
     shards.py        leases, rows and probes of shards
     outbox.py        what goes out, in order
     requests.py      a request is checked, and its prompt made tokens
@@ -44,7 +44,7 @@ The files:
     core/state.py         what the core knows
     core/events.py        the events and the effects
     core/session.py       the states of one generation
-    core/admission.py     who waits
+    core/admission.py     which requests wait
     core/routing.py       which shards a session goes through
     core/rows.py          rows asked for, open, given back
     core/scheduler.py     which frame goes out next

@@ -1,4 +1,4 @@
-"""What the core wants done, and who does it.
+"""What the core wants done is passed to the part that does it.
 
 FrameOut           nothing here: the driver has sent it already
 Emit               the token's document to the client

@@ -74,7 +74,7 @@ class CoordinatorOptions:
 
 
 class Coordinator:
-    """`run` is its whole life; `ready` is set while it serves. `http_url`: where this process serves HTTP, for those who ask."""
+    """`run` is its whole life; `ready` is set while it serves. `http_url`: where this process serves HTTP, which `stats` says."""
 
     def __init__(self, bus: Bus, options: CoordinatorOptions) -> None:
         self.bus = bus

@@ -1,8 +1,9 @@
-"""Where the time of each request went: sums for every stage of every route it took, and its last steps one by one.
+"""Where the time of each request went: sums for every stage of every route that it took, and its last steps one by one.
 
-Kept by the coordinator for the requests it runs and for the last ones that ended, so that a slow or a moved request can be looked
-at afterwards. Bounded whatever a request does: a step is one tuple, shared by the sessions of its wave, and only the last are kept.
-What a step took beyond the stages' own times is its hops: shards have clocks of their own, so single hops are not told apart.
+The coordinator keeps a trace of each request that runs, and of the last ones that ended, so that a slow request, or one that moved, can be
+looked at afterwards. A trace is bounded whatever a request does: a step is one tuple, shared by the sessions of its decode batch, and
+only the last steps are kept. The time of a step beyond its stages' own times is that of its hops. Shards have clocks of their own, so
+single hops cannot be told apart.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHOWN_SESSIONS = 32
 
 
 class _Step(NamedTuple):
-    """Sent `at` on the clock of time.perf_counter; `tokens` of a prefill, or rows of a decode."""
+    """at: when it was sent (time.perf_counter). tokens: of a prefill, or the rows of a decode."""
 
     at: float
     wall_s: float
@@ -38,7 +39,7 @@ class _Step(NamedTuple):
 
 @dataclass(slots=True)
 class _Sum:
-    """Steps of one kind over one route; microseconds of (queue, compute, codec) for each stage."""
+    """The steps of one kind over one route. stages: microseconds in (queue, compute, codec), for each stage."""
 
     steps: int = 0
     wall_s: float = 0.0
@@ -76,7 +77,7 @@ class _Leg:
 
 @dataclass(slots=True)
 class Trace:
-    """One request. Times are of time.perf_counter, but `began_unix_s`."""
+    """The trace of one request. Times are those of time.perf_counter, except `began_unix_s`."""
 
     id: str
     began: float
@@ -109,8 +110,8 @@ class Trace:
         assert len(self.legs) <= KEPT_LEGS and len(self.decodes) <= KEPT_DECODES and len(self.prefills) <= KEPT_PREFILLS
 
     def as_dict(self) -> dict[str, Any]:
-        """Seconds; `at_s` since the request came. `steps` are the last ones, in the order they were sent; a stage of a step is
-        [queue, compute, codec] in microseconds, and `leg` says which of `legs` it went along."""
+        """In seconds; `at_s` counts from the request's arrival. `steps` are the last ones, in the order in which they were sent. A stage of
+        a step is [queue, compute, codec] in microseconds; `leg` is the index in `legs` of the route that it took."""
         first = self.moves
         steps = [(step, "prefill") for step in self.prefills] + [(step, "decode") for step in self.decodes]
         steps.sort(key=lambda pair: pair[0].at)
@@ -154,7 +155,7 @@ class Traces:
         self._running[id] = Trace(id, now, unix_s, prompt_tokens, max_tokens)
 
     def step(self, out: FrameOut, sessions: Iterable[str], *, at: float, wall_s: float, timings: tuple[Timing, ...]) -> None:
-        """A frame that came back."""
+        """The frame `out` of these sessions came back."""
         step = _Step(at, wall_s, len(out.rows[0].tokens) if out.kind == "prefill" else len(out.rows), timings)
         for session in sessions:
             trace = self._running.get(session)

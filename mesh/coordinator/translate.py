@@ -1,4 +1,4 @@
-"""Between the core's plain values and what travels: frames to the shards and back, leases to replicas."""
+"""Between the core's values and what travels: frames to shards and back, leases to replicas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mesh.protocol.messages import ShardLease
 __all__ = ["event_of", "frame_of", "replica_of"]
 
 _HOPELESS: Final = {Gap.BAD_INPUT: "input", Gap.TOO_LARGE: "too_large"}
-"""Gaps that no other route mends."""
+"""Refusals that no other route can help."""
 
 
 def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) -> Frame:
@@ -40,7 +40,7 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
 
 
 def event_of(frame: Frame) -> Result | FrameLost | None:
-    """What an answer means to the core; None for a frame that is no answer."""
+    """What an answer means to the core; None for a frame that is not an answer."""
     match frame.kind:
         case Kind.ACK:
             return Result(frame.step, waited_s=_waited_s(frame))
@@ -77,7 +77,7 @@ def replica_of(lease: ShardLease) -> Replica:
 
 
 def _chunk(lease: ShardLease) -> int:
-    """The most tokens a prefill frame may bring, so that the hidden state the shard passes on still fits in one message."""
+    """The most tokens of a prefill frame with which the hidden state that the shard passes on still fits in one message."""
     room = lease.max_frame_bytes - frame_codec.overhead_bytes(1, lease.chunk, frame_codec.MAX_HOPS)
     return max(1, min(lease.chunk, room // (lease.hidden_size * lease.hidden_itemsize)))
 

@@ -217,7 +217,7 @@ class Core:
             assert session.key == key and session.choices is not None
             assert not session.ended or session.in_flight, "an ended session keeps its rows"
         for shard, keys in state.replicas.held().items():
-            assert keys <= state.by_key.keys(), f"rows of {shard} are held for nobody"
+            assert keys <= state.by_key.keys(), f"rows of {shard} are held for no session"
         for flight in state.scheduler.flights.values():
             for session in flight.sessions:
                 assert state.by_key.get(session.key) is session

@@ -1,17 +1,17 @@
-"""When a frame has been away for too long, and what is to be done about it. Pure.
+"""When a frame has been away for too long, and what to do about it. Pure.
 
-How long a step takes is observed, for each route and kind. A frame that is away for twice the median is overdue. That proves
-nothing, so its shards are asked (Ping), again and again while it stays away:
+How long a step takes is observed, for each route and kind. A frame that is away for twice the median is overdue. That proves nothing,
+so its shards are probed (Ping), again and again while the frame stays away:
 
-    nobody listens on a shard's subject          it is dead: the shell says so to the core at once
-    a shard does not answer                      suspected after four times the route's p99, in [SUSPECT_FLOOR_S, ceiling]: its
-                                                 sessions go another way. It may merely be slow, so its rows are fenced, not its life
-    all answer, some shard still has the step    slow: nothing is done
-    all answer twice, nobody has the step        the frame is lost (a server was restarted, a connection broke): sent again
-    anything, for the ceiling                    the frame is given up, and its shards are suspected
+    nobody listens on a shard's subject          the shard is dead; the core learns that at once (ReplicaGone)
+    a shard does not answer                      it is suspected after four times the route's p99, in [SUSPECT_FLOOR_S, ceiling]: its
+                                                 sessions go another way. It may only be slow, so its rows are fenced; it is not ended
+    all answer, some shard still has the step    the step is slow: nothing is done
+    all answer twice, no shard has the step      the frame is lost (a server was restarted, a connection broke): it is sent again
+    any of these, for the ceiling                the frame is given up, and its shards are suspected
 
-Nothing is sent while all goes well. A mistake costs a replay, never a token.
-While this side is not connected no time passes; for CALM_S after the connection is back nobody is suspected.
+While all goes well nothing is sent. A mistake costs a replay, never a token. Without a connection of this coordinator no time passes;
+for CALM_S after the connection is back no shard is suspected.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = ["CALM_S", "FrameWatch", "Latency", "Verdict"]
 OVERDUE_MEDIANS: Final = 2.0
 OVERDUE_FLOOR_S: Final = 0.004
 OVERDUE_UNKNOWN_S: Final = 1.0
-"""Before any step has been observed: the first ones may compile."""
+"""While no step has been observed: the first steps may compile programs."""
 SUSPECT_P99S: Final = 4.0
 SUSPECT_FLOOR_S: Final = 1.0
 LOST_GAP_S: Final = 0.1
-"""Between the two answers of every shard that it has not got the step: longer than a frame is between two of them."""
+"""Between two answers of a shard that it does not have the step: longer than a frame takes from one shard to the next."""
 CALM_S: Final = 3.0
 _PROBE_AGAIN_S: Final = 0.02
 _PROBE_AGAIN_MOST_S: Final = 0.25
 _SERIES_S: Final = 1.0
-"""Questions further apart than this are not one series: what was not answered long ago says nothing of now."""
+"""Probes further apart than this are not one series: a probe that was not answered long ago says nothing about now."""
 _WINDOW: Final = 64
 _SORT_EVERY: Final = 8
 _ROUTES: Final = 256
@@ -68,7 +68,7 @@ class Latency:
 
 @dataclass(slots=True)
 class _Away:
-    """A frame that is out. clear: shard -> the first and the last time it was asked and had not got the step."""
+    """A frame that is out. clear: shard -> the first and the last probe that found it without the step."""
 
     route: Route
     kind: FrameKind
@@ -80,7 +80,7 @@ class _Away:
 
 @dataclass(slots=True)
 class _Probed:
-    """A shard that is being asked. since: the first question that is not answered yet."""
+    """A shard that is being probed. last: the last probe; since: the first one that is not answered yet."""
 
     last: float
     since: float | None
@@ -91,7 +91,8 @@ class _Probed:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Shards to ask now; shards that do not answer; frames that are lost (`sent`: send them again) or given up."""
+    """probe: shards to probe now. silent: shards that do not answer. lost: frames that no shard has. given_up: frames that were away for
+    the ceiling."""
 
     probe: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
@@ -100,7 +101,7 @@ class Verdict:
 
 
 class FrameWatch:
-    """`ceiling_s`: the longest a frame may be away, whatever is answered."""
+    """`ceiling_s`: the longest that a frame may be away, whatever its shards answer."""
 
     def __init__(self, ceiling_s: float) -> None:
         self._ceiling_s = ceiling_s
@@ -118,7 +119,7 @@ class FrameWatch:
         self._away[frame] = _Away(route, kind, now, now + wait_s, wait_s)
 
     def landed(self, frame: int, now: float) -> float:
-        """It came back: the seconds it was away."""
+        """A frame came back. Returns the seconds that it was away."""
         away = self._away.pop(frame, None)
         if away is None:
             return 0.0
@@ -130,18 +131,18 @@ class FrameWatch:
             if len(self._routes) > _ROUTES:
                 self._routes.popitem(last=False)
         known.add(seconds)
-        for hop in away.route:  # whoever passed it on lives
+        for hop in away.route:  # each of its shards passed it on, so it lives
             probed = self._probed.get(hop.shard)
             if probed is not None:
                 probed.since = None
         return seconds
 
     def dropped(self, frame: int) -> None:
-        """It is waited for no more."""
+        """A frame is no longer waited for."""
         self._away.pop(frame, None)
 
     def answered(self, shard: str, asked_at: float, pending: frozenset[int]) -> None:
-        """A shard's answer to the question of `asked_at`."""
+        """A shard has answered the probe of `asked_at`."""
         probed = self._probed.get(shard)
         if probed is not None:
             probed.since = None if probed.last <= asked_at else probed.last
@@ -155,12 +156,12 @@ class FrameWatch:
                 away.clear[shard] = (first, asked_at)
 
     def hurry(self, now: float) -> None:
-        """Something was heard of (a connection has ended): ask at once."""
+        """Some connection has ended: probe the shards of every frame at once."""
         for away in self._away.values():
             away.check_at = min(away.check_at, now)
 
     def connection(self, online: bool, now: float) -> None:
-        """This side's connection was lost, or is back."""
+        """This coordinator's connection was lost, or is back."""
         self._online = online
         self._probed.clear()
         if online:
@@ -212,11 +213,11 @@ class FrameWatch:
         return Verdict(tuple(probe), tuple(silent), tuple(lost), tuple(given_up))
 
     def forget(self, shard: str) -> None:
-        """It is gone, or another process."""
+        """A shard is gone, or is another process."""
         self._probed.pop(shard, None)
 
     def median_s(self, kind: FrameKind) -> float:
-        """Of all routes; 0 before any step."""
+        """The median step of all routes, in seconds; 0 before any step."""
         return self._all[kind].median_s
 
     def check_state(self, frames: Iterator[int]) -> None:

@@ -1,4 +1,4 @@
-"""Waves, lanes and chunks: what goes out when."""
+"""Lanes and chunks: which frame goes out when."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_transition_is_in_the_table_and_no_other_is_possible():
     assert all(not TRANSITIONS[state] for state in TERMINAL)
 
 
-def test_as_many_waves_are_in_flight_as_there_are_stages():
+def test_as_many_decode_batches_are_in_flight_as_there_are_stages():
     mesh, random = make(), Random(1)
     requests = [ask(mesh, f"r{number}", 3, 30) for number in range(6)]
     run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 5 for r in requests), random)
@@ -60,21 +60,21 @@ def test_as_many_waves_are_in_flight_as_there_are_stages():
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
 
-@pytest.mark.parametrize(("sessions", "waves"), [(2, [1, 1]), (5, [1, 2, 2]), (7, [3, 4]), (8, [4, 4]), (12, [4, 4, 4]), (32, [16, 16])])
-def test_waves_fill_the_rows_that_a_stage_computes_anyway(sessions, waves):
+@pytest.mark.parametrize(("sessions", "batches"), [(2, [1, 1]), (5, [1, 2, 2]), (7, [3, 4]), (8, [4, 4]), (12, [4, 4, 4]), (32, [16, 16])])
+def test_decode_batches_fill_the_rows_that_a_stage_computes_anyway(sessions, batches):
     mesh, random = make(rows=32), Random(1)
     requests = [ask(mesh, f"r{number}", 3, 60) for number in range(sessions)]
 
     def settled() -> bool:
         decodes = [flight for flight in mesh.flights.values() if flight.decode]
-        return sorted(len(flight.sessions) for flight in decodes) == waves
+        return sorted(len(flight.sessions) for flight in decodes) == batches
 
     run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 20 for r in requests) and settled(), random)
     mesh.settle(random)
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
 
-def test_shards_that_share_a_processor_take_one_wave_at_a_time():
+def test_shards_that_share_a_processor_take_one_decode_batch_at_a_time():
     mesh, random = FakeMesh(Core(CoreConfig(6, "least_loaded", queue_limit=4), Random(0))), Random(1)
     for layers, processor in zip(RANGES, ("a", "b", "a"), strict=True):
         mesh.join(f"s{layers.start}", layers, rows=8, context=512, chunk=16, processor=processor)
