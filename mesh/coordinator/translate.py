@@ -11,12 +11,12 @@ from mesh.coordinator.core.routing import Replica
 from mesh.coordinator.replies import SampledToken
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
-from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
+from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
 from mesh.protocol.messages import ShardLease
 
 __all__ = ["event_of", "frame_of", "replica_of"]
 
-_HOPELESS: Final = {Gap.BAD_INPUT: "input", Gap.TOO_LARGE: "too_large"}
+_HOPELESS: Final = {Nack.BAD_INPUT: "input", Nack.TOO_LARGE: "too_large"}
 """Refusals that no other route can help."""
 
 
@@ -48,7 +48,7 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
             keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
             tokens = [SampledToken(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
             return Result(frame.step, tuple(map(ResultRow, keys, positions, tokens)), _waited_s(frame))
-        case Kind.GAP:
+        case Kind.NACK:
             shard = frame.route[frame.hop].shard
             reason = _HOPELESS.get(frame.reason)
             error = None
@@ -56,7 +56,7 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
                 error = FrameRejected(
                     f"shard {shard} refused a step of this request ({frame.reason.name.lower()}): see its log", reason=reason
                 )
-            blamed = shard if frame.reason in (Gap.DRAINING, Gap.FAILED, Gap.OVERLOADED) else None
+            blamed = shard if frame.reason in (Nack.DRAINING, Nack.FAILED, Nack.OVERLOADED) else None
             return FrameLost(frame.step, frozenset(frame.sessions.tolist()), blamed, error)
     return None
 
