@@ -163,7 +163,7 @@ class Coordinator:
             await self.shards.start()
             await keep_events(self.bus)
             await self.continuity.start()
-            heartbeats = self.bus.spawn(self._send_heartbeats(), "heartbeats")  # after that, so that the others' answers are heard
+            heartbeats = self.bus.spawn(self._send_heartbeats(), "heartbeats")  # not before: the others answer them
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
