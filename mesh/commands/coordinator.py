@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
-    from mesh.coordinator.core.expectations import Expected
+    from mesh.coordinator.core.expectations import ExpectedShards
     from mesh.coordinator.description import find_model
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
     from mesh.host.process import settle
@@ -70,7 +70,7 @@ def run_command(args: argparse.Namespace) -> int:
         step_timeout_s=min(args.step_timeout, config.distributed.failover_timeout),
         flags=flags,
         health_check_interval_s=config.coordinator.health_check_interval,
-        expected=Expected(config.distributed.shards_count, config.distributed.replication_factor),
+        expected=ExpectedShards(config.distributed.shards_count, config.distributed.replication_factor),
         pool_bytes=round(config.memory.max_pool_size_gb * GB),
     )
 

@@ -1,12 +1,57 @@
-"""The coordinator: what to generate next, where, for whom.
+"""The coordinator: it takes requests, and decides which shards compute what next.
 
-session.py     the states of one generation
-admission.py   who waits
-routing.py     which replicas
-scheduler.py   which frame goes out next
-core.py        events in, effects out
-records.py     sessions written down, for another coordinator to go on with
-peers.py       which other coordinators live
-continuity.py  what others leave is taken over, what is theirs is left
-service.py     NATS, timers, tokenization around the core
+From a request to its first frame:
+
+    1. intake.py     parses the request; requests.py makes tokens of its prompt. A session that is known already is answered from
+                     here, or passed on (continuity.py).
+    2. jobs.py       holds the request until its last document has been sent.
+    3. driver.py     gives the core a Submit.
+    4. core/         machine.py queues the session, routing.py chooses its shards, rows.py asks for a row at each.
+    5. effects.py    has the session written down (records.py), tells the client of a stream that it is accepted, and lets shards.py
+                     ask for the rows. Each answer is an event for the driver.
+    6. core/         when every row is open, scheduler.py cuts the history in chunks.
+    7. outbox.py     writes the first frame to the first stage (translate.py makes it).
+
+From an answer of the last stage to the client:
+
+    1. intake.py     decodes the frame; translate.py makes a Result of it.
+    2. driver.py     gives it to the core.
+    3. core/         machine.py appends the token to the session's history; scheduler.py puts the session in the next decode step.
+    4. outbox.py     writes the next frame; measure.py and trace.py note how long the last one took.
+    5. effects.py    lets replies.py make the token's document, and has the record written again.
+    6. outbox.py     writes the document to the client. From then on the token counts as delivered.
+
+The files:
+
+    service.py       the life of a coordinator: start, heartbeats, stop
+    intake.py        what arrives becomes an event
+    jobs.py          the requests that are held
+    driver.py        one turn of the core: an event in, its effects out in the right order
+    effects.py       what the core wants done is passed to the part that does it
+    shards.py        leases, rows and probes of shards
+    outbox.py        what goes out, in order
+    requests.py      a request is checked, and its prompt made tokens
+    replies.py       the documents that a client gets
+    translate.py     frames and leases to the core's values, and back
+    records.py       sessions are written down, so that another coordinator can go on with them
+    continuity.py    other coordinators are watched, and what they leave is taken over
+    batch.py         durable batches, while no client waits
+    measure.py       how long steps take
+    trace.py         where the time of each request went
+    description.py   the manifest and the tokenizer of the model
+
+    core/machine.py       events in, effects out; the rest of core/ is its parts, and pure as well
+    core/state.py         what the core knows
+    core/events.py        the events and the effects
+    core/session.py       the states of one generation
+    core/admission.py     which requests wait
+    core/routing.py       which shards a session goes through
+    core/rows.py          rows asked for, open, given back
+    core/scheduler.py     which frame goes out next
+    core/pace.py          how large a prefill chunk is
+    core/watch.py         when a frame has been away for too long
+    core/losses.py        what goes wrong, and how a session goes on
+    core/ends.py          how a session ends
+    core/peers.py         which other coordinators live
+    core/expectations.py  which shards the configuration asks for
 """

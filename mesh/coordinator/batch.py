@@ -1,17 +1,17 @@
-"""The part of a coordinator that works through durable batches (mesh/bus/batches.py), when nobody else wants its rows.
+"""The coordinator's part in durable batches (mesh/bus/batches.py): it works through them while no client wants its rows.
 
-A request is taken from the queue while no client waits and more than a quarter of the rows are free; it goes the way of any other
-request, by a name of its own (BATCH-INDEX), so that a second one for the same result is the same generation. Its result is stored
-before it is acknowledged: who dies in between has it done again, and the first result that was stored stays. An error that another time
-can help (no shard, a full mesh) gives it back to the queue; one that cannot is its result.
+A request is taken from the queue while no client waits and more than a quarter of the rows are free. It goes the way of any other request,
+under a name of its own (BATCH-INDEX), so that a second request for the same result is the same generation. Its result is stored before
+the request is acknowledged. If a coordinator dies in between, another one does the request again, and the result that was stored first
+stays. An error that may pass (no shard, a full mesh) gives the request back to the queue. Any other error is its result.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
@@ -19,6 +19,7 @@ import orjson
 from mesh.bus import Bus, Endpoint, Received, Subscription, end_tasks
 from mesh.bus.batches import BatchQueue, BatchStore, Work
 from mesh.bus.connection import raise_error
+from mesh.coordinator.core.machine import Core
 from mesh.errors import DeadlineExceeded, MeshError, ServiceError
 from mesh.protocol import subjects
 from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, ErrorReply, Generate
@@ -27,10 +28,10 @@ __all__ = ["BatchWorker"]
 
 log = logging.getLogger("mesh.coordinator")
 
-ALIVE_S: Final = 4.0
-"""How often the queue hears that a request is being worked on; the question is repeated then, too."""
+IN_PROGRESS_S: Final = 4.0
+"""How often the queue hears that a request is being worked on. The request to the coordinator is repeated as often."""
 STARTS: Final = 5
-"""A request that so many processes did not survive is not tried again."""
+"""A request is not tried again after so many processes have ended while they worked on it."""
 _AGAIN_S: Final = 5.0
 _TAKE_S: Final = 5.0
 _NO_ROOM_S: Final = 0.2
@@ -39,14 +40,14 @@ _FAILED_S: Final = 1.0
 
 
 class BatchWorker:
-    """`room(count)`: whether one more may be begun where `count` are being worked on. `instance`: of the coordinator that generates."""
+    """`instance`: of the coordinator that generates, whose `core` says whether there is room."""
 
-    def __init__(self, bus: Bus, model: str, instance: str, room: Callable[[int], bool]) -> None:
+    def __init__(self, bus: Bus, core: Core, model: str, instance: str) -> None:
         self.bus = bus
         self.counters: Counter[str] = Counter()
         self._model = model
         self._instance = instance
-        self._room = room
+        self._core = core
         self._store = BatchStore(bus)
         self._queue = BatchQueue(bus)
         self._inbox = bus.new_inbox()
@@ -67,12 +68,12 @@ class BatchWorker:
         self._subscription = await self.bus.subscribe(f"{self._inbox}.*", self._on_answer)
         try:
             await self._store.open()
-        except MeshError as error:  # the rest of a coordinator does not need it
+        except MeshError as error:  # only batches need it
             log.warning("durable batches: %s", error)
         self._taker = self.bus.spawn(self._take(), "taking requests of batches")
 
     async def stop(self) -> None:
-        """Give back what is being worked on: whoever takes it finds the generation under its name."""
+        """Give back the requests that are being worked on. The next coordinator to take one finds its generation under its name."""
         if self._taker is not None:
             await end_tasks(self._taker)
         working = dict(self._working)
@@ -87,7 +88,7 @@ class BatchWorker:
         if self._subscription is not None:
             await self._subscription.stop()
 
-    # -- what is asked -------------------------------------------------------------------------------------------------
+    # -- endpoints -----------------------------------------------------------------------------------------------------
 
     async def _on_submit(self, received: Received) -> BatchStatus:
         message = BatchSubmit.parse(received.data)
@@ -97,7 +98,7 @@ class BatchWorker:
         return await self._store.status(BatchQuery.parse(received.data).id)
 
     async def _on_result(self, received: Received) -> BatchResults:
-        """As many as fit in one message."""
+        """As many results as fit in one message."""
         query = BatchQuery.parse(received.data)
         total = (await self._store.status(query.id)).total
         items: list[BatchItem] = []
@@ -115,10 +116,16 @@ class BatchWorker:
 
     # -- the work ------------------------------------------------------------------------------------------------------
 
+    def has_room(self, working: int) -> bool:
+        """Whether one more request may be begun while `working` are: no client waits, and a quarter of the rows stays free for clients
+        that may come."""
+        load = self._core.load(time.monotonic())
+        return working < load.capacity and not load.queued and load.free > load.capacity // 4
+
     async def _take(self) -> None:
         while True:
             try:
-                if not self.bus.connected or not self._room(len(self._working)):
+                if not self.bus.connected or not self.has_room(len(self._working)):
                     await asyncio.sleep(_NO_ROOM_S)
                     continue
                 work = await self._queue.take(self._model, wait_s=_TAKE_S)
@@ -130,18 +137,18 @@ class BatchWorker:
                 task = self.bus.spawn(self._do(work), f"request {work.index} of batch {work.id}")
                 self._working[task] = work
                 task.add_done_callback(lambda done: self._working.pop(done, None))
-                await asyncio.wait([task], timeout=_PACE_S)  # until it has asked for its rows
+                await asyncio.wait([task], timeout=_PACE_S)  # until the request has asked for its rows
 
     async def _do(self, work: Work) -> None:
         stored = await self._store.result(work.id, work.index)
-        if stored is not None:  # by one who did not live to say so
+        if stored is not None:  # by a coordinator that ended before it could acknowledge the request
             await self._store.note(work.id, stored)
             await work.done()
             return
         starts = await self._store.begin(work.id, work.index)
         try:
             if starts >= STARTS:
-                raise MeshError(f"{starts} coordinators that generated this ended without a word: see their logs")
+                raise MeshError(f"{starts} coordinators that generated this ended without an answer: see their logs")
             answer = await self._generate(work)
         except MeshError as error:
             if error.retryable:
@@ -159,14 +166,14 @@ class BatchWorker:
         await work.done()
 
     async def _generate(self, work: Work) -> dict[str, Any]:
-        """The document of an answer, however long it takes; the question is idempotent, and asked again while nothing comes."""
+        """The document of the answer, however long it takes. The request is idempotent, and is sent again while no answer comes."""
         name = f"{work.id}-{work.index}"
         message = Generate.parse(work.data).model_copy(update={"session": name, "stream": False}).to_bytes()
         future = self._answers[name] = asyncio.get_running_loop().create_future()
         try:
             while True:
                 await self.bus.publish(subjects.generate_at(self._model, self._instance), message, reply=f"{self._inbox}.{name}")
-                await asyncio.wait([future], timeout=ALIVE_S)
+                await asyncio.wait([future], timeout=IN_PROGRESS_S)
                 if future.done():
                     break
                 await work.alive()

@@ -1,9 +1,10 @@
-"""What makes a coordinator replaceable: its sessions are written down, the others are watched, and what they leave is taken over.
+"""What makes a coordinator replaceable: its sessions are written down, other coordinators are watched, and what they leave is taken over.
 
-a request that may have been asked before   -> find: another has it (passed on to that one), it has ended (its answer), it is an
-                                               orphan (taken over), or it is new
-a peer died, is silent, or left             -> its rows are closed, its sessions taken over, those that other peers do not get first
-a record turns out to be another's          -> the session is dropped here, without a word to the client
+a request that may have been asked before   its session may be another coordinator's (the request is passed on), have ended (its
+                                            answer is sent), have no owner (it is taken over), or be new: see `find`
+a peer died, is silent, or left             its rows are closed, and its sessions are taken over, except those that other peers took
+                                            first
+a record turns out to be another's          the session is dropped here, and its client hears nothing of that
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any, Final, Protocol
 
@@ -23,17 +24,17 @@ from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
 from mesh.protocol import subjects
 from mesh.protocol.messages import Alive, Beat, EventKind, Generate
 
-__all__ = ["Continuity", "Host"]
+__all__ = ["Announce", "Continuity", "Host"]
 
 log = logging.getLogger("mesh.coordinator")
 
 PROBE_S: Final = 0.2
 SCAN_S: Final = 30.0
-"""How often all records are looked through, besides at the start and when a coordinator goes."""
+"""How often all records are looked through. They also are at the start, and when a coordinator goes."""
 STALL_S: Final = 1.0
-"""A pause of this loop after which the others are not blamed for having been silent."""
+"""After a pause of this loop that was longer, the silence of the others does not count."""
 SETTLE_S: Final = 2.0
-"""After a reconnection: the others reconnect as well, each at its own time."""
+"""After a reconnection, silence does not count for so long: the others reconnect too, each at its own time."""
 _ASK_S: Final = 1.0
 _RELEASE_S: Final = 5.0
 
@@ -43,34 +44,33 @@ Announce = Callable[[EventKind, str, str], object]
 
 
 class Host(Protocol):
-    """The coordinator."""
+    """Where sessions live while they are generated here (jobs.py)."""
 
     def has(self, session: str) -> bool: ...
 
     async def resume(self, record: SessionRecord, revision: int, asked: Generate | None, reply: str) -> None:
-        """Go on with a session that is ours now; `asked` and `reply`: the client has asked for it again, with these."""
+        """Go on with a session that is this coordinator's now. `asked`: the request with which the client has asked for it again; `reply`:
+        where the answer goes."""
 
     async def lose(self, session: str, record: SessionRecord) -> None:
-        """Another one has it: drop it."""
-
-    async def close_rows(self, coordinator: str) -> None:
-        """Free what `coordinator` holds at the shards."""
+        """Drop a session that another coordinator has."""
 
 
 class Continuity:
-    """See the module's docstring. `instance` is another one for each process, `name` may be the same after a restart;
-    `beat_ttl_s`: after which a coordinator that was not heard of does not live."""
+    """See the module's docstring. `close_rows(name)` frees what a coordinator holds at the shards. `instance` is different for each
+    process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone."""
 
     def __init__(
         self,
         bus: Bus,
         host: Host,
+        close_rows: Callable[[str], Awaitable[None]],
         *,
         model: str,
         model_hash: str,
         name: str,
         instance: str,
-        beat_ttl_s: float,
+        heartbeat_ttl_s: float,
         random: Random,
         announce: Announce,
     ) -> None:
@@ -81,9 +81,10 @@ class Continuity:
         self.recorder = Recorder(sessions_bucket(bus), model, instance, self._on_lost)
         self.peers = Peers(instance)
         self._host = host
+        self._close_rows = close_rows
         self._model = model
         self._model_hash = model_hash
-        self._beat_ttl_s = beat_ttl_s
+        self._heartbeat_ttl_s = heartbeat_ttl_s
         self._random = random
         self._inbox = bus.new_inbox()
         self._connected_at = float("-inf")
@@ -94,15 +95,15 @@ class Continuity:
 
     async def start(self) -> None:
         self._subscriptions = [
-            await self.bus.subscribe(subjects.alive(self._model, self.instance), self._on_alive),
-            await self.bus.subscribe(subjects.coordinators(self._model), self._on_beat),
+            await self.bus.subscribe(subjects.alive(self._model, self.instance), self._on_liveness_question),
+            await self.bus.subscribe(subjects.coordinators(self._model), self._on_heartbeat),
             await self.bus.subscribe(f"{self._inbox}.*", self._on_probed),
         ]
         self.recorder.start()
         self._watcher = self.bus.spawn(self._watch(), "watching coordinators")
 
     async def hand_over(self) -> set[str]:
-        """Give every session to whoever takes it; those of which that is written down."""
+        """Leave every session to any coordinator that takes it. Returns the sessions whose records say so."""
         if self._watcher is not None:
             await end_tasks(self._watcher)
         released = await self.recorder.release(_RELEASE_S) if self.bus.connected else set()
@@ -110,8 +111,8 @@ class Continuity:
             await subscription.stop()
         return released
 
-    def beat(self, *, leaving: bool = False) -> Beat:
-        return Beat(coordinator=self.name, ttl_s=self._beat_ttl_s, instance=self.instance, leaving=leaving)
+    def heartbeat(self, *, leaving: bool = False) -> Beat:
+        return Beat(coordinator=self.name, ttl_s=self._heartbeat_ttl_s, instance=self.instance, leaving=leaving)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -131,13 +132,13 @@ class Continuity:
                 reply=job.reply,
                 # with log probabilities everything is computed again: they are not written down
                 given=() if message.logprobs is not None else tuple(token.id for token in job.tokens),
-                told=job.told,
+                told=job.delivered,
             )
 
         self.recorder.keep(job.request.id, snapshot, revision=job.revision)
 
     def end(self, job: Job, answer: bytes | None) -> None:
-        """The session has ended. Its answer is kept for a while where somebody may ask for it by a name of his own."""
+        """The session has ended. Its answer is kept for a while if the client gave the session a name, by which it may ask again."""
         last = None
         if answer is not None and job.message.session is not None and job.message.attempt != 0:
             last = SessionRecord(
@@ -153,9 +154,9 @@ class Continuity:
         self.recorder.end(job.request.id, last)
 
     async def find(self, session: str, digest: str, asked: Generate, reply: str, *, direct: bool) -> bool:
-        """Whether a request of this name is somebody's: then it is being answered. `direct`: it was sent to this coordinator by
-        another one, which believes that it has it. BadRequest: the name is another request's."""
-        for _ in range(3):  # until nobody comes in between
+        """Whether the session exists somewhere; if so, its answer comes from there. `direct`: another coordinator passed the request on to
+        this one, as the owner. Raises BadRequest where the name belongs to another request."""
+        for _ in range(3):  # again where another coordinator was faster to take it over
             try:
                 found = await self.recorder.read(session)
             except MeshError as error:
@@ -189,7 +190,7 @@ class Continuity:
         while True:
             now = time.monotonic()
             stalled = now - before > STALL_S
-            if stalled:  # perhaps this process was suspended, and others have taken what was its own
+            if stalled:  # this process may have been suspended, and others may have taken its sessions
                 self.recorder.touch_all()
             if stalled or not self.bus.connected or now - self._connected_at < SETTLE_S:
                 self.peers.excuse(now)
@@ -209,14 +210,14 @@ class Continuity:
             for instance in self.peers.watched():
                 await self.bus.publish(subjects.alive(self._model, instance), question, reply=f"{self._inbox}.{instance}")
         except MeshError as error:
-            log.debug("asking coordinators: %s", error)
+            log.debug("probing coordinators: %s", error)
 
     async def _scan(self) -> None:
-        """Sessions whose owner nobody has heard of: left over from before this process, or by all of them."""
+        """Take over sessions whose owner is unknown: it ended before this process began, or all coordinators ended."""
         now = time.monotonic()
         for record, _ in await self.recorder.all():
             if record.answer is None and record.owner is not None and not self.peers.known(record.owner):
-                self.peers.heard(record.owner, "", now)  # from now on it is asked, and given up where it does not answer
+                self.peers.heard(record.owner, "", now)  # from now on it is probed, and given up if it does not answer
         await self._adopt(lambda owner: owner is None or self.peers.given_up(owner))
 
     async def _give_up(self, peer: Peer) -> None:
@@ -224,14 +225,14 @@ class Continuity:
         if peer.name:
             self._announce("suspected", peer.name, "the coordinator does not answer")
             if peer.name != self.name and not self.peers.named(peer.name):
-                await self._host.close_rows(peer.name)
+                await self._close_rows(peer.name)
         await self._adopt(lambda owner: owner == peer.instance)
 
     async def _adopt(self, whose: Callable[[str | None], bool]) -> None:
-        """Take over the sessions of these owners, as far as no other coordinator is faster."""
+        """Take over the sessions of these owners, except where another coordinator is faster."""
         found = await self.recorder.all()
         count = 0
-        self._random.shuffle(found)  # several do this at once, and do not get in each other's way
+        self._random.shuffle(found)  # several coordinators may do this at once, and should begin with different sessions
         for record, revision in found:
             if (
                 record.answer is not None
@@ -252,38 +253,38 @@ class Continuity:
         await self._host.resume(record, revision, asked, reply)
 
     async def _lives(self, instance: str) -> bool:
-        """As far as is known, or as it answers."""
+        """Whether a coordinator lives: it was heard of lately, or it answers now."""
         if self.peers.lives(instance) and not self.peers.missing_now(instance):
             return True
         try:
-            beat = await self.bus.request(subjects.alive(self._model, instance), Alive(), Beat, timeout_s=_ASK_S)
+            heartbeat = await self.bus.request(subjects.alive(self._model, instance), Alive(), Beat, timeout_s=_ASK_S)
         except (Unavailable, DeadlineExceeded):
             return False
-        self._heard(beat)
+        self._heard(heartbeat)
         return True
 
-    def _heard(self, beat: Beat) -> bool:
-        """Whether it was not known to live."""
-        if beat.instance is None or not self.peers.heard(beat.instance, beat.coordinator, time.monotonic()):
+    def _heard(self, heartbeat: Beat) -> bool:
+        """True where it was not known that this coordinator lives."""
+        if heartbeat.instance is None or not self.peers.heard(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
             return False
-        log.info("coordinator %s (%s) is there", beat.coordinator, beat.instance)
+        log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
         return True
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
-    async def _on_alive(self, received: Received) -> None:
+    async def _on_liveness_question(self, received: Received) -> None:
         Alive.parse(received.data)
-        await self.bus.respond(received, self.beat())
+        await self.bus.respond(received, self.heartbeat())
 
-    async def _on_beat(self, received: Received) -> None:
-        beat = Beat.parse(received.data)
-        if beat.instance is None or beat.instance == self.instance:
+    async def _on_heartbeat(self, received: Received) -> None:
+        heartbeat = Beat.parse(received.data)
+        if heartbeat.instance is None or heartbeat.instance == self.instance:
             return
-        if beat.leaving:
-            self.peers.left(beat.instance)
+        if heartbeat.leaving:
+            self.peers.left(heartbeat.instance)
             await self._adopt(lambda owner: owner is None)
-        elif self._heard(beat):  # it came after this one's last beat: without this it would not know whom to take over from
-            await self.bus.send(subjects.coordinators(self._model), self.beat())
+        elif self._heard(heartbeat):  # it is new, and has not heard this coordinator's last heartbeat
+            await self.bus.send(subjects.coordinators(self._model), self.heartbeat())
 
     async def _on_probed(self, received: Received) -> None:
         if received.headers.get("Status") == "503":

@@ -1,4 +1,4 @@
-"""What a coordinator has to know of its model, manifest and tokenizer: from a directory here, or from the mesh's object store."""
+"""What a coordinator needs of its model, the manifest and the tokenizer: from a directory, or from the mesh's object store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _LOOK_AGAIN_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which model: in the directory `path`, else the pushed one of that `name`, else the only one. The rest must be true of it."""
+    """Which model: the one in the directory `path`, else the pushed model `name`, else the only pushed model. The other fields must be true
+    of it."""
 
     name: str | None = None
     path: Path | None = None
@@ -29,7 +30,7 @@ class Wanted:
     vocab_size: int | None = None
 
     def check(self, manifest: Manifest) -> None:
-        """ConfigError names the key that is not true of the model."""
+        """Raises ConfigError with the key that is not true of the model."""
         found = {"name": manifest.name, "format": manifest.source, "total_layers": manifest.layers, "vocab_size": manifest.vocab_size}
         for key, value in found.items():
             said = getattr(self, key)
@@ -38,9 +39,10 @@ class Wanted:
 
 
 async def find_model(bus: Bus, wanted: Wanted) -> Path:
-    """A directory with the model's manifest and tokenizer. Waits until the model has been pushed, saying so.
+    """A directory with the model's manifest and tokenizer. Waits, and logs it, until the model has been pushed.
 
-    ConfigError: several models and none is named, or what is said of it is not so. ModelNotFound: nothing at `path`.
+    Raises ConfigError where there are several models and none is named, or where a field of `wanted` is not true of the model, and
+    ModelNotFound where there is none at `path`.
     """
     if wanted.path is not None:
         directory = wanted.path.expanduser()

@@ -1,16 +1,19 @@
 """What is written down of a session, so that another coordinator can go on with it: KV `mesh_sessions`, key MODEL.SESSION.
 
-Theory of operation. A record holds the request in tokens, the tokens generated so far, how many of these the client was told, and
-who owns the session. Only its owner writes it, by compare and set on the key's revision. Another coordinator takes it over the same
-way, with the next epoch; the former owner, should it live after all, finds that out at its next write and drops the session.
+Theory of operation. A record holds the request in tokens, the tokens generated so far, how many of these were delivered to the client,
+and which coordinator owns the session. Only the owner writes the record, by compare and set on the key's revision. Another coordinator
+takes the session over in the same way, with the next epoch. The former owner, if it lives after all, learns that at its next write and
+drops the session.
 
-Nothing on the way of a token waits for a write. A session that changes is marked; one task writes what is marked, each record at
-most every EVERY_S seconds, less often where it is large, and less often where there are many, RECORDS_PER_S of them together up to
-RARELY_S: what was generated since is generated again, with the same seed and so the same tokens. A record counts as told only what
-was handed to the connection before the record was, and NATS keeps the order of a connection: whoever takes over may repeat a
-document, and never skips one.
+Nothing on the way of a token waits for a write. A session that changes is marked, and one task writes what is marked: each record at most
+every EVERY_S seconds; less often where the record is large; and less often where there are many, RECORDS_PER_S in all, but at least every
+RARELY_S. Tokens that were generated after the last write are generated again, with the same seed, and so they are the same tokens.
 
-A record that has ended keeps its answer for KEPT_S, for a client that asks again; then it is deleted, at the latest by the bucket.
+A record counts a token as delivered only if the token's document was handed to the connection before the record was. NATS keeps the order
+of a connection. So a coordinator that takes over may repeat a document, but never skips one.
+
+The record of a session that has ended keeps its answer for KEPT_S, for a client that asks again. Then it is deleted, at the latest by the
+bucket.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ EVERY_S: Final = 0.5
 RECORDS_PER_S: Final = 32
 RARELY_S: Final = 2.0
 BYTES_PER_S: Final = 128 * 1024  # of one session's record
-REFRESH_S: Final = 40.0  # one that does not change is written again, or the bucket would forget it
+REFRESH_S: Final = 40.0  # a record that does not change is written again, or the bucket would forget it
 KEPT_S: Final = 60.0
 KEPT: Final = 256
 WRITERS: Final = 8
@@ -52,8 +55,9 @@ _PAUSE_S: Final = 1.0  # after a write that failed
 
 
 class SessionRecord(Message):
-    """`message`: the request, its prompt in tokens and its seed drawn. `digest`: of the request as it was asked. `owner`: the instance
-    of the coordinator that has it; None: whoever takes it. `answer`: the last document, of a session that has ended."""
+    """message: the request, with its prompt in tokens and its seed drawn. digest: of the request as it arrived. owner: the instance of the
+    coordinator that has the session; None: any coordinator may take it. given: the tokens generated so far. told: how many of them were
+    delivered. answer: the last document of a session that has ended."""
 
     limit_bytes: ClassVar[int] = 1024 * 1024
 
@@ -74,14 +78,14 @@ def sessions_bucket(bus: Bus) -> Bucket:
 
 
 def digest_of(message: Generate) -> str:
-    """The same for two requests that ask for the same generation, however often and from which token on."""
+    """The same for two requests that ask for the same generation, whichever attempt they are and whatever tokens they have already."""
     values = message.model_dump(mode="json", exclude={"attempt", "given", "stream"})
     return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
 @dataclass(slots=True)
-class _Kept:
-    """A session's record as it is kept here. `revision` 0: not written yet."""
+class PendingWrite:
+    """A session whose record is kept up to date. dirty: there is something to write. revision: of the last write, 0 before any."""
 
     snapshot: Callable[[], SessionRecord]
     revision: int
@@ -89,12 +93,12 @@ class _Kept:
     due_at: float = 0.0
     written_at: float = 0.0
     writing: bool = False
-    ended: SessionRecord | None = None  # what to write last; None with `over`: nothing, delete it
+    ended: SessionRecord | None = None  # what to write last; where that is None and `over` is set, the record is deleted
     over: bool = False
 
 
 class Recorder:
-    """Writes the records of the sessions of one coordinator. `on_lost(session, record)`: another one has it now.
+    """Writes the records of one coordinator's sessions. `on_lost(session, record)` is called where another coordinator has the session now.
 
     counters: written, failed, too_large, lost.
     """
@@ -105,7 +109,7 @@ class Recorder:
         self.counters: Counter[str] = Counter()
         self._prefix = subjects.token(model)
         self._on_lost = on_lost
-        self._kept: dict[str, _Kept] = {}
+        self._pending: dict[str, PendingWrite] = {}
         self._finished: OrderedDict[str, tuple[float, int]] = OrderedDict()  # session -> (when, revision)
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITERS)
@@ -120,69 +124,69 @@ class Recorder:
             await end_tasks(self._task)
 
     def __contains__(self, session: str) -> bool:
-        return session in self._kept
+        return session in self._pending
 
     def key(self, session: str) -> str:
         return f"{self._prefix}.{session}"
 
-    # -- what the coordinator says -------------------------------------------------------------------------------------
+    # -- what changes -------------------------------------------------------------------------------------------------
 
     def keep(self, session: str, snapshot: Callable[[], SessionRecord], *, revision: int = 0) -> None:
-        """Write it down from now on. `snapshot` is called when it is written."""
-        self._kept[session] = _Kept(snapshot, revision)
+        """Write the session down from now on. `snapshot` is called when its record is written."""
+        self._pending[session] = PendingWrite(snapshot, revision)
         self._finished.pop(session, None)
         self._wake.set()
 
     def touch(self, session: str) -> None:
-        """It has changed."""
-        kept = self._kept.get(session)
-        if kept is not None and not kept.dirty:
-            kept.dirty = True
+        """The session has changed."""
+        pending = self._pending.get(session)
+        if pending is not None and not pending.dirty:
+            pending.dirty = True
             self._wake.set()
 
     def touch_all(self) -> None:
-        """See at once whether they are still ours."""
-        for kept in self._kept.values():
-            kept.dirty, kept.due_at = True, 0.0
+        """Write every record now: that shows whether the sessions are still this coordinator's."""
+        for pending in self._pending.values():
+            pending.dirty, pending.due_at = True, 0.0
         self._wake.set()
 
     def end(self, session: str, last: SessionRecord | None) -> None:
-        """It has ended: write `last`, which has its answer, or delete it."""
-        kept = self._kept.get(session)
-        if kept is None:
+        """The session has ended: write `last`, which has its answer, or delete the record."""
+        pending = self._pending.get(session)
+        if pending is None:
             return
-        unwritten = last is None and not kept.revision and not kept.writing
-        if unwritten or len(self._kept) > WAITING:  # more than that have ended while nothing could be written: the bucket forgets them
-            del self._kept[session]
+        unwritten = last is None and not pending.revision and not pending.writing
+        if unwritten or len(self._pending) > WAITING:  # too many have ended while nothing could be written: the bucket forgets them
+            del self._pending[session]
             return
-        kept.dirty, kept.over, kept.ended, kept.due_at = True, True, last, 0.0
+        pending.dirty, pending.over, pending.ended, pending.due_at = True, True, last, 0.0
         self._wake.set()
 
     def forget(self, session: str) -> None:
-        """It is another's."""
-        self._kept.pop(session, None)
+        """The session belongs to another coordinator."""
+        self._pending.pop(session, None)
 
     async def release(self, timeout_s: float) -> set[str]:
-        """Give every session to whoever takes it: those that are written down so."""
+        """Leave every session to any coordinator that takes it. Returns the sessions whose records say so."""
         await self.stop()
         written: set[str] = set()
 
-        async def one(session: str, kept: _Kept) -> None:
+        async def one(session: str, pending: PendingWrite) -> None:
             try:
-                if kept.over:
-                    await self._write_once(session, kept)
+                if pending.over:
+                    await self._write_once(session, pending)
                     return
-                record = kept.snapshot().model_copy(update={"owner": None})
-                if await self.bucket.update(self.key(session), record.to_bytes(), revision=kept.revision) is not None:
+                record = pending.snapshot().model_copy(update={"owner": None})
+                if await self.bucket.update(self.key(session), record.to_bytes(), revision=pending.revision) is not None:
                     written.add(session)
             except MeshError as error:
                 log.warning("handing over session %s: %s", session, error)
 
         try:
             async with asyncio.timeout(timeout_s):
-                for _ in range(WRITERS):  # those that are being written
+                for _ in range(WRITERS):  # wait for the writes under way
                     await self._slots.acquire()
-                await asyncio.gather(*(one(session, kept) for session, kept in list(self._kept.items())))
+                await asyncio.gather(*(one(session, pending) for session, pending in list(self._pending.items())))
         except TimeoutError:
             log.warning("handing over sessions: not all were written down within %g s", timeout_s)
         return written
@@ -190,17 +194,17 @@ class Recorder:
     # -- reading and taking over ---------------------------------------------------------------------------------------
 
     async def read(self, session: str) -> tuple[SessionRecord, int] | None:
-        """The record and its revision; None where there is none that can be read."""
+        """(record, revision); None where there is no record, or none that can be parsed."""
         entry = await self.bucket.get(self.key(session))
         return None if entry is None else _parse(entry.value, entry.revision)
 
     async def all(self) -> list[tuple[SessionRecord, int]]:
-        """Every record of this model."""
+        """(record, revision) of every session of this model."""
         found = [_parse(entry.value, entry.revision) for entry in await self.bucket.entries(f"{self._prefix}.>")]
         return [item for item in found if item is not None]
 
     async def take_over(self, record: SessionRecord, revision: int, *, epoch: int = 0) -> tuple[SessionRecord, int] | None:
-        """The record as ours, with a later epoch, and its new revision; None where another was first."""
+        """Make the session this coordinator's, with a later epoch: (record, revision). None where another coordinator was faster."""
         mine = record.model_copy(update={"owner": self.instance, "epoch": max(record.epoch + 1, epoch)})
         now = await self.bucket.update(self.key(record.session), mine.to_bytes(), revision=revision)
         return None if now is None else (mine, now)
@@ -212,16 +216,16 @@ class Recorder:
             now = time.monotonic()
             wait_s = REFRESH_S
             if now >= self._paused_until:
-                for session, kept in list(self._kept.items()):
-                    due_at = kept.due_at if kept.dirty else kept.written_at + REFRESH_S
-                    if kept.writing:
+                for session, pending in list(self._pending.items()):
+                    due_at = pending.due_at if pending.dirty else pending.written_at + REFRESH_S
+                    if pending.writing:
                         continue
                     if due_at > now:
                         wait_s = min(wait_s, due_at - now)
                         continue
                     await self._slots.acquire()
-                    kept.writing, kept.dirty = True, False
-                    self.bucket.bus.spawn(self._write(session, kept), "writing a session record")
+                    pending.writing, pending.dirty = True, False
+                    self.bucket.bus.spawn(self._write(session, pending), "writing a session record")
             else:
                 wait_s = self._paused_until - now
             await self._clear_finished(now)
@@ -232,65 +236,66 @@ class Recorder:
             except TimeoutError:
                 continue
 
-    async def _write(self, session: str, kept: _Kept) -> None:
+    async def _write(self, session: str, pending: PendingWrite) -> None:
         try:
-            await self._write_once(session, kept)
+            await self._write_once(session, pending)
         except MeshError as error:
             self.counters["failed"] += 1
             log.debug("session record %s: %s", session, error)
-            kept.dirty = True
+            pending.dirty = True
             self._paused_until = time.monotonic() + _PAUSE_S
         finally:
-            kept.writing = False
+            pending.writing = False
             self._slots.release()
             self._wake.set()
 
-    async def _write_once(self, session: str, kept: _Kept) -> None:
-        over = kept.over
-        record = kept.ended if over else kept.snapshot()
+    async def _write_once(self, session: str, pending: PendingWrite) -> None:
+        over = pending.over
+        record = pending.ended if over else pending.snapshot()
         data = b"" if record is None else record.to_bytes()
         if len(data) > min(SessionRecord.limit_bytes, self.bucket.bus.max_payload - _HEADERS_BYTES):
             self.counters["too_large"] += 1
             if not over:
-                kept.due_at = float("inf")
+                pending.due_at = float("inf")
                 return
             record = None
         now = time.monotonic()
-        kept.written_at = now
-        kept.due_at = now + max(EVERY_S, min(len(self._kept) / RECORDS_PER_S, RARELY_S), len(data) / BYTES_PER_S)
+        pending.written_at = now
+        pending.due_at = now + max(EVERY_S, min(len(self._pending) / RECORDS_PER_S, RARELY_S), len(data) / BYTES_PER_S)
         if record is None:
-            if kept.revision:
-                await self.bucket.delete(self.key(session), revision=kept.revision)
-            self._done(session, kept)
+            if pending.revision:
+                await self.bucket.delete(self.key(session), revision=pending.revision)
+            self._done(session, pending)
             return
-        revision = await self.bucket.update(self.key(session), data, revision=kept.revision)
+        revision = await self.bucket.update(self.key(session), data, revision=pending.revision)
         if revision is None:
-            await self._conflict(session, kept)
+            await self._conflict(session, pending)
             return
-        kept.revision = revision
+        pending.revision = revision
         self.counters["written"] += 1
         if over:
-            self._done(session, kept)
+            self._done(session, pending)
             self._finished[session] = (now, revision)
 
-    async def _conflict(self, session: str, kept: _Kept) -> None:
-        """The key is not as this side left it: gone with its server, written by a write whose answer was lost, or another's."""
+    async def _conflict(self, session: str, pending: PendingWrite) -> None:
+        """The record is not as this coordinator left it: its server lost it, the answer to an earlier write was lost, or another
+        coordinator has the session."""
         found = await self.read(session)
         if found is None:
-            kept.revision, kept.dirty, kept.due_at = 0, True, 0.0
-        elif found[0].owner == self.instance or (found[0].answer is not None and kept.over):
-            kept.revision, kept.dirty, kept.due_at = found[1], True, 0.0
-        elif self._kept.get(session) is kept:
-            del self._kept[session]
+            pending.revision, pending.dirty, pending.due_at = 0, True, 0.0
+        elif found[0].owner == self.instance or (found[0].answer is not None and pending.over):
+            pending.revision, pending.dirty, pending.due_at = found[1], True, 0.0
+        elif self._pending.get(session) is pending:
+            del self._pending[session]
             self.counters["lost"] += 1
             self._on_lost(session, found[0])
 
-    def _done(self, session: str, kept: _Kept) -> None:
-        if self._kept.get(session) is kept and kept.over:
-            del self._kept[session]
+    def _done(self, session: str, pending: PendingWrite) -> None:
+        if self._pending.get(session) is pending and pending.over:
+            del self._pending[session]
 
     async def _clear_finished(self, now: float) -> None:
-        """Delete answers nobody asked for again. Another's newer record of the same name is left."""
+        """Delete answers that are too old. A newer record of the same name, by another coordinator, stays."""
         while self._finished and self.bucket.bus.connected:
             oldest, _ = next(iter(self._finished.values()))
             if len(self._finished) <= KEPT and now - oldest <= KEPT_S:

@@ -1,17 +1,17 @@
-"""What one client is told: documents of a stream or the one document, the text as it becomes whole, stop texts.
+"""What one client gets: the documents of a stream or the one document, the text as it becomes complete, stop texts.
 
-    stream, first    {"request", "cancel", "model", "next", "done": false} the name to cancel it by, and where to say so
+    stream, first    {"request", "cancel", "model", "next", "done": false} its name, and the subject on which to cancel it
     stream, waiting  {"waiting": n, "done": false}                         every few seconds, n others are before it
     stream, token    {"index", "token", "text", "done": false}             and "logprob", "piece", "top" where asked for
     last, or only    {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
-Every document has an "epoch" (an error: the header Mesh-Epoch): that of the coordinator which answers. It grows when another one goes
-on with the session, and documents of a lower one than was seen are late: they change nothing. "next" is the index of the first
-token document that follows; after another coordinator took over it may be lower than what was told already.
+Every document has an "epoch" (an error has it in the header Mesh-Epoch). It grows when another coordinator goes on with the session. A
+document with a lower epoch than the client has seen is late, and changes nothing. "next" is the index of the first token document that
+follows. After another coordinator took over, that may be a token that was delivered already.
 
-The "text" of the token documents and of "rest" in the last one, joined, is the whole text. A text that might be the beginning
-of a stop text is held back until it is known not to be.
+The "text" of the token documents, and "rest" of the last one, joined, are the whole text. A text that may be the beginning of a stop text
+is held back until it is known not to be.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from typing import Any
 import orjson
 
 from mesh.coordinator.core.events import Ended
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.model.tokenizer import TextStream, Tokenizer
 from mesh.protocol import messages
 
-__all__ = ["EPOCH_HEADER", "HopMeter", "Job", "Token"]
+__all__ = ["EPOCH_HEADER", "HopMeter", "Job", "SampledToken"]
 
 EPOCH_HEADER = "Mesh-Epoch"
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """A sampled token as the last stage reports it."""
+class SampledToken:
+    """A sampled token, as the last stage reports it."""
 
     id: int
     logprob: float | None = None
@@ -43,8 +43,8 @@ class Token:
 
 @dataclass(slots=True)
 class HopMeter:
-    """Decode steps as they were measured: seconds from sending to the answer, and of these in computing, in queues and in
-    reading and writing frames at the stages. A step through n stages has n + 1 hops."""
+    """Sums of decode steps: seconds from sending a frame to its answer, and of these at the stages: computing, waiting in queues, reading
+    and writing frames. A step through n stages has n + 1 hops."""
 
     frames: int = 0
     hops: int = 0
@@ -76,21 +76,21 @@ class HopMeter:
 
 @dataclass(slots=True)
 class Job:
-    """One request and what its client was told. `digest` tells requests of one name apart; `start`: the client has the tokens before
-    it; `told`: so many it has, or has been sent; `revision`: of its record, 0 where there is none."""
+    """One request, and what its client has of the answer. digest: tells requests of the same name apart. start: the client came with the
+    tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none."""
 
     message: messages.Generate
-    request: Request
+    request: GenerationRequest
     reply: str  # where answers go
     text: TextStream | None
     tokenizer: Tokenizer | None
     digest: str = ""
     epoch: int = 1
     start: int = 0
-    told: int = 0
+    delivered: int = 0
     revision: int = 0
     began: float = field(default_factory=time.perf_counter)
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text each token made readable
     held: str = ""  # text that may be the beginning of a stop text
@@ -99,12 +99,19 @@ class Job:
 
     @classmethod
     def of(
-        cls, message: messages.Generate, request: Request, reply: str, tokenizer: Tokenizer | None, *, digest: str = "", epoch: int = 1
+        cls,
+        message: messages.Generate,
+        request: GenerationRequest,
+        reply: str,
+        tokenizer: Tokenizer | None,
+        *,
+        digest: str = "",
+        epoch: int = 1,
     ) -> Job:
-        """With the tokens that the request is `given`, as if they had been generated here."""
+        """A job that has the request's prefix, as if it had been generated here."""
         job = cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer, digest, epoch)
-        for id in request.given:
-            job._take(Token(id))
+        for id in request.prefix:
+            job._take(SampledToken(id))
         return job
 
     def accepted(self, model: str, cancel: str) -> bytes:
@@ -113,19 +120,19 @@ class Job:
     def waiting(self, place: int) -> bytes:
         return self._dump({"waiting": place})
 
-    def push(self, token: Token) -> tuple[bytes | None, bool]:
-        """Take a token; its document (None: the client has it already), and whether a stop text is complete with it."""
+    def push(self, token: SampledToken) -> tuple[bytes | None, bool]:
+        """Take a token. Returns its document (None: the client has it already), and whether a stop text is complete with it."""
         self._take(token)
         self.token_times.append(time.perf_counter())
         index = len(self.tokens) - 1
         return self._document(index) if index >= self.start else None, self.stopped
 
     def documents(self) -> list[tuple[int, bytes]]:
-        """Those of the tokens so far that the client has not, with their indexes."""
+        """(index, document) of the tokens so far, without those that the client came with."""
         return [(index, self._document(index)) for index in range(self.start, len(self.tokens))]
 
     def finished(self, ended: Ended) -> dict[str, Any]:
-        """The last document, and the only one without a stream."""
+        """The last document of a stream, and the only one of any other request."""
         rest = self._release("" if self.text is None else self.text.finish(), end=True)
         self.pieces.append(rest)
         prompt, count = len(self.request.prompt), len(self.tokens)
@@ -157,7 +164,7 @@ class Job:
             answer["logprobs"] = [self._logprobs(token) for token in self.tokens]
         return answer
 
-    def _take(self, token: Token) -> None:
+    def _take(self, token: SampledToken) -> None:
         self.tokens.append(token)
         self.pieces.append(self._release("" if self.text is None else self.text.push(token.id)))
 
@@ -171,14 +178,14 @@ class Job:
     def _dump(self, document: dict[str, Any]) -> bytes:
         return orjson.dumps({**document, "epoch": self.epoch, "done": False})
 
-    def _logprobs(self, token: Token) -> dict[str, Any]:
-        """`piece` is a token's own text, None for a model without a tokenizer."""
+    def _logprobs(self, token: SampledToken) -> dict[str, Any]:
+        """`piece` is the token's own text, None for a model without a tokenizer."""
         piece = self.tokenizer.piece if self.tokenizer is not None else lambda id: None
         top = [{"token": i, "logprob": p, "piece": piece(i)} for i, p in token.top]
         return {"token": token.id, "logprob": token.logprob, "piece": piece(token.id), "top": top}
 
     def _release(self, piece: str, *, end: bool = False) -> str:
-        """What of the text may be given out now that `piece` has come."""
+        """The text that may go to the client now that `piece` has come."""
         if self.stopped:
             return ""
         stops = self.message.stop
@@ -196,5 +203,5 @@ class Job:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`, without being all of it."""
+    """How many characters at the end of `text` are the beginning of `stop`. All of `stop` does not count."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,11 +1,11 @@
-"""From a request as it arrives to what the core is given: the prompt in tokens, every field checked."""
+"""A request as it arrives becomes what the core takes: every field is checked, and the prompt is made tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -14,11 +14,11 @@ from mesh.protocol import messages
 __all__ = ["prepare"]
 
 _INLINE_CHARACTERS = 2000
-"""Longer texts are tokenized in a thread: the event loop carries everyone's tokens."""
+"""Longer texts are tokenized in a thread, because the event loop carries the tokens of every client."""
 
 
-async def prepare(message: messages.Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> Request:
-    """BadRequest or PromptTooLong, naming the field. The ranges of sampling fields are checked by the shard that samples."""
+async def prepare(message: messages.Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> GenerationRequest:
+    """Raises BadRequest, with the field, or PromptTooLong. The shard that samples checks the ranges of the sampling fields."""
     if message.tokens is not None:
         tokens, field = list(message.tokens), "tokens"
     else:
@@ -43,17 +43,19 @@ async def prepare(message: messages.Generate, id: str, manifest: Manifest, token
             limit=max(manifest.context_length - message.max_tokens, 0),
         )
     if len(message.given) > message.max_tokens or any(token >= manifest.vocab_size for token in message.given):
-        raise BadRequest("given are no tokens of this request: give those that it was answered with, or none", field="given")
+        raise BadRequest(
+            "given is not a beginning of this request's answer: give the tokens that it was answered with, or none", field="given"
+        )
     if message.stop and tokenizer is None:
-        raise BadRequest("stop texts need a tokenizer, which this model has not", field="stop")
+        raise BadRequest("stop texts need a tokenizer, and this model has none", field="stop")
     if any(not text for text in message.stop):
         raise BadRequest("a stop text is empty: give at least one character, or leave it out", field="stop")
     stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
     values = message.model_dump(include=set(messages.Sampling.model_fields) - {"seed"})
     sampling = messages.Sampling(**values, seed=secrets.randbits(62) if message.seed is None else message.seed)
-    # log probabilities of what was given are known to nobody: all is computed again
-    given = message.given if message.logprobs is None else ()
-    return Request(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), given)
+    # the log probabilities of a prefix are not known, so with them everything is computed again
+    prefix = message.given if message.logprobs is None else ()
+    return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix)
 
 
 def _tokenize(message: messages.Generate, tokenizer: Tokenizer) -> list[int]:

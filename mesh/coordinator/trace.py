@@ -1,8 +1,9 @@
-"""Where the time of each request went: sums for every stage of every route it took, and its last steps one by one.
+"""Where the time of each request went: sums for every stage of every route that it took, and its last steps one by one.
 
-Kept by the coordinator for the requests it runs and for the last ones that ended, so that a slow or a moved request can be looked
-at afterwards. Bounded whatever a request does: a step is one tuple, shared by the sessions of its wave, and only the last are kept.
-What a step took beyond the stages' own times is its hops: shards have clocks of their own, so single hops are not told apart.
+The coordinator keeps a trace of each request that runs, and of the last ones that ended, so that a slow request, or one that moved, can be
+looked at afterwards. A trace is bounded whatever a request does: a step is one tuple, shared by the sessions of its decode batch, and
+only the last steps are kept. The time of a step beyond its stages' own times is that of its hops. Shards have clocks of their own, so
+single hops cannot be told apart.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any, NamedTuple
 
 from mesh.coordinator.core.events import Ended, FrameOut
 from mesh.coordinator.core.routing import Route
-from mesh.coordinator.core.session import Session, State
+from mesh.coordinator.core.session import SessionView
 from mesh.protocol.frame_codec import Timing
 
-__all__ = ["Trace", "Traces"]
+__all__ = ["SHOWN_SESSIONS", "Trace", "Traces"]
 
 KEPT_REQUESTS = 64
 KEPT_DECODES = 48
@@ -27,7 +28,7 @@ SHOWN_SESSIONS = 32
 
 
 class _Step(NamedTuple):
-    """Sent `at` on the clock of time.perf_counter; `tokens` of a prefill, or rows of a decode."""
+    """at: when it was sent (time.perf_counter). tokens: of a prefill, or the rows of a decode."""
 
     at: float
     wall_s: float
@@ -38,7 +39,7 @@ class _Step(NamedTuple):
 
 @dataclass(slots=True)
 class _Sum:
-    """Steps of one kind over one route; microseconds of (queue, compute, codec) for each stage."""
+    """The steps of one kind over one route. stages: microseconds in (queue, compute, codec), for each stage."""
 
     steps: int = 0
     wall_s: float = 0.0
@@ -76,7 +77,7 @@ class _Leg:
 
 @dataclass(slots=True)
 class Trace:
-    """One request. Times are of time.perf_counter, but `began_unix_s`."""
+    """The trace of one request. Times are those of time.perf_counter, except `began_unix_s`."""
 
     id: str
     began: float
@@ -109,8 +110,8 @@ class Trace:
         assert len(self.legs) <= KEPT_LEGS and len(self.decodes) <= KEPT_DECODES and len(self.prefills) <= KEPT_PREFILLS
 
     def as_dict(self) -> dict[str, Any]:
-        """Seconds; `at_s` since the request came. `steps` are the last ones, in the order they were sent; a stage of a step is
-        [queue, compute, codec] in microseconds, and `leg` says which of `legs` it went along."""
+        """In seconds; `at_s` counts from the request's arrival. `steps` are the last ones, in the order in which they were sent. A stage of
+        a step is [queue, compute, codec] in microseconds; `leg` is the index in `legs` of the route that it took."""
         first = self.moves
         steps = [(step, "prefill") for step in self.prefills] + [(step, "decode") for step in self.decodes]
         steps.sort(key=lambda pair: pair[0].at)
@@ -153,11 +154,11 @@ class Traces:
     def begin(self, id: str, prompt_tokens: int, max_tokens: int, *, now: float, unix_s: float) -> None:
         self._running[id] = Trace(id, now, unix_s, prompt_tokens, max_tokens)
 
-    def step(self, out: FrameOut, sessions: Iterable[Session], *, at: float, wall_s: float, timings: tuple[Timing, ...]) -> None:
-        """A frame that came back."""
+    def step(self, out: FrameOut, sessions: Iterable[str], *, at: float, wall_s: float, timings: tuple[Timing, ...]) -> None:
+        """The frame `out` of these sessions came back."""
         step = _Step(at, wall_s, len(out.rows[0].tokens) if out.kind == "prefill" else len(out.rows), timings)
         for session in sessions:
-            trace = self._running.get(session.id)
+            trace = self._running.get(session)
             if trace is not None:
                 trace.add(out, step)
 
@@ -171,23 +172,21 @@ class Traces:
         while len(self._ended) > KEPT_REQUESTS:
             self._ended.popitem(last=False)
 
-    def document(self, id: str, session: Session | None, now: float) -> dict[str, Any] | None:
-        """The whole trace of a request; None for one that is not known. `session` where it still runs, `now` on the core's clock."""
+    def document(self, id: str, session: SessionView | None) -> dict[str, Any] | None:
+        """The whole trace of a request, None for one that is not known. `session`: where it still runs."""
         trace = self._running.get(id)
         if trace is not None and session is not None:
-            return {**_running(trace, session, now), **trace.as_dict()}
+            return {**_running(trace, session), **trace.as_dict()}
         trace = self._ended.get(id)
         return None if trace is None else {**_over(trace), **trace.as_dict()}
 
-    def summary(self, sessions: Iterable[Session], now: float) -> dict[str, Any]:
-        """At most SHOWN_SESSIONS lines each of what runs (the oldest) and of what ended (the latest first)."""
+    def summary(self, sessions: Iterable[SessionView]) -> dict[str, Any]:
+        """A line for each of `sessions`, which run, and for the last SHOWN_SESSIONS that ended (the latest first)."""
         running = []
         for session in sessions:
             trace = self._running.get(session.id)
             if trace is not None:
-                running.append(_running(trace, session, now))
-                if len(running) == SHOWN_SESSIONS:
-                    break
+                running.append(_running(trace, session))
         latest = list(self._ended.values())[: -SHOWN_SESSIONS - 1 : -1]
         return {"sessions": running, "recent": [_over(trace) for trace in latest]}
 
@@ -197,19 +196,18 @@ class Traces:
             trace.check()
 
 
-def _running(trace: Trace, session: Session, now: float) -> dict[str, Any]:
-    since, first = session.submitted_at, session.first_token_at
+def _running(trace: Trace, session: SessionView) -> dict[str, Any]:
     return {
         "request": trace.id,
-        "state": session.state.value,
-        "route": [hop.shard for hop in session.route or ()],
+        "state": session.state,
+        "route": list(session.route),
         "prompt_tokens": trace.prompt_tokens,
         "max_tokens": trace.max_tokens,
-        "tokens": session.given,
-        "prefilled": session.done if session.state is State.PREFILLING else trace.prompt_tokens,
-        "queue_s": (session.started_at or now) - since,
-        "first_token_s": first - since if first else None,
-        "total_s": now - since,
+        "tokens": session.generated,
+        "prefilled": session.prefilled,
+        "queue_s": session.queue_s,
+        "first_token_s": session.first_token_s,
+        "total_s": session.total_s,
         "restarts": session.restarts,
     }
 

@@ -1,24 +1,23 @@
-"""Between the core's plain values and what travels: frames to the shards and back, leases to replicas."""
+"""Between the core's values and what travels: frames to shards and back, leases to replicas."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Final
 
 import numpy as np
 
 from mesh.coordinator.core.events import FrameLost, FrameOut, Result, ResultRow
-from mesh.coordinator.core.routing import Replica, Route
-from mesh.coordinator.replies import Token
+from mesh.coordinator.core.routing import Replica
+from mesh.coordinator.replies import SampledToken
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
-from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
+from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
 from mesh.protocol.messages import ShardLease
 
 __all__ = ["event_of", "frame_of", "replica_of"]
 
-_HOPELESS: Final = {Gap.BAD_INPUT: "input", Gap.TOO_LARGE: "too_large"}
-"""Gaps that no other route mends."""
+_HOPELESS: Final = {Nack.BAD_INPUT: "input", Nack.TOO_LARGE: "too_large"}
+"""Refusals that no other route can help."""
 
 
 def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) -> Frame:
@@ -29,7 +28,7 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         kind=Kind.PREFILL if out.kind == "prefill" else Kind.DECODE,
         model_hash=model_hash,
         coordinator=coordinator,
-        route=_hops(out.route),
+        route=out.route,
         sessions=sessions,
         epochs=np.array([row.epoch for row in out.rows], np.uint32),
         positions=np.array([row.start for row in out.rows], np.uint32),
@@ -40,21 +39,16 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
     )
 
 
-@lru_cache(maxsize=256)
-def _hops(route: Route) -> tuple[frame_codec.Hop, ...]:
-    return tuple(frame_codec.Hop(hop.layers, str(hop.shard)) for hop in route)
-
-
 def event_of(frame: Frame) -> Result | FrameLost | None:
-    """What an answer means to the core; None for a frame that is no answer."""
+    """What an answer means to the core; None for a frame that is not an answer."""
     match frame.kind:
         case Kind.ACK:
             return Result(frame.step, waited_s=_waited_s(frame))
         case Kind.TOKENS:
             keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
-            tokens = [Token(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
+            tokens = [SampledToken(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
             return Result(frame.step, tuple(map(ResultRow, keys, positions, tokens)), _waited_s(frame))
-        case Kind.GAP:
+        case Kind.NACK:
             shard = frame.route[frame.hop].shard
             reason = _HOPELESS.get(frame.reason)
             error = None
@@ -62,7 +56,7 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
                 error = FrameRejected(
                     f"shard {shard} refused a step of this request ({frame.reason.name.lower()}): see its log", reason=reason
                 )
-            blamed = shard if frame.reason in (Gap.DRAINING, Gap.FAILED, Gap.OVERLOADED) else None
+            blamed = shard if frame.reason in (Nack.DRAINING, Nack.FAILED, Nack.OVERLOADED) else None
             return FrameLost(frame.step, frozenset(frame.sessions.tolist()), blamed, error)
     return None
 
@@ -83,7 +77,7 @@ def replica_of(lease: ShardLease) -> Replica:
 
 
 def _chunk(lease: ShardLease) -> int:
-    """The most tokens a prefill frame may bring, so that the hidden state the shard passes on still fits in one message."""
+    """The most tokens of a prefill frame with which the hidden state that the shard passes on still fits in one message."""
     room = lease.max_frame_bytes - frame_codec.overhead_bytes(1, lease.chunk, frame_codec.MAX_HOPS)
     return max(1, min(lease.chunk, room // (lease.hidden_size * lease.hidden_itemsize)))
 
@@ -92,12 +86,12 @@ def _waited_s(frame: Frame) -> float:
     return sum(timing.queue_us for timing in frame.timings) / 1e6
 
 
-def _with_logprobs(ids: list[int], chosen: np.ndarray, top: np.ndarray, logprobs: np.ndarray) -> list[Token]:
+def _with_logprobs(ids: list[int], chosen: np.ndarray, top: np.ndarray, logprobs: np.ndarray) -> list[SampledToken]:
     tokens = []
     for index, id in enumerate(ids):
         if np.isnan(chosen[index]):
-            tokens.append(Token(id))
+            tokens.append(SampledToken(id))
             continue
         pairs = zip(top[index].tolist(), logprobs[index].tolist(), strict=True)
-        tokens.append(Token(id, float(chosen[index]), tuple((i, p) for i, p in pairs if np.isfinite(p))))
+        tokens.append(SampledToken(id, float(chosen[index]), tuple((i, p) for i, p in pairs if np.isfinite(p))))
     return tokens

@@ -12,7 +12,7 @@ import numpy as np
 from mesh.protocol import subjects
 from mesh.types import LayerRange
 
-__all__ = ["NO_FLAGS", "Flags", "Frame", "Gap", "Hop", "Kind", "Timing"]
+__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "Timing"]
 
 
 class Kind(IntEnum):
@@ -20,7 +20,7 @@ class Kind(IntEnum):
     DECODE = 2  # one token for each of several sessions
     TOKENS = 3  # the tokens sampled after `positions`
     ACK = 4  # a prefill chunk that was not the prompt's last went through every stage
-    GAP = 5  # these rows were not computed; `reason` says why, `positions` what was expected
+    NACK = 5  # these rows were not computed; `reason` says why, `positions` what was expected
 
 
 class Flags(IntFlag):
@@ -33,7 +33,7 @@ class Flags(IntFlag):
 NO_FLAGS: Final = Flags(0)
 
 
-class Gap(IntEnum):
+class Nack(IntEnum):
     """Why a stage did not compute rows. NONE in every other frame."""
 
     NONE = 0
@@ -69,7 +69,7 @@ class Frame:
     three are made at every hop.
 
     sessions [n] uint64; epochs [n] uint32; positions [n] uint32, of each row's first token; slots [hops, n] uint32, the row each
-    session has on each stage; tokens [m] int32: m == n, but PREFILL n == 1 <= m, ACK and GAP m == 0.
+    session has on each stage; tokens [m] int32: m == n, but PREFILL n == 1 <= m, ACK and NACK m == 0.
     tensors: PREFILL and DECODE the hidden state [m, D], none towards the first stage; TOKENS with log-probabilities
     (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN where a row did not ask), else none.
     `hop` is the stage it goes to; in an answer, the one it came from.
@@ -88,7 +88,7 @@ class Frame:
     step: int = 0
     hop: int = 0
     flags: Flags = NO_FLAGS
-    reason: Gap = Gap.NONE
+    reason: Nack = Nack.NONE
     tensors: tuple[np.ndarray, ...] = ()
     timings: tuple[Timing, ...] = ()
     traceparent: str | None = None
@@ -150,12 +150,12 @@ class Frame:
             stored_bytes=0,
         )
 
-    def gap(self, reason: Gap, rows: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> Frame:
-        """GAP for these rows (indices); `positions` [len(rows)] where the stage would go on, else what was asked."""
+    def nack(self, reason: Nack, rows: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> Frame:
+        """NACK for these rows (indices); `positions` [len(rows)] where the stage would go on, else what was asked."""
         chosen = np.asarray(rows, np.intp)
         return replace(
             self,
-            kind=Kind.GAP,
+            kind=Kind.NACK,
             reason=reason,
             sessions=self.sessions[chosen],
             epochs=self.epochs[chosen],

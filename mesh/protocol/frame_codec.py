@@ -5,7 +5,7 @@ A step is a frame that visits every stage of its route and comes back:
     coordinator --PREFILL/DECODE, token ids--> stage 0 --the same, hidden state--> stage 1 ... last stage --TOKENS/ACK--> coordinator
 
 It carries its route, so a stage knows the next subject from the frame alone; and a row of the table for each session in it.
-A stage that cannot take some of the rows leaves them out and tells the coordinator with a GAP frame.
+A stage that cannot take some of the rows leaves them out and tells the coordinator with a NACK frame.
 
     header     magic "SMsh", version u8, kind u8, flags u16, model hash 8 bytes, wave u32, step u64, hop u8, hops u8,
                reason u8, tensors u8, rows u16, timings u8, route length u16, coordinator length u8, tokens u32
@@ -31,10 +31,10 @@ import numpy as np
 
 from mesh.errors import FrameRejected
 from mesh.protocol import subjects, tensor_codec
-from mesh.protocol.frame import Flags, Frame, Gap, Hop, Kind, Timing
+from mesh.protocol.frame import Flags, Frame, Hop, Kind, Nack, Timing
 from mesh.types import LayerRange
 
-__all__ = ["MAX_FRAME_BYTES", "REASONS", "VERSION", "Flags", "Frame", "Gap", "Hop", "Kind", "Timing", "decode", "encode", "overhead_bytes"]
+__all__ = ["MAX_FRAME_BYTES", "REASONS", "VERSION", "Flags", "Frame", "Hop", "Kind", "Nack", "Timing", "decode", "encode", "overhead_bytes"]
 
 VERSION: Final = 1
 MAGIC: Final = b"SMsh"
@@ -82,7 +82,7 @@ _ALL_FLAGS: Final = sum(Flags)
 _FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))  # making a member anew is slow
 _BF16, _ZSTD, _TRACED, _FINAL = (int(flag) for flag in (Flags.BF16, Flags.ZSTD, Flags.TRACED, Flags.FINAL))
 _KINDS: Final = {int(kind): kind for kind in Kind}
-_GAPS: Final = {int(gap): gap for gap in Gap}
+_NACKS: Final = {int(nack): nack for nack in Nack}
 
 
 def reject(reason: str, message: str) -> FrameRejected:
@@ -247,7 +247,7 @@ class _Layout(NamedTuple):
     traced: bool
     bf16: bool
     zstd: bool
-    reason: Gap
+    reason: Nack
     hop: int
     hops: int
     rows: int
@@ -264,7 +264,7 @@ class _Layout(NamedTuple):
 def _layout(counts: bytes) -> _Layout:
     """Of a header's counts, which are the same for frame after frame."""
     kind_, flags_, hop, hops, reason_, tensors, n, timings, route_length, name_length, m = _COUNTS.unpack(counts)
-    kind, reason = _KINDS.get(kind_), _GAPS.get(reason_)
+    kind, reason = _KINDS.get(kind_), _NACKS.get(reason_)
     if kind is None or reason is None:
         raise reject("kind", f"kind {kind_}, reason {reason_}")
     if flags_ & ~_ALL_FLAGS:
@@ -282,7 +282,7 @@ def _layout(counts: bytes) -> _Layout:
     return _Layout(kind, flags, traced, bf16, zstd, reason, hop, hops, n, m, tensors, name_length, *where)
 
 
-def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int, flags: Flags, reason: Gap) -> tuple[str, str] | None:
+def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int, flags: Flags, reason: Nack) -> tuple[str, str] | None:
     """(reason, what is wrong) of counts that cannot be."""
     if not 1 <= hops <= MAX_HOPS or hop >= hops:
         return "route", f"hop {hop} of {hops}"
@@ -305,7 +305,7 @@ def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int
         return "tensor", f"{kind.name} at hop {hop} with {tensors} tensors"
     if int(flags) & _FINAL and kind is not Kind.PREFILL:
         return "flags", f"FINAL on {kind.name}"
-    if (reason is Gap.NONE) == (kind is Kind.GAP):
+    if (reason is Nack.NONE) == (kind is Kind.NACK):
         return "kind", f"{kind.name} with reason {reason.name}"
     return None
 

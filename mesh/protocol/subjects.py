@@ -7,7 +7,7 @@
     mesh.v1.MODEL.trace.COORDINATOR         where the time of a generation went         that coordinator
     mesh.v1.MODEL.layers.A-B                open a session on layers [A, B)             queue group `replicas`
     mesh.v1.MODEL.layers.A-B.SHARD          frames for that shard                       and, in mirror mode, the range's other shards
-    mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, gaps
+    mesh.v1.MODEL.tokens.COORDINATOR        frames for that coordinator: sampled tokens, acknowledgements, nacks
     mesh.v1.MODEL.coordinators              coordinators saying that they live          every shard and coordinator of the model
     mesh.v1.control.SHARD.VERB              open, close, drain, load, ping, stats       that shard
     mesh.v1.MODEL.batch                     a durable batch; .status, .result: of one   queue group `coordinators`

@@ -5,7 +5,7 @@
 The event loop receives, decides (ShardState) and publishes; the compute thread computes. A frame's life here:
 
     message -> decode -> admit -> queue -> run_step, encode and publish to the frame's next subject, in the thread
-                            \\-> GAP to the coordinator for rows that cannot be computed
+                            \\-> NACK to the coordinator for rows that cannot be computed
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError,
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK
 from mesh.protocol import frame_codec, subjects
-from mesh.protocol.frame_codec import Frame, Gap, Kind, Timing
+from mesh.protocol.frame_codec import Frame, Kind, Nack, Timing
 from mesh.protocol.messages import (
     Beat,
     Close,
@@ -330,8 +330,8 @@ class Shard:
             meter.rejected[error.reason] += 1
             log.debug("%s", error)
             return
-        for gap in admission.gaps:
-            self._send(gap, frame_codec.encode(gap))
+        for nack in admission.nacks:
+            self._send(nack, frame_codec.encode(nack))
         if admission.nothing:
             return
         if admission.rows is not None:
@@ -393,15 +393,15 @@ class Shard:
         log.error("step %d of wave %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error)
         if not followed:
             self.state.gone_on(frame)
-            self._gap(frame, Gap.BAD_INPUT if refused else Gap.FAILED)
+            self._nack(frame, Nack.BAD_INPUT if refused else Nack.FAILED)
         if not refused and self._failure is None:
             self._failure = error
             self._stop.set()
 
-    def _gap(self, frame: Frame, why: Gap) -> None:
+    def _nack(self, frame: Frame, why: Nack) -> None:
         self.state.gaps[why.name.lower()] += frame.rows
-        gap = frame.gap(why, range(frame.rows))
-        self._send(gap, frame_codec.encode(gap))
+        nack = frame.nack(why, range(frame.rows))
+        self._send(nack, frame_codec.encode(nack))
 
     def _send(self, out: Frame, data: bytes, of: Frame | None = None, *, sent: bool = False) -> None:
         """Send `out`, which is what the admitted frame `of` became; `sent`: it has been, and is merely counted."""
@@ -430,7 +430,7 @@ class Shard:
     def _too_large(self, error: PayloadTooLarge, of: Frame | None) -> None:
         log.warning("%s", error)
         if of is not None:
-            self._gap(of, Gap.TOO_LARGE)
+            self._nack(of, Nack.TOO_LARGE)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -11,15 +11,15 @@ steps in the order in which they were admitted, so what is queued may be counted
     open, lower epoch      there                    refused
     decode, its epoch      there, start <= filled   computed; filled = max(filled, start + 1)
     prefill, its epoch     there, start <= filled   computed; filled = start + count: its padding is written over what follows
-    frame row, its epoch   there, start > filled    GAP hole, from `filled` on: a step was lost
-    frame row, lower epoch there                    GAP stale_epoch
-    frame row              none, or a higher epoch  GAP unknown_session
+    frame row, its epoch   there, start > filled    NACK hole, from `filled` on: a step was lost
+    frame row, lower epoch there                    NACK stale_epoch
+    frame row              none, or a higher epoch  NACK unknown_session
     close, expiry          there                    row free, unless a later epoch than the closed one has it
     beat without it        there, twice in a row    row free: the coordinator knows nothing of it
     drain                  any                      no new sessions; those that are open go on
 
 A mirror is an ordinary shard that also follows the frames of its range's other replicas: rows of sessions that are open here too are
-computed in their own places and nothing is said of it, neither result nor gap. What it missed shows in `filled` when the session is
+computed in their own places and nothing is said of it, neither result nor nack. What it missed shows in `filled` when the session is
 opened again.
 
 A frame that could not have been meant for this shard (route, shapes, types) is refused whole. Repeating a step changes nothing up
@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
-from mesh.protocol.frame_codec import Frame, Gap, Kind
+from mesh.protocol.frame_codec import Frame, Kind, Nack
 from mesh.protocol.messages import Beat, Close, Open
 from mesh.types import LayerRange
 
@@ -92,10 +92,10 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What of a frame is computed: `rows` (indices into it; None: all of them), and the GAP frames to send for the others."""
+    """What of a frame is computed: `rows` (indices into it; None: all of them), and the NACK frames to send for the others."""
 
     rows: np.ndarray | None
-    gaps: tuple[Frame, ...]
+    nacks: tuple[Frame, ...]
 
     @property
     def nothing(self) -> bool:
@@ -219,33 +219,33 @@ class ShardState:
         """Which rows are computed. FrameRejected: the frame is not for this shard as it is."""
         self._check(frame)
         if self.queued >= self.shape.queue_limit:
-            return self._refuse(frame, Gap.OVERLOADED)
+            return self._refuse(frame, Nack.OVERLOADED)
         count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
         slots = frame.slots[frame.hop].tolist()
         kept: list[int] = []
-        refused: dict[Gap, list[tuple[int, int]]] = {}  # why -> (index, where to go on)
+        refused: dict[Nack, list[tuple[int, int]]] = {}  # why -> (index, where to go on)
         for index, (session, epoch, start) in enumerate(
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
             seat = self._seats.get(session)
             why = self._why_not(seat, frame.coordinator, epoch, start, count, slots[index])
-            if why is Gap.NONE:
+            if why is Nack.NONE:
                 assert seat is not None
                 kept.append(index)
                 seat.fill(frame.kind, start, count)
             else:
-                go_on = seat.filled if why is Gap.HOLE and seat is not None else start
+                go_on = seat.filled if why is Nack.HOLE and seat is not None else start
                 refused.setdefault(why, []).append((index, go_on))
         if kept:
             self._hear(frame.coordinator, now)
             self.queued += 1
             key = (frame.coordinator, frame.step)
             self._pending[key] = self._pending.get(key, 0) + 1
-        gaps = []
+        nacks = []
         for why, rows in refused.items():
             self.gaps[why.name.lower()] += len(rows)
-            gaps.append(frame.gap(why, [index for index, _ in rows], np.array([position for _, position in rows], np.uint32)))
-        return Admission(None if len(kept) == frame.rows else np.array(kept, np.intp), tuple(gaps))
+            nacks.append(frame.nack(why, [index for index, _ in rows], np.array([position for _, position in rows], np.uint32)))
+        return Admission(None if len(kept) == frame.rows else np.array(kept, np.intp), tuple(nacks))
 
     def follow(self, frame: Frame) -> Frame | None:
         """Of a frame to another replica of this range, what is computed here as well: with the rows it has here, or None."""
@@ -258,7 +258,7 @@ class ShardState:
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
             seat = self._seats.get(session)
-            if seat is None or self._why_not(seat, frame.coordinator, epoch, start, count, seat.row) is not Gap.NONE or not room:
+            if seat is None or self._why_not(seat, frame.coordinator, epoch, start, count, seat.row) is not Nack.NONE or not room:
                 self.missed += seat is not None
                 continue
             kept.append(index)
@@ -301,18 +301,18 @@ class ShardState:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _why_not(self, seat: Seat | None, coordinator: str, epoch: int, start: int, count: int, slot: int) -> Gap:
+    def _why_not(self, seat: Seat | None, coordinator: str, epoch: int, start: int, count: int, slot: int) -> Nack:
         if seat is None or epoch > seat.epoch:
-            return Gap.UNKNOWN_SESSION
+            return Nack.UNKNOWN_SESSION
         if epoch < seat.epoch:
-            return Gap.STALE_EPOCH
+            return Nack.STALE_EPOCH
         if seat.coordinator != coordinator or seat.row != slot or start + count > self.shape.context:
-            return Gap.BAD_INPUT
-        return Gap.HOLE if start > seat.filled else Gap.NONE
+            return Nack.BAD_INPUT
+        return Nack.HOLE if start > seat.filled else Nack.NONE
 
-    def _refuse(self, frame: Frame, why: Gap) -> Admission:
+    def _refuse(self, frame: Frame, why: Nack) -> Admission:
         self.gaps[why.name.lower()] += frame.rows
-        return Admission(np.zeros(0, np.intp), (frame.gap(why, range(frame.rows)),))
+        return Admission(np.zeros(0, np.intp), (frame.nack(why, range(frame.rows)),))
 
     def _check(self, frame: Frame, *, mine: bool = True) -> None:
         """Refuse what was put together for another shard (of another range, where not `mine`), or by another hand."""

@@ -147,12 +147,12 @@ def test_clients_come_first(run: Run, server: NatsServer, model: Path) -> None:
 
     async def work() -> None:
         async with shards(server.url, model, even_ranges(3, 1)), coordinator(server.url, model) as serving:
-            assert serving._has_room(0) and not serving._has_room(serving.core.replicas.capacity())
-            replicas = serving.core.replicas
+            assert serving.batches.has_room(0) and not serving.batches.has_room(serving.core.load(0.0).capacity)
+            replicas = serving.core._state.replicas
             (replica,) = list(replicas)
             for key in range(3):
                 replicas.take(replica.shard, key)
-            assert replicas.free(0.0) == 1 and not serving._has_room(0)
+            assert replicas.free(0.0) == 1 and not serving.batches.has_room(0)
             for key in range(3):
                 replicas.give_back(replica.shard, key)
 

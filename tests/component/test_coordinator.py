@@ -88,7 +88,7 @@ def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(serv
                         await running.bus.publish(answers, whole)  # well-formed, of no step of ours
             assert tokens == expected
             await running.bus.flush()
-            assert sum(running.rejected.values()) >= sent - 5
+            assert sum(running.intake.rejected.values()) >= sent - 5
             assert running.core.counters.late >= 1
             assert running.core.counters.restarts == 0
 
@@ -108,9 +108,8 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
                     if chunk.token is not None:
                         tokens.append(chunk.token.id)
                     if chunk.index == 10 and chunk.token is not None:
-                        session = serving.core.session(stream.request)
-                        assert session is not None
-                        close = Close(coordinator=serving.name, sessions=(session.key,))
+                        (key,) = serving.core.session_keys()
+                        close = Close(coordinator=serving.name, sessions=(key,))
                         await serving.bus.send(subjects.control(running[1].options.name, "close"), close)
             assert tokens == expected
             assert serving.core.counters.restarts >= 1
@@ -134,7 +133,7 @@ def test_a_client_that_was_taken_to_be_gone_and_is_not_goes_on(server, model, ru
                     if chunk.token is not None:
                         tokens.append(chunk.token.id)
                     if len(tokens) in (3, 20):
-                        await bus.publish(f"{serving._probe}.{stream.request}", b"", headers={"Status": "503"})
+                        await bus.publish(f"{serving.outbox.unheard}.{stream.request}", b"", headers={"Status": "503"})
             assert tokens == expected
             assert serving.core.counters.as_dict()["cancelled"] >= 1
 

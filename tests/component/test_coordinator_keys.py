@@ -12,7 +12,7 @@ from waiting import Heard
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
-from mesh.coordinator.core.expectations import Expected
+from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.errors import Busy
 from mesh.protocol import subjects
 from mesh.protocol.messages import Beat
@@ -67,7 +67,7 @@ def test_what_is_lacking_is_logged_and_in_the_statistics(server, model, run, cap
     caplog.set_level(logging.INFO, "mesh.coordinator")
 
     async def work() -> None:
-        wanted = {"expected": Expected(2, 1), "health_check_interval_s": 0.05}
+        wanted = {"expected": ExpectedShards(2, 1), "health_check_interval_s": 0.05}
         with Heard("mesh.coordinator") as log:
             async with coordinator(server.url, model, **wanted) as running:
                 await log.wait("2 of 2 layer ranges have no shard")

@@ -197,11 +197,11 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
             request = Generate(**LONG | {"tokens": (1, 2)}, session="waits", stream=True)
             await serving.bus.publish(generate(serving.manifest.name), request.to_bytes(), reply=inbox)
             found = await until(lambda: recorder.read("waits"))
-            assert serving.core.live == 1
+            assert serving.core.load(0.0).live == 1
             other = found[0].model_copy(update={"owner": "another", "epoch": 7})
             revision = await recorder.bucket.update(recorder.key("waits"), other.to_bytes(), revision=found[1])
             recorder.touch_all()
-            await until(lambda: not serving.core.live)
+            await until(lambda: not serving.core.load(0.0).live)
             assert recorder.counters["lost"] == 1
             again = await recorder.read("waits")
             assert again is not None and again[0].owner == "another" and again[1] == revision

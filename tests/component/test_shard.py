@@ -16,7 +16,7 @@ from mesh.bus import Bucket, Bus, BusOptions, LeaseTable, Received
 from mesh.errors import BadRequest, Busy, ConfigError, MessageRejected, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import frame_codec, subjects
-from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
+from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
 from mesh.protocol.messages import Beat, Close, Drain, Drained, Event, Open, Opened, Sampling, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
@@ -192,14 +192,14 @@ def test_rows_out_of_turn_are_left_out_with_a_gap_and_the_others_computed(
             await driver.send(frame)
             answers = [await driver.answer() for _ in range(3)]
             by_reason = {answer.reason: answer for answer in answers}
-            assert by_reason[Gap.HOLE].sessions.tolist() == [2] and by_reason[Gap.HOLE].positions.tolist() == [5]
-            assert by_reason[Gap.STALE_EPOCH].sessions.tolist() == [3]
-            computed = by_reason[Gap.NONE]
+            assert by_reason[Nack.HOLE].sessions.tolist() == [2] and by_reason[Nack.HOLE].positions.tolist() == [5]
+            assert by_reason[Nack.STALE_EPOCH].sessions.tolist() == [3]
+            computed = by_reason[Nack.NONE]
             assert computed.sessions.tolist() == [1]
             assert computed.tokens.tolist() == lone(pipeline, PROMPTS[0], 2)[1:]
             await driver.close(1)
-            gap = await driver.decode([1], [6], [0])
-            assert gap.kind is Kind.GAP and gap.reason is Gap.UNKNOWN_SESSION
+            nack = await driver.decode([1], [6], [0])
+            assert nack.kind is Kind.NACK and nack.reason is Nack.UNKNOWN_SESSION
             assert (await driver.stats()).gaps == {"hole": 1, "stale_epoch": 1, "unknown_session": 1}
 
     run(work())
@@ -353,8 +353,8 @@ def test_a_step_that_fails_tells_the_coordinator_and_ends_the_shard(
 
             assert running[0].stage is not None
             monkeypatch.setattr(running[0].stage, "prefill", explode)
-            gap = await driver.prefill(1, [3])
-            assert gap.kind is Kind.GAP and gap.reason is Gap.FAILED
+            nack = await driver.prefill(1, [3])
+            assert nack.kind is Kind.NACK and nack.reason is Nack.FAILED
             await asyncio.wait_for(running[0]._stop.wait(), 10)
 
     run(work())

@@ -1,4 +1,4 @@
-"""What happens to the core and what it wants done. Plain values; `now` comes beside an event, in seconds of any one clock."""
+"""What happens to the core (events), and what it wants done (effects). Plain values. `now` is passed beside an event."""
 
 from __future__ import annotations
 
@@ -6,58 +6,61 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mesh.coordinator.core.routing import Replica, Route
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import MeshError
 from mesh.types import LayerRange
 
 __all__ = [
     "Admitted",
-    "Answered",
-    "Ask",
-    "Cancel",
+    "Announcement",
+    "CancelSession",
     "CloseRow",
     "Connection",
     "Effect",
     "Emit",
     "Ended",
     "Event",
-    "Finish",
+    "FinishSession",
+    "FrameKind",
     "FrameLost",
     "FrameOut",
     "FrameRow",
-    "Happened",
-    "Hint",
     "OpenRefused",
     "OpenRow",
     "Opened",
+    "Probe",
+    "ProbeAnswered",
     "Rejected",
     "ReplicaGone",
     "ReplicaSeen",
     "Result",
     "ResultRow",
     "Submit",
+    "Suspicion",
     "Tick",
 ]
+
+FrameKind = Literal["prefill", "decode"]
 
 # -- events ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    request: Request
+    request: GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
-    """The client wants no more, or (`gone`) does not listen any more: if it does after all, it may ask again."""
+class CancelSession:
+    """The client wants no more. `gone`: it does not listen any more; if it does after all, it may ask again."""
 
     session: str
     gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """What was generated is enough (a stop text was met): as Cancel, but counted as finished."""
+class FinishSession:
+    """A stop text was met, so no more tokens are needed. As CancelSession, but counted as finished."""
 
     session: str
 
@@ -69,15 +72,15 @@ class ReplicaSeen:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaGone:
-    """Its lease ended, or nobody listens on its subject."""
+    """The shard's lease ended, or nobody listens on its subject."""
 
     shard: str
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """`shard` gave row `row` to epoch `epoch` of session key `key`, as stage `stage` of its route or as that stage's mirror.
-    `filled`: the positions its cache holds already."""
+    """`shard` opened row `row` for epoch `epoch` of the session `key`, as stage `stage` of its route or as that stage's mirror. `filled`:
+    the positions that the row holds already."""
 
     key: int
     epoch: int
@@ -89,8 +92,8 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class OpenRefused:
-    """No row for `key` at `stage`, by `shard` (None: the queue group); `full` for want of rows, `permanent` where no retry can
-    help (then `error` says why)."""
+    """`shard` (None: the queue group) opened no row for `key` at `stage`. `full`: it has no free row. `permanent`: no other try can help;
+    `error` says why."""
 
     key: int
     epoch: int
@@ -103,7 +106,7 @@ class OpenRefused:
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """The last stage's answer for one row: `token` (anything with an `id`), sampled from the input at `position`."""
+    """The last stage's answer for one row: `token` (anything with an `id`), sampled after `position`."""
 
     key: int
     position: int
@@ -112,8 +115,8 @@ class ResultRow:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A frame came back. `rows` is empty for a prefill chunk that was not the last of its history. waited_s: how long it lay behind
-    other work on its way."""
+    """The answer to a frame. `rows` is empty for a prefill chunk that was not the last of its history. waited_s: how long the frame waited
+    behind other work on its way."""
 
     frame: int
     rows: tuple[ResultRow, ...] = ()
@@ -122,8 +125,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class FrameLost:
-    """A frame, or of its rows those of `keys`, was not computed: a stage refused it, or nobody took it. Its sessions go another
-    way, or fail with `error` where no other way can help. `shard`: who is to be avoided."""
+    """A frame was not computed, or those of its rows that belong to `keys`: a stage refused it, or it could not be sent. Its sessions go
+    another way, or fail with `error` where no other way can help. `shard`: the shard to be avoided."""
 
     frame: int
     keys: frozenset[int] | None = None
@@ -132,8 +135,8 @@ class FrameLost:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """`shard` lives, as the question of `asked_at` found; of our steps it has `pending` in hand."""
+class ProbeAnswered:
+    """`shard` lives: it has answered the probe of `asked_at`. `pending`: the steps of this coordinator that it has in hand."""
 
     shard: str
     asked_at: float
@@ -141,13 +144,13 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Hint:
+class Suspicion:
     """Some connection to the server has ended: it may have been a shard's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """This coordinator's own connection was lost, or is back. Meanwhile nothing can be known of anybody."""
+    """This coordinator's own connection was lost, or is back. Without it, silence says nothing about anyone."""
 
     online: bool
 
@@ -158,7 +161,19 @@ class Tick:
 
 
 Event = (
-    Submit | Cancel | Finish | ReplicaSeen | ReplicaGone | Opened | OpenRefused | Result | FrameLost | Answered | Hint | Connection | Tick
+    Submit
+    | CancelSession
+    | FinishSession
+    | ReplicaSeen
+    | ReplicaGone
+    | Opened
+    | OpenRefused
+    | Result
+    | FrameLost
+    | ProbeAnswered
+    | Suspicion
+    | Connection
+    | Tick
 )
 
 # -- effects -----------------------------------------------------------------------------------------------------------
@@ -166,22 +181,22 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class OpenRow:
-    """Ask `shard` (None: the queue group of `layers`) for a row; answer with Opened or OpenRefused. `keep`: the positions that a
-    shard where the session was before may keep. `mirror`: it is to follow the frames of the stage."""
+    """Ask `shard` (None: the queue group of `layers`) for a row. What follows is an Opened or an OpenRefused. `keep`: a shard
+    that has a row of the session already may keep so many positions of it. `mirror`: the shard is to follow the frames of the stage."""
 
     key: int
     epoch: int
     stage: int
     layers: LayerRange
     shard: str | None
-    request: Request
+    request: GenerationRequest
     keep: int = 0
     mirror: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CloseRow:
-    """Give the row back, unless a later epoch than `epoch` has it."""
+    """Close the row, unless a later epoch than `epoch` has it."""
 
     key: int
     epoch: int
@@ -189,16 +204,17 @@ class CloseRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Find out whether `shard` lives and which steps it has: Answered with `asked_at`, ReplicaGone if nobody listens, or nothing."""
+class Probe:
+    """Find out whether `shard` lives and which steps it has. What follows is a ProbeAnswered with the same `asked_at`, a ReplicaGone if
+    nobody listens there, or nothing."""
 
     shard: str
     asked_at: float
 
 
 @dataclass(frozen=True, slots=True)
-class Happened:
-    """For people and monitors: an Event of the mesh."""
+class Announcement:
+    """An event of the mesh (messages.Event), for people and monitors. who: the shard that it is about."""
 
     kind: Literal["suspected", "failed_over"]
     who: str
@@ -218,11 +234,11 @@ class FrameRow:
 
 @dataclass(frozen=True, slots=True)
 class FrameOut:
-    """Send a frame along `route` (every shard named). A prefill has one row; `last`: a token is wanted after its last position.
-    A decode has one token a row."""
+    """Send a frame along `route`. A prefill has one row; `last`: a token is to be sampled after its last position. A decode has one token
+    a row."""
 
     frame: int
-    kind: Literal["prefill", "decode"]
+    kind: FrameKind
     route: Route
     rows: tuple[FrameRow, ...]
     last: bool = True
@@ -230,7 +246,7 @@ class FrameOut:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that will be generated, now or when there is a row."""
+    """The request is accepted: it is generated now, or when there is a row."""
 
     session: str
 
@@ -246,7 +262,7 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A request that was not admitted."""
+    """The request is not accepted."""
 
     session: str
     error: MeshError
@@ -254,8 +270,8 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The last word on a session. `reason`: stop, length, cancelled or error (then `error` is set). Seconds: from submission to
-    the start of prefill, to the first token, to the end."""
+    """A session has ended. `error` is set where the reason is error or cancelled. Seconds since it was submitted: to its first start, to
+    the first token, to the end."""
 
     session: str
     reason: Literal["stop", "length", "cancelled", "error"]
@@ -267,4 +283,4 @@ class Ended:
     error: MeshError | None = None
 
 
-Effect = OpenRow | CloseRow | FrameOut | Ask | Happened | Admitted | Emit | Rejected | Ended
+Effect = OpenRow | CloseRow | FrameOut | Probe | Announcement | Admitted | Emit | Rejected | Ended

@@ -1,4 +1,4 @@
-"""What a mesh was meant to be (`shards_count`, `replication_factor`), and what it lacks of that. Pure."""
+"""Which shards the configuration asks for (`shards_count`, `replication_factor`), and which of them are lacking. Pure."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from mesh.coordinator.core.routing import Replica
 
-__all__ = ["Expected"]
+__all__ = ["ExpectedShards"]
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """So many layer ranges, each on so many shards."""
+class ExpectedShards:
+    """`ranges` layer ranges, each on `replicas` shards."""
 
     ranges: int
     replicas: int = 1
 
     def lacking(self, there: Iterable[Replica]) -> str:
-        """What is lacking, in words; empty where nothing is."""
+        """What is lacking, in words; empty where nothing is lacking."""
         held = Counter(replica.layers for replica in there if not replica.draining)
         few = [f"layers {layers} {count} of {self.replicas}" for layers, count in sorted(held.items()) if count < self.replicas]
         if len(held) < self.ranges:

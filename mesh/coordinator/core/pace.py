@@ -1,11 +1,11 @@
-"""How much of a prompt goes out at a time while others decode. Pure.
+"""How much of a prompt goes out at a time while other sessions decode. Pure.
 
-A decode step behind a prefill chunk waits for it at every stage, so that who decodes gets a token a chunk and a step. On an accelerator
-a whole chunk takes about as long as a step, because both read every weight once; on a CPU it takes twenty. So a chunk is whole where
-that has been seen to take at most WHOLE_STEPS steps, and a part of that otherwise: the gaps between tokens stay under 5 steps, and no
-smaller, for a stage would then spend more on its weights than on the prompt.
+A decode step behind a prefill chunk waits for it at every stage. So the time between two tokens is that of a chunk and a step. On an
+accelerator a whole chunk takes about as long as a step, because both read every weight once; on a CPU it takes twenty times as long. So a
+whole chunk is sent where it has been seen to take at most WHOLE_STEPS steps, and a part of it otherwise. The gaps between tokens then stay
+under 5 steps. Parts are no smaller than that, because a stage would then spend more on its weights than on the prompt.
 
-What is observed is service: the time a frame was away without what it waited behind other work.
+What is observed is service: the time that a frame was away, without the time that it waited behind other work.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["REVIEW_AFTER", "Pace"]
 
 WHOLE_STEPS: Final = 3.0
 PART: Final = 4
-"""A part is a chunk divided by this: the runtime's chunk sizes are that far apart (mesh/runtime/buckets.py)."""
+"""A part is a chunk divided by this. The runtime's chunk sizes are that far apart (mesh/runtime/buckets.py)."""
 REVIEW_AFTER: Final = 512
-"""Parts after which a whole chunk is tried again: what was seen may have been a first run, or a busy machine."""
+"""After so many parts a whole chunk is tried again: the last one may have been a first run, or the machine may have been busy."""
 
 
 class Pace:
-    """Of one route."""
+    """The pace of one route."""
 
     def __init__(self) -> None:
         self._steps: deque[float] = deque(maxlen=16)
@@ -33,13 +33,13 @@ class Pace:
         self._parts = 0
 
     def step(self, seconds: float) -> None:
-        """A decode frame's service."""
+        """The service of a decode frame."""
         if seconds > 0:
             self._steps.append(seconds)
 
     def chunk(self, tokens: int, most: int, seconds: float) -> None:
-        """The service of a prefill frame sent while others decoded, `tokens` of the `most` that a chunk has. Those of other sizes than
-        a whole and a part say nothing: stages round up."""
+        """The service of a prefill frame that was sent while others decoded, with `tokens` of the `most` that a chunk has. Sizes other than
+        a whole chunk and a part say nothing, because stages round up."""
         if seconds <= 0:
             return
         if tokens == most:
@@ -52,7 +52,7 @@ class Pace:
                 self._whole.clear()
 
     def size(self, most: int) -> int:
-        """Tokens of the next chunk while others decode: `most` where nothing has been seen yet."""
+        """Tokens of the next chunk while others decode; `most` while nothing has been observed."""
         return most if self._whole_fits() else _part(most)
 
     def _whole_fits(self) -> bool:

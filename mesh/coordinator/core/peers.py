@@ -1,12 +1,12 @@
-"""Which other coordinators of the model live. Deciding only: what was heard and when is passed in.
+"""Which other coordinators of the model live. It only decides: what was heard, and when, is passed in.
 
-A coordinator says that it lives every few seconds, and is asked several times a second, on a subject that only its process
-listens on: the server answers at once when nobody listens there any more, so a process that died is noticed within GONE_S, and one
-that was merely cut off from its server for a moment (which looks the same) is not. One that listens and does not answer, because it is
-suspended or cut off, is given up after SILENT_S. To give up one that lives costs nothing but work: session records are compared
-and set, so it loses what others took, and keeps the rest.
+A coordinator sends a heartbeat every few seconds. It is also probed several times a second, on a subject that only its process listens
+on. When nobody listens there any more, the server says so at once. So a process that died is noticed within GONE_S; one that was merely
+cut off from its server for a moment, which looks the same, is not given up. A process that listens and does not answer, because it is
+suspended or cut off, is given up after SILENT_S. To give up a coordinator that lives costs only work: session records are written by
+compare and set, so it loses the sessions that others took, and keeps the rest.
 
-Who was suspended itself, or cut off, has heard nobody, which says nothing of anybody: `excuse`.
+A coordinator that was itself suspended or cut off has heard nobody. That says nothing about the others: see `excuse`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _FORGET_S: Final = 60.0
 
 @dataclass(slots=True)
 class Peer:
-    """Another coordinator's process. Times are of the caller's clock, in seconds."""
+    """Another coordinator's process. Times are seconds on the caller's clock."""
 
     instance: str
     name: str
     heard_at: float
-    missing_since: float | None = None  # nobody has listened since then
+    missing_since: float | None = None  # since when nobody listens on its subject
     given_up: bool = False
 
 
@@ -38,7 +38,7 @@ class Peers:
         self._peers: dict[str, Peer] = {}
 
     def heard(self, instance: str, name: str, now: float) -> bool:
-        """It lives. Whether it was not known to."""
+        """A peer lives. True where that is news."""
         if instance == self._instance:
             return False
         peer = self._peers.get(instance)
@@ -47,23 +47,23 @@ class Peers:
         return new
 
     def missing(self, instance: str, now: float) -> None:
-        """Nobody listens on its subject."""
+        """Nobody listens on a peer's subject."""
         peer = self._peers.get(instance)
         if peer is not None and peer.missing_since is None:
             peer.missing_since = now
 
     def left(self, instance: str) -> None:
-        """It said that it ends."""
+        """A peer has said that it ends."""
         self._peers.pop(instance, None)
 
     def excuse(self, now: float) -> None:
-        """Nothing could be heard until now."""
+        """Nothing could be heard until now: the time before does not count."""
         for peer in self._peers.values():
             if not peer.given_up:
                 peer.heard_at, peer.missing_since = now, None
 
     def gone(self, now: float) -> list[Peer]:
-        """Those who are given up now, each once."""
+        """The peers that are given up now; each is named once."""
         found = []
         for peer in list(self._peers.values()):
             if peer.given_up:
@@ -77,7 +77,7 @@ class Peers:
         return found
 
     def lives(self, instance: str) -> bool:
-        """As far as is known; False for one never heard of."""
+        """Whether a peer lives, as far as is known; False for one that was never heard of."""
         peer = self._peers.get(instance)
         return peer is not None and not peer.given_up
 
@@ -93,9 +93,9 @@ class Peers:
         return peer is not None and peer.missing_since is not None
 
     def watched(self) -> list[str]:
-        """Whom to ask. Those given up too: a suspended process may go on."""
+        """The instances to probe. Those that were given up too: a suspended process may go on."""
         return list(self._peers)
 
     def named(self, name: str) -> bool:
-        """Whether any that lives has this name."""
+        """Whether any peer that lives has this name."""
         return any(peer.name == name and not peer.given_up for peer in self._peers.values())

@@ -1,15 +1,16 @@
 """Which frame goes out next.
 
-Decode. The sessions of one route are put in order of their rows and cut into lanes, at most as many as the route has processors. A
-lane has at most one frame in flight, so that with every lane under way every processor has work, and a frame that comes back can go out
-again at once with those that joined meanwhile. Lanes follow the order of the rows, so that the rows of a frame lie together: a
-stage computes over a block of rows, rounded up to a bucket. Lanes of 11, 11 and 10 would each cost what one of 16 does and take
-as long to come round as two of 16, so there are no more lanes than fill their buckets.
+Decode. The sessions of one route are put in the order of their rows and cut into lanes, at most as many as the route has processors. A
+lane is a decode batch, and has at most one frame out. So with a frame of every lane out, every processor has work, and a lane whose
+frame comes back can go out again at once, with the sessions that joined meanwhile. Because lanes follow the order of the rows, the rows
+of a frame lie together, and a stage computes over a block of rows, rounded up to a power of two. Lanes of 11, 11 and 10 sessions would
+each cost as much as one of 16, and take as long to come round as two of 16. So there are no more lanes than fill their blocks.
 
-Prefill. A history goes out in chunks. While anybody decodes through a shard it gets one chunk at a time, so that a step waits
-for one chunk at most, and a smaller one where a whole one takes much longer than a step (pace.py); otherwise as many as there are
-stages. Chunks are given by virtual finishing time: a session's turn is the number of chunks sent when it came plus the number it
-needs, so that a short prompt overtakes a long one, and a long one is not overtaken for ever (Demers, Keshav, Shenker 1989).
+Prefill. A history goes out in chunks. While some session decodes through a shard, the shard gets one chunk at a time, so that a decode
+step waits for one chunk at most; the chunk is smaller where a whole one takes much longer than a step (pace.py). Otherwise a route gets
+as many chunks as it has stages. Chunks go out by virtual finishing time: a session's turn is the number of chunks that had been sent when
+it came, plus the number that it needs. So a short prompt overtakes a long one, but a long one is not overtaken for ever (Demers, Keshav,
+Shenker 1989).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mesh.coordinator.core.session import Session, State
 __all__ = ["Flight", "Scheduler"]
 
 _ROUTES = 256
-"""Whose pace is remembered."""
+"""The pace of so many routes is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,16 @@ class Flight:
     out: FrameOut
     sessions: tuple[Session, ...]
     lane: int  # of decode frames
-    chunk: int = 0  # the most it could have brought, of prefill frames sent while others decode
+    chunk: int = 0  # of prefill frames that were sent while others decode: the most tokens they could have brought
 
     @property
     def decode(self) -> bool:
         return self.out.kind == "decode"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of its sessions."""
+        return tuple([session.request.id for session in self.sessions])
 
 
 @dataclass(slots=True)
@@ -57,8 +63,8 @@ class _Group:
 
 
 class Scheduler:
-    """`chunk_of`: the most tokens a prefill frame may bring through a route. `processors_of`: how many compute for it; shards that
-    share one compute in turn, so that more lanes than processors would only make every lane slower."""
+    """`chunk_of`: the most tokens that a prefill frame may bring through a route. `processors_of`: how many processors compute for a
+    route. Shards that share one compute in turn, so more lanes than processors would only make every lane slower."""
 
     def __init__(self, chunk_of: Callable[[Route], int], processors_of: Callable[[Route], int]) -> None:
         self._chunk_of = chunk_of
@@ -79,43 +85,55 @@ class Scheduler:
     # -- membership ----------------------------------------------------------------------------------------------------
 
     def begin(self, session: Session) -> None:
-        """A session whose rows are open: its history is to be prefilled."""
+        """A session's rows are open: prefill its history."""
         group = self._group(session)
         session.turn = self._chunks_sent + -(-len(session.history) // group.chunk)
         group.prefilling.append(session)
         group.prefilling.sort(key=lambda s: (s.turn, s.number))
 
     def join(self, session: Session) -> None:
-        """It has its first token and takes part in the waves from now on."""
+        """A session has its first token: it takes part in decode batches from now on."""
         self._group(session).prefilling.remove(session)
         self.resume(session)
 
     def resume(self, session: Session) -> None:
-        """It goes on with the waves: every row it has holds its history but for the last token."""
+        """A session goes straight to decode batches: each of its rows holds the history without the last token."""
         group = self._group(session)
         group.order.append(session)
         group.order.sort(key=lambda s: s.rows[0])
         for hop in group.route:
-            self._decoders[str(hop.shard)] = self._decoders.get(str(hop.shard), 0) + 1
+            self._decoders[hop.shard] = self._decoders.get(hop.shard, 0) + 1
 
     def leave(self, session: Session) -> None:
-        """It takes no further part; its frames in flight are not called back."""
+        """A session takes no further part. Its frames that are out stay out."""
         if session.route is None or session.route not in self._groups:
             return
         group = self._group(session)
         if session in group.order:
             group.order.remove(session)
             for hop in group.route:
-                self._decoders[str(hop.shard)] -= 1
-                if not self._decoders[str(hop.shard)]:
-                    del self._decoders[str(hop.shard)]
+                self._decoders[hop.shard] -= 1
+                if not self._decoders[hop.shard]:
+                    del self._decoders[hop.shard]
         elif session in group.prefilling:
             group.prefilling.remove(session)
 
     # -- frames --------------------------------------------------------------------------------------------------------
 
-    def landed(self, frame: int) -> Flight | None:
-        """A frame is back, or given up; None if it was already."""
+    def landed(self, frame: int, service_s: float) -> Flight | None:
+        """A frame is back; None if it was not waited for. service_s: how long it was away, less what it waited behind other work."""
+        flight = self._take_off(frame)
+        pace = None if flight is None else self._paces.get(flight.out.route)
+        if flight is None or pace is None:
+            return flight
+        if flight.decode:
+            pace.step(service_s)
+        elif flight.chunk:
+            pace.chunk(len(flight.out.rows[0].tokens), flight.chunk, service_s)
+        return flight
+
+    def _take_off(self, frame: int) -> Flight | None:
+        """A frame is no longer out."""
         flight = self._flights.pop(frame, None)
         if flight is None:
             return None
@@ -128,32 +146,22 @@ class Scheduler:
                 group.lanes_out.pop(flight.lane, None)
         else:
             for hop in route:
-                self._chunks_out[str(hop.shard)] -= 1
-                if not self._chunks_out[str(hop.shard)]:
-                    del self._chunks_out[str(hop.shard)]
-            # it may have been what kept the prompts of another route waiting
+                self._chunks_out[hop.shard] -= 1
+                if not self._chunks_out[hop.shard]:
+                    del self._chunks_out[hop.shard]
+            # prompts of another route may have waited for this one
             self._touched.update(dict.fromkeys(other for other in self._groups if not set(other).isdisjoint(route)))
         self._touched[route] = None
         return flight
 
-    def measured(self, flight: Flight, service_s: float) -> None:
-        """How long a frame that has landed was away, less what it waited behind other work."""
-        pace = self._paces.get(flight.out.route)
-        if pace is None:
-            return
-        if flight.decode:
-            pace.step(service_s)
-        elif flight.chunk:
-            pace.chunk(len(flight.out.rows[0].tokens), flight.chunk, service_s)
-
     def drop(self, frame: int, keys: frozenset[int]) -> list[Session]:
-        """Some rows of a frame will not come back: their sessions. The others are still under way."""
+        """Some rows of a frame will not come back. Returns their sessions; the other rows stay under way."""
         flight = self._flights.get(frame)
         if flight is None:
             return []
         dropped = [session for session in flight.sessions if session.key in keys]
         if len(dropped) == len(flight.sessions):
-            self.landed(frame)
+            self._take_off(frame)
             return dropped
         kept = [index for index, session in enumerate(flight.sessions) if session.key not in keys]
         out = replace(flight.out, rows=tuple(flight.out.rows[index] for index in kept))
@@ -163,7 +171,7 @@ class Scheduler:
         return dropped
 
     def plan(self) -> list[FrameOut]:
-        """Frames to send now, decode before prefill; they count as in flight."""
+        """The frames to send now, decode before prefill. They count as out."""
         frames: list[FrameOut] = []
         touched, self._touched = self._touched, {}
         for route in touched:
@@ -191,7 +199,7 @@ class Scheduler:
                 assert len(group.lanes_out) <= len(group.route), "more frames in flight than stages"
             else:
                 for hop in flight.out.route:
-                    chunks[str(hop.shard)] = chunks.get(str(hop.shard), 0) + 1
+                    chunks[hop.shard] = chunks.get(hop.shard, 0) + 1
         assert chunks == self._chunks_out, "prefill frames are miscounted"
         decoders: dict[str, int] = {}
         for route, group in self._groups.items():
@@ -200,7 +208,7 @@ class Scheduler:
             for session in group.order:
                 assert session.state is State.DECODING and session.route == route
                 for hop in route:
-                    decoders[str(hop.shard)] = decoders.get(str(hop.shard), 0) + 1
+                    decoders[hop.shard] = decoders.get(hop.shard, 0) + 1
             for session in group.prefilling:
                 assert session.state is State.PREFILLING and session.route == route
         assert decoders == self._decoders, "decoding sessions are miscounted"
@@ -240,7 +248,7 @@ class Scheduler:
 
     def _prefill(self, group: _Group) -> list[FrameOut]:
         frames: list[FrameOut] = []
-        shards = [str(hop.shard) for hop in group.route]
+        shards = [hop.shard for hop in group.route]
         for session in group.prefilling:
             while session.sent < len(session.history):
                 shared = any(shard in self._decoders for shard in shards)
@@ -270,7 +278,8 @@ class Scheduler:
 
 
 def _lanes(live: int, processors: int) -> int:
-    """The fewest lanes for `live` sessions whose longest rounds up to no more rows (a power of two) than with one a processor."""
+    """How many lanes `live` sessions make: the fewest whose rows, rounded up to a power of two, are no more than with a lane for each
+    processor."""
     if live <= processors:
         return live
     rows = 1 << (-(-live // processors) - 1).bit_length()

@@ -1,13 +1,15 @@
 """A session: one generation, from the request to the last token, and the states it goes through.
 
-Theory of operation. A session waits in the queue until every layer range has a row for it (`QUEUED`), is given a row on one
-replica of each range (`OPENING`), has its history run through these rows in chunks (`PREFILLING`), and then takes part in
-waves of one token a step (`DECODING`). Its history is the prompt and every token it was given; nothing else is needed to start
-again elsewhere. So whatever goes wrong, a row refused, a replica lost, a step that never comes back, has one answer: back to
-`QUEUED`, and on with the next epoch. Stages that are well keep their row and what is in it, a lost one is replaced by its mirror
-or by another replica, and the history is replayed from the first position that any of them lacks: none, where a mirror steps
-in; all, where a replica is new. What a client was told is never told again, because the first token after a replay is the first
-one the history lacks.
+Theory of operation. A session waits in the queue until every layer range has a row for it (`QUEUED`). It then asks one shard of each
+range for a row (`OPENING`). When all rows are open, its history runs through them in chunks (`PREFILLING`). After that it takes part in
+decode batches, which bring it one token a step (`DECODING`).
+
+The history is the prompt and every token generated so far. Nothing else is needed to start again elsewhere. So whatever goes wrong (a
+refused row, a lost shard, a step that never comes back), the answer is the same: the session goes back to `QUEUED`, and on with the
+next epoch. The shards that are well keep its rows and what is in them. A lost shard is replaced by its mirror or by another replica.
+The history is computed again from the first position that any shard lacks: nothing, where a mirror steps in; everything, where a
+replica is new. A token that was delivered is never delivered again, because the first token after that is the first one that the
+history lacks.
 
     state        start      opened      caught_up  token     lost     finish     fail     cancel
     QUEUED       OPENING    -           -          -         -        FINISHED   FAILED   CANCELLED
@@ -16,8 +18,8 @@ one the history lacks.
     DECODING     -          -           -          DECODING  QUEUED   FINISHED   FAILED   CANCELLED
     FINISHED, FAILED, CANCELLED: nothing follows
 
-A session that has ended keeps its rows until its frames in flight are back or given up: a row is not lent again while a
-frame that writes to it may be on its way.
+A session that has ended keeps its rows until no frame that names it is out. Until then such a frame may still write to a row, so the
+row must not go to another session.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
-from mesh.coordinator.core.routing import Route
+from mesh.coordinator.core.routing import Choices, Route, complete
 
-__all__ = ["TERMINAL", "TRANSITIONS", "Act", "IllegalTransition", "Request", "Session", "State"]
+__all__ = ["TERMINAL", "TRANSITIONS", "Act", "GenerationRequest", "IllegalTransition", "Session", "SessionView", "State"]
 
 
 class State(Enum):
@@ -68,44 +70,62 @@ TRANSITIONS: Final[dict[State, dict[Act, State]]] = {
 
 
 class IllegalTransition(RuntimeError):
-    """A defect of the coordinator, never of a request."""
+    """The coordinator has a defect. A request cannot cause this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends it and is not given.
-    `given`: tokens of it that are known already; the first one drawn comes after them. `resumed`: another coordinator began it."""
+class GenerationRequest:
+    """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends the generation and is not
+    part of it. `prefix`: generated tokens that are known already; the next one comes after them. `resumed`: another coordinator began
+    the generation."""
 
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Any
     stop_ids: frozenset[int] = frozenset()
-    given: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
     resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session at one moment, as other parts may see it. route: the shard of each stage, None where it is not known yet. prefilled:
+    positions of the prompt that have been computed. Seconds since the request came: in the queue, to the first token, in all."""
+
+    id: str
+    state: str
+    route: tuple[str | None, ...]
+    generated: int
+    prefilled: int
+    queue_s: float
+    first_token_s: float | None
+    total_s: float
+    restarts: int
 
 
 @dataclass(slots=True)
 class Session:
-    """Times are the `now` of the events that set them, seconds; 0 where that has not happened."""
+    """Times are seconds, the `now` of the events that set them; 0 where that has not happened."""
 
-    request: Request
+    request: GenerationRequest
     number: int  # unique in this coordinator; orders sessions by arrival
     submitted_at: float
     state: State = State.QUEUED
-    epoch: int = 0  # of the route; results of an earlier one are not its own
-    history: list[int] = field(default_factory=list)  # prompt, then every token given
-    route: Route | None = None  # while rows are held or being opened
+    epoch: int = 0  # counts its starts; answers that name an earlier one are ignored
+    history: list[int] = field(default_factory=list)  # the prompt, then every generated token
+    choices: Choices | None = None  # while rows are open or asked for: the shard of each stage
+    route: Route | None = None  # the same once every row is open, so that frames can go along it
     mirrors: dict[int, str] = field(default_factory=dict)  # stage index -> the shard that follows it
-    rows: dict[int, int] = field(default_factory=dict)  # stage index -> row, as replicas answer
-    filled: dict[str, int] = field(default_factory=dict)  # shard -> positions it said it holds, in this epoch
-    done: int = 0  # positions whose prefill has come back
-    sent: int = 0  # positions whose prefill has been sent
-    in_flight: int = 0  # frames that name it
-    turn: float = 0.0  # prefill order: see scheduler
+    rows: dict[int, int] = field(default_factory=dict)  # stage index -> row, as shards answer
+    filled: dict[str, int] = field(default_factory=dict)  # shard -> positions that its row held when it was opened in this epoch
+    done: int = 0  # positions that have been computed
+    sent: int = 0  # positions that have been sent to be computed
+    in_flight: int = 0  # frames that are out and name it
+    turn: float = 0.0  # its place among prefills: see scheduler.py
     trouble_since: float | None = None  # the first loss since the last token
     losses: int = 0  # since the last token
-    replay: str = ""  # how the last loss is mended, until the next token: see Pause
+    replay: str = ""  # how the last loss was mended, until the next token: see Pause
     token_at: float = 0.0  # of the last token
     started_at: float = 0.0
     first_token_at: float = 0.0
@@ -114,7 +134,7 @@ class Session:
 
     def __post_init__(self) -> None:
         if not self.history:
-            self.history = [*self.request.prompt, *self.request.given]
+            self.history = [*self.request.prompt, *self.request.prefix]
 
     @property
     def id(self) -> str:
@@ -122,27 +142,41 @@ class Session:
 
     @property
     def key(self) -> int:
-        """What replicas know it by, the same for its whole life; the epoch tells late frames and late answers apart."""
+        """The name by which shards know it, for its whole life. The epoch tells late frames and late answers apart."""
         return self.number
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Those it has a row on, or is being given one, mirrors included."""
-        return (*(hop.shard for hop in self.route or () if hop.shard is not None), *self.mirrors.values())
+        """Those on which it has a row, or has asked for one; mirrors too."""
+        return (*(choice.shard for choice in self.choices or () if choice.shard is not None), *self.mirrors.values())
 
     @property
-    def given(self) -> int:
+    def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.history) - len(self.request.prompt)
 
     @property
     def positions(self) -> int:
-        """The most positions it can come to take in a row."""
+        """The most positions that it can take in a row."""
         return len(self.request.prompt) + self.request.max_tokens
 
     @property
     def ended(self) -> bool:
         return self.state in TERMINAL
+
+    def view(self, now: float) -> SessionView:
+        since, first = self.submitted_at, self.first_token_at
+        return SessionView(
+            self.id,
+            self.state.value,
+            tuple(choice.shard for choice in self.choices or ()),
+            self.generated,
+            self.done if self.state is State.PREFILLING else len(self.request.prompt),
+            (self.started_at or now) - since,
+            first - since if first else None,
+            now - since,
+            self.restarts,
+        )
 
     def act(self, act: Act) -> None:
         """Go to the next state; the only place where `state` changes."""
@@ -155,16 +189,17 @@ class Session:
         """Raise AssertionError if what is held does not fit the state."""
         prompt = self.request.prompt
         assert tuple(self.history[: len(prompt)]) == prompt, "the history no longer begins with the prompt"
-        assert self.given <= self.request.max_tokens
+        assert self.generated <= self.request.max_tokens
         assert 0 <= self.done <= self.sent <= len(self.history)
         assert self.in_flight >= 0
         if self.state is State.QUEUED:
-            assert self.route is None and not self.rows and not self.mirrors and not self.in_flight and not self.sent
-        if self.state in (State.OPENING, State.PREFILLING, State.DECODING):
-            assert self.route is not None
+            assert (
+                self.choices is None and self.route is None and not self.rows and not self.mirrors and not self.in_flight and not self.sent
+            )
         if self.state is State.OPENING:
-            assert not self.in_flight and not self.sent
+            assert self.choices is not None and self.route is None and not self.in_flight and not self.sent
         if self.state in (State.PREFILLING, State.DECODING):
-            assert self.route is not None and sorted(self.rows) == list(range(len(self.route)))
+            assert self.choices is not None and self.route is not None and self.route == complete(self.choices)
+            assert sorted(self.rows) == list(range(len(self.route)))
         if self.state is State.DECODING:
-            assert self.in_flight <= 1 and self.given >= 1
+            assert self.in_flight <= 1 and self.generated >= 1

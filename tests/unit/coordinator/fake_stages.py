@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from mesh.coordinator.core.events import (
-    Answered,
-    Ask,
     CloseRow,
     Effect,
     Emit,
@@ -26,6 +24,8 @@ from mesh.coordinator.core.events import (
     Opened,
     OpenRefused,
     OpenRow,
+    Probe,
+    ProbeAnswered,
     Rejected,
     ReplicaGone,
     ReplicaSeen,
@@ -35,7 +35,8 @@ from mesh.coordinator.core.events import (
 )
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.core.routing import Replica
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.scheduler import Flight
+from mesh.coordinator.core.session import GenerationRequest, Session
 from mesh.errors import Busy, MessageRejected, Unavailable
 from mesh.types import LayerRange
 
@@ -56,7 +57,7 @@ def next_token(history: Sequence[int]) -> int:
     return value % VOCABULARY
 
 
-def expected(request: Request) -> list[int]:
+def expected(request: GenerationRequest) -> list[int]:
     """The tokens of an undisturbed generation."""
     history = list(request.prompt)
     while len(history) - len(request.prompt) < request.max_tokens:
@@ -68,7 +69,7 @@ def expected(request: Request) -> list[int]:
 
 
 @dataclass
-class Seat:
+class Reservation:
     row: int
     epoch: int
     filled: int = 0
@@ -78,7 +79,7 @@ class Seat:
 @dataclass
 class Shard:
     replica: Replica
-    seats: dict[int, Seat] = field(default_factory=dict)  # key -> seat
+    reservations: dict[int, Reservation] = field(default_factory=dict)  # key -> reservation
     cache: dict[int, dict[int, int]] = field(default_factory=dict)  # row -> position -> token
     stopped: bool = False  # it lives, and does nothing
     steps: int = 0
@@ -86,10 +87,10 @@ class Shard:
 
     @property
     def free(self) -> int:
-        return self.replica.rows - len(self.seats)
+        return self.replica.rows - len(self.reservations)
 
     def check(self) -> None:
-        rows = [seat.row for seat in self.seats.values()]
+        rows = [reservation.row for reservation in self.reservations.values()]
         assert len(set(rows)) == len(rows), "two sessions in one row"
 
 
@@ -101,11 +102,22 @@ class FakeMesh:
         self.now = 0.0
         self.shards: dict[str, Shard] = {}
         self.boxes: dict[tuple[str, str], deque[object]] = {}
-        self.requests: dict[str, Request] = {}
+        self.requests: dict[str, GenerationRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, Ended] = {}
         self.rejected: dict[str, Rejected] = {}
         self.frames: list[FrameOut] = []
+
+    # -- what a test looks at ------------------------------------------------------------------------------------------
+
+    def session(self, id: str) -> Session | None:
+        """The core's own, if it has not ended."""
+        return self.core._state.by_id.get(id)
+
+    @property
+    def flights(self) -> dict[int, Flight]:
+        """The frames that are out."""
+        return self.core._state.scheduler.flights
 
     # -- what a test does ----------------------------------------------------------------------------------------------
 
@@ -134,16 +146,16 @@ class FakeMesh:
         there = self.shards[shard]
         self.event(ReplicaSeen(replace(there.replica, free_rows=there.free, draining=draining)))
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """The coordinator says which sessions it has; every shard closes what is missing twice."""
         for shard in self.shards.values():
-            for key, seat in list(shard.seats.items()):
-                if key in self.core.keys:
-                    seat.missing = False
-                elif seat.missing:
-                    del shard.seats[key]
+            for key, reservation in list(shard.reservations.items()):
+                if key in self.core.session_keys():
+                    reservation.missing = False
+                elif reservation.missing:
+                    del shard.reservations[key]
                 else:
-                    seat.missing = True
+                    reservation.missing = True
 
     def kill(self, shard: str, *, noticed: bool = True) -> None:
         """The process dies: what was on its way to it is lost."""
@@ -154,9 +166,9 @@ class FakeMesh:
         if noticed:
             self.event(ReplicaGone(shard))
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         self.requests[request.id] = request
-        self.tokens[request.id] = list(request.given)
+        self.tokens[request.id] = list(request.prefix)
         self.event(Submit(request))
 
     def deliver(self, random: Random) -> bool:
@@ -167,7 +179,7 @@ class FakeMesh:
         pair = random.choice(pairs)
         message = self.boxes[pair].popleft()
         if pair[1] == "core":
-            assert isinstance(message, (Opened, OpenRefused, Result, FrameLost, Answered, ReplicaGone))
+            assert isinstance(message, (Opened, OpenRefused, Result, FrameLost, ProbeAnswered, ReplicaGone))
             self.event(message)
         elif pair[1] in self.shards:
             self._arrive(self.shards[pair[1]], message)
@@ -226,7 +238,7 @@ class FakeMesh:
                     self._send("core", shard, effect)
             case CloseRow(shard=shard):
                 self._send("core", shard, effect)
-            case Ask(shard=shard):
+            case Probe(shard=shard):
                 if shard in self.shards:
                     self._send("core", shard, effect)
                 else:
@@ -248,36 +260,36 @@ class FakeMesh:
         name = shard.replica.shard
         match message:
             case OpenRow(key=key, epoch=epoch, stage=stage):
-                seat = shard.seats.get(key)
-                if seat is not None and epoch < seat.epoch:
+                reservation = shard.reservations.get(key)
+                if reservation is not None and epoch < reservation.epoch:
                     error = MessageRejected("epoch: is over", field="epoch")
                     self._send(name, "core", OpenRefused(key, epoch, stage, name, False, error, permanent=True))
                     return
-                if seat is not None and epoch > seat.epoch:
-                    seat.epoch, seat.filled = epoch, min(seat.filled, message.keep)
-                if seat is None:
-                    taken = {seat.row for seat in shard.seats.values()}
+                if reservation is not None and epoch > reservation.epoch:
+                    reservation.epoch, reservation.filled = epoch, min(reservation.filled, message.keep)
+                if reservation is None:
+                    taken = {reservation.row for reservation in shard.reservations.values()}
                     row = next((row for row in range(shard.replica.rows) if row not in taken), None)
                     if row is None:
                         self._send(name, "core", OpenRefused(key, epoch, stage, name, True, Busy("full", retry_after_s=1)))
                         return
-                    seat = shard.seats[key] = Seat(row, epoch)
+                    reservation = shard.reservations[key] = Reservation(row, epoch)
                     shard.cache[row] = {}
-                seat.missing = False
-                self._send(name, "core", Opened(key, epoch, stage, name, seat.row, seat.filled))
+                reservation.missing = False
+                self._send(name, "core", Opened(key, epoch, stage, name, reservation.row, reservation.filled))
             case CloseRow(key=key, epoch=epoch):
-                seat = shard.seats.get(key)
-                if seat is not None and seat.epoch <= epoch:
-                    del shard.seats[key]
-            case Ask(asked_at=asked_at):
-                self._send(name, "core", Answered(name, asked_at, frozenset()))
+                reservation = shard.reservations.get(key)
+                if reservation is not None and reservation.epoch <= epoch:
+                    del shard.reservations[key]
+            case Probe(asked_at=asked_at):
+                self._send(name, "core", ProbeAnswered(name, asked_at, frozenset()))
             case (FrameOut() as out, int(stage)):
                 self._compute(shard, out, stage)
 
     def _send_frame(self, sender: str, out: FrameOut, stage: int) -> None:
         """To the shard it is for, and to those of the range that follow."""
         hop = out.route[stage]
-        self._send(sender, str(hop.shard), (out, stage))
+        self._send(sender, hop.shard, (out, stage))
         for shard in self.shards.values():
             if shard.replica.mirrors and shard.replica.layers == hop.layers and shard.replica.shard != hop.shard:
                 self._send(sender, shard.replica.shard, (out, stage))
@@ -287,8 +299,13 @@ class FakeMesh:
         mine = out.route[stage].shard == name
         kept, gone = [], []
         for row in out.rows:
-            seat = shard.seats.get(row.key)
-            well = seat is not None and seat.epoch == row.epoch and row.start <= seat.filled and (seat.row == row.rows[stage] or not mine)
+            reservation = shard.reservations.get(row.key)
+            well = (
+                reservation is not None
+                and reservation.epoch == row.epoch
+                and row.start <= reservation.filled
+                and (reservation.row == row.rows[stage] or not mine)
+            )
             (kept if well else gone).append(row)
         if gone and mine:
             self._send(name, "core", FrameLost(out.frame, frozenset(row.key for row in gone), name))
@@ -297,9 +314,9 @@ class FakeMesh:
         shard.steps += mine
         shard.followed += not mine
         for row in kept:
-            seat = shard.seats[row.key]
-            seat.filled = max(seat.filled, row.start + len(row.tokens))
-            cache = shard.cache[seat.row]
+            reservation = shard.reservations[row.key]
+            reservation.filled = max(reservation.filled, row.start + len(row.tokens))
+            cache = shard.cache[reservation.row]
             assert all(position in cache for position in range(row.start)), "a hole in the history"
             for offset, token in enumerate(row.tokens):
                 cache[row.start + offset] = token

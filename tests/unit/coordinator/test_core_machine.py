@@ -10,9 +10,9 @@ from fake_stages import FakeMesh, expected
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mesh.coordinator.core.events import Cancel, Connection, Finish, Hint, ReplicaGone, Tick
+from mesh.coordinator.core.events import CancelSession, Connection, FinishSession, ReplicaGone, Suspicion, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.types import LayerRange
 
 CUTS = {1: [(0, 6)], 2: [(0, 3), (3, 6)], 3: [(0, 2), (2, 4), (4, 6)]}
@@ -49,16 +49,16 @@ class CoreMachine(RuleBasedStateMachine):
     )
     def submit(self, prompt: list[int], most: int, stop: set[int]) -> None:
         self.count += 1
-        self.mesh.submit(Request(f"r{self.count}", tuple(prompt), most, None, frozenset(stop)))
+        self.mesh.submit(GenerationRequest(f"r{self.count}", tuple(prompt), most, None, frozenset(stop)))
 
     @rule(
         prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12), most=st.integers(1, 8), known=st.integers(0, 8), resumed=st.booleans()
     )
     def submit_what_another_coordinator_began(self, prompt: list[int], most: int, known: int, resumed: bool) -> None:
         self.count += 1
-        request = Request(f"r{self.count}", tuple(prompt), most, None)
+        request = GenerationRequest(f"r{self.count}", tuple(prompt), most, None)
         given = tuple(expected(request)[:known])
-        self.mesh.submit(Request(request.id, request.prompt, most, None, frozenset(), given, resumed))
+        self.mesh.submit(GenerationRequest(request.id, request.prompt, most, None, frozenset(), given, resumed))
 
     @rule(count=st.integers(1, 40))
     def deliver(self, count: int) -> None:
@@ -68,12 +68,12 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         if self.count:
-            self.mesh.event(Cancel(f"r{data.draw(st.integers(1, self.count))}"))
+            self.mesh.event(CancelSession(f"r{data.draw(st.integers(1, self.count))}"))
 
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         if self.count:
-            self.mesh.event(Finish(f"r{data.draw(st.integers(1, self.count))}"))
+            self.mesh.event(FinishSession(f"r{data.draw(st.integers(1, self.count))}"))
 
     @rule(data=st.data(), noticed=st.booleans())
     def kill(self, data: st.DataObject, noticed: bool) -> None:
@@ -114,12 +114,12 @@ class CoreMachine(RuleBasedStateMachine):
             self.mesh.double(self.random)
 
     @rule()
-    def beat(self) -> None:
-        self.mesh.beat()
+    def heartbeat(self) -> None:
+        self.mesh.heartbeat()
 
     @rule()
     def a_connection_ends(self) -> None:
-        self.mesh.event(Hint())
+        self.mesh.event(Suspicion())
 
     @rule(online=st.booleans())
     def connection(self, online: bool) -> None:
@@ -144,7 +144,7 @@ class CoreMachine(RuleBasedStateMachine):
         for there in mesh.shards.values():
             there.stopped = False
         alive = {shard.replica.shard for shard in mesh.shards.values()}
-        for replica in list(mesh.core.replicas):
+        for replica in mesh.core.replicas():
             if replica.shard not in alive:  # a death nobody noticed: its lease ends
                 mesh.event(ReplicaGone(replica.shard))
         for layers in self.ranges:
@@ -159,13 +159,13 @@ class CoreMachine(RuleBasedStateMachine):
             mesh.event(Tick())
         mesh.settle(self.random)
         assert mesh.core.idle, "a session is stuck"
-        mesh.beat()
-        mesh.beat()
+        mesh.heartbeat()
+        mesh.heartbeat()
         for shard in mesh.shards.values():
-            assert not shard.seats, "a row leaked"
+            assert not shard.reservations, "a row leaked"
         for id, request in mesh.requests.items():
             if id in mesh.rejected:
-                assert mesh.tokens[id] == list(request.given) and not request.resumed
+                assert mesh.tokens[id] == list(request.prefix) and not request.resumed
                 continue
             ended = mesh.ended[id]
             assert ended.tokens == len(mesh.tokens[id])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.coordinator.core.expectations import Expected
+from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.routing import Replica
 from mesh.types import LayerRange
 
@@ -12,7 +12,7 @@ def replica(shard: str, start: int, stop: int, *, draining: bool = False) -> Rep
 
 
 def test_ranges_without_a_shard_and_ranges_with_too_few_are_named() -> None:
-    expected = Expected(2, 2)
+    expected = ExpectedShards(2, 2)
     assert expected.lacking([]) == "2 of 2 layer ranges have no shard"
     there = [replica("a", 0, 2), replica("b", 0, 2), replica("c", 2, 3)]
     assert expected.lacking(there) == "layers 2-3 1 of 2"

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from fake_stages import FakeMesh, expected
 
-from mesh.coordinator.core.events import Answered, Ask, Connection, Happened, Hint, ReplicaGone, Tick
+from mesh.coordinator.core.events import Announcement, Connection, Probe, ProbeAnswered, ReplicaGone, Suspicion, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import Unavailable
 from mesh.types import LayerRange
 
@@ -24,8 +24,8 @@ def make(*, replicas: int = 2, mirror: bool = False, rows: int = 8) -> FakeMesh:
     return mesh
 
 
-def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, until: int = 5) -> Request:
-    request = Request("r", tuple(number % 50 for number in range(prompt)), most, None)
+def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, until: int = 5) -> GenerationRequest:
+    request = GenerationRequest("r", tuple(number % 50 for number in range(prompt)), most, None)
     mesh.submit(request)
     while len(mesh.tokens["r"]) < until:
         assert mesh.deliver(random)
@@ -33,9 +33,9 @@ def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, u
 
 
 def route(mesh: FakeMesh) -> list[str]:
-    session = mesh.core.session("r")
-    assert session is not None and session.route is not None
-    return [str(hop.shard) for hop in session.route]
+    session = mesh.session("r")
+    assert session is not None and session.choices is not None
+    return [str(choice.shard) for choice in session.choices]
 
 
 def prefilled(mesh: FakeMesh, since: int) -> int:
@@ -62,11 +62,11 @@ def test_a_mirror_steps_in_and_nothing_is_computed_again(stage, until):
     mesh, random = make(mirror=True), Random(stage)
     request = begin(mesh, random, prompt=90, until=until)
     if until == 0:
-        while mesh.core.session("r").done == 0:
+        while mesh.session("r").done == 0:
             mesh.deliver(random)
     else:
         mesh.deliver(random)
-    dead, done, since = route(mesh)[stage], mesh.core.session("r").done, len(mesh.frames)
+    dead, done, since = route(mesh)[stage], mesh.session("r").done, len(mesh.frames)
     mesh.kill(dead)
     assert dead not in route(mesh)
     mesh.settle(random)
@@ -144,7 +144,7 @@ def test_a_connection_that_ends_is_a_reason_to_ask_at_once():
     mesh, random = make(), Random(5)
     request = begin(mesh, random)
     mesh.kill(route(mesh)[0], noticed=False)
-    mesh.event(Hint())
+    mesh.event(Suspicion())
     mesh.settle(random)
     assert mesh.tokens["r"] == expected(request) and mesh.now == 0.0
 
@@ -162,23 +162,23 @@ def test_a_shard_that_does_not_answer_is_left_and_its_late_frames_change_nothing
     mesh.settle(random)
     assert mesh.tokens["r"] == expected(request)
     assert mesh.core.counters.late > late and mesh.core.counters.suspected == 1
-    assert not mesh.shards[slow].seats
+    assert not mesh.shards[slow].reservations
 
 
 def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
     mesh, random = make(), Random(7)
     request = begin(mesh, random, until=30)
-    while not mesh.core.scheduler.flights or not any(key[1].startswith("s0") and box for key, box in mesh.boxes.items()):
+    while not mesh.flights or not any(key[1].startswith("s0") and box for key, box in mesh.boxes.items()):
         mesh.deliver(random)
-    (number,) = mesh.core.scheduler.flights
+    (number,) = mesh.flights
     held, mesh.boxes = mesh.boxes, {}
     for _ in range(40):
         mesh.now += 0.1
         mesh.event(Tick())
-        asks = [(pair, message) for pair, box in mesh.boxes.items() for message in box if isinstance(message, Ask)]
+        asks = [(pair, message) for pair, box in mesh.boxes.items() for message in box if isinstance(message, Probe)]
         mesh.boxes = {}
         for pair, message in asks:
-            mesh.event(Answered(pair[1], message.asked_at, frozenset((number,)) if pair[1].startswith("s0") else frozenset()))
+            mesh.event(ProbeAnswered(pair[1], message.asked_at, frozenset((number,)) if pair[1].startswith("s0") else frozenset()))
     assert mesh.core.counters.restarts == 0
     mesh.boxes = held
     mesh.settle(random)
@@ -188,7 +188,7 @@ def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
 def test_a_frame_that_everyone_is_without_is_sent_again_with_what_the_rows_hold():
     mesh, random = make(replicas=1), Random(8)
     request = begin(mesh, random, until=30)
-    while not mesh.core.scheduler.flights:
+    while not mesh.flights:
         mesh.deliver(random)
     mesh.boxes.clear()
     since = len(mesh.frames)
@@ -200,7 +200,7 @@ def test_a_frame_that_everyone_is_without_is_sent_again_with_what_the_rows_hold(
 def test_while_this_side_is_not_connected_nobody_is_blamed():
     mesh, random = make(replicas=1), Random(9)
     request = begin(mesh, random)
-    while not mesh.core.scheduler.flights:
+    while not mesh.flights:
         mesh.deliver(random)
     mesh.boxes.clear()  # the server takes with it what is under way
     mesh.event(Connection(False))
@@ -221,7 +221,7 @@ def test_a_shard_that_drains_is_left_at_once_where_another_can_take_over(mirror)
     mesh.lease(leaving, draining=True)
     assert leaving not in route(mesh)
     mesh.settle(random)
-    assert not mesh.shards[leaving].seats
+    assert not mesh.shards[leaving].reservations
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.failovers == 1
 
 
@@ -236,7 +236,7 @@ def test_a_shard_that_drains_alone_is_used_until_the_end():
 def test_the_death_of_a_mirror_disturbs_nobody():
     mesh, random = make(mirror=True), Random(12)
     request = begin(mesh, random)
-    session = mesh.core.session("r")
+    session = mesh.session("r")
     assert len(session.mirrors) == 3
     mesh.kill(session.mirrors[1])
     mesh.settle(random)
@@ -246,7 +246,7 @@ def test_the_death_of_a_mirror_disturbs_nobody():
 def test_failovers_and_suspicions_are_told():
     mesh, random = make(), Random(13)
     begin(mesh, random)
-    session = mesh.core.session("r")
-    dead = str(session.route[2].shard)
-    told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Happened)]
+    session = mesh.session("r")
+    dead = session.route[2].shard
+    told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Announcement)]
     assert [(event.kind, event.who) for event in told] == [("failed_over", dead)]

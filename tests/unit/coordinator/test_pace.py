@@ -6,7 +6,7 @@ from mesh.coordinator.core.events import FrameOut
 from mesh.coordinator.core.pace import REVIEW_AFTER, Pace
 from mesh.coordinator.core.routing import Hop
 from mesh.coordinator.core.scheduler import Scheduler
-from mesh.coordinator.core.session import Request, Session, State
+from mesh.coordinator.core.session import GenerationRequest, Session, State
 from mesh.types import LayerRange
 
 CHUNK = 256
@@ -14,7 +14,7 @@ ROUTE = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "b"))
 
 
 def session(number: int, prompt: int, state: State) -> Session:
-    made = Session(Request(f"s{number}", tuple(range(prompt)), 1000, None), number, 0.0, state=state)
+    made = Session(GenerationRequest(f"s{number}", tuple(range(prompt)), 1000, None), number, 0.0, state=state)
     made.route, made.rows = ROUTE, {0: number, 1: number}
     return made
 
@@ -31,10 +31,8 @@ def chunks_beside_a_decoder(prompt: int, *, step_s: float, token_s: float, decod
     out: list[FrameOut] = scheduler.plan()
     while out:
         frame = out.pop(0)
-        flight = scheduler.landed(frame.frame)
-        assert flight is not None
         tokens = len(frame.rows[0].tokens)
-        scheduler.measured(flight, step_s if frame.kind == "decode" else token_s * tokens)
+        assert scheduler.landed(frame.frame, step_s if frame.kind == "decode" else token_s * tokens) is not None
         if frame.kind == "prefill":
             sizes.append(tokens)
         scheduler.check()

@@ -1,4 +1,4 @@
-"""Waves, lanes and chunks: what goes out when."""
+"""Lanes and chunks: which frame goes out when."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from fake_stages import FakeMesh, expected
 
-from mesh.coordinator.core.events import Cancel, FrameOut, Tick
+from mesh.coordinator.core.events import CancelSession, FrameOut, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
-from mesh.coordinator.core.session import TERMINAL, TRANSITIONS, Act, IllegalTransition, Request, Session, State
+from mesh.coordinator.core.session import TERMINAL, TRANSITIONS, Act, GenerationRequest, IllegalTransition, Session, State
 from mesh.errors import Busy, PromptTooLong, Unavailable
 from mesh.types import LayerRange
 
@@ -26,8 +26,8 @@ def make(
     return mesh
 
 
-def ask(mesh: FakeMesh, name: str, prompt: int, most: int) -> Request:
-    request = Request(name, tuple(range(prompt)), most, None)
+def ask(mesh: FakeMesh, name: str, prompt: int, most: int) -> GenerationRequest:
+    request = GenerationRequest(name, tuple(range(prompt)), most, None)
     mesh.submit(request)
     return request
 
@@ -40,7 +40,7 @@ def run_until(mesh: FakeMesh, condition, random: Random) -> None:
 def test_every_transition_is_in_the_table_and_no_other_is_possible():
     for state in State:
         for act in Act:
-            session = Session(Request("a", (1,), 1, None), 1, 0.0, state=state)
+            session = Session(GenerationRequest("a", (1,), 1, None), 1, 0.0, state=state)
             if act in TRANSITIONS[state]:
                 session.act(act)
                 assert session.state is TRANSITIONS[state][act]
@@ -50,39 +50,39 @@ def test_every_transition_is_in_the_table_and_no_other_is_possible():
     assert all(not TRANSITIONS[state] for state in TERMINAL)
 
 
-def test_as_many_waves_are_in_flight_as_there_are_stages():
+def test_as_many_decode_batches_are_in_flight_as_there_are_stages():
     mesh, random = make(), Random(1)
     requests = [ask(mesh, f"r{number}", 3, 30) for number in range(6)]
     run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 5 for r in requests), random)
-    decodes = [flight for flight in mesh.core.scheduler.flights.values() if flight.decode]
+    decodes = [flight for flight in mesh.flights.values() if flight.decode]
     assert sorted(len(flight.sessions) for flight in decodes) == [2, 2, 2]
     mesh.settle(random)
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
 
-@pytest.mark.parametrize(("sessions", "waves"), [(2, [1, 1]), (5, [1, 2, 2]), (7, [3, 4]), (8, [4, 4]), (12, [4, 4, 4]), (32, [16, 16])])
-def test_waves_fill_the_rows_that_a_stage_computes_anyway(sessions, waves):
+@pytest.mark.parametrize(("sessions", "batches"), [(2, [1, 1]), (5, [1, 2, 2]), (7, [3, 4]), (8, [4, 4]), (12, [4, 4, 4]), (32, [16, 16])])
+def test_decode_batches_fill_the_rows_that_a_stage_computes_anyway(sessions, batches):
     mesh, random = make(rows=32), Random(1)
     requests = [ask(mesh, f"r{number}", 3, 60) for number in range(sessions)]
 
     def settled() -> bool:
-        decodes = [flight for flight in mesh.core.scheduler.flights.values() if flight.decode]
-        return sorted(len(flight.sessions) for flight in decodes) == waves
+        decodes = [flight for flight in mesh.flights.values() if flight.decode]
+        return sorted(len(flight.sessions) for flight in decodes) == batches
 
     run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 20 for r in requests) and settled(), random)
     mesh.settle(random)
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
 
-def test_shards_that_share_a_processor_take_one_wave_at_a_time():
+def test_shards_that_share_a_processor_take_one_decode_batch_at_a_time():
     mesh, random = FakeMesh(Core(CoreConfig(6, "least_loaded", queue_limit=4), Random(0))), Random(1)
     for layers, processor in zip(RANGES, ("a", "b", "a"), strict=True):
         mesh.join(f"s{layers.start}", layers, rows=8, context=512, chunk=16, processor=processor)
     requests = [ask(mesh, f"r{number}", 3, 30) for number in range(4)]
     most = 0
     while mesh.deliver(random):
-        decodes = [flight for flight in mesh.core.scheduler.flights.values() if flight.decode]
-        most = max(most, len(decodes) if len(mesh.core.scheduler.flights) == len(decodes) else 0)
+        decodes = [flight for flight in mesh.flights.values() if flight.decode]
+        most = max(most, len(decodes) if len(mesh.flights) == len(decodes) else 0)
     assert most == 2
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
@@ -91,7 +91,7 @@ def test_a_single_session_is_one_frame_at_a_time():
     mesh, random = make(), Random(2)
     request = ask(mesh, "r", 3, 10)
     while mesh.deliver(random):
-        assert len(mesh.core.scheduler.flights) <= 1
+        assert len(mesh.flights) <= 1
     assert mesh.tokens["r"] == expected(request)
 
 
@@ -103,7 +103,7 @@ def test_while_others_decode_a_long_prompt_has_one_chunk_under_way():
     while len(mesh.tokens["long"]) == 0:
         assert mesh.deliver(random)
         if "short" not in mesh.ended:
-            assert sum(not flight.decode for flight in mesh.core.scheduler.flights.values()) <= 1
+            assert sum(not flight.decode for flight in mesh.flights.values()) <= 1
     mesh.settle(random)
     assert mesh.tokens["short"] == expected(short)
 
@@ -111,7 +111,7 @@ def test_while_others_decode_a_long_prompt_has_one_chunk_under_way():
 def test_with_nobody_decoding_a_prompt_fills_every_stage():
     mesh, random = make(), Random(4)
     ask(mesh, "long", 300, 4)
-    run_until(mesh, lambda: len(mesh.core.scheduler.flights) == 3, random)
+    run_until(mesh, lambda: len(mesh.flights) == 3, random)
 
 
 def test_a_short_prompt_overtakes_a_long_one_and_is_not_overtaken_for_ever():
@@ -119,13 +119,13 @@ def test_a_short_prompt_overtakes_a_long_one_and_is_not_overtaken_for_ever():
     ask(mesh, "decoding", 3, 400)
     run_until(mesh, lambda: mesh.tokens["decoding"], random)
     ask(mesh, "long", 400, 2)
-    run_until(mesh, lambda: mesh.core.session("long").sent >= 32, random)
+    run_until(mesh, lambda: mesh.session("long").sent >= 32, random)
     ask(mesh, "short", 10, 2)
     run_until(mesh, lambda: mesh.tokens["short"], random)
     assert not mesh.tokens["long"]
     number = 0
     while not mesh.tokens["long"]:  # short ones come again and again
-        if mesh.core.session(f"s{number}") is None:
+        if mesh.session(f"s{number}") is None:
             number += 1
             ask(mesh, f"s{number}", 10, 2)
         assert number < 60, "the long prompt starves"
@@ -174,10 +174,10 @@ def test_a_request_that_waited_for_a_shard_goes_on_when_it_comes():
 def test_a_cancelled_session_keeps_its_row_until_its_frame_is_back():
     mesh, random = make(rows=1), Random(7)
     ask(mesh, "first", 3, 50)
-    run_until(mesh, lambda: len(mesh.tokens["first"]) == 3 and len(mesh.core.scheduler.flights) == 1, random)
-    mesh.event(Cancel("first"))
+    run_until(mesh, lambda: len(mesh.tokens["first"]) == 3 and len(mesh.flights) == 1, random)
+    mesh.event(CancelSession("first"))
     second = ask(mesh, "second", 3, 5)
-    assert mesh.core.session("second").state is State.QUEUED
+    assert mesh.session("second").state is State.QUEUED
     mesh.settle(random)
     assert mesh.tokens["second"] == expected(second)
 
@@ -195,7 +195,7 @@ def test_a_shard_that_dies_costs_no_token_and_repeats_none():
 def test_a_step_that_never_comes_back_is_done_again():
     mesh, random = make(), Random(9)
     request = ask(mesh, "r", 3, 10)
-    run_until(mesh, lambda: len(mesh.tokens["r"]) == 4 and mesh.core.scheduler.flights, random)
+    run_until(mesh, lambda: len(mesh.tokens["r"]) == 4 and mesh.flights, random)
     mesh.boxes.clear()
     while mesh.core.counters.restarts == 0:
         due = mesh.core.deadline()
@@ -211,7 +211,7 @@ def test_sessions_spread_over_replicas(strategy):
     mesh = make(replicas=2, strategy=strategy)
     for number in range(8):
         ask(mesh, f"r{number}", 3, 5)
-    held = {shard: len(keys) for shard, keys in mesh.core.replicas.held().items()}
+    held = {shard: len(keys) for shard, keys in mesh.core._state.replicas.held().items()}
     assert min(held.values()) >= 2 and sum(held.values()) == 24
 
 

@@ -8,7 +8,7 @@ import pytest
 from mesh.coordinator import trace as module
 from mesh.coordinator.core.events import Ended, FrameOut, FrameRow
 from mesh.coordinator.core.routing import Hop, Route
-from mesh.coordinator.core.session import Request, Session
+from mesh.coordinator.core.session import GenerationRequest, Session, SessionView
 from mesh.coordinator.trace import Traces
 from mesh.protocol.frame_codec import Timing
 from mesh.types import LayerRange
@@ -18,8 +18,8 @@ OTHER: Route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "c"))
 TIMINGS = (Timing(1000, 2000, 500), Timing(0, 4000, 500))  # 8 ms in the stages
 
 
-def session(id: str = "s") -> Session:
-    return Session(Request(id, (1, 2, 3), 1000, None), 1, submitted_at=0.0)
+def session(id: str = "s", now: float = 2.0) -> SessionView:
+    return Session(GenerationRequest(id, (1, 2, 3), 1000, None), 1, submitted_at=0.0).view(now)
 
 
 def frame(kind: str, route: Route = ROUTE) -> FrameOut:
@@ -34,10 +34,10 @@ def ended(id: str) -> Ended:
 def test_sums_of_stages_and_hops_make_up_the_steps() -> None:
     traces, one = Traces(), session()
     traces.begin("s", 3, 1000, now=10.0, unix_s=100.0)
-    traces.step(frame("prefill"), [one], at=10.5, wall_s=0.02, timings=TIMINGS)
+    traces.step(frame("prefill"), [one.id], at=10.5, wall_s=0.02, timings=TIMINGS)
     for index in range(3):
-        traces.step(frame("decode"), [one], at=11.0 + index, wall_s=0.010, timings=TIMINGS)
-    document = traces.document("s", one, now=2.0)
+        traces.step(frame("decode"), [one.id], at=11.0 + index, wall_s=0.010, timings=TIMINGS)
+    document = traces.document("s", one)
     assert document is not None
     (leg,) = document["legs"]
     assert [stage["shard"] for stage in leg["stages"]] == ["a", "b"]
@@ -55,10 +55,10 @@ def test_sums_of_stages_and_hops_make_up_the_steps() -> None:
 def test_another_route_is_another_leg() -> None:
     traces, one = Traces(), session()
     traces.begin("s", 3, 1000, now=0.0, unix_s=0.0)
-    traces.step(frame("decode"), [one], at=1.0, wall_s=0.01, timings=TIMINGS)
-    traces.step(frame("prefill", OTHER), [one], at=2.0, wall_s=0.01, timings=TIMINGS)
+    traces.step(frame("decode"), [one.id], at=1.0, wall_s=0.01, timings=TIMINGS)
+    traces.step(frame("prefill", OTHER), [one.id], at=2.0, wall_s=0.01, timings=TIMINGS)
     traces.end(ended("s"))
-    document = traces.document("s", None, now=3.0)
+    document = traces.document("s", None)
     assert document is not None and document["state"] == "length" and document["tokens"] == 7
     assert [[stage["shard"] for stage in leg["stages"]] for leg in document["legs"]] == [["a", "b"], ["a", "c"]]
     assert [step["leg"] for step in document["steps"]] == [0, 1]
@@ -71,20 +71,20 @@ def test_nothing_grows_without_end() -> None:
         traces.begin(one.id, 3, 1000, now=0.0, unix_s=0.0)
         for step in range(200):
             route = ROUTE if step % 3 else OTHER
-            traces.step(frame("decode" if step % 2 else "prefill", route), [one], at=float(step), wall_s=0.01, timings=TIMINGS)
-        document = traces.document(one.id, one, now=1.0)
+            traces.step(frame("decode" if step % 2 else "prefill", route), [one.id], at=float(step), wall_s=0.01, timings=TIMINGS)
+        document = traces.document(one.id, one)
         assert document is not None and len(document["legs"]) == module.KEPT_LEGS
         assert all(0 <= step["leg"] < module.KEPT_LEGS for step in document["steps"])
         traces.end(ended(one.id))
     traces.check()
-    summary = traces.summary([], now=1.0)
+    summary = traces.summary([])
     assert summary["sessions"] == [] and len(summary["recent"]) == module.SHOWN_SESSIONS
     assert summary["recent"][0]["request"] == f"s{module.KEPT_REQUESTS + 19}"
-    assert traces.document("s0", None, now=1.0) is None
+    assert traces.document("s0", None) is None
 
 
 def test_steps_of_a_session_that_is_not_traced_change_nothing() -> None:
     traces = Traces()
-    traces.step(frame("decode"), [session()], at=1.0, wall_s=0.01, timings=TIMINGS)
+    traces.step(frame("decode"), ["s"], at=1.0, wall_s=0.01, timings=TIMINGS)
     traces.end(ended("s"))
-    assert traces.summary([session()], now=1.0) == {"sessions": [], "recent": []}
+    assert traces.summary([session()]) == {"sessions": [], "recent": []}

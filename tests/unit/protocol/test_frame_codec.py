@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
-from mesh.protocol.frame_codec import Flags, Frame, Gap, Hop, Kind, Timing, decode, encode
+from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack, Timing, decode, encode
 from mesh.types import LayerRange
 
 HASH = "0123456789abcdef"
@@ -59,7 +59,7 @@ def any_frame(draw: st.DrawFn) -> Frame:
         step=draw(st.integers(0, 2**64 - 1)),
         hop=hop,
         flags=flags,
-        reason=draw(st.sampled_from([gap for gap in Gap if gap])) if kind is Kind.GAP else Gap.NONE,
+        reason=draw(st.sampled_from([nack for nack in Nack if nack])) if kind is Kind.NACK else Nack.NONE,
         tensors=tensors,
         timings=tuple(Timing(*draw(st.tuples(u32, u32, u32))) for _ in range(draw(st.integers(0, 3)))),
         traceparent=traceparent,
@@ -168,9 +168,9 @@ def test_rows_are_left_out_and_reported() -> None:
     kept = frame.only(np.array([0, 2]))
     same(kept, decode(encode(kept)))
     np.testing.assert_array_equal(kept.tensors[0][1], [8, 9, 10, 11])
-    gap = decode(encode(frame.gap(Gap.HOLE, [1], np.array([4]))))
-    assert gap.kind is Kind.GAP and gap.reason is Gap.HOLE
-    assert gap.sessions.tolist() == [2] and gap.positions.tolist() == [4]
+    nack = decode(encode(frame.nack(Nack.HOLE, [1], np.array([4]))))
+    assert nack.kind is Kind.NACK and nack.reason is Nack.HOLE
+    assert nack.sessions.tolist() == [2] and nack.positions.tolist() == [4]
 
 
 def test_a_prefill_answers_with_its_last_position() -> None:

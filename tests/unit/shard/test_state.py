@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
-from mesh.protocol.frame_codec import Flags, Frame, Gap, Hop, Kind
+from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack
 from mesh.protocol.messages import Beat, Close, Open
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
@@ -99,16 +99,16 @@ class Machine(RuleBasedStateMachine):
         sent = frame(Kind.PREFILL, [(session, epoch - stale if epoch else epoch, start, row)], [1] * count, coordinator)  # type: ignore[list-item,operator,arg-type]
         admission = self.state.admit(sent, self.now)
         if self.queued >= QUEUE:
-            assert admission.nothing and admission.gaps[0].reason is Gap.OVERLOADED
+            assert admission.nothing and admission.nacks[0].reason is Nack.OVERLOADED
         elif stale and epoch:
-            assert admission.nothing and admission.gaps[0].reason is Gap.STALE_EPOCH
+            assert admission.nothing and admission.nacks[0].reason is Nack.STALE_EPOCH
         elif start + count > CONTEXT:
-            assert admission.nothing and admission.gaps[0].reason is Gap.BAD_INPUT
+            assert admission.nothing and admission.nacks[0].reason is Nack.BAD_INPUT
         elif start > filled:  # type: ignore[operator]
-            assert admission.nothing and admission.gaps[0].reason is Gap.HOLE
-            assert admission.gaps[0].positions.tolist() == [filled]
+            assert admission.nothing and admission.nacks[0].reason is Nack.HOLE
+            assert admission.nacks[0].positions.tolist() == [filled]
         else:
-            assert admission.rows is None and not admission.gaps
+            assert admission.rows is None and not admission.nacks
             self.open[session][3] = start + count
             self.queued += 1
             self.hear(coordinator)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ class Machine(RuleBasedStateMachine):
             return
         computed = list(range(len(rows))) if admission.rows is None else admission.rows.tolist()
         assert computed == good
-        assert sum(gap.rows for gap in admission.gaps) == len(rows) - len(good)
+        assert sum(nack.rows for nack in admission.nacks) == len(rows) - len(good)
         for index in good:
             self.open[rows[index][0]][3] += 1  # type: ignore[operator]
         if good:

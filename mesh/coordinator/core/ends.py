@@ -1,0 +1,60 @@
+"""How a session ends, whatever the reason."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mesh.coordinator.core import rows
+from mesh.coordinator.core.events import Ended
+from mesh.coordinator.core.session import Act, Session, State
+from mesh.coordinator.core.state import CoreState
+from mesh.errors import MeshError
+
+__all__ = ["end", "settle"]
+
+
+def end(
+    state: CoreState,
+    session: Session,
+    act: Act,
+    reason: Literal["stop", "length", "cancelled", "error"],
+    error: MeshError | None = None,
+) -> None:
+    """`act`: FINISH, FAIL or CANCEL. The session keeps its rows while a frame that names it is out."""
+    if session.state is State.QUEUED:
+        state.admission.remove(session)
+    elif session.state in (State.PREFILLING, State.DECODING):
+        state.scheduler.leave(session)
+    session.act(act)
+    session.ended_at = state.now
+    del state.by_id[session.id]
+    match session.state:
+        case State.FINISHED:
+            state.counters.finished += 1
+            if session.started_at:
+                state.admission.observe(state.now - session.started_at)
+        case State.FAILED:
+            state.counters.failed += 1
+        case _:
+            state.counters.cancelled += 1
+    first = session.first_token_at - session.submitted_at if session.first_token_at else None
+    started = session.started_at or state.now
+    state.effects.append(
+        Ended(
+            session.id,
+            reason,
+            session.generated,
+            started - session.submitted_at,
+            first,
+            state.now - session.submitted_at,
+            session.restarts,
+            error,
+        )
+    )
+    settle(state, session)
+
+
+def settle(state: CoreState, session: Session) -> None:
+    """Give an ended session's rows back, once no frame names it any more."""
+    if not session.in_flight and session.choices is not None:
+        rows.release(state, session)

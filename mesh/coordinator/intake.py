@@ -1,0 +1,210 @@
+"""What arrives, other than from shards' leases (shards.py) and other coordinators (continuity.py): each message becomes an event.
+
+    a request            -> Submit, unless the session is known: then its answer goes to the new reply subject
+    an answer frame      -> Result or FrameLost
+    a cancel, or the server saying that a client no longer listens    -> CancelSession
+    the server saying that some connection ended                      -> Suspicion
+    a question for a trace   answered from trace.py; no event
+
+Answer frames, cancels and clients that are gone are handled where they arrive, before anything that waits in a queue. Otherwise the
+answers of several steps would come before a cancel that was sent earlier.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+
+import orjson
+
+from mesh.bus import Bus, Received, Subscription
+from mesh.coordinator.continuity import Continuity
+from mesh.coordinator.core.events import CancelSession, Result, Suspicion
+from mesh.coordinator.core.machine import Core
+from mesh.coordinator.driver import CoreDriver
+from mesh.coordinator.jobs import Jobs
+from mesh.coordinator.measure import StepMeter
+from mesh.coordinator.outbox import Outbox
+from mesh.coordinator.records import digest_of
+from mesh.coordinator.replies import Job
+from mesh.coordinator.requests import prepare
+from mesh.coordinator.trace import Traces
+from mesh.coordinator.translate import event_of
+from mesh.errors import BadRequest, Busy, FrameRejected, MeshError
+from mesh.model.manifest import Manifest
+from mesh.model.tokenizer import Tokenizer
+from mesh.protocol import frame_codec, messages, subjects
+
+__all__ = ["Intake"]
+
+log = logging.getLogger("mesh.coordinator")
+
+_SHARD_CLIENT = b'"mesh-shard"'
+"""The name of every shard's connection, as a disconnect advisory spells it."""
+_RECONNECTED_S = 5.0
+"""Seconds after this coordinator's reconnection in which a client that does not listen is not taken to be gone: it may still be
+reconnecting too."""
+
+
+class Intake:
+    """`name` is this coordinator's. `most_preparing`: requests that may be tokenized or looked up at once. `rejected` counts the answer
+    frames that were refused, by reason."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        core: Core,
+        driver: CoreDriver,
+        jobs: Jobs,
+        outbox: Outbox,
+        continuity: Continuity,
+        meter: StepMeter,
+        traces: Traces,
+        *,
+        name: str,
+        manifest: Manifest,
+        tokenizer: Tokenizer | None,
+        most_preparing: int,
+    ) -> None:
+        self.rejected: Counter[str] = Counter()
+        self._bus = bus
+        self._core = core
+        self._driver = driver
+        self._jobs = jobs
+        self._outbox = outbox
+        self._continuity = continuity
+        self._meter = meter
+        self._traces = traces
+        self._name = name
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._most_preparing = most_preparing
+        self._preparing = 0
+        self._subscriptions: list[Subscription] = []
+
+    async def start(self) -> None:
+        """Subscribe to everything but the shared request subject, which is the service's endpoint (`on_generate`)."""
+        model = self._manifest.name
+        self._subscriptions = [
+            await self._bus.subscribe(subjects.generate_at(model, self._continuity.instance), self._on_passed_on),
+            await self._bus.subscribe_direct(subjects.tokens(model, self._name), self._on_answer),
+            await self._bus.subscribe_direct(subjects.cancel(model, self._name), self._on_cancel),
+            await self._bus.subscribe(subjects.trace(model, self._name), self._on_trace),
+            await self._bus.subscribe_unheard(f"{self._outbox.unheard}.*", self._on_unheard),
+            await self._bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
+        ]
+
+    async def stop(self) -> None:
+        for subscription in self._subscriptions:
+            await subscription.stop()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    async def on_generate(self, received: Received, *, direct: bool = False) -> None:
+        """Take a request. Its answer comes later, from outbox.py; an error that is raised here is the answer. `direct`: another
+        coordinator passed it on, which believes that the session is here."""
+        message = messages.Generate.parse(received.data)
+        if not received.reply:
+            raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
+        id, digest = message.session or secrets.token_hex(12), digest_of(message)
+        if await self._known(id, digest, message, received.reply):
+            return
+        if self._preparing >= self._most_preparing:
+            raise Busy("too many requests arrive at once: try again in 1 s", retry_after_s=1.0)
+        self._preparing += 1
+        try:
+            may_be_known = message.session is not None and message.attempt != 0
+            if may_be_known and await self._continuity.find(id, digest, message, received.reply, direct=direct):
+                return
+            request = await prepare(message, id, self._manifest, self._tokenizer)
+        finally:
+            self._preparing -= 1
+        if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster
+            return
+        self._jobs.require_room(request)
+        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=(message.attempt or 0) + 1)
+        job.start = job.delivered = len(message.given)
+        await self._jobs.begin(job)
+
+    async def _on_passed_on(self, received: Received) -> None:
+        """A request that another coordinator received, and believes to be for a session of this one."""
+        try:
+            await self.on_generate(received, direct=True)
+        except MeshError as error:
+            await self._bus.respond_error(received, error)
+
+    async def _known(self, id: str, digest: str, message: messages.Generate, reply: str) -> bool:
+        """Whether a session of this name is held here, or ended here not long ago. If so its answer goes to this reply subject from now
+        on, after the tokens that the client has. BadRequest: the name belongs to another request."""
+        answer = self._jobs.answer(id)
+        job = self._jobs.table.get(id)
+        if answer is None and job is None:
+            return False
+        if digest != (answer[0] if answer is not None else job.digest if job is not None else ""):
+            raise BadRequest(f"session {id} was another request: give this one its own name", field="session")
+        if answer is not None:
+            await self._bus.publish(reply, answer[1])
+        elif job is not None:
+            has = len(message.given)
+            if message.logprobs is None and tuple(token.id for token in job.tokens[:has]) != message.given:
+                await self._jobs.drop(id)  # the client has more tokens than the record that was taken over: the client's tokens count
+                return False
+            job.message = job.message.model_copy(update={"stream": message.stream})
+            job.reply, job.start, job.delivered = reply, has, has
+            job.epoch = max(job.epoch, (message.attempt or 0) + 1)
+            self._continuity.recorder.touch(id)
+            if message.stream:
+                self._outbox.accepted(job)
+                await self._outbox.send()
+        return True
+
+    # -- answers of the last stage -------------------------------------------------------------------------------------
+
+    def _on_answer(self, data: bytes) -> None:
+        try:
+            frame = frame_codec.decode(data, model_hash=self._manifest.model_hash)
+            event = event_of(frame)
+            if event is None:
+                raise FrameRejected("frame rejected: only answers are sent here", reason="kind")
+        except FrameRejected as error:
+            self.rejected[error.reason] += 1
+            log.debug("%s", error)
+            return
+        if isinstance(event, Result):
+            arrived, flight = time.perf_counter(), self._core.flight(frame.step)
+            self._driver.handle_now(event, lambda: self._meter.landed(frame, flight, arrived))
+        else:
+            self._driver.handle_now(event)
+
+    # -- ends and hints ------------------------------------------------------------------------------------------------
+
+    def _on_cancel(self, data: bytes) -> None:
+        self._driver.handle_now(CancelSession(messages.Cancel.parse(data).request))
+
+    def _on_unheard(self, subject: str) -> None:
+        """The client of a session no longer listens."""
+        if self._driver.connected_for_s() > _RECONNECTED_S:
+            self._driver.handle_now(CancelSession(subject.rpartition(".")[2], gone=True))
+
+    async def _on_disconnect(self, received: Received) -> None:
+        """A shard's connection has ended. Only a hint: the core finds out whose it was."""
+        if _SHARD_CLIENT in received.data:
+            await self._driver.handle(Suspicion())
+
+    # -- traces --------------------------------------------------------------------------------------------------------
+
+    async def _on_trace(self, received: Received) -> None:
+        """Answer with a request's trace, or with none: another coordinator may have it, so that is not an error."""
+        if not received.reply:
+            return
+        try:
+            id = messages.TraceRequest.parse(received.data).request
+        except MeshError as error:
+            await self._bus.respond_error(received, error)
+            return
+        trace = self._traces.document(id, self._core.session(id, time.monotonic()))
+        if trace is not None:
+            trace |= {"coordinator": self._name, "model": self._manifest.name}
+        await self._bus.publish(received.reply, orjson.dumps({"trace": trace}))
