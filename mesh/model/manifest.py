@@ -11,14 +11,12 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound
-from mesh.types import LayerRange
+from mesh.types import DType, LayerRange
 
 __all__ = ["FORMAT", "BlockInfo", "CacheInfo", "FileInfo", "HiddenInfo", "Manifest", "TokenizerInfo", "WeightsInfo", "block_name"]
 
 FORMAT: Final = 1
 FILE_NAME = "manifest.json"
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 class _Strict(BaseModel):

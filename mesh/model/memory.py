@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
+from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import BadLayerRange, PlanError
 from mesh.model.manifest import CacheInfo, Manifest
 from mesh.types import LayerRange
@@ -41,7 +42,6 @@ DEFAULT_CHUNK = 256
 CACHE_SLACK = 16
 """Slots a row has beyond its context; also the smallest prefill chunk. The runtime's, see mesh/runtime/cache.py."""
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
 _TOKEN_BYTES = 4
 
@@ -99,8 +99,8 @@ class ModelShape:
             vocab_size=manifest.vocab_size,
             context_length=manifest.context_length,
             bits=manifest.weights.bits,
-            compute_itemsize=_ITEMSIZE[manifest.hidden.dtype],
-            cache_itemsize=_ITEMSIZE[manifest.cache_dtype],
+            compute_itemsize=NUMPY_DTYPES[manifest.hidden.dtype].itemsize,
+            cache_itemsize=NUMPY_DTYPES[manifest.cache_dtype].itemsize,
             model_hash=manifest.model_hash,
         )
 
