@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from mesh.errors import ConfigError, CorruptModel, ModelNotFound
-from mesh.importer.sources.source import ImportOptions, Progress, Source
+from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.sources.source import Source
 from mesh.importer.verify.oracle import OrtParts, open_oracle
 from mesh.importer.verify.verify import Reference, verify
 from mesh.importer.write.blocks import BlockWriter

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from mesh.importer.importing import import_model
-from mesh.importer.sources.source import ImportOptions
+from mesh.importer.options import ImportOptions
 from mesh.local.nats_server import NatsServer
 from mesh.runtime.device import prepare
 

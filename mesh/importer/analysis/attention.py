@@ -1,6 +1,6 @@
-"""Find each layer's attention in a graph by its structure: the island that becomes cache writes and one Attention.
+"""Find each layer's attention in a graph by its structure: the pattern that becomes cache writes and one Attention.
 
-An island is what lies between the queries, keys and values of the new tokens and the weighted sum of the values. Three forms
+A pattern is what lies between the queries, keys and values of the new tokens and the weighted sum of the values. Three forms
 are found: a Softmax between two MatMuls of data; the ONNX Attention operator; and com.microsoft's, which mesh/importer/passes/contrib.py
 has made into the latter. How queries, keys and values are laid out (transposed, merged with the batch, repeated for grouped
 queries, concatenated to a cache) is learned by sending numbered elements through the source's own nodes.
@@ -19,11 +19,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import DecoderGraph, Kind, argument, attribute, maker, scalar
+from mesh.importer.graph.decoder import DecoderGraph, Dependence, attribute, input_of, producer, scalar
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
+from mesh.importer.passes.contrib_attention import WINDOW
 
-__all__ = ["WINDOW", "Island", "Layout", "Operand", "find_islands"]
+__all__ = ["AttentionPattern", "Layout", "Operand", "find_attention"]
 
 Array = npt.NDArray[Any]
 
@@ -53,7 +54,6 @@ SCORE_OPS = frozenset(
         "Flatten",
     )
 )
-WINDOW = "mesh.window"  # in the meta of an Attention made by mesh/importer/passes/contrib.py: its sliding window in tokens
 # a chunk of 3 tokens for each of 2 rows after 5 cached ones: all different, and small
 BATCH, CHUNK, PAST = 2, 3, 5
 
@@ -87,11 +87,11 @@ Scores = Callable[[Probe, Array], Array]
 
 
 @dataclass(slots=True)
-class Island:
+class AttentionPattern:
     """One attention. `output` is the value it replaces, of shape [B, H, T, Dv] but for leading axes merged or split."""
 
     number: int
-    node: ir.Node  # the Softmax or Attention: names the island in errors
+    node: ir.Node  # the Softmax or Attention: names the pattern in errors
     output: ir.Value
     q: Operand
     k: Operand
@@ -112,37 +112,37 @@ class Island:
         return self.q.value, self.k.value, self.v.value
 
 
-def find_islands(graph: DecoderGraph) -> list[Island]:
+def find_attention(graph: DecoderGraph) -> list[AttentionPattern]:
     """Every attention in the order of the layers. UnsupportedModel if there is none, or one of a form that is not known."""
     probe = Probe(graph, BATCH, CHUNK, PAST if graph.has_past else 0)
-    islands: list[Island] = []
+    patterns: list[AttentionPattern] = []
     for node in graph.nodes:
-        if node.domain != "" or graph.kind(node.outputs[0]) is not Kind.TOKENS:
+        if node.domain != "" or graph.dependence(node.outputs[0]) is not Dependence.TOKENS:
             continue
         if node.op_type == "Softmax":
-            island = _softmax_island(graph, probe, node, len(islands))
+            pattern = _softmax_pattern(graph, probe, node, len(patterns))
         elif node.op_type == "Attention":
-            island = _attention_island(graph, probe, node, len(islands))
+            pattern = _operator_pattern(graph, probe, node, len(patterns))
         else:
             continue
-        if island is not None:
-            islands.append(island)
-    if not islands:
+        if pattern is not None:
+            patterns.append(pattern)
+    if not patterns:
         raise UnsupportedModel(
             f"{graph.path}: no attention was found: a decoder needs softmax(q @ k.T) @ v, Attention or GroupQueryAttention"
         )
-    return islands
+    return patterns
 
 
 def _data_inputs(graph: DecoderGraph, node: ir.Node) -> list[ir.Value]:
-    return [v for v in node.inputs if v is not None and graph.kind(v) >= Kind.PAST]
+    return [v for v in node.inputs if v is not None and graph.dependence(v) >= Dependence.PAST]
 
 
 # --- softmax(q @ k.T) @ v -----------------------------------------------------------------------------------------------
 
 
-def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number: int) -> Island | None:
-    product = _scores_product(graph, argument(softmax, 0))
+def _softmax_pattern(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number: int) -> AttentionPattern | None:
+    product = _scores_product(graph, input_of(softmax, 0))
     if product is None:
         return None
     weighted = _weighted_sum(graph, softmax.outputs[0])
@@ -154,14 +154,14 @@ def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number:
     raw = product.outputs[0]
     shape = probe.shape(raw)
     heads = prod(shape[:-2]) // probe.batch
-    q = _operand(graph, probe, argument(product, 0), shape[:-2], heads, False, f"queries of attention {number}")
-    k = _operand(graph, probe, argument(product, 1), shape[:-2], heads, True, f"keys of attention {number}")
+    q = _operand(graph, probe, input_of(product, 0), shape[:-2], heads, False, f"queries of attention {number}")
+    k = _operand(graph, probe, input_of(product, 1), shape[:-2], heads, True, f"keys of attention {number}")
     v = _operand(
-        graph, probe, argument(weighted, 1), probe.shape(weighted.outputs[0])[:-2], heads, False, f"values of attention {number}", True
+        graph, probe, input_of(weighted, 1), probe.shape(weighted.outputs[0])[:-2], heads, False, f"values of attention {number}", True
     )
     if v.scale != 1.0:
         raise UnsupportedModel(f"attention {number}: values are scaled by {v.scale} after the cache: this form is not supported")
-    rank, into = len(shape), argument(softmax, 0)
+    rank, into = len(shape), input_of(softmax, 0)
 
     def scores(at: Probe, values: Array) -> Array:
         rows, _, chunk, total = values.shape
@@ -170,8 +170,8 @@ def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number:
 
     _check_weights(probe, softmax, weighted, number)
     between = {value for node in _between(graph, into, raw) for value in node.inputs if value is not None}
-    masks = tuple(v for v in between if graph.kind(v) is Kind.SHAPE)
-    return Island(number, softmax, weighted.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
+    masks = tuple(v for v in between if graph.dependence(v) is Dependence.SHAPE)
+    return AttentionPattern(number, softmax, weighted.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
 
 
 def _scaled(scores: Scores, scale: float) -> Scores:
@@ -185,7 +185,7 @@ def _scores_product(graph: DecoderGraph, value: ir.Value) -> ir.Node | None:
         node = value.producer()
         if node is None or node.domain != "":
             return None
-        data = [v for v in node.inputs if v is not None and graph.kind(v) is Kind.TOKENS]
+        data = [v for v in node.inputs if v is not None and graph.dependence(v) is Dependence.TOKENS]
         if node.op_type == "MatMul" and len(data) == 2:
             return node
         if node.op_type not in SCORE_OPS or len(data) != 1:
@@ -195,9 +195,9 @@ def _scores_product(graph: DecoderGraph, value: ir.Value) -> ir.Node | None:
 
 def _between(graph: DecoderGraph, value: ir.Value, start: ir.Value) -> Iterator[ir.Node]:
     while value is not start:
-        node = maker(value)
+        node = producer(value)
         yield node
-        value = next(v for v in node.inputs if v is not None and graph.kind(v) is Kind.TOKENS)
+        value = next(v for v in node.inputs if v is not None and graph.dependence(v) is Dependence.TOKENS)
 
 
 def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
@@ -207,7 +207,7 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
     found: ir.Node | None = None
     while frontier:
         for node, place in frontier.pop().uses():
-            if node.op_type == "MatMul" and place == 0 and graph.kind(argument(node, 1)) is Kind.TOKENS:
+            if node.op_type == "MatMul" and place == 0 and graph.dependence(input_of(node, 1)) is Dependence.TOKENS:
                 if found is not None and found is not node:
                     return None
                 found = node
@@ -225,7 +225,7 @@ def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: in
     """What the values are multiplied by is the softmax itself."""
     shape = probe.shape(softmax.outputs[0])
     weights = np.random.default_rng(0).random(shape, np.float32)
-    got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(argument(weighted, 0)), np.float32)
+    got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(input_of(weighted, 0)), np.float32)
     axis = attribute(softmax, "axis", -1)
     if axis not in (-1, len(shape) - 1) or not np.allclose(got.reshape(-1), weights.reshape(-1), rtol=1e-2, atol=1e-6):
         raise UnsupportedModel(f"attention {number} ({softmax.name}): the attention weights are changed after the softmax: not supported")
@@ -234,9 +234,9 @@ def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: in
 # --- the Attention operator ---------------------------------------------------------------------------------------------
 
 
-def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: int) -> Island:
+def _operator_pattern(graph: DecoderGraph, probe: Probe, node: ir.Node, number: int) -> AttentionPattern:
     inputs = [*node.inputs, *([None] * (7 - len(node.inputs)))]
-    query, key, value = (argument(node, place) for place in range(3))
+    query, key, value = (input_of(node, place) for place in range(3))
     mask, past_key = inputs[3:5]
     where = f"attention {number} ({node.name})"
     if any(output.uses() for output in node.outputs[3:]):
@@ -274,10 +274,10 @@ def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: 
             result = np.where(slots <= rows, result, -np.inf)
         return np.where(slots > rows - window, result, -np.inf) if window else result
 
-    masks = (mask,) if mask is not None and graph.kind(mask) is Kind.SHAPE else ()
-    if mask is not None and graph.kind(mask) > Kind.SHAPE:
+    masks = (mask,) if mask is not None and graph.dependence(mask) is Dependence.SHAPE else ()
+    if mask is not None and graph.dependence(mask) > Dependence.SHAPE:
         raise UnsupportedModel(f"{where}: its mask depends on the tokens: this form is not supported")
-    return Island(number, node, node.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
+    return AttentionPattern(number, node, node.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
 
 
 # --- layouts ------------------------------------------------------------------------------------------------------------
@@ -336,18 +336,23 @@ def _walk(graph: DecoderGraph, probe: Probe, value: ir.Value) -> Iterator[tuple[
                 return
             scale *= factor if node.op_type == "Mul" else 1.0 / factor
             value = data[0]
-        elif node.op_type == "Concat" and len(data) == 2 and graph.kind(data[0]) is Kind.PAST and graph.kind(data[1]) is Kind.TOKENS:
+        elif (
+            node.op_type == "Concat"
+            and len(data) == 2
+            and graph.dependence(data[0]) is Dependence.PAST
+            and graph.dependence(data[1]) is Dependence.TOKENS
+        ):
             past, value = data[0], data[1]
         else:
             return
-        if graph.kind(value) is not Kind.TOKENS:
+        if graph.dependence(value) is not Dependence.TOKENS:
             return
         yield value, scale, past
 
 
 def _scalar(probe: Probe, value: ir.Value) -> float | None:
     number = scalar(value)
-    if number is None and probe.graph.kind(value) is Kind.SHAPE:
+    if number is None and probe.graph.dependence(value) is Dependence.SHAPE:
         try:
             array = probe.value(value)
         except NotConcrete:
@@ -407,9 +412,9 @@ def _caches(graph: DecoderGraph, operand: ir.Value, value: ir.Value) -> Iterator
     """The past values joined in between `value` and `operand`."""
     current = operand
     while current is not value:
-        data = _data_inputs(graph, maker(current))
-        yield from (v for v in data if graph.kind(v) is Kind.PAST)
-        current = next(v for v in data if graph.kind(v) is Kind.TOKENS)
+        data = _data_inputs(graph, producer(current))
+        yield from (v for v in data if graph.dependence(v) is Dependence.PAST)
+        current = next(v for v in data if graph.dependence(v) is Dependence.TOKENS)
 
 
 def _match(probe: Probe, numbers: Array, wanted: Array) -> Layout | None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import DecoderGraph, Kind, argument, attribute
+from mesh.importer.graph.decoder import DecoderGraph, Dependence, attribute, input_of
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
 
@@ -198,12 +198,12 @@ class InputParts:
         stack, seen = [value], {value}
         while stack:
             current = stack.pop()
-            leaf = self.leaf(current) if self.graph.kind(current) is Kind.SHAPE else None
+            leaf = self.leaf(current) if self.graph.dependence(current) is Dependence.SHAPE else None
             if leaf is not None:
                 leaves[current] = leaf
                 continue
             node = current.producer()
-            if self.graph.kind(current) is Kind.CONSTANT:
+            if self.graph.dependence(current) is Dependence.CONSTANT:
                 continue
             if node is None or node.op_type in ("Shape", "Size"):
                 return leaves, current
@@ -310,26 +310,26 @@ def context_limit(graph: DecoderGraph) -> int | None:
 def _table_rows(graph: DecoderGraph, node: ir.Node, near: Probe, far: Probe) -> int | None:
     """How many positions a table has that `node` reads by position: one more token in the sequence, one row further."""
     if node.op_type == "RotaryEmbedding":
-        constant = len(node.inputs) > 3 and graph.kind(argument(node, 1)) is Kind.CONSTANT
-        return near.shape(argument(node, 1))[0] if constant else None
-    if graph.kind(node.outputs[0]) is not Kind.SHAPE:
+        constant = len(node.inputs) > 3 and graph.dependence(input_of(node, 1)) is Dependence.CONSTANT
+        return near.shape(input_of(node, 1))[0] if constant else None
+    if graph.dependence(node.outputs[0]) is not Dependence.SHAPE:
         return None
-    table, axis = argument(node, 0), attribute(node, "axis", 0)
+    table, axis = input_of(node, 0), attribute(node, "axis", 0)
     if node.op_type == "Slice":
-        axes = near.value(argument(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else np.zeros(1, np.int64)
+        axes = near.value(input_of(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else np.zeros(1, np.int64)
         axis = int(axes.reshape(-1)[0])
-    if node.op_type == "GatherND" and near.shape(argument(node, 1))[-1] != 1:
+    if node.op_type == "GatherND" and near.shape(input_of(node, 1))[-1] != 1:
         return None
     size = near.shape(table)[axis]
     if far.shape(table)[axis] != size:
         return None
     if node.op_type != "Slice":
-        last = [int(probe.value(argument(node, 1)).max()) for probe in (near, far)]
+        last = [int(probe.value(input_of(node, 1)).max()) for probe in (near, far)]
     else:
-        starts = [int(probe.value(argument(node, 1)).reshape(-1)[0]) for probe in (near, far)]
+        starts = [int(probe.value(input_of(node, 1)).reshape(-1)[0]) for probe in (near, far)]
         if starts[0] - starts[1] == far.total - near.total:  # the last rows of the table
             return near.total + (starts[0] if starts[0] >= 0 else size + starts[0])
-        last = [int(probe.value(argument(node, 2)).reshape(-1)[0]) - 1 for probe in (near, far)]
+        last = [int(probe.value(input_of(node, 2)).reshape(-1)[0]) - 1 for probe in (near, far)]
     if last[1] - last[0] != far.total - near.total or last[0] < near.total - 1:
         return None
     return size - (last[0] - (near.total - 1))

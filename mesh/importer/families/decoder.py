@@ -17,7 +17,7 @@ from mesh.importer.families.spec import (
     Rotary,
     alibi_slopes,
 )
-from mesh.importer.sources.source import ImportOptions, Progress
+from mesh.importer.options import ImportOptions, Progress
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder, attention_block, tensor_type
 from mesh.model.manifest import BlockInfo, block_name
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import OPSET, attribute
+from mesh.importer.graph.decoder import attribute
+from mesh.model.onnx_form import OPSET
 
 __all__ = ["HELP", "NotConcrete", "evaluate"]
 

@@ -1,7 +1,7 @@
 """Import of exported ONNX decoders: any graph of the torch exporters, optimum or onnxruntime-genai, cut into blocks.
 
 graph       read and normalise            probe       evaluate shapes, masks and positions on concrete sizes
-attention   find the attention islands    mask        what each does to its scores
+attention   find the attention patterns    mask        what each does to its scores
 cut         where layers end              positions   what depends on positions and sizes
 emit        one block's nodes
 """
@@ -17,14 +17,15 @@ import orjson
 from onnx import TensorProto
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, Island, find_islands
+from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, AttentionPattern, find_attention
 from mesh.importer.analysis.cut import DataPath, find_cuts
 from mesh.importer.analysis.mask import MaskReader, ScoreRule
 from mesh.importer.analysis.positions import InputParts, context_limit
-from mesh.importer.graph.decoder import DecoderGraph, load
+from mesh.importer.graph.decoder import DecoderGraph
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
-from mesh.importer.sources.source import ImportOptions, Progress
+from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.sources.onnx_file import load
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder
 from mesh.importer.write.emit import Emitter, Part
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, block_name
@@ -61,13 +62,13 @@ class OnnxSource:
     def _analyse(self, file: Path) -> None:
         self.graph: DecoderGraph = load(file)
         self._config = _read_config(file)
-        self.islands: list[Island] = find_islands(self.graph)
-        self._path = DataPath(self.graph, self.islands)
+        self.patterns: list[AttentionPattern] = find_attention(self.graph)
+        self._path = DataPath(self.graph, self.patterns)
         probe = Probe(self.graph, BATCH, CHUNK, PAST if self.graph.has_past else 0)
         self.context_length = self._context_length()
         reader = MaskReader(self.graph, self.context_length)
-        self.rules: list[ScoreRule] = [reader.read(island) for island in self.islands]
-        self._cut = find_cuts(self._path, self.islands, probe)
+        self.rules: list[ScoreRule] = [reader.read(pattern) for pattern in self.patterns]
+        self._cut = find_cuts(self._path, self.patterns, probe)
         self._inputs = InputParts(self.graph, self.context_length)
         logits = probe.shape(self.graph.logits)
         if len(logits) != 3 or logits[:2] != (BATCH, CHUNK):
@@ -90,13 +91,13 @@ class OnnxSource:
 
     @property
     def layers(self) -> int:
-        return len(self.islands)
+        return len(self.patterns)
 
     @property
     def cache(self) -> tuple[CacheInfo, ...]:
         return tuple(
             CacheInfo(kv_heads=i.kv_heads, key_dim=i.k.layout.width, value_dim=i.v.layout.width, window=rule.window)
-            for i, rule in zip(self.islands, self.rules, strict=True)
+            for i, rule in zip(self.patterns, self.rules, strict=True)
         )
 
     def _context_length(self) -> int:

@@ -1,4 +1,4 @@
-"""Say one block's part of an exported graph again as a block: its nodes with islands, sizes and positions replaced.
+"""Say one block's part of an exported graph again as a block: its nodes with patterns, sizes and positions replaced.
 
 Types: a source's own float type becomes the compute type. From float32 to 16 bits, norms, exponentials and whatever meets
 them stay in float32; matrix products, attention, the cache and the hidden state are of the compute type.
@@ -17,11 +17,11 @@ import onnx_ir as ir
 from onnx import helper
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.attention import Island, Layout, Operand
+from mesh.importer.analysis.attention import AttentionPattern, Layout, Operand
 from mesh.importer.analysis.cut import DataPath
 from mesh.importer.analysis.mask import ScoreRule
 from mesh.importer.analysis.positions import Computed, Constant, InputParts, Positions, Sizes, Table
-from mesh.importer.graph.decoder import Kind, Role, argument, maker
+from mesh.importer.graph.decoder import Dependence, Role, input_of, producer
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import BROADCAST, Probe
 from mesh.importer.write.blocks import GraphBuilder, Weight, attention_block
@@ -81,11 +81,11 @@ class Emitter:
             if value is tokens:
                 self.names[value] = self._token_ids(value)
                 continue
-            island = self.path.islands.get(value)
-            if island is not None:
-                self.names[value] = self._island(island)
+            pattern = self.path.patterns.get(value)
+            if pattern is not None:
+                self.names[value] = self._pattern(pattern)
                 continue
-            node = maker(value)
+            node = producer(value)
             if node in done:
                 continue
             done.add(node)
@@ -104,7 +104,7 @@ class Emitter:
             return
         inputs = [self._input(node, i) for i in range(len(node.inputs))]
         attributes = _attributes(node)
-        if node.op_type == "Reshape" and self.graph.kind(argument(node, 1)) is not Kind.CONSTANT:
+        if node.op_type == "Reshape" and self.graph.dependence(input_of(node, 1)) is not Dependence.CONSTANT:
             attributes.pop("allowzero", None)
         self._place(node, inputs, attributes)
 
@@ -160,12 +160,12 @@ class Emitter:
         value = node.inputs[place]
         if value is None:
             return ""
-        kind = self.graph.kind(value)
-        if kind is Kind.TOKENS:
+        kind = self.graph.dependence(value)
+        if kind is Dependence.TOKENS:
             return self.names[value]
-        if kind is Kind.CONSTANT:
+        if kind is Dependence.CONSTANT:
             return self._constant(value)
-        if kind is Kind.PAST:
+        if kind is Dependence.PAST:
             raise UnsupportedModel(f"node {node.name} ({node.op_type}) reads the cache outside attention: not supported")
         if node.op_type in ("Reshape", "Expand") and place == 1:
             return self._target(node, value)
@@ -212,14 +212,14 @@ class Emitter:
             if current in self.names:
                 stack.pop()
                 continue
-            if self.graph.kind(current) is Kind.CONSTANT:
+            if self.graph.dependence(current) is Dependence.CONSTANT:
                 self.names[current] = self._constant(current)
                 continue
             leaf = self.inputs.leaf(current)
             if leaf is not None:
                 self._leaf(current, leaf)
                 continue
-            node = maker(current)
+            node = producer(current)
             missing = [v for v in node.inputs if v is not None and v not in self.names]
             if missing:
                 stack.extend(missing)
@@ -317,7 +317,7 @@ class Emitter:
             factors = [(int(n), 0, 0, 0) for n in leaf.array.reshape(-1)]
         else:
             factors = list(leaf.factors)
-        return self._size_vector(self._short_target(node.op_type, argument(node, 0), factors))
+        return self._size_vector(self._short_target(node.op_type, input_of(node, 0), factors))
 
     def _short_target(self, op_type: str, data: ir.Value, factors: list[tuple[int, int, int, int]]) -> list[int | str]:
         own = self._dims(data)
@@ -349,27 +349,27 @@ class Emitter:
 
     # --- attention --------------------------------------------------------------------------------------------------
 
-    def _island(self, island: Island) -> str:
+    def _pattern(self, pattern: AttentionPattern) -> str:
         rule = self.part.rule
         if rule is None:
-            raise UnsupportedModel(f"attention {island.number} is not in a layer of its own")
-        q, k, v = (self._operand(operand) for operand in (island.q, island.k, island.v))
+            raise UnsupportedModel(f"attention {pattern.number} is not in a layer of its own")
+        q, k, v = (self._operand(operand) for operand in (pattern.q, pattern.k, pattern.v))
         context, _, _ = attention_block(
             self.builder, q, k, v, scale=rule.scale, softcap=rule.softcap, window=rule.window, alibi_slopes=rule.slopes
         )
         self.uses_positions = True
         self.types[context] = self.compute
-        own = self._dims(island.output)
-        if len(own) == 4 and len(self.inputs.probes[0].shape(island.output)) == 4:
-            heads_first = own[1] == (island.heads, 0, 0, 0)
+        own = self._dims(pattern.output)
+        if len(own) == 4 and len(self.inputs.probes[0].shape(pattern.output)) == 4:
+            heads_first = own[1] == (pattern.heads, 0, 0, 0)
             if heads_first:
                 return context
-        return self._merge(context, island, own)
+        return self._merge(context, pattern, own)
 
-    def _merge(self, context: str, island: Island, own: list[tuple[int, int, int, int] | None]) -> str:
+    def _merge(self, context: str, pattern: AttentionPattern, own: list[tuple[int, int, int, int] | None]) -> str:
         """The context [B, H, T, Dv] with axes merged or split as the source's product has them."""
         if any(dim is None for dim in own):
-            raise UnsupportedModel(f"attention {island.number}: the shape of its output is not understood")
+            raise UnsupportedModel(f"attention {pattern.number}: the shape of its output is not understood")
         if len(own) == 3 and own[1] == (0, 0, 1, 0) and own[0] == (0, 1, 0, 0):
             swapped = self.builder.op("Transpose", context, perm=[0, 2, 1, 3])
             return self._like(context, self.builder.op("Reshape", swapped, self.builder.const([0, 0, -1])))
@@ -402,8 +402,8 @@ class Emitter:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def _matmul(self, node: ir.Node) -> bool:
-        data, weight = argument(node, 0), argument(node, 1)
-        if self.graph.kind(weight) is not Kind.CONSTANT or self.graph.kind(data) is not Kind.TOKENS:
+        data, weight = input_of(node, 0), input_of(node, 1)
+        if self.graph.dependence(weight) is not Dependence.CONSTANT or self.graph.dependence(data) is not Dependence.TOKENS:
             return False
         shape = self.inputs.probes[0].shape(weight)
         if len(shape) not in (2, 3) or self._kept(weight):
@@ -415,12 +415,14 @@ class Emitter:
         return True
 
     def _gemm(self, node: ir.Node) -> bool:
-        data, weight = argument(node, 0), argument(node, 1)
+        data, weight = input_of(node, 0), input_of(node, 1)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         attributes = _attributes(node)
         plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA", 0)
-        constant = self.graph.kind(weight) is Kind.CONSTANT and (bias is None or self.graph.kind(bias) is Kind.CONSTANT)
-        if not plain or not constant or self.graph.kind(data) is not Kind.TOKENS or self._kept(weight):
+        constant = self.graph.dependence(weight) is Dependence.CONSTANT and (
+            bias is None or self.graph.dependence(bias) is Dependence.CONSTANT
+        )
+        if not plain or not constant or self.graph.dependence(data) is not Dependence.TOKENS or self._kept(weight):
             return False
         transpose = bool(attributes.get("transB", 0))
         matrix = self._matrix(weight, lambda: self._fold(weight).T if transpose else self._fold(weight), False, "T" if transpose else "")
@@ -439,8 +441,8 @@ class Emitter:
 
     def _gather(self, node: ir.Node) -> bool:
         """The embedding of the token ids."""
-        table, ids = argument(node, 0), argument(node, 1)
-        if self.graph.kind(table) is not Kind.CONSTANT or self.graph.roles.get(ids) is not Role.TOKENS or self._kept(table):
+        table, ids = input_of(node, 0), input_of(node, 1)
+        if self.graph.dependence(table) is not Dependence.CONSTANT or self.graph.roles.get(ids) is not Role.TOKENS or self._kept(table):
             return False
         if _attributes(node).get("axis", 0) != 0 or len(self.inputs.probes[0].shape(table)) != 2:
             return False
@@ -462,7 +464,7 @@ class Emitter:
         if value in self.names:
             return self.names[value]
         if self._kept(value):
-            node = maker(value)
+            node = producer(value)
             inputs = [self._constant(v) if v is not None else "" for v in node.inputs]
             self._place(node, inputs, _attributes(node))
             return self.names[value]

@@ -10,8 +10,8 @@ import pytest
 from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel, VerificationFailed
 from mesh.importer import importing
 from mesh.importer.importing import import_model
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx import OnnxSource
-from mesh.importer.sources.source import ImportOptions
 from mesh.model.manifest import Manifest
 
 EXPORTS = Path(__file__).parents[2] / "fixtures" / "onnx"

@@ -13,8 +13,8 @@ from ort_chain import Chain, relative_error
 from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.safetensors import open_source
-from mesh.importer.sources.source import ImportOptions
 from mesh.importer.write.blocks import BlockWriter
 
 GPT = {"vocab_size": 199, "hidden_size": 60, "num_hidden_layers": 3, "num_attention_heads": 5, "max_position_embeddings": 128}
