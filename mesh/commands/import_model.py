@@ -35,8 +35,8 @@ def add_parser(subparsers: Any) -> None:
 
 def import_command(args: argparse.Namespace) -> int:
     from mesh.host.process import give_memory_back
-    from mesh.importer.importing import import_model
     from mesh.importer.options import ImportOptions
+    from mesh.importer.run import import_model
     from mesh.runtime.device import prepare
 
     give_memory_back()
@@ -52,8 +52,8 @@ def import_command(args: argparse.Namespace) -> int:
 def import_quietly(source: Path, out: Path, bits: int | None) -> None:
     """What `mesh shard-model` imports a source with: `bits` None are the source's 32."""
     from mesh.host.process import give_memory_back
-    from mesh.importer.importing import import_model
     from mesh.importer.options import ImportOptions
+    from mesh.importer.run import import_model
     from mesh.runtime.device import prepare
 
     give_memory_back()

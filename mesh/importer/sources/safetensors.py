@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.importer.families.decoder_source import DecoderSource
-from mesh.importer.families.huggingface import open_decoder
+from mesh.importer.families.registry import open_decoder
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 
 __all__ = ["SafetensorsCheckpoint", "open_source"]

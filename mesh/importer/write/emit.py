@@ -17,8 +17,9 @@ import onnx_ir as ir
 from onnx import helper
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.attention import AttentionPattern, Layout, Operand
+from mesh.importer.analysis.attention import AttentionPattern
 from mesh.importer.analysis.cut import DataPath
+from mesh.importer.analysis.layout import Layout, Operand
 from mesh.importer.analysis.mask import ScoreRule
 from mesh.importer.analysis.positions import Computed, Constant, InputParts, Positions, Sizes, Table
 from mesh.importer.graph.decoder import Dependence, Role, input_of, producer
