@@ -62,7 +62,7 @@ class WeightsInfo(_Strict):
 
 
 class TokenizerInfo(_Strict):
-    """Beside tokenizer.json. Token ids; `add_bos`: whether a plain prompt is given a leading bos."""
+    """What generation needs to know beside tokenizer.json: token ids, and whether a plain prompt gets a leading bos (`add_bos`)."""
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -89,7 +89,7 @@ class Manifest(_Strict):
 
     @property
     def model_hash(self) -> str:
-        """16 hex digits: the same if and only if every block is the same. Fences frames of other models."""
+        """16 hex digits, equal if and only if every block is equal. A stage refuses frames that carry another hash."""
         digest = hashlib.sha256()
         for block in self.blocks:
             for file in block.files:
@@ -112,7 +112,7 @@ class Manifest(_Strict):
         return layers
 
     def save(self, directory: Path) -> None:
-        """Whole or not at all: others may read it meanwhile."""
+        """Write the file whole or not at all: other processes may read it meanwhile."""
         fresh = directory / f".{FILE_NAME}.{os.getpid()}"
         fresh.write_bytes(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
         fresh.replace(directory / FILE_NAME)

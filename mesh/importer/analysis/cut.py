@@ -1,8 +1,8 @@
 """Where a decoder may be cut: values that every path from the token ids to the logits crosses.
 
-The data path is looked at with each attention patterns as one step from its queries, keys and values to its output. Between two
-patterns the last such value of shape [B, T, D] is taken; after the last pattern, the one that ends a layer as the earlier layers
-end.
+In the data path each attention pattern counts as one step from its queries, keys and values to its output. Between two
+patterns the cut is the last such value of shape [B, T, D]. After the last pattern it is the value at which the last layer has
+done what the earlier layers do.
 """
 
 from __future__ import annotations

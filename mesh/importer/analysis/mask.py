@@ -46,7 +46,7 @@ class MaskReader:
         self._windows: dict[frozenset[Any], int | None] = {}
 
     def read(self, pattern: AttentionPattern) -> ScoreRule:
-        """UnsupportedModel if the pattern masks, biases or scales its scores in a way that blocks cannot say."""
+        """UnsupportedModel if the pattern masks, biases or scales its scores in a way that blocks cannot express."""
         small = self._probe(2, 4, 5) if self.graph.has_past else self._probe(2, 9, 0)
         at_zero = self._scores(pattern, small)
         positions, slots = _positions(small)

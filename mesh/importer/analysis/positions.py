@@ -1,9 +1,8 @@
-"""What a graph computes from positions and sizes alone, said again in terms of a block's own `position_ids` [B, T].
+"""Describe what a graph computes from positions and sizes alone, so that a block can compute it from `position_ids` [B, T].
 
 A source numbers its positions in many ways: an input, arange(past, past + T), cumsum(attention_mask) - 1, with a leading
-axis or without, and it derives sizes from the shapes of whatever is at hand, the past included. A block knows only its rows'
-positions, which differ from row to row. Each value that the data path takes from this part of the graph is therefore described
-as one of
+axis or without. It derives sizes from the shape of any value, the past included. A block knows only the positions of its rows,
+which differ from row to row. Each value that the data path takes from this part of the graph is therefore described as one of
 
     Constant    the same at all sizes
     Sizes       a few integers, each a + b*B + c*T + d*B*T
@@ -11,7 +10,7 @@ as one of
     Computed    the source's own nodes over the three above
     Table       a function of the position that its nodes cannot give row by row: one row for each position up to the context
 
-by evaluating it at several sizes. A Computed is checked with rows at different positions before it is believed.
+The description comes from evaluating the value at several sizes. A Computed is also checked with rows at different positions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run the parts of a graph that depend on shapes and positions only, on concrete sizes, to see what they compute.
 
-A Probe is one choice of (batch, chunk, past). It knows the shape of every value and, where a value does not depend on
-tokens or on the cache, its numbers; both are worked out on demand. That is how masks, positions and shape arithmetic are
-recognised: by what they are, not by how an exporter wrote them.
+A Probe is one choice of (batch, chunk, past). It computes the shape of any value on demand, and also the numbers of a value
+that depends neither on the tokens nor on the cache. Masks, positions and shape arithmetic are recognised by these results,
+whatever nodes an exporter wrote them with.
 """
 
 from __future__ import annotations

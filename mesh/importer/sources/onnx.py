@@ -1,9 +1,7 @@
 """Import of exported ONNX decoders: any graph of the torch exporters, optimum or onnxruntime-genai, cut into blocks.
 
-graph       read and normalise            probe       evaluate shapes, masks and positions on concrete sizes
-attention   find the attention patterns    mask        what each does to its scores
-cut         where layers end              positions   what depends on positions and sizes
-emit        one block's nodes
+The file is read and rewritten to one form (onnx_file.py), analysed (mesh/importer/analysis), cut where its layers end, and each
+part is emitted as a block (mesh/importer/write/emit.py).
 """
 
 from __future__ import annotations
@@ -128,7 +126,7 @@ class OnnxSource:
                     value.const_value.release()
 
     def build(self, part: Part, options: ImportOptions) -> GraphBuilder:
-        """The graph of one block."""
+        """The graph of one block, with its inputs and outputs declared."""
         builder = GraphBuilder(part.name, options)
         emitter = Emitter(self._path, self._inputs, builder, part, self._type)
         hidden: list[int | str] = ["batch", "chunk", self.hidden_size]
