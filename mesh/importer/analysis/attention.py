@@ -142,7 +142,7 @@ def _softmax_pattern(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number
 
 
 def _scaled(scores: Scores, scale: float) -> Scores:
-    """Scores of operands taken before their scaling."""
+    """The scores function for operands that are taken before they are scaled by `scale`."""
     return scores if scale == 1.0 else (lambda probe, values: scores(probe, (values * scale).astype(values.dtype)))
 
 
@@ -189,7 +189,7 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
 
 
 def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: int) -> None:
-    """What the values are multiplied by is the softmax itself."""
+    """Check that the values are multiplied by the softmax itself."""
     shape = probe.shape(softmax.outputs[0])
     weights = np.random.default_rng(0).random(shape, np.float32)
     got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(input_of(weighted, 0)), np.float32)

@@ -91,7 +91,10 @@ def find_operand(
 
 
 def _walk(graph: DecoderGraph, probe: Probe, value: ir.Value) -> Iterator[tuple[ir.Value, float, ir.Value | None]]:
-    """`value` and what it is a mere rearrangement of, nearest first: (value, factor passed, cache it was joined to just now)."""
+    """`value`, and the values that it only rearranges or scales, nearest first.
+
+    Each comes with the factor between it and `value`, and with the cache that it was joined to in this step (None: not joined).
+    """
     scale = 1.0
     past: ir.Value | None = None
     yield value, scale, None

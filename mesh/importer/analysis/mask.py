@@ -93,7 +93,7 @@ class MaskReader:
         return scale, cap
 
     def _window(self, pattern: AttentionPattern, slopes: tuple[float, ...] | None, where: str) -> int | None:
-        """How many tokens a late position sees, None for all of them."""
+        """How many tokens a late position sees; None if it sees all."""
         limit = self.context_length
         if self.graph.has_past:
             probes = [(1, limit - 1)]
@@ -130,7 +130,7 @@ class MaskReader:
         return np.asarray(scores, np.float64)
 
     def _candidates(self, pattern: AttentionPattern) -> list[int]:
-        """Integers in the mask's own arithmetic that could be a window longer than what is probed anyway."""
+        """Integers in the arithmetic of the mask that could be a window longer than the lengths that are always probed."""
         found: set[int] = set()
         for value in pattern.mask_values:
             for node in self.graph.ancestors(value):
@@ -148,7 +148,7 @@ def _positions(probe: Probe) -> tuple[Array, Array]:
 
 
 def _check_causal(visible: Array, positions: Array, slots: Array, where: str) -> None:
-    """Nothing later is seen, the own position is, and every row and head sees the same."""
+    """Check that no later position is visible, that a position sees itself, and that all rows and heads see the same."""
     later = visible & (slots > positions)
     if later.any():
         row = int(np.argwhere(later)[0][2])
@@ -162,7 +162,7 @@ def _check_causal(visible: Array, positions: Array, slots: Array, where: str) ->
 
 
 def _slopes(scores: Array, visible: Array, positions: Array, slots: Array, where: str) -> tuple[float, ...] | None:
-    """ALiBi slopes from the scores at zero; what is the same for a whole row does not matter to a softmax."""
+    """ALiBi slopes from the scores at zero. A term that is equal along a whole row is ignored: a softmax does not change by it."""
     own = np.take_along_axis(scores, np.broadcast_to(positions, (*scores.shape[:3], 1)), axis=-1)
     bias = np.where(visible, scores, own) - own
     tolerance = 1e-3 * max(1.0, float(np.abs(own).max()))

@@ -80,7 +80,7 @@ Description = Constant | Sizes | Positions | Computed | Table
 
 
 class InputParts:
-    """Describes values of kind SHAPE of one graph."""
+    """Describes the values of one graph that depend on shapes and positions only (Dependence.SHAPE)."""
 
     def __init__(self, graph: DecoderGraph, context_length: int) -> None:
         self.graph, self.context_length = graph, context_length
@@ -95,7 +95,7 @@ class InputParts:
     # --- leaves -----------------------------------------------------------------------------------------------------
 
     def leaf(self, value: ir.Value) -> Constant | Sizes | Positions | None:
-        """`value` as one of the three that need no nodes of the source; None if it is none of them."""
+        """`value` as a Constant, Sizes or Positions, which need no nodes of the source; None if it is none of them."""
         if value not in self._leaves:
             self._leaves[value] = self._leaf(value)
         return self._leaves[value]
@@ -135,7 +135,7 @@ class InputParts:
         return axes[0] if len(axes) == 1 else None
 
     def _batch_axis(self, shapes: list[tuple[int, ...]], token: int) -> int:
-        """The axis that is, or can become, the batch; -1 where there is no place for it."""
+        """The axis that is the batch or can become it; -1 if there is none."""
         others = [a for a in range(len(shapes[0])) if a != token]
         for a in others:
             if all(shape[a] == p.batch for shape, p in zip(shapes, self.probes, strict=True)):
@@ -219,7 +219,7 @@ class InputParts:
         return np.take(Probe(self.graph, 1, start + chunk, 0).value(value), np.arange(start, start + chunk), axis=token)
 
     def _check(self, value: ir.Value, leaves: dict[ir.Value, Constant | Sizes | Positions], token: int, batch: int) -> Computed | None:
-        """Two rows, one early and one late in the context, through the source's nodes: each must be what the source has there."""
+        """Run two rows, one early and one late in the context, through the source's nodes. Each must equal what the source has there."""
         chunk, starts = 3, (1, max(self.context_length - 3, 1))
         if not self.graph.has_past:
             starts = (1, min(max(self.context_length - 3, 1), 4000))
@@ -307,7 +307,10 @@ def context_limit(graph: DecoderGraph) -> int | None:
 
 
 def _table_rows(graph: DecoderGraph, node: ir.Node, near: Probe, far: Probe) -> int | None:
-    """How many positions a table has that `node` reads by position: one more token in the sequence, one row further."""
+    """How many positions the table has that `node` reads by position; None if it reads no such table.
+
+    A table is read by position if one more token in the sequence makes the node read one row further.
+    """
     if node.op_type == "RotaryEmbedding":
         constant = len(node.inputs) > 3 and graph.dependence(input_of(node, 1)) is Dependence.CONSTANT
         return near.shape(input_of(node, 1))[0] if constant else None

@@ -28,7 +28,7 @@ SMALL = 4096  # elements: what counts as a constant rather than as a weight
 
 
 class Dependence(IntEnum):
-    """What a value depends on, each including those before it. A shape depends on the inputs' shapes only, whatever it is the shape of."""
+    """What a value depends on; each level includes those before it. The shape of any value depends on the inputs' shapes only."""
 
     CONSTANT = 0
     SHAPE = 1  # shapes of inputs, position ids, the attention mask

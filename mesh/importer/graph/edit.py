@@ -38,7 +38,7 @@ def new_constant(graph: ir.Graph, array: np.ndarray) -> ir.Value:
 
 
 def inline_branch(model: ir.Model, node: ir.Node, taken: bool) -> None:
-    """Replace the If `node` by its then or else branch."""
+    """Replace the If `node` by its then branch (`taken`) or its else branch. Outputs of the graph keep their names."""
     branch = node.attributes["then_branch" if taken else "else_branch"].value
     outputs = list(branch.outputs)
     graph = model.graph
@@ -54,6 +54,6 @@ def inline_branch(model: ir.Model, node: ir.Node, taken: bool) -> None:
     for old, new in zip(node.outputs, outputs, strict=True):
         named = old.is_graph_output()
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        if named:  # the oracle knows it by its name
+        if named:  # onnxruntime knows the output by its name
             old.name, new.name = f"{old.name}__replaced", old.name
     graph.remove(node, safe=True)

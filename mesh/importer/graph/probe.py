@@ -68,7 +68,7 @@ class Probe:
         self._dtypes: dict[ir.Value, int] = {}
 
     def derive(self, overrides: Mapping[ir.Value, Array]) -> Probe:
-        """The same sizes with numbers for some values of the data path; what depends on shapes only is shared with this probe."""
+        """A probe of the same sizes, with given numbers for some values of the data path. It shares what depends on shapes only."""
         return Probe(self.graph, self.batch, self.chunk, self.past, overrides, self)
 
     @property

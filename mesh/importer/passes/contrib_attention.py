@@ -133,7 +133,7 @@ def _multi_head_attention(r: Rewriter, node: ir.Node) -> Result:
 
 
 def _fused_attention(r: Rewriter, node: ir.Node) -> Result:
-    """com.microsoft Attention: the projection to queries, keys and values is part of it, the cache is stacked."""
+    """com.microsoft's Attention includes the projection to queries, keys and values, and stacks keys and values in one cache."""
     heads = int(attribute(node, "num_heads"))
     if attribute(node, "do_rotary", 0):
         raise refuse(node, "do_rotary")

@@ -64,7 +64,7 @@ def _matmul_nbits(r: Rewriter, node: ir.Node) -> Result:
 
 
 def _gather_block_quantized(r: Rewriter, node: ir.Node) -> Result:
-    """Rows of a quantized table: codes and scales are gathered, so that only the rows asked for are converted."""
+    """Rows of a quantized table. Codes and scales are gathered first, so that only those rows are converted."""
     codes, ids, scales, zeros = input_of(node, 0), input_of(node, 1), input_of(node, 2), optional(node, 3)
     table, steps = codes.const_value, scales.const_value
     if table is None or steps is None:

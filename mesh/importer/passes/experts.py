@@ -1,4 +1,4 @@
-"""Experts that were exported as a loop over tokens chosen by NonZero: made static, so that a compiler can take them.
+"""Make experts static that were exported as a loop over tokens chosen by NonZero, so that a compiler can take them.
 
     where(mask[e]) -> rows; y = expert_e(x[rows]) * weight[rows]; out.index_add(rows, y)
 
@@ -57,7 +57,7 @@ def make_experts_static(draft: Draft) -> bool:
 
 
 def _traced(node: ir.Node, most: int) -> int:
-    """How many indices the graph goes on with: a traced loop over the experts in use has one turn for each of them."""
+    """How many of the indices the graph uses: a traced loop over the experts in use has one turn for each expert."""
     frontier = [node]
     while frontier:
         for follower, _ in frontier.pop().outputs[0].uses():
@@ -132,7 +132,7 @@ def _scatters(graph: DecoderGraph, start: ir.Node) -> Iterator[ir.Node]:
 
 
 def _check_adds(graph: DecoderGraph, probe: Probe, scatter: ir.Node) -> None:
-    """Rows may be chosen twice, so that a scatter must add; into zeros, a scatter that replaces may be made to."""
+    """A row may be chosen twice, so the scatter must add. One that replaces may write into zeros only, where adding is the same."""
     if attribute(scatter, "reduction", "none") == "add":
         return
     data = input_of(scatter, 0)

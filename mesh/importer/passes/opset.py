@@ -77,7 +77,7 @@ def _convert(graph: ir.Graph, node: ir.Node, opset: int) -> None:
 
 
 def _convert_softmax(graph: ir.Graph, node: ir.Node) -> None:
-    """Before 13 the input was flattened to two dimensions at `axis`; over the last axis that is the same thing."""
+    """Before opset 13 the input was flattened to two dimensions at `axis`. Only over the last axis is that what it is today."""
     axis = node.attributes["axis"].value if "axis" in node.attributes else 1
     value = node.inputs[0]
     rank = len(value.shape) if value is not None and value.shape is not None else None

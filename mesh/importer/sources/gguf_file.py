@@ -173,7 +173,7 @@ def _nbytes(path: Path, name: str, kind: int, shape: tuple[int, ...]) -> int:
 
 
 def _dequantize(entry: _Entry, name: str) -> npt.NDArray[np.float32]:
-    """float32 of the tensor's shape, made a number of rows at a time."""
+    """The tensor as float32, converted a number of rows at a time."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType(entry.kind)

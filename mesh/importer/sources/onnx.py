@@ -119,10 +119,10 @@ class OnnxSource:
         return tuple(blocks)
 
     def _release(self) -> None:
-        """Let go of the mapped weights: pages of a file that was read count as memory until they are unmapped."""
+        """Unmap the weights: pages of a mapped file that were read count as memory until then."""
         for value in self.graph.model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                with suppress(BufferError):  # a table that the analysis still looks at
+                with suppress(BufferError):  # the analysis still uses this table
                     value.const_value.release()
 
     def build(self, part: Part, options: ImportOptions) -> GraphBuilder:
@@ -151,8 +151,10 @@ class OnnxSource:
         return builder
 
     def part(self, index: int) -> tuple[bytes, str | None, str]:
-        """The source's own nodes of one block (0 is embed, the last is the head), as a model of its own whose weights stay where they
-        are, with the names of its hidden input (None for embed) and of its output."""
+        """The source's own nodes of one block as a model: (its bytes, its hidden input, its output).
+
+        Part 0 is embed, which has no hidden input (None); the last part is the head. The weights stay in the source's files.
+        """
         cuts = self._cut.values
         start = cuts[index - 1] if index else None
         end = cuts[index] if index < len(cuts) else self.graph.logits

@@ -76,7 +76,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def weight(self, name: str, value: WeightValue) -> str:
-        """Add a weight stored as it comes."""
+        """Add a weight that is stored as it is given. Returns its name."""
         if name in self.weights:
             raise ValueError(f"block {self.name} already has a weight {name}")
         self.weights[name] = value
@@ -192,7 +192,7 @@ def cache_slots(builder: GraphBuilder, position_ids: str, past_key: str) -> tupl
 
 
 class _Once:
-    """One computation whose result several weights share: made at the first use, dropped after the last."""
+    """A computation whose result several weights share. It runs at the first use, and the result is dropped after the last."""
 
     def __init__(self, produce: Callable[[], Any], uses: int) -> None:
         self._produce = produce

@@ -117,7 +117,7 @@ class Values:
     # --- sizes and positions ----------------------------------------------------------------------------------------
 
     def described(self, value: ir.Value, node: ir.Node) -> str:
-        """A value of positions and sizes that a node of the data path takes."""
+        """The name of a value of positions and sizes that a node of the data path takes."""
         description = self.inputs.describe(value, self._widened(value, node))
         if isinstance(description, Computed):
             return self._computed(value)
@@ -148,7 +148,7 @@ class Values:
         return name
 
     def _computed(self, value: ir.Value) -> str:
-        """The source's own nodes, down to leaves."""
+        """Emit the source's own nodes, from the leaves up to `value`."""
         stack = [value]
         while stack:
             current = stack[-1]
@@ -325,7 +325,7 @@ class Values:
         return self._weights[key]
 
     def kept(self, value: ir.Value) -> bool:
-        """Whether a constant is computed by nodes that a block keeps: weights that are stored quantized stay so."""
+        """Whether a block keeps the nodes that compute a constant: a weight that the source stores quantized stays quantized."""
         node = value.producer()
         return node is not None and any(n.op_type == "DequantizeLinear" for n in self.graph.ancestors(value))
 

@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A weight that is produced when it is written: an array of any strides, stored as `dtype` (None: its own).
+    """A weight that is produced only when it is written: an array of any strides, stored as `dtype` (None: its own type).
 
     Conversion and transposition happen slice by slice while writing, so `produce` may return a view of a mapped file.
     """
@@ -180,7 +180,7 @@ def _initializer(tensor: TensorProto) -> WeightValue:
 
 
 def _from_ir(model: ir.Model) -> tuple[ModelProto, dict[str, WeightValue]]:
-    """The model without initializers, and these as weights that are read when they are produced."""
+    """The model without its initializers, and the initializers as weights that are read only when they are written."""
     values = list(model.graph.initializers.values())
     tensors = [value.const_value for value in values]
     held: dict[str, WeightValue] = {}
@@ -201,7 +201,7 @@ def _from_ir(model: ir.Model) -> tuple[ModelProto, dict[str, WeightValue]]:
 
 
 def _without_initializers(source: GraphProto) -> GraphProto:
-    """A copy; copying the initializers too would hold them twice."""
+    """A copy of the graph without its initializers, which would otherwise be in memory twice."""
     graph = GraphProto()
     graph.node.extend(source.node)
     graph.input.extend(source.input)
