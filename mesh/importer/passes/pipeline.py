@@ -18,7 +18,7 @@ from mesh.importer.passes.branches import inline_one_branch, take_cache_branch
 from mesh.importer.passes.contrib import rewrite_contrib
 from mesh.importer.passes.einsum import rewrite_einsum
 from mesh.importer.passes.experts import make_experts_static, mask_chosen_rows
-from mesh.importer.passes.identities import drop_single_input_nodes
+from mesh.importer.passes.identities import drop_identities, drop_single_input_nodes
 from mesh.importer.passes.inputs import name_inputs
 from mesh.importer.passes.opset import convert_opset
 
@@ -64,7 +64,7 @@ PIPELINE: tuple[Pass | Repeat, ...] = (
         ),
         "a branch may hold contrib operators, and branches of its own",
     ),
-    Pass(library(common.IdentityEliminationPass()), "after the branches: inside one, an Identity would rename a value of the outer graph"),
+    Pass(drop_identities, "after the branches: inside one, an Identity would rename a value of the outer graph"),
     Pass(drop_single_input_nodes, "with the identities, which they are in all but name"),
     Pass(free_batch, "before the experts, whose indices are made for any number of rows"),
     Repeat((Pass(make_experts_static, "one choice at a time"),), "a choice among chosen rows can be read once the outer one is static"),

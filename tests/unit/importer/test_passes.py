@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from mesh.importer.graph.decoder import Draft
-from mesh.importer.passes import pipeline
-from mesh.importer.passes.identities import drop_single_input_nodes
+from mesh.importer.passes.identities import drop_identities, drop_single_input_nodes
 from mesh.importer.passes.pipeline import PIPELINE, Pass, Repeat, run_passes
 
 
@@ -61,6 +59,19 @@ def test_an_output_behind_an_identity_keeps_its_name() -> None:
     relu = ir.node("Relu", [x])
     same = ir.node("Identity", relu.outputs)
     draft = draft_of(relu, same, x=x, output=same.outputs[0])
-    assert pipeline.library(common.IdentityEliminationPass())(draft)
+    assert drop_identities(draft)
     assert [value.name for value in draft.model.graph.outputs] == ["logits"]
     assert [node.op_type for node in draft.model.graph] == ["Relu"]
+
+
+def test_an_identity_whose_output_has_a_shape_of_another_rank_is_removed() -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    relu = ir.node("Relu", [x])
+    relu.outputs[0].shape = ir.Shape([2])
+    same = ir.node("Identity", relu.outputs)
+    same.outputs[0].shape = ir.Shape([2, 1])
+    last = ir.node("Neg", same.outputs)
+    draft = draft_of(relu, same, last, x=x, output=last.outputs[0])
+    assert drop_identities(draft)
+    assert [node.op_type for node in draft.model.graph] == ["Relu", "Neg"]
+    assert relu.outputs[0].shape == ir.Shape([2])
