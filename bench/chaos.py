@@ -337,8 +337,8 @@ def main() -> int:
 
 def make_model(folder: Path) -> Path:
     """A llama of 3 layers with random weights."""
-    from mesh.importer.importing import import_model
-    from mesh.importer.sources.source import ImportOptions
+    from mesh.importer.options import ImportOptions
+    from mesh.importer.run import import_model
 
     import_model(ROOT / "tests" / "fixtures" / "onnx" / "llama-dynamo.onnx", folder / "tiny", ImportOptions(), name="tiny")
     return folder / "tiny"

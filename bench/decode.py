@@ -204,7 +204,7 @@ def dequantize_huggingface(source: Path, out: Path) -> None:
 
 
 def prepare_sources(gguf: Path, work: Path) -> dict[str, Path]:
-    from mesh.importer.importing import import_model
+    from mesh.importer.run import import_model
 
     paths = {"ours": work / "model", "llama.cpp": work / "float32.gguf", "transformers": work / "huggingface"}
     paths["onnxruntime"] = paths["ours"]

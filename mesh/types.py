@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mesh.errors import BadRequest
 
-__all__ = ["LayerRange", "even_ranges"]
+__all__ = ["DType", "LayerRange", "even_ranges"]
+
+DType = Literal["float32", "bfloat16", "float16"]
+"""The name of an element type that a model computes in. mesh/dtypes.py has the numpy type of each."""
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mesh.commands.progress import progress_bar
 from mesh.model.manifest import Manifest
 from mesh.settings.units import format_bytes, format_count, format_seconds
+from mesh.types import DType
 
 __all__ = ["add_parser", "import_command", "import_quietly"]
 
@@ -23,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help=".onnx or .gguf file, or a Hugging Face directory")
     parser.add_argument("out", metavar="OUT", type=Path, help="the model directory to make")
     parser.add_argument("--name", help="default: the source's; letters, digits, - and _")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the arithmetic and the KV cache")
+    parser.add_argument("--dtype", choices=get_args(DType), default="float32", help="of the arithmetic and the KV cache")
     parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), default=32, help="stored width of the weights (quantization_bits)")
     parser.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale, at 8 and 4 bits")
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
@@ -34,8 +35,8 @@ def add_parser(subparsers: Any) -> None:
 
 def import_command(args: argparse.Namespace) -> int:
     from mesh.host.process import give_memory_back
-    from mesh.importer.importing import import_model
-    from mesh.importer.sources.source import ImportOptions
+    from mesh.importer.options import ImportOptions
+    from mesh.importer.run import import_model
     from mesh.runtime.device import prepare
 
     give_memory_back()
@@ -51,8 +52,8 @@ def import_command(args: argparse.Namespace) -> int:
 def import_quietly(source: Path, out: Path, bits: int | None) -> None:
     """What `mesh shard-model` imports a source with: `bits` None are the source's 32."""
     from mesh.host.process import give_memory_back
-    from mesh.importer.importing import import_model
-    from mesh.importer.sources.source import ImportOptions
+    from mesh.importer.options import ImportOptions
+    from mesh.importer.run import import_model
     from mesh.runtime.device import prepare
 
     give_memory_back()

@@ -1,0 +1,16 @@
+"""Turn a source (ONNX export, Hugging Face directory, GGUF file) into a verified model directory: `mesh import`.
+
+Only `mesh import` uses this package; everything else reads the model directory that it writes.
+
+    run.py       import_model: open the source, write the blocks, verify them, put the directory in its place
+    verify/      compare the source, its blocks in stock onnxruntime, and its blocks in our runtime
+    sources/     one module for each kind of source; all offer the same Source
+    families/    decoders that are built from named weights: safetensors and GGUF
+    write/       blocks: their graphs, the quantization of their weights, their files
+    analysis/    what an exported graph means: attention, masks, positions, where layers end
+    passes/      rewrite an exported graph to the one form that the analysis reads; pipeline.py has the list
+    graph/       an exported decoder as data, and the evaluation of its parts on concrete sizes
+    options.py   what a user chooses at import
+
+A room imports only rooms below it in this list.
+"""

@@ -23,10 +23,9 @@ import numpy as np
 from mesh.lowering import registry
 from mesh.lowering.lower import Lowered
 from mesh.lowering.prepare import Graph, Node, with_last_use
+from mesh.model.onnx_form import OPSET
 
 __all__ = ["join_products"]
-
-_OPSET = 24
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _kind(lowered: Lowered, weight: str, through: Node | None, uses: Mapping[str
 
 def _rewrite(lowered: Lowered, groups: list[list[_Product]]) -> tuple[Graph, dict[str, tuple[str, ...]]]:
     graph = lowered.graph
-    split = registry.find("Split", "", _OPSET)
+    split = registry.find("Split", "", OPSET)
     assert split is not None
     constants = dict(graph.constants)
     parts: dict[str, tuple[str, ...]] = {}

@@ -1,0 +1,7 @@
+"""The model directory as every process reads it. mesh/importer writes it; docs/model-format.md describes it.
+
+manifest.py    manifest.json: blocks, caches, tokenizer, checksums
+onnx_form.py   the opset of blocks
+tokenizer.py   text to token ids and back, and chat templates
+memory.py      how much memory a layer range takes, before anything of it is loaded
+"""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound
 from mesh.host.paths import inside
-from mesh.types import LayerRange
+from mesh.types import DType, LayerRange
 
 __all__ = [
     "EXTRA_FILES",
@@ -31,8 +31,6 @@ __all__ = [
 
 FORMAT: Final = 1
 FILE_NAME = "manifest.json"
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 # Bounds of everything that a manifest from elsewhere can say: far above any model, far below what would hurt to hold or to loop over.
 MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
@@ -90,7 +88,7 @@ class WeightsInfo(_Strict):
 
 
 class TokenizerInfo(_Strict):
-    """Beside tokenizer.json. Token ids; `add_bos`: whether a plain prompt is given a leading bos."""
+    """What generation needs to know beside tokenizer.json: token ids, and whether a plain prompt gets a leading bos (`add_bos`)."""
 
     bos_id: TokenId | None = None
     eos_ids: Annotated[tuple[TokenId, ...], Field(max_length=4096)] = ()
@@ -117,7 +115,7 @@ class Manifest(_Strict):
 
     @property
     def model_hash(self) -> str:
-        """16 hex digits: the same if and only if every block is the same. Fences frames of other models."""
+        """16 hex digits, equal if and only if every block is equal. A stage refuses frames that carry another hash."""
         digest = hashlib.sha256()
         for block in self.blocks:
             for file in block.files:
@@ -140,7 +138,7 @@ class Manifest(_Strict):
         return layers
 
     def save(self, directory: Path) -> None:
-        """Whole or not at all: others may read it meanwhile."""
+        """Write the file whole or not at all: other processes may read it meanwhile."""
         fresh = directory / f".{FILE_NAME}.{os.getpid()}"
         fresh.write_bytes(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
         fresh.replace(directory / FILE_NAME)

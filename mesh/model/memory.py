@@ -6,8 +6,8 @@ fits is a placement which loads. Weights and KV cache are exact; workspace is an
     weights     the blocks' `weight_bytes`: as stored, quantized ones at their stored width
     KV cache    rows * (context + slack) * kv_heads * (key_dim + value_dim) * itemsize, summed over the layers. A layer with a
                 sliding window holds the whole context too: its cache is addressed by absolute position. Without a cache: that of one
-                row, and rows * context * (D * itemsize + 4): what came in, on the first stage tokens alone
-    workspace   of the larger step, a decode wave (a token for each row) or a prefill chunk of `prefill_rows`:
+                row, and rows * context * (D * itemsize + 4) for the input of every row (4 alone on the first stage: tokens)
+    workspace   of the larger step, a decode batch (a token for each row) or a prefill chunk of `prefill_rows`:
                   activations   tokens * (4 D + 3 W) * 4 bytes: residual, normed, attention's in and out; gate, up and product
                   scores        2 * tokens * query_heads * context * 4 bytes: scores and probabilities of one layer
                   reads         rows of the step * context * kv_heads * (key_dim + value_dim) * 4 bytes: one layer's keys and
@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
+from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import BadLayerRange, PlanError
 from mesh.model.manifest import CacheInfo, Manifest
 from mesh.types import LayerRange
@@ -36,12 +37,11 @@ from mesh.types import LayerRange
 __all__ = ["CACHE_SLACK", "DEFAULT_CHUNK", "BlockShape", "MemoryNeed", "ModelShape", "predict", "stored_bytes"]
 
 DEFAULT_CHUNK = 256
-"""Tokens of a prefill chunk where nobody says otherwise."""
+"""Tokens of a prefill chunk unless configured otherwise."""
 
 CACHE_SLACK = 16
-"""Slots a row has beyond its context; also the smallest prefill chunk. The runtime's, see mesh/runtime/cache.py."""
+"""Positions that a row of the cache has beyond its context; also the smallest prefill chunk. Equal to mesh/runtime/cache.py's."""
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
 _TOKEN_BYTES = 4
 
@@ -69,7 +69,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan has to know of a model, imported or not. `bits` are those weights are stored in, itemsizes are bytes."""
+    """What a plan has to know about a model, imported or not. `bits` is the stored width of the weights; itemsizes are bytes."""
 
     name: str
     embed: BlockShape
@@ -99,8 +99,8 @@ class ModelShape:
             vocab_size=manifest.vocab_size,
             context_length=manifest.context_length,
             bits=manifest.weights.bits,
-            compute_itemsize=_ITEMSIZE[manifest.hidden.dtype],
-            cache_itemsize=_ITEMSIZE[manifest.cache_dtype],
+            compute_itemsize=NUMPY_DTYPES[manifest.hidden.dtype].itemsize,
+            cache_itemsize=NUMPY_DTYPES[manifest.cache_dtype].itemsize,
             model_hash=manifest.model_hash,
         )
 
@@ -160,7 +160,7 @@ class ModelShape:
         )
 
     def with_bits(self, bits: int) -> ModelShape:
-        """The same model imported at other `bits`; the bytes of its blocks become estimates. Itself where they are the same."""
+        """The same model imported at other `bits`; the bytes of its blocks become estimates. The model itself if `bits` is its own."""
         if bits == self.bits:
             return self
 

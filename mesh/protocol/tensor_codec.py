@@ -12,16 +12,18 @@ import math
 from functools import lru_cache
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 import zstandard
 
+from mesh.dtypes import NUMPY_DTYPES
+
 __all__ = ["WireError", "pack", "unpack"]
 
-_TYPES: Final[tuple[Any, ...]] = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint32, np.int64))
+_FLOATS: Final = (NUMPY_DTYPES["float32"], NUMPY_DTYPES["bfloat16"], NUMPY_DTYPES["float16"])
+_TYPES: Final[tuple[Any, ...]] = (*_FLOATS, np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.int64))
 _CODES: Final = {dtype.num: code for code, dtype in enumerate(_TYPES)}  # a type's own hash is slow
 _FLOAT32: Final = 0
-_BFLOAT16: Final = _TYPES[1]
+_BFLOAT16: Final = NUMPY_DTYPES["bfloat16"]
 _LEVEL = 1
 _SMALL = 65536  # bytes: a copy takes less than making a view
 

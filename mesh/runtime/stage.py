@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
@@ -39,8 +39,6 @@ from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
 
 __all__ = ["Stage", "StageConfig", "Token"]
-
-_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 Progress = Callable[[str, int, int], None]
 
@@ -108,7 +106,7 @@ class Stage:
         embed = inner.pop(0) if config.embed else None
         head = inner.pop() if config.head else None
         self._table = RowTable(config.rows)
-        self._dtype = np.dtype(_DTYPES[manifest.hidden.dtype])
+        self._dtype = NUMPY_DTYPES[manifest.hidden.dtype]
         own = slice(self.layers.start - self.held.start, self.layers.stop - self.held.start)
         self.programs = Programs(
             embed, inner, head, own=own, hidden=(manifest.hidden.size, self._dtype), vocab=manifest.vocab_size, compiled=compiled
@@ -302,7 +300,7 @@ class Stage:
         return to_host(result, logprobs=bool(self._table.ints[row, -1] >= 0)) if self.last else np.asarray(result)[0]
 
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
-        info, dtype = self.manifest.cache[layer], _DTYPES[self.manifest.cache_dtype]
+        info, dtype = self.manifest.cache[layer], NUMPY_DTYPES[self.manifest.cache_dtype]
         shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
         return LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
 

@@ -10,26 +10,20 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 
+from mesh.dtypes import NUMPY_DTYPES
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Timing
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import MAX_LOGPROBS
 from mesh.runtime.stage import Stage, Token
 
-__all__ = ["HIDDEN_DTYPES", "AnyStage", "ComputeThread", "exercise", "run_step"]
+__all__ = ["AnyStage", "ComputeThread", "exercise", "run_step"]
 
 log = logging.getLogger("mesh.shard")
 
 _LONG_CHUNK: Final = 1 << 20
 """Tokens times the slots that they read: some 70 ms a layer on two cores, beside which a first run's 6 ms are little."""
-
-HIDDEN_DTYPES: Final[dict[str, Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 
 AnyStage = Stage | RecomputingStage
 
@@ -103,7 +97,7 @@ def exercise(stage: Stage) -> None:
     """Run every compiled program once, for nobody: its first run takes a multiple of the later ones, and a session that fails over
     to this shard should not wait for that. Not those that take so long themselves that it makes no difference. Before any row is
     taken; what is written to the rows is written over."""
-    dtype = HIDDEN_DTYPES[stage.manifest.hidden.dtype]
+    dtype = NUMPY_DTYPES[stage.manifest.hidden.dtype]
 
     def hidden(count: int) -> np.ndarray | None:
         return None if stage.first else np.zeros((count, stage.manifest.hidden.size), dtype)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
+from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK
@@ -51,7 +52,7 @@ from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.shard.compute import HIDDEN_DTYPES, AnyStage, ComputeThread, exercise, run_step
+from mesh.shard.compute import AnyStage, ComputeThread, exercise, run_step
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.state import ShardShape, ShardState
@@ -138,7 +139,7 @@ class Shard:
                 context=context,
                 vocab_size=self.manifest.vocab_size,
                 hidden_size=self.manifest.hidden.size,
-                hidden_dtype=HIDDEN_DTYPES[self.manifest.hidden.dtype],
+                hidden_dtype=NUMPY_DTYPES[self.manifest.hidden.dtype],
                 # a session has one decode step or prefill chunk in flight; twice that is a coordinator that does not count
                 queue_limit=2 * options.rows + 8,
             )

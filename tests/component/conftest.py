@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from mesh.importer.importing import import_model
-from mesh.importer.sources.source import ImportOptions
+from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
 from mesh.local.nats_server import NatsServer
 from mesh.runtime.device import prepare
 

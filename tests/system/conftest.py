@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from mesh.importer.importing import import_model
-from mesh.importer.sources.source import ImportOptions
+from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.runtime.device import prepare
 from mesh.runtime.generate import Pipeline

@@ -21,8 +21,8 @@ from mesh.bus import Bucket, Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.client.results import MeshStatus
 from mesh.errors import ServiceError, Unavailable
-from mesh.importer.importing import import_model
-from mesh.importer.sources.source import ImportOptions
+from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest

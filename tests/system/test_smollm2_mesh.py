@@ -10,7 +10,7 @@ import pytest
 from demo_model import smollm2_gguf
 
 from mesh.client import AsyncMeshClient, Completion
-from mesh.importer.importing import import_model
+from mesh.importer.run import import_model
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.model.tokenizer import Tokenizer
 from mesh.runtime.generate import Pipeline

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2] / "mesh"
 LAYERS = [
     {"errors"},
     {"types"},
+    {"dtypes"},
     {"telemetry"},
     {"settings"},
     {"host"},

@@ -1,0 +1,8 @@
+"""What an exported graph means, found by evaluating it on concrete sizes, not by its operators' names.
+
+attention.py   the attention pattern of each layer
+layout.py      how its queries, keys and values are laid out
+mask.py        what it does to its scores: causal, window, ALiBi, scale, soft cap
+cut.py         where one layer ends and the next begins
+positions.py   what depends on sizes and positions alone
+"""

@@ -1,16 +1,14 @@
-"""Find each layer's attention in a graph by its structure: the island that becomes cache writes and one Attention.
+"""Find each layer's attention in a graph by its structure: the pattern that becomes cache writes and one Attention.
 
-An island is what lies between the queries, keys and values of the new tokens and the weighted sum of the values. Three forms
-are found: a Softmax between two MatMuls of data; the ONNX Attention operator; and com.microsoft's, which mesh/importer/passes/contrib.py
-has made into the latter. How queries, keys and values are laid out (transposed, merged with the batch, repeated for grouped
-queries, concatenated to a cache) is learned by sending numbered elements through the source's own nodes.
+A pattern is what lies between the queries, keys and values of the new tokens and the weighted sum of the values. Three forms
+are found: a Softmax between two MatMuls of data; the ONNX Attention operator; and those of com.microsoft, which
+mesh/importer/passes/contrib_attention.py has rewritten as the ONNX operator. layout.py finds how queries, keys and values are laid out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import permutations
 from math import prod
 from typing import Any
 
@@ -19,18 +17,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import DecoderGraph, Kind, argument, attribute, maker, scalar
-from mesh.importer.graph.evaluate import NotConcrete
+from mesh.importer.analysis.layout import Operand, find_operand
+from mesh.importer.graph.decoder import DecoderGraph, Dependence, attribute, input_of, producer
 from mesh.importer.graph.probe import Probe
+from mesh.importer.passes.contrib_attention import WINDOW
 
-__all__ = ["WINDOW", "Island", "Layout", "Operand", "find_islands"]
+__all__ = ["AttentionPattern", "find_attention"]
 
 Array = npt.NDArray[Any]
 
-# operators that only move, repeat or select elements
-LAYOUT_OPS = frozenset(
-    ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Flatten", "Identity", "Cast", "Slice", "Split", "Gather")
-)
 # operators between the scores q @ k.T and the softmax, and between the softmax and @ v
 SCORE_OPS = frozenset(
     (
@@ -53,32 +48,8 @@ SCORE_OPS = frozenset(
         "Flatten",
     )
 )
-WINDOW = "mesh.window"  # in the meta of an Attention made by mesh/importer/passes/contrib.py: its sliding window in tokens
 # a chunk of 3 tokens for each of 2 rows after 5 cached ones: all different, and small
 BATCH, CHUNK, PAST = 2, 3, 5
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a value becomes [batch, heads, tokens, width]: reshape to `split`, transpose by `perm`, reshape to the four.
-
-    Entries of `split` are numbers, or "B" and "T".
-    """
-
-    split: tuple[int | str, ...]
-    perm: tuple[int, ...]
-    heads: int
-    width: int
-    cost: int  # how many of the three steps do something
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """The new tokens' queries, keys or values: `value` in its `layout`, times `scale`."""
-
-    value: ir.Value
-    layout: Layout
-    scale: float
 
 
 # (probe, scores [B, H, T, S] before scaling) -> what the softmax sees, same shape; where the heads are an axis of their own,
@@ -87,11 +58,11 @@ Scores = Callable[[Probe, Array], Array]
 
 
 @dataclass(slots=True)
-class Island:
+class AttentionPattern:
     """One attention. `output` is the value it replaces, of shape [B, H, T, Dv] but for leading axes merged or split."""
 
     number: int
-    node: ir.Node  # the Softmax or Attention: names the island in errors
+    node: ir.Node  # the Softmax or Attention: names the pattern in errors
     output: ir.Value
     q: Operand
     k: Operand
@@ -112,37 +83,33 @@ class Island:
         return self.q.value, self.k.value, self.v.value
 
 
-def find_islands(graph: DecoderGraph) -> list[Island]:
+def find_attention(graph: DecoderGraph) -> list[AttentionPattern]:
     """Every attention in the order of the layers. UnsupportedModel if there is none, or one of a form that is not known."""
     probe = Probe(graph, BATCH, CHUNK, PAST if graph.has_past else 0)
-    islands: list[Island] = []
+    patterns: list[AttentionPattern] = []
     for node in graph.nodes:
-        if node.domain != "" or graph.kind(node.outputs[0]) is not Kind.TOKENS:
+        if node.domain != "" or graph.dependence(node.outputs[0]) is not Dependence.TOKENS:
             continue
         if node.op_type == "Softmax":
-            island = _softmax_island(graph, probe, node, len(islands))
+            pattern = _softmax_pattern(graph, probe, node, len(patterns))
         elif node.op_type == "Attention":
-            island = _attention_island(graph, probe, node, len(islands))
+            pattern = _operator_pattern(graph, probe, node, len(patterns))
         else:
             continue
-        if island is not None:
-            islands.append(island)
-    if not islands:
+        if pattern is not None:
+            patterns.append(pattern)
+    if not patterns:
         raise UnsupportedModel(
             f"{graph.path}: no attention was found: a decoder needs softmax(q @ k.T) @ v, Attention or GroupQueryAttention"
         )
-    return islands
-
-
-def _data_inputs(graph: DecoderGraph, node: ir.Node) -> list[ir.Value]:
-    return [v for v in node.inputs if v is not None and graph.kind(v) >= Kind.PAST]
+    return patterns
 
 
 # --- softmax(q @ k.T) @ v -----------------------------------------------------------------------------------------------
 
 
-def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number: int) -> Island | None:
-    product = _scores_product(graph, argument(softmax, 0))
+def _softmax_pattern(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number: int) -> AttentionPattern | None:
+    product = _scores_product(graph, input_of(softmax, 0))
     if product is None:
         return None
     weighted = _weighted_sum(graph, softmax.outputs[0])
@@ -154,14 +121,14 @@ def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number:
     raw = product.outputs[0]
     shape = probe.shape(raw)
     heads = prod(shape[:-2]) // probe.batch
-    q = _operand(graph, probe, argument(product, 0), shape[:-2], heads, False, f"queries of attention {number}")
-    k = _operand(graph, probe, argument(product, 1), shape[:-2], heads, True, f"keys of attention {number}")
-    v = _operand(
-        graph, probe, argument(weighted, 1), probe.shape(weighted.outputs[0])[:-2], heads, False, f"values of attention {number}", True
+    q = find_operand(graph, probe, input_of(product, 0), shape[:-2], heads, False, f"queries of attention {number}")
+    k = find_operand(graph, probe, input_of(product, 1), shape[:-2], heads, True, f"keys of attention {number}")
+    v = find_operand(
+        graph, probe, input_of(weighted, 1), probe.shape(weighted.outputs[0])[:-2], heads, False, f"values of attention {number}", True
     )
     if v.scale != 1.0:
         raise UnsupportedModel(f"attention {number}: values are scaled by {v.scale} after the cache: this form is not supported")
-    rank, into = len(shape), argument(softmax, 0)
+    rank, into = len(shape), input_of(softmax, 0)
 
     def scores(at: Probe, values: Array) -> Array:
         rows, _, chunk, total = values.shape
@@ -170,12 +137,12 @@ def _softmax_island(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number:
 
     _check_weights(probe, softmax, weighted, number)
     between = {value for node in _between(graph, into, raw) for value in node.inputs if value is not None}
-    masks = tuple(v for v in between if graph.kind(v) is Kind.SHAPE)
-    return Island(number, softmax, weighted.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
+    masks = tuple(v for v in between if graph.dependence(v) is Dependence.SHAPE)
+    return AttentionPattern(number, softmax, weighted.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
 
 
 def _scaled(scores: Scores, scale: float) -> Scores:
-    """Scores of operands taken before their scaling."""
+    """The scores function for operands that are taken before they are scaled by `scale`."""
     return scores if scale == 1.0 else (lambda probe, values: scores(probe, (values * scale).astype(values.dtype)))
 
 
@@ -185,7 +152,7 @@ def _scores_product(graph: DecoderGraph, value: ir.Value) -> ir.Node | None:
         node = value.producer()
         if node is None or node.domain != "":
             return None
-        data = [v for v in node.inputs if v is not None and graph.kind(v) is Kind.TOKENS]
+        data = [v for v in node.inputs if v is not None and graph.dependence(v) is Dependence.TOKENS]
         if node.op_type == "MatMul" and len(data) == 2:
             return node
         if node.op_type not in SCORE_OPS or len(data) != 1:
@@ -195,9 +162,9 @@ def _scores_product(graph: DecoderGraph, value: ir.Value) -> ir.Node | None:
 
 def _between(graph: DecoderGraph, value: ir.Value, start: ir.Value) -> Iterator[ir.Node]:
     while value is not start:
-        node = maker(value)
+        node = producer(value)
         yield node
-        value = next(v for v in node.inputs if v is not None and graph.kind(v) is Kind.TOKENS)
+        value = next(v for v in node.inputs if v is not None and graph.dependence(v) is Dependence.TOKENS)
 
 
 def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
@@ -207,7 +174,7 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
     found: ir.Node | None = None
     while frontier:
         for node, place in frontier.pop().uses():
-            if node.op_type == "MatMul" and place == 0 and graph.kind(argument(node, 1)) is Kind.TOKENS:
+            if node.op_type == "MatMul" and place == 0 and graph.dependence(input_of(node, 1)) is Dependence.TOKENS:
                 if found is not None and found is not node:
                     return None
                 found = node
@@ -222,10 +189,10 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
 
 
 def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: int) -> None:
-    """What the values are multiplied by is the softmax itself."""
+    """Check that the values are multiplied by the softmax itself."""
     shape = probe.shape(softmax.outputs[0])
     weights = np.random.default_rng(0).random(shape, np.float32)
-    got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(argument(weighted, 0)), np.float32)
+    got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(input_of(weighted, 0)), np.float32)
     axis = attribute(softmax, "axis", -1)
     if axis not in (-1, len(shape) - 1) or not np.allclose(got.reshape(-1), weights.reshape(-1), rtol=1e-2, atol=1e-6):
         raise UnsupportedModel(f"attention {number} ({softmax.name}): the attention weights are changed after the softmax: not supported")
@@ -234,9 +201,9 @@ def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: in
 # --- the Attention operator ---------------------------------------------------------------------------------------------
 
 
-def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: int) -> Island:
+def _operator_pattern(graph: DecoderGraph, probe: Probe, node: ir.Node, number: int) -> AttentionPattern:
     inputs = [*node.inputs, *([None] * (7 - len(node.inputs)))]
-    query, key, value = (argument(node, place) for place in range(3))
+    query, key, value = (input_of(node, place) for place in range(3))
     mask, past_key = inputs[3:5]
     where = f"attention {number} ({node.name})"
     if any(output.uses() for output in node.outputs[3:]):
@@ -249,9 +216,9 @@ def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: 
     kv_heads = int(attribute(node, "kv_num_heads", 0)) if merged else probe.shape(key)[1]
     if not heads or not kv_heads or heads % kv_heads:
         raise UnsupportedModel(f"{where}: {heads} query heads do not divide into {kv_heads} key heads")
-    q = _operand(graph, probe, query, None, heads, False, f"queries of {where}")
-    k = _operand(graph, probe, key, None, kv_heads, False, f"keys of {where}", True, own_cache=past_key is not None)
-    v = _operand(graph, probe, value, None, kv_heads, False, f"values of {where}", True, own_cache=past_key is not None)
+    q = find_operand(graph, probe, query, None, heads, False, f"queries of {where}")
+    k = find_operand(graph, probe, key, None, kv_heads, False, f"keys of {where}", True, own_cache=past_key is not None)
+    v = find_operand(graph, probe, value, None, kv_heads, False, f"values of {where}", True, own_cache=past_key is not None)
     if v.scale != 1.0:
         raise UnsupportedModel(f"{where}: values are scaled by {v.scale} after the cache: this form is not supported")
     width = shape[-1] // heads if merged else shape[-1]
@@ -274,186 +241,7 @@ def _attention_island(graph: DecoderGraph, probe: Probe, node: ir.Node, number: 
             result = np.where(slots <= rows, result, -np.inf)
         return np.where(slots > rows - window, result, -np.inf) if window else result
 
-    masks = (mask,) if mask is not None and graph.kind(mask) is Kind.SHAPE else ()
-    if mask is not None and graph.kind(mask) > Kind.SHAPE:
+    masks = (mask,) if mask is not None and graph.dependence(mask) is Dependence.SHAPE else ()
+    if mask is not None and graph.dependence(mask) > Dependence.SHAPE:
         raise UnsupportedModel(f"{where}: its mask depends on the tokens: this form is not supported")
-    return Island(number, node, node.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
-
-
-# --- layouts ------------------------------------------------------------------------------------------------------------
-
-
-def _operand(
-    graph: DecoderGraph,
-    probe: Probe,
-    operand: ir.Value,
-    leading: tuple[int, ...] | None,
-    heads: int,
-    transposed: bool,
-    what: str,
-    cached: bool | None = None,
-    *,
-    own_cache: bool = False,
-) -> Operand:
-    """The best value to take new tokens' q, k or v from, and its layout.
-
-    leading: the axes before the last two of the product the operand takes part in; None for an operand of Attention.
-    """
-    cached = transposed if cached is None else cached
-    best: tuple[tuple[int, int, int, int], Operand] | None = None
-    seen_cache = not (cached and graph.has_past) or own_cache
-    for depth, (value, scale, past) in enumerate(_walk(graph, probe, operand)):
-        if past is not None:
-            seen_cache, best = True, None  # only what is on the near side of the cache counts
-        if not seen_cache:
-            continue
-        layout = _layout(probe, operand, value, scale, past, leading, heads, transposed)
-        if layout is None:
-            continue
-        rank = (layout.heads, layout.cost, -int(scale != 1.0), depth)
-        if best is None or rank < best[0]:
-            best = rank, Operand(value, layout, scale)
-    if best is None:
-        detail = "" if seen_cache else ": they are not the past key or value followed by the new ones"
-        raise UnsupportedModel(f"the {what} are not laid out in a way that is known{detail}")
-    return best[1]
-
-
-def _walk(graph: DecoderGraph, probe: Probe, value: ir.Value) -> Iterator[tuple[ir.Value, float, ir.Value | None]]:
-    """`value` and what it is a mere rearrangement of, nearest first: (value, factor passed, cache it was joined to just now)."""
-    scale = 1.0
-    past: ir.Value | None = None
-    yield value, scale, None
-    while (node := value.producer()) is not None and node.domain == "":
-        data = _data_inputs(graph, node)
-        past = None
-        if node.op_type in LAYOUT_OPS and len(data) == 1 and data[0] is node.inputs[0]:
-            value = data[0]
-        elif node.op_type in ("Mul", "Div") and len(data) == 1:
-            other = node.inputs[1] if node.inputs[0] is data[0] else node.inputs[0]
-            factor = _scalar(probe, other) if other is not None else None
-            if factor is None or (node.op_type == "Div" and data[0] is not node.inputs[0]):
-                return
-            scale *= factor if node.op_type == "Mul" else 1.0 / factor
-            value = data[0]
-        elif node.op_type == "Concat" and len(data) == 2 and graph.kind(data[0]) is Kind.PAST and graph.kind(data[1]) is Kind.TOKENS:
-            past, value = data[0], data[1]
-        else:
-            return
-        if graph.kind(value) is not Kind.TOKENS:
-            return
-        yield value, scale, past
-
-
-def _scalar(probe: Probe, value: ir.Value) -> float | None:
-    number = scalar(value)
-    if number is None and probe.graph.kind(value) is Kind.SHAPE:
-        try:
-            array = probe.value(value)
-        except NotConcrete:
-            return None
-        number = float(array.reshape(())) if array.size == 1 else None
-    return number or None
-
-
-def _layout(
-    probe: Probe,
-    operand: ir.Value,
-    value: ir.Value,
-    scale: float,
-    past: ir.Value | None,
-    leading: tuple[int, ...] | None,
-    heads: int,
-    transposed: bool,
-) -> Layout | None:
-    """How `value` is laid out, learned by numbering its elements and looking where they are in `operand`."""
-    shape = probe.shape(value)
-    numbers = np.arange(prod(shape), dtype=np.float64).reshape(shape)
-    overrides = {value: numbers}
-    if past is None:
-        for cache in _caches(probe.graph, operand, value):
-            overrides[cache] = np.full(probe.shape(cache), -1.0)
-    else:
-        overrides[past] = np.full(probe.shape(past), -1.0)
-    try:
-        seen = np.asarray(probe.derive(overrides).value(operand), np.float64) / scale
-    except NotConcrete:
-        return None
-    if transposed:
-        seen = np.swapaxes(seen, -1, -2)
-    if leading is not None:
-        seen = np.broadcast_to(seen, (*leading, *seen.shape[-2:]))
-        seen = seen.reshape(probe.batch, heads, *seen.shape[-2:])
-    elif seen.ndim == 3:
-        seen = seen.reshape(*seen.shape[:2], heads, -1).swapaxes(1, 2)
-    seen = np.rint(seen).astype(np.int64)
-    tokens = seen.shape[2]
-    if tokens not in (probe.chunk, probe.total) or (seen[:, :, : tokens - probe.chunk] >= 0).any():
-        return None
-    seen = seen[:, :, tokens - probe.chunk :]
-    if (seen < 0).any():
-        return None
-    distinct = seen.size
-    count = np.unique(seen).size
-    if count != prod(shape) or distinct % count:
-        return None
-    repeat = distinct // count
-    if heads % repeat or not np.array_equal(seen, np.repeat(seen[:, ::repeat], repeat, axis=1)):
-        return None
-    return _match(probe, numbers, seen[:, ::repeat])
-
-
-def _caches(graph: DecoderGraph, operand: ir.Value, value: ir.Value) -> Iterator[ir.Value]:
-    """The past values joined in between `value` and `operand`."""
-    current = operand
-    while current is not value:
-        data = _data_inputs(graph, maker(current))
-        yield from (v for v in data if graph.kind(v) is Kind.PAST)
-        current = next(v for v in data if graph.kind(v) is Kind.TOKENS)
-
-
-def _match(probe: Probe, numbers: Array, wanted: Array) -> Layout | None:
-    """The cheapest split and transposition that take `numbers` to `wanted` [B, H, T, D]."""
-    best: Layout | None = None
-    for split in _splits(numbers.shape, wanted.shape):
-        reshaped = numbers.reshape(split)
-        for perm in permutations(range(len(split))):
-            moved = reshaped.transpose(perm)
-            if not np.array_equal(moved.reshape(-1), wanted.reshape(-1)):
-                continue
-            symbols = _symbols(split, perm, wanted.shape)
-            if symbols is None:
-                continue
-            cost = (split != numbers.shape) + (perm != tuple(range(len(split)))) + (moved.shape != wanted.shape)
-            if best is None or cost < best.cost:
-                best = Layout(symbols, perm, wanted.shape[1], wanted.shape[3], cost)
-    return best
-
-
-def _splits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """`shape` itself, or for three axes every way to divide one of them in two."""
-    if 4 <= len(shape) <= 5:
-        yield shape
-    elif len(shape) == 3:
-        for axis, size in enumerate(shape):
-            for first in dict.fromkeys(wanted):
-                if size % first == 0:
-                    yield (*shape[:axis], first, size // first, *shape[axis + 1 :])
-
-
-def _symbols(split: tuple[int, ...], perm: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int | str, ...] | None:
-    """`split` with its batch and token axes named; None if an axis mixes them with another."""
-    symbols: list[int | str] = list(split)
-    axes = iter(perm)
-    for name, size in zip("BHTD", wanted, strict=True):
-        covered = 1
-        while covered < size:
-            axis = next(axes, None)
-            if axis is None or size % (covered * split[axis]):
-                return None
-            covered *= split[axis]
-            if name in "BT" and split[axis] > 1:
-                if split[axis] != size:
-                    return None
-                symbols[axis] = name
-    return tuple(symbols)
+    return AttentionPattern(number, node, node.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)

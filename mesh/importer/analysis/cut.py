@@ -1,8 +1,8 @@
 """Where a decoder may be cut: values that every path from the token ids to the logits crosses.
 
-The data path is looked at with each attention island as one step from its queries, keys and values to its output. Between two
-islands the last such value of shape [B, T, D] is taken; after the last island, the one that ends a layer as the earlier layers
-end.
+In the data path each attention pattern counts as one step from its queries, keys and values to its output. Between two
+patterns the cut is the last such value of shape [B, T, D]. After the last pattern it is the value at which the last layer has
+done what the earlier layers do.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.attention import Island
-from mesh.importer.graph.decoder import DecoderGraph, Kind, Role, maker
+from mesh.importer.analysis.attention import AttentionPattern
+from mesh.importer.graph.decoder import DecoderGraph, Dependence, Role, producer
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
 
@@ -33,21 +33,21 @@ class Cut:
 
 
 class DataPath:
-    """The graph as blocks will have it: islands are single steps, shapes and masks are not part of it."""
+    """The graph as blocks will have it: patterns are single steps, shapes and masks are not part of it."""
 
-    def __init__(self, graph: DecoderGraph, islands: Sequence[Island]) -> None:
+    def __init__(self, graph: DecoderGraph, patterns: Sequence[AttentionPattern]) -> None:
         self.graph = graph
-        self.islands: Mapping[ir.Value, Island] = {island.output: island for island in islands}
+        self.patterns: Mapping[ir.Value, AttentionPattern] = {pattern.output: pattern for pattern in patterns}
 
     def inputs(self, value: ir.Value) -> tuple[ir.Value, ...]:
         """The data values that `value` is made from directly."""
-        island = self.islands.get(value)
-        if island is not None:
-            return island.reads
+        pattern = self.patterns.get(value)
+        if pattern is not None:
+            return pattern.reads
         node = value.producer()
         if node is None or node.op_type in ("Shape", "Size"):
             return ()
-        return tuple(v for v in dict.fromkeys(node.inputs) if v is not None and self.graph.kind(v) is Kind.TOKENS)
+        return tuple(v for v in dict.fromkeys(node.inputs) if v is not None and self.graph.dependence(v) is Dependence.TOKENS)
 
     def place(self, value: ir.Value) -> int:
         """Its place in the graph's order; inputs come first."""
@@ -74,12 +74,12 @@ class DataPath:
         return sorted(needed, key=self.place)
 
 
-def find_cuts(path: DataPath, islands: Sequence[Island], probe: Probe) -> Cut:
+def find_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probe: Probe) -> Cut:
     """Cuts for every layer. UnsupportedModel where two layers share more than the hidden state."""
     graph = path.graph
     order = path.between(graph.logits, None)
     crossings = [v for v in _articulations(path, order) if _is_hidden(probe, v)]
-    outputs = [path.place(island.output) for island in islands]
+    outputs = [path.place(pattern.output) for pattern in patterns]
     values: list[ir.Value] = []
     for number, end in enumerate(outputs):
         start = outputs[number - 1] if number else -1
@@ -132,7 +132,7 @@ def _is_hidden(probe: Probe, value: ir.Value) -> bool:
 
 
 def _last_layer_end(path: DataPath, values: Sequence[ir.Value], after: Sequence[ir.Value]) -> ir.Value:
-    """The crossing after the last island at which the last layer has done what an earlier one does, else its last residual sum."""
+    """The crossing after the last pattern at which the last layer has done what an earlier one does, else its last residual sum."""
     earlier = [_signature(path, values[i], values[i - 1]) for i in range(1, len(values))]
     for value in after:
         if _signature(path, value, values[-1]) in earlier:
@@ -142,4 +142,4 @@ def _last_layer_end(path: DataPath, values: Sequence[ir.Value], after: Sequence[
 
 
 def _signature(path: DataPath, value: ir.Value, start: ir.Value) -> Counter[str]:
-    return Counter("island" if v in path.islands else maker(v).op_type for v in path.between(value, start))
+    return Counter("pattern" if v in path.patterns else producer(v).op_type for v in path.between(value, start))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.attention import Island
+from mesh.importer.analysis.attention import AttentionPattern
 from mesh.importer.graph.decoder import DecoderGraph
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
@@ -38,26 +38,26 @@ class ScoreRule:
 
 
 class MaskReader:
-    """Reads the rule of each island of one graph; probes are shared between islands."""
+    """Reads the rule of each pattern of one graph; probes are shared between patterns."""
 
     def __init__(self, graph: DecoderGraph, context_length: int) -> None:
         self.graph, self.context_length = graph, context_length
         self._probes: dict[tuple[int, int, int], Probe] = {}
         self._windows: dict[frozenset[Any], int | None] = {}
 
-    def read(self, island: Island) -> ScoreRule:
-        """UnsupportedModel if the island masks, biases or scales its scores in a way that blocks cannot say."""
+    def read(self, pattern: AttentionPattern) -> ScoreRule:
+        """UnsupportedModel if the pattern masks, biases or scales its scores in a way that blocks cannot express."""
         small = self._probe(2, 4, 5) if self.graph.has_past else self._probe(2, 9, 0)
-        at_zero = self._scores(island, small)
+        at_zero = self._scores(pattern, small)
         positions, slots = _positions(small)
         visible = at_zero > HIDDEN
-        where = f"attention {island.number} ({island.node.name})"
+        where = f"attention {pattern.number} ({pattern.node.name})"
         _check_causal(visible, positions, slots, where)
         slopes = _slopes(at_zero, visible, positions, slots, where)
-        scale, softcap = self._scale(island, small, at_zero, visible, where)
-        key = frozenset(island.mask_values)
-        if key not in self._windows or not island.mask_values:
-            self._windows[key] = self._window(island, slopes, where)
+        scale, softcap = self._scale(pattern, small, at_zero, visible, where)
+        key = frozenset(pattern.mask_values)
+        if key not in self._windows or not pattern.mask_values:
+            self._windows[key] = self._window(pattern, slopes, where)
         return ScoreRule(scale, softcap, self._windows[key], slopes)
 
     def _probe(self, batch: int, chunk: int, past: int) -> Probe:
@@ -66,18 +66,18 @@ class MaskReader:
             self._probes[key] = Probe(self.graph, *key)
         return self._probes[key]
 
-    def _scores(self, island: Island, probe: Probe, value: float | Array = 0.0) -> Array:
-        shape = (probe.batch, island.heads, probe.chunk, probe.total)
+    def _scores(self, pattern: AttentionPattern, probe: Probe, value: float | Array = 0.0) -> Array:
+        shape = (probe.batch, pattern.heads, probe.chunk, probe.total)
         try:
             with np.errstate(all="ignore"):
-                scores = island.scores(probe, np.broadcast_to(np.asarray(value, np.float32), shape))
+                scores = pattern.scores(probe, np.broadcast_to(np.asarray(value, np.float32), shape))
                 return np.broadcast_to(np.asarray(scores, np.float64), shape)
         except NotConcrete as error:
-            raise UnsupportedModel(f"the mask of attention {island.number} ({island.node.name}) cannot be evaluated: {error}") from None
+            raise UnsupportedModel(f"the mask of attention {pattern.number} ({pattern.node.name}) cannot be evaluated: {error}") from None
 
-    def _scale(self, island: Island, probe: Probe, at_zero: Array, visible: Array, where: str) -> tuple[float, float]:
+    def _scale(self, pattern: AttentionPattern, probe: Probe, at_zero: Array, visible: Array, where: str) -> tuple[float, float]:
         def response(value: float) -> Array:
-            return self._scores(island, probe, value)[visible] - at_zero[visible]
+            return self._scores(pattern, probe, value)[visible] - at_zero[visible]
 
         near, far = response(1.0), response(1e4)
         if not (np.ptp(near) <= 1e-3 * abs(near.mean()) and near.mean() > 0):
@@ -92,18 +92,18 @@ class MaskReader:
                 raise UnsupportedModel(f"{where}: scores are bounded by something else than softcap * tanh(scores / softcap)")
         return scale, cap
 
-    def _window(self, island: Island, slopes: tuple[float, ...] | None, where: str) -> int | None:
-        """How many tokens a late position sees, None for all of them."""
+    def _window(self, pattern: AttentionPattern, slopes: tuple[float, ...] | None, where: str) -> int | None:
+        """How many tokens a late position sees; None if it sees all."""
         limit = self.context_length
         if self.graph.has_past:
             probes = [(1, limit - 1)]
         else:
-            sizes = [64, 512, 2048, *(int(c) + 2 for c in self._candidates(island))]
+            sizes = [64, 512, 2048, *(int(c) + 2 for c in self._candidates(pattern))]
             probes = [(size, 0) for size in sorted({min(size, limit) for size in sizes if size <= LONGEST_SQUARE or size >= limit})]
         for chunk, past in probes:
-            # squares are large: not kept for other islands
+            # squares are large: not kept for other patterns
             probe = self._probe(1, chunk, past) if past else Probe(self.graph, 1, chunk, past)
-            last = self._last_row(island, probe)
+            last = self._last_row(pattern, probe)
             if slopes is not None:
                 last = last - np.asarray(slopes)[None, :, None] * (np.arange(probe.total) - probe.total + 1)
                 last = last - last[..., -1:]
@@ -117,22 +117,22 @@ class MaskReader:
                 return count
         return None
 
-    def _last_row(self, island: Island, probe: Probe) -> Array:
+    def _last_row(self, pattern: AttentionPattern, probe: Probe) -> Array:
         """Scores [1, H or 1, S] of the last position for raw scores of zero."""
         one = np.zeros((1, 1, probe.chunk, probe.total), np.float32)
         try:
             with np.errstate(all="ignore"):
-                scores = island.scores(probe, one)[:, :, -1]
+                scores = pattern.scores(probe, one)[:, :, -1]
         except NotConcrete:  # the heads are merged with another axis
-            return self._scores(island, probe)[:, :, -1]
-        if scores.shape[1] not in (1, island.heads):
-            return self._scores(island, probe)[:, :, -1]
+            return self._scores(pattern, probe)[:, :, -1]
+        if scores.shape[1] not in (1, pattern.heads):
+            return self._scores(pattern, probe)[:, :, -1]
         return np.asarray(scores, np.float64)
 
-    def _candidates(self, island: Island) -> list[int]:
-        """Integers in the mask's own arithmetic that could be a window longer than what is probed anyway."""
+    def _candidates(self, pattern: AttentionPattern) -> list[int]:
+        """Integers in the arithmetic of the mask that could be a window longer than the lengths that are always probed."""
         found: set[int] = set()
-        for value in island.mask_values:
+        for value in pattern.mask_values:
             for node in self.graph.ancestors(value):
                 for source in node.inputs:
                     if source is None or source.const_value is None or source.const_value.size != 1:
@@ -148,7 +148,7 @@ def _positions(probe: Probe) -> tuple[Array, Array]:
 
 
 def _check_causal(visible: Array, positions: Array, slots: Array, where: str) -> None:
-    """Nothing later is seen, the own position is, and every row and head sees the same."""
+    """Check that no later position is visible, that a position sees itself, and that all rows and heads see the same."""
     later = visible & (slots > positions)
     if later.any():
         row = int(np.argwhere(later)[0][2])
@@ -162,7 +162,7 @@ def _check_causal(visible: Array, positions: Array, slots: Array, where: str) ->
 
 
 def _slopes(scores: Array, visible: Array, positions: Array, slots: Array, where: str) -> tuple[float, ...] | None:
-    """ALiBi slopes from the scores at zero; what is the same for a whole row does not matter to a softmax."""
+    """ALiBi slopes from the scores at zero. A term that is equal along a whole row is ignored: a softmax does not change by it."""
     own = np.take_along_axis(scores, np.broadcast_to(positions, (*scores.shape[:3], 1)), axis=-1)
     bias = np.where(visible, scores, own) - own
     tolerance = 1e-3 * max(1.0, float(np.abs(own).max()))

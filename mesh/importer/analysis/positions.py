@@ -1,9 +1,8 @@
-"""What a graph computes from positions and sizes alone, said again in terms of a block's own `position_ids` [B, T].
+"""Describe what a graph computes from positions and sizes alone, so that a block can compute it from `position_ids` [B, T].
 
 A source numbers its positions in many ways: an input, arange(past, past + T), cumsum(attention_mask) - 1, with a leading
-axis or without, and it derives sizes from the shapes of whatever is at hand, the past included. A block knows only its rows'
-positions, which differ from row to row. Each value that the data path takes from this part of the graph is therefore described
-as one of
+axis or without. It derives sizes from the shape of any value, the past included. A block knows only the positions of its rows,
+which differ from row to row. Each value that the data path takes from this part of the graph is therefore described as one of
 
     Constant    the same at all sizes
     Sizes       a few integers, each a + b*B + c*T + d*B*T
@@ -11,7 +10,7 @@ as one of
     Computed    the source's own nodes over the three above
     Table       a function of the position that its nodes cannot give row by row: one row for each position up to the context
 
-by evaluating it at several sizes. A Computed is checked with rows at different positions before it is believed.
+The description comes from evaluating the value at several sizes. A Computed is also checked with rows at different positions.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import DecoderGraph, Kind, argument, attribute
+from mesh.importer.graph.decoder import DecoderGraph, Dependence, attribute, input_of
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
 
@@ -81,7 +80,7 @@ Description = Constant | Sizes | Positions | Computed | Table
 
 
 class InputParts:
-    """Describes values of kind SHAPE of one graph."""
+    """Describes the values of one graph that depend on shapes and positions only (Dependence.SHAPE)."""
 
     def __init__(self, graph: DecoderGraph, context_length: int) -> None:
         self.graph, self.context_length = graph, context_length
@@ -96,7 +95,7 @@ class InputParts:
     # --- leaves -----------------------------------------------------------------------------------------------------
 
     def leaf(self, value: ir.Value) -> Constant | Sizes | Positions | None:
-        """`value` as one of the three that need no nodes of the source; None if it is none of them."""
+        """`value` as a Constant, Sizes or Positions, which need no nodes of the source; None if it is none of them."""
         if value not in self._leaves:
             self._leaves[value] = self._leaf(value)
         return self._leaves[value]
@@ -136,7 +135,7 @@ class InputParts:
         return axes[0] if len(axes) == 1 else None
 
     def _batch_axis(self, shapes: list[tuple[int, ...]], token: int) -> int:
-        """The axis that is, or can become, the batch; -1 where there is no place for it."""
+        """The axis that is the batch or can become it; -1 if there is none."""
         others = [a for a in range(len(shapes[0])) if a != token]
         for a in others:
             if all(shape[a] == p.batch for shape, p in zip(shapes, self.probes, strict=True)):
@@ -198,12 +197,12 @@ class InputParts:
         stack, seen = [value], {value}
         while stack:
             current = stack.pop()
-            leaf = self.leaf(current) if self.graph.kind(current) is Kind.SHAPE else None
+            leaf = self.leaf(current) if self.graph.dependence(current) is Dependence.SHAPE else None
             if leaf is not None:
                 leaves[current] = leaf
                 continue
             node = current.producer()
-            if self.graph.kind(current) is Kind.CONSTANT:
+            if self.graph.dependence(current) is Dependence.CONSTANT:
                 continue
             if node is None or node.op_type in ("Shape", "Size"):
                 return leaves, current
@@ -220,7 +219,7 @@ class InputParts:
         return np.take(Probe(self.graph, 1, start + chunk, 0).value(value), np.arange(start, start + chunk), axis=token)
 
     def _check(self, value: ir.Value, leaves: dict[ir.Value, Constant | Sizes | Positions], token: int, batch: int) -> Computed | None:
-        """Two rows, one early and one late in the context, through the source's nodes: each must be what the source has there."""
+        """Run two rows, one early and one late in the context, through the source's nodes. Each must equal what the source has there."""
         chunk, starts = 3, (1, max(self.context_length - 3, 1))
         if not self.graph.has_past:
             starts = (1, min(max(self.context_length - 3, 1), 4000))
@@ -308,28 +307,31 @@ def context_limit(graph: DecoderGraph) -> int | None:
 
 
 def _table_rows(graph: DecoderGraph, node: ir.Node, near: Probe, far: Probe) -> int | None:
-    """How many positions a table has that `node` reads by position: one more token in the sequence, one row further."""
+    """How many positions the table has that `node` reads by position; None if it reads no such table.
+
+    A table is read by position if one more token in the sequence makes the node read one row further.
+    """
     if node.op_type == "RotaryEmbedding":
-        constant = len(node.inputs) > 3 and graph.kind(argument(node, 1)) is Kind.CONSTANT
-        return near.shape(argument(node, 1))[0] if constant else None
-    if graph.kind(node.outputs[0]) is not Kind.SHAPE:
+        constant = len(node.inputs) > 3 and graph.dependence(input_of(node, 1)) is Dependence.CONSTANT
+        return near.shape(input_of(node, 1))[0] if constant else None
+    if graph.dependence(node.outputs[0]) is not Dependence.SHAPE:
         return None
-    table, axis = argument(node, 0), attribute(node, "axis", 0)
+    table, axis = input_of(node, 0), attribute(node, "axis", 0)
     if node.op_type == "Slice":
-        axes = near.value(argument(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else np.zeros(1, np.int64)
+        axes = near.value(input_of(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else np.zeros(1, np.int64)
         axis = int(axes.reshape(-1)[0])
-    if node.op_type == "GatherND" and near.shape(argument(node, 1))[-1] != 1:
+    if node.op_type == "GatherND" and near.shape(input_of(node, 1))[-1] != 1:
         return None
     size = near.shape(table)[axis]
     if far.shape(table)[axis] != size:
         return None
     if node.op_type != "Slice":
-        last = [int(probe.value(argument(node, 1)).max()) for probe in (near, far)]
+        last = [int(probe.value(input_of(node, 1)).max()) for probe in (near, far)]
     else:
-        starts = [int(probe.value(argument(node, 1)).reshape(-1)[0]) for probe in (near, far)]
+        starts = [int(probe.value(input_of(node, 1)).reshape(-1)[0]) for probe in (near, far)]
         if starts[0] - starts[1] == far.total - near.total:  # the last rows of the table
             return near.total + (starts[0] if starts[0] >= 0 else size + starts[0])
-        last = [int(probe.value(argument(node, 2)).reshape(-1)[0]) - 1 for probe in (near, far)]
+        last = [int(probe.value(input_of(node, 2)).reshape(-1)[0]) - 1 for probe in (near, far)]
     if last[1] - last[0] != far.total - near.total or last[0] < near.total - 1:
         return None
     return size - (last[0] - (near.total - 1))

@@ -1,4 +1,4 @@
-"""config.json, read with the errors that a user can act on."""
+"""config.json, with errors that tell a user what to change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Config:
         return float(value)
 
     def activation(self, *keys: str, default: str) -> str:
-        """Our name of the activation that the first present key gives."""
+        """Our name for the activation that is given by the first of `keys` in the configuration."""
         name = next((str(self.values[key]) for key in keys if self.values.get(key) is not None), default)
         if name not in ACTIVATIONS:
             raise UnsupportedModel(f"{self.path}: activation {name!r} is not supported: only {', '.join(ACTIVATIONS)} are")

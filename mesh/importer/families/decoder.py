@@ -17,7 +17,7 @@ from mesh.importer.families.spec import (
     Rotary,
     alibi_slopes,
 )
-from mesh.importer.sources.source import ImportOptions, Progress
+from mesh.importer.options import ImportOptions, Progress
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder, attention_block, tensor_type
 from mesh.model.manifest import BlockInfo, block_name
 
@@ -234,7 +234,7 @@ def _norm(builder: GraphBuilder, spec: DecoderSpec, x: str, name: str, norm: Nor
 
 
 def _finish(builder: GraphBuilder, value: str, name: str, size: int) -> None:
-    """Give the last value its name as output of the block, without a copy where the node that makes it can bear it."""
+    """Make `value` the output `name` of the block. The node that produces it is renamed if possible, else an Identity is added."""
     last = builder.nodes[-1]
     if len(last.output) == 1 and last.output[0] == value:
         last.output[0] = name

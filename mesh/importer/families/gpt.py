@@ -167,7 +167,7 @@ class Gpt2Weights(_Weights):
         )
 
     def _conv1d(self, name: str, part: slice = slice(None), *, outputs: int | None = None) -> Linear:
-        """GPT-2 stores [in, out]."""
+        """A projection of GPT-2, which stores its weight as [in, out]."""
         weight = self.tensors.tensor(f"{name}.weight", lambda array: array[:, part], shape=(None, outputs))
         return Linear(weight, self.tensors.tensor(f"{name}.bias", lambda array: array[part]))
 
@@ -226,7 +226,7 @@ class OptWeights(_Weights):
         )
 
     def _norm(self, name: str) -> Norm:
-        """Some OPT norms have no weights: they only standardize."""
+        """Some OPT norms have no weights and only standardize: their weights are ones."""
         return self.tensors.optional_norm(name) or Norm(np.ones(self.spec.hidden_size, np.float32))
 
 

@@ -1,7 +1,7 @@
-"""What a decoder is, as far as its blocks go: numbers in `DecoderSpec`, everything optional by the presence of its weight.
+"""What a family says about a decoder, enough to build its blocks: numbers in `DecoderSpec`, and the weights of each block.
 
-A layer with a `gate` has a gated MLP, one with `q_norm` normalizes its queries, a linear with a `bias` adds it. So a spec
-has no flag that could contradict the weights.
+Optional parts have no flag, which could contradict the weights: a part is there if its weight is. A layer with a `gate` has a
+gated MLP, one with a `q_norm` normalizes its queries, and a linear with a `bias` adds it.
 """
 
 from __future__ import annotations
@@ -181,13 +181,13 @@ class HeadWeights:
 
 
 class DecoderWeights(Protocol):
-    """Where the weights of a decoder come from. Nothing is read before a block is written."""
+    """Gives the weights of each block. Nothing is read before a block is written."""
 
     def embed(self) -> EmbedWeights: ...
     def layer(self, index: int) -> LayerWeights: ...
     def head(self) -> HeadWeights: ...
     def release(self) -> None:
-        """A block has been written: pages of the source that are held in memory can go."""
+        """Called when a block has been written: pages of the source in memory are no longer needed."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Named tensors of a source, read when they are asked for, and the small reshapings that weights need on their way to a block."""
+"""Named tensors of a source, read when a block is written, and the small reshapings that their weights need before that."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Checkpoint(Protocol):
 
 
 class Tensors:
-    """A checkpoint under a prefix, with a record of what was used: what is left over was not understood."""
+    """A checkpoint under a prefix. `used` records the full names of the tensors that were asked for; others belong to no known part."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str = "") -> None:
         self.checkpoint = checkpoint
@@ -43,7 +43,10 @@ class Tensors:
     def tensor(
         self, name: str, change: Callable[[Array], Array] | None = None, *, shape: tuple[int | None, ...] | None = None
     ) -> Callable[[], Array]:
-        """A producer of the tensor, after `change`. CorruptModel at once if it is missing or is not of `shape` (None: any size)."""
+        """A function that reads the tensor and applies `change`.
+
+        CorruptModel at once, not when it is read, if the tensor is missing or not of `shape` (None: any size).
+        """
         full = self.prefix + name
         found = self.checkpoint.shape(full)
         if shape is not None and (
@@ -69,13 +72,13 @@ class Tensors:
 
     def stack(self, names: Sequence[str]) -> Callable[[], Array]:
         """Weights stored [out, in] of several experts, as [experts, in, out]."""
-        producers = [self.tensor(name) for name in names]
+        readers = [self.tensor(name) for name in names]
 
         def produce() -> Array:
-            first = producers[0]()
-            stacked = np.empty((len(producers), *first.shape[::-1]), first.dtype)
-            for index, producer in enumerate(producers):
-                stacked[index] = producer().T
+            first = readers[0]()
+            stacked = np.empty((len(readers), *first.shape[::-1]), first.dtype)
+            for index, read in enumerate(readers):
+                stacked[index] = read().T
             return stacked
 
         return produce

@@ -1,4 +1,7 @@
-"""Run one ONNX node on numbers: shape, position and mask arithmetic, and the layout steps around attention."""
+"""Run one ONNX node on numbers: shape, position and mask arithmetic, and the layout steps around attention.
+
+docs/adr/0007-evaluating-nodes.md says why the common operators are written here in numpy.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import OPSET, attribute
+from mesh.importer.graph.decoder import attribute
+from mesh.model.onnx_form import OPSET
 
 __all__ = ["HELP", "NotConcrete", "evaluate"]
 
@@ -24,7 +28,7 @@ class NotConcrete(Exception):
 
 
 def evaluate(node: ir.Node, inputs: list[Array | None]) -> list[Array]:
-    """The outputs of `node`. NotConcrete if these inputs do not fit it, UnsupportedModel for an operator nobody knows."""
+    """The outputs of `node`. NotConcrete if these inputs do not fit it, UnsupportedModel if the operator is not known."""
     fast = FAST.get(node.op_type) if node.domain == "" else None
     with np.errstate(all="ignore"):
         try:
@@ -110,7 +114,7 @@ def _binary(function: Callable[..., Any]) -> Callable[..., Array]:
     return lambda node, a, b: np.asarray(function(a, b))
 
 
-# the operators that shape, position and mask arithmetic is made of; any other goes to onnx's reference implementation
+# the operators that shape, position and mask arithmetic is made of; onnx's reference implementation runs the others
 FAST: dict[str, Callable[..., Array]] = {
     "Add": _binary(np.add), "Sub": _binary(np.subtract), "Mul": _binary(np.multiply), "Div": _divide,
     "Equal": _binary(np.equal), "Less": _binary(np.less), "LessOrEqual": _binary(np.less_equal), "Greater": _binary(np.greater),

@@ -1,8 +1,8 @@
 """Run the parts of a graph that depend on shapes and positions only, on concrete sizes, to see what they compute.
 
-A Probe is one choice of (batch, chunk, past). It knows the shape of every value and, where a value does not depend on
-tokens or on the cache, its numbers; both are worked out on demand. That is how masks, positions and shape arithmetic are
-recognised: by what they are, not by how an exporter wrote them.
+A Probe is one choice of (batch, chunk, past). It computes the shape of any value on demand, and also the numbers of a value
+that depends neither on the tokens nor on the cache. Masks, positions and shape arithmetic are recognised by these results,
+whatever nodes an exporter wrote them with.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import OPSET, DecoderGraph, Kind, Role, argument, attribute
+from mesh.importer.graph.decoder import DecoderGraph, Dependence, Role, attribute, input_of
 from mesh.importer.graph.evaluate import HELP, NotConcrete, evaluate
+from mesh.model.onnx_form import OPSET
 
 __all__ = ["Probe"]
 
@@ -67,7 +68,7 @@ class Probe:
         self._dtypes: dict[ir.Value, int] = {}
 
     def derive(self, overrides: Mapping[ir.Value, Array]) -> Probe:
-        """The same sizes with numbers for some values of the data path; what depends on shapes only is shared with this probe."""
+        """A probe of the same sizes, with given numbers for some values of the data path. It shares what depends on shapes only."""
         return Probe(self.graph, self.batch, self.chunk, self.past, overrides, self)
 
     @property
@@ -101,7 +102,7 @@ class Probe:
             if self._has(current, want):
                 stack.pop()
                 continue
-            if self._parent is not None and (not want or self.graph.kind(current) <= Kind.SHAPE):
+            if self._parent is not None and (not want or self.graph.dependence(current) <= Dependence.SHAPE):
                 self._inherit(self._parent, current, want)
                 continue
             node = current.producer()
@@ -169,12 +170,12 @@ class Probe:
 
     def _evaluate(self, node: ir.Node) -> None:
         if node.op_type == "Shape":
-            shape = self.shape(argument(node, 0))
+            shape = self.shape(input_of(node, 0))
             start, end = attribute(node, "start", 0), attribute(node, "end")
             self._values[node.outputs[0]] = np.asarray(shape[start:end], np.int64)
             return
         if node.op_type == "Size":
-            self._values[node.outputs[0]] = np.asarray(prod(self.shape(argument(node, 0))), np.int64)
+            self._values[node.outputs[0]] = np.asarray(prod(self.shape(input_of(node, 0))), np.int64)
             return
         inputs = [None if v is None else self._values[v] for v in node.inputs]
         for output, result in zip(node.outputs, evaluate(node, inputs), strict=False):
@@ -204,7 +205,7 @@ class Probe:
         elif node.op_type in TO_BOOL:
             self._dtypes[out] = onnx.TensorProto.BOOL
         else:
-            source = argument(node, 1 if node.op_type in ("Where", "CastLike") else 0)
+            source = input_of(node, 1 if node.op_type in ("Where", "CastLike") else 0)
             self._dtypes[out] = helper.np_dtype_to_tensor_dtype(self.dtype(source))
 
     def _infer_generic(self, node: ir.Node) -> None:

@@ -1,0 +1,12 @@
+"""Passes that bring an exported graph to one form. pipeline.py has the list, in order, with the reason of each place.
+
+branches.py     an If whose condition never varies; the two halves of optimum's merged decoders
+inputs.py       the role of each input, and the logits
+opset.py        opset 11 to 24
+contrib.py      com.microsoft operators; rules in contrib_norms, contrib_products, contrib_attention, helpers in contrib_rewriter
+nbits.py        onnxruntime's packed 4-bit and 8-bit weights
+einsum.py       an Einsum that is a matrix product
+identities.py   nodes that hand their input on
+batch.py        exports for one row
+experts.py      experts that choose rows by the tokens
+"""

@@ -1,4 +1,4 @@
-"""Experts that were exported as a loop over tokens chosen by NonZero: made static, so that a compiler can take them.
+"""Make experts static that were exported as a loop over tokens chosen by NonZero, so that a compiler can take them.
 
     where(mask[e]) -> rows; y = expert_e(x[rows]) * weight[rows]; out.index_add(rows, y)
 
@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import DecoderGraph, Kind, argument, attribute, constant
+from mesh.importer.graph.decoder import DecoderGraph, Dependence, Draft, attribute, constant, input_of, producer
+from mesh.importer.graph.edit import insert, new_constant
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
-from mesh.importer.passes.opset import NEWEST, new_constant
 
 __all__ = ["make_experts_static", "mask_chosen_rows"]
 
@@ -27,15 +27,16 @@ SCATTERS = ("ScatterElements", "ScatterND")
 MASK = "mesh.mask"  # in the meta of the node that gives all indices of a mask: the mask
 
 
-def make_experts_static(graph: DecoderGraph) -> bool:
-    """Replace every NonZero of data, not itself chosen by another, by all indices of its input, in place; whether there was one."""
+def make_experts_static(draft: Draft) -> bool:
+    """Replace every NonZero of data by all indices of its input, unless another NonZero has chosen that input."""
+    graph = draft.analysed()
     past = (4, 7) if graph.has_past else (0, 0)
     probes = [Probe(graph, rows, chunk, before) for (rows, chunk), before in zip(((2, 3), (3, 5)), past, strict=True)]
     found, blocked = False, ""
     for node in graph.nodes:
-        if node.op_type != "NonZero" or node.domain != "" or graph.kind(argument(node, 0)) is not Kind.TOKENS:
+        if node.op_type != "NonZero" or node.domain != "" or graph.dependence(input_of(node, 0)) is not Dependence.TOKENS:
             continue
-        mask = argument(node, 0)
+        mask = input_of(node, 0)
         try:
             shapes = [probe.shape(mask) for probe in probes]
         except NotConcrete:
@@ -46,9 +47,7 @@ def make_experts_static(graph: DecoderGraph) -> bool:
             grid = new_constant(graph.model.graph, indices[:, : _traced(node, indices.shape[1])])
         else:
             grid = _all_indices(graph, node, mask, len(shapes[0]))
-            made = grid.producer()
-            assert made is not None
-            made.meta[MASK] = mask
+            producer(grid).meta[MASK] = mask
         ir.convenience.replace_all_uses_with(node.outputs[0], grid)
         graph.model.graph.remove(node, safe=True)
         found = True
@@ -58,7 +57,7 @@ def make_experts_static(graph: DecoderGraph) -> bool:
 
 
 def _traced(node: ir.Node, most: int) -> int:
-    """How many indices the graph goes on with: a traced loop over the experts in use has one turn for each of them."""
+    """How many of the indices the graph uses: a traced loop over the experts in use has one turn for each expert."""
     frontier = [node]
     while frontier:
         for follower, _ in frontier.pop().outputs[0].uses():
@@ -73,10 +72,7 @@ def _traced(node: ir.Node, most: int) -> int:
 
 
 def _op(graph: DecoderGraph, at: ir.Node, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-    node = ir.node(op_type, list(inputs), attributes=attributes, version=NEWEST)
-    node.name = f"{at.name}/{op_type}"
-    graph.model.graph.insert_before(at, node)
-    return node.outputs[0]
+    return insert(graph.model.graph, at, op_type, *inputs, **attributes)[0]
 
 
 def _all_indices(graph: DecoderGraph, at: ir.Node, mask: ir.Value, rank: int) -> ir.Value:
@@ -92,8 +88,9 @@ def _all_indices(graph: DecoderGraph, at: ir.Node, mask: ir.Value, rank: int) ->
     return _op(graph, at, "Concat", *lines, axis=0)
 
 
-def mask_chosen_rows(graph: DecoderGraph) -> bool:
-    """Multiply by the mask what is added for rows that make_experts_static chose, in place; whether there were any."""
+def mask_chosen_rows(draft: Draft) -> bool:
+    """Multiply by the mask what is added for the rows that make_experts_static chose."""
+    graph = draft.analysed()
     probe = Probe(graph, 2, 3, 4 if graph.has_past else 0)
     found = False
     for node in graph.nodes:
@@ -103,7 +100,7 @@ def mask_chosen_rows(graph: DecoderGraph) -> bool:
         found = True
         for scatter in list(_scatters(graph, node)):
             _check_adds(graph, probe, scatter)
-            updates = argument(scatter, 2)
+            updates = input_of(scatter, 2)
             shape = probe.shape(updates)
             flat = _op(graph, scatter, "Reshape", mask, new_constant(graph.model.graph, np.array([-1] + [1] * (len(shape) - 1))))
             factor = _op(graph, scatter, "Cast", flat, to=int(ir.DataType.from_numpy(probe.dtype(updates))))
@@ -135,11 +132,11 @@ def _scatters(graph: DecoderGraph, start: ir.Node) -> Iterator[ir.Node]:
 
 
 def _check_adds(graph: DecoderGraph, probe: Probe, scatter: ir.Node) -> None:
-    """Rows may be chosen twice, so that a scatter must add; into zeros, a scatter that replaces may be made to."""
+    """A row may be chosen twice, so the scatter must add. One that replaces may write into zeros only, where adding is the same."""
     if attribute(scatter, "reduction", "none") == "add":
         return
-    data = argument(scatter, 0)
-    if graph.kind(data) > Kind.SHAPE or np.any(probe.value(data)):
+    data = input_of(scatter, 0)
+    if graph.dependence(data) > Dependence.SHAPE or np.any(probe.value(data)):
         raise UnsupportedModel(
             f"node {scatter.name} ({scatter.op_type}) replaces rows chosen by the tokens: experts of this form are not supported"
         )

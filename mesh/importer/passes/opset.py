@@ -1,22 +1,22 @@
-"""Bring a graph of any opset from 11 on to opset 24, and take out branches whose condition never varies.
+"""Bring a graph of any opset from 11 on to opset 24.
 
-Only what changed its form between the opsets is rewritten; onnx's own converter wants the weights in memory and knows no
-contrib operators.
+Only operators whose form changed between the opsets are rewritten. docs/adr/0006-opset-conversion.md says why onnx's own
+converter is not used.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
+from mesh.importer.graph.decoder import Draft
+from mesh.importer.graph.edit import new_constant
+from mesh.model.onnx_form import IR_VERSION, OPSET
 
-__all__ = ["OLDEST", "convert_opset", "inline_branch", "new_constant"]
+__all__ = ["OLDEST", "convert_opset"]
 
 OLDEST = 11
-NEWEST = 24
 
 # attribute of the old form -> (first opset of the new form, place among the inputs)
 AXES_INPUT = {
@@ -41,21 +41,23 @@ AXES_INPUT = {
 SOFTMAX_LIKE = ("Softmax", "LogSoftmax", "Hardmax")
 
 
-def convert_opset(model: ir.Model) -> None:
-    """Rewrite the nodes of the default domain, in place. UnsupportedModel for an opset out of range."""
+def convert_opset(draft: Draft) -> bool:
+    """Rewrite the nodes of the default domain. UnsupportedModel for an opset out of range."""
+    model = draft.model
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
     if not opset >= OLDEST:
-        raise UnsupportedModel(f"the model is of ONNX opset {opset}: export it with an opset of {OLDEST} to {NEWEST}")
-    if opset > NEWEST:
-        raise UnsupportedModel(f"the model is of ONNX opset {opset}, newer than {NEWEST}: export it with an opset of {OLDEST} to {NEWEST}")
+        raise UnsupportedModel(f"the model is of ONNX opset {opset}: export it with an opset of {OLDEST} to {OPSET}")
+    if opset > OPSET:
+        raise UnsupportedModel(f"the model is of ONNX opset {opset}, newer than {OPSET}: export it with an opset of {OLDEST} to {OPSET}")
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in list(graph):
             if node.domain in ("", "ai.onnx"):
                 node.domain = ""
                 _convert(graph, node, opset)
-                node.version = NEWEST
-    model.opset_imports[""] = NEWEST
-    model.ir_version = max(model.ir_version, 12)
+                node.version = OPSET
+    model.opset_imports[""] = OPSET
+    model.ir_version = max(model.ir_version, IR_VERSION)
+    return True
 
 
 def _convert(graph: ir.Graph, node: ir.Node, opset: int) -> None:
@@ -75,16 +77,16 @@ def _convert(graph: ir.Graph, node: ir.Node, opset: int) -> None:
 
 
 def _convert_softmax(graph: ir.Graph, node: ir.Node) -> None:
-    """Before 13 the input was flattened to two dimensions at `axis`; over the last axis that is the same thing."""
+    """Before opset 13 the input was flattened to two dimensions at `axis`. Only over the last axis is that what it is today."""
     axis = node.attributes["axis"].value if "axis" in node.attributes else 1
     value = node.inputs[0]
     rank = len(value.shape) if value is not None and value.shape is not None else None
     if axis == -1 or (rank is not None and axis == rank - 1):
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         return
-    shape, flat = ir.node("Shape", [value], version=NEWEST), ir.node("Flatten", [value], attributes={"axis": axis}, version=NEWEST)
-    inner = ir.node(node.op_type, [flat.outputs[0]], attributes={"axis": -1}, version=NEWEST)
-    back = ir.node("Reshape", [inner.outputs[0], shape.outputs[0]], version=NEWEST)
+    shape, flat = ir.node("Shape", [value], version=OPSET), ir.node("Flatten", [value], attributes={"axis": axis}, version=OPSET)
+    inner = ir.node(node.op_type, [flat.outputs[0]], attributes={"axis": -1}, version=OPSET)
+    back = ir.node("Reshape", [inner.outputs[0], shape.outputs[0]], version=OPSET)
     graph.insert_before(node, [shape, flat, inner, back])
     back.outputs[0].name = None
     ir.convenience.replace_all_uses_with(node.outputs[0], back.outputs[0], replace_graph_outputs=True)
@@ -95,40 +97,3 @@ def _set_input(node: ir.Node, place: int, value: ir.Value) -> None:
     if len(node.inputs) <= place:
         node.resize_inputs(place + 1)
     node.replace_input_with(place, value)
-
-
-def new_constant(graph: ir.Graph, array: np.ndarray) -> ir.Value:
-    """A new initializer of `graph`."""
-    number = len(graph.initializers)
-    while f"constant_{number}" in graph.initializers:
-        number += 1
-    value = ir.Value(
-        name=f"constant_{number}",
-        const_value=ir.tensor(array),
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def inline_branch(model: ir.Model, node: ir.Node, taken: bool) -> None:
-    """Replace the If `node` by its then or else branch."""
-    branch = node.attributes["then_branch" if taken else "else_branch"].value
-    outputs = list(branch.outputs)
-    graph = model.graph
-    for name, value in list(branch.initializers.items()):
-        del branch.initializers[name]
-        value.name = f"{name}__{len(graph.initializers)}" if name in graph.initializers else name
-        graph.register_initializer(value)
-    nodes: Iterable[ir.Node] = list(branch)
-    branch.remove(nodes)
-    while len(branch.outputs):
-        branch.outputs.pop()
-    graph.insert_before(node, nodes)
-    for old, new in zip(node.outputs, outputs, strict=True):
-        named = old.is_graph_output()
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        if named:  # the oracle knows it by its name
-            old.name, new.name = f"{old.name}__replaced", old.name
-    graph.remove(node, safe=True)

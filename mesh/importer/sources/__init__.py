@@ -1,0 +1,8 @@
+"""The kinds of source. Each of onnx.py, safetensors.py and gguf.py has `open_source(path) -> Source`.
+
+source.py           Source: what each of them offers
+onnx.py             exported graphs, cut into blocks; onnx_file.py reads the file and runs the passes
+safetensors.py      Hugging Face directories
+gguf.py             GGUF files; gguf_file.py reads the format, gguf_tokenizer.py builds the tokenizer from it
+tokenizer.py        the tokenizer files of a model directory
+"""

@@ -22,7 +22,7 @@ __all__ = ["SUPPORTED", "open_source"]
 
 SUPPORTED = ("gemma3", "llama", "qwen2", "qwen3")
 
-# what llama.cpp fixes for gemma3 and no metadata says
+# values that llama.cpp fixes for gemma3; no metadata holds them
 GEMMA3_LOCAL_BASE = 10000.0
 GEMMA3_PATTERN = 6  # every sixth layer sees the whole context
 GEMMA3_27B_LAYERS = 62  # the one size whose queries are scaled by hidden / heads
@@ -69,7 +69,7 @@ class _Metadata:
         return self._values.get(f"{self.architecture}.{key}", default)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; of one value a layer, all must be the same."""
+        """A positive integer. If the file has one value for each layer, all must be equal."""
         value = self.get(key, default)
         if isinstance(value, list):
             if len(set(value)) != 1:
@@ -120,7 +120,7 @@ def _spec(metadata: _Metadata, checkpoint: GgufCheckpoint) -> DecoderSpec:
 
 
 def _rotary(metadata: _Metadata, checkpoint: GgufCheckpoint, head_dim: int, context: int, *, local: bool) -> Rotary:
-    """`local`: Gemma-3's sliding layers, which have a base of their own and no scaling."""
+    """`local` is for Gemma-3's sliding layers, which have a base of their own and no scaling."""
     dim = metadata.integer("rope.dimension_count", head_dim)
     if dim != head_dim:
         raise UnsupportedModel(f"{metadata.path}: rotation over {dim} of {head_dim} dimensions of a head is not supported")
@@ -189,7 +189,7 @@ class _Weights:
         )
 
     def _experts(self, name: str, part: str) -> Linear:
-        """One tensor [experts, out, in], or, in older files, one an expert."""
+        """All experts' weights: one tensor [experts, out, in], or in older files one tensor for each expert."""
         if f"{name}ffn_{part}_exps.weight" in self.tensors:
             return Linear(self.tensors.tensor(f"{name}ffn_{part}_exps.weight", lambda array: array.transpose(0, 2, 1)))
         assert self.spec.experts is not None

@@ -1,7 +1,6 @@
 """GGUF files: metadata and tensors by name, from a memory map. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-The header is read here rather than by the gguf package, whose reader makes several numpy objects of every token of the
-vocabulary (seconds, and hundreds of megabytes for the larger ones); the block formats of quantized tensors are the package's.
+The header is read here, and docs/adr/0005-gguf-header.md says why. The gguf package converts quantized tensors.
 """
 
 from __future__ import annotations
@@ -174,7 +173,7 @@ def _nbytes(path: Path, name: str, kind: int, shape: tuple[int, ...]) -> int:
 
 
 def _dequantize(entry: _Entry, name: str) -> npt.NDArray[np.float32]:
-    """float32 of the tensor's shape, made a number of rows at a time."""
+    """The tensor as float32, converted a number of rows at a time."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType(entry.kind)

@@ -110,7 +110,10 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
 
 
 def _merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose union scores highest; as BPE merges, every split of every token, best first."""
+    """Merges that make BPE do what SentencePiece does, which joins the neighbours whose union scores highest.
+
+    Every split of a token into two tokens is a merge; the highest score comes first.
+    """
     ids = {token: id for id, token in enumerate(tokens) if types[id] not in (CONTROL, UNKNOWN, UNUSED)}
     found = []
     for token, id in ids.items():

@@ -1,9 +1,7 @@
 """Import of exported ONNX decoders: any graph of the torch exporters, optimum or onnxruntime-genai, cut into blocks.
 
-graph       read and normalise            probe       evaluate shapes, masks and positions on concrete sizes
-attention   find the attention islands    mask        what each does to its scores
-cut         where layers end              positions   what depends on positions and sizes
-emit        one block's nodes
+The file is read and rewritten to one form (onnx_file.py), analysed (mesh/importer/analysis), cut where its layers end, and each
+part is emitted as a block (mesh/importer/write/emit.py).
 """
 
 from __future__ import annotations
@@ -17,14 +15,15 @@ import orjson
 from onnx import TensorProto
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, Island, find_islands
+from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, AttentionPattern, find_attention
 from mesh.importer.analysis.cut import DataPath, find_cuts
 from mesh.importer.analysis.mask import MaskReader, ScoreRule
 from mesh.importer.analysis.positions import InputParts, context_limit
-from mesh.importer.graph.decoder import DecoderGraph, load
+from mesh.importer.graph.decoder import DecoderGraph
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
-from mesh.importer.sources.source import ImportOptions, Progress
+from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.sources.onnx_file import load
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder
 from mesh.importer.write.emit import Emitter, Part
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, block_name
@@ -61,13 +60,13 @@ class OnnxSource:
     def _analyse(self, file: Path) -> None:
         self.graph: DecoderGraph = load(file)
         self._config = _read_config(file)
-        self.islands: list[Island] = find_islands(self.graph)
-        self._path = DataPath(self.graph, self.islands)
+        self.patterns: list[AttentionPattern] = find_attention(self.graph)
+        self._path = DataPath(self.graph, self.patterns)
         probe = Probe(self.graph, BATCH, CHUNK, PAST if self.graph.has_past else 0)
         self.context_length = self._context_length()
         reader = MaskReader(self.graph, self.context_length)
-        self.rules: list[ScoreRule] = [reader.read(island) for island in self.islands]
-        self._cut = find_cuts(self._path, self.islands, probe)
+        self.rules: list[ScoreRule] = [reader.read(pattern) for pattern in self.patterns]
+        self._cut = find_cuts(self._path, self.patterns, probe)
         self._inputs = InputParts(self.graph, self.context_length)
         logits = probe.shape(self.graph.logits)
         if len(logits) != 3 or logits[:2] != (BATCH, CHUNK):
@@ -90,13 +89,13 @@ class OnnxSource:
 
     @property
     def layers(self) -> int:
-        return len(self.islands)
+        return len(self.patterns)
 
     @property
     def cache(self) -> tuple[CacheInfo, ...]:
         return tuple(
             CacheInfo(kv_heads=i.kv_heads, key_dim=i.k.layout.width, value_dim=i.v.layout.width, window=rule.window)
-            for i, rule in zip(self.islands, self.rules, strict=True)
+            for i, rule in zip(self.patterns, self.rules, strict=True)
         )
 
     def _context_length(self) -> int:
@@ -120,14 +119,14 @@ class OnnxSource:
         return tuple(blocks)
 
     def _release(self) -> None:
-        """Let go of the mapped weights: pages of a file that was read count as memory until they are unmapped."""
+        """Unmap the weights: pages of a mapped file that were read count as memory until then."""
         for value in self.graph.model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                with suppress(BufferError):  # a table that the analysis still looks at
+                with suppress(BufferError):  # the analysis still uses this table
                     value.const_value.release()
 
     def build(self, part: Part, options: ImportOptions) -> GraphBuilder:
-        """The graph of one block."""
+        """The graph of one block, with its inputs and outputs declared."""
         builder = GraphBuilder(part.name, options)
         emitter = Emitter(self._path, self._inputs, builder, part, self._type)
         hidden: list[int | str] = ["batch", "chunk", self.hidden_size]
@@ -152,8 +151,10 @@ class OnnxSource:
         return builder
 
     def part(self, index: int) -> tuple[bytes, str | None, str]:
-        """The source's own nodes of one block (0 is embed, the last is the head), as a model of its own whose weights stay where they
-        are, with the names of its hidden input (None for embed) and of its output."""
+        """The source's own nodes of one block as a model: (its bytes, its hidden input, its output).
+
+        Part 0 is embed, which has no hidden input (None); the last part is the head. The weights stay in the source's files.
+        """
         cuts = self._cut.values
         start = cuts[index - 1] if index else None
         end = cuts[index] if index < len(cuts) else self.graph.logits

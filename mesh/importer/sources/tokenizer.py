@@ -123,5 +123,5 @@ def _ids(value: Any) -> list[int]:
 
 
 def _unique(ids: Iterable[int | None], vocab_size: int) -> tuple[int, ...]:
-    """In order, without what the vocabulary has not: configurations keep defaults of models with larger ones."""
+    """The ids in order, each once. Ids outside the vocabulary are left out: configurations keep defaults of larger models."""
     return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < vocab_size))

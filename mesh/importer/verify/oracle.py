@@ -101,9 +101,9 @@ class OrtSource:
 
 
 class OrtParts:
-    """A source cut where its blocks are, each part run alone: for sources too large to run whole, and to name the layer that differs.
+    """A source cut where its blocks are cut, each part run alone. Used if the source is too large to run whole, and to name a layer.
 
-    `parts` [i] makes the i-th part: a model as bytes, its hidden input (None for the first) and its output.
+    `parts[i]` makes part i: a model as bytes, its hidden input (None for the first) and its output.
     """
 
     def __init__(self, parts: Sequence[Callable[[], tuple[bytes, str | None, str]]], roles: dict[str, str], data: Path) -> None:
@@ -125,7 +125,7 @@ class OrtParts:
 
 
 def _feed(inputs: Sequence[Any], roles: dict[str, str], tokens: Array) -> dict[str, Array]:
-    """What a source is given for a whole sequence of one row and no past."""
+    """The inputs of a source for a whole sequence of one row without a past."""
     length = len(tokens)
     feed = {}
     for item in inputs:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mesh.importer.sources.source import ImportOptions, Progress, Source
+from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.sources.source import Source
 from mesh.importer.verify.verify import runtime_logits
 from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import HiddenInfo, Manifest

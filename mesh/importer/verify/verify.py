@@ -2,11 +2,11 @@
 
     source     the original graph in onnxruntime (ONNX sources): logits of whole sequences
     oracle     the blocks in stock onnxruntime, one after the other: a chunk, then the rest on its cache
-    runtime    the blocks as stages run them: prompts prefilled whole and in chunks, then 32 decode steps as one wave
+    runtime    the blocks as stages run them: prompts prefilled whole and in chunks, then 32 decode steps of all rows together
 
-Sequences are three random prompts, continued by the source's own greedy tokens where it is at hand and small, at random where
-not; each position then compares what follows it, so agreement means equal greedy tokens. Blocks are verified in groups
-that fit a budget of memory, so that a model of any size can be.
+Sequences are three random prompts. The source's own greedy tokens continue them if it is small enough to be run whole, random
+tokens otherwise. Logits are compared at every position, so agreement means equal greedy tokens. Blocks are verified in groups
+that fit a budget of memory, so that a model of any size can be verified.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel, VerificationFailed
+from mesh.importer.options import Progress
 from mesh.importer.verify.oracle import OrtBlock, OrtParts
 from mesh.model.manifest import Manifest, block_name
 from mesh.runtime.loading import load_block
@@ -33,17 +34,16 @@ from mesh.types import LayerRange
 __all__ = ["GREEDY_STEPS", "Reference", "runtime_logits", "verify"]
 
 Array = npt.NDArray[Any]
-Progress = Callable[[str, int, int], None]
 Reference = Callable[[Array], Array]
 """The source's logits of a whole sequence: tokens [T] -> [T, V] float32."""
 
 GREEDY_STEPS = 32
 PROMPT_LENGTHS = (24, 13, 9)
 CHUNK = 16
-GROUP_BYTES = 64 << 20  # a layer is one group where it is larger
+GROUP_BYTES = 64 << 20  # a larger layer is a group of its own
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
-# What storing weights in fewer bits may change at most, as a share of the logits; over it the weights are damaged, not rounded.
+# The most that storing weights in fewer bits may change, as a share of the logits. More means damaged weights, not rounding.
 STORED_TOLERANCE = {32: 0.0, 16: 5e-2, 8: 0.25, 4: 0.8}
 
 
@@ -66,8 +66,9 @@ def verify(
 ) -> dict[str, Any]:
     """Verify a model directory; returns what was measured, for the manifest's report.
 
-    `reference` is the source itself, whose greedy tokens continue the prompts; None where it is too large, or nothing runs it
-    (weights). `parts` are its parts, compared where it is too large. VerificationFailed names the first layer that differs and by how much.
+    `reference` runs the source itself, and its greedy tokens continue the prompts. It is None if the source is too large, or is
+    weights that nothing runs. `parts` runs the source part by part if it is too large. VerificationFailed names the first layer
+    that differs and by how much.
     """
     sequences = _sequences(manifest, reference, seed)
     tolerance = TOLERANCE[manifest.hidden.dtype]
@@ -197,7 +198,7 @@ def _runtime_group(
     compiled: Compiled | None = None,
     chunk: int = 32,
 ) -> list[Array]:
-    """The rows through the layers as a stage runs them. Input tokens [T] or hidden [T, D]; hidden [T, D] of each."""
+    """Run the rows through the layers as a stage does: tokens [T] or hidden [T, D] of each row -> hidden [T, D] of each."""
     longest = max(len(row) for row in rows)
     config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
     stage = Stage.load(directory, config, compiled=compiled)
@@ -220,7 +221,7 @@ def _runtime_group(
             out[index].append(result[place : place + 1])
             positions[index] += 1
     del stage
-    gc.collect()  # its weights, before those of the next group
+    gc.collect()  # frees its weights before those of the next group are loaded
     return [np.concatenate(parts) for parts in out]
 
 
@@ -266,7 +267,7 @@ def _source(parts: OrtParts | None, manifest: Manifest, sequences: Sequences) ->
 def _first_layer_of_source(
     directory: Path, manifest: Manifest, sequences: Sequences, parts: OrtParts, tolerance: float
 ) -> tuple[int | None, float | None]:
-    """Which layer differs first from the source's own nodes, each given what the source's embedding and layers before it make."""
+    """The first layer that differs from the source's own nodes. Each is given what the source's parts before it compute."""
     tokens = _distinct(sequences.tokens)
     rows = parts.run(0, tokens, tokens)
     for layer in range(manifest.layers):
@@ -286,7 +287,7 @@ def _against_source(
     for got, want, prompt in zip(logits, expected, sequences.prompts, strict=True):
         got, want = got[prompt - 1 :], want[prompt - 1 :]
         margin = np.take_along_axis(want, want.argmax(-1)[:, None], -1) - np.take_along_axis(want, got.argmax(-1)[:, None], -1)
-        # Two tokens nearer to each other than rounding are a tie: rounding decides it in the source too.
+        # Two tokens that differ by less than rounding are a tie: in the source too, rounding decides between them.
         tie = margin[:, 0] <= TOLERANCE[manifest.hidden.dtype] * np.abs(want).max(-1)
         same += int(((got.argmax(-1) == want.argmax(-1)) | tie).sum())
         total += len(got)
@@ -301,7 +302,7 @@ def _against_source(
 def _first_layer(
     directory: Path, manifest: Manifest, group: LayerRange, sequences: Sequences, *, fallback: float
 ) -> tuple[int | None, float]:
-    """Which layer of a group differs first: each alone, on the oracle's own input."""
+    """The first layer of a group that differs, and by how much. Each runs alone, on the input that the oracle computed."""
     tolerance = TOLERANCE[manifest.hidden.dtype]
     rows: list[Array] = [np.asarray(tokens, np.int64) for tokens in sequences.tokens]
     for layer in range(group.stop):

@@ -15,12 +15,14 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from mesh.importer.sources.source import NUMPY_DTYPES, ImportOptions
+from mesh.dtypes import NUMPY_DTYPES
+from mesh.importer.options import ImportOptions
 from mesh.importer.write.quantize import EXPERT_GROUP, half_type, quantize_rows, quantize_weight
-from mesh.importer.write.writer import INLINE_BYTES, IR_VERSION, OPSET, BlockWriter, Weight, WeightValue, block_model, producer
-from mesh.model.manifest import BlockInfo, DType
+from mesh.importer.write.writer import INLINE_BYTES, BlockWriter, Weight, WeightValue, as_callable, block_model
+from mesh.model.manifest import BlockInfo
+from mesh.types import DType
 
-__all__ = ["INLINE_BYTES", "IR_VERSION", "OPSET", "BlockWriter", "GraphBuilder", "Weight", "WeightValue", "attention_block"]
+__all__ = ["INLINE_BYTES", "BlockWriter", "GraphBuilder", "Weight", "WeightValue", "attention_block"]
 
 
 def tensor_type(dtype: DType) -> int:
@@ -74,7 +76,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def weight(self, name: str, value: WeightValue) -> str:
-        """Add a weight stored as it comes."""
+        """Add a weight that is stored as it is given. Returns its name."""
         if name in self.weights:
             raise ValueError(f"block {self.name} already has a weight {name}")
         self.weights[name] = value
@@ -82,7 +84,7 @@ class GraphBuilder:
 
     def parameter(self, name: str, value: WeightValue) -> str:
         """Add a weight stored in the compute type (norms, biases)."""
-        return self.weight(name, Weight(producer(value), self.options.compute))
+        return self.weight(name, Weight(as_callable(value), self.options.compute))
 
     def linear(self, x: str, name: str, weight: WeightValue, bias: WeightValue | None = None, *, out: str | None = None) -> str:
         """x [..., in] @ weight [in, out] + bias [out], the weight stored as the options say."""
@@ -93,7 +95,7 @@ class GraphBuilder:
 
     def matrix(self, name: str, weight: WeightValue, *, experts: bool = False) -> str:
         """A MatMul weight [in, out], or [experts, in, out], stored as the options say; returns its value in the compute type."""
-        options, produce = self.options, producer(weight)
+        options, produce = self.options, as_callable(weight)
         if options.bits == 32:
             return self.parameter(f"{name}.weight", weight)
         if options.bits == 16:
@@ -114,7 +116,7 @@ class GraphBuilder:
 
         Only the rows asked for are converted: a table is large and a step reads few rows of it.
         """
-        options, produce = self.options, producer(table)
+        options, produce = self.options, as_callable(table)
         if options.bits == 32 or (options.bits == 16 and options.dtype != "float32"):
             return self.op("Gather", self.parameter(f"{name}.weight", table), ids, out=out)
         if options.bits == 16:
@@ -190,7 +192,7 @@ def cache_slots(builder: GraphBuilder, position_ids: str, past_key: str) -> tupl
 
 
 class _Once:
-    """One computation whose result several weights share: made at the first use, dropped after the last."""
+    """A computation whose result several weights share. It runs at the first use, and the result is dropped after the last."""
 
     def __init__(self, produce: Callable[[], Any], uses: int) -> None:
         self._produce = produce

@@ -1,44 +1,26 @@
-"""Say one block's part of an exported graph again as a block: its nodes with islands, sizes and positions replaced.
+"""Re-emit one block's part of an exported graph as a block of its own.
 
-Types: a source's own float type becomes the compute type. From float32 to 16 bits, norms, exponentials and whatever meets
-them stay in float32; matrix products, attention, the cache and the hidden state are of the compute type.
+The nodes of the data path are copied. Attention patterns, sizes and positions are replaced: see emit_attention and emit_values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-from onnx import helper
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.attention import Island, Layout, Operand
 from mesh.importer.analysis.cut import DataPath
 from mesh.importer.analysis.mask import ScoreRule
-from mesh.importer.analysis.positions import Computed, Constant, InputParts, Positions, Sizes, Table
-from mesh.importer.graph.decoder import Kind, Role, argument, maker
-from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import BROADCAST, Probe
-from mesh.importer.write.blocks import GraphBuilder, Weight, attention_block
+from mesh.importer.analysis.positions import InputParts
+from mesh.importer.graph.decoder import Dependence, Role, input_of, producer
+from mesh.importer.write.blocks import GraphBuilder, Weight
+from mesh.importer.write.emit_attention import emit_attention
+from mesh.importer.write.emit_values import Values, attributes_of
 
 __all__ = ["Emitter", "Part"]
-
-Array = npt.NDArray[Any]
-
-FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float64))
-SMALL_BYTES = 1024
-# computed in float32 under a 16-bit compute type
-WIDE = frozenset((
-    "Pow", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceSumSquare", "Sqrt", "Reciprocal", "Exp", "Log", "Softmax", "LogSoftmax",
-    "Cos", "Sin", "Erf",
-))  # fmt: skip
-# take and give the compute type
-NARROW = frozenset(("MatMul", "Gemm", "LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Einsum", "CastLike"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,45 +34,42 @@ class Part:
 
 
 class Emitter:
-    """Builds the graph of one part. `source_type`: the float type of the source's data path."""
+    """Builds the graph of one part. `source_type` is the float type of the source's data path."""
 
     def __init__(self, path: DataPath, inputs: InputParts, builder: GraphBuilder, part: Part, source_type: np.dtype[Any]) -> None:
-        self.path, self.graph, self.inputs, self.builder, self.part = path, path.graph, inputs, builder, part
-        self.source, self.compute = source_type, builder.options.compute
-        self.widening = source_type == np.float32 and self.compute != np.float32
-        self.names: dict[ir.Value, str] = {}
-        self.types: dict[str, np.dtype[Any]] = {}  # of float values by their name
-        self._shape_source = "hidden_in" if part.start is not None else "input_ids"
-        self._sizes: dict[tuple[int, int, int, int], str] = {}
-        self._casts: dict[tuple[str, str], str] = {}
-        self._weights: dict[tuple[int, str], str] = {}
-        self.uses_positions = False
+        self.path, self.graph, self.builder, self.part = path, path.graph, builder, part
+        first_input = "hidden_in" if part.start is not None else "input_ids"
+        self.values = Values(path.graph, inputs, builder, source_type, first_input)
 
-    # --- the data path ----------------------------------------------------------------------------------------------
+    @property
+    def uses_positions(self) -> bool:
+        """Whether the block reads position_ids."""
+        return self.values.uses_positions
 
     def emit(self, out: str) -> None:
         """Emit everything up to the part's end, which gets the name `out` in the compute type."""
+        values = self.values
         start = self.part.start
         tokens = self.graph.input(Role.TOKENS)
         if start is not None:
-            self.names[start] = "hidden_in"
-            self.types["hidden_in"] = self.compute
+            values.names[start] = "hidden_in"
+            values.types["hidden_in"] = values.compute
         order = self.path.between(self.part.end, start)
         done: set[ir.Node] = set()
         for value in order:
             if value is tokens:
-                self.names[value] = self._token_ids(value)
+                values.names[value] = self._token_ids(value)
                 continue
-            island = self.path.islands.get(value)
-            if island is not None:
-                self.names[value] = self._island(island)
+            pattern = self.path.patterns.get(value)
+            if pattern is not None:
+                values.names[value] = emit_attention(values, pattern, self.part.rule)
                 continue
-            node = maker(value)
+            node = producer(value)
             if node in done:
                 continue
             done.add(node)
             self._node(node)
-        last = self._typed(self.names[self.part.end], self.compute)
+        last = values.typed(values.names[self.part.end], values.compute)
         self.builder.op("Identity", last, out=out)
 
     def _token_ids(self, tokens: ir.Value) -> str:
@@ -99,411 +78,73 @@ class Emitter:
         return self.builder.op("Cast", "input_ids", to=int(tokens.dtype))
 
     def _node(self, node: ir.Node) -> None:
+        values = self.values
         handler = {"MatMul": self._matmul, "Gemm": self._gemm, "Gather": self._gather}.get(node.op_type)
         if handler is not None and handler(node):
             return
         inputs = [self._input(node, i) for i in range(len(node.inputs))]
-        attributes = _attributes(node)
-        if node.op_type == "Reshape" and self.graph.kind(argument(node, 1)) is not Kind.CONSTANT:
+        attributes = attributes_of(node)
+        if node.op_type == "Reshape" and self.graph.dependence(input_of(node, 1)) is not Dependence.CONSTANT:
             attributes.pop("allowzero", None)
-        self._place(node, inputs, attributes)
-
-    def _place(self, node: ir.Node, inputs: list[str], attributes: dict[str, Any]) -> None:
-        """Add the node with its float inputs brought to one type, and note the type of its outputs."""
-        result: np.dtype[Any] | None = None
-        floats = [self.types[name] for name in inputs if name in self.types]
-        if self.widening and floats:
-            if node.op_type in WIDE:
-                result = np.dtype(np.float32)
-            elif node.op_type in NARROW:
-                result = self.compute
-            else:
-                result = floats[0] if len(set(floats)) == 1 else np.dtype(np.float32)
-            inputs = [self._typed(name, result) if name in self.types else name for name in inputs]
-        elif floats:
-            result = floats[0]
-        if node.op_type == "Cast":
-            to = ir.DataType(attributes["to"])
-            if to.is_floating_point():
-                result = self._mapped(to.numpy())
-                if self.widening and floats:
-                    result = floats[0]
-                attributes["to"] = helper.np_dtype_to_tensor_dtype(result)
-        outputs = self.builder.ops(node.op_type, *inputs, out=len(node.outputs), **attributes)
-        for output, name in zip(node.outputs, outputs, strict=True):
-            self.names[output] = name
-            if result is not None and self._is_float(output):
-                self.types[name] = result
-
-    def _is_float(self, value: ir.Value) -> bool:
-        try:
-            return self.inputs.probes[0].dtype(value) in FLOATS
-        except NotConcrete:
-            return True
-
-    def _mapped(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        """The block's type for a type of the source."""
-        if self.widening:
-            return np.dtype(np.float32) if dtype in FLOATS else dtype
-        return self.compute if dtype == self.source else dtype
-
-    def _typed(self, name: str, dtype: np.dtype[Any]) -> str:
-        if self.types.get(name, dtype) == dtype:
-            return name
-        key = name, dtype.name
-        if key not in self._casts:
-            self._casts[key] = self.builder.op("Cast", name, to=helper.np_dtype_to_tensor_dtype(dtype))
-            self.types[self._casts[key]] = dtype
-        return self._casts[key]
+        values.place(node, inputs, attributes)
 
     def _input(self, node: ir.Node, place: int) -> str:
+        values = self.values
         value = node.inputs[place]
         if value is None:
             return ""
-        kind = self.graph.kind(value)
-        if kind is Kind.TOKENS:
-            return self.names[value]
-        if kind is Kind.CONSTANT:
-            return self._constant(value)
-        if kind is Kind.PAST:
+        kind = self.graph.dependence(value)
+        if kind is Dependence.TOKENS:
+            return values.names[value]
+        if kind is Dependence.CONSTANT:
+            return values.constant(value)
+        if kind is Dependence.PAST:
             raise UnsupportedModel(f"node {node.name} ({node.op_type}) reads the cache outside attention: not supported")
         if node.op_type in ("Reshape", "Expand") and place == 1:
-            return self._target(node, value)
-        return self._described(value, node)
-
-    def _described(self, value: ir.Value, node: ir.Node) -> str:
-        """A value of positions and sizes that a node of the data path takes."""
-        description = self.inputs.describe(value, self._widened(value, node))
-        if isinstance(description, Computed):
-            return self._computed(value)
-        return self._leaf(value, description)
-
-    def _widened(self, value: ir.Value, node: ir.Node) -> bool:
-        """Whether `value` may get one more axis in front, for the batch, without harm to `node`."""
-        if node.op_type not in BROADCAST:
-            return False
-        probe = self.inputs.probes[0]
-        out = probe.shape(node.outputs[0])
-        return len(out) == len(probe.shape(value)) + 1 and out[0] == probe.batch
-
-    # --- sizes and positions ----------------------------------------------------------------------------------------
-
-    def _leaf(self, value: ir.Value, leaf: Constant | Sizes | Positions | Table) -> str:
-        if value in self.names:
-            return self.names[value]
-        if isinstance(leaf, Constant):
-            name = self._array(leaf.array, str(value.name))
-        elif isinstance(leaf, Sizes):
-            name = self._size_vector([self._factor(f) for f in leaf.factors], leaf.rank)
-            if (dtype := self.inputs.probes[0].value(value).dtype) != np.int64:
-                name = self.builder.op("Cast", name, to=helper.np_dtype_to_tensor_dtype(dtype))
-        elif isinstance(leaf, Positions):
-            name = self._positions(leaf)
-        else:
-            name = self._table(leaf, str(value.name))
-        self.names[value] = name
-        return name
-
-    def _computed(self, value: ir.Value) -> str:
-        """The source's own nodes, down to leaves."""
-        stack = [value]
-        while stack:
-            current = stack[-1]
-            if current in self.names:
-                stack.pop()
-                continue
-            if self.graph.kind(current) is Kind.CONSTANT:
-                self.names[current] = self._constant(current)
-                continue
-            leaf = self.inputs.leaf(current)
-            if leaf is not None:
-                self._leaf(current, leaf)
-                continue
-            node = maker(current)
-            missing = [v for v in node.inputs if v is not None and v not in self.names]
-            if missing:
-                stack.extend(missing)
-                continue
-            self._place(node, [self.names[v] if v is not None else "" for v in node.inputs], _attributes(node))
-        return self.names[value]
-
-    def _position_ids(self) -> str:
-        self.uses_positions = True
-        return "position_ids"
-
-    def _positions(self, leaf: Positions) -> str:
-        builder, name = self.builder, self._position_ids()
-        if leaf.offset:
-            name = builder.op("Add", name, builder.const(leaf.offset))
-        if leaf.dtype != np.int64:
-            dtype = self._mapped(leaf.dtype)
-            name = builder.op("Cast", name, to=helper.np_dtype_to_tensor_dtype(dtype))
-            if dtype in FLOATS:
-                self.types[name] = dtype
-        axes = [a for a in range(leaf.rank) if a not in (leaf.batch, leaf.token)]
-        if leaf.batch < 0:
-            axes = [a + 1 for a in axes]
-        elif leaf.batch > leaf.token:
-            name = self._like(name, builder.op("Transpose", name, perm=[1, 0]))
-        return self._like(name, builder.op("Unsqueeze", name, builder.const(axes))) if axes else name
-
-    def _like(self, source: str, name: str) -> str:
-        if source in self.types:
-            self.types[name] = self.types[source]
-        return name
-
-    def _table(self, table: Table, name: str) -> str:
-        rows = self.builder.op("Gather", self._array(table.rows, f"{name}.by_position"), self._position_ids())  # [B, T, ...]
-        dtype = self._mapped(table.rows.dtype)
-        if dtype in FLOATS:
-            self.types[rows] = dtype
-        rank = table.rows.ndim + 1
-        if table.batch < 0:
-            # the token axis counts without the batch, which stays in front
-            rest = iter(range(2, rank))
-            perm = [0, *(1 if axis == table.token else next(rest) for axis in range(rank - 1))]
-        else:
-            rest = iter(range(2, rank))
-            perm = [0 if axis == table.batch else 1 if axis == table.token else next(rest) for axis in range(rank)]
-        return rows if perm == sorted(perm) else self._like(rows, self.builder.op("Transpose", rows, perm=perm))
-
-    def _factor(self, factors: tuple[int, int, int, int]) -> int | str:
-        """A number, or the name of a one-element vector."""
-        constant, rows, tokens, both = factors
-        if not (rows or tokens or both):
-            return constant
-        if factors not in self._sizes:
-            self._sizes[factors] = self._product_sum(constant, rows, tokens, both)
-        return self._sizes[factors]
-
-    def _product_sum(self, constant: int, rows: int, tokens: int, both: int) -> str:
-        builder = self.builder
-        if (constant, rows, tokens, both) == (0, 1, 0, 0):
-            return builder.op("Shape", self._shape_source, start=0, end=1)
-        if (constant, rows, tokens, both) == (0, 0, 1, 0):
-            return builder.op("Shape", self._shape_source, start=1, end=2)
-        B, T = self._factor((0, 1, 0, 0)), self._factor((0, 0, 1, 0))
-        assert isinstance(B, str) and isinstance(T, str)
-        terms: list[str] = []
-        for factor, name in ((rows, B), (tokens, T)):
-            if factor:
-                terms.append(name if factor == 1 else builder.op("Mul", name, builder.const([factor])))
-        if both:
-            product = builder.op("Mul", B, T)
-            terms.append(product if both == 1 else builder.op("Mul", product, builder.const([both])))
-        if constant:
-            terms.append(builder.const([constant]))
-        total = terms[0]
-        for term in terms[1:]:
-            total = builder.op("Add", total, term)
-        return total
-
-    def _size_vector(self, elements: list[int | str], rank: int = 1) -> str:
-        """An int64 vector (or, for rank 0, a number) of numbers and one-element vectors."""
-        builder = self.builder
-        if all(isinstance(element, int) for element in elements):
-            return builder.const(elements if rank else elements[0])
-        if rank == 0:
-            return builder.op("Squeeze", str(elements[0]), builder.const([0]))
-        parts = [builder.const([e]) if isinstance(e, int) else e for e in elements]
-        return parts[0] if len(parts) == 1 else builder.op("Concat", *parts, axis=0)
-
-    def _target(self, node: ir.Node, value: ir.Value) -> str:
-        """The shape input of a Reshape or Expand, as a constant if that is possible."""
-        leaf = self.inputs.leaf(value)
-        if not isinstance(leaf, Constant | Sizes):
-            return self._described(value, node)
-        if isinstance(leaf, Constant):
-            factors = [(int(n), 0, 0, 0) for n in leaf.array.reshape(-1)]
-        else:
-            factors = list(leaf.factors)
-        return self._size_vector(self._short_target(node.op_type, argument(node, 0), factors))
-
-    def _short_target(self, op_type: str, data: ir.Value, factors: list[tuple[int, int, int, int]]) -> list[int | str]:
-        own = self._dims(data)
-        if all(f[1:] == (0, 0, 0) for f in factors):
-            return [f[0] for f in factors]
-        elements: list[int | str | None] = []
-        for i, factor in enumerate(factors):
-            fixed = factor[1:] == (0, 0, 0)
-            if op_type == "Expand":
-                axis = i - len(factors) + len(own)
-                same = axis >= 0 and own[axis] == factor
-                elements.append(1 if same and not fixed else factor[0] if fixed else None)
-            else:
-                same = i < len(own) and own[i] == factor
-                elements.append(factor[0] if fixed else 0 if same else None)
-        open_places = [i for i, element in enumerate(elements) if element is None]
-        if op_type == "Reshape" and len(open_places) == 1 and -1 not in elements:
-            elements[open_places[0]] = -1
-        return [self._factor(factors[i]) if element is None else element for i, element in enumerate(elements)]
-
-    def _dims(self, value: ir.Value) -> list[tuple[int, int, int, int] | None]:
-        """The shape of a value as factors of 1, B, T and B*T; None for an axis that is something else."""
-        probes = self.inputs.probes
-        shapes = np.array([probe.shape(value) for probe in probes], np.float64).reshape(len(probes), -1)
-        basis = np.array([[1, p.batch, p.chunk, p.batch * p.chunk] for p in probes], np.float64)
-        factors = np.rint(np.linalg.lstsq(basis, shapes, rcond=None)[0])
-        good = (basis @ factors == shapes).all(axis=0)
-        return [tuple(int(f) for f in column) if ok else None for column, ok in zip(factors.T, good, strict=True)]  # type: ignore[misc]
-
-    # --- attention --------------------------------------------------------------------------------------------------
-
-    def _island(self, island: Island) -> str:
-        rule = self.part.rule
-        if rule is None:
-            raise UnsupportedModel(f"attention {island.number} is not in a layer of its own")
-        q, k, v = (self._operand(operand) for operand in (island.q, island.k, island.v))
-        context, _, _ = attention_block(
-            self.builder, q, k, v, scale=rule.scale, softcap=rule.softcap, window=rule.window, alibi_slopes=rule.slopes
-        )
-        self.uses_positions = True
-        self.types[context] = self.compute
-        own = self._dims(island.output)
-        if len(own) == 4 and len(self.inputs.probes[0].shape(island.output)) == 4:
-            heads_first = own[1] == (island.heads, 0, 0, 0)
-            if heads_first:
-                return context
-        return self._merge(context, island, own)
-
-    def _merge(self, context: str, island: Island, own: list[tuple[int, int, int, int] | None]) -> str:
-        """The context [B, H, T, Dv] with axes merged or split as the source's product has them."""
-        if any(dim is None for dim in own):
-            raise UnsupportedModel(f"attention {island.number}: the shape of its output is not understood")
-        if len(own) == 3 and own[1] == (0, 0, 1, 0) and own[0] == (0, 1, 0, 0):
-            swapped = self.builder.op("Transpose", context, perm=[0, 2, 1, 3])
-            return self._like(context, self.builder.op("Reshape", swapped, self.builder.const([0, 0, -1])))
-        target = self._size_vector([self._factor(dim) for dim in own if dim is not None])
-        return self._like(context, self.builder.op("Reshape", context, target))
-
-    def _operand(self, operand: Operand) -> str:
-        """The operand as [B, H, T, D] of the compute type."""
-        builder, layout = self.builder, operand.layout
-        name = self._typed(self.names[operand.value], self.compute)
-        if len(self.inputs.probes[0].shape(operand.value)) != len(layout.split):
-            name = self._split(name, operand.value, layout)
-        if layout.perm != tuple(range(len(layout.perm))):
-            name = builder.op("Transpose", name, perm=list(layout.perm))
-        if len(layout.perm) != 4:
-            target = self._size_vector([self._letter("B"), layout.heads, self._letter("T"), layout.width])
-            name = builder.op("Reshape", name, target)
-        self.types[name] = self.compute
-        return name
-
-    def _split(self, name: str, value: ir.Value, layout: Layout) -> str:
-        symbols = {"B": (0, 1, 0, 0), "T": (0, 0, 1, 0)}
-        factors = [symbols[s] if isinstance(s, str) else (s, 0, 0, 0) for s in layout.split]
-        return self.builder.op("Reshape", name, self._size_vector(self._short_target("Reshape", value, factors)))
-
-    def _letter(self, symbol: str) -> str:
-        name = self._factor((0, 1, 0, 0) if symbol == "B" else (0, 0, 1, 0))
-        return str(name)
-
-    # --- weights ----------------------------------------------------------------------------------------------------
+            return values.target(node, value)
+        return values.described(value, node)
 
     def _matmul(self, node: ir.Node) -> bool:
-        data, weight = argument(node, 0), argument(node, 1)
-        if self.graph.kind(weight) is not Kind.CONSTANT or self.graph.kind(data) is not Kind.TOKENS:
+        values = self.values
+        data, weight = input_of(node, 0), input_of(node, 1)
+        if self.graph.dependence(weight) is not Dependence.CONSTANT or self.graph.dependence(data) is not Dependence.TOKENS:
             return False
-        shape = self.inputs.probes[0].shape(weight)
-        if len(shape) not in (2, 3) or self._kept(weight):
+        shape = values.inputs.probes[0].shape(weight)
+        if len(shape) not in (2, 3) or values.kept(weight):
             return False
-        x = self._typed(self.names[data], self.compute) if self.widening else self.names[data]
-        matrix = self._matrix(weight, lambda: self._fold(weight), len(shape) == 3)
+        x = values.typed(values.names[data], values.compute) if values.widening else values.names[data]
+        matrix = values.matrix(weight, lambda: values.fold(weight), len(shape) == 3)
         name = self.builder.op("MatMul", x, matrix)
-        self.names[node.outputs[0]], self.types[name] = name, self.compute
+        values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True
 
     def _gemm(self, node: ir.Node) -> bool:
-        data, weight = argument(node, 0), argument(node, 1)
+        values = self.values
+        data, weight = input_of(node, 0), input_of(node, 1)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        attributes = _attributes(node)
+        attributes = attributes_of(node)
         plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA", 0)
-        constant = self.graph.kind(weight) is Kind.CONSTANT and (bias is None or self.graph.kind(bias) is Kind.CONSTANT)
-        if not plain or not constant or self.graph.kind(data) is not Kind.TOKENS or self._kept(weight):
+        constant = self.graph.dependence(weight) is Dependence.CONSTANT and (
+            bias is None or self.graph.dependence(bias) is Dependence.CONSTANT
+        )
+        if not plain or not constant or self.graph.dependence(data) is not Dependence.TOKENS or values.kept(weight):
             return False
         transpose = bool(attributes.get("transB", 0))
-        matrix = self._matrix(weight, lambda: self._fold(weight).T if transpose else self._fold(weight), False, "T" if transpose else "")
-        name = self.builder.op("MatMul", self._typed(self.names[data], self.compute), matrix)
+        matrix = values.matrix(weight, lambda: values.fold(weight).T if transpose else values.fold(weight), False, "T" if transpose else "")
+        name = self.builder.op("MatMul", values.typed(values.names[data], values.compute), matrix)
         if bias is not None:
-            name = self.builder.op("Add", name, self._typed(self._constant(bias), self.compute))
-        self.names[node.outputs[0]], self.types[name] = name, self.compute
+            name = self.builder.op("Add", name, values.typed(values.constant(bias), values.compute))
+        values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True
-
-    def _matrix(self, value: ir.Value, produce: Callable[[], Array], experts: bool, form: str = "") -> str:
-        key = id(value), f"matrix{form}"
-        if key not in self._weights:
-            self._weights[key] = self.builder.matrix(self._fresh_name(str(value.name)), Weight(produce), experts=experts)
-            self.types[self._weights[key]] = self.compute
-        return self._weights[key]
 
     def _gather(self, node: ir.Node) -> bool:
         """The embedding of the token ids."""
-        table, ids = argument(node, 0), argument(node, 1)
-        if self.graph.kind(table) is not Kind.CONSTANT or self.graph.roles.get(ids) is not Role.TOKENS or self._kept(table):
+        values = self.values
+        table, ids = input_of(node, 0), input_of(node, 1)
+        if self.graph.dependence(table) is not Dependence.CONSTANT or self.graph.roles.get(ids) is not Role.TOKENS or values.kept(table):
             return False
-        if _attributes(node).get("axis", 0) != 0 or len(self.inputs.probes[0].shape(table)) != 2:
+        if attributes_of(node).get("axis", 0) != 0 or len(values.inputs.probes[0].shape(table)) != 2:
             return False
-        name = self.builder.embedding(self.names[ids], self._fresh_name(str(table.name)), Weight(lambda: self._fold(table)))
-        self.names[node.outputs[0]], self.types[name] = name, self.compute
+        name = self.builder.embedding(values.names[ids], values.fresh_name(str(table.name)), Weight(lambda: values.fold(table)))
+        values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True
-
-    def _kept(self, value: ir.Value) -> bool:
-        """Whether a constant is computed by nodes that a block keeps: weights that are stored quantized stay so."""
-        node = value.producer()
-        return node is not None and any(n.op_type == "DequantizeLinear" for n in self.graph.ancestors(value))
-
-    def _fold(self, value: ir.Value) -> Array:
-        if value.const_value is not None:
-            return value.const_value.numpy()
-        return Probe(self.graph, 1, 1, 1 if self.graph.has_past else 0).value(value)
-
-    def _constant(self, value: ir.Value) -> str:
-        if value in self.names:
-            return self.names[value]
-        if self._kept(value):
-            node = maker(value)
-            inputs = [self._constant(v) if v is not None else "" for v in node.inputs]
-            self._place(node, inputs, _attributes(node))
-            return self.names[value]
-        shape = self.inputs.probes[0].shape(value)
-        dtype = self.inputs.probes[0].dtype(value)
-        if int(np.prod(shape)) * dtype.itemsize <= SMALL_BYTES:
-            name = self._array(self._fold(value), str(value.name))
-        else:
-            stored = self._mapped(dtype)
-            name = self.builder.weight(self._fresh_name(str(value.name)), Weight(lambda: self._fold(value), stored))
-            if stored in FLOATS:
-                self.types[name] = stored
-        self.names[value] = name
-        return name
-
-    def _array(self, array: Array, name: str) -> str:
-        dtype = self._mapped(array.dtype)
-        if array.nbytes <= SMALL_BYTES:
-            result = self.builder.const(array, dtype)
-        else:
-            result = self.builder.weight(self._fresh_name(name), Weight(lambda: array, dtype))
-        if dtype in FLOATS:
-            self.types[result] = dtype
-        return result
-
-    def _fresh_name(self, name: str) -> str:
-        name = name or "weight"
-        taken = {key.removesuffix(".weight") for key in self.builder.weights} | set(self.builder.weights)
-        number, base = 1, name
-        while name in taken:
-            name, number = f"{base}.{number}", number + 1
-        return name
-
-
-def _attributes(node: ir.Node) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for attribute in node.attributes.values():
-        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            raise UnsupportedModel(
-                f"node {node.name} ({node.op_type}) has a branch or loop of its own that depends on its inputs: export without control flow"
-            )
-        value = attribute.value
-        result[attribute.name] = ir.to_proto(value) if attribute.type == ir.AttributeType.TENSOR else value
-    return result

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from mesh.importer.sources.source import ImportOptions
+from mesh.importer.options import ImportOptions
 
 __all__ = ["QuantizedWeight", "dequantize", "half_type", "quantize_rows", "quantize_weight"]
 

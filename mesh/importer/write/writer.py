@@ -20,11 +20,10 @@ from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from mesh.errors import UnsupportedModel
 from mesh.model.manifest import BlockInfo, FileInfo
+from mesh.model.onnx_form import IR_VERSION, OPSET
 
-__all__ = ["INLINE_BYTES", "IR_VERSION", "OPSET", "BlockWriter", "Weight", "WeightValue", "block_model", "producer"]
+__all__ = ["INLINE_BYTES", "BlockWriter", "Weight", "WeightValue", "as_callable", "block_model"]
 
-OPSET = 24
-IR_VERSION = 12  # the one that goes with opset 24
 ALIGNMENT = 64
 INLINE_BYTES = 1024  # weights of this size or more are external data
 CHUNK_BYTES = 8 << 20
@@ -35,7 +34,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A weight that is produced when it is written: an array of any strides, stored as `dtype` (None: its own).
+    """A weight that is produced only when it is written: an array of any strides, stored as `dtype` (None: its own type).
 
     Conversion and transposition happen slice by slice while writing, so `produce` may return a view of a mapped file.
     """
@@ -107,7 +106,7 @@ class _DataFile:
 
     def store(self, name: str, value: WeightValue) -> tuple[TensorProto, int]:
         """The initializer of that name, inline or pointing into this file, and its stored bytes."""
-        weight = value if isinstance(value, Weight) else Weight(producer(value))
+        weight = value if isinstance(value, Weight) else Weight(as_callable(value))
         array = np.asarray(weight.produce())
         dtype = weight.dtype(array) if callable(weight.dtype) and not isinstance(weight.dtype, np.dtype) else weight.dtype
         dtype = np.dtype(dtype) if dtype is not None else array.dtype
@@ -166,7 +165,7 @@ def _row_major(array: Array) -> Array:
     return copy.view(array.dtype)
 
 
-def producer(value: WeightValue) -> Callable[[], Array]:
+def as_callable(value: WeightValue) -> Callable[[], Array]:
     if isinstance(value, Weight):
         return value.produce
     if callable(value):
@@ -181,7 +180,7 @@ def _initializer(tensor: TensorProto) -> WeightValue:
 
 
 def _from_ir(model: ir.Model) -> tuple[ModelProto, dict[str, WeightValue]]:
-    """The model without initializers, and these as weights that are read when they are produced."""
+    """The model without its initializers, and the initializers as weights that are read only when they are written."""
     values = list(model.graph.initializers.values())
     tensors = [value.const_value for value in values]
     held: dict[str, WeightValue] = {}
@@ -202,7 +201,7 @@ def _from_ir(model: ir.Model) -> tuple[ModelProto, dict[str, WeightValue]]:
 
 
 def _without_initializers(source: GraphProto) -> GraphProto:
-    """A copy; copying the initializers too would hold them twice."""
+    """A copy of the graph without its initializers, which would otherwise be in memory twice."""
     graph = GraphProto()
     graph.node.extend(source.node)
     graph.input.extend(source.input)

@@ -17,9 +17,9 @@ from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.importer.families.decoder_source import DecoderSource
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources import gguf_file
 from mesh.importer.sources.gguf import open_source
-from mesh.importer.sources.source import ImportOptions
 from mesh.importer.write.blocks import BlockWriter
 
 BASE = {**LLAMA, "vocab_size": 288, "max_position_embeddings": 128}

@@ -13,8 +13,8 @@ from ort_chain import Chain, relative_error
 from ort_source import SourceSession
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx import OnnxSource, open_source
-from mesh.importer.sources.source import ImportOptions
 from mesh.importer.write.blocks import BlockWriter
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "onnx"

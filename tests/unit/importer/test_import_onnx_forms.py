@@ -17,8 +17,8 @@ from ort_chain import Chain, relative_error
 from ort_source import SourceSession
 
 from mesh.errors import UnsupportedModel
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx import open_source
-from mesh.importer.sources.source import ImportOptions
 from mesh.importer.write.blocks import BlockWriter
 
 HIDDEN, HEADS, VOCAB = 16, 2, 24
@@ -197,7 +197,7 @@ import sys
 from pathlib import Path
 from mesh.importer.write.blocks import BlockWriter
 from mesh.importer.sources.onnx import open_source
-from mesh.importer.sources.source import ImportOptions
+from mesh.importer.options import ImportOptions
 source = open_source(Path(sys.argv[1]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source.write_blocks(BlockWriter(Path(sys.argv[2])), ImportOptions(), lambda *_: None)

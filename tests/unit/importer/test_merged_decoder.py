@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mesh.importer.importing import import_model
+from mesh.importer.run import import_model
 
 EXPORTS = Path(__file__).parents[2] / "fixtures" / "onnx"
 

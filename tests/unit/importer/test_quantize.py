@@ -13,8 +13,8 @@ from ort_chain import Chain, relative_error
 from tiny_models import LLAMA, logits_of, make_model, torch
 
 from mesh.errors import ConfigError
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.safetensors import open_source
-from mesh.importer.sources.source import ImportOptions
 from mesh.importer.write.blocks import BlockWriter
 from mesh.importer.write.quantize import dequantize, half_type, quantize_rows, quantize_weight
 

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.sources.source import ImportOptions
+from mesh.importer.options import ImportOptions
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder, Weight
 
 
@@ -70,7 +70,7 @@ def test_what_was_written_is_what_was_given(tmp_path: Path) -> None:
 
 
 def test_tensors_larger_than_a_chunk_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.model.writer.CHUNK_BYTES", 512)
+    monkeypatch.setattr("mesh.importer.write.writer.CHUNK_BYTES", 512)
     rng = np.random.default_rng(0)
     given = {
         "wide": rng.standard_normal((5, 1000)).astype(np.float32),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mesh.importer.importing import import_model
+from mesh.importer.run import import_model
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, MLP, VOCAB, CONTEXT = 5, 48, 6, 2, 8, 80, 131, 96
 

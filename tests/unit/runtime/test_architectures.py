@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ort_source import SourceSession
 
-from mesh.importer.importing import import_model
+from mesh.importer.run import import_model
 from mesh.model.manifest import Manifest
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams

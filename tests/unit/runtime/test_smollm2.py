@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from demo_model import smollm2_gguf
 
-from mesh.importer.importing import import_model
+from mesh.importer.run import import_model
 from mesh.model.tokenizer import Tokenizer
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams

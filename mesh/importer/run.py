@@ -1,4 +1,4 @@
-"""`mesh import`: a source becomes a verified model directory, or nothing is left on disk.
+"""`mesh import`: turn a source into a verified model directory. If anything fails, nothing is left on disk.
 
 detect the kind -> open -> blocks and tokenizer into a staging folder beside OUT -> verify -> manifest -> rename to OUT
 """
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from mesh.errors import ConfigError, CorruptModel, ModelNotFound
-from mesh.importer.sources.source import ImportOptions, Progress, Source
+from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.sources.source import Source
 from mesh.importer.verify.oracle import OrtParts, open_oracle
 from mesh.importer.verify.verify import Reference, verify
 from mesh.importer.write.blocks import BlockWriter
@@ -24,7 +25,7 @@ from mesh.model.manifest import HiddenInfo, Manifest
 __all__ = ["detect", "import_model"]
 
 WHOLE_SOURCE_BYTES = 2 << 30
-"""Up to this size a source is run whole, token by token; a larger one is compared layer by layer, on random tokens."""
+"""A source of up to this size is run whole, token by token. A larger one is compared part by part, on random tokens."""
 
 
 def import_model(
@@ -40,7 +41,7 @@ def import_model(
     """Import `source` as the model directory `out`.
 
     `report` also measures the error against 32-bit weights (perplexity of a fixed text). `force` replaces a model directory
-    that is there. Errors: ModelNotFound, CorruptModel, UnsupportedModel, VerificationFailed, ConfigError; on any of them, and on
+    that is already there. Errors: ModelNotFound, CorruptModel, UnsupportedModel, VerificationFailed, ConfigError; on any of them, and on
     an interrupt, `out` is as it was.
     """
     options = options or ImportOptions()
@@ -72,7 +73,7 @@ def import_model(
 
 
 def detect(path: Path) -> str:
-    """The kind of a source: onnx, safetensors or gguf. ModelNotFound says what was looked for."""
+    """The kind of a source: onnx, safetensors or gguf. ModelNotFound says what to give instead."""
     if path.is_file():
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
             return "gguf"
@@ -141,7 +142,7 @@ def _name(text: str) -> str:
 
 
 def _oracles(source: Source) -> tuple[Reference | None, OrtParts | None]:
-    """What answers for the source: the whole of it where it is small enough, and its parts one at a time."""
+    """What runs the source for comparison: the whole of it (None if it is too large), and its parts one at a time."""
     if source.kind != "onnx":
         return None, None
     from mesh.importer.sources.onnx import OnnxSource

@@ -1,4 +1,8 @@
-"""Which decoder a Hugging Face config.json describes, and where its tensors are."""
+"""Which family a Hugging Face config.json belongs to: the table of architectures, and how one is opened.
+
+To add an architecture, give its model_type a line in FAMILIES. A relative of Llama then needs its defaults in llama.py
+(DEFAULTS); any other needs a function from Config to DecoderSpec and a class of weights, as gpt.py has them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from mesh.importer.families.config import Config
 from mesh.importer.families.spec import DecoderSpec, DecoderWeights
 from mesh.importer.families.tensors import Checkpoint, Tensors
 
-__all__ = ["SUPPORTED", "open_decoder"]
+__all__ = ["FAMILIES", "SUPPORTED", "Family", "open_decoder"]
 
 
 class _MakeWeights(Protocol):
@@ -21,9 +25,13 @@ class _MakeWeights(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
-    """`prefixes`: what may stand before the decoder's names, `table` the embedding that tells which does; `head`: the output
-    projection, which stands outside; `tied`: whether it is the embedding when config.json does not say."""
+class Family:
+    """How a family is read.
+
+    prefixes: what may stand before the names of the decoder's tensors. `table` is the embedding, whose name shows which one does.
+    head: the name of the output projection, which has no such prefix.
+    tied: whether the output projection is the embedding where config.json does not say.
+    """
 
     spec: Callable[[Config], DecoderSpec]
     weights: _MakeWeights
@@ -33,29 +41,29 @@ class _Family:
     tied: bool = False
 
 
-_LLAMA = _Family(llama.spec_of, llama.LlamaWeights, ("model.", ""), "embed_tokens.weight")
-_GEMMA = _Family(
+_LLAMA = Family(llama.spec_of, llama.LlamaWeights, ("model.", ""), "embed_tokens.weight")
+_GEMMA = Family(
     llama.spec_of,
     llama.LlamaWeights,
     ("model.", "", "model.language_model.", "language_model.model.", "language_model."),
     "embed_tokens.weight",
     tied=True,
 )
-_FAMILIES: Mapping[str, _Family] = {
-    "bloom": _Family(gpt.bloom_spec, gpt.BloomWeights, ("transformer.", ""), "word_embeddings.weight", tied=True),
+FAMILIES: Mapping[str, Family] = {
+    "bloom": Family(gpt.bloom_spec, gpt.BloomWeights, ("transformer.", ""), "word_embeddings.weight", tied=True),
     "gemma3": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gpt2": _Family(gpt.gpt2_spec, gpt.Gpt2Weights, ("transformer.", ""), "wte.weight", tied=True),
-    "gpt_neox": _Family(gpt.gpt_neox_spec, gpt.GptNeoxWeights, ("gpt_neox.", ""), "embed_in.weight", head="embed_out.weight"),
+    "gpt2": Family(gpt.gpt2_spec, gpt.Gpt2Weights, ("transformer.", ""), "wte.weight", tied=True),
+    "gpt_neox": Family(gpt.gpt_neox_spec, gpt.GptNeoxWeights, ("gpt_neox.", ""), "embed_in.weight", head="embed_out.weight"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
-    "opt": _Family(gpt.opt_spec, gpt.OptWeights, ("model.decoder.", "decoder.", ""), "embed_tokens.weight", tied=True),
+    "opt": Family(gpt.opt_spec, gpt.OptWeights, ("model.decoder.", "decoder.", ""), "embed_tokens.weight", tied=True),
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
 }
-SUPPORTED: tuple[str, ...] = tuple(sorted(_FAMILIES))
+SUPPORTED: tuple[str, ...] = tuple(sorted(FAMILIES))
 
 # Buffers that old checkpoints carry: masks and rotary frequencies, which blocks compute.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.bias|\.attention\.masked_bias)$")
@@ -68,7 +76,7 @@ def open_decoder(config: Mapping[str, Any], path: str, checkpoint: Checkpoint, n
     or a tensor is missing or has another shape than the configuration says.
     """
     kind = str(config.get("model_type"))
-    family = _FAMILIES.get(kind)
+    family = FAMILIES.get(kind)
     if family is None:
         raise UnsupportedModel(
             f"{path}: model_type {kind!r} is not a supported decoder; supported: {', '.join(SUPPORTED)}. "
@@ -92,7 +100,7 @@ def open_decoder(config: Mapping[str, Any], path: str, checkpoint: Checkpoint, n
     rows = tensors.shape(family.table)[0]
     if rows != spec.vocab_size:
         raise CorruptModel(f"{path}: vocab_size is {spec.vocab_size} where {prefix}{family.table} has {rows} rows")
-    # every weight is looked up now, so that what is missing or not understood is known before anything is written
+    # every weight is looked up now, so that a missing or unknown tensor is an error before anything is written
     weights.embed()
     for index in range(spec.layers):
         weights.layer(index)

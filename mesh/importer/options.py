@@ -1,0 +1,68 @@
+"""What a user chooses at import, and how an import reports its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from mesh.dtypes import NUMPY_DTYPES
+from mesh.errors import ConfigError
+from mesh.model.manifest import WeightsInfo
+from mesh.types import DType
+
+__all__ = ["ImportOptions", "Progress"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """How blocks compute and how they store their weights.
+
+    dtype: type of the hidden state, the cache and all arithmetic.
+    bits: width of the stored MatMul weights and embedding tables (at least 8 for tables and the output projection); 32 under
+    16-bit compute means 16.
+    group_size: input elements that share a scale, for 8 and 4 bits; None is one scale an output channel at 8 bits and
+    groups of 32 at 4 bits.
+
+    ConfigError if a value is not one of these.
+    """
+
+    dtype: DType = "float32"
+    bits: Literal[32, 16, 8, 4] = 32
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in NUMPY_DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not known: use one of {', '.join(NUMPY_DTYPES)}")
+        if self.bits not in (32, 16, 8, 4):
+            raise ConfigError(f"weights of {self.bits!r} bits are not supported: use 32, 16, 8 or 4")
+        if self.bits == 32 and self.dtype != "float32":
+            object.__setattr__(self, "bits", 16)
+        if self.group_size is not None:
+            if self.bits not in (8, 4):
+                raise ConfigError(f"group_size is for weights of 8 or 4 bits, not {self.bits}: leave it out")
+            if self.group_size < 16 or self.group_size & (self.group_size - 1):
+                raise ConfigError(f"group_size {self.group_size} is not a power of two of at least 16: use 32, 64 or 128")
+        elif self.bits == 4:
+            object.__setattr__(self, "group_size", 32)
+
+    @property
+    def compute(self) -> np.dtype:
+        """The compute type as a numpy dtype (ml_dtypes for bfloat16)."""
+        return NUMPY_DTYPES[self.dtype]
+
+    def for_head(self) -> ImportOptions:
+        """The options of the output projection: never fewer than 8 bits.
+
+        It decides between tokens directly, so that its error reaches every logit undamped.
+        """
+        return replace(self, bits=8, group_size=None) if self.bits == 4 else self
+
+    @property
+    def weights(self) -> WeightsInfo:
+        return WeightsInfo(bits=self.bits, group_size=self.group_size)

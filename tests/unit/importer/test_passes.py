@@ -1,0 +1,77 @@
+"""The list of passes, and what a single one does to a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mesh.importer.graph.decoder import Draft
+from mesh.importer.passes.identities import drop_identities, drop_single_input_nodes
+from mesh.importer.passes.pipeline import PIPELINE, Pass, Repeat, run_passes
+
+
+def draft_of(*nodes: ir.Node, x: ir.Value, output: ir.Value) -> Draft:
+    output.name = "logits"
+    return Draft(Path("m.onnx"), ir.Model(ir.Graph([x], [output], nodes=nodes, opset_imports={"": 24}), ir_version=12))
+
+
+def test_every_pass_of_the_list_says_why_it_stands_where_it_stands() -> None:
+    flat = [each for step in PIPELINE for each in (step.passes if isinstance(step, Repeat) else (step,))]
+    assert all(each.why for each in flat)
+    assert len({each.run for each in flat}) == len(flat)
+
+
+def test_a_repeat_ends_when_its_last_pass_changes_nothing() -> None:
+    calls: list[str] = []
+    left = [True, True, False]
+
+    def first(_draft: Draft) -> bool:
+        calls.append("first")
+        return True
+
+    def last(_draft: Draft) -> bool:
+        calls.append("last")
+        return left.pop(0)
+
+    x = ir.Value(name="x")
+    draft = draft_of(x=x, output=x)
+    run_passes(draft, (Repeat((Pass(first, "a"), Pass(last, "b")), "both"),))
+    assert calls == ["first", "last"] * 3
+
+
+def test_nodes_that_hand_their_input_on_are_removed_and_a_used_dropout_mask_is_not() -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    relu = ir.node("Relu", [x])
+    dropout = ir.node("Dropout", [relu.outputs[0]])
+    kept = ir.node("Dropout", [dropout.outputs[0]], num_outputs=2)
+    one = ir.node("Concat", [kept.outputs[0]], attributes={"axis": 0})
+    masked = ir.node("Where", [kept.outputs[1], one.outputs[0], x])
+    draft = draft_of(relu, dropout, kept, one, masked, x=x, output=masked.outputs[0])
+    assert drop_single_input_nodes(draft)
+    assert [node.op_type for node in draft.model.graph] == ["Relu", "Dropout", "Where"]
+    assert not drop_single_input_nodes(draft)
+
+
+def test_an_output_behind_an_identity_keeps_its_name() -> None:
+    """onnxruntime runs the source, and knows the logits by the name they have there."""
+    x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    relu = ir.node("Relu", [x])
+    same = ir.node("Identity", relu.outputs)
+    draft = draft_of(relu, same, x=x, output=same.outputs[0])
+    assert drop_identities(draft)
+    assert [value.name for value in draft.model.graph.outputs] == ["logits"]
+    assert [node.op_type for node in draft.model.graph] == ["Relu"]
+
+
+def test_an_identity_whose_output_has_a_shape_of_another_rank_is_removed() -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    relu = ir.node("Relu", [x])
+    relu.outputs[0].shape = ir.Shape([2])
+    same = ir.node("Identity", relu.outputs)
+    same.outputs[0].shape = ir.Shape([2, 1])
+    last = ir.node("Neg", same.outputs)
+    draft = draft_of(relu, same, last, x=x, output=last.outputs[0])
+    assert drop_identities(draft)
+    assert [node.op_type for node in draft.model.graph] == ["Relu", "Neg"]
+    assert relu.outputs[0].shape == ir.Shape([2])
