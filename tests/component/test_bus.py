@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nats.js.client
 import orjson
 import pytest
+from running import Run
 from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, Endpoint, EventLog, LeaseTable, ModelStore, Received, Service, announce
@@ -30,8 +29,6 @@ from mesh.model.manifest import Manifest
 from mesh.protocol import subjects
 from mesh.protocol.messages import Beat, StatsRequest
 from mesh.types import LayerRange
-
-Run = Callable[[Any], Any]
 
 
 async def connect(server: NatsServer) -> Bus:
@@ -142,7 +139,7 @@ def test_leases_appear_change_and_vanish(run: Run, server: NatsServer) -> None:
             async def renew() -> None:
                 while True:
                     await bucket.put("kept", Beat(coordinator="kept").to_bytes())
-                    await asyncio.sleep(0.1)
+                    await asyncio.sleep(0.1)  # the period of the lease, well below its life of 0.5 s
 
             keeping = asyncio.create_task(renew())
             seen = [await asyncio.wait_for(changes.get(), 10) for _ in range(3)]
@@ -182,7 +179,7 @@ def test_reading_leaves_nothing_in_the_server(run: Run, tmp_path: Path, monkeypa
             for _ in range(20):
                 assert [entry.value for entry in await bucket.entries()] == [b"1"]
                 assert [event.who async for event in events.events(last=1)] == ["there"]
-            await until(none, 20)
+            await until(none, because="an idle consumer is removed by the server in its own time", deadline_s=20)
 
     with NatsServer.start(directory=tmp_path) as server:
         run(work(server))

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from driver import CONTEXT, shards
+from serving import LONG, coordinator, shards
 
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
-from mesh.coordinator.service import Coordinator, CoordinatorOptions
 from mesh.protocol import frame_codec, subjects
 from mesh.protocol.frame_codec import Frame, Hop, Kind
 from mesh.protocol.messages import Close
-from mesh.runtime.generate import Pipeline
-from mesh.runtime.sampling import SamplingParams
 from mesh.types import even_ranges
-
-LONG = {"tokens": [5, 17, 33], "max_tokens": 40, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[int]:
-    return Pipeline.load(model, context=CONTEXT).complete(LONG["tokens"], SamplingParams(temperature=0.0), max_tokens=40).ids
-
-
-@asynccontextmanager
-async def coordinator(url: str, model: Path, *, idle: bool = True, **options: object) -> AsyncIterator[Coordinator]:
-    """Running; its core is checked, and idle, at the end (not so where it is to leave work behind)."""
-    async with await Bus.connect(BusOptions(urls=(url,)), name="coordinator") as bus:
-        running = Coordinator(bus, CoordinatorOptions(model, **options))  # type: ignore[arg-type]
-        task = asyncio.create_task(running.run())
-        try:
-            ready = asyncio.create_task(running.ready.wait())
-            await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
-            if task.done():
-                task.result()
-            yield running
-            running.core.check()
-            assert running.core.idle or not idle
-        finally:
-            running.stop()
-            await task
 
 
 def damaged(whole: bytes, random: Random) -> list[bytes]:

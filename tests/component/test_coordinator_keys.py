@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
-from driver import shards
-from test_coordinator import LONG, coordinator, expected  # noqa: F401  # the fixture
+from serving import LONG, coordinator, shards
 from waiting import Heard
 
 from mesh.bus import Bus, BusOptions, Received
@@ -19,7 +19,7 @@ from mesh.protocol.messages import Beat
 from mesh.types import even_ranges
 
 
-def test_requests_over_the_pool_are_answered_busy(server, model, run, expected):  # noqa: F811
+def test_requests_over_the_pool_are_answered_busy(server, model, run, expected):
     async def work() -> None:
         room = 256 * (len(LONG["tokens"]) + LONG["max_tokens"])
         async with (
@@ -67,7 +67,7 @@ def test_what_is_lacking_is_logged_and_in_the_statistics(server, model, run, cap
     caplog.set_level(logging.INFO, "mesh.coordinator")
 
     async def work() -> None:
-        wanted = {"expected": Expected(2, 1), "health_check_interval_s": 0.05}
+        wanted: dict[str, Any] = {"expected": Expected(2, 1), "health_check_interval_s": 0.05}
         with Heard("mesh.coordinator") as log:
             async with coordinator(server.url, model, **wanted) as running:
                 await log.wait("2 of 2 layer ranges have no shard")

@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from driver import shards
-from test_coordinator import coordinator
+from serving import coordinator, shards
 from waiting import until
 
 from mesh.client import AsyncMeshClient
@@ -126,7 +125,7 @@ def test_viewers_see_shards_requests_and_events_and_share_one_look(server, model
                 event = await sent(stream, "event", lambda data: data["kind"] == "left")
                 assert event["who"] == running[1].options.name
                 assert (await http.get("/dashboard/snapshot")).json()["models"]
-            await until(lambda: not watch.viewers)
+            await until(lambda: not watch.viewers, because="the server notices in its own time that a viewer has left")
 
     run(look())
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import shards
-from test_coordinator import coordinator
+from running import Run
+from serving import coordinator, shards
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, announce, keep_events
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
-from mesh.runtime.generate import even_ranges
 from mesh.shard.forget import forget
 from mesh.shard.placing import Claim, Claims
-
-Run = Callable[[Any], Any]
+from mesh.types import even_ranges
 
 
 async def connect(server: NatsServer) -> Bus:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import CONTEXT, Driver, shards
+from driver import Driver
+from running import Run
+from serving import CONTEXT, shards
 from waiting import leases
 
 from mesh.bus import Bus, BusOptions
@@ -21,7 +23,6 @@ from mesh.runtime.sampling import SamplingParams
 from mesh.shard.service import Shard
 from mesh.types import LayerRange
 
-Run = Callable[[Any], Any]
 PROMPT = [5, 17, 33, 60, 2, 41]
 
 

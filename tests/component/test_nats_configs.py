@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import NATS
+from running import Run
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received
 from mesh.bus.replicas import spread
@@ -17,9 +19,6 @@ from mesh.errors import ServiceError, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
 from mesh.protocol.messages import TOPICS
-
-NATS = Path(__file__).parents[2] / "nats"
-Run = Callable[[Any], Any]
 
 
 def free_ports(count: int) -> list[int]:
@@ -79,7 +78,9 @@ def test_cluster_of_three_survives_the_loss_of_one(run: Run, tmp_path: Path) -> 
             made = await bus.client.jetstream().create_key_value(bucket="narrow", replicas=1)
             await spread(bus, "KV_narrow")
             assert (await made.status()).stream_info.config.num_replicas == 3
-            lost = next(server for server in servers if server.port == bus.client.connected_url.port)
+            connected = bus.client.connected_url
+            assert connected is not None
+            lost = next(server for server in servers if server.port == connected.port)
             lost.kill()
             await eventually(lambda: bucket.put("a", b"2"))
             entry = await eventually(lambda: bucket.get("a"))

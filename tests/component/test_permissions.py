@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from authority import Authority
-from driver import COMPILED, CONTEXT
+from places import NATS
+from running import Run
+from serving import COMPILED, CONTEXT, until_ready
 from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, ModelStore
@@ -26,9 +28,7 @@ from mesh.runtime.sampling import SamplingParams
 from mesh.shard.service import Shard, ShardOptions
 from mesh.types import even_ranges
 
-NATS = Path(__file__).parents[2] / "nats"
 ROLES = ("operator", "coordinator", "shard", "client", "gateway")
-Run = Callable[[Any], Any]
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,10 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
             tasks = [asyncio.create_task(one.run()) for one in running]
             try:
                 for one, task in zip(running, tasks, strict=True):
-                    ready = asyncio.create_task(one.ready.wait())
-                    await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
-                    ready.cancel()
-                    if task.done():
-                        task.result()
+                    await until_ready(one.ready, task)
                 for role in ("client", "gateway"):
                     async with AsyncMeshClient(options=secure(role)) as client:
-                        await until(partial(serves, client))
+                        await until(partial(serves, client), because="these roles may ask for the health of the mesh and not follow leases")
                         answer = await client.generate(tokens=prompt, max_tokens=8, ignore_eos=True, model="tiny")
                         assert list(answer.tokens) == expected
                         assert len((await client.status()).shards) == 2

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from running import Run
 
 from mesh.bus import Bus, BusOptions, ModelStore, Received
 from mesh.errors import DoesNotFit, ModelNotFound
@@ -18,8 +18,6 @@ from mesh.protocol import subjects
 from mesh.protocol.messages import Event
 from mesh.shard.placing import place
 from mesh.types import LayerRange
-
-Run = Callable[[Any], Any]
 
 
 def quiet(what: str, done: int, total: int) -> None:

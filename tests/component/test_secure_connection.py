@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from authority import Authority, Identity, Pair, credentials
+from running import Run
 
 from mesh.bus import Bus, BusOptions
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.errors import ConfigError, Denied, MeshError
 from mesh.local.nats_server import NatsServer
 from mesh.settings.schema import NatsSection
-
-Run = Callable[[Any], Any]
 
 
 async def hello(options: BusOptions) -> bytes:

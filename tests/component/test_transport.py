@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from running import Run
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.bus.transport import _Protocol, _Short
 from mesh.errors import PayloadTooLarge
 from mesh.local.nats_server import NatsServer
 
-Run = Callable[[Any], Any]
 T = TypeVar("T")
 
 

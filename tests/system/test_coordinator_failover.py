@@ -23,7 +23,7 @@ from mesh.protocol.subjects import generate
 
 PROMPT = [5, 17, 33]
 TOKENS = 240  # long enough that a generation is under way when it is known which coordinator has it
-LONG = {"tokens": PROMPT, "max_tokens": TOKENS, "ignore_eos": True}
+LONG: dict[str, Any] = {"tokens": PROMPT, "max_tokens": TOKENS, "ignore_eos": True}
 CONTEXT = 256
 
 
@@ -77,7 +77,8 @@ def kill(pid: int) -> None:
 def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undisturbed, run, number):
     async def disturb() -> None:
         async with AsyncMeshClient(twins.url, model="tiny") as client, client.stream(**LONG) as stream:
-            seen, text, pid = [], "", 0
+            seen: list[int] = []
+            text, pid = "", 0
             async for chunk in stream:
                 text += chunk.text
                 if chunk.token is not None:
@@ -86,6 +87,7 @@ def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undistur
                 if len(seen) == 10 and not pid:
                     pid = await owner(twins)
                     os.kill(pid, number)
+            assert stream.completion is not None
             assert seen == undisturbed == list(stream.completion.tokens)
             assert text == stream.completion.text
             assert stream.completion.timing.restarts >= 1
@@ -144,9 +146,17 @@ def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undist
 @pytest.mark.parametrize("what", ["logprobs", "stop"])
 def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, run, what):
     async def disturb() -> None:
-        common = {"tokens": PROMPT, "temperature": 0.9, "top_p": 0.95, "seed": 11, "max_tokens": 240, "repetition_penalty": 1.1}
+        common: dict[str, Any] = {
+            "tokens": PROMPT,
+            "temperature": 0.9,
+            "top_p": 0.95,
+            "seed": 11,
+            "max_tokens": 240,
+            "repetition_penalty": 1.1,
+        }
         async with AsyncMeshClient(twins.url, model="tiny") as client:
             whole = await client.generate(**common)
+            assert whole.text is not None
             request = common | ({"logprobs": 2} if what == "logprobs" else {"stop": [whole.text[100:104]]})
             right = await client.generate(**request)
             text, logprobs, killed = "", [], False
@@ -157,10 +167,11 @@ def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, r
                     if chunk.index == 10 and not killed:
                         killed = True
                         kill(await owner(twins))
-            assert stream.completion.tokens == right.tokens
+            assert stream.completion is not None and stream.completion.tokens == right.tokens
             assert stream.completion.finish_reason == right.finish_reason
             assert text == stream.completion.text == right.text
             if what == "logprobs":
+                assert stream.completion.logprobs is not None and right.logprobs is not None
                 assert [token.id for token in logprobs] == [token.id for token in stream.completion.logprobs] == list(whole.tokens)
                 for token, expected in zip(logprobs, right.logprobs, strict=True):
                     assert token.logprob == pytest.approx(expected.logprob, abs=1e-3)

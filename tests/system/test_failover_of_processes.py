@@ -8,118 +8,31 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
+from checked_load import counted, load, options
+from places import EXPORTS, NATS
 from system_tools import all_rows_free, until_leases
-from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
-from mesh.client.results import MeshStatus
-from mesh.errors import ServiceError, Unavailable
+from mesh.errors import Unavailable
 from mesh.importer.importing import import_model
 from mesh.importer.sources.source import ImportOptions
-from mesh.local.mesh import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.protocol import subjects
 from mesh.protocol.messages import Drain, Drained, Event, ShardLease
-
-CONTEXT, TOKENS = 256, 160
-PROMPTS = [[5, 17, 33], [90], [7, 7, 7, 60, 3], list(range(1, 30))]
-NATS = Path(__file__).parents[2] / "nats"
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "onnx"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path) -> list[list[int]]:
-    from mesh.runtime.generate import Pipeline
-    from mesh.runtime.sampling import SamplingParams
-
-    pipeline = Pipeline.load(model, context=CONTEXT)
-    return [pipeline.complete(prompt, SamplingParams(temperature=0.0), max_tokens=TOKENS).ids for prompt in PROMPTS]
-
-
-def options(model: Path, **values: Any) -> LocalOptions:
-    return LocalOptions(model=model, **{"shards": 2, "replicas": 2, "rows": 8, "context": CONTEXT, "http": False, **values})
 
 
 @pytest.fixture
 def pairs(model: Path) -> Iterator[LocalMesh]:
     with LocalMesh(options(model)) as running:
         yield running
-
-
-class Load:
-    """The prompts, generated again and again until `stop`; every answer is compared."""
-
-    def __init__(self, client: AsyncMeshClient, undisturbed: list[list[int]]) -> None:
-        self._client = client
-        self._undisturbed = undisturbed
-        self._over = False
-        self._news = asyncio.Event()
-        self.tokens = self.finished = 0
-        self.tasks = [asyncio.create_task(self._go_on(index)) for index in range(len(PROMPTS))]
-
-    async def _go_on(self, index: int) -> None:
-        while not self._over:
-            seen: list[int] = []
-            async with self._client.stream(tokens=PROMPTS[index], max_tokens=TOKENS, temperature=0.0, ignore_eos=True) as stream:
-                async for chunk in stream:
-                    if chunk.token is not None:
-                        assert chunk.index == len(seen)
-                        seen.append(chunk.token.id)
-                        self.tokens += 1
-                        self._news.set()
-            assert seen == self._undisturbed[index]
-            self.finished += 1
-
-    async def more(self, tokens: int = 40) -> None:
-        """Until so many more tokens have come. What went wrong with a session is raised."""
-        wanted = self.tokens + tokens
-        while self.tokens < wanted:
-            self._news.clear()
-            waiting = asyncio.create_task(self._news.wait())
-            done, _ = await asyncio.wait([waiting, *self.tasks], return_when=asyncio.FIRST_COMPLETED, timeout=120)
-            waiting.cancel()
-            assert done, "no token for 120 s"
-            for task in self.tasks:
-                if task.done():
-                    task.result()
-
-    async def stop(self) -> None:
-        self._over = True
-        await asyncio.gather(*self.tasks)
-
-
-@asynccontextmanager
-async def load(mesh: LocalMesh, undisturbed: list[list[int]]) -> AsyncIterator[tuple[Load, AsyncMeshClient]]:
-    async with AsyncMeshClient(options=mesh.bus, model="tiny") as client:
-        running = Load(client, undisturbed)
-        try:
-            await running.more()
-            yield running, client
-            await running.stop()
-        finally:
-            for task in running.tasks:
-                task.cancel()
-            await asyncio.gather(*running.tasks, return_exceptions=True)
-
-
-async def counted(client: AsyncMeshClient, name: str) -> int:
-    async def asked() -> MeshStatus | None:
-        try:
-            return await client.status()
-        except ServiceError:  # a cluster that has lost a server chooses another leader first
-            return None
-
-    status = await until(asked)
-    assert status is not None
-    return sum(int(coordinator.counters[name]) for coordinator in status.coordinators)
 
 
 async def until_ready(mesh: LocalMesh, name: str) -> None:
@@ -282,7 +195,7 @@ def test_one_server_of_three_is_killed(model, undisturbed, run, tmp_path):
 def test_a_shard_of_another_model_of_that_name_is_refused_and_it_is_said(pairs, run, tmp_path):
     """As when a model was imported anew on some machines alone."""
     other = tmp_path / "tiny"
-    import_model(FIXTURES / "qwen2-dynamo.onnx", other, ImportOptions(), name="tiny")
+    import_model(EXPORTS / "qwen2-dynamo.onnx", other, ImportOptions(), name="tiny")
 
     async def disturb() -> None:
         async with await Bus.connect(BusOptions(urls=(pairs.url,)), name="operator") as bus:

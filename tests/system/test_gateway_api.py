@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -39,7 +40,7 @@ GUIDE = {
   }'""",
     "health": "curl http://coordinator:8080/api/v1/health",
 }
-LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
+LONG: dict[str, Any] = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_the_guides_curl_commands_work_as_they_stand(url, name, tmp_path):
 
 
 def test_inference_gives_the_tokens_of_the_client_whole_and_streamed(mesh, http):
-    request = {"prompt": "rain", "max_tokens": 12, "logprobs": 2}
+    request: dict[str, Any] = {"prompt": "rain", "max_tokens": 12, "logprobs": 2}
     with MeshClient(mesh.url) as client:
         expected = client.generate(**request)
     whole = http.post("/api/v1/inference", json=request).json()
@@ -127,6 +128,8 @@ def test_a_wrong_field_is_named(http, body, field, says):
     assert error["field"] == (field or None) and says in error["message"] and not error["retryable"]
     assert response.json()["request_id"] == response.headers["x-request-id"]
 
+
+ASKED = "a mesh says how many requests it has when it is asked"
 
 HUGE = b'{"max_tokens": 1' + b"0" * 5000 + b"}"
 
@@ -178,9 +181,9 @@ def test_a_client_that_leaves_cancels_its_generation(mesh, url, http, run):
     with socket.create_connection((host, int(port))) as raw:
         head = f"POST /api/v1/inference HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         raw.sendall(head.encode() + body)
-        until_true(lambda: http.get("/api/v1/stats").json()["gateway"]["active"] == 2)  # it and this question
+        until_true(lambda: http.get("/api/v1/stats").json()["gateway"]["active"] == 2, because=ASKED)  # it and this question
     run(all_rows_free(mesh))
-    until_true(lambda: _counter(mesh, "cancelled") == before + 2)
+    until_true(lambda: _counter(mesh, "cancelled") == before + 2, because=ASKED)
 
 
 def test_a_slow_reader_holds_no_row_and_is_let_go(mesh, run):
@@ -198,17 +201,18 @@ def test_a_slow_reader_holds_no_row_and_is_let_go(mesh, run):
             head = f"POST /api/v1/inference HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
             reader.sendall(head.encode() + body)
             readers.append(reader)
-        until_true(lambda: _counter(mesh, "finished") + _counter(mesh, "cancelled") >= before + 3)
+        until_true(lambda: _counter(mesh, "finished") + _counter(mesh, "cancelled") >= before + 3, because=ASKED)
         run(all_rows_free(mesh))
         with httpx.Client(base_url=url) as client:
-            until_true(lambda: client.get("/api/v1/stats").json()["gateway"]["active"] == 1)
+            until_true(lambda: client.get("/api/v1/stats").json()["gateway"]["active"] == 1, because=ASKED)
         for reader in readers:
             reader.close()
 
 
 def test_a_full_mesh_is_429_with_a_time_at_once(http):
     """4 rows and 8 places in the queue."""
-    refused, fine = [], []
+    refused: list[tuple[httpx.Response, float]] = []
+    fine: list[tuple[httpx.Response, float]] = []
 
     def ask() -> None:
         with httpx.Client(base_url=http.base_url, timeout=60) as client:

@@ -152,7 +152,7 @@ def test_health_tells_the_truth_when_a_range_is_gone(pairs, url, run):
                 assert answer.status_code in (200, 503)
                 return answer.status_code == 503 and "layers from 2 on have no shard that is ready" in answer.json()["reason"]
 
-            await until(said)
+            await until(said, because="a gateway says how the mesh is when it is asked")
             assert (await http.get("/api/v1/health/live")).status_code == 200
 
     run(kill())

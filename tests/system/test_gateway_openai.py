@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -11,7 +12,7 @@ from edge_tools import edge, token, verifier
 
 from mesh.client import MeshClient
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "rain"}], "temperature": 0, "max_tokens": 8}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "rain"}], "temperature": 0, "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,9 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def expected(mesh) -> str:
     with MeshClient(mesh.url) as native:
-        return native.chat(CHAT["messages"], max_tokens=8).text
+        text = native.chat(CHAT["messages"], max_tokens=8).text
+    assert text is not None
+    return text
 
 
 def test_a_chat_completion(client, expected):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checked_load import counted, load, options
 from system_tools import all_rows_free, until_leases
-from test_failover_of_processes import counted, load, options, undisturbed  # noqa: F401  # a fixture
 
 from mesh.host.process import dying_with_parent
 from mesh.local.mesh import LocalMesh
@@ -70,7 +70,7 @@ async def there(mesh: LocalMesh, shard: str, *, wanted: bool) -> None:
     await until_leases(mesh, lambda found: (shard in found and found[shard].state == "ready") is wanted)
 
 
-def test_a_shard_is_cut_off_and_comes_back(host, model, undisturbed, run, tmp_path):  # noqa: F811
+def test_a_shard_is_cut_off_and_comes_back(host, model, undisturbed, run, tmp_path):
     async def disturb(mesh: LocalMesh) -> None:
         await there(mesh, "shard-9", wanted=True)
         async with load(mesh, undisturbed) as (running, client):

@@ -13,7 +13,7 @@ from system_tools import all_rows_free
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
 
-LONG = {"max_tokens": 50, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 50, "ignore_eos": True}
 
 
 @pytest.fixture(params=["balance", "mirror"])

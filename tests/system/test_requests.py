@@ -17,7 +17,7 @@ from mesh.protocol.messages import Cancel, Close
 from mesh.protocol.subjects import generate, layers
 
 SUBJECT = generate("tiny")
-LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
+LONG: dict[str, Any] = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
 
 
 def test_a_plain_request_is_answered_by_one_document(mesh, run, oracle):
@@ -59,7 +59,7 @@ def test_log_probabilities_come_with_each_token(mesh):
     assert [token.id for token in answer.logprobs] == list(answer.tokens)
     for token in answer.logprobs:
         assert token.logprob is not None and token.logprob <= 0
-        assert len(token.top) == 2 and token.top[0] == (token.id, pytest.approx(token.logprob))
+        assert len(token.top) == 2 and token.top[0][0] == token.id and token.top[0][1] == pytest.approx(token.logprob)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from mesh.client import AsyncMeshClient, Completion, MeshClient
+from mesh.errors import MeshError
 
 
 def _requests(count: int, seed: int) -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ def test_greedy_tokens_alone_equal_one_process(any_mesh, oracle):
 
 
 def test_sixteen_sessions_of_different_lengths_joining_and_leaving_equal_one_process(any_mesh, oracle, run):
-    async def generate() -> list[Completion]:
+    async def generate() -> list[Completion | MeshError]:
         async with AsyncMeshClient(any_mesh.url, model="tiny") as client:
             return await client.batch(requests, concurrency=16)
 
@@ -42,7 +43,7 @@ def test_sixteen_sessions_of_different_lengths_joining_and_leaving_equal_one_pro
 def test_sampled_tokens_follow_the_seed_alone(any_mesh, oracle, run):
     params = {"temperature": 0.9, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
 
-    async def generate() -> list[Completion]:
+    async def generate() -> list[Completion | MeshError]:
         async with AsyncMeshClient(any_mesh.url, model="tiny") as client:
             return await client.batch(requests, concurrency=8, **params)
 
@@ -65,6 +66,7 @@ def test_a_stream_brings_each_token_once_and_in_order(any_mesh, oracle, run):
 
             for chunks, one in zip(await asyncio.gather(*map(read, streams)), streams, strict=True):
                 tokens = [chunk.token.id for chunk in chunks if chunk.token is not None]
+                assert one.completion is not None
                 assert tokens == oracle.greedy(request["tokens"], 20) == list(one.completion.tokens)
                 assert "".join(chunk.text for chunk in chunks) == one.completion.text
 

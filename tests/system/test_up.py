@@ -102,7 +102,8 @@ def test_a_process_that_is_killed_is_started_again_and_streams_go_on(model, tmp_
     whole = Pipeline.load(model, context=256).complete(prompt, SamplingParams(temperature=0.0), max_tokens=most).ids
 
     async def stream_through_a_death(up: Up) -> None:
-        pid, seen = up.child(command), []
+        seen: list[int] = []
+        pid = up.child(command)
         async with (
             AsyncMeshClient(up.url, model="tiny") as client,
             client.stream(tokens=prompt, max_tokens=most, temperature=0.0, ignore_eos=True) as stream,

@@ -153,8 +153,8 @@ class CoreMachine(RuleBasedStateMachine):
             mesh.settle(self.random)
             if mesh.core.idle:
                 break
-            for shard in sorted(mesh.shards):
-                mesh.lease(shard)
+            for name in sorted(mesh.shards):
+                mesh.lease(name)
             mesh.now += 0.5
             mesh.event(Tick())
         mesh.settle(self.random)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from fake_stages import FakeMesh, expected
+from fake_stages import FakeMesh, expected, session_of
 
 from mesh.coordinator.core.events import Answered, Ask, Connection, Happened, Hint, ReplicaGone, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
@@ -33,8 +33,8 @@ def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, u
 
 
 def route(mesh: FakeMesh) -> list[str]:
-    session = mesh.core.session("r")
-    assert session is not None and session.route is not None
+    session = session_of(mesh, "r")
+    assert session.route is not None
     return [str(hop.shard) for hop in session.route]
 
 
@@ -62,11 +62,11 @@ def test_a_mirror_steps_in_and_nothing_is_computed_again(stage, until):
     mesh, random = make(mirror=True), Random(stage)
     request = begin(mesh, random, prompt=90, until=until)
     if until == 0:
-        while mesh.core.session("r").done == 0:
+        while session_of(mesh, "r").done == 0:
             mesh.deliver(random)
     else:
         mesh.deliver(random)
-    dead, done, since = route(mesh)[stage], mesh.core.session("r").done, len(mesh.frames)
+    dead, done, since = route(mesh)[stage], session_of(mesh, "r").done, len(mesh.frames)
     mesh.kill(dead)
     assert dead not in route(mesh)
     mesh.settle(random)
@@ -236,7 +236,7 @@ def test_a_shard_that_drains_alone_is_used_until_the_end():
 def test_the_death_of_a_mirror_disturbs_nobody():
     mesh, random = make(mirror=True), Random(12)
     request = begin(mesh, random)
-    session = mesh.core.session("r")
+    session = session_of(mesh, "r")
     assert len(session.mirrors) == 3
     mesh.kill(session.mirrors[1])
     mesh.settle(random)
@@ -246,7 +246,6 @@ def test_the_death_of_a_mirror_disturbs_nobody():
 def test_failovers_and_suspicions_are_told():
     mesh, random = make(), Random(13)
     begin(mesh, random)
-    session = mesh.core.session("r")
-    dead = str(session.route[2].shard)
+    dead = route(mesh)[2]
     told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Happened)]
     assert [(event.kind, event.who) for event in told] == [("failed_over", dead)]

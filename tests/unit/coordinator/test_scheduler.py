@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from fake_stages import FakeMesh, expected
+from fake_stages import FakeMesh, expected, session_of
 
 from mesh.coordinator.core.events import Cancel, FrameOut, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
@@ -119,7 +119,7 @@ def test_a_short_prompt_overtakes_a_long_one_and_is_not_overtaken_for_ever():
     ask(mesh, "decoding", 3, 400)
     run_until(mesh, lambda: mesh.tokens["decoding"], random)
     ask(mesh, "long", 400, 2)
-    run_until(mesh, lambda: mesh.core.session("long").sent >= 32, random)
+    run_until(mesh, lambda: session_of(mesh, "long").sent >= 32, random)
     ask(mesh, "short", 10, 2)
     run_until(mesh, lambda: mesh.tokens["short"], random)
     assert not mesh.tokens["long"]
@@ -177,7 +177,7 @@ def test_a_cancelled_session_keeps_its_row_until_its_frame_is_back():
     run_until(mesh, lambda: len(mesh.tokens["first"]) == 3 and len(mesh.core.scheduler.flights) == 1, random)
     mesh.event(Cancel("first"))
     second = ask(mesh, "second", 3, 5)
-    assert mesh.core.session("second").state is State.QUEUED
+    assert session_of(mesh, "second").state is State.QUEUED
     mesh.settle(random)
     assert mesh.tokens["second"] == expected(second)
 

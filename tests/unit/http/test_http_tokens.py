@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import time
+from typing import Any, cast
 
 import jwt
 import pytest
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key a
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from mesh.errors import ConfigError, Denied
-from mesh.http.tokens import Issuer, Verifier, peek, read_secret
+from mesh.http.tokens import Algorithm, Issuer, Verifier, peek, read_secret
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 DAY_S = 86400.0
@@ -40,14 +41,14 @@ def segment(data: object) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-def signed_by_hand(header: dict, claims: dict, key: bytes | None) -> str:
+def signed_by_hand(header: dict[str, Any], claims: dict[str, Any], key: bytes | None) -> str:
     """A token that no library would make. key None: without a signature."""
     text = f"{segment(header)}.{segment(claims)}"
     signature = b"" if key is None else hmac.new(key, text.encode(), hashlib.sha256).digest()
     return f"{text}.{segment(signature)}"
 
 
-def good_claims() -> dict:
+def good_claims() -> dict[str, Any]:
     return {"sub": "a", "exp": int(time.time() + DAY_S), "scope": "admin"}
 
 
@@ -57,7 +58,7 @@ def test_what_is_issued_is_accepted(algorithm):
     now = time.time()
     token = Issuer(algorithm, private).issue("team", ["batch", "generate"], now_unix_s=now, expiry_s=DAY_S, requests_per_minute=60)
     claims = Verifier(algorithm, public).verify(token)
-    assert (claims.subject, claims.scopes, claims.expires_unix_s) == ("team", {"generate", "batch"}, int(now + DAY_S))
+    assert (claims.subject, claims.scopes, claims.expires_unix_s) == ("team", frozenset({"generate", "batch"}), int(now + DAY_S))
     assert (claims.requests_per_minute, claims.tokens_per_minute) == (60, None)
     assert claims.allows("batch") and not claims.allows("admin")
     header, shown = peek(token)
@@ -153,15 +154,16 @@ def test_a_key_that_does_not_go_with_the_algorithm_is_refused():
         ("EdDSA", elliptic(SECP256R1()).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), "does not go"),
     ]:
         with pytest.raises(ConfigError, match=says):
-            Verifier(algorithm, key)
+            Verifier(cast(Algorithm, algorithm), key)
     with pytest.raises(ConfigError, match="private key"):
         Issuer("RS256", RSA[1])
 
 
 def test_claims_that_make_no_sense_are_not_issued():
     issuer = Issuer("HS256", SECRET)
-    good = {"subject": "a", "scopes": ["admin"], "expiry_s": 1.0, "requests_per_minute": 1}
-    for change in ({"scopes": []}, {"scopes": ["root"]}, {"subject": ""}, {"expiry_s": 0.0}, {"requests_per_minute": 0}):
+    good: dict[str, Any] = {"subject": "a", "scopes": ["admin"], "expiry_s": 1.0, "requests_per_minute": 1}
+    changes: list[dict[str, Any]] = [{"scopes": []}, {"scopes": ["root"]}, {"subject": ""}, {"expiry_s": 0.0}, {"requests_per_minute": 0}]
+    for change in changes:
         with pytest.raises(ConfigError):
             issuer.issue(**{**good, **change}, now_unix_s=0.0)
 

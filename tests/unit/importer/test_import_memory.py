@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,7 +38,7 @@ def write_decoder(path: Path, layers: int, inner: int) -> int:
     small: dict[str, np.ndarray] = {}
     large: list[TensorProto] = []
 
-    def op(op_type: str, *inputs: str, **attributes: object) -> str:
+    def op(op_type: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op_type, inputs, [f"v{len(nodes)}"], f"n{len(nodes)}", **attributes))
         return f"v{len(nodes) - 1}"
 

@@ -54,14 +54,18 @@ class Graph:
         split = self.op("Reshape", self.op("MatMul", x, self.normal(HIDDEN, HIDDEN)), self.const([0, 0, HEADS, HIDDEN // HEADS]))
         return str(split)
 
+    def unsqueeze(self, x: str, axis: int) -> str:
+        """Axes are an input since opset 13, and an attribute before."""
+        if self.opset >= 13:
+            return str(self.op("Unsqueeze", x, self.const([axis])))
+        return str(self.op("Unsqueeze", x, axes=[axis]))
+
     def mask(self) -> str:
         """float [T, T], very low above the diagonal."""
         length = self.op("Shape", "input_ids")
         length = self.op("Gather", length, self.const([1]))
         positions = self.op("Range", self.const(0), self.op("Squeeze", length), self.const(1))
-        axes = (lambda a: (self.const(a),)) if self.opset >= 13 else (lambda a: ())
-        rows = self.op("Unsqueeze", positions, *axes([1]), **({} if self.opset >= 13 else {"axes": [1]}))
-        columns = self.op("Unsqueeze", positions, *axes([0]), **({} if self.opset >= 13 else {"axes": [0]}))
+        rows, columns = self.unsqueeze(positions, 1), self.unsqueeze(positions, 0)
         zero, low = self.const(np.float32(0)), self.const(np.float32(-1e9))
         return str(self.op("Where", self.op("Greater", columns, rows), low, zero))
 

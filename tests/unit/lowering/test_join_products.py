@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -33,7 +35,7 @@ def model(kind: str, *, shared: bool = False) -> onnx.ModelProto:
             initializers.append(helper.make_tensor(weight, stored, codes.shape, codes.reshape(-1).tolist()))
             scales = rng.random((DEPTH // 16, width) if grouped else (width,)).astype(np.float32)
             initializers.append(numpy_helper.from_array(scales, f"s{index}"))
-            attributes = {"axis": 0, "block_size": 16} if grouped else {"axis": 1}
+            attributes: dict[str, Any] = {"axis": 0, "block_size": 16} if grouped else {"axis": 1}
             nodes.append(helper.make_node("DequantizeLinear", [weight, f"s{index}"], [right := f"wide{index}"], **attributes))
         nodes.append(helper.make_node("MatMul", ["x", right], [f"y{index}"]))
         outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, [1, 5, width]))
@@ -59,7 +61,7 @@ def test_joined_products_give_the_same_numbers(kind, monkeypatch):
     graph, parts = join_products(lowered, {"w0", "w1", "w2"})
     assert products(graph) == 1
     assert parts["w0|w1|w2"] == ("w0", "w1", "w2")
-    weights = {name: array for name, array in lowered.weights.items() if not any(name in names for names in parts.values())}
+    weights: dict[str, Any] = {name: array for name, array in lowered.weights.items() if not any(name in names for names in parts.values())}
     for name, names in parts.items():
         arrays = [lowered.weights[part] for part in names]
         packs = name.startswith("w")

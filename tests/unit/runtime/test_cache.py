@@ -62,15 +62,17 @@ def test_attention_in_blocks_is_attention(positions, chunk, window, additive, so
     mask = mask[:, None]  # [B, 1, T, L]
     mine = slice(below, below + batch)
     expected = by_formula(q, keys[mine, :, :LENGTH], values[mine, :, :LENGTH], mask, scale=0.5, softcap=softcap)
-    unseen = ~mask.any(axis=(1, 2))  # [B, L]
+    unseen = np.asarray(~mask.any(axis=(1, 2)))  # [B, L]
     for array in (keys, values):
         array[mine, :, :LENGTH][np.broadcast_to(unseen[:, None], (batch, HEADS, LENGTH))] = np.finfo(np.float32).max
-    views = [CacheView(jnp.asarray(array), jnp.int32(below), jnp.int32(at.max() + 1), batch, LENGTH) for array in (keys, values)]
+    past_keys, past_values = (
+        CacheView(jnp.asarray(array), jnp.int32(below), jnp.int32(at.max() + 1), batch, LENGTH) for array in (keys, values)
+    )
     given_mask = np.where(mask, 0, np.finfo(np.float32).min).astype(np.float32) if additive else mask
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "COARSE", sizes[0])
         patch.setattr(cache, "FINE", sizes[1])
-        got = attend(jnp.asarray(q), *views, jnp.asarray(given_mask), scale=0.5, softcap=softcap)
+        got = attend(jnp.asarray(q), past_keys, past_values, jnp.asarray(given_mask), scale=0.5, softcap=softcap)
     np.testing.assert_allclose(np.asarray(got), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -81,9 +83,9 @@ def test_a_longer_neighbour_changes_no_bit(few_slots):
 
     def first(other: int) -> np.ndarray:
         at = np.array([70, other])
-        views = [CacheView(array, jnp.int32(0), jnp.int32(at.max() + 1), 2, LENGTH) for array in (keys, values)]
+        past_keys, past_values = (CacheView(array, jnp.int32(0), jnp.int32(at.max() + 1), 2, LENGTH) for array in (keys, values))
         mask = jnp.asarray(np.arange(LENGTH)[None, None, None] <= at[:, None, None, None])
-        return np.asarray(attend(q, *views, mask, scale=1.0, softcap=0.0))[0]
+        return np.asarray(attend(q, past_keys, past_values, mask, scale=1.0, softcap=0.0))[0]
 
     for other in (3, 71, 128, 199):
         np.testing.assert_array_equal(first(other), first(70))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 
 from mesh.runtime import executables
 from mesh.runtime.executables import Executables
@@ -101,7 +102,7 @@ def test_what_cannot_be_loaded_here_is_made_again(kept: Executables, monkeypatch
     def refuse(*_: object) -> None:
         raise RuntimeError("built for another processor")
 
-    monkeypatch.setattr(executables.serialize_executable, "deserialize_and_load", refuse)
+    monkeypatch.setattr(serialize_executable, "deserialize_and_load", refuse)
     traced.compiled(kept)
     assert traced.times == 2
 

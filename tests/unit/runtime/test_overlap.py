@@ -35,7 +35,8 @@ def generate(stages: Sequence[Any], count: int, params: SamplingParams) -> list[
         stages[-1].open(row, params, prompt_length=len(prompt))
         token: Any = None
         for start in range(0, len(prompt), 16):
-            piece, hidden = np.array(prompt[start : start + 16], np.int32), None
+            piece = np.array(prompt[start : start + 16], np.int32)
+            hidden: Any = None
             for stage in stages:
                 hidden = stage.prefill(row, start, piece, hidden)
             token = hidden
@@ -43,7 +44,8 @@ def generate(stages: Sequence[Any], count: int, params: SamplingParams) -> list[
     while len(out[0]) < count:
         rows = np.arange(len(out))
         positions = np.array([len(prompt) + len(tokens) - 1 for prompt, tokens in zip(PROMPTS, out, strict=True)])
-        last, hidden = np.array([tokens[-1] for tokens in out]), None
+        last = np.array([tokens[-1] for tokens in out])
+        hidden = None
         for stage in stages:
             hidden = stage.decode(rows, positions, last, hidden)
         for tokens, token in zip(out, hidden, strict=True):
@@ -70,12 +72,20 @@ def test_any_range_that_is_held_is_served_with_nothing_read_and_nothing_compiled
     assert generate([low, high], 12, params) == expected[params]  # and whatever numpy and JAX compile on the way
     events: list[str] = []
     opened: list[Any] = []
-    original = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *args, **more: (opened.append(self), original(self, *args, **more))[1])
-    original_open = builtins.open
-    monkeypatch.setattr(builtins, "open", lambda file, *args, **more: (opened.append(file), original_open(file, *args, **more))[1])
+    path_open, file_open = Path.open, builtins.open
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def open_path(self: Path, *arguments: Any, **more: Any) -> Any:
+        opened.append(self)
+        return path_open(self, *arguments, **more)
+
+    def open_file(file: Any, *arguments: Any, **more: Any) -> Any:
+        opened.append(file)
+        return file_open(file, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", open_path)
+    monkeypatch.setattr(builtins, "open", open_file)
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             events.append(event)
 

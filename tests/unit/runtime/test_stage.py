@@ -153,7 +153,7 @@ def test_whatever_a_row_held_before_cannot_be_seen(llama, greedy_tokens):
 def test_nothing_compiles_after_warm_up(llama):
     compilations = []
 
-    def count(event: str, duration: float, **_: object) -> None:
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(event)
 
@@ -216,6 +216,7 @@ def test_no_step_copies_a_cache(llama, prefill, size):
 def test_a_cut_stage_gives_and_takes_the_hidden_state(llama):
     first = Stage.load(llama, StageConfig(LayerRange(0, 2)))
     hidden = first.prefill(0, 0, np.array([4, 5, 6]))
+    assert isinstance(hidden, np.ndarray)
     assert hidden.shape == (3, 48)
     assert hidden.dtype == np.float32
     second = Stage.load(llama, StageConfig(LayerRange(2, 5)))

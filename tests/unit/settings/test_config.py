@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from places import DOCS
 
 from mesh.errors import ConfigError
 from mesh.settings.files import ConfigFile, _variables
@@ -255,7 +256,7 @@ def test_a_secret_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("model", [CoordinatorConfig, ShardConfig, DistributedConfig, ModelConfig])
 def test_every_key_is_documented(model: type[ConfigFile]) -> None:
-    text = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    text = (DOCS / "configuration.md").read_text()
     for path, _, _ in _variables(model):
         section, key = path[0], path[-1]
         assert f"{key}`" in text or (f"`{section}`" in text and section in ("tls", "authentication")), ".".join(path)

@@ -23,6 +23,7 @@ from mesh.coordinator.core.events import (
     Event,
     FrameLost,
     FrameOut,
+    FrameRow,
     Opened,
     OpenRefused,
     OpenRow,
@@ -35,7 +36,7 @@ from mesh.coordinator.core.events import (
 )
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.core.routing import Replica
-from mesh.coordinator.core.session import Request
+from mesh.coordinator.core.session import Request, Session
 from mesh.errors import Busy, MessageRejected, Unavailable
 from mesh.types import LayerRange
 
@@ -285,7 +286,8 @@ class FakeMesh:
     def _compute(self, shard: Shard, out: FrameOut, stage: int) -> None:
         name = shard.replica.shard
         mine = out.route[stage].shard == name
-        kept, gone = [], []
+        kept: list[FrameRow] = []
+        gone: list[FrameRow] = []
         for row in out.rows:
             seat = shard.seats.get(row.key)
             well = seat is not None and seat.epoch == row.epoch and row.start <= seat.filled and (seat.row == row.rows[stage] or not mine)
@@ -314,3 +316,10 @@ class FakeMesh:
             cache = shard.cache[row.rows[stage]]
             answers.append(ResultRow(row.key, position, Sampled(next_token([cache[p] for p in range(position + 1)]))))
         self._send(name, "core", Result(out.frame, tuple(answers)))
+
+
+def session_of(mesh: FakeMesh, request: str) -> Session:
+    """The session of a request that the core still has."""
+    session = mesh.core.session(request)
+    assert session is not None, f"the core has no session of {request}"
+    return session

@@ -1,0 +1,12 @@
+"""Where the things are that tests read from the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "mesh"
+DOCS = ROOT / "docs"
+NATS = ROOT / "nats"
+BENCH = ROOT / "bench"
+EXPORTS = ROOT / "tests" / "fixtures" / "onnx"
