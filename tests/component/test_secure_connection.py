@@ -18,9 +18,9 @@ from mesh.local.nats_server import NatsServer
 from mesh.settings.schema import NatsSection
 
 
-async def hello(options: BusOptions) -> bytes:
+async def hello(options: BusOptions, *, timeout_s: float = 30) -> bytes:
     """What comes back of a publish to oneself."""
-    async with await Bus.connect(options, name="t", timeout_s=30) as bus:
+    async with await Bus.connect(options, name="t", timeout_s=timeout_s) as bus:
 
         async def answer(received: Any) -> None:
             await bus.publish(received.reply, b"hello " + received.data)
@@ -92,7 +92,7 @@ def test_a_client_shows_its_certificate(run: Run, mutual_server: NatsServer, aut
     shown = BusOptions((mutual_server.url,), tls_ca=str(authority.ca), tls_cert=str(pair.cert), tls_key=str(pair.key))
     assert run(hello(shown)) == b"hello mesh"
     with pytest.raises(MeshError):
-        run(hello(BusOptions((mutual_server.url,), tls_ca=str(authority.ca))))
+        run(hello(BusOptions((mutual_server.url,), tls_ca=str(authority.ca)), timeout_s=3))
 
 
 def test_an_nkey(run: Run, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ async def until(ask: Callable[[], Any], *, because: str, deadline_s: float = DEA
                     answer = await answer
                 if answer:
                     return answer
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_AGAIN_S)  # the caller has said why
     except TimeoutError:
         raise AssertionError(f"not within {deadline_s:g} s (asked again and again because {because})") from None
 
@@ -46,7 +46,7 @@ def until_true(ask: Callable[[], T | None], *, because: str, deadline_s: float =
     deadline = time.monotonic() + deadline_s
     while not (answer := ask()):
         assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {answer} (asked again and again because {because})"
-        time.sleep(_AGAIN_S)
+        time.sleep(_AGAIN_S)  # likewise
     return answer
 
 

@@ -1,5 +1,5 @@
-"""The import direction of docs/architecture.md: a room imports only rooms below it, no files import each other in a circle, and
-heavy or optional packages stay where they belong. Imports inside functions count like all others."""
+"""The import direction: a room of mesh/ imports only rooms below it, files do not import each other in a circle, and heavy or optional
+packages are imported only where they belong. An import inside a function counts like any other."""
 
 from __future__ import annotations
 
