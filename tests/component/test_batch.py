@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from running import Run
-from serving import CONTEXT, coordinator, shards
+from serving import CONTEXT, connect, coordinator, shards
 
-from mesh.bus import Bus, BusOptions
 from mesh.bus.batches import BatchQueue, BatchStore
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, DeadlineExceeded
@@ -19,10 +18,6 @@ from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchSta
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.types import even_ranges
-
-
-async def connect(server: NatsServer) -> Bus:
-    return await Bus.connect(BusOptions((server.url,)), name="test")
 
 
 def requests(count: int) -> list[Generate]:

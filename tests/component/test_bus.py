@@ -9,6 +9,7 @@ import nats.js.client
 import orjson
 import pytest
 from running import Run
+from serving import connect
 from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, Endpoint, EventLog, LeaseTable, ModelStore, Received, Service, announce
@@ -29,10 +30,6 @@ from mesh.model.manifest import Manifest
 from mesh.protocol import subjects
 from mesh.protocol.messages import Beat, StatsRequest
 from mesh.types import LayerRange
-
-
-async def connect(server: NatsServer) -> Bus:
-    return await Bus.connect(BusOptions((server.url,)), name="test")
 
 
 def test_an_oversize_publish_is_an_error_here_and_the_connection_lives(run: Run, server: NatsServer) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from running import Run
-from serving import coordinator, shards
+from serving import connect, coordinator, shards
 
-from mesh.bus import Bucket, Bus, BusOptions, EventLog, announce, keep_events
+from mesh.bus import Bucket, EventLog, announce, keep_events
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, Unavailable
 from mesh.local.nats_server import NatsServer
@@ -18,10 +18,6 @@ from mesh.protocol import subjects
 from mesh.shard.forget import forget
 from mesh.shard.placing import Claim, Claims
 from mesh.types import even_ranges
-
-
-async def connect(server: NatsServer) -> Bus:
-    return await Bus.connect(BusOptions((server.url,)), name="test")
 
 
 async def read(log: EventLog, **which: Any) -> list[str]:

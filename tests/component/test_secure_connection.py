@@ -26,7 +26,7 @@ async def hello(options: BusOptions, *, timeout_s: float = 30) -> bytes:
             await bus.publish(received.reply, b"hello " + received.data)
 
         await bus.subscribe("mesh.v1.x", answer)
-        return bytes((await bus.ask("mesh.v1.x", b"mesh", timeout_s=30)).data)
+        return bytes((await bus.ask("mesh.v1.x", b"mesh", timeout_s=timeout_s)).data)
 
 
 def flags(*arguments: str, section: NatsSection | None = None) -> BusOptions:

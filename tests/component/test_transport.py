@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 from running import Run
+from serving import connect
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.bus.transport import _Protocol, _Short
@@ -18,10 +19,6 @@ from mesh.errors import PayloadTooLarge
 from mesh.local.nats_server import NatsServer
 
 T = TypeVar("T")
-
-
-async def connect(server: NatsServer) -> Bus:
-    return await Bus.connect(BusOptions((server.url,)), name="test")
 
 
 async def take(queue: asyncio.Queue[T], count: int) -> list[T]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import checked_load
 import pytest
+from oracle import Oracle
 
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.runtime.generate import Pipeline
@@ -21,22 +22,9 @@ def compiled_once(compilation_cache: None) -> None:
     """Every test here uses the compilation cache."""
 
 
-class Oracle:
-    """What one process answers."""
-
-    def __init__(self, model: Path) -> None:
-        self._pipeline = Pipeline.load(model, context=CONTEXT, chunk=256)
-
-    def greedy(self, tokens: list[int], max_tokens: int) -> list[int]:
-        return self._pipeline.complete(tokens, SamplingParams(temperature=0.0), max_tokens=max_tokens).ids
-
-    def sampled(self, tokens: list[int], max_tokens: int, **params: Any) -> list[int]:
-        return self._pipeline.complete(tokens, SamplingParams(**params), max_tokens=max_tokens).ids
-
-
 @pytest.fixture(scope="session")
 def oracle(model: Path) -> Oracle:
-    return Oracle(model)
+    return Oracle(model, context=CONTEXT)
 
 
 @pytest.fixture(scope="module")

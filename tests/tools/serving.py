@@ -11,6 +11,7 @@ from typing import Any
 
 from mesh.bus import Bus, BusOptions
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
+from mesh.local.nats_server import NatsServer
 from mesh.runtime.programs import Compiled
 from mesh.shard.service import Shard, ShardOptions
 from mesh.types import LayerRange
@@ -27,6 +28,11 @@ _unique = itertools.count(1)
 def unique(letter: str) -> str:
     """A name that no other shard or coordinator of this process has."""
     return f"{letter}{next(_unique)}"
+
+
+async def connect(server: NatsServer) -> Bus:
+    """A connection of the test's own."""
+    return await Bus.connect(BusOptions((server.url,)), name="test")
 
 
 async def until_ready(ready: asyncio.Event, task: asyncio.Task[None]) -> None:
