@@ -1,4 +1,4 @@
-"""Durable batches on a real server: queued without anybody there, answered once, whoever dies in between."""
+"""Durable batches on a real server: they wait in a queue, and each request is answered once even if coordinators die in between."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def requests(count: int) -> list[Generate]:
     return [Generate(tokens=(index + 1, 2, 3), max_tokens=4 + index % 3, ignore_eos=True) for index in range(count)]
 
 
-def test_a_batch_waits_for_whoever_takes_it_and_each_result_is_stored_once(run: Run, server: NatsServer) -> None:
+def test_a_batch_waits_in_its_queue_and_each_result_is_stored_once(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             store, queue = BatchStore(bus), BatchQueue(bus)
@@ -69,7 +69,7 @@ def test_a_batch_waits_for_whoever_takes_it_and_each_result_is_stored_once(run: 
         ([Generate(tokens=(1,), given=(1,))], "requests.0.given"),
     ],
 )
-def test_what_cannot_be_a_batch_is_refused(run: Run, server: NatsServer, bad: list[Generate], field: str) -> None:
+def test_an_invalid_batch_is_refused(run: Run, server: NatsServer, bad: list[Generate], field: str) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             with pytest.raises(BadRequest) as caught:
@@ -93,7 +93,7 @@ def test_an_answer_that_no_message_holds_is_a_failure(run: Run, server: NatsServ
 
 
 def test_coordinators_work_through_batches_and_give_them_back(run: Run, server: NatsServer, model: Path) -> None:
-    """Submitted before anybody is there, with one request that cannot be answered; a coordinator stops in the middle."""
+    """The batch is submitted before a coordinator runs, one of its requests is wrong, and the first coordinator stops in the middle."""
     pipeline = Pipeline.load(model, context=CONTEXT)
 
     def expected(request: Generate) -> list[int]:

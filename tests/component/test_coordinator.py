@@ -1,4 +1,4 @@
-"""A coordinator on a real server with real shards: what is damaged is counted and changes nothing; what is over leaves nothing."""
+"""A coordinator on a real server with real shards: damaged messages are counted and change nothing, and ended sessions leave nothing."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
     run(disturb())
 
 
-def test_a_client_that_was_taken_to_be_gone_and_is_not_goes_on(server, model, run, expected):
-    """As after a restart of the server, to which a coordinator is back before the client is."""
+def test_a_client_that_was_wrongly_taken_to_be_gone_goes_on(server, model, run, expected):
+    """This happens after a restart of the server, when the coordinator reconnects before the client does."""
 
     async def work() -> None:
         async with (

@@ -1,4 +1,4 @@
-"""Keys of the coordinator's file that change what it does: each with and without."""
+"""The keys of a coordinator's file, each compared with a run without it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
     run(work())
 
 
-def test_what_is_lacking_is_logged_and_in_the_statistics(server, model, run, caplog):
+def test_missing_layer_ranges_are_logged_and_in_the_statistics(server, model, run, caplog):
     caplog.set_level(logging.INFO, "mesh.coordinator")
 
     async def work() -> None:

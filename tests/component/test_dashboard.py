@@ -130,7 +130,7 @@ def test_viewers_see_shards_requests_and_events_and_share_one_look(server, model
     run(look())
 
 
-def test_nobody_looks_when_nobody_views(server, run, monkeypatch: pytest.MonkeyPatch):
+def test_the_mesh_is_not_looked_at_without_viewers(server, run, monkeypatch: pytest.MonkeyPatch):
     async def look() -> None:
         monkeypatch.setattr(watch_module, "LINGER_S", 0.0)
         async with AsyncMeshClient(server.url) as client:
@@ -145,7 +145,7 @@ def test_nobody_looks_when_nobody_views(server, run, monkeypatch: pytest.MonkeyP
     run(look())
 
 
-def test_a_mesh_that_cannot_be_reached_is_said_and_not_an_error_of_the_page(run):
+def test_the_page_reports_a_mesh_that_cannot_be_reached(run):
     async def look() -> None:
         client = AsyncMeshClient("nats://127.0.0.1:1")  # never connected
         async with dashboard(client) as http:

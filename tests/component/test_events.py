@@ -1,4 +1,4 @@
-"""What happened is kept and can be read again; what is left of a shard that is gone can be removed, and of one that lives cannot."""
+"""Events are stored and can be read again. What a dead shard left behind can be removed; a living shard cannot be forgotten."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_events_are_kept_and_read_again(run: Run, tmp_path: Path) -> None:
         run(work(server))
 
 
-def test_who_follows_misses_nothing_when_the_server_restarts(run: Run, tmp_path: Path) -> None:
+def test_a_follower_misses_no_event_when_the_server_restarts(run: Run, tmp_path: Path) -> None:
     first = NatsServer.start(directory=tmp_path)
 
     async def work() -> NatsServer:
@@ -82,7 +82,7 @@ def test_who_follows_misses_nothing_when_the_server_restarts(run: Run, tmp_path:
     first.stop()
 
 
-def test_shards_and_coordinators_say_what_they_do(run: Run, tmp_path: Path, model: Path) -> None:
+def test_shards_and_coordinators_announce_what_they_do(run: Run, tmp_path: Path, model: Path) -> None:
     async def work(server: NatsServer) -> None:
         async with shards(server.url, model, even_ranges(3, 1)), coordinator(server.url, model), AsyncMeshClient(server.url):
             pass

@@ -1,4 +1,4 @@
-"""nats/secure.conf as it stands: every role works with its own user, and is refused what is another's."""
+"""nats/secure.conf, unchanged: every role works with its own user, and is refused the subjects of other roles."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
         ("coordinator", "$JS.API.STREAM.DELETE.KV_mesh_shards"),
     ],
 )
-def test_a_role_may_not_publish_what_is_anothers(run: Run, secure: Callable[[str], BusOptions], role: str, subject: str) -> None:
+def test_a_role_may_not_publish_on_subjects_of_another_role(run: Run, secure: Callable[[str], BusOptions], role: str, subject: str) -> None:
     async def work() -> None:
         async with (
             await Bus.connect(secure("operator"), name="o", timeout_s=60) as operator,
@@ -149,7 +149,7 @@ def test_a_role_may_not_publish_what_is_anothers(run: Run, secure: Callable[[str
     run(work())
 
 
-def test_a_role_may_not_listen_to_anothers_answers_or_tokens(run: Run, secure: Callable[[str], BusOptions]) -> None:
+def test_a_role_may_not_listen_to_answers_or_tokens_of_another_role(run: Run, secure: Callable[[str], BusOptions]) -> None:
     async def work() -> None:
         for role, subject in (("client", "_INBOX_gateway.>"), ("client", "mesh.v1.tiny.tokens.*"), ("shard", "_INBOX_client.>")):
             async with (

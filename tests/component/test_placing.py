@@ -1,4 +1,4 @@
-"""Machines that join a mesh: they agree on ranges, fetch just those, and make a mesh that answers."""
+"""Shards that join a mesh agree on layer ranges, fetch only those, and form a mesh that answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Session records on a real server: who owns a session, and what becomes of a record that another took, or that was lost."""
+"""Session records on a real server: who owns a session, and what happens to a record that was taken over or lost."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def sides(server: NatsServer) -> AsyncIterator[tuple[Side, Side]]:
             await both[0].recorder.bucket.delete(record.key)
 
 
-def test_who_takes_a_session_over_has_it_and_the_other_hears_of_it(run: Run, server: NatsServer) -> None:
+def test_a_session_that_is_taken_over_has_one_owner_and_the_former_owner_learns_it(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with sides(server) as (a, b):
             a.recorder.keep("s", a.record)
@@ -193,7 +193,7 @@ def test_requests_for_the_same_generation_have_the_same_digest() -> None:
 
 
 def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server: NatsServer, model: Path) -> None:
-    """As after a suspension. There is no shard, so that the session waits all the while."""
+    """A coordinator that was suspended meets this. No shard runs, so the session waits throughout."""
 
     async def work() -> None:
         async with coordinator(server.url, model) as serving:
@@ -222,7 +222,7 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
 
 
 @pytest.mark.parametrize("given", [(99999,), tuple(range(41))])
-def test_tokens_that_cannot_have_been_given_are_refused(run: Run, server: NatsServer, model: Path, given: tuple[int, ...]) -> None:
+def test_generated_tokens_that_are_impossible_are_refused(run: Run, server: NatsServer, model: Path, given: tuple[int, ...]) -> None:
     from mesh.coordinator.requests import prepare
     from mesh.errors import BadRequest
     from mesh.model.manifest import Manifest
@@ -233,7 +233,7 @@ def test_tokens_that_cannot_have_been_given_are_refused(run: Run, server: NatsSe
 
 
 def test_coordinators_know_of_each_other_as_soon_as_the_later_one_is_there(run: Run, server: NatsServer, model: Path) -> None:
-    """Its first beat is answered: who dies before the next beat, seconds later, leaves sessions that somebody takes over at once."""
+    """The first heartbeat is answered at once, so a coordinator that dies before its second one is missed without delay."""
 
     async def work() -> None:
         async with (

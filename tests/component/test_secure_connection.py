@@ -1,4 +1,4 @@
-"""TLS and every way to say who connects, against a nats-server that demands them; a refusal is at once, and says what to do."""
+"""TLS and every kind of credentials, against a nats-server that demands them. A refusal is immediate and says what to do."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def test_a_password_over_tls(run: Run, tls_server: NatsServer, authority: Author
         run(hello(wrong))
 
 
-def test_the_environment_says_it_too(run: Run, tls_server: NatsServer, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_gives_the_same_settings(
+    run: Run, tls_server: NatsServer, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key, value in {"URLS": tls_server.url, "USER": "shard", "PASSWORD": "right", "TLS_CA_FILE": str(authority.ca)}.items():
         monkeypatch.setenv(f"MESH_NATS_{key}", value)
     assert run(hello(flags())) == b"hello mesh"
@@ -141,7 +143,7 @@ def test_flags_are_over_the_file_and_replace_its_user() -> None:
         (("--nats-user", "a", "--nats-password-file", "/nowhere"), "/nowhere: No such file"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+def test_options_that_exclude_each_other_are_an_error_of_one_line(arguments: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         flags(*arguments)
     assert "\n" not in str(caught.value)

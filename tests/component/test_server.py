@@ -1,4 +1,4 @@
-"""The embedded nats-server ends with whoever started it."""
+"""The embedded nats-server ends with the process that started it."""
 
 from __future__ import annotations
 

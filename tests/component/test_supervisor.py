@@ -74,7 +74,7 @@ def test_a_killed_process_is_started_again_when_its_delay_is_over(world):
     ]
 
 
-def test_a_minute_of_health_forgets_deaths(world):
+def test_a_minute_without_a_death_resets_the_delay(world):
     child = world.child("shard-1", FOREVER)
     world.supervisor.ready()
     for lived_s, expected in ((1, 0.5), (1, 1), (59, 2), (60, 0.5), (59, 1)):
@@ -85,7 +85,7 @@ def test_a_minute_of_health_forgets_deaths(world):
         assert world.supervisor.check() is None
 
 
-def test_who_keeps_ending_is_given_up_with_its_last_words(world):
+def test_a_child_that_keeps_ending_is_given_up_with_its_last_output(world):
     child = world.child("shard-1", FAILING)
     world.supervisor.ready()
     for deaths in range(1, MOST_DEATHS):
@@ -99,7 +99,7 @@ def test_who_keeps_ending_is_given_up_with_its_last_words(world):
     assert world.said[0] == "shard-1 ended with exit code 3: no memory; it is started again in 0.5 s"
 
 
-def test_less_is_borne_before_everything_was_ready_however_long_it_took(world):
+def test_fewer_deaths_are_tolerated_before_everything_was_ready(world):
     child = world.child("shard-1", FOREVER)
     for _ in range(START_TRIES - 1):
         world.clock.now += 100
@@ -113,14 +113,14 @@ def test_less_is_borne_before_everything_was_ready_however_long_it_took(world):
         world.supervisor.check()
 
 
-def test_who_says_at_the_start_what_is_wrong_is_not_tried_again(world):
+def test_a_child_that_reports_a_usage_error_is_not_started_again(world):
     world.child("shard-1", "import sys; print('mesh: too little'); sys.exit(2)")
     world.children[0].process.wait(30)
     with pytest.raises(ServiceError, match=r"^shard-1 ended with exit code 2:\n  mesh: too little$"):
         world.supervisor.check()
 
 
-def test_who_may_leave_and_does_stays_away_until_it_is_restarted(world):
+def test_a_child_that_may_leave_stays_away_until_it_is_restarted(world):
     leaving, ending = world.child("shard-1", "", may_leave=True), world.child("coordinator-1", "")
     world.supervisor.ready()
     leaving.process.wait(30)
@@ -151,8 +151,8 @@ def test_a_process_that_cannot_be_started_is_tried_again(world):
     assert world.supervisor.check() is None and child.returncode is None
 
 
-def test_running_ends_with_the_process_that_is_given_up(tmp_path):
-    """In the time of the machine: the wait for an end and for a delay."""
+def test_run_raises_when_a_child_is_given_up(tmp_path):
+    """This one waits in real time, for the end of a process and for a delay."""
     said: list[str] = []
     supervisor = Supervisor(said.append)
     child = Child(dying_with_parent([sys.executable, "-c", FAILING]), tmp_path / "log", os.environ)

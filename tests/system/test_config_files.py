@@ -112,7 +112,7 @@ def test_a_coordinator_of_another_model_than_meant_does_not_start(site: Site, mo
     assert "Traceback" not in ended.stderr
 
 
-def test_a_shard_whose_blocks_are_nowhere_says_so(site: Site) -> None:
+def test_a_shard_that_finds_its_blocks_nowhere_reports_it(site: Site) -> None:
     shard = site.write(
         "shard.yaml",
         {

@@ -1,4 +1,4 @@
-"""A coordinator dies, is suspended, or leaves while it generates: another one goes on, and the tokens are those of an undisturbed run."""
+"""A coordinator dies, is suspended or leaves while it generates. Another one continues, with the tokens of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def undisturbed(model: Path) -> list[int]:
 
 
 async def owner(mesh: LocalMesh) -> int:
-    """The process that generates, known as soon as it says so: the others' answers are not waited for."""
+    """The process that generates, known from the first answer: the other coordinators are not awaited."""
     async with await Bus.connect(BusOptions(urls=(mesh.url,)), name="asking") as bus, asyncio.timeout(60):
         answers: asyncio.Queue[Received] = asyncio.Queue()
         inbox = bus.new_inbox()
@@ -100,7 +100,7 @@ def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undistur
     run(disturb())
 
 
-def test_a_plain_stream_goes_on_and_its_indexes_say_what_is_repeated(twins, undisturbed, run):
+def test_a_plain_stream_goes_on_and_its_indexes_show_repeated_tokens(twins, undisturbed, run):
     async def disturb() -> None:
         async with asked(twins, LONG | {"stream": True}) as answers:
             documents: dict[int, dict[str, Any]] = {}
@@ -196,7 +196,7 @@ def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(tw
 
 
 def test_the_only_coordinator_comes_back_and_goes_on(model, undisturbed, run, tmp_path):
-    """As systemd would start it again: what it was generating is found, for the plain request and for the client."""
+    """systemd would start it again like this. It finds its sessions and continues them, for a plain request and for the client."""
     options = LocalOptions(model=model, shards=1, rows=4, context=CONTEXT, logs=tmp_path)
 
     async def disturb(mesh: LocalMesh) -> None:

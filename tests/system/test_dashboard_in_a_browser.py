@@ -198,7 +198,7 @@ def test_a_lost_shard_is_shown_and_its_place_taken(model: Path, browser: Browser
         browser.until("!document.querySelector('#notice').hidden && document.querySelector('#notice').innerText.includes('0-2')")
 
 
-def test_a_gateway_that_is_gone_is_said_and_found_again(model: Path, browser: Browser) -> None:
+def test_the_page_reports_a_lost_gateway_and_finds_it_again(model: Path, browser: Browser) -> None:
     with LocalMesh(LocalOptions(model=model, shards=1, rows=4, context=64, http=False)) as mesh:
         with gateway(mesh.url) as edge:
             url = edge.url
@@ -238,7 +238,7 @@ def test_a_mesh_with_nothing_in_it_says_what_to_start(browser: Browser) -> None:
         assert browser.js("return document.querySelector('#shards-empty').innerText").startswith("No shard")
 
 
-def test_a_nats_server_that_is_gone_is_said_and_found_again(browser: Browser) -> None:
+def test_the_page_reports_a_lost_nats_server_and_finds_it_again(browser: Browser) -> None:
     with ExitStack() as later:
         with NatsServer.start() as server:
             port = int(server.url.rpartition(":")[2])

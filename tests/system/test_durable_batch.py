@@ -38,7 +38,7 @@ def test_a_batch_survives_the_death_of_every_process_and_is_answered_once(model,
         return status.done
 
     async def queue_empty(url: str) -> None:
-        """What was stored by one who was killed before saying so stays in the queue until somebody else is given it again."""
+        """A coordinator may be killed after it stored a result and before it acknowledged it. The queue then repeats it."""
         async with await Bus.connect(BusOptions((url,)), name="looking") as bus, asyncio.timeout(120):
             while (await bus.client.jetstream().stream_info(STREAM_BATCH)).state.messages:
                 await asyncio.sleep(0.05)  # a stream tells nobody that it is empty

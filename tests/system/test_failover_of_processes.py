@@ -78,7 +78,7 @@ def test_a_restarted_server_costs_a_pause(pairs, undisturbed, run):
 
 
 def test_shards_and_coordinators_are_replaced_one_after_the_other(model, undisturbed, run):
-    """As a rolling upgrade does: SIGTERM, and a new process, under load."""
+    """A rolling upgrade under load: each process gets SIGTERM and is replaced."""
 
     async def disturb(mesh: LocalMesh) -> None:
         async with load(mesh, undisturbed) as (running, client):
@@ -192,8 +192,8 @@ def test_one_server_of_three_is_killed(model, undisturbed, run, tmp_path):
         run(disturb(mesh, servers))
 
 
-def test_a_shard_of_another_model_of_that_name_is_refused_and_it_is_said(pairs, run, tmp_path):
-    """As when a model was imported anew on some machines alone."""
+def test_a_shard_of_another_model_of_the_same_name_is_refused_and_reported(pairs, run, tmp_path):
+    """This happens when a model was imported again on some machines only."""
     other = tmp_path / "tiny"
     import_model(EXPORTS / "qwen2-dynamo.onnx", other, ImportOptions(), name="tiny")
 
@@ -221,8 +221,8 @@ def test_a_shard_of_another_model_of_that_name_is_refused_and_it_is_said(pairs, 
     run(disturb())
 
 
-def test_a_shard_that_speaks_another_frame_version_is_refused_and_it_is_said(pairs, run):
-    """As in the middle of an upgrade: its lease is what a later version would write."""
+def test_a_shard_of_another_frame_version_is_refused_and_reported(pairs, run):
+    """This happens during an upgrade: the lease is one that a later version would write."""
 
     async def disturb() -> None:
         async with await Bus.connect(BusOptions(urls=(pairs.url,)), name="operator") as bus:

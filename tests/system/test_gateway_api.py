@@ -135,7 +135,7 @@ HUGE = b'{"max_tokens": 1' + b"0" * 5000 + b"}"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "\xff"}', b'{"prompt": NaN}', HUGE])
-def test_what_is_no_json_is_400(http, content):
+def test_invalid_json_is_400(http, content):
     response = http.post("/api/v1/inference", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["message"]
 
@@ -166,7 +166,7 @@ def test_every_answer_has_a_name_and_headers_for_browsers(http):
     )
 
 
-def test_stats_say_who_is_there(http):
+def test_stats_list_shards_and_coordinators(http):
     stats = http.get("/api/v1/stats").json()
     assert [shard["shard"] for shard in stats["shards"]] == ["shard-1", "shard-2"]
     assert stats["coordinators"][0]["finished"] >= 0 and stats["gateway"]["active"] == 1
@@ -187,7 +187,7 @@ def test_a_client_that_leaves_cancels_its_generation(mesh, url, http, run):
 
 
 def test_a_slow_reader_holds_no_row_and_is_let_go(mesh, run):
-    """It reads nothing: its row is free when the generation is over, and its connection ends when it has taken nothing for a while."""
+    """The client reads nothing. Its row is free when the generation is over, and its connection is closed after a while."""
     requests = [{**LONG, "max_tokens": 250, "logprobs": 20, "stream": True}] * 3  # of 300 kB each
     before = _counter(mesh, "finished") + _counter(mesh, "cancelled")
     with edge(mesh.url, listener={"write_timeout_s": 1.0, "send_buffer_bytes": 4096}) as url:
@@ -292,7 +292,7 @@ def test_bodies_and_heads_have_bounds(mesh):
 
 
 def test_without_tokens_only_plain_names_are_answered(mesh, http):
-    """A page may have a name of its own point to this machine: what it asks for bears that name."""
+    """A hostile page may point a name of its own at this machine; its requests then carry that name."""
     for host in ("coordinator:8080", "localhost", "127.0.0.1:1", "[::1]:8080", "10.0.0.1"):
         assert http.get("/api/v1/health/live", headers={"host": host}).status_code == 200, host
     for host in ("evil.example", "evil.example:8080", "127.0.0.1.evil.example"):
@@ -359,7 +359,7 @@ def test_a_token_has_its_own_limits(mesh):
 # -- health ------------------------------------------------------------------------------------------------------------
 
 
-def test_health_of_a_mesh_nobody_serves_is_503_and_the_process_lives(mesh):
+def test_health_of_a_mesh_without_shards_is_503_and_the_process_lives(mesh):
     with edge(mesh.url, model="another") as url, httpx.Client(base_url=url) as http:
         response = http.get("/api/v1/health")
         assert response.status_code == 503 and response.json()["status"] == "not_ready"

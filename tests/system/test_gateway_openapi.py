@@ -1,4 +1,4 @@
-"""What /openapi.json promises, tried out: requests made from it, right and wrong ones, and every answer held against it."""
+"""/openapi.json is true: right and wrong requests are generated from it, and every answer is compared with it."""
 
 from __future__ import annotations
 

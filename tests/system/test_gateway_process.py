@@ -44,7 +44,7 @@ def command(*arguments: str, said: str = "", **environment: str) -> subprocess.C
 
 
 def test_several_gateways_serve_one_mesh_and_end_in_order(mesh, tmp_path):
-    """The third one takes over what the second had: any of them will do."""
+    """Each of three gateways serves the mesh in turn."""
     for number in range(3):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -177,7 +177,7 @@ def test_tokens_are_issued_and_inspected(tmp_path):
         assert ended.returncode == 2 and says in ended.stderr
 
 
-def test_a_shard_says_how_it_is_and_what_it_has_done(mesh, run):
+def test_a_shard_reports_its_state_and_its_counters(mesh, run):
     from mesh.client import MeshClient
 
     with MeshClient(mesh.url) as client:

@@ -1,5 +1,5 @@
-"""A shard on a host of its own (a network namespace) is cut off and comes back: nobody is told, no connection is reset, and no token
-is lost."""
+"""A shard on a host of its own (a network namespace) is cut off and comes back. No connection is reset, so no process
+is told, and no token is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client may ask, what it is told, and what becomes of the rows when it goes."""
+"""What a client may ask, what it is answered, and what happens to its rows when it leaves."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_malformed_request_is_answered_by_an_error_that_names_the_field(mesh, 
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"7"])
-def test_what_is_no_json_object_is_answered_by_an_error(mesh, run, data):
+def test_a_request_that_is_not_a_json_object_is_answered_by_an_error(mesh, run, data):
     answer = run(raw(mesh.url, SUBJECT, data))
     assert answer.headers["Nats-Service-Error-Code"] == "400"
 
@@ -142,7 +142,7 @@ def test_a_client_that_vanishes_without_a_word_frees_its_rows(mesh, run):
 
 
 @pytest.mark.parametrize("says_so", [True, False], ids=["cancels", "says nothing"])
-def test_a_client_that_goes_takes_part_in_two_more_steps_at_most_and_its_rows_are_free(mesh, run, says_so):
+def test_a_client_that_leaves_takes_part_in_at_most_two_more_steps_and_frees_its_rows(mesh, run, says_so):
     """Steps as the first stage gets them. A marker on the same way splits them into those before the client had gone and after."""
     steps: list[set[int] | None] = []
     closed: list[int] = []
@@ -211,7 +211,7 @@ def test_a_repeated_request_of_the_same_name_is_the_same_generation(mesh, run):
     run(twice())
 
 
-def test_a_full_queue_is_busy_at_once_and_those_accepted_go_on(mesh, run):
+def test_a_full_queue_is_busy_at_once_and_accepted_requests_go_on(mesh, run):
     """4 rows and 16 places in the queue: of 30 at once the rest is refused with a time, and what was accepted is right."""
 
     async def overload() -> None:
@@ -234,7 +234,7 @@ def test_a_full_queue_is_busy_at_once_and_those_accepted_go_on(mesh, run):
     run(overload())
 
 
-def test_status_and_health_say_who_is_there(mesh):
+def test_status_and_health_list_shards_and_coordinators(mesh):
     with MeshClient(mesh.url) as client:
         assert client.models() == ["tiny"]
         assert client.health().ready

@@ -1,4 +1,4 @@
-"""Where the things are that tests read from the repository."""
+"""The paths in the repository that tests read."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ async def leases(bus: Bus, hold: Callable[[Mapping[str, ShardLease]], bool], dea
 
 
 class Heard(logging.Handler):
-    """What is logged in this event loop from now on."""
+    """Collects what is logged from now on, and awaits a line of it."""
 
     def __init__(self, logger: str) -> None:
         super().__init__(logging.INFO)
@@ -136,7 +136,7 @@ class Talking:
         return match
 
     def ended(self, deadline_s: float = 2 * DEADLINE_S) -> int:
-        """Its exit code, all it said being there."""
+        """Its exit code; all its output has been read then."""
         code = self.process.wait(deadline_s)
         self._reader.join(deadline_s)
         return code

@@ -136,7 +136,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.mesh.check()
 
     def teardown(self) -> None:
-        """With a shard for each range and nothing going wrong any more, everything comes to its end."""
+        """Every range has a shard and nothing fails any more, so every session must end."""
         if not hasattr(self, "mesh"):
             return
         mesh = self.mesh

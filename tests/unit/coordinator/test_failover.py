@@ -1,4 +1,4 @@
-"""What a loss costs: nothing where a mirror steps in, the history where a replica is new, and never a token."""
+"""What the loss of a shard costs: nothing with a mirror, a prefill of the history with a new replica, and never a token."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def prefilled(mesh: FakeMesh, since: int) -> int:
 
 
 def pass_time(mesh: FakeMesh, random: Random, until, most_s: float = 60.0) -> float:
-    """Let every deadline pass, and what is under way arrive, until it is so; how long that took."""
+    """Let every deadline pass and every message arrive, until the condition holds. Returns the seconds that this took."""
     began = mesh.now
     mesh.settle(random)
     while not until():
@@ -115,7 +115,7 @@ def test_with_no_replica_left_it_waits_for_one_to_join():
     assert mesh.ended["r"].reason == "length" and mesh.tokens["r"] == expected(request)
 
 
-def test_it_fails_only_after_failover_timeout_and_says_so():
+def test_a_session_fails_only_after_failover_timeout_with_an_error_that_names_it():
     mesh, random = make(replicas=1), Random(3)
     begin(mesh, random)
     mesh.kill("s2-0")
@@ -130,7 +130,7 @@ def test_it_fails_only_after_failover_timeout_and_says_so():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_death_that_nobody_reports_is_found_by_asking(stage):
+def test_an_unreported_death_is_found_by_asking(stage):
     mesh, random = make(), Random(stage)
     request = begin(mesh, random, until=30)
     mesh.kill(route(mesh)[stage], noticed=False)
@@ -165,7 +165,7 @@ def test_a_shard_that_does_not_answer_is_left_and_its_late_frames_change_nothing
     assert not mesh.shards[slow].seats
 
 
-def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
+def test_a_slow_step_is_awaited_while_its_shard_confirms_that_it_has_it():
     mesh, random = make(), Random(7)
     request = begin(mesh, random, until=30)
     while not mesh.core.scheduler.flights or not any(key[1].startswith("s0") and box for key, box in mesh.boxes.items()):
@@ -185,7 +185,7 @@ def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
 
 
-def test_a_frame_that_everyone_is_without_is_sent_again_with_what_the_rows_hold():
+def test_a_frame_that_was_lost_everywhere_is_sent_again_and_nothing_is_prefilled():
     mesh, random = make(replicas=1), Random(8)
     request = begin(mesh, random, until=30)
     while not mesh.core.scheduler.flights:
@@ -197,7 +197,7 @@ def test_a_frame_that_everyone_is_without_is_sent_again_with_what_the_rows_hold(
     assert [pause.kind for pause in mesh.core.pauses] == ["resend"]
 
 
-def test_while_this_side_is_not_connected_nobody_is_blamed():
+def test_no_shard_is_suspected_while_this_side_is_disconnected():
     mesh, random = make(replicas=1), Random(9)
     request = begin(mesh, random)
     while not mesh.core.scheduler.flights:
@@ -233,7 +233,7 @@ def test_a_shard_that_drains_alone_is_used_until_the_end():
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
 
 
-def test_the_death_of_a_mirror_disturbs_nobody():
+def test_the_death_of_a_mirror_disturbs_no_session():
     mesh, random = make(mirror=True), Random(12)
     request = begin(mesh, random)
     session = session_of(mesh, "r")
@@ -243,7 +243,7 @@ def test_the_death_of_a_mirror_disturbs_nobody():
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
 
 
-def test_failovers_and_suspicions_are_told():
+def test_failovers_and_suspicions_are_announced():
     mesh, random = make(), Random(13)
     begin(mesh, random)
     dead = route(mesh)[2]

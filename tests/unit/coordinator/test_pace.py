@@ -51,7 +51,7 @@ def test_a_chunk_that_takes_much_longer_than_a_step_is_sent_in_parts():
     assert chunks_beside_a_decoder(700, step_s=0.03, token_s=0.002) == [256, 64, 64, 64, 64, 64, 64, 60]
 
 
-def test_with_nobody_decoding_every_chunk_is_whole():
+def test_every_chunk_is_whole_while_no_session_decodes():
     assert chunks_beside_a_decoder(700, step_s=0.03, token_s=0.002, decoding=False) == [256, 256, 188]
 
 
@@ -74,7 +74,7 @@ def test_chunks_are_whole_again_when_parts_or_steps_say_that_there_is_time():
     assert pace.size(CHUNK) == CHUNK
 
 
-def test_what_was_seen_once_is_tried_again_after_many_parts():
+def test_a_size_that_was_ruled_out_once_is_tried_again_after_many_parts():
     pace = seen(Pace(), step_s=0.03, whole_s=0.6)
     tried = 0
     for _ in range(2 * REVIEW_AFTER + 2):

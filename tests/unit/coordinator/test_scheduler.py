@@ -108,7 +108,7 @@ def test_while_others_decode_a_long_prompt_has_one_chunk_under_way():
     assert mesh.tokens["short"] == expected(short)
 
 
-def test_with_nobody_decoding_a_prompt_fills_every_stage():
+def test_a_prompt_fills_every_stage_while_no_session_decodes():
     mesh, random = make(), Random(4)
     ask(mesh, "long", 300, 4)
     run_until(mesh, lambda: len(mesh.core.scheduler.flights) == 3, random)

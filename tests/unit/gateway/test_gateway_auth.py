@@ -1,4 +1,4 @@
-"""Who is let in at the edge, and how often."""
+"""Which tokens the gateway accepts, and how many requests each may make."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_without_a_verifier_everyone_may_do_everything():
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic abc", "Bearer abc", "bearer  ", f"Token {'x' * 20}"])
-def test_without_a_token_nobody_is_let_in(header):
+def test_a_request_without_a_token_is_refused(header):
     with pytest.raises(NotAuthenticated):
         gate(Clock()).admit(header, "generate")
     assert gate(Clock()).identify(header) is None
@@ -64,7 +64,7 @@ def test_requests_a_minute_are_counted_for_each_token_and_come_back_evenly():
     door.admit(one, "generate").charge(1)
 
 
-def test_tokens_are_set_aside_and_what_was_not_used_is_given_back():
+def test_reserved_tokens_that_were_not_used_are_given_back():
     clock = Clock()
     door = gate(clock, tokens_per_minute=600)
     header = f"Bearer {token('generate')}"

@@ -1,4 +1,4 @@
-"""Tokens: what is issued is accepted, and nothing else is."""
+"""Issued tokens are accepted, and no other token is."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def good_claims() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("algorithm", ["HS256", "RS256", "EdDSA"])
-def test_what_is_issued_is_accepted(algorithm):
+def test_an_issued_token_is_accepted(algorithm):
     private, public = PAIRS[algorithm]
     now = time.time()
     token = Issuer(algorithm, private).issue("team", ["batch", "generate"], now_unix_s=now, expiry_s=DAY_S, requests_per_minute=60)
@@ -81,7 +81,7 @@ def test_a_token_without_a_signature_is_refused(algorithm, none):
 
 @pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
 def test_a_public_key_is_never_taken_for_a_secret(algorithm):
-    """Key confusion: whoever has the public key signs with it, as if it were the secret of HS256."""
+    """Key confusion: an attacker signs with the public key as if it were the secret of HS256."""
     public = PAIRS[algorithm][1]
     token = signed_by_hand({"alg": "HS256", "typ": "JWT"}, good_claims(), public)
     with pytest.raises(Denied, match=f"not signed with {algorithm}"):
@@ -117,7 +117,7 @@ def test_another_secret_and_every_changed_character_are_refused():
 
 
 @pytest.mark.parametrize("token", ["", ".", "..", "a.b.c", "é.é.é", "a" * 10_000, "Bearer x", "\x00", "{}"])
-def test_what_is_no_token_is_refused(token):
+def test_an_invalid_token_is_refused(token):
     with pytest.raises(Denied):
         Verifier("HS256", SECRET).verify(token)
 

@@ -48,7 +48,7 @@ def test_a_wrong_layer_is_named_and_nothing_is_left(tmp_path, monkeypatch, whole
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_import_leaves_nothing_and_a_forced_one_what_was_there(tmp_path, monkeypatch):
+def test_an_interrupted_import_leaves_nothing_and_a_forced_one_leaves_the_old_model(tmp_path, monkeypatch):
     out = tmp_path / "model"
     import_model(EXPORTS / "llama-dynamo.onnx", out)
     before = Manifest.load(out)
@@ -73,7 +73,7 @@ def test_narrower_models_are_close_to_their_source_and_say_how_close(tmp_path, o
     assert report["perplexity"] == pytest.approx(report["perplexity_float32"], rel=0.3)
 
 
-def test_what_is_no_source_is_said_to_be_none(tmp_path):
+def test_a_source_that_is_missing_or_unknown_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     with pytest.raises(ModelNotFound, match="neither"):
         import_model(tmp_path / "notes.txt", tmp_path / "out")

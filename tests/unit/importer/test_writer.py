@@ -30,7 +30,7 @@ def adder(name: str, weights: dict[str, Any]) -> GraphBuilder:
     return builder
 
 
-def test_what_was_written_is_what_was_given(tmp_path: Path) -> None:
+def test_written_weights_equal_the_given_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((33, 300)).astype(np.float32)
     nibbles = rng.integers(-8, 8, (7, 301)).astype(ml_dtypes.int4)  # odd: elements of different rows share a byte

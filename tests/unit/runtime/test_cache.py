@@ -44,7 +44,7 @@ def by_formula(q, keys, values, mask, *, scale, softcap):
     seed=st.integers(0, 2**31),
 )
 def test_attention_in_blocks_is_attention(positions, chunk, window, additive, softcap, sizes, seed):
-    """Rows of any length side by side, or a chunk of one row; what nobody sees is as large as a number can be."""
+    """Rows of any length side by side, or a chunk of one row. Positions that are masked hold the largest float."""
     rng = np.random.default_rng(seed)
     if chunk:
         first = min(positions[0], LENGTH - chunk)
@@ -91,8 +91,8 @@ def test_a_longer_neighbour_changes_no_bit(few_slots):
         np.testing.assert_array_equal(first(other), first(70))
 
 
-def test_what_is_written_is_a_number():
-    """So that a weight of 0 hides it."""
+def test_a_cache_holds_finite_numbers_only():
+    """A weight of 0 hides finite numbers only."""
     array = jnp.zeros((2, 1, 32 + SLACK, 3), jnp.float16)
     view = CacheView(array, jnp.int32(1), jnp.int32(1), 1, 32)
     for tokens in (1, 16):

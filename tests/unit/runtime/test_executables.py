@@ -75,7 +75,7 @@ def test_a_damaged_file_is_made_again(kept: Executables, damage, caplog: pytest.
     assert path.stat().st_size > 100
 
 
-def test_what_cannot_be_loaded_here_is_made_again(kept: Executables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_cannot_be_loaded_here_is_compiled_again(kept: Executables, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = Traced()
     traced.compiled(kept)
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_loaded_here_is_made_again(kept: Executables, monkeypatch
     assert traced.times == 2
 
 
-def test_what_was_loaded_is_forgotten_where_it_is_not_trusted(kept: Executables) -> None:
+def test_loaded_programs_can_be_forgotten(kept: Executables) -> None:
     traced = Traced()
     for key in ("double", "double", "other"):
         traced.compiled(kept, key)
@@ -97,7 +97,7 @@ def test_what_was_loaded_is_forgotten_where_it_is_not_trusted(kept: Executables)
     assert traced.times == 3
 
 
-def test_a_directory_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_not_needed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     traced = Traced()
     traced.compiled(Executables(tmp_path / "file" / "here"))

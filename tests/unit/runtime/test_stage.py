@@ -1,4 +1,4 @@
-"""Stages: any cut, any company, any repetition gives the same tokens, and nothing compiles after warm-up."""
+"""Stages give the same tokens for any cut, beside any other rows and when steps are repeated. Nothing compiles after warm-up."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def test_a_wave_of_high_rows_costs_what_low_ones_do(llama, greedy_tokens):
+def test_high_rows_cost_as_much_as_low_rows(llama, greedy_tokens):
     stages = Pipeline.load(llama, shards=2, rows=16, chunk=32)
     history = [*PROMPT, *greedy_tokens]
     for row in (13, 15):
@@ -177,7 +177,7 @@ def test_nothing_compiles_after_warm_up(llama):
         jax.monitoring.unregister_event_duration_listener(count)
 
 
-def test_threads_that_warm_up_compile_what_they_share_once(llama, monkeypatch):
+def test_threads_that_warm_up_compile_shared_programs_once(llama, monkeypatch):
     made = []
     gate = threading.Barrier(4)
 

@@ -1,4 +1,4 @@
-"""The guide's files are read as they stand; every mistake is one line that names file, key, and what would be right."""
+"""The files of the guide are read unchanged. A mistake is an error of one line that names the file, the key and what would be right."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_mistake_in_json_is_named(tmp_path: Path, old: str, new: str, says: st
 
 
 @pytest.mark.parametrize("text", ["", "just words", "[1, 2]", "1: 2"])
-def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str) -> None:
     assert "sections with keys" in _refusal(tmp_path, text, ShardConfig)
 
 

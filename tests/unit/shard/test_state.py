@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(chosen=st.sets(sessions, min_size=1), coordinator=names)
     def follows(self, chosen: set[int], coordinator: str) -> None:
-        """A frame to another replica: what is open here too is computed in its own row, and nothing is said of the rest."""
+        """A frame to another replica: sessions that are open here too are computed in their own rows, and the others are passed over."""
         rows = []
         good = []
         for index, session in enumerate(sorted(chosen)):
@@ -246,8 +246,8 @@ def test_a_frame_for_another_shard_is_refused_whole(change: dict[str, Any], reas
     state.check()
 
 
-def test_what_follows_a_prefill_chunk_is_not_counted_on_any_more() -> None:
-    """Its padding was written there."""
+def test_positions_after_a_prefill_chunk_no_longer_count_as_filled() -> None:
+    """The padding of the chunk was written there."""
     state = ShardState(SHAPE)
     state.open(opening(1), 0.0)
     for kind, start, count, filled in (
