@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+from running import Run
 from serving import LONG, coordinator, shards
 
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
+from mesh.local.nats_server import NatsServer
 from mesh.protocol import frame_codec, subjects
 from mesh.protocol.frame_codec import Frame, Hop, Kind
 from mesh.protocol.messages import Close
@@ -27,7 +30,9 @@ def damaged(whole: bytes, random: Random) -> list[bytes]:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(server, model, run, expected, count):
+def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(
+    server: NatsServer, model: Path, run: Run, expected: list[int], count: int
+) -> None:
     async def disturb() -> None:
         random = Random(0)
         ranges = even_ranges(3, count)
@@ -61,7 +66,9 @@ def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(serv
     run(disturb())
 
 
-def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, model, run, expected):
+def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(
+    server: NatsServer, model: Path, run: Run, expected: list[int]
+) -> None:
     async def disturb() -> None:
         async with (
             shards(server.url, model, even_ranges(3, 2)) as running,
@@ -84,7 +91,7 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
     run(disturb())
 
 
-def test_a_client_that_was_wrongly_taken_to_be_gone_goes_on(server, model, run, expected):
+def test_a_client_that_was_wrongly_taken_to_be_gone_goes_on(server: NatsServer, model: Path, run: Run, expected: list[int]) -> None:
     """This happens after a restart of the server, when the coordinator reconnects before the client does."""
 
     async def work() -> None:
@@ -107,7 +114,7 @@ def test_a_client_that_was_wrongly_taken_to_be_gone_goes_on(server, model, run, 
     run(work())
 
 
-def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwards(server, model, run):
+def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwards(server: NatsServer, model: Path, run: Run) -> None:
     async def ask() -> None:
         async with (
             shards(server.url, model, even_ranges(3, 3)) as running,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
+from running import Run
 from serving import LONG, coordinator, shards
 from waiting import Heard
 
@@ -14,12 +16,13 @@ from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.core.expectations import Expected
 from mesh.errors import Busy
+from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
 from mesh.protocol.messages import Beat
 from mesh.types import even_ranges
 
 
-def test_requests_over_the_pool_are_answered_busy(server, model, run, expected):
+def test_requests_over_the_pool_are_answered_busy(server: NatsServer, model: Path, run: Run, expected: list[int]) -> None:
     async def work() -> None:
         room = 256 * (len(LONG["tokens"]) + LONG["max_tokens"])
         async with (
@@ -35,7 +38,7 @@ def test_requests_over_the_pool_are_answered_busy(server, model, run, expected):
     run(work())
 
 
-def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
+def test_beats_come_as_often_as_health_check_interval_says(server: NatsServer, model: Path, run: Run) -> None:
     async def beats(interval_s: float, wanted: int) -> int:
         """How many there have been, from the start until `wanted` came and a question was answered."""
         count = 0
@@ -63,7 +66,9 @@ def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
     run(work())
 
 
-def test_missing_layer_ranges_are_logged_and_in_the_statistics(server, model, run, caplog):
+def test_missing_layer_ranges_are_logged_and_in_the_statistics(
+    server: NatsServer, model: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "mesh.coordinator")
 
     async def work() -> None:

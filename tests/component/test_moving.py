@@ -101,9 +101,7 @@ def test_sessions_may_end_first_and_no_new_ones_begin(run: Run, server: NatsServ
     run(work())
 
 
-def test_after_the_deadline_sessions_are_dropped_and_layers_not_held_are_refused(
-    run: Run, server: NatsServer, model: Path
-) -> None:
+def test_after_the_deadline_sessions_are_dropped_and_layers_not_held_are_refused(run: Run, server: NatsServer, model: Path) -> None:
     async def work() -> None:
         async with (
             shards(server.url, model, [LayerRange(0, 2), LayerRange(2, 3)], overlap=1) as running,

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 import pytest
+from running import Run
 from system_tools import all_rows_free
 
 from mesh.bus import Bus, BusOptions, Received
@@ -74,7 +75,7 @@ def kill(pid: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undisturbed, run, number):
+def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins: LocalMesh, undisturbed: list[int], run: Run, number: int) -> None:
     async def disturb() -> None:
         async with AsyncMeshClient(twins.url, model="tiny") as client, client.stream(**LONG) as stream:
             seen: list[int] = []
@@ -100,7 +101,7 @@ def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undistur
     run(disturb())
 
 
-def test_a_plain_stream_goes_on_and_its_indexes_show_repeated_tokens(twins, undisturbed, run):
+def test_a_plain_stream_goes_on_and_its_indexes_show_repeated_tokens(twins: LocalMesh, undisturbed: list[int], run: Run) -> None:
     async def disturb() -> None:
         async with asked(twins, LONG | {"stream": True}) as answers:
             documents: dict[int, dict[str, Any]] = {}
@@ -131,7 +132,7 @@ def test_a_plain_stream_goes_on_and_its_indexes_show_repeated_tokens(twins, undi
     run(disturb())
 
 
-def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undisturbed, run):
+def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins: LocalMesh, undisturbed: list[int], run: Run) -> None:
     async def disturb() -> None:
         async with AsyncMeshClient(twins.url, model="tiny") as client, asked(twins, LONG) as answers:
             kill(await owner(twins))
@@ -144,7 +145,7 @@ def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undist
 
 
 @pytest.mark.parametrize("what", ["logprobs", "stop"])
-def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, run, what):
+def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins: LocalMesh, run: Run, what: str) -> None:
     async def disturb() -> None:
         common: dict[str, Any] = {
             "tokens": PROMPT,
@@ -179,7 +180,7 @@ def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, r
     run(disturb())
 
 
-def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(twins, undisturbed, run):
+def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(twins: LocalMesh, undisturbed: list[int], run: Run) -> None:
     async def twice() -> None:
         request = LONG | {"session": "mine", "seed": 1}
         async with AsyncMeshClient(twins.url, model="tiny") as client:
@@ -195,7 +196,7 @@ def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(tw
     run(twice())
 
 
-def test_the_only_coordinator_comes_back_and_goes_on(model, undisturbed, run, tmp_path):
+def test_the_only_coordinator_comes_back_and_goes_on(model: Path, undisturbed: list[int], run: Run, tmp_path: Path) -> None:
     """systemd would start it again like this. It finds its sessions and continues them, for a plain request and for the client."""
     options = LocalOptions(model=model, shards=1, rows=4, context=CONTEXT, logs=tmp_path)
 

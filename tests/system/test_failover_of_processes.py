@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from checked_load import counted, load, options
 from places import EXPORTS, NATS
+from running import Run
 from system_tools import all_rows_free, until_leases
 
 from mesh.bus import Bucket, Bus, BusOptions, Received
@@ -40,7 +41,7 @@ async def until_ready(mesh: LocalMesh, name: str) -> None:
     await until_leases(mesh, lambda found: pid in {lease.pid for lease in found.values() if lease.state == "ready"})
 
 
-def test_a_suspended_shard_is_left_and_comes_back(pairs, undisturbed, run):
+def test_a_suspended_shard_is_left_and_comes_back(pairs: LocalMesh, undisturbed: list[list[int]], run: Run) -> None:
     async def disturb() -> None:
         async with load(pairs, undisturbed) as (running, client):
             pids = [pairs.processes[name].pid for name in ("shard-1", "shard-3")]
@@ -62,7 +63,7 @@ def test_a_suspended_shard_is_left_and_comes_back(pairs, undisturbed, run):
     run(disturb())
 
 
-def test_a_restarted_server_costs_a_pause(pairs, undisturbed, run):
+def test_a_restarted_server_costs_a_pause(pairs: LocalMesh, undisturbed: list[list[int]], run: Run) -> None:
     async def disturb() -> None:
         async with load(pairs, undisturbed) as (running, client):
             for _ in range(2):
@@ -77,7 +78,7 @@ def test_a_restarted_server_costs_a_pause(pairs, undisturbed, run):
     run(disturb())
 
 
-def test_shards_and_coordinators_are_replaced_one_after_the_other(model, undisturbed, run):
+def test_shards_and_coordinators_are_replaced_one_after_the_other(model: Path, undisturbed: list[list[int]], run: Run) -> None:
     """A rolling upgrade under load: each process gets SIGTERM and is replaced."""
 
     async def disturb(mesh: LocalMesh) -> None:
@@ -97,7 +98,7 @@ def test_shards_and_coordinators_are_replaced_one_after_the_other(model, undistu
         run(disturb(mesh))
 
 
-def test_a_drained_shard_moves_its_sessions_and_ends(pairs, undisturbed, run):
+def test_a_drained_shard_moves_its_sessions_and_ends(pairs: LocalMesh, undisturbed: list[list[int]], run: Run) -> None:
     async def disturb() -> None:
         async with load(pairs, undisturbed) as (running, client), await Bus.connect(pairs.bus, name="operator") as bus:
             before = await counted(client, "failovers")
@@ -118,7 +119,7 @@ def test_a_drained_shard_moves_its_sessions_and_ends(pairs, undisturbed, run):
     run(disturb())
 
 
-def test_with_no_replica_left_generations_wait_for_one_to_join(model, undisturbed, run, tmp_path):
+def test_with_no_replica_left_generations_wait_for_one_to_join(model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     async def disturb(mesh: LocalMesh, folder: Path) -> None:
         command = [sys.executable, "-m", "mesh.cli"]
         pushed = await asyncio.to_thread(
@@ -143,7 +144,7 @@ def test_with_no_replica_left_generations_wait_for_one_to_join(model, undisturbe
         run(disturb(mesh, tmp_path / "blocks"))
 
 
-def test_with_no_replica_for_failover_timeout_the_error_says_so(model, run):
+def test_with_no_replica_for_failover_timeout_the_error_says_so(model: Path, run: Run) -> None:
     async def disturb(mesh: LocalMesh) -> None:
         async with AsyncMeshClient(mesh.url, model="tiny") as client:
             with pytest.raises(Unavailable, match="some layer range has no shard that is ready, for 2 s"):
@@ -156,7 +157,7 @@ def test_with_no_replica_for_failover_timeout_the_error_says_so(model, run):
         run(disturb(mesh))
 
 
-def test_one_server_of_three_is_killed(model, undisturbed, run, tmp_path):
+def test_one_server_of_three_is_killed(model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     import socket
 
     with ExitStack() as stack:
@@ -192,7 +193,7 @@ def test_one_server_of_three_is_killed(model, undisturbed, run, tmp_path):
         run(disturb(mesh, servers))
 
 
-def test_a_shard_of_another_model_of_the_same_name_is_refused_and_reported(pairs, run, tmp_path):
+def test_a_shard_of_another_model_of_the_same_name_is_refused_and_reported(pairs: LocalMesh, run: Run, tmp_path: Path) -> None:
     """This happens when a model was imported again on some machines only."""
     other = tmp_path / "tiny"
     import_model(EXPORTS / "qwen2-dynamo.onnx", other, ImportOptions(), name="tiny")
@@ -221,7 +222,7 @@ def test_a_shard_of_another_model_of_the_same_name_is_refused_and_reported(pairs
     run(disturb())
 
 
-def test_a_shard_of_another_frame_version_is_refused_and_reported(pairs, run):
+def test_a_shard_of_another_frame_version_is_refused_and_reported(pairs: LocalMesh, run: Run) -> None:
     """This happens during an upgrade: the lease is one that a later version would write."""
 
     async def disturb() -> None:

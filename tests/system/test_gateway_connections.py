@@ -16,6 +16,7 @@ import httpx
 import pytest
 from edge_tools import edge
 from oracle import Oracle
+from running import Run
 from waiting import until
 
 from mesh.local.mesh import LocalMesh, LocalOptions
@@ -78,7 +79,7 @@ async def stream_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
             seen.append(document["token"])
 
 
-def test_a_thousand_connections_and_one_more(pairs, oracle, run):
+def test_a_thousand_connections_and_one_more(pairs: LocalMesh, oracle: Oracle, run: Run) -> None:
     url = pairs.http_urls[0]
     host, port = urlsplit(url).hostname, urlsplit(url).port
 
@@ -123,7 +124,7 @@ async def streams_through_a_death(
         assert seen == oracle.greedy(prompt, 50)
 
 
-def test_a_coordinator_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, url, oracle, run):
+def test_a_coordinator_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs: LocalMesh, url: str, oracle: Oracle, run: Run) -> None:
     async def kill() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
             prompts = [[number, 4, 5 * number, 2] for number in range(8)]
@@ -132,7 +133,7 @@ def test_a_coordinator_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs
     run(kill())
 
 
-def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, url, oracle, run):
+def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs: LocalMesh, url: str, oracle: Oracle, run: Run) -> None:
     async def kill() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
             prompts = [[number, 9, 3 * number, 1] for number in range(6)]
@@ -142,7 +143,7 @@ def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, url,
     run(kill())
 
 
-def test_health_tells_the_truth_when_a_range_is_gone(pairs, url, run):
+def test_health_tells_the_truth_when_a_range_is_gone(pairs: LocalMesh, url: str, run: Run) -> None:
     """Its last shard is killed: not ready, and says what lacks; the process lives on."""
 
     async def kill() -> None:

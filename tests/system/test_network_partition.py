@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checked_load import counted, load, options
+from running import Run
 from system_tools import all_rows_free, until_leases
 
 from mesh.host.process import dying_with_parent
@@ -70,7 +71,7 @@ async def there(mesh: LocalMesh, shard: str, *, wanted: bool) -> None:
     await until_leases(mesh, lambda found: (shard in found and found[shard].state == "ready") is wanted)
 
 
-def test_a_shard_is_cut_off_and_comes_back(host, model, undisturbed, run, tmp_path):
+def test_a_shard_is_cut_off_and_comes_back(host: Host, model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     async def disturb(mesh: LocalMesh) -> None:
         await there(mesh, "shard-9", wanted=True)
         async with load(mesh, undisturbed) as (running, client):

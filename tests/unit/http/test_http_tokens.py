@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import jwt
@@ -53,7 +54,7 @@ def good_claims() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("algorithm", ["HS256", "RS256", "EdDSA"])
-def test_an_issued_token_is_accepted(algorithm):
+def test_an_issued_token_is_accepted(algorithm: Algorithm) -> None:
     private, public = PAIRS[algorithm]
     now = time.time()
     token = Issuer(algorithm, private).issue("team", ["batch", "generate"], now_unix_s=now, expiry_s=DAY_S, requests_per_minute=60)
@@ -65,7 +66,7 @@ def test_an_issued_token_is_accepted(algorithm):
     assert header["alg"] == algorithm and shown["sub"] == "team"
 
 
-def test_an_expired_token_is_refused():
+def test_an_expired_token_is_refused() -> None:
     token = Issuer("HS256", SECRET).issue("a", ["generate"], now_unix_s=time.time() - 2 * DAY_S, expiry_s=DAY_S)
     with pytest.raises(Denied, match="expired"):
         Verifier("HS256", SECRET).verify(token)
@@ -73,14 +74,14 @@ def test_an_expired_token_is_refused():
 
 @pytest.mark.parametrize("algorithm", ["HS256", "RS256", "EdDSA"])
 @pytest.mark.parametrize("none", ["none", "None", "NONE", "nOnE"])
-def test_a_token_without_a_signature_is_refused(algorithm, none):
+def test_a_token_without_a_signature_is_refused(algorithm: Algorithm, none: str) -> None:
     token = signed_by_hand({"alg": none, "typ": "JWT"}, good_claims(), None)
     with pytest.raises(Denied):
         Verifier(algorithm, PAIRS[algorithm][1]).verify(token)
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
-def test_a_public_key_is_never_taken_for_a_secret(algorithm):
+def test_a_public_key_is_never_taken_for_a_secret(algorithm: Algorithm) -> None:
     """Key confusion: an attacker signs with the public key as if it were the secret of HS256."""
     public = PAIRS[algorithm][1]
     token = signed_by_hand({"alg": "HS256", "typ": "JWT"}, good_claims(), public)
@@ -92,18 +93,18 @@ def test_a_public_key_is_never_taken_for_a_secret(algorithm):
 
 
 @pytest.mark.parametrize(("signs", "checks"), [("HS256", "RS256"), ("RS256", "HS256"), ("EdDSA", "RS256"), ("RS256", "EdDSA")])
-def test_a_token_of_another_algorithm_is_refused(signs, checks):
+def test_a_token_of_another_algorithm_is_refused(signs: Algorithm, checks: Algorithm) -> None:
     token = Issuer(signs, PAIRS[signs][0]).issue("a", ["admin"], now_unix_s=time.time(), expiry_s=DAY_S)
     with pytest.raises(Denied):
         Verifier(checks, PAIRS[checks][1]).verify(token)
 
 
-def test_a_stronger_hash_than_configured_is_another_algorithm_too():
+def test_a_stronger_hash_than_configured_is_another_algorithm_too() -> None:
     with pytest.raises(Denied):
         Verifier("HS256", SECRET * 2).verify(jwt.encode(good_claims(), SECRET * 2, algorithm="HS512"))
 
 
-def test_another_secret_and_every_changed_character_are_refused():
+def test_another_secret_and_every_changed_character_are_refused() -> None:
     token = Issuer("HS256", SECRET).issue("a", ["generate"], now_unix_s=time.time(), expiry_s=DAY_S)
     with pytest.raises(Denied, match="signature"):
         Verifier("HS256", b"x" * 32).verify(token)
@@ -117,7 +118,7 @@ def test_another_secret_and_every_changed_character_are_refused():
 
 
 @pytest.mark.parametrize("token", ["", ".", "..", "a.b.c", "é.é.é", "a" * 10_000, "Bearer x", "\x00", "{}"])
-def test_an_invalid_token_is_refused(token):
+def test_an_invalid_token_is_refused(token: str) -> None:
     with pytest.raises(Denied):
         Verifier("HS256", SECRET).verify(token)
 
@@ -136,14 +137,14 @@ def test_an_invalid_token_is_refused(token):
         {"exp": "soon"},
     ],
 )
-def test_claims_of_the_wrong_kind_are_refused(change):
+def test_claims_of_the_wrong_kind_are_refused(change: dict[str, Any]) -> None:
     claims = {name: value for name, value in {**good_claims(), **change}.items() if value is not None}
     token = signed_by_hand({"alg": "HS256", "typ": "JWT"}, claims, SECRET)
     with pytest.raises(Denied):
         Verifier("HS256", SECRET).verify(token)
 
 
-def test_a_key_that_does_not_go_with_the_algorithm_is_refused():
+def test_a_key_that_does_not_go_with_the_algorithm_is_refused() -> None:
     for algorithm, key, says in [
         ("HS256", b"short", "at least 32"),
         ("HS256", RSA[1], "is a PEM key"),
@@ -159,7 +160,7 @@ def test_a_key_that_does_not_go_with_the_algorithm_is_refused():
         Issuer("RS256", RSA[1])
 
 
-def test_claims_that_make_no_sense_are_not_issued():
+def test_claims_that_make_no_sense_are_not_issued() -> None:
     issuer = Issuer("HS256", SECRET)
     good: dict[str, Any] = {"subject": "a", "scopes": ["admin"], "expiry_s": 1.0, "requests_per_minute": 1}
     changes: list[dict[str, Any]] = [{"scopes": []}, {"scopes": ["root"]}, {"subject": ""}, {"expiry_s": 0.0}, {"requests_per_minute": 0}]
@@ -168,7 +169,7 @@ def test_claims_that_make_no_sense_are_not_issued():
             issuer.issue(**{**good, **change}, now_unix_s=0.0)
 
 
-def test_a_secret_is_read_from_one_place(tmp_path):
+def test_a_secret_is_read_from_one_place(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_bytes(SECRET + b"\n")
     assert read_secret(None, str(file), "k") == SECRET

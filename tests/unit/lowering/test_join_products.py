@@ -47,12 +47,12 @@ def model(kind: str, *, shared: bool = False) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
 
 
-def products(graph) -> int:
+def products(graph: Any) -> int:
     return sum(node.op.op_type == "MatMul" for node in graph.nodes)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "8 bits", "4 bits in groups"])
-def test_joined_products_give_the_same_numbers(kind, monkeypatch):
+def test_joined_products_give_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Scales are arguments where there are many of them, constants otherwise.
     monkeypatch.setattr("mesh.lowering.prepare.WEIGHT_ELEMENTS", 16 if "groups" in kind else 64)
     lowered = lower(model(kind))
@@ -74,7 +74,7 @@ def test_joined_products_give_the_same_numbers(kind, monkeypatch):
         np.testing.assert_allclose(np.asarray(result[name]), np.asarray(expected[name]), rtol=1e-5, atol=1e-5)
 
 
-def test_a_weight_that_something_else_reads_stays_alone(monkeypatch):
+def test_a_weight_that_something_else_reads_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.lowering.prepare.WEIGHT_ELEMENTS", 64)
     lowered = lower(model("float32", shared=True))
     graph, parts = join_products(lowered, {"w1", "w2"})
@@ -82,7 +82,7 @@ def test_a_weight_that_something_else_reads_stays_alone(monkeypatch):
     assert set(parts) == {"w1|w2"}
 
 
-def test_unlike_weights_stay_apart(monkeypatch):
+def test_unlike_weights_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of different inputs, or of weights stored at different widths, are not one product."""
     monkeypatch.setattr("mesh.lowering.prepare.WEIGHT_ELEMENTS", 64)
     proto = model("float32")

@@ -28,7 +28,7 @@ def source_greedy(path: Path, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_tokens_equal_the_sources_for_every_number_of_shards(architecture, tmp_path):
+def test_greedy_tokens_equal_the_sources_for_every_number_of_shards(architecture: str, tmp_path: Path) -> None:
     path = EXPORTS / f"{architecture}-dynamo.onnx"
     out = tmp_path / "model"
     manifest = import_model(path, out)
@@ -44,7 +44,7 @@ def test_greedy_tokens_equal_the_sources_for_every_number_of_shards(architecture
         assert pipeline.complete(prompt, SamplingParams(temperature=0), max_tokens=TOKENS).ids == expected
 
 
-def test_gemma_slides_its_window_within_the_prompt(tmp_path):
+def test_gemma_slides_its_window_within_the_prompt(tmp_path: Path) -> None:
     out = tmp_path / "model"
     import_model(EXPORTS / "gemma3-dynamo.onnx", out)
     windows = [cache.window for cache in Manifest.load(out).cache]

@@ -16,13 +16,13 @@ LENGTH = 200
 
 
 @pytest.fixture
-def few_slots(monkeypatch):
+def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks small enough that a short cache has several of both sizes."""
     monkeypatch.setattr(cache, "COARSE", 64)
     monkeypatch.setattr(cache, "FINE", 16)
 
 
-def by_formula(q, keys, values, mask, *, scale, softcap):
+def by_formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray, *, scale: float, softcap: float) -> np.ndarray:
     """In float64; mask bool [B, 1, T, L]."""
     keys, values = (np.repeat(each.astype(np.float64), GROUP, axis=1) for each in (keys, values))
     scores = np.einsum("bhtd,bhld->bhtl", q.astype(np.float64), keys) * scale
@@ -43,7 +43,9 @@ def by_formula(q, keys, values, mask, *, scale, softcap):
     sizes=st.sampled_from([(64, 16), (1024, 128), (1024, 1024)]),
     seed=st.integers(0, 2**31),
 )
-def test_attention_in_blocks_is_attention(positions, chunk, window, additive, softcap, sizes, seed):
+def test_attention_in_blocks_is_attention(
+    positions: list[int], chunk: int, window: int | None, additive: bool, softcap: float, sizes: tuple[int, int], seed: int
+) -> None:
     """Rows of any length side by side, or a chunk of one row. Positions that are masked hold the largest float."""
     rng = np.random.default_rng(seed)
     if chunk:
@@ -76,7 +78,7 @@ def test_attention_in_blocks_is_attention(positions, chunk, window, additive, so
     np.testing.assert_allclose(np.asarray(got), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_longer_neighbour_changes_no_bit(few_slots):
+def test_a_longer_neighbour_changes_no_bit(few_slots: None) -> None:
     rng = np.random.default_rng(1)
     keys, values = (jnp.asarray(rng.standard_normal((2, HEADS, LENGTH + SLACK, DIM)), jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.standard_normal((2, HEADS * GROUP, 1, DIM)), jnp.float32)
@@ -91,7 +93,7 @@ def test_a_longer_neighbour_changes_no_bit(few_slots):
         np.testing.assert_array_equal(first(other), first(70))
 
 
-def test_a_cache_holds_finite_numbers_only():
+def test_a_cache_holds_finite_numbers_only() -> None:
     """A weight of 0 hides finite numbers only."""
     array = jnp.zeros((2, 1, 32 + SLACK, 3), jnp.float16)
     view = CacheView(array, jnp.int32(1), jnp.int32(1), 1, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_other_keys_and_other_shapes_are_other_programs(kept: Executables) -> No
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""])
-def test_a_damaged_file_is_made_again(kept: Executables, damage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_made_again(kept: Executables, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture) -> None:
     traced = Traced()
     traced.compiled(kept)
     (path,) = kept.directory.iterdir()

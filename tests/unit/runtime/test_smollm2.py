@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from demo_model import smollm2_gguf
 
@@ -15,13 +17,13 @@ BEGINNING = "Artificial intelligence (AI) is a branch of computer science that d
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "smollm2"
     import_model(smollm2_gguf(), out)
     return out
 
 
-def test_the_known_answer_from_every_number_of_shards(smollm2):
+def test_the_known_answer_from_every_number_of_shards(smollm2: Path) -> None:
     tokenizer = Tokenizer.load(smollm2)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is artificial intelligence?"}])
     prompt = tokenizer.encode(chat, add_special=False)
