@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _TOKENS = """
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ print([pipeline.complete([5, 17, 33], each, max_tokens=12).ids for each in (para
 """
 
 
+@pytest.mark.slow
 def test_another_process_traces_nothing_and_generates_the_same(model: Path, tmp_path: Path) -> None:
     said = []
     for _ in range(2):

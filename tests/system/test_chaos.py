@@ -9,6 +9,7 @@ import chaos
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["balance", "mirror"])
 def test_no_token_is_lost_repeated_or_wrong(model: Path, mode: str) -> None:
     plan = chaos.Plan(kills=6, stops=2, server_restarts=1, longest_s=280)

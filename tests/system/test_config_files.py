@@ -62,6 +62,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield Site(tmp_path, server, authority)
 
 
+@pytest.mark.slow
 def test_coordinator_and_shards_need_nothing_but_their_files(site: Site, model: Path, oracle: Any) -> None:
     coordinator = site.write("coordinator.yaml", {**COORDINATOR, "model": {"total_layers": 3, "vocab_size": 96}})
     shards = [

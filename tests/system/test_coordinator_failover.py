@@ -196,6 +196,7 @@ def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(tw
     run(twice())
 
 
+@pytest.mark.slow
 def test_the_only_coordinator_comes_back_and_goes_on(model: Path, undisturbed: list[int], run: Run, tmp_path: Path) -> None:
     """systemd would start it again like this. It finds its sessions and continues them, for a plain request and for the client."""
     options = LocalOptions(model=model, shards=1, rows=4, context=CONTEXT, logs=tmp_path)

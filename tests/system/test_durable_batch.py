@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from oracle import Oracle
 from running import Run
 
@@ -29,6 +30,7 @@ def command(url: str, *arguments: str, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_survives_the_death_of_every_process_and_is_answered_once(model: Path, oracle: Oracle, run: Run, tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"tokens": [index, 2 * index % 90, 7], "max_tokens": 30, "ignore_eos": True} for index in range(COUNT - 1)

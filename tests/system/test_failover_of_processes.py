@@ -41,6 +41,7 @@ async def until_ready(mesh: LocalMesh, name: str) -> None:
     await until_leases(mesh, lambda found: pid in {lease.pid for lease in found.values() if lease.state == "ready"})
 
 
+@pytest.mark.slow
 def test_a_suspended_shard_is_left_and_comes_back(pairs: LocalMesh, undisturbed: list[list[int]], run: Run) -> None:
     async def disturb() -> None:
         async with load(pairs, undisturbed) as (running, client):
@@ -78,6 +79,7 @@ def test_a_restarted_server_costs_a_pause(pairs: LocalMesh, undisturbed: list[li
     run(disturb())
 
 
+@pytest.mark.slow
 def test_shards_and_coordinators_are_replaced_one_after_the_other(model: Path, undisturbed: list[list[int]], run: Run) -> None:
     """A rolling upgrade under load: each process gets SIGTERM and is replaced."""
 
@@ -157,6 +159,7 @@ def test_with_no_replica_for_failover_timeout_the_error_says_so(model: Path, run
         run(disturb(mesh))
 
 
+@pytest.mark.slow
 def test_one_server_of_three_is_killed(model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     import socket
 
@@ -193,6 +196,7 @@ def test_one_server_of_three_is_killed(model: Path, undisturbed: list[list[int]]
         run(disturb(mesh, servers))
 
 
+@pytest.mark.slow
 def test_a_shard_of_another_model_of_the_same_name_is_refused_and_reported(pairs: LocalMesh, run: Run, tmp_path: Path) -> None:
     """This happens when a model was imported again on some machines only."""
     other = tmp_path / "tiny"

@@ -71,6 +71,7 @@ async def there(mesh: LocalMesh, shard: str, *, wanted: bool) -> None:
     await until_leases(mesh, lambda found: (shard in found and found[shard].state == "ready") is wanted)
 
 
+@pytest.mark.slow
 def test_a_shard_is_cut_off_and_comes_back(host: Host, model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     async def disturb(mesh: LocalMesh) -> None:
         await there(mesh, "shard-9", wanted=True)

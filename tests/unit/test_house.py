@@ -83,6 +83,14 @@ def resolves(name: str) -> bool:
     return False
 
 
+@cache
+def tests() -> frozenset[str]:
+    """The names of all test modules and test functions."""
+    files = [path for path in SOURCES if path.name.startswith("test_")]
+    functions = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    return frozenset(functions | {path.stem for path in files})
+
+
 def of_a_client(name: str) -> bool:
     """Whether `mesh.x` is an attribute of the client that an example calls `mesh`."""
     attribute = name.split(".")[1]
@@ -135,6 +143,14 @@ def test_every_dotted_name_in_prose_is_a_module_or_in_one(path: Path) -> None:
         for found in DOTTED.findall(text)
         if not (SUBJECT.match(found) or PLACEHOLDER.search(found) or resolves(found) or (client and of_a_client(found)))
     ]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=label)
+def test_every_test_named_in_prose_exists(path: Path) -> None:
+    """A name that ends with an underscore is the beginning of several."""
+    known = tests()
+    names = {name for _, text in said(path) for name in re.findall(r"\btest_\w+", text)}
+    assert not [name for name in names if name not in known and not (name.endswith("_") and any(each.startswith(name) for each in known))]
 
 
 def test_files_stay_small() -> None:
