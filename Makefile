@@ -1,6 +1,6 @@
 # make demo        a 3-shard mesh on this machine that answers a question; the first run makes .venv
 # make test        everything that must pass
-# make check       formatting, lints, types
+# make check       formatting, lints, types of the package, the tests and the benchmarks
 # make smollm2     the demo model in one process, without a mesh
 PYTHON ?= python3.11
 EXTRAS ?= dev

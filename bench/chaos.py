@@ -177,7 +177,8 @@ class Chaos:
             await self._generate(client, random.choice(self.wishes))
 
     async def _generate(self, client: AsyncMeshClient, wish: Wish) -> None:
-        report, seen = self.report, []
+        report = self.report
+        seen: list[int] = []
         last = None
         try:
             async with client.stream(tokens=wish.tokens, max_tokens=wish.max_tokens, ignore_eos=True, **wish.options) as stream:

@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,13 +51,17 @@ def ours(model: Path, rows: list[int]) -> dict[int, float]:
 
     prepare()
     pipeline = Pipeline.load(model, rows=max(rows), context=SLOTS)
+
+    def step(live: np.ndarray, at: int, column: np.ndarray) -> object:
+        return pipeline.decode(live, np.full(len(live), at), column)
+
     result = {}
     for count in rows:
         for row in range(count):
             pipeline.start(row, PROMPT, SamplingParams(temperature=0), max_tokens=STEPS)
         live = np.arange(count)
         pipeline.decode(live, np.full(count, len(PROMPT)), np.full(count, 5))
-        result[count] = measure(lambda at, column, live=live: pipeline.decode(live, np.full(len(live), at), column), count)
+        result[count] = measure(partial(step, live), count)
     return result
 
 
@@ -64,6 +70,19 @@ def llama_cpp(gguf: Path, rows: list[int]) -> dict[int, float]:
 
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
+
+    def run(batch: Any, context: Any, entries: list[tuple[int, int, int]]) -> None:
+        batch.n_tokens = len(entries)
+        for index, (token, position, sequence) in enumerate(entries):
+            batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, position, 1
+            batch.seq_id[index][0], batch.logits[index] = sequence, 1
+        if llama_cpp.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        llama_cpp.llama_synchronize(context)
+
+    def step(batch: Any, context: Any, at: int, column: np.ndarray) -> None:
+        run(batch, context, [(int(token), at, row) for row, token in enumerate(column)])
+
     result = {}
     for count in rows:
         params = llama_cpp.llama_context_default_params()
@@ -72,19 +91,9 @@ def llama_cpp(gguf: Path, rows: list[int]) -> dict[int, float]:
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         context = llama_cpp.llama_init_from_model(model, params)
         batch = llama_cpp.llama_batch_init(max(count, len(PROMPT)), 0, 1)
-
-        def run(entries: list[tuple[int, int, int]], batch=batch, context=context) -> None:
-            batch.n_tokens = len(entries)
-            for index, (token, position, sequence) in enumerate(entries):
-                batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, position, 1
-                batch.seq_id[index][0], batch.logits[index] = sequence, 1
-            if llama_cpp.llama_decode(context, batch):
-                raise RuntimeError("llama_decode failed")
-            llama_cpp.llama_synchronize(context)
-
         for row in range(count):
-            run([(token, position, row) for position, token in enumerate(PROMPT)])
-        result[count] = measure(lambda at, column, run=run: run([(int(token), at, row) for row, token in enumerate(column)]), count)
+            run(batch, context, [(token, position, row) for position, token in enumerate(PROMPT)])
+        result[count] = measure(partial(step, batch, context), count)
         llama_cpp.llama_batch_free(batch)
         llama_cpp.llama_free(context)
     return result
@@ -96,17 +105,17 @@ def transformers(source: Path, rows: list[int]) -> dict[int, float]:
 
     torch.set_num_threads(os.cpu_count() or 1)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+    def step(cache: Any, at: int, column: np.ndarray) -> object:
+        tokens = torch.from_numpy(column)[:, None].long()
+        return model(tokens, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1).numpy()
+
     result = {}
     with torch.inference_mode():
         for count in rows:
             cache = DynamicCache()
             model(torch.tensor([PROMPT] * count), past_key_values=cache, use_cache=True)
-            result[count] = measure(
-                lambda at, column, cache=cache: (
-                    model(torch.from_numpy(column)[:, None].long(), past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1).numpy()
-                ),
-                count,
-            )
+            result[count] = measure(partial(step, cache), count)
     return result
 
 
@@ -123,30 +132,31 @@ def onnxruntime(model: Path, rows: list[int]) -> dict[int, float]:
     names = [block.name for block in manifest.blocks]
     sessions = [ort.InferenceSession(str(model / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in names]
     wanted = [{item.name for item in session.get_inputs()} for session in sessions]
+
+    def step(past: list[list[np.ndarray]], at: int, column: np.ndarray) -> np.ndarray:
+        count = len(column)
+        given = {
+            "input_ids": column[:, None].astype(np.int64),
+            "position_ids": np.full((count, 1), at, np.int64),
+            "write_indices": np.full(count, at, np.int64),
+        }
+        (given["hidden_in"],) = sessions[0].run(["hidden_out"], {name: given[name] for name in wanted[0]})
+        for layer, session in enumerate(sessions[1:-1]):
+            given["past_key"], given["past_value"] = past[layer]
+            outputs = ["hidden_out", "present_key", "present_value"]
+            given["hidden_in"], *past[layer] = session.run(outputs, {name: given[name] for name in wanted[layer + 1]})
+        (logits,) = sessions[-1].run(["logits"], {"hidden_in": given["hidden_in"]})
+        return logits[:, -1].argmax(-1)
+
     result = {}
     for count in rows:
         past = [
             [np.zeros((count, info.kv_heads, SLOTS, width), np.float32) for width in (info.key_dim, info.value_dim)]
             for info in manifest.cache
         ]
-
-        def step(at: int, column: np.ndarray, past=past, count=count) -> np.ndarray:
-            given = {
-                "input_ids": column[:, None].astype(np.int64),
-                "position_ids": np.full((count, 1), at, np.int64),
-                "write_indices": np.full(count, at, np.int64),
-            }
-            (given["hidden_in"],) = sessions[0].run(["hidden_out"], {name: given[name] for name in wanted[0]})
-            for layer, session in enumerate(sessions[1:-1]):
-                given["past_key"], given["past_value"] = past[layer]
-                outputs = ["hidden_out", "present_key", "present_value"]
-                given["hidden_in"], *past[layer] = session.run(outputs, {name: given[name] for name in wanted[layer + 1]})
-            (logits,) = sessions[-1].run(["logits"], {"hidden_in": given["hidden_in"]})
-            return logits[:, -1].argmax(-1)
-
         for position, token in enumerate(PROMPT):
-            step(position, np.full(count, token))
-        result[count] = measure(step, count, STEPS if count < 8 else 8)
+            step(past, position, np.full(count, token))
+        result[count] = measure(partial(step, past), count, STEPS if count < 8 else 8)
     return result
 
 

@@ -98,7 +98,7 @@ async def round_of(
 
 async def measure(mesh: LocalMesh, args: argparse.Namespace) -> list[dict[str, Any]]:
     random = Random(args.seed)
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     async with AsyncMeshClient(mesh.url, model=mesh.manifest.name) as client, await Bus.connect(mesh.bus, name="bench") as bus:
         await generate(client, [5, 6, 7], 60, [])
         number = args.first

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import openai
@@ -61,7 +62,7 @@ class Bare:
             await self._streams[1].wait_closed()
 
 
-def request_of(number: int, tokens: int) -> dict[str, object]:
+def request_of(number: int, tokens: int) -> dict[str, Any]:
     return {"tokens": [(7 * number + i) % 90 for i in range(16)], "max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
 
 

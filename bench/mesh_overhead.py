@@ -124,8 +124,8 @@ def main() -> None:
         )
         speeds = f"{count / alone_s:.1f} | {count / ours:.1f} | {alone_s / ours:.2f}"
         print(f"| {count} | {speeds} | {hop:.2f} | {bare:.2f} (x {hop / bare:.1f}) | {between:.2f} (x {hop / between:.1f}) |")
-        parts = [name for name in result["step"][0] if name.endswith("_s")]
-        means = {name: statistics.median(step[name] for step in result["step"]) for name in parts}
+        names = [name for name in result["step"][0] if name.endswith("_s")]
+        means = {name: statistics.median(step[name] for step in result["step"]) for name in names}
         print(", ".join(f"{name[:-2]} {seconds * 1e3:.2f} ms" for name, seconds in means.items()), file=sys.stderr)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nats.js.client
 import orjson
 import pytest
+from running import Run
+from serving import connect
 from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, Endpoint, EventLog, LeaseTable, ModelStore, Received, Service, announce
@@ -30,12 +30,6 @@ from mesh.model.manifest import MAX_MANIFEST_BYTES, Manifest
 from mesh.protocol import subjects
 from mesh.protocol.messages import Beat, StatsRequest
 from mesh.types import LayerRange
-
-Run = Callable[[Any], Any]
-
-
-async def connect(server: NatsServer) -> Bus:
-    return await Bus.connect(BusOptions((server.url,)), name="test")
 
 
 def test_an_oversize_publish_is_an_error_here_and_the_connection_lives(run: Run, server: NatsServer) -> None:
@@ -63,7 +57,7 @@ def test_an_oversize_publish_is_an_error_here_and_the_connection_lives(run: Run,
     run(work())
 
 
-def test_errors_of_the_other_side_are_raised_here_as_what_they_were(run: Run, server: NatsServer) -> None:
+def test_remote_errors_are_raised_here_with_their_own_class(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             raised: list[BaseException] = [
@@ -142,7 +136,7 @@ def test_leases_appear_change_and_vanish(run: Run, server: NatsServer) -> None:
             async def renew() -> None:
                 while True:
                     await bucket.put("kept", Beat(coordinator="kept").to_bytes())
-                    await asyncio.sleep(0.1)
+                    await asyncio.sleep(0.1)  # the period of the lease, well below its life of 0.5 s
 
             keeping = asyncio.create_task(renew())
             seen = [await asyncio.wait_for(changes.get(), 10) for _ in range(3)]
@@ -160,7 +154,7 @@ def test_leases_appear_change_and_vanish(run: Run, server: NatsServer) -> None:
 
 
 def test_reading_leaves_nothing_in_the_server(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a stream's consumers there may be a thousand, those of readers that are gone among them."""
+    """A stream may have a thousand consumers, and consumers of readers that have left count."""
     monkeypatch.setattr("mesh.bus.kv.WATCH_IDLE_S", 0.2)
     monkeypatch.setattr("mesh.bus.events.WATCH_IDLE_S", 0.2)
 
@@ -182,13 +176,13 @@ def test_reading_leaves_nothing_in_the_server(run: Run, tmp_path: Path, monkeypa
             for _ in range(20):
                 assert [entry.value for entry in await bucket.entries()] == [b"1"]
                 assert [event.who async for event in events.events(last=1)] == ["there"]
-            await until(none, 20)
+            await until(none, because="an idle consumer is removed by the server in its own time", deadline_s=20)
 
     with NatsServer.start(directory=tmp_path) as server:
         run(work(server))
 
 
-def test_a_server_that_restarts_without_its_memory_is_met_again(run: Run, tmp_path: Path) -> None:
+def test_the_bus_reconnects_to_a_server_that_restarted_without_its_memory(run: Run, tmp_path: Path) -> None:
     first = NatsServer.start(directory=tmp_path)
 
     async def work() -> NatsServer:
@@ -236,7 +230,7 @@ def test_compare_and_set(run: Run, server: NatsServer) -> None:
     run(work())
 
 
-def test_a_model_goes_there_and_back(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+def test_a_model_is_pushed_and_pulled(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             store = ModelStore(bus)
@@ -261,7 +255,7 @@ def test_a_model_goes_there_and_back(run: Run, server: NatsServer, model: Path, 
     run(work())
 
 
-def test_what_is_there_and_right_is_left_and_the_rest_fetched(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+def test_right_files_are_left_and_the_others_fetched(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             store = ModelStore(bus)
@@ -349,10 +343,10 @@ def test_files_that_are_not_there_are_named(run: Run, server: NatsServer) -> Non
             run(Bus.connect(options, name="t"))
 
 
-def test_what_a_bucket_holds_is_read_though_the_servers_account_comes_before_it(
+def test_a_bucket_is_read_even_if_the_servers_count_arrives_before_its_entries(
     run: Run, server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a busy machine one reading in a thousand had nothing: nats-py looks at what has arrived, not at what was sent."""
+    """nats-py decides that a bucket is empty from what has arrived, and on a busy machine the server's count may arrive first."""
     monkeypatch.setattr(nats.js.client.JetStreamContext.PushSubscription, "delivered", property(lambda self: 0))
 
     async def work() -> None:

@@ -1,53 +1,22 @@
-"""A coordinator on a real server with real shards: what is damaged is counted and changes nothing; what is over leaves nothing."""
+"""A coordinator on a real server with real shards: damaged messages are counted and change nothing, and ended sessions leave nothing."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from driver import CONTEXT, shards
+from running import Run
+from serving import LONG, coordinator, shards
 
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
-from mesh.coordinator.service import Coordinator, CoordinatorOptions
+from mesh.local.nats_server import NatsServer
 from mesh.protocol import frame_codec, subjects
 from mesh.protocol.frame_codec import Frame, Hop, Kind
 from mesh.protocol.messages import Close
-from mesh.runtime.generate import Pipeline
-from mesh.runtime.sampling import SamplingParams
 from mesh.types import even_ranges
-
-LONG = {"tokens": [5, 17, 33], "max_tokens": 40, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[int]:
-    return Pipeline.load(model, context=CONTEXT).complete(LONG["tokens"], SamplingParams(temperature=0.0), max_tokens=40).ids
-
-
-@asynccontextmanager
-async def coordinator(url: str, model: Path, *, idle: bool = True, **options: object) -> AsyncIterator[Coordinator]:
-    """Running; its core is checked, and idle, at the end (not so where it is to leave work behind)."""
-    async with await Bus.connect(BusOptions(urls=(url,)), name="coordinator") as bus:
-        running = Coordinator(bus, CoordinatorOptions(model, **options))  # type: ignore[arg-type]
-        task = asyncio.create_task(running.run())
-        try:
-            ready = asyncio.create_task(running.ready.wait())
-            await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
-            if task.done():
-                task.result()
-            yield running
-            running.core.check()
-            assert running.core.idle or not idle
-        finally:
-            running.stop()
-            await task
 
 
 def damaged(whole: bytes, random: Random) -> list[bytes]:
@@ -61,7 +30,9 @@ def damaged(whole: bytes, random: Random) -> list[bytes]:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(server, model, run, expected, count):
+def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(
+    server: NatsServer, model: Path, run: Run, expected: list[int], count: int
+) -> None:
     async def disturb() -> None:
         random = Random(0)
         ranges = even_ranges(3, count)
@@ -95,7 +66,9 @@ def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(serv
     run(disturb())
 
 
-def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, model, run, expected):
+def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(
+    server: NatsServer, model: Path, run: Run, expected: list[int]
+) -> None:
     async def disturb() -> None:
         async with (
             shards(server.url, model, even_ranges(3, 2)) as running,
@@ -117,8 +90,8 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
     run(disturb())
 
 
-def test_a_client_that_was_taken_to_be_gone_and_is_not_goes_on(server, model, run, expected):
-    """As after a restart of the server, to which a coordinator is back before the client is."""
+def test_a_client_that_was_wrongly_taken_to_be_gone_goes_on(server: NatsServer, model: Path, run: Run, expected: list[int]) -> None:
+    """This happens after a restart of the server, when the coordinator reconnects before the client does."""
 
     async def work() -> None:
         async with (
@@ -140,7 +113,7 @@ def test_a_client_that_was_taken_to_be_gone_and_is_not_goes_on(server, model, ru
     run(work())
 
 
-def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwards(server, model, run):
+def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwards(server: NatsServer, model: Path, run: Run) -> None:
     async def ask() -> None:
         async with (
             shards(server.url, model, even_ranges(3, 3)) as running,

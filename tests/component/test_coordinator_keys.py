@@ -1,25 +1,28 @@
-"""Keys of the coordinator's file that change what it does: each with and without."""
+"""The keys of a coordinator's file, each compared with a run without it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
-from driver import shards
-from test_coordinator import LONG, coordinator, expected  # noqa: F401  # the fixture
+from running import Run
+from serving import LONG, coordinator, shards
 from waiting import Heard
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.errors import Busy
+from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
 from mesh.protocol.messages import Beat
 from mesh.types import even_ranges
 
 
-def test_requests_over_the_pool_are_answered_busy(server, model, run, expected):  # noqa: F811
+def test_requests_over_the_pool_are_answered_busy(server: NatsServer, model: Path, run: Run, expected: list[int]) -> None:
     async def work() -> None:
         room = 256 * (len(LONG["tokens"]) + LONG["max_tokens"])
         async with (
@@ -35,7 +38,7 @@ def test_requests_over_the_pool_are_answered_busy(server, model, run, expected):
     run(work())
 
 
-def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
+def test_beats_come_as_often_as_health_check_interval_says(server: NatsServer, model: Path, run: Run) -> None:
     async def beats(interval_s: float, wanted: int) -> int:
         """How many there have been, from the start until `wanted` came and a question was answered."""
         count = 0
@@ -63,11 +66,13 @@ def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
     run(work())
 
 
-def test_what_is_lacking_is_logged_and_in_the_statistics(server, model, run, caplog):
+def test_missing_layer_ranges_are_logged_and_in_the_statistics(
+    server: NatsServer, model: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "mesh.coordinator")
 
     async def work() -> None:
-        wanted = {"expected": ExpectedShards(2, 1), "health_check_interval_s": 0.05}
+        wanted: dict[str, Any] = {"expected": ExpectedShards(2, 1), "health_check_interval_s": 0.05}
         with Heard("mesh.coordinator") as log:
             async with coordinator(server.url, model, **wanted) as running:
                 await log.wait("2 of 2 layer ranges have no shard")

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
-from driver import shards
-from test_coordinator import coordinator
+from running import Run
+from serving import coordinator, shards
 from waiting import until
 
 from mesh.client import AsyncMeshClient
@@ -21,6 +22,7 @@ from mesh.gateway.dashboard import Watch, routes
 from mesh.gateway.dashboard import watch as watch_module
 from mesh.http.listener import Listener, ListenerOptions
 from mesh.http.tokens import Issuer, Verifier
+from mesh.local.nats_server import NatsServer
 from mesh.types import even_ranges
 
 
@@ -57,7 +59,7 @@ async def sent(stream: AsyncIterator[tuple[str, Any]], kind: str, holds: Any = l
     raise AssertionError(f"the stream ended before {kind}")
 
 
-def test_the_page_and_its_parts_are_whole_and_safe(server, run):
+def test_the_page_and_its_parts_are_whole_and_safe(server: NatsServer, run: Run) -> None:
     async def look() -> None:
         async with AsyncMeshClient(server.url) as client, dashboard(client) as http:
             page = await http.get("/")
@@ -78,7 +80,7 @@ def test_the_page_and_its_parts_are_whole_and_safe(server, run):
     run(look())
 
 
-def test_viewers_see_shards_requests_and_events_and_share_one_look(server, model, run):
+def test_viewers_see_shards_requests_and_events_and_share_one_look(server: NatsServer, model: Path, run: Run) -> None:
     async def look() -> None:
         async with (
             shards(server.url, model, even_ranges(3, 2)) as running,
@@ -126,12 +128,12 @@ def test_viewers_see_shards_requests_and_events_and_share_one_look(server, model
                 event = await sent(stream, "event", lambda data: data["kind"] == "left")
                 assert event["who"] == running[1].options.name
                 assert (await http.get("/dashboard/snapshot")).json()["models"]
-            await until(lambda: not watch.viewers)
+            await until(lambda: not watch.viewers, because="the server notices in its own time that a viewer has left")
 
     run(look())
 
 
-def test_nobody_looks_when_nobody_views(server, run, monkeypatch: pytest.MonkeyPatch):
+def test_the_mesh_is_not_looked_at_without_viewers(server: NatsServer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def look() -> None:
         monkeypatch.setattr(watch_module, "LINGER_S", 0.0)
         async with AsyncMeshClient(server.url) as client:
@@ -146,7 +148,7 @@ def test_nobody_looks_when_nobody_views(server, run, monkeypatch: pytest.MonkeyP
     run(look())
 
 
-def test_a_mesh_that_cannot_be_reached_is_said_and_not_an_error_of_the_page(run):
+def test_the_page_reports_a_mesh_that_cannot_be_reached(run: Run) -> None:
     async def look() -> None:
         client = AsyncMeshClient("nats://127.0.0.1:1")  # never connected
         async with dashboard(client) as http:
@@ -156,7 +158,7 @@ def test_a_mesh_that_cannot_be_reached_is_said_and_not_an_error_of_the_page(run)
     run(look())
 
 
-def test_data_needs_a_token_of_scope_admin_where_tokens_are_asked_for(server, run):
+def test_data_needs_a_token_of_scope_admin_where_tokens_are_asked_for(server: NatsServer, run: Run) -> None:
     async def look() -> None:
         secret = b"s" * 32
         verifier, issuer = Verifier("HS256", secret), Issuer("HS256", secret)
@@ -173,7 +175,7 @@ def test_data_needs_a_token_of_scope_admin_where_tokens_are_asked_for(server, ru
     run(look())
 
 
-def test_a_page_that_is_watched_does_not_hold_up_the_end(server, run):
+def test_a_page_that_is_watched_does_not_hold_up_the_end(server: NatsServer, run: Run) -> None:
     async def look() -> None:
         async with AsyncMeshClient(server.url) as client:
             watch = Watch(client, interval_s=600)
@@ -186,7 +188,7 @@ def test_a_page_that_is_watched_does_not_hold_up_the_end(server, run):
     run(look())
 
 
-def test_there_is_a_bound_on_viewers(server, run, monkeypatch: pytest.MonkeyPatch):
+def test_there_is_a_bound_on_viewers(server: NatsServer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def look() -> None:
         monkeypatch.setattr(watch_module, "VIEWERS", 1)
         async with AsyncMeshClient(server.url) as client, dashboard(client) as http, http.stream("GET", "/dashboard/events") as one:

@@ -1,30 +1,23 @@
-"""What happened is kept and can be read again; what is left of a shard that is gone can be removed, and of one that lives cannot."""
+"""Events are stored and can be read again. What a dead shard left behind can be removed; a living shard cannot be forgotten."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import shards
-from test_coordinator import coordinator
+from running import Run
+from serving import connect, coordinator, shards
 
-from mesh.bus import Bucket, Bus, BusOptions, EventLog, announce, keep_events
+from mesh.bus import Bucket, EventLog, announce, keep_events
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
-from mesh.runtime.generate import even_ranges
 from mesh.shard.forget import forget
 from mesh.shard.placing import Claim, Claims
-
-Run = Callable[[Any], Any]
-
-
-async def connect(server: NatsServer) -> Bus:
-    return await Bus.connect(BusOptions((server.url,)), name="test")
+from mesh.types import even_ranges
 
 
 async def read(log: EventLog, **which: Any) -> list[str]:
@@ -57,7 +50,7 @@ def test_events_are_kept_and_read_again(run: Run, tmp_path: Path) -> None:
         run(work(server))
 
 
-def test_who_follows_misses_nothing_when_the_server_restarts(run: Run, tmp_path: Path) -> None:
+def test_a_follower_misses_no_event_when_the_server_restarts(run: Run, tmp_path: Path) -> None:
     first = NatsServer.start(directory=tmp_path)
 
     async def work() -> NatsServer:
@@ -89,7 +82,7 @@ def test_who_follows_misses_nothing_when_the_server_restarts(run: Run, tmp_path:
     first.stop()
 
 
-def test_shards_and_coordinators_say_what_they_do(run: Run, tmp_path: Path, model: Path) -> None:
+def test_shards_and_coordinators_announce_what_they_do(run: Run, tmp_path: Path, model: Path) -> None:
     async def work(server: NatsServer) -> None:
         async with shards(server.url, model, even_ranges(3, 1)), coordinator(server.url, model), AsyncMeshClient(server.url):
             pass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import CONTEXT, Driver, shards
+from driver import Driver
+from running import Run
+from serving import CONTEXT, shards
 from waiting import leases
 
 from mesh.bus import Bus, BusOptions
@@ -21,7 +23,6 @@ from mesh.runtime.sampling import SamplingParams
 from mesh.shard.service import Shard
 from mesh.types import LayerRange
 
-Run = Callable[[Any], Any]
 PROMPT = [5, 17, 33, 60, 2, 41]
 
 
@@ -100,7 +101,7 @@ def test_sessions_may_end_first_and_no_new_ones_begin(run: Run, server: NatsServ
     run(work())
 
 
-def test_after_the_time_is_up_sessions_are_dropped_and_what_is_not_held_is_refused(run: Run, server: NatsServer, model: Path) -> None:
+def test_after_the_deadline_sessions_are_dropped_and_layers_not_held_are_refused(run: Run, server: NatsServer, model: Path) -> None:
     async def work() -> None:
         async with (
             shards(server.url, model, [LayerRange(0, 2), LayerRange(2, 3)], overlap=1) as running,

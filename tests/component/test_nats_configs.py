@@ -1,4 +1,4 @@
-"""The server configurations of nats/, started as they stand (on free ports), with what a mesh needs of them."""
+"""The server configurations in nats/, started unchanged but for their ports, offer what a mesh needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import NATS
+from running import Run
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received
 from mesh.bus.replicas import spread
@@ -17,9 +19,6 @@ from mesh.errors import ServiceError, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
 from mesh.protocol.messages import TOPICS
-
-NATS = Path(__file__).parents[2] / "nats"
-Run = Callable[[Any], Any]
 
 
 def free_ports(count: int) -> list[int]:
@@ -67,7 +66,7 @@ def test_cluster_of_three_survives_the_loss_of_one(run: Run, tmp_path: Path) -> 
             await eventually(lambda: bucket.put("a", b"1"))
 
             async def on_three() -> None:
-                """Whatever there was of the cluster when they were made."""
+                """However many servers ran when the streams were made."""
                 await Bucket(bus, subjects.KV_PLACEMENT, durable=True).get("a")
                 await EventLog(bus).open()
                 for stream in (f"KV_{subjects.KV_PLACEMENT}", subjects.STREAM_EVENTS):
@@ -79,7 +78,9 @@ def test_cluster_of_three_survives_the_loss_of_one(run: Run, tmp_path: Path) -> 
             made = await bus.client.jetstream().create_key_value(bucket="narrow", replicas=1)
             await spread(bus, "KV_narrow")
             assert (await made.status()).stream_info.config.num_replicas == 3
-            lost = next(server for server in servers if server.port == bus.client.connected_url.port)
+            connected = bus.client.connected_url
+            assert connected is not None
+            lost = next(server for server in servers if server.port == connected.port)
             lost.kill()
             await eventually(lambda: bucket.put("a", b"2"))
             entry = await eventually(lambda: bucket.get("a"))
@@ -150,7 +151,7 @@ def test_every_subject_is_documented() -> None:
         assert f"`{bucket}`" in text
 
 
-def test_with_advisories_a_connection_that_ends_is_heard_of(run: Run, tmp_path: Path) -> None:
+def test_with_advisories_the_end_of_a_connection_is_announced(run: Run, tmp_path: Path) -> None:
     async def work(url: str) -> None:
         async with await Bus.connect(BusOptions((url,)), name="t") as bus:
             heard: asyncio.Queue[Received] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""nats/secure.conf as it stands: every role works with its own user, and is refused what is another's."""
+"""nats/secure.conf, unchanged: every role works with its own user, and is refused the subjects of other roles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 from authority import Authority
-from driver import COMPILED, CONTEXT
+from places import NATS
+from running import Run
+from serving import COMPILED, CONTEXT, until_ready
 from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, ModelStore
@@ -29,9 +31,7 @@ from mesh.runtime.sampling import SamplingParams
 from mesh.shard.service import Shard, ShardOptions
 from mesh.types import even_ranges
 
-NATS = Path(__file__).parents[2] / "nats"
 ROLES = ("operator", "coordinator", "shard", "client", "gateway")
-Run = Callable[[Any], Any]
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +79,10 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
             tasks = [asyncio.create_task(one.run()) for one in running]
             try:
                 for one, task in zip(running, tasks, strict=True):
-                    ready = asyncio.create_task(one.ready.wait())
-                    await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
-                    ready.cancel()
-                    if task.done():
-                        task.result()
+                    await until_ready(one.ready, task)
                 for role in ("client", "gateway", "coordinator"):
                     async with AsyncMeshClient(options=secure(role)) as client:
-                        await until(partial(serves, client))
+                        await until(partial(serves, client), because="these roles may ask for the health of the mesh and not follow leases")
                         answer = await client.generate(tokens=prompt, max_tokens=8, ignore_eos=True, model="tiny")
                         assert list(answer.tokens) == expected
                         assert len((await client.status()).shards) == 2
@@ -140,7 +136,7 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
         ("coordinator", "$JS.API.STREAM.DELETE.KV_mesh_shards"),
     ],
 )
-def test_a_role_may_not_publish_what_is_anothers(run: Run, secure: Callable[[str], BusOptions], role: str, subject: str) -> None:
+def test_a_role_may_not_publish_on_subjects_of_another_role(run: Run, secure: Callable[[str], BusOptions], role: str, subject: str) -> None:
     async def work() -> None:
         async with (
             await Bus.connect(secure("operator"), name="o", timeout_s=60) as operator,
@@ -172,7 +168,7 @@ def test_a_role_may_not_publish_what_is_anothers(run: Run, secure: Callable[[str
     run(work())
 
 
-def test_a_role_may_not_listen_to_anothers_answers_or_tokens(run: Run, secure: Callable[[str], BusOptions]) -> None:
+def test_a_role_may_not_listen_to_answers_or_tokens_of_another_role(run: Run, secure: Callable[[str], BusOptions]) -> None:
     async def work() -> None:
         for role, subject in (("client", "_INBOX_gateway.>"), ("client", "mesh.v1.tiny.tokens.*"), ("shard", "_INBOX_client.>")):
             async with (

@@ -1,13 +1,13 @@
-"""Machines that join a mesh: they agree on ranges, fetch just those, and make a mesh that answers."""
+"""Shards that join a mesh agree on layer ranges, fetch only those, and form a mesh that answers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from running import Run
 
 from mesh.bus import Bus, BusOptions, ModelStore, Received
 from mesh.errors import DoesNotFit, ModelNotFound
@@ -18,8 +18,6 @@ from mesh.protocol import subjects
 from mesh.protocol.messages import Event
 from mesh.shard.placing import place
 from mesh.types import LayerRange
-
-Run = Callable[[Any], Any]
 
 
 def quiet(what: str, done: int, total: int) -> None:

@@ -1,25 +1,32 @@
-"""Session records on a real server: who owns a session, and what becomes of a record that another took, or that was lost."""
+"""Session records on a real server: who owns a session, and what happens to a record that was taken over or lost."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_coordinator import LONG, coordinator
-from waiting import until
+from running import Run
+from serving import LONG, coordinator
+from waiting import entry, until
 
-from mesh.bus import Bus, BusOptions
+from mesh.bus import Bus, BusOptions, Received
+from mesh.bus.kv import Entry
 from mesh.coordinator.records import RECORDS_PER_S, Recorder, SessionRecord, digest_of, sessions_bucket
 from mesh.local.nats_server import NatsServer
 from mesh.protocol.messages import Generate
 from mesh.protocol.subjects import generate
 
-Run = Callable[[Any], Any]
+COUNTERS = "counters are counted without a word"
+PEERS = "a coordinator tells nobody which others it knows of"
+
+
+def parsed(found: Entry | None) -> SessionRecord | None:
+    return None if found is None or found.value is None else SessionRecord.parse(found.value)
 
 
 class Side:
@@ -48,13 +55,11 @@ class Side:
     async def written(self, count: int) -> SessionRecord:
         """The record, once it has so many tokens."""
 
-        async def asked() -> SessionRecord | None:
-            found = await self.recorder.read("s")
-            return found[0] if found is not None and len(found[0].given) == count else None
+        def whole(found: Entry | None) -> SessionRecord | None:
+            record = parsed(found)
+            return record if record is not None and len(record.given) == count else None
 
-        found = await until(asked)
-        assert found is not None
-        return found
+        return await entry(self.recorder.bucket, self.recorder.key("s"), whole)
 
 
 @asynccontextmanager
@@ -74,7 +79,7 @@ async def sides(server: NatsServer) -> AsyncIterator[tuple[Side, Side]]:
             await both[0].recorder.bucket.delete(record.key)
 
 
-def test_who_takes_a_session_over_has_it_and_the_other_hears_of_it(run: Run, server: NatsServer) -> None:
+def test_a_session_that_is_taken_over_has_one_owner_and_the_former_owner_learns_it(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with sides(server) as (a, b):
             a.recorder.keep("s", a.record)
@@ -84,6 +89,7 @@ def test_who_takes_a_session_over_has_it_and_the_other_hears_of_it(run: Run, ser
             record = await b.written(2)
             assert record.owner == "a" and record.told == 2 and record.message.tokens == (1, 2)
             found = await b.recorder.read("s")
+            assert found is not None
             taken = await b.recorder.take_over(*found)
             assert taken is not None and taken[0].owner == "b" and taken[0].epoch == 2
             assert await b.recorder.take_over(*found) is None, "taken twice"
@@ -109,7 +115,7 @@ def test_a_record_is_written_at_most_every_so_often(run: Run, server: NatsServer
             for token in range(200):
                 a.tokens.append(token)
                 a.recorder.touch("s")
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.002)  # the pace of the tokens
             await a.written(200)
             assert a.recorder.counters["written"] < 20
 
@@ -120,14 +126,18 @@ def test_many_records_are_written_less_often_each(run: Run, server: NatsServer) 
     async def work() -> None:
         async with sides(server) as (a, _):
             names = [f"s{index}" for index in range(48)]
+
+            def named(name: str) -> SessionRecord:
+                return a.record().model_copy(update={"session": name})
+
             began = time.monotonic()
             for name in names:
-                a.recorder.keep(name, lambda name=name: a.record().model_copy(update={"session": name}))
-            await until(lambda: a.recorder.counters["written"] >= len(names))
+                a.recorder.keep(name, partial(named, name))
+            await until(lambda: a.recorder.counters["written"] >= len(names), because=COUNTERS)
             while time.monotonic() < began + 1.2:  # at one every EVERY_S each, they would have been written twice more
                 for name in names:
                     a.recorder.touch(name)
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # the pace of the changes
             most = 1 + (time.monotonic() - began) * RECORDS_PER_S / len(names)
             assert a.recorder.counters["written"] <= len(names) * most
 
@@ -141,16 +151,11 @@ def test_a_record_goes_with_its_session_or_keeps_its_answer(run: Run, server: Na
             await a.written(0)
             a.recorder.end("s", None)
 
-            async def gone() -> bool:
-                return await b.recorder.read("s") is None
-
-            async def answered() -> bool:
-                return (found := await b.recorder.read("s")) is not None and found[0].answer is not None
-
-            await until(gone)
+            bucket, key = b.recorder.bucket, b.recorder.key("s")
+            await entry(bucket, key, lambda found: found is None)
             a.recorder.keep("s", a.record)
             a.recorder.end("s", a.record().model_copy(update={"answer": "{}"}))
-            await until(answered)
+            await entry(bucket, key, lambda found: (record := parsed(found)) is not None and record.answer is not None)
             assert "s" not in a.recorder
 
     run(work())
@@ -175,7 +180,7 @@ def test_a_record_that_is_too_large_is_not_written_and_counted(run: Run, server:
         async with sides(server) as (a, _):
             a.tokens = list(range(300_000))
             a.recorder.keep("s", a.record)
-            await until(lambda: a.recorder.counters["too_large"])
+            await until(lambda: a.recorder.counters["too_large"], because=COUNTERS)
             assert await a.recorder.read("s") is None
 
     run(work())
@@ -188,20 +193,23 @@ def test_requests_for_the_same_generation_have_the_same_digest() -> None:
 
 
 def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server: NatsServer, model: Path) -> None:
-    """As after a suspension. There is no shard, so that the session waits all the while."""
+    """A coordinator that was suspended meets this. No shard runs, so the session waits throughout."""
 
     async def work() -> None:
         async with coordinator(server.url, model) as serving:
-            recorder, answers, inbox = serving.continuity.recorder, asyncio.Queue(), serving.bus.new_inbox()
+            recorder, inbox = serving.continuity.recorder, serving.bus.new_inbox()
+            answers: asyncio.Queue[Received] = asyncio.Queue()
             await serving.bus.subscribe(inbox, answers.put)
             request = Generate(**LONG | {"tokens": (1, 2)}, session="waits", stream=True)
             await serving.bus.publish(generate(serving.manifest.name), request.to_bytes(), reply=inbox)
-            found = await until(lambda: recorder.read("waits"))
+            kept = await entry(recorder.bucket, recorder.key("waits"), lambda found: found)
+            first = parsed(kept)
+            assert first is not None
             assert serving.core.load(0.0).live == 1
-            other = found[0].model_copy(update={"owner": "another", "epoch": 7})
-            revision = await recorder.bucket.update(recorder.key("waits"), other.to_bytes(), revision=found[1])
+            other = first.model_copy(update={"owner": "another", "epoch": 7})
+            revision = await recorder.bucket.update(recorder.key("waits"), other.to_bytes(), revision=kept.revision)
             recorder.touch_all()
-            await until(lambda: not serving.core.load(0.0).live)
+            await until(lambda: not serving.core.load(0.0).live, because="a core tells nobody that it dropped a session")
             assert recorder.counters["lost"] == 1
             again = await recorder.read("waits")
             assert again is not None and again[0].owner == "another" and again[1] == revision
@@ -214,7 +222,7 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
 
 
 @pytest.mark.parametrize("given", [(99999,), tuple(range(41))])
-def test_tokens_that_cannot_have_been_given_are_refused(run: Run, server: NatsServer, model: Path, given: tuple[int, ...]) -> None:
+def test_generated_tokens_that_are_impossible_are_refused(run: Run, server: NatsServer, model: Path, given: tuple[int, ...]) -> None:
     from mesh.coordinator.requests import prepare
     from mesh.errors import BadRequest
     from mesh.model.manifest import Manifest
@@ -225,14 +233,14 @@ def test_tokens_that_cannot_have_been_given_are_refused(run: Run, server: NatsSe
 
 
 def test_coordinators_know_of_each_other_as_soon_as_the_later_one_is_there(run: Run, server: NatsServer, model: Path) -> None:
-    """Its first beat is answered: who dies before the next beat, seconds later, leaves sessions that somebody takes over at once."""
+    """The first heartbeat is answered at once, so a coordinator that dies before its second one is missed without delay."""
 
     async def work() -> None:
         async with (
             coordinator(server.url, model, health_check_interval_s=60.0) as first,
             coordinator(server.url, model, health_check_interval_s=60.0) as later,
         ):
-            await until(lambda: first.continuity.peers.lives(later.continuity.instance), 5)
-            await until(lambda: later.continuity.peers.lives(first.continuity.instance), 5)
+            await until(lambda: first.continuity.peers.lives(later.continuity.instance), because=PEERS, deadline_s=5)
+            await until(lambda: later.continuity.peers.lives(first.continuity.instance), because=PEERS, deadline_s=5)
 
     run(work())

@@ -1,14 +1,15 @@
-"""TLS and every way to say who connects, against a nats-server that demands them; a refusal is at once, and says what to do."""
+"""TLS and every kind of credentials, against a nats-server that demands them. A refusal is immediate and says what to do."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from authority import Authority, Identity, Pair, credentials
+from running import Run
 
 from mesh.bus import Bus, BusOptions
 from mesh.commands.connection import add_connection_arguments, bus_options
@@ -16,18 +17,16 @@ from mesh.errors import ConfigError, Denied, MeshError
 from mesh.local.nats_server import NatsServer
 from mesh.settings.schema import NatsSection
 
-Run = Callable[[Any], Any]
 
-
-async def hello(options: BusOptions) -> bytes:
+async def hello(options: BusOptions, *, timeout_s: float = 30) -> bytes:
     """What comes back of a publish to oneself."""
-    async with await Bus.connect(options, name="t", timeout_s=30) as bus:
+    async with await Bus.connect(options, name="t", timeout_s=timeout_s) as bus:
 
         async def answer(received: Any) -> None:
             await bus.publish(received.reply, b"hello " + received.data)
 
         await bus.subscribe("mesh.v1.x", answer)
-        return bytes((await bus.ask("mesh.v1.x", b"mesh", timeout_s=30)).data)
+        return bytes((await bus.ask("mesh.v1.x", b"mesh", timeout_s=timeout_s)).data)
 
 
 def flags(*arguments: str, section: NatsSection | None = None) -> BusOptions:
@@ -74,7 +73,9 @@ def test_a_password_over_tls(run: Run, tls_server: NatsServer, authority: Author
         run(hello(wrong))
 
 
-def test_the_environment_says_it_too(run: Run, tls_server: NatsServer, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_gives_the_same_settings(
+    run: Run, tls_server: NatsServer, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key, value in {"URLS": tls_server.url, "USER": "shard", "PASSWORD": "right", "TLS_CA_FILE": str(authority.ca)}.items():
         monkeypatch.setenv(f"MESH_NATS_{key}", value)
     assert run(hello(flags())) == b"hello mesh"
@@ -93,7 +94,7 @@ def test_a_client_shows_its_certificate(run: Run, mutual_server: NatsServer, aut
     shown = BusOptions((mutual_server.url,), tls_ca=str(authority.ca), tls_cert=str(pair.cert), tls_key=str(pair.key))
     assert run(hello(shown)) == b"hello mesh"
     with pytest.raises(MeshError):
-        run(hello(BusOptions((mutual_server.url,), tls_ca=str(authority.ca))))
+        run(hello(BusOptions((mutual_server.url,), tls_ca=str(authority.ca)), timeout_s=3))
 
 
 def test_an_nkey(run: Run, tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_flags_are_over_the_file_and_replace_its_user() -> None:
         (("--nats-user", "a", "--nats-password-file", "/nowhere"), "/nowhere: No such file"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+def test_options_that_exclude_each_other_are_an_error_of_one_line(arguments: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         flags(*arguments)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The embedded nats-server ends with whoever started it."""
+"""The embedded nats-server ends with the process that started it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ def test_a_server_does_not_outlive_an_owner_that_is_killed() -> None:
 
 
 def test_a_stopped_server_leaves_nothing() -> None:
-    with NatsServer.start(monitor=True) as server:
+    server = NatsServer.start(monitor=True)
+    with server:
         assert server.running and server.url.startswith("nats://127.0.0.1:") and server.monitor_url
         folder = server._folder
         assert folder is not None and folder.path.is_dir()
-    assert not server.running and not folder.path.exists()
+    stopped = not server.running
+    assert stopped and not folder.path.exists()
     server.stop()

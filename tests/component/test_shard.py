@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from driver import COMPILED, CONTEXT, Driver, ranges, shards
+from driver import Driver, ranges
+from running import Run
+from serving import COMPILED, CONTEXT, shards
 
 from mesh.bus import Bucket, Bus, BusOptions, LeaseTable, Received
 from mesh.errors import BadRequest, Busy, ConfigError, MessageRejected, Unavailable
@@ -23,7 +24,6 @@ from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.types import LayerRange
 
-Run = Callable[[Any], Any]
 PROMPTS = [[5, 17, 33, 2, 8], list(range(1, 41)), [90], [7, 7, 7, 60, 3, 3, 11, 80, 41]]
 
 

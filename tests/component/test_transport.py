@@ -1,28 +1,24 @@
-"""The short way under nats-py, on real servers and with every split of the byte stream."""
+"""The direct transport below nats-py, on real servers and with every split of the byte stream."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from running import Run
+from serving import connect
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.bus.transport import _Protocol, _Short
 from mesh.errors import PayloadTooLarge
 from mesh.local.nats_server import NatsServer
 
-Run = Callable[[Any], Any]
 T = TypeVar("T")
-
-
-async def connect(server: NatsServer) -> Bus:
-    return await Bus.connect(BusOptions((server.url,)), name="test")
 
 
 async def take(queue: asyncio.Queue[T], count: int) -> list[T]:
@@ -51,7 +47,7 @@ def test_direct_messages_of_every_size_come_whole_in_order_between_all_others(ru
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_where_nobody_listens_is_known_before_any_answer_to_what_was_sent_later(run: Run, server: NatsServer, direct: bool) -> None:
+def test_a_subject_without_listeners_is_known_before_any_later_answer(run: Run, server: NatsServer, direct: bool) -> None:
     async def work() -> None:
         options = BusOptions(urls=(server.url,))
         async with await Bus.connect(options, name="here", direct=direct) as here, await connect(server) as there:
@@ -77,7 +73,7 @@ def test_where_nobody_listens_is_known_before_any_answer_to_what_was_sent_later(
     run(work())
 
 
-def test_a_post_goes_at_once_and_in_order_with_what_is_published(run: Run, server: NatsServer) -> None:
+def test_a_post_goes_out_at_once_and_keeps_its_order_with_published_messages(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as here, await connect(server) as there:
             got: asyncio.Queue[Received] = asyncio.Queue()
@@ -172,7 +168,7 @@ def test_an_error_in_a_direct_handler_ends_nothing(run: Run, server: NatsServer)
 
 
 def test_a_reader_that_does_not_read_stops_posts_and_not_the_loop(run: Run) -> None:
-    """Against a socket that takes nothing more: what nats-py would queue without end is refused."""
+    """The socket takes nothing more. nats-py would queue without end; posts are refused."""
 
     async def work() -> None:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -200,7 +196,7 @@ def test_a_reader_that_does_not_read_stops_posts_and_not_the_loop(run: Run) -> N
     run(work())
 
 
-def test_a_flush_that_is_given_up_ends_nothing(run: Run, server: NatsServer) -> None:
+def test_a_cancelled_flush_leaves_the_connection_alone(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             got: asyncio.Queue[Received] = asyncio.Queue()
@@ -258,7 +254,7 @@ def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts:
     assert bytes(protocol._rest) == bytes(rest) and not protocol._partial
 
 
-def test_what_goes_out_at_once_from_other_threads_comes_whole_between_all_else(run: Run, server: NatsServer) -> None:
+def test_messages_sent_from_other_threads_arrive_whole_between_all_others(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as here, await connect(server) as there:
             direct: asyncio.Queue[bytes] = asyncio.Queue()
@@ -290,7 +286,7 @@ def test_what_goes_out_at_once_from_other_threads_comes_whole_between_all_else(r
     run(work())
 
 
-def test_what_the_socket_did_not_take_goes_before_all_that_comes_after(run: Run) -> None:
+def test_bytes_that_the_socket_did_not_take_go_before_all_later_bytes(run: Run) -> None:
     async def work() -> None:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()

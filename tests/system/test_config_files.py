@@ -62,6 +62,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield Site(tmp_path, server, authority)
 
 
+@pytest.mark.slow
 def test_coordinator_and_shards_need_nothing_but_their_files(site: Site, model: Path, oracle: Any) -> None:
     coordinator = site.write("coordinator.yaml", {**COORDINATOR, "model": {"total_layers": 3, "vocab_size": 96}})
     shards = [
@@ -112,7 +113,7 @@ def test_a_coordinator_of_another_model_than_meant_does_not_start(site: Site, mo
     assert "Traceback" not in ended.stderr
 
 
-def test_a_shard_whose_blocks_are_nowhere_says_so(site: Site) -> None:
+def test_a_shard_that_finds_its_blocks_nowhere_reports_it(site: Site) -> None:
     shard = site.write(
         "shard.yaml",
         {

@@ -1,4 +1,4 @@
-"""A coordinator dies, is suspended, or leaves while it generates: another one goes on, and the tokens are those of an undisturbed run."""
+"""A coordinator dies, is suspended or leaves while it generates. Another one continues, with the tokens of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 import pytest
+from running import Run
 from system_tools import all_rows_free
 
 from mesh.bus import Bus, BusOptions, Received
@@ -23,7 +24,7 @@ from mesh.protocol.subjects import generate
 
 PROMPT = [5, 17, 33]
 TOKENS = 240  # long enough that a generation is under way when it is known which coordinator has it
-LONG = {"tokens": PROMPT, "max_tokens": TOKENS, "ignore_eos": True}
+LONG: dict[str, Any] = {"tokens": PROMPT, "max_tokens": TOKENS, "ignore_eos": True}
 CONTEXT = 256
 
 
@@ -43,7 +44,7 @@ def undisturbed(model: Path) -> list[int]:
 
 
 async def owner(mesh: LocalMesh) -> int:
-    """The process that generates, known as soon as it says so: the others' answers are not waited for."""
+    """The process that generates, known from the first answer: the other coordinators are not awaited."""
     async with await Bus.connect(BusOptions(urls=(mesh.url,)), name="asking") as bus, asyncio.timeout(60):
         answers: asyncio.Queue[Received] = asyncio.Queue()
         inbox = bus.new_inbox()
@@ -74,10 +75,11 @@ def kill(pid: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undisturbed, run, number):
+def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins: LocalMesh, undisturbed: list[int], run: Run, number: int) -> None:
     async def disturb() -> None:
         async with AsyncMeshClient(twins.url, model="tiny") as client, client.stream(**LONG) as stream:
-            seen, text, pid = [], "", 0
+            seen: list[int] = []
+            text, pid = "", 0
             async for chunk in stream:
                 text += chunk.text
                 if chunk.token is not None:
@@ -86,6 +88,7 @@ def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undistur
                 if len(seen) == 10 and not pid:
                     pid = await owner(twins)
                     os.kill(pid, number)
+            assert stream.completion is not None
             assert seen == undisturbed == list(stream.completion.tokens)
             assert text == stream.completion.text
             assert stream.completion.timing.restarts >= 1
@@ -98,7 +101,7 @@ def test_a_stream_of_the_client_goes_on_with_another_coordinator(twins, undistur
     run(disturb())
 
 
-def test_a_plain_stream_goes_on_and_its_indexes_say_what_is_repeated(twins, undisturbed, run):
+def test_a_plain_stream_goes_on_and_its_indexes_show_repeated_tokens(twins: LocalMesh, undisturbed: list[int], run: Run) -> None:
     async def disturb() -> None:
         async with asked(twins, LONG | {"stream": True}) as answers:
             documents: dict[int, dict[str, Any]] = {}
@@ -129,7 +132,7 @@ def test_a_plain_stream_goes_on_and_its_indexes_say_what_is_repeated(twins, undi
     run(disturb())
 
 
-def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undisturbed, run):
+def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins: LocalMesh, undisturbed: list[int], run: Run) -> None:
     async def disturb() -> None:
         async with AsyncMeshClient(twins.url, model="tiny") as client, asked(twins, LONG) as answers:
             kill(await owner(twins))
@@ -142,11 +145,19 @@ def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins, undist
 
 
 @pytest.mark.parametrize("what", ["logprobs", "stop"])
-def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, run, what):
+def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins: LocalMesh, run: Run, what: str) -> None:
     async def disturb() -> None:
-        common = {"tokens": PROMPT, "temperature": 0.9, "top_p": 0.95, "seed": 11, "max_tokens": 240, "repetition_penalty": 1.1}
+        common: dict[str, Any] = {
+            "tokens": PROMPT,
+            "temperature": 0.9,
+            "top_p": 0.95,
+            "seed": 11,
+            "max_tokens": 240,
+            "repetition_penalty": 1.1,
+        }
         async with AsyncMeshClient(twins.url, model="tiny") as client:
             whole = await client.generate(**common)
+            assert whole.text is not None
             request = common | ({"logprobs": 2} if what == "logprobs" else {"stop": [whole.text[100:104]]})
             right = await client.generate(**request)
             text, logprobs, killed = "", [], False
@@ -157,10 +168,11 @@ def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, r
                     if chunk.index == 10 and not killed:
                         killed = True
                         kill(await owner(twins))
-            assert stream.completion.tokens == right.tokens
+            assert stream.completion is not None and stream.completion.tokens == right.tokens
             assert stream.completion.finish_reason == right.finish_reason
             assert text == stream.completion.text == right.text
             if what == "logprobs":
+                assert stream.completion.logprobs is not None and right.logprobs is not None
                 assert [token.id for token in logprobs] == [token.id for token in stream.completion.logprobs] == list(whole.tokens)
                 for token, expected in zip(logprobs, right.logprobs, strict=True):
                     assert token.logprob == pytest.approx(expected.logprob, abs=1e-3)
@@ -168,7 +180,7 @@ def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins, r
     run(disturb())
 
 
-def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(twins, undisturbed, run):
+def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(twins: LocalMesh, undisturbed: list[int], run: Run) -> None:
     async def twice() -> None:
         request = LONG | {"session": "mine", "seed": 1}
         async with AsyncMeshClient(twins.url, model="tiny") as client:
@@ -184,8 +196,9 @@ def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(tw
     run(twice())
 
 
-def test_the_only_coordinator_comes_back_and_goes_on(model, undisturbed, run, tmp_path):
-    """As systemd would start it again: what it was generating is found, for the plain request and for the client."""
+@pytest.mark.slow
+def test_the_only_coordinator_comes_back_and_goes_on(model: Path, undisturbed: list[int], run: Run, tmp_path: Path) -> None:
+    """systemd would start it again like this. It finds its sessions and continues them, for a plain request and for the client."""
     options = LocalOptions(model=model, shards=1, rows=4, context=CONTEXT, logs=tmp_path)
 
     async def disturb(mesh: LocalMesh) -> None:

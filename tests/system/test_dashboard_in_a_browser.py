@@ -68,7 +68,7 @@ def page(browser: Browser, mesh: LocalMesh, view: str = "mesh") -> None:
     browser.until(SERVING)
 
 
-def test_the_mesh_is_drawn_as_it_is(mesh, browser):
+def test_the_mesh_is_drawn_as_it_is(mesh: LocalMesh, browser: Browser) -> None:
     page(browser, mesh)
     browser.until("document.querySelectorAll('.card.is-ready').length === 2")
     assert browser.js("return [...document.querySelectorAll('.card .card-name')].map(e => e.textContent)") == ["shard-1", "shard-2"]
@@ -80,7 +80,7 @@ def test_the_mesh_is_drawn_as_it_is(mesh, browser):
     assert [row[:3] for row in rows] == [["shard-1", "0–2", "ready"], ["shard-2", "2–3", "ready"]]
 
 
-def test_a_request_is_seen_and_its_time_is_laid_out(mesh, browser):
+def test_a_request_is_seen_and_its_time_is_laid_out(mesh: LocalMesh, browser: Browser) -> None:
     page(browser, mesh, "requests")
     with MeshClient(mesh.url, model="tiny") as client:
         done = client.generate(tokens=[5, 17, 33], max_tokens=30, ignore_eos=True)
@@ -104,7 +104,7 @@ def test_a_request_is_seen_and_its_time_is_laid_out(mesh, browser):
     assert "after the request came" in browser.js("return document.querySelector('.stairs caption').innerText")
 
 
-def test_the_playground_shows_each_token_as_it_comes(mesh, browser):
+def test_the_playground_shows_each_token_as_it_comes(mesh: LocalMesh, browser: Browser) -> None:
     page(browser, mesh, "playground")
     browser.js("document.querySelector('#set-max').value = 24")
     browser.js(
@@ -129,7 +129,7 @@ def test_the_playground_shows_each_token_as_it_comes(mesh, browser):
     assert browser.js("return document.querySelectorAll('.message').length") == 0
 
 
-def test_everything_is_reached_from_the_keyboard(mesh, browser):
+def test_everything_is_reached_from_the_keyboard(mesh: LocalMesh, browser: Browser) -> None:
     page(browser, mesh)
     browser.keys(TAB)
     assert browser.js("return document.activeElement.id") == "skip"
@@ -161,7 +161,7 @@ def test_everything_is_reached_from_the_keyboard(mesh, browser):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_every_view_fits_and_can_be_read(mesh, browser, width, dark):
+def test_every_view_fits_and_can_be_read(mesh: LocalMesh, browser: Browser, width: int, dark: bool) -> None:
     browser.emulate(width=width, dark=dark, phone=width < 500)
     with MeshClient(mesh.url, model="tiny") as client:
         done = client.generate(tokens=[5, 17, 33], max_tokens=10, ignore_eos=True)
@@ -175,7 +175,7 @@ def test_every_view_fits_and_can_be_read(mesh, browser, width, dark):
     assert browser.js(CONTRAST), "the check finds nothing, whatever the colours"
 
 
-def test_nothing_moves_where_motion_is_not_wanted(mesh, browser):
+def test_nothing_moves_where_motion_is_not_wanted(mesh: LocalMesh, browser: Browser) -> None:
     browser.emulate(still=True)
     page(browser, mesh)
     assert browser.js("return getComputedStyle(document.querySelector('.card')).transitionDuration") == "0s"
@@ -198,7 +198,7 @@ def test_a_lost_shard_is_shown_and_its_place_taken(model: Path, browser: Browser
         browser.until("!document.querySelector('#notice').hidden && document.querySelector('#notice').innerText.includes('0-2')")
 
 
-def test_a_gateway_that_is_gone_is_said_and_found_again(model: Path, browser: Browser) -> None:
+def test_the_page_reports_a_lost_gateway_and_finds_it_again(model: Path, browser: Browser) -> None:
     with LocalMesh(LocalOptions(model=model, shards=1, rows=4, context=64, http=False)) as mesh:
         with gateway(mesh.url) as edge:
             url = edge.url
@@ -238,7 +238,7 @@ def test_a_mesh_with_nothing_in_it_says_what_to_start(browser: Browser) -> None:
         assert browser.js("return document.querySelector('#shards-empty').innerText").startswith("No shard")
 
 
-def test_a_nats_server_that_is_gone_is_said_and_found_again(browser: Browser) -> None:
+def test_the_page_reports_a_lost_nats_server_and_finds_it_again(browser: Browser) -> None:
     with ExitStack() as later:
         with NatsServer.start() as server:
             port = int(server.url.rpartition(":")[2])

@@ -7,6 +7,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import Oracle
+from running import Run
 
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
@@ -25,8 +30,11 @@ def command(url: str, *arguments: str, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def test_a_batch_survives_the_death_of_every_process_and_is_answered_once(model, oracle, run, tmp_path):
-    lines = [{"tokens": [index, 2 * index % 90, 7], "max_tokens": 30, "ignore_eos": True} for index in range(COUNT - 1)]
+@pytest.mark.slow
+def test_a_batch_survives_the_death_of_every_process_and_is_answered_once(model: Path, oracle: Oracle, run: Run, tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"tokens": [index, 2 * index % 90, 7], "max_tokens": 30, "ignore_eos": True} for index in range(COUNT - 1)
+    ]
     file = tmp_path / "requests.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in [*lines, {"tokens": [1], "max_tokens": 4, "temperature": 500.0}]))
     first = NatsServer.start(directory=tmp_path / "nats")
@@ -38,10 +46,10 @@ def test_a_batch_survives_the_death_of_every_process_and_is_answered_once(model,
         return status.done
 
     async def queue_empty(url: str) -> None:
-        """What was stored by one who was killed before saying so stays in the queue until somebody else is given it again."""
+        """A coordinator may be killed after it stored a result and before it acknowledged it. The queue then repeats it."""
         async with await Bus.connect(BusOptions((url,)), name="looking") as bus, asyncio.timeout(120):
             while (await bus.client.jetstream().stream_info(STREAM_BATCH)).state.messages:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # a stream tells nobody that it is empty
 
     def kill(mesh: LocalMesh, server: NatsServer) -> None:
         for process in mesh.processes.values():
@@ -74,7 +82,7 @@ def test_a_batch_survives_the_death_of_every_process_and_is_answered_once(model,
     first.stop()
 
 
-def test_a_file_that_is_no_batch_is_refused_in_one_line(model, tmp_path: Path):
+def test_a_file_that_is_no_batch_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     for text, why in (("", "give 1 to"), ("7", "line 1"), ('"a"\n{', "line 2"), ('{"colour": 1}', "requests.0.colour")):
         file.write_text(text)

@@ -8,44 +8,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
+from checked_load import counted, load, options
+from places import EXPORTS, NATS
+from running import Run
 from system_tools import all_rows_free, until_leases
-from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
-from mesh.client.results import MeshStatus
-from mesh.errors import ServiceError, Unavailable
+from mesh.errors import Unavailable
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
-from mesh.local.mesh import LocalMesh, LocalOptions
+from mesh.local.mesh import LocalMesh
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.protocol import subjects
 from mesh.protocol.messages import Drain, Drained, Event, ShardLease
-
-CONTEXT, TOKENS = 256, 160
-PROMPTS = [[5, 17, 33], [90], [7, 7, 7, 60, 3], list(range(1, 30))]
-NATS = Path(__file__).parents[2] / "nats"
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "onnx"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path) -> list[list[int]]:
-    from mesh.runtime.generate import Pipeline
-    from mesh.runtime.sampling import SamplingParams
-
-    pipeline = Pipeline.load(model, context=CONTEXT)
-    return [pipeline.complete(prompt, SamplingParams(temperature=0.0), max_tokens=TOKENS).ids for prompt in PROMPTS]
-
-
-def options(model: Path, **values: Any) -> LocalOptions:
-    return LocalOptions(model=model, **{"shards": 2, "replicas": 2, "rows": 8, "context": CONTEXT, "http": False, **values})
 
 
 @pytest.fixture
@@ -54,80 +36,13 @@ def pairs(model: Path) -> Iterator[LocalMesh]:
         yield running
 
 
-class Load:
-    """The prompts, generated again and again until `stop`; every answer is compared."""
-
-    def __init__(self, client: AsyncMeshClient, undisturbed: list[list[int]]) -> None:
-        self._client = client
-        self._undisturbed = undisturbed
-        self._over = False
-        self._news = asyncio.Event()
-        self.tokens = self.finished = 0
-        self.tasks = [asyncio.create_task(self._go_on(index)) for index in range(len(PROMPTS))]
-
-    async def _go_on(self, index: int) -> None:
-        while not self._over:
-            seen: list[int] = []
-            async with self._client.stream(tokens=PROMPTS[index], max_tokens=TOKENS, temperature=0.0, ignore_eos=True) as stream:
-                async for chunk in stream:
-                    if chunk.token is not None:
-                        assert chunk.index == len(seen)
-                        seen.append(chunk.token.id)
-                        self.tokens += 1
-                        self._news.set()
-            assert seen == self._undisturbed[index]
-            self.finished += 1
-
-    async def more(self, tokens: int = 40) -> None:
-        """Until so many more tokens have come. What went wrong with a session is raised."""
-        wanted = self.tokens + tokens
-        while self.tokens < wanted:
-            self._news.clear()
-            waiting = asyncio.create_task(self._news.wait())
-            done, _ = await asyncio.wait([waiting, *self.tasks], return_when=asyncio.FIRST_COMPLETED, timeout=120)
-            waiting.cancel()
-            assert done, "no token for 120 s"
-            for task in self.tasks:
-                if task.done():
-                    task.result()
-
-    async def stop(self) -> None:
-        self._over = True
-        await asyncio.gather(*self.tasks)
-
-
-@asynccontextmanager
-async def load(mesh: LocalMesh, undisturbed: list[list[int]]) -> AsyncIterator[tuple[Load, AsyncMeshClient]]:
-    async with AsyncMeshClient(options=mesh.bus, model="tiny") as client:
-        running = Load(client, undisturbed)
-        try:
-            await running.more()
-            yield running, client
-            await running.stop()
-        finally:
-            for task in running.tasks:
-                task.cancel()
-            await asyncio.gather(*running.tasks, return_exceptions=True)
-
-
-async def counted(client: AsyncMeshClient, name: str) -> int:
-    async def asked() -> MeshStatus | None:
-        try:
-            return await client.status()
-        except ServiceError:  # a cluster that has lost a server chooses another leader first
-            return None
-
-    status = await until(asked)
-    assert status is not None
-    return sum(int(coordinator.counters[name]) for coordinator in status.coordinators)
-
-
 async def until_ready(mesh: LocalMesh, name: str) -> None:
     pid = mesh.processes[name].pid
     await until_leases(mesh, lambda found: pid in {lease.pid for lease in found.values() if lease.state == "ready"})
 
 
-def test_a_suspended_shard_is_left_and_comes_back(pairs, undisturbed, run):
+@pytest.mark.slow
+def test_a_suspended_shard_is_left_and_comes_back(pairs: LocalMesh, undisturbed: list[list[int]], run: Run) -> None:
     async def disturb() -> None:
         async with load(pairs, undisturbed) as (running, client):
             pids = [pairs.processes[name].pid for name in ("shard-1", "shard-3")]
@@ -149,7 +64,7 @@ def test_a_suspended_shard_is_left_and_comes_back(pairs, undisturbed, run):
     run(disturb())
 
 
-def test_a_restarted_server_costs_a_pause(pairs, undisturbed, run):
+def test_a_restarted_server_costs_a_pause(pairs: LocalMesh, undisturbed: list[list[int]], run: Run) -> None:
     async def disturb() -> None:
         async with load(pairs, undisturbed) as (running, client):
             for _ in range(2):
@@ -164,8 +79,9 @@ def test_a_restarted_server_costs_a_pause(pairs, undisturbed, run):
     run(disturb())
 
 
-def test_shards_and_coordinators_are_replaced_one_after_the_other(model, undisturbed, run):
-    """As a rolling upgrade does: SIGTERM, and a new process, under load."""
+@pytest.mark.slow
+def test_shards_and_coordinators_are_replaced_one_after_the_other(model: Path, undisturbed: list[list[int]], run: Run) -> None:
+    """A rolling upgrade under load: each process gets SIGTERM and is replaced."""
 
     async def disturb(mesh: LocalMesh) -> None:
         async with load(mesh, undisturbed) as (running, client):
@@ -184,7 +100,7 @@ def test_shards_and_coordinators_are_replaced_one_after_the_other(model, undistu
         run(disturb(mesh))
 
 
-def test_a_drained_shard_moves_its_sessions_and_ends(pairs, undisturbed, run):
+def test_a_drained_shard_moves_its_sessions_and_ends(pairs: LocalMesh, undisturbed: list[list[int]], run: Run) -> None:
     async def disturb() -> None:
         async with load(pairs, undisturbed) as (running, client), await Bus.connect(pairs.bus, name="operator") as bus:
             before = await counted(client, "failovers")
@@ -205,7 +121,7 @@ def test_a_drained_shard_moves_its_sessions_and_ends(pairs, undisturbed, run):
     run(disturb())
 
 
-def test_with_no_replica_left_generations_wait_for_one_to_join(model, undisturbed, run, tmp_path):
+def test_with_no_replica_left_generations_wait_for_one_to_join(model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     async def disturb(mesh: LocalMesh, folder: Path) -> None:
         command = [sys.executable, "-m", "mesh.cli"]
         pushed = await asyncio.to_thread(
@@ -230,7 +146,7 @@ def test_with_no_replica_left_generations_wait_for_one_to_join(model, undisturbe
         run(disturb(mesh, tmp_path / "blocks"))
 
 
-def test_with_no_replica_for_failover_timeout_the_error_says_so(model, run):
+def test_with_no_replica_for_failover_timeout_the_error_says_so(model: Path, run: Run) -> None:
     async def disturb(mesh: LocalMesh) -> None:
         async with AsyncMeshClient(mesh.url, model="tiny") as client:
             with pytest.raises(Unavailable, match="some layer range has no shard that is ready, for 2 s"):
@@ -243,7 +159,8 @@ def test_with_no_replica_for_failover_timeout_the_error_says_so(model, run):
         run(disturb(mesh))
 
 
-def test_one_server_of_three_is_killed(model, undisturbed, run, tmp_path):
+@pytest.mark.slow
+def test_one_server_of_three_is_killed(model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     import socket
 
     with ExitStack() as stack:
@@ -279,10 +196,11 @@ def test_one_server_of_three_is_killed(model, undisturbed, run, tmp_path):
         run(disturb(mesh, servers))
 
 
-def test_a_shard_of_another_model_of_that_name_is_refused_and_it_is_said(pairs, run, tmp_path):
-    """As when a model was imported anew on some machines alone."""
+@pytest.mark.slow
+def test_a_shard_of_another_model_of_the_same_name_is_refused_and_reported(pairs: LocalMesh, run: Run, tmp_path: Path) -> None:
+    """This happens when a model was imported again on some machines only."""
     other = tmp_path / "tiny"
-    import_model(FIXTURES / "qwen2-dynamo.onnx", other, ImportOptions(), name="tiny")
+    import_model(EXPORTS / "qwen2-dynamo.onnx", other, ImportOptions(), name="tiny")
 
     async def disturb() -> None:
         async with await Bus.connect(BusOptions(urls=(pairs.url,)), name="operator") as bus:
@@ -308,8 +226,8 @@ def test_a_shard_of_another_model_of_that_name_is_refused_and_it_is_said(pairs, 
     run(disturb())
 
 
-def test_a_shard_that_speaks_another_frame_version_is_refused_and_it_is_said(pairs, run):
-    """As in the middle of an upgrade: its lease is what a later version would write."""
+def test_a_shard_of_another_frame_version_is_refused_and_reported(pairs: LocalMesh, run: Run) -> None:
+    """This happens during an upgrade: the lease is one that a later version would write."""
 
     async def disturb() -> None:
         async with await Bus.connect(BusOptions(urls=(pairs.url,)), name="operator") as bus:

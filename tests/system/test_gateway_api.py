@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from edge_tools import bearer, edge, events, submitted, token, verifier
+from running import Run
 from system_tools import all_rows_free
 from waiting import until_true
 
@@ -39,7 +41,7 @@ GUIDE = {
   }'""",
     "health": "curl http://coordinator:8080/api/v1/health",
 }
-LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
+LONG: dict[str, Any] = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def http(url: str) -> Iterator[httpx.Client]:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("name", GUIDE)
-def test_the_guides_curl_commands_work_as_they_stand(url, name, tmp_path):
+def test_the_guides_curl_commands_work_as_they_stand(url: str, name: str, tmp_path: Path) -> None:
     address = url.removeprefix("http://")
     (tmp_path / ".curlrc").write_text(f'connect-to = "coordinator:8080:{address}"\nsilent\nfail\n')  # instead of a name server
     done = subprocess.run(["bash", "-c", GUIDE[name]], env={"PATH": "/usr/bin:/bin", "CURL_HOME": str(tmp_path)}, capture_output=True)
@@ -82,8 +84,8 @@ def test_the_guides_curl_commands_work_as_they_stand(url, name, tmp_path):
             assert answer["status"] == "ready" and answer["models"][0]["model"] == "tiny"
 
 
-def test_inference_gives_the_tokens_of_the_client_whole_and_streamed(mesh, http):
-    request = {"prompt": "rain", "max_tokens": 12, "logprobs": 2}
+def test_inference_gives_the_tokens_of_the_client_whole_and_streamed(mesh: LocalMesh, http: httpx.Client) -> None:
+    request: dict[str, Any] = {"prompt": "rain", "max_tokens": 12, "logprobs": 2}
     with MeshClient(mesh.url) as client:
         expected = client.generate(**request)
     whole = http.post("/api/v1/inference", json=request).json()
@@ -98,7 +100,7 @@ def test_inference_gives_the_tokens_of_the_client_whole_and_streamed(mesh, http)
     assert last["done"] and last["usage"] == whole["usage"] and last["finish_reason"] == "length"
 
 
-def test_without_max_tokens_the_context_is_the_end(http):
+def test_without_max_tokens_the_context_is_the_end(http: httpx.Client) -> None:
     answer = http.post("/api/v1/inference", json={"tokens": [1, 2, 3], "ignore_eos": True}).json()
     assert answer["usage"]["total_tokens"] == 256
 
@@ -120,7 +122,7 @@ def test_without_max_tokens_the_context_is_the_end(http):
         ([], "", "JSON object"),
     ],
 )
-def test_a_wrong_field_is_named(http, body, field, says):
+def test_a_wrong_field_is_named(http: httpx.Client, body: Any, field: str, says: str) -> None:
     response = http.post("/api/v1/inference", json=body)
     error = response.json()["error"]
     assert response.status_code == (404 if "another" in says else 400)
@@ -128,16 +130,18 @@ def test_a_wrong_field_is_named(http, body, field, says):
     assert response.json()["request_id"] == response.headers["x-request-id"]
 
 
+ASKED = "a mesh says how many requests it has when it is asked"
+
 HUGE = b'{"max_tokens": 1' + b"0" * 5000 + b"}"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "\xff"}', b'{"prompt": NaN}', HUGE])
-def test_what_is_no_json_is_400(http, content):
+def test_invalid_json_is_400(http: httpx.Client, content: bytes) -> None:
     response = http.post("/api/v1/inference", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
-def test_a_batch_has_each_result_or_error_in_its_place(http):
+def test_a_batch_has_each_result_or_error_in_its_place(http: httpx.Client) -> None:
     requests = [{"prompt": "a", "max_tokens": 3}, {"tokens": [96], "max_tokens": 3}, *({"tokens": [n], "max_tokens": 9} for n in range(20))]
     results = http.post("/api/v1/batch", json={"requests": requests}).json()["results"]
     assert [result["index"] for result in results] == list(range(22))
@@ -148,7 +152,7 @@ def test_a_batch_has_each_result_or_error_in_its_place(http):
     assert wrong.json()["error"]["field"] == "requests.1.prompt"
 
 
-def test_every_answer_has_a_name_and_headers_for_browsers(http):
+def test_every_answer_has_a_name_and_headers_for_browsers(http: httpx.Client) -> None:
     named = http.get("/api/v1/health/live", headers={"x-request-id": "mine-1"})
     assert named.headers["x-request-id"] == "mine-1"
     for path in ("/api/v1/health", "/nothing", "/openapi.json"):
@@ -163,13 +167,13 @@ def test_every_answer_has_a_name_and_headers_for_browsers(http):
     )
 
 
-def test_stats_say_who_is_there(http):
+def test_stats_list_shards_and_coordinators(http: httpx.Client) -> None:
     stats = http.get("/api/v1/stats").json()
     assert [shard["shard"] for shard in stats["shards"]] == ["shard-1", "shard-2"]
     assert stats["coordinators"][0]["finished"] >= 0 and stats["gateway"]["active"] == 1
 
 
-def test_a_client_that_leaves_cancels_its_generation(mesh, url, http, run):
+def test_a_client_that_leaves_cancels_its_generation(mesh: LocalMesh, url: str, http: httpx.Client, run: Run) -> None:
     before = _counter(mesh, "cancelled")
     with http.stream("POST", "/api/v1/inference", json={**LONG, "max_tokens": 240, "stream": True}) as response:
         next(events(response))
@@ -178,13 +182,13 @@ def test_a_client_that_leaves_cancels_its_generation(mesh, url, http, run):
     with socket.create_connection((host, int(port))) as raw:
         head = f"POST /api/v1/inference HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         raw.sendall(head.encode() + body)
-        until_true(lambda: http.get("/api/v1/stats").json()["gateway"]["active"] == 2)  # it and this question
+        until_true(lambda: http.get("/api/v1/stats").json()["gateway"]["active"] == 2, because=ASKED)  # it and this question
     run(all_rows_free(mesh))
-    until_true(lambda: _counter(mesh, "cancelled") == before + 2)
+    until_true(lambda: _counter(mesh, "cancelled") == before + 2, because=ASKED)
 
 
-def test_a_slow_reader_holds_no_row_and_is_let_go(mesh, run):
-    """It reads nothing: its row is free when the generation is over, and its connection ends when it has taken nothing for a while."""
+def test_a_slow_reader_holds_no_row_and_is_let_go(mesh: LocalMesh, run: Run) -> None:
+    """The client reads nothing. Its row is free when the generation is over, and its connection is closed after a while."""
     requests = [{**LONG, "max_tokens": 250, "logprobs": 20, "stream": True}] * 3  # of 300 kB each
     before = _counter(mesh, "finished") + _counter(mesh, "cancelled")
     with edge(mesh.url, listener={"write_timeout_s": 1.0, "send_buffer_bytes": 4096}) as url:
@@ -198,17 +202,18 @@ def test_a_slow_reader_holds_no_row_and_is_let_go(mesh, run):
             head = f"POST /api/v1/inference HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
             reader.sendall(head.encode() + body)
             readers.append(reader)
-        until_true(lambda: _counter(mesh, "finished") + _counter(mesh, "cancelled") >= before + 3)
+        until_true(lambda: _counter(mesh, "finished") + _counter(mesh, "cancelled") >= before + 3, because=ASKED)
         run(all_rows_free(mesh))
         with httpx.Client(base_url=url) as client:
-            until_true(lambda: client.get("/api/v1/stats").json()["gateway"]["active"] == 1)
+            until_true(lambda: client.get("/api/v1/stats").json()["gateway"]["active"] == 1, because=ASKED)
         for reader in readers:
             reader.close()
 
 
-def test_a_full_mesh_is_429_with_a_time_at_once(http):
+def test_a_full_mesh_is_429_with_a_time_at_once(http: httpx.Client) -> None:
     """4 rows and 8 places in the queue."""
-    refused, fine = [], []
+    refused: list[tuple[httpx.Response, float]] = []
+    fine: list[tuple[httpx.Response, float]] = []
 
     def ask() -> None:
         with httpx.Client(base_url=http.base_url, timeout=60) as client:
@@ -227,7 +232,7 @@ def test_a_full_mesh_is_429_with_a_time_at_once(http):
         assert int(response.headers["retry-after"]) >= 1 and response.json()["error"]["code"] == "busy"
 
 
-def test_a_stream_that_waits_for_a_row_says_so(mesh, run):
+def test_a_stream_that_waits_for_a_row_says_so(mesh: LocalMesh, run: Run) -> None:
     """4 rows are taken; the fifth stream hears comments until it has one."""
     with edge(mesh.url, limits={"keep_alive_s": 0.05}) as url, httpx.Client(base_url=url, timeout=60) as http:
         begun = threading.Barrier(5)
@@ -250,7 +255,7 @@ def test_a_stream_that_waits_for_a_row_says_so(mesh, run):
         assert answer.status_code == 200 and lines[0] == ": waiting" and json.loads(lines[-1].removeprefix("data: "))["done"]
 
 
-def test_an_error_after_the_first_token_is_the_last_event(mesh):
+def test_an_error_after_the_first_token_is_the_last_event(mesh: LocalMesh) -> None:
     with edge(mesh.url, limits={"request_timeout_s": 0.3}) as url, httpx.Client(base_url=url, timeout=60) as http:
         long = {**LONG, "max_tokens": 250}
         with http.stream("POST", "/api/v1/inference", json={**long, "stream": True}) as answer:
@@ -264,7 +269,7 @@ def test_an_error_after_the_first_token_is_the_last_event(mesh):
         assert json.loads(last)["error"]["type"] == "server_error"
 
 
-def test_bodies_and_heads_have_bounds(mesh):
+def test_bodies_and_heads_have_bounds(mesh: LocalMesh) -> None:
     with (
         edge(mesh.url, limits={"max_body_bytes": 1000, "max_prompt_chars": 100, "body_timeout_s": 0.5}) as url,
         httpx.Client(base_url=url) as http,
@@ -287,8 +292,8 @@ def test_bodies_and_heads_have_bounds(mesh):
             assert raw.recv(100) == b""
 
 
-def test_without_tokens_only_plain_names_are_answered(mesh, http):
-    """A page may have a name of its own point to this machine: what it asks for bears that name."""
+def test_without_tokens_only_plain_names_are_answered(mesh: LocalMesh, http: httpx.Client) -> None:
+    """A hostile page may point a name of its own at this machine; its requests then carry that name."""
     for host in ("coordinator:8080", "localhost", "127.0.0.1:1", "[::1]:8080", "10.0.0.1"):
         assert http.get("/api/v1/health/live", headers={"host": host}).status_code == 200, host
     for host in ("evil.example", "evil.example:8080", "127.0.0.1.evil.example"):
@@ -297,7 +302,7 @@ def test_without_tokens_only_plain_names_are_answered(mesh, http):
         assert httpx.get(f"{url}/api/v1/health/live", headers={"host": "mesh.example"}).status_code == 200
 
 
-def test_pages_of_other_hosts_may_call_only_where_they_are_listed(mesh):
+def test_pages_of_other_hosts_may_call_only_where_they_are_listed(mesh: LocalMesh) -> None:
     with edge(mesh.url, cors_origins=("https://a.example",)) as url, httpx.Client(base_url=url) as http:
         asked = {"origin": "https://a.example", "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
         allowed = http.options("/api/v1/inference", headers=asked)
@@ -309,7 +314,7 @@ def test_pages_of_other_hosts_may_call_only_where_they_are_listed(mesh):
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_good_token_nothing_is_run(mesh):
+def test_without_a_good_token_nothing_is_run(mesh: LocalMesh) -> None:
     expired = token("admin", now_unix_s=time.time() - 7200)
     other = token("generate")[:-4] + "AAAA"
     requests = {
@@ -340,7 +345,7 @@ def test_without_a_good_token_nothing_is_run(mesh):
         assert http.get("/api/v1/health", headers=bearer(token("admin"))).json()["models"][0]["ranges"]
 
 
-def test_a_token_has_its_own_limits(mesh):
+def test_a_token_has_its_own_limits(mesh: LocalMesh) -> None:
     with edge(mesh.url, verifier=verifier()) as url, httpx.Client(base_url=url) as http:
         few = bearer(token("generate", requests_per_minute=2))
         body = {"tokens": [1], "max_tokens": 1}
@@ -355,7 +360,7 @@ def test_a_token_has_its_own_limits(mesh):
 # -- health ------------------------------------------------------------------------------------------------------------
 
 
-def test_health_of_a_mesh_nobody_serves_is_503_and_the_process_lives(mesh):
+def test_health_of_a_mesh_without_shards_is_503_and_the_process_lives(mesh: LocalMesh) -> None:
     with edge(mesh.url, model="another") as url, httpx.Client(base_url=url) as http:
         response = http.get("/api/v1/health")
         assert response.status_code == 503 and response.json()["status"] == "not_ready"
@@ -366,7 +371,7 @@ def test_health_of_a_mesh_nobody_serves_is_503_and_the_process_lives(mesh):
         assert missing.status_code == 503 and "retry-after" in missing.headers
 
 
-def test_health_is_asked_of_the_mesh_once_by_many(mesh):
+def test_health_is_asked_of_the_mesh_once_by_many(mesh: LocalMesh) -> None:
     with edge(mesh.url) as url:
         before = submitted(mesh.url)
 

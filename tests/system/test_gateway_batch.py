@@ -6,7 +6,10 @@ from typing import Any
 
 import httpx
 from edge_tools import bearer, edge, token, verifier
+from oracle import Oracle
 from waiting import until_true
+
+from mesh.local.mesh import LocalMesh
 
 
 def until_done(http: httpx.Client, location: str, **options: Any) -> dict[str, Any]:
@@ -14,12 +17,10 @@ def until_done(http: httpx.Client, location: str, **options: Any) -> dict[str, A
         found = http.get(location, **options).json()
         return found if found["state"] in ("done", "failed") else None
 
-    found = until_true(ended)
-    assert found is not None
-    return found
+    return until_true(ended, because="a gateway says how a batch is when it is asked")
 
 
-def test_a_batch_that_is_kept_is_answered_when_it_is_asked_for(mesh, oracle):
+def test_a_batch_that_is_kept_is_answered_when_it_is_asked_for(mesh: LocalMesh, oracle: Oracle) -> None:
     prompts = [[number, 5, 9] for number in range(12)]
     requests: list[dict[str, Any]] = [{"tokens": prompt, "max_tokens": 6, "ignore_eos": True} for prompt in prompts]
     with edge(mesh.url) as url, httpx.Client(base_url=url, timeout=60) as http:
@@ -42,7 +43,7 @@ def test_a_batch_that_is_kept_is_answered_when_it_is_asked_for(mesh, oracle):
         assert wrong.json()["error"]["field"] == "requests.1.prompt"
 
 
-def test_a_batch_is_its_submitters(mesh):
+def test_a_batch_is_its_submitters(mesh: LocalMesh) -> None:
     with edge(mesh.url, verifier=verifier()) as url, httpx.Client(base_url=url, timeout=60) as http:
         mine, admin = bearer(token("batch")), bearer(token("admin"))
         other = bearer(token("batch", subject="another"))

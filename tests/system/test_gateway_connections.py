@@ -6,6 +6,7 @@ import asyncio
 import json
 import resource
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from edge_tools import edge
+from oracle import Oracle
+from running import Run
 from waiting import until
 
 from mesh.local.mesh import LocalMesh, LocalOptions
@@ -76,7 +79,7 @@ async def stream_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
             seen.append(document["token"])
 
 
-def test_a_thousand_connections_and_one_more(pairs, oracle, run):
+def test_a_thousand_connections_and_one_more(pairs: LocalMesh, oracle: Oracle, run: Run) -> None:
     url = pairs.http_urls[0]
     host, port = urlsplit(url).hostname, urlsplit(url).port
 
@@ -108,38 +111,39 @@ def url(pairs: LocalMesh) -> Iterator[str]:
         yield running
 
 
-def test_a_coordinator_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, url, oracle, run):
+async def streams_through_a_death(
+    http: httpx.AsyncClient, process: subprocess.Popen[bytes], prompts: list[list[int]], oracle: Oracle
+) -> None:
+    """Kill the process once every stream has begun; each stream still brings every token once."""
+    begun = [asyncio.Event() for _ in prompts]
+    tasks = [asyncio.create_task(stream(http, prompt, event)) for prompt, event in zip(prompts, begun, strict=True)]
+    for event in begun:
+        await event.wait()
+    process.send_signal(signal.SIGKILL)
+    for prompt, seen in zip(prompts, await asyncio.gather(*tasks), strict=True):
+        assert seen == oracle.greedy(prompt, 50)
+
+
+def test_a_coordinator_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs: LocalMesh, url: str, oracle: Oracle, run: Run) -> None:
     async def kill() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
             prompts = [[number, 4, 5 * number, 2] for number in range(8)]
-            begun = [asyncio.Event() for _ in prompts]
-            tasks = [asyncio.create_task(stream(http, prompt, event)) for prompt, event in zip(prompts, begun, strict=True)]
-            for event in begun:
-                await event.wait()
-            pairs.processes["coordinator-2"].send_signal(signal.SIGKILL)
-            for prompt, seen in zip(prompts, await asyncio.gather(*tasks), strict=True):
-                assert seen == oracle.greedy(prompt, 50)
+            await streams_through_a_death(http, pairs.processes["coordinator-2"], prompts, oracle)
 
     run(kill())
 
 
-def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs, url, oracle, run):
+def test_a_shard_that_dies_costs_an_http_stream_a_pause_and_no_token(pairs: LocalMesh, url: str, oracle: Oracle, run: Run) -> None:
     async def kill() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
             prompts = [[number, 9, 3 * number, 1] for number in range(6)]
-            begun = [asyncio.Event() for _ in prompts]
-            tasks = [asyncio.create_task(stream(http, prompt, event)) for prompt, event in zip(prompts, begun, strict=True)]
-            for event in begun:
-                await event.wait()
-            pairs.processes["shard-1"].send_signal(signal.SIGKILL)
-            for prompt, seen in zip(prompts, await asyncio.gather(*tasks), strict=True):
-                assert seen == oracle.greedy(prompt, 50)
+            await streams_through_a_death(http, pairs.processes["shard-1"], prompts, oracle)
             assert (await http.get("/api/v1/health")).status_code == 200
 
     run(kill())
 
 
-def test_health_tells_the_truth_when_a_range_is_gone(pairs, url, run):
+def test_health_tells_the_truth_when_a_range_is_gone(pairs: LocalMesh, url: str, run: Run) -> None:
     """Its last shard is killed: not ready, and says what lacks; the process lives on."""
 
     async def kill() -> None:
@@ -152,7 +156,7 @@ def test_health_tells_the_truth_when_a_range_is_gone(pairs, url, run):
                 assert answer.status_code in (200, 503)
                 return answer.status_code == 503 and "layers from 2 on have no shard that is ready" in answer.json()["reason"]
 
-            await until(said)
+            await until(said, because="a gateway says how the mesh is when it is asked")
             assert (await http.get("/api/v1/health/live")).status_code == 200
 
     run(kill())

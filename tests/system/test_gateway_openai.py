@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 from edge_tools import edge, token, verifier
 
 from mesh.client import MeshClient
+from mesh.local.mesh import LocalMesh
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "rain"}], "temperature": 0, "max_tokens": 8}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "rain"}], "temperature": 0, "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def url(mesh) -> Iterator[str]:
+def url(mesh: LocalMesh) -> Iterator[str]:
     with edge(mesh.url) as running:
         yield running
 
@@ -27,12 +29,14 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def expected(mesh) -> str:
+def expected(mesh: LocalMesh) -> str:
     with MeshClient(mesh.url) as native:
-        return native.chat(CHAT["messages"], max_tokens=8).text
+        text = native.chat(CHAT["messages"], max_tokens=8).text
+    assert text is not None
+    return text
 
 
-def test_a_chat_completion(client, expected):
+def test_a_chat_completion(client: openai.OpenAI, expected: str) -> None:
     answer = client.chat.completions.create(**CHAT)
     choice = answer.choices[0]
     assert (choice.message.content, choice.message.role, choice.finish_reason) == (expected, "assistant", "length")
@@ -40,7 +44,7 @@ def test_a_chat_completion(client, expected):
     assert answer.object == "chat.completion" and answer.model == "tiny" and answer.id.startswith("chatcmpl-")
 
 
-def test_a_chat_completion_streamed(client, expected):
+def test_a_chat_completion_streamed(client: openai.OpenAI, expected: str) -> None:
     parts = list(client.chat.completions.create(**CHAT, stream=True))
     assert parts[0].choices[0].delta.role == "assistant"
     assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
@@ -48,13 +52,13 @@ def test_a_chat_completion_streamed(client, expected):
     assert len(parts) == 8 + 2 and all(part.usage is None for part in parts)  # the role, a token each, the end
 
 
-def test_usage_comes_last_where_it_is_asked_for(client):
+def test_usage_comes_last_where_it_is_asked_for(client: openai.OpenAI) -> None:
     *parts, last = list(client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))
     assert last.choices == [] and last.usage is not None and last.usage.total_tokens == 17
     assert all(part.usage is None for part in parts)
 
 
-def test_the_asynchronous_client(url, expected):
+def test_the_asynchronous_client(url: str, expected: str) -> None:
     async def ask() -> None:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             whole, stream = await asyncio.gather(
@@ -67,7 +71,7 @@ def test_the_asynchronous_client(url, expected):
     asyncio.run(ask())
 
 
-def test_parts_of_messages_and_developers(client, expected):
+def test_parts_of_messages_and_developers(client: openai.OpenAI, expected: str) -> None:
     parts = [{"type": "text", "text": "ra"}, {"type": "text", "text": "in"}]
     assert (
         client.chat.completions.create(**{**CHAT, "messages": [{"role": "user", "content": parts}]}).choices[0].message.content == expected
@@ -78,7 +82,7 @@ def test_parts_of_messages_and_developers(client, expected):
     assert answers[0] == answers[1]
 
 
-def test_stop_texts(client, expected):
+def test_stop_texts(client: openai.OpenAI, expected: str) -> None:
     stop = expected[3:5]
     for given in (stop, ["never there", stop]):
         choice = client.chat.completions.create(**CHAT, stop=given).choices[0]
@@ -87,7 +91,7 @@ def test_stop_texts(client, expected):
     assert "".join(part.choices[0].delta.content or "" for part in streamed) == expected[: expected.index(stop)]
 
 
-def test_several_choices_differ_and_are_the_same_again_for_the_same_seed(client):
+def test_several_choices_differ_and_are_the_same_again_for_the_same_seed(client: openai.OpenAI) -> None:
     request = {**CHAT, "temperature": 1.0, "n": 3, "seed": 7}
     texts = [choice.message.content for choice in client.chat.completions.create(**request).choices]
     assert len(set(texts)) == 3
@@ -102,7 +106,7 @@ def test_several_choices_differ_and_are_the_same_again_for_the_same_seed(client)
     assert [choice.message.content for choice in other] != texts
 
 
-def test_log_probabilities(client, expected):
+def test_log_probabilities(client: openai.OpenAI, expected: str) -> None:
     whole = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3).choices[0].logprobs
     assert whole is not None and whole.content is not None
     assert "".join(entry.token for entry in whole.content) == expected
@@ -114,10 +118,10 @@ def test_log_probabilities(client, expected):
     assert [entry.token for entry in streamed] == [entry.token for entry in whole.content]
 
 
-def test_text_completions(mesh, client):
+def test_text_completions(mesh: LocalMesh, client: openai.OpenAI) -> None:
     with MeshClient(mesh.url) as native:
         first, second = (native.generate(prompt, raw=True, max_tokens=6).text for prompt in ("rain", "snow"))
-    request = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+    request: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 6}
     answer = client.completions.create(**request, prompt="rain", logprobs=2)
     assert answer.choices[0].text == first and answer.object == "text_completion"
     logprobs = answer.choices[0].logprobs
@@ -131,14 +135,14 @@ def test_text_completions(mesh, client):
     assert len(client.completions.create(model="tiny", prompt="rain", extra_body={"ignore_eos": True}).choices[0].text) >= 16
 
 
-def test_models(client):
+def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").object == "model"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("another")
 
 
-def test_errors_are_openais_own(client):
+def test_errors_are_openais_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(**{**CHAT, "model": "another"})
     assert missing.value.code == "model_not_found"
@@ -158,7 +162,7 @@ def test_errors_are_openais_own(client):
         client.chat.completions.create(**CHAT, stream=True, n=100)
 
 
-def test_a_token_is_the_api_key(mesh):
+def test_a_token_is_the_api_key(mesh: LocalMesh) -> None:
     def ask(key: str, times: int = 1) -> None:
         with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
             for _ in range(times):

@@ -1,4 +1,4 @@
-"""What /openapi.json promises, tried out: requests made from it, right and wrong ones, and every answer held against it."""
+"""/openapi.json is true: right and wrong requests are generated from it, and every answer is compared with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import schemathesis
 from edge_tools import edge
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from mesh.local.mesh import LocalMesh
 
 EXAMPLES = 15
 OPERATIONS = [
@@ -30,7 +32,7 @@ OPERATIONS = [
 
 
 @pytest.fixture(scope="module")
-def url(mesh) -> Iterator[str]:
+def url(mesh: LocalMesh) -> Iterator[str]:
     with edge(mesh.url, limits={"default_max_tokens": 4}) as running:
         yield running
 
@@ -42,7 +44,7 @@ def api(url: str) -> Any:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda part: part.strip("/").replace("/", "."))
-def test_every_answer_is_as_described(api, method, path, mode):
+def test_every_answer_is_as_described(api: Any, method: str, path: str, mode: GenerationMode) -> None:
     """No 5xx, no status, header or body that is not described. What a schema cannot say (exactly one of three keys, a model that
     is there, a prompt that fits) may be refused though the schema allows it."""
     operation = api[path][method]
@@ -70,6 +72,6 @@ def _keep_short(body: dict[str, Any]) -> None:
                 part[name] = 8
 
 
-def test_what_is_tried_is_all_there_is(url):
+def test_what_is_tried_is_all_there_is(url: str) -> None:
     paths = httpx.get(f"{url}/openapi.json").json()["paths"]
     assert sorted((method.upper(), path) for path, operations in paths.items() for method in operations) == sorted(OPERATIONS)

@@ -16,10 +16,12 @@ import pytest
 import yaml
 from authority import Authority
 from edge_tools import bearer, edge, events
+from running import Run
 from waiting import Talking
 
 from mesh.host.process import dying_with_parent
 from mesh.http.listener import Tls
+from mesh.local.mesh import LocalMesh
 from mesh.local.nats_server import NatsServer
 
 MESH = [sys.executable, "-m", "mesh.cli"]
@@ -43,8 +45,8 @@ def command(*arguments: str, said: str = "", **environment: str) -> subprocess.C
     return subprocess.run([*MESH, *arguments], input=said, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
 
 
-def test_several_gateways_serve_one_mesh_and_end_in_order(mesh, tmp_path):
-    """The third one takes over what the second had: any of them will do."""
+def test_several_gateways_serve_one_mesh_and_end_in_order(mesh: LocalMesh, tmp_path: Path) -> None:
+    """Each of three gateways serves the mesh in turn."""
     for number in range(3):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -65,7 +67,7 @@ def test_several_gateways_serve_one_mesh_and_end_in_order(mesh, tmp_path):
                 httpx.get(f"{url}/api/v1/health/live")
 
 
-def test_with_tls_tokens_and_client_certificates(mesh, tmp_path):
+def test_with_tls_tokens_and_client_certificates(mesh: LocalMesh, tmp_path: Path) -> None:
     """The file of the guide: its tls and authentication sections, the secret from the environment."""
     authority = Authority(tmp_path / "tls")
     server, client = authority.issue("server"), authority.issue("client")
@@ -98,7 +100,7 @@ def test_with_tls_tokens_and_client_certificates(mesh, tmp_path):
         assert SECRET not in said and token not in said
 
 
-def test_a_client_certificate_is_optional_where_it_is_not_required(mesh, tmp_path):
+def test_a_client_certificate_is_optional_where_it_is_not_required(mesh: LocalMesh, tmp_path: Path) -> None:
     authority = Authority(tmp_path / "tls")
     pair, other = authority.issue("server"), Authority(tmp_path / "other").issue("client")
     trust = ssl.create_default_context(cafile=str(authority.ca))
@@ -127,7 +129,7 @@ def test_a_client_certificate_is_optional_where_it_is_not_required(mesh, tmp_pat
         ({"gateway": {"listen_host": "203.0.113.7"}, "authentication": {"enabled": False}}, "no such address"),
     ],
 )
-def test_a_file_that_cannot_be_right_is_one_line(tmp_path, content, says):
+def test_a_file_that_cannot_be_right_is_one_line(tmp_path: Path, content: bytes, says: str) -> None:
     config = tmp_path / "gateway.yaml"
     config.write_text(yaml.safe_dump(content))
     ended = command("gateway", "--config", str(config))
@@ -135,14 +137,14 @@ def test_a_file_that_cannot_be_right_is_one_line(tmp_path, content, says):
     assert ended.stderr.count("\n") == 1 and SECRET not in ended.stderr
 
 
-def test_a_port_that_is_taken_is_named(mesh, tmp_path):
+def test_a_port_that_is_taken_is_named(mesh: LocalMesh, tmp_path: Path) -> None:
     with edge(mesh.url) as url:
         port = url.rpartition(":")[2]
         ended = command("gateway", "--nats", mesh.url, "--http-port", port)
     assert ended.returncode == 2 and f"127.0.0.1:{port}: the port is taken" in ended.stderr
 
 
-def test_without_a_mesh_it_lives_and_is_not_ready():
+def test_without_a_mesh_it_lives_and_is_not_ready() -> None:
     with NatsServer.start() as server, edge(server.url, model=None) as url, httpx.Client(base_url=url, timeout=60) as http:
         empty = http.get("/api/v1/health")
         assert empty.status_code == 503 and "no coordinator answers" in empty.json()["reason"]
@@ -154,7 +156,7 @@ def test_without_a_mesh_it_lives_and_is_not_ready():
         assert http.get("/api/v1/health/live").status_code == 200
 
 
-def test_tokens_are_issued_and_inspected(tmp_path):
+def test_tokens_are_issued_and_inspected(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text(SECRET + "\n")
     issue = ("token", "issue", "--secret-key-file", str(secret), "--subject", "me")
@@ -177,7 +179,7 @@ def test_tokens_are_issued_and_inspected(tmp_path):
         assert ended.returncode == 2 and says in ended.stderr
 
 
-def test_a_shard_says_how_it_is_and_what_it_has_done(mesh, run):
+def test_a_shard_reports_its_state_and_its_counters(mesh: LocalMesh, run: Run) -> None:
     from mesh.client import MeshClient
 
     with MeshClient(mesh.url) as client:

@@ -1,5 +1,5 @@
-"""A shard on a host of its own (a network namespace) is cut off and comes back: nobody is told, no connection is reset, and no token
-is lost."""
+"""A shard on a host of its own (a network namespace) is cut off and comes back. No connection is reset, so no process
+is told, and no token is lost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checked_load import counted, load, options
+from running import Run
 from system_tools import all_rows_free, until_leases
-from test_failover_of_processes import counted, load, options, undisturbed  # noqa: F401  # a fixture
 
 from mesh.host.process import dying_with_parent
 from mesh.local.mesh import LocalMesh
@@ -70,7 +71,8 @@ async def there(mesh: LocalMesh, shard: str, *, wanted: bool) -> None:
     await until_leases(mesh, lambda found: (shard in found and found[shard].state == "ready") is wanted)
 
 
-def test_a_shard_is_cut_off_and_comes_back(host, model, undisturbed, run, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_a_shard_is_cut_off_and_comes_back(host: Host, model: Path, undisturbed: list[list[int]], run: Run, tmp_path: Path) -> None:
     async def disturb(mesh: LocalMesh) -> None:
         await there(mesh, "shard-9", wanted=True)
         async with load(mesh, undisturbed) as (running, client):

@@ -8,6 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from oracle import Oracle
+
+from mesh.local.mesh import LocalMesh
 
 PACKAGE = "@nats-io/transport-node@3"
 SCRIPT = """
@@ -48,7 +51,7 @@ def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_javascript_client_generates_streams_and_reads_errors(mesh, oracle, node_project):
+def test_a_javascript_client_generates_streams_and_reads_errors(mesh: LocalMesh, oracle: Oracle, node_project: Path) -> None:
     done = subprocess.run(
         ["node", "ask.mjs", mesh.url, "mesh.v1.tiny.generate"], cwd=node_project, capture_output=True, text=True, timeout=120
     )

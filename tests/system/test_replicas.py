@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracle import Oracle
+from running import Run
 from system_tools import all_rows_free
 
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
 
-LONG = {"max_tokens": 50, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 50, "ignore_eos": True}
 
 
 @pytest.fixture(params=["balance", "mirror"])
@@ -23,7 +25,7 @@ def pairs(model: Path, request: pytest.FixtureRequest) -> Iterator[LocalMesh]:
         yield running
 
 
-def test_load_is_shared_and_a_killed_shard_costs_no_token(pairs, oracle, run):
+def test_load_is_shared_and_a_killed_shard_costs_no_token(pairs: LocalMesh, oracle: Oracle, run: Run) -> None:
     async def generate() -> None:
         async with AsyncMeshClient(pairs.url, model="tiny") as client:
             assert len((await client.status()).coordinators) == 2

@@ -1,4 +1,4 @@
-"""What a client may ask, what it is told, and what becomes of the rows when it goes."""
+"""What a client may ask, what it is answered, and what happens to its rows when it leaves."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import Any
 
 import orjson
 import pytest
+from oracle import Oracle
+from running import Run
 from system_tools import all_rows_free, raw
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient, MeshClient
 from mesh.errors import BadRequest, Busy, PromptTooLong
+from mesh.local.mesh import LocalMesh
 from mesh.protocol.frame_codec import decode
 from mesh.protocol.messages import Cancel, Close
 from mesh.protocol.subjects import generate, layers
 
 SUBJECT = generate("tiny")
-LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
+LONG: dict[str, Any] = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
 
 
-def test_a_plain_request_is_answered_by_one_document(mesh, run, oracle):
+def test_a_plain_request_is_answered_by_one_document(mesh: LocalMesh, run: Run, oracle: Oracle) -> None:
     answer = run(raw(mesh.url, SUBJECT, {"tokens": [5, 17, 33], "max_tokens": 4}))
     document = orjson.loads(answer.data)
     assert document["done"] is True
@@ -30,7 +33,7 @@ def test_a_plain_request_is_answered_by_one_document(mesh, run, oracle):
     assert document["timing"]["hops"]["steps"] == 3
 
 
-def test_a_prompt_and_messages_become_the_tokens_of_their_text(mesh, oracle):
+def test_a_prompt_and_messages_become_the_tokens_of_their_text(mesh: LocalMesh, oracle: Oracle) -> None:
     with MeshClient(mesh.url) as client:
         plain = client.generate("rain", max_tokens=6, raw=True)
         assert list(plain.tokens) == oracle.greedy([ord(c) - 32 for c in "rain"], 6)
@@ -40,7 +43,7 @@ def test_a_prompt_and_messages_become_the_tokens_of_their_text(mesh, oracle):
         assert client.generate("rain", max_tokens=6).tokens == chat.tokens
 
 
-def test_a_stop_text_ends_the_text_before_it(mesh):
+def test_a_stop_text_ends_the_text_before_it(mesh: LocalMesh) -> None:
     with MeshClient(mesh.url) as client:
         whole = client.generate("snow", max_tokens=12, raw=True)
         assert whole.text is not None
@@ -52,14 +55,14 @@ def test_a_stop_text_ends_the_text_before_it(mesh):
             assert "".join(chunk.text for chunk in stream) == cut.text
 
 
-def test_log_probabilities_come_with_each_token(mesh):
+def test_log_probabilities_come_with_each_token(mesh: LocalMesh) -> None:
     with MeshClient(mesh.url) as client:
         answer = client.generate(tokens=[1, 2, 3], max_tokens=3, logprobs=2)
     assert answer.logprobs is not None
     assert [token.id for token in answer.logprobs] == list(answer.tokens)
     for token in answer.logprobs:
         assert token.logprob is not None and token.logprob <= 0
-        assert len(token.top) == 2 and token.top[0] == (token.id, pytest.approx(token.logprob))
+        assert len(token.top) == 2 and token.top[0][0] == token.id and token.top[0][1] == pytest.approx(token.logprob)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,9 @@ def test_log_probabilities_come_with_each_token(mesh):
         ({"tokens": [1], "session": "no spaces"}, "session", "400"),
     ],
 )
-def test_a_malformed_request_is_answered_by_an_error_that_names_the_field(mesh, run, request_, field, status):
+def test_a_malformed_request_is_answered_by_an_error_that_names_the_field(
+    mesh: LocalMesh, run: Run, request_: dict[str, Any], field: str, status: str
+) -> None:
     answer = run(raw(mesh.url, SUBJECT, {"max_tokens": 3} | request_))
     assert answer.headers["Nats-Service-Error-Code"] == status
     assert field in answer.headers["Nats-Service-Error"]
@@ -89,12 +94,12 @@ def test_a_malformed_request_is_answered_by_an_error_that_names_the_field(mesh, 
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"7"])
-def test_what_is_no_json_object_is_answered_by_an_error(mesh, run, data):
+def test_a_request_that_is_not_a_json_object_is_answered_by_an_error(mesh: LocalMesh, run: Run, data: bytes) -> None:
     answer = run(raw(mesh.url, SUBJECT, data))
     assert answer.headers["Nats-Service-Error-Code"] == "400"
 
 
-def test_the_client_raises_errors_of_the_one_tree(mesh):
+def test_the_client_raises_errors_of_the_one_tree(mesh: LocalMesh) -> None:
     with MeshClient(mesh.url, retries=0) as client:
         with pytest.raises(BadRequest) as caught:
             client.generate(tokens=[1], max_tokens=3, temperature=200)
@@ -106,7 +111,7 @@ def test_the_client_raises_errors_of_the_one_tree(mesh):
             client.generate(tokens=[1] * 60, max_tokens=30)
 
 
-def test_a_stream_left_early_frees_its_rows(mesh, run):
+def test_a_stream_left_early_frees_its_rows(mesh: LocalMesh, run: Run) -> None:
     async def leave() -> None:
         async with AsyncMeshClient(mesh.url, model="tiny") as client:
             for _ in range(3):
@@ -122,7 +127,7 @@ def test_a_stream_left_early_frees_its_rows(mesh, run):
     run(leave())
 
 
-def test_a_client_that_vanishes_without_a_word_frees_its_rows(mesh, run):
+def test_a_client_that_vanishes_without_a_word_frees_its_rows(mesh: LocalMesh, run: Run) -> None:
     async def vanish() -> None:
         bus = await Bus.connect(BusOptions(urls=(mesh.url,)), name="vanishing")
         seen = asyncio.Event()
@@ -142,7 +147,7 @@ def test_a_client_that_vanishes_without_a_word_frees_its_rows(mesh, run):
 
 
 @pytest.mark.parametrize("says_so", [True, False], ids=["cancels", "says nothing"])
-def test_a_client_that_goes_takes_part_in_two_more_steps_at_most_and_its_rows_are_free(mesh, run, says_so):
+def test_a_client_that_leaves_takes_part_in_at_most_two_more_steps_and_frees_its_rows(mesh: LocalMesh, run: Run, says_so: str) -> None:
     """Steps as the first stage gets them. A marker on the same way splits them into those before the client had gone and after."""
     steps: list[set[int] | None] = []
     closed: list[int] = []
@@ -197,7 +202,7 @@ def test_a_client_that_goes_takes_part_in_two_more_steps_at_most_and_its_rows_ar
     run(go())
 
 
-def test_a_repeated_request_of_the_same_name_is_the_same_generation(mesh, run):
+def test_a_repeated_request_of_the_same_name_is_the_same_generation(mesh: LocalMesh, run: Run) -> None:
     async def twice() -> None:
         async with AsyncMeshClient(mesh.url, model="tiny") as client:
             first = await client.generate(tokens=[9, 8, 7], max_tokens=5, seed=1, session="once")
@@ -211,7 +216,7 @@ def test_a_repeated_request_of_the_same_name_is_the_same_generation(mesh, run):
     run(twice())
 
 
-def test_a_full_queue_is_busy_at_once_and_those_accepted_go_on(mesh, run):
+def test_a_full_queue_is_busy_at_once_and_accepted_requests_go_on(mesh: LocalMesh, run: Run) -> None:
     """4 rows and 16 places in the queue: of 30 at once the rest is refused with a time, and what was accepted is right."""
 
     async def overload() -> None:
@@ -234,7 +239,7 @@ def test_a_full_queue_is_busy_at_once_and_those_accepted_go_on(mesh, run):
     run(overload())
 
 
-def test_status_and_health_say_who_is_there(mesh):
+def test_status_and_health_list_shards_and_coordinators(mesh: LocalMesh) -> None:
     with MeshClient(mesh.url) as client:
         assert client.models() == ["tiny"]
         assert client.health().ready

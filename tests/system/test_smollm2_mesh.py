@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from demo_model import smollm2_gguf
+from running import Run
 
 from mesh.client import AsyncMeshClient, Completion
 from mesh.importer.run import import_model
@@ -45,7 +46,9 @@ def answered(smollm2: Path) -> list[tuple[dict[str, Any], list[int]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 6])
-def test_greedy_tokens_of_the_demo_model_equal_one_process(smollm2, answered, run, shards):
+def test_greedy_tokens_of_the_demo_model_equal_one_process(
+    smollm2: Path, answered: list[tuple[dict[str, Any], list[int]]], run: Run, shards: int
+) -> None:
     """Each alone at first, then all at once: 16 sessions of different lengths take turns on 4 rows."""
 
     async def generate() -> tuple[list[Any], list[Any]]:

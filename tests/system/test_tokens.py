@@ -6,7 +6,12 @@ import asyncio
 from random import Random
 from typing import Any
 
+from oracle import Oracle
+from running import Run
+
 from mesh.client import AsyncMeshClient, Completion, MeshClient
+from mesh.errors import MeshError
+from mesh.local.mesh import LocalMesh
 
 
 def _requests(count: int, seed: int) -> list[dict[str, Any]]:
@@ -17,7 +22,7 @@ def _requests(count: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_greedy_tokens_alone_equal_one_process(any_mesh, oracle):
+def test_greedy_tokens_alone_equal_one_process(any_mesh: LocalMesh, oracle: Oracle) -> None:
     with MeshClient(any_mesh.url) as client:
         for request in _requests(4, seed=1):
             answer = client.generate(**request)
@@ -28,8 +33,8 @@ def test_greedy_tokens_alone_equal_one_process(any_mesh, oracle):
             assert answer.timing.restarts == 0
 
 
-def test_sixteen_sessions_of_different_lengths_joining_and_leaving_equal_one_process(any_mesh, oracle, run):
-    async def generate() -> list[Completion]:
+def test_sixteen_sessions_of_different_lengths_joining_and_leaving_equal_one_process(any_mesh: LocalMesh, oracle: Oracle, run: Run) -> None:
+    async def generate() -> list[Completion | MeshError]:
         async with AsyncMeshClient(any_mesh.url, model="tiny") as client:
             return await client.batch(requests, concurrency=16)
 
@@ -39,10 +44,10 @@ def test_sixteen_sessions_of_different_lengths_joining_and_leaving_equal_one_pro
         assert list(answer.tokens) == oracle.greedy(request["tokens"], request["max_tokens"])
 
 
-def test_sampled_tokens_follow_the_seed_alone(any_mesh, oracle, run):
+def test_sampled_tokens_follow_the_seed_alone(any_mesh: LocalMesh, oracle: Oracle, run: Run) -> None:
     params = {"temperature": 0.9, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
 
-    async def generate() -> list[Completion]:
+    async def generate() -> list[Completion | MeshError]:
         async with AsyncMeshClient(any_mesh.url, model="tiny") as client:
             return await client.batch(requests, concurrency=8, **params)
 
@@ -52,7 +57,7 @@ def test_sampled_tokens_follow_the_seed_alone(any_mesh, oracle, run):
         assert list(answer.tokens) == oracle.sampled(request["tokens"], request["max_tokens"], **params)
 
 
-def test_a_stream_brings_each_token_once_and_in_order(any_mesh, oracle, run):
+def test_a_stream_brings_each_token_once_and_in_order(any_mesh: LocalMesh, oracle: Oracle, run: Run) -> None:
     request = _requests(1, seed=4)[0] | {"max_tokens": 20}
 
     async def stream() -> None:
@@ -65,6 +70,7 @@ def test_a_stream_brings_each_token_once_and_in_order(any_mesh, oracle, run):
 
             for chunks, one in zip(await asyncio.gather(*map(read, streams)), streams, strict=True):
                 tokens = [chunk.token.id for chunk in chunks if chunk.token is not None]
+                assert one.completion is not None
                 assert tokens == oracle.greedy(request["tokens"], 20) == list(one.completion.tokens)
                 assert "".join(chunk.text for chunk in chunks) == one.completion.text
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from oracle import Oracle
+from running import Run
 from waiting import Talking
 
 from mesh.client import AsyncMeshClient
@@ -83,7 +85,7 @@ def end(up: Up, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_nothing_is_left_of_mesh_up(up, number):
+def test_nothing_is_left_of_mesh_up(up: Up, number: signal.Signals) -> None:
     end(up, number)
 
 
@@ -97,12 +99,15 @@ def test_nothing_is_left_of_mesh_up(up, number):
     ],
     ids=["a shard", "one of two shards", "the coordinator", "the nats-server"],
 )
-def test_a_process_that_is_killed_is_started_again_and_streams_go_on(model, tmp_path, run, replicas, name, command):
+def test_a_process_that_is_killed_is_started_again_and_streams_go_on(
+    model: Path, tmp_path: Path, run: Run, replicas: int, name: str, command: str
+) -> None:
     prompt, most = [5, 17, 33], 200
     whole = Pipeline.load(model, context=256).complete(prompt, SamplingParams(temperature=0.0), max_tokens=most).ids
 
     async def stream_through_a_death(up: Up) -> None:
-        pid, seen = up.child(command), []
+        seen: list[int] = []
+        pid = up.child(command)
         async with (
             AsyncMeshClient(up.url, model="tiny") as client,
             client.stream(tokens=prompt, max_tokens=most, temperature=0.0, ignore_eos=True) as stream,
@@ -127,7 +132,7 @@ def test_a_process_that_is_killed_is_started_again_and_streams_go_on(model, tmp_
         end(up, signal.SIGKILL)
 
 
-def test_commands_find_the_mesh_that_is_up(up, oracle):
+def test_commands_find_the_mesh_that_is_up(up: Up, oracle: Oracle) -> None:
     answer = json.loads(up.command("generate", "--tokens", "5,17,33", "--max-tokens", "8", "--json"))
     assert answer["tokens"] == oracle.greedy([5, 17, 33], 8)
     assert set(answer) == {"tokens", "text", "finish_reason", "usage", "timing"}
@@ -149,7 +154,7 @@ def test_commands_find_the_mesh_that_is_up(up, oracle):
     assert first == second and len(first) >= 4 and end == ""
 
 
-def test_a_mesh_that_cannot_start_says_why(model, tmp_path):
+def test_a_mesh_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
     with Up(model, tmp_path, "--memory", "1kB") as up:
         assert up.ended() == 2
         assert "need" in up.said and "are allowed" in up.said

@@ -86,7 +86,9 @@ def write_gguf(
         elif key.endswith("mlp.gate.weight"):
             _add(writer, f"blk.{key.split('.')[2]}.ffn_gate_inp.weight", array, None)
         else:
-            _add(writer, names.get_name(key, try_suffixes=(".weight", ".bias")), array, kind)
+            theirs = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            assert theirs is not None, key
+            _add(writer, theirs, array, kind)
     for key, array in (extra or {}).items():
         _add(writer, key, array, None)
     writer.write_header_to_file()

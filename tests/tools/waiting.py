@@ -1,4 +1,4 @@
-"""Waiting for what a test needs: leases, log records and a process's lines as they come. What nobody announces is asked again: `until`."""
+"""Waiting for what a test needs. Leases, log records and the lines of a process are events; `until` polls what has no event."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from inspect import isawaitable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 from mesh.bus import Bucket, Bus, LeaseTable
+from mesh.bus.kv import Entry
 from mesh.protocol.messages import ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
 
@@ -21,25 +22,46 @@ DEADLINE_S = 120.0
 _AGAIN_S = 0.02
 
 
-async def until(ask: Callable[[], Awaitable[T] | T], deadline_s: float = DEADLINE_S) -> T:
-    """The first true answer."""
-    async with asyncio.timeout(deadline_s):
-        while True:
-            answer = ask()
-            if isawaitable(answer):
-                answer = await answer
-            if answer:
-                return answer
-            await asyncio.sleep(_AGAIN_S)
+@overload
+async def until(ask: Callable[[], Awaitable[T | None]], *, because: str, deadline_s: float = DEADLINE_S) -> T: ...
+@overload
+async def until(ask: Callable[[], T | None], *, because: str, deadline_s: float = DEADLINE_S) -> T: ...
+async def until(ask: Callable[[], Any], *, because: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Ask again and again until the answer is true, and return it. `because` says why no event can be awaited instead."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            while True:
+                answer = ask()
+                if isawaitable(answer):
+                    answer = await answer
+                if answer:
+                    return answer
+                await asyncio.sleep(_AGAIN_S)  # the caller has said why
+    except TimeoutError:
+        raise AssertionError(f"not within {deadline_s:g} s (asked again and again because {because})") from None
 
 
-def until_true(ask: Callable[[], T], deadline_s: float = DEADLINE_S) -> T:
+def until_true(ask: Callable[[], T | None], *, because: str, deadline_s: float = DEADLINE_S) -> T:
     """The same where there is no event loop."""
     deadline = time.monotonic() + deadline_s
     while not (answer := ask()):
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {answer}"
-        time.sleep(_AGAIN_S)
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {answer} (asked again and again because {because})"
+        time.sleep(_AGAIN_S)  # likewise
     return answer
+
+
+async def entry(bucket: Bucket, key: str, hold: Callable[[Entry | None], T | None], *, deadline_s: float = DEADLINE_S) -> T:
+    """The first true answer of `hold`, asked of the key's entry as it is and after each change; None where the key has no value."""
+    async with asyncio.timeout(deadline_s):
+        found: Entry | None = None
+        known = False
+        async for change in bucket._watch(key):
+            known = known or change is None  # what there was has been read
+            if change is not None:
+                found = change if change.value is not None else None
+            if known and (answer := hold(found)):
+                return answer
+    raise AssertionError(f"the watch of {key} ended")
 
 
 async def leases(bus: Bus, hold: Callable[[Mapping[str, ShardLease]], bool], deadline_s: float = DEADLINE_S) -> dict[str, ShardLease]:
@@ -58,7 +80,7 @@ async def leases(bus: Bus, hold: Callable[[Mapping[str, ShardLease]], bool], dea
 
 
 class Heard(logging.Handler):
-    """What is logged in this event loop from now on."""
+    """Collects what is logged from now on, and awaits a line of it."""
 
     def __init__(self, logger: str) -> None:
         super().__init__(logging.INFO)
@@ -76,7 +98,7 @@ class Heard(logging.Handler):
                 self._news.clear()
                 await self._news.wait()
 
-    def __enter__(self) -> Heard:
+    def __enter__(self) -> Self:
         self._logger.addHandler(self)
         return self
 
@@ -114,12 +136,12 @@ class Talking:
         return match
 
     def ended(self, deadline_s: float = 2 * DEADLINE_S) -> int:
-        """Its exit code, all it said being there."""
+        """Its exit code; all its output has been read then."""
         code = self.process.wait(deadline_s)
         self._reader.join(deadline_s)
         return code
 
-    def __enter__(self) -> Talking:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,5 +1,5 @@
-"""The import direction of docs/architecture.md: a room imports only rooms below it, no files import each other in a circle, and
-heavy or optional packages stay where they belong. Imports inside functions count like all others."""
+"""The import direction: a room of mesh/ imports only rooms below it, files do not import each other in a circle, and heavy or optional
+packages are imported only where they belong. An import inside a function counts like any other."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2] / "mesh"
+from places import PACKAGE
 
 # From the bottom up. A room may import itself and the rooms in sets before its own; rooms of one set do not know each other.
 LAYERS = [
@@ -43,16 +42,16 @@ NO_ASYNCIO = {"model", "importer", "lowering", "runtime", "planner", "protocol",
 
 
 def modules() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def room(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 MODULES = {module_name(path): path for path in modules()}
@@ -72,7 +71,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_downward(path: Path) -> None:
     here = room(path)
     if here == "__init__":
@@ -82,7 +81,7 @@ def test_a_module_imports_downward(path: Path) -> None:
         top = name.split(".")[0]
         if top == "mesh" and "." in name:
             there = name.split(".")[1]
-            if there == here or (str(path.relative_to(ROOT)), there) in ALLOWED:
+            if there == here or (str(path.relative_to(PACKAGE)), there) in ALLOWED:
                 continue
             assert (here, there) not in FORBIDDEN, f"{here} must not know {there}"
             assert LEVEL[there] < LEVEL[here], f"{here} imports {name}, which is not below it"
@@ -109,7 +108,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 def test_every_exception_to_the_direction_is_still_needed() -> None:
     for (file, there), reason in ALLOWED.items():
         assert reason
-        assert any(name.startswith(f"mesh.{there}") for name in imported(ROOT / file)), f"{file} no longer imports {there}"
+        assert any(name.startswith(f"mesh.{there}") for name in imported(PACKAGE / file)), f"{file} no longer imports {there}"
 
 
 def test_the_command_line_starts_without_heavy_packages() -> None:

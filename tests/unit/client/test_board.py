@@ -95,7 +95,7 @@ def test_how_a_mesh_stands_and_why(
     assert (model["state"], words in model["reason"]) == (state, True), model["reason"]
 
 
-def test_a_lost_shard_is_seen_for_a_while_and_one_that_said_goodbye_is_no_loss() -> None:
+def test_a_lost_shard_is_shown_for_a_while_and_a_shard_that_left_is_no_loss() -> None:
     board = Board()
     three = (*BOTH, lease("b2", 2, 4), lease("b3", 2, 4))
     board.look(MeshStatus(three, (coordinator(),)), [], now=0.0, unix_s=0.0)
@@ -147,7 +147,7 @@ def test_a_shard_that_is_suspected_is_shown_before_its_lease_ends_and_no_longer_
     assert only(board)["shards"][2]["state"] == "ready"
 
 
-def test_an_event_that_was_kept_and_heard_is_one() -> None:
+def test_an_event_that_was_stored_and_received_is_shown_once() -> None:
     board = Board()
     event = Event(kind="ready", who="a", model="m", at_unix_s=1.5, data={"layers": "0-2"})
     for one in (event, event.model_copy(), event.model_copy(update={"at_unix_s": 2.5})):

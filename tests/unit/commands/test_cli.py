@@ -1,4 +1,4 @@
-"""The command line itself: quick to say what there is, and helpful about what there is not."""
+"""The command line itself: help is quick, and a wrong line is answered with what would be right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = [name for group in cli.COMMANDS.values() for name in group]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_list_says_of_a_command_what_the_command_says_of_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_describes_each_command_as_its_own_help_does(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     place, text = next(group[name] for group in cli.COMMANDS.values() if name in group)
     module, function = place.split(":")
     subparsers = cli._Parser(prog="mesh").add_subparsers()
@@ -53,7 +53,7 @@ def test_a_wrong_line_is_answered_in_one_line(arguments: str, words: str, capsys
     assert ended.value.code == 2 and capsys.readouterr().err == f"mesh: {words}\n"
 
 
-def test_what_is_there_is_said_without_importing_what_does_it() -> None:
+def test_help_imports_no_heavy_package() -> None:
     heavy = ("asyncio", "nats", "numpy", "pydantic", "rich")
     code = f"import sys, mesh.cli; mesh.cli.main(['--help']); print([m for m in {heavy} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -45,7 +45,7 @@ def test_sessions_are_drawn_and_not_without_end() -> None:
     assert "r0" in said and "3 of 9" in said and "a > c" in said and "and 5 more" in said and "r12" not in said
 
 
-def test_what_cannot_be_seen_is_said() -> None:
+def test_top_says_why_it_shows_nothing_new() -> None:
     assert "gone What is shown was seen" in drawn(error="gone", seen_s=5.0)
     assert "mesh up MODEL_DIR" in drawn(models=[])
 

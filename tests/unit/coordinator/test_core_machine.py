@@ -136,7 +136,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.mesh.check()
 
     def teardown(self) -> None:
-        """With a shard for each range and nothing going wrong any more, everything comes to its end."""
+        """Every range has a shard and nothing fails any more, so every session must end."""
         if not hasattr(self, "mesh"):
             return
         mesh = self.mesh
@@ -153,8 +153,8 @@ class CoreMachine(RuleBasedStateMachine):
             mesh.settle(self.random)
             if mesh.core.idle:
                 break
-            for shard in sorted(mesh.shards):
-                mesh.lease(shard)
+            for name in sorted(mesh.shards):
+                mesh.lease(name)
             mesh.now += 0.5
             mesh.event(Tick())
         mesh.settle(self.random)

@@ -1,11 +1,12 @@
-"""What a loss costs: nothing where a mirror steps in, the history where a replica is new, and never a token."""
+"""What the loss of a shard costs: nothing with a mirror, a prefill of the history with a new replica, and never a token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
-from fake_stages import FakeMesh, expected
+from fake_stages import FakeMesh, expected, session_of
 
 from mesh.coordinator.core.events import Announcement, Connection, Probe, ProbeAnswered, ReplicaGone, Suspicion, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
@@ -33,17 +34,17 @@ def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, u
 
 
 def route(mesh: FakeMesh) -> list[str]:
-    session = mesh.session("r")
-    assert session is not None and session.choices is not None
-    return [str(choice.shard) for choice in session.choices]
+    session = session_of(mesh, "r")
+    assert session.route is not None
+    return [str(hop.shard) for hop in session.route]
 
 
 def prefilled(mesh: FakeMesh, since: int) -> int:
     return sum(len(row.tokens) for frame in mesh.frames[since:] if frame.kind == "prefill" for row in frame.rows)
 
 
-def pass_time(mesh: FakeMesh, random: Random, until, most_s: float = 60.0) -> float:
-    """Let every deadline pass, and what is under way arrive, until it is so; how long that took."""
+def pass_time(mesh: FakeMesh, random: Random, until: Callable[[], object], most_s: float = 60.0) -> float:
+    """Let every deadline pass and every message arrive, until the condition holds. Returns the seconds that this took."""
     began = mesh.now
     mesh.settle(random)
     while not until():
@@ -58,15 +59,15 @@ def pass_time(mesh: FakeMesh, random: Random, until, most_s: float = 60.0) -> fl
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("until", [0, 5], ids=["mid-prefill", "mid-decode"])
-def test_a_mirror_steps_in_and_nothing_is_computed_again(stage, until):
+def test_a_mirror_steps_in_and_nothing_is_computed_again(stage: int, until: int) -> None:
     mesh, random = make(mirror=True), Random(stage)
     request = begin(mesh, random, prompt=90, until=until)
     if until == 0:
-        while mesh.session("r").done == 0:
+        while session_of(mesh, "r").done == 0:
             mesh.deliver(random)
     else:
         mesh.deliver(random)
-    dead, done, since = route(mesh)[stage], mesh.session("r").done, len(mesh.frames)
+    dead, done, since = route(mesh)[stage], session_of(mesh, "r").done, len(mesh.frames)
     mesh.kill(dead)
     assert dead not in route(mesh)
     mesh.settle(random)
@@ -78,7 +79,7 @@ def test_a_mirror_steps_in_and_nothing_is_computed_again(stage, until):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_without_a_mirror_the_history_is_computed_again_once(stage):
+def test_without_a_mirror_the_history_is_computed_again_once(stage: int) -> None:
     mesh, random = make(), Random(stage)
     request = begin(mesh, random)
     before, since, given = route(mesh), len(mesh.frames), len(mesh.tokens["r"])
@@ -92,7 +93,7 @@ def test_without_a_mirror_the_history_is_computed_again_once(stage):
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_the_replacement_dies_too(mirror):
+def test_the_replacement_dies_too(mirror: bool) -> None:
     mesh, random = make(replicas=3, mirror=mirror), Random(1)
     request = begin(mesh, random)
     mesh.kill(route(mesh)[1])
@@ -101,7 +102,7 @@ def test_the_replacement_dies_too(mirror):
     assert mesh.tokens["r"] == expected(request)
 
 
-def test_with_no_replica_left_it_waits_for_one_to_join():
+def test_with_no_replica_left_it_waits_for_one_to_join() -> None:
     mesh, random = make(replicas=1), Random(2)
     request = begin(mesh, random)
     mesh.kill("s2-0")
@@ -115,7 +116,7 @@ def test_with_no_replica_left_it_waits_for_one_to_join():
     assert mesh.ended["r"].reason == "length" and mesh.tokens["r"] == expected(request)
 
 
-def test_it_fails_only_after_failover_timeout_and_says_so():
+def test_a_session_fails_only_after_failover_timeout_with_an_error_that_names_it() -> None:
     mesh, random = make(replicas=1), Random(3)
     begin(mesh, random)
     mesh.kill("s2-0")
@@ -130,7 +131,7 @@ def test_it_fails_only_after_failover_timeout_and_says_so():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_death_that_nobody_reports_is_found_by_asking(stage):
+def test_an_unreported_death_is_found_by_asking(stage: int) -> None:
     mesh, random = make(), Random(stage)
     request = begin(mesh, random, until=30)
     mesh.kill(route(mesh)[stage], noticed=False)
@@ -140,7 +141,7 @@ def test_a_death_that_nobody_reports_is_found_by_asking(stage):
     assert mesh.core.counters.suspected == 0 and waited < 0.1  # medians are 0 here: the floor
 
 
-def test_a_connection_that_ends_is_a_reason_to_ask_at_once():
+def test_a_connection_that_ends_is_a_reason_to_ask_at_once() -> None:
     mesh, random = make(), Random(5)
     request = begin(mesh, random)
     mesh.kill(route(mesh)[0], noticed=False)
@@ -149,7 +150,7 @@ def test_a_connection_that_ends_is_a_reason_to_ask_at_once():
     assert mesh.tokens["r"] == expected(request) and mesh.now == 0.0
 
 
-def test_a_shard_that_does_not_answer_is_left_and_its_late_frames_change_nothing():
+def test_a_shard_that_does_not_answer_is_left_and_its_late_frames_change_nothing() -> None:
     mesh, random = make(), Random(6)
     request = begin(mesh, random, until=30)
     slow = route(mesh)[1]
@@ -165,7 +166,7 @@ def test_a_shard_that_does_not_answer_is_left_and_its_late_frames_change_nothing
     assert not mesh.shards[slow].reservations
 
 
-def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
+def test_a_slow_step_is_awaited_while_its_shard_confirms_that_it_has_it() -> None:
     mesh, random = make(), Random(7)
     request = begin(mesh, random, until=30)
     while not mesh.flights or not any(key[1].startswith("s0") and box for key, box in mesh.boxes.items()):
@@ -185,7 +186,7 @@ def test_a_slow_step_is_waited_for_while_its_shard_says_that_it_has_it():
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
 
 
-def test_a_frame_that_everyone_is_without_is_sent_again_with_what_the_rows_hold():
+def test_a_frame_that_was_lost_everywhere_is_sent_again_and_nothing_is_prefilled() -> None:
     mesh, random = make(replicas=1), Random(8)
     request = begin(mesh, random, until=30)
     while not mesh.flights:
@@ -197,7 +198,7 @@ def test_a_frame_that_everyone_is_without_is_sent_again_with_what_the_rows_hold(
     assert [pause.kind for pause in mesh.core.pauses] == ["resend"]
 
 
-def test_while_this_side_is_not_connected_nobody_is_blamed():
+def test_no_shard_is_suspected_while_this_side_is_disconnected() -> None:
     mesh, random = make(replicas=1), Random(9)
     request = begin(mesh, random)
     while not mesh.flights:
@@ -214,7 +215,7 @@ def test_while_this_side_is_not_connected_nobody_is_blamed():
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_a_shard_that_drains_is_left_at_once_where_another_can_take_over(mirror):
+def test_a_shard_that_drains_is_left_at_once_where_another_can_take_over(mirror: bool) -> None:
     mesh, random = make(mirror=mirror), Random(10)
     request = begin(mesh, random)
     leaving = route(mesh)[1]
@@ -225,7 +226,7 @@ def test_a_shard_that_drains_is_left_at_once_where_another_can_take_over(mirror)
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.failovers == 1
 
 
-def test_a_shard_that_drains_alone_is_used_until_the_end():
+def test_a_shard_that_drains_alone_is_used_until_the_end() -> None:
     mesh, random = make(replicas=1), Random(11)
     request = begin(mesh, random)
     mesh.lease("s2-0", draining=True)
@@ -233,20 +234,19 @@ def test_a_shard_that_drains_alone_is_used_until_the_end():
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
 
 
-def test_the_death_of_a_mirror_disturbs_nobody():
+def test_the_death_of_a_mirror_disturbs_no_session() -> None:
     mesh, random = make(mirror=True), Random(12)
     request = begin(mesh, random)
-    session = mesh.session("r")
+    session = session_of(mesh, "r")
     assert len(session.mirrors) == 3
     mesh.kill(session.mirrors[1])
     mesh.settle(random)
     assert mesh.tokens["r"] == expected(request) and mesh.core.counters.restarts == 0
 
 
-def test_failovers_and_suspicions_are_told():
+def test_failovers_and_suspicions_are_announced() -> None:
     mesh, random = make(), Random(13)
     begin(mesh, random)
-    session = mesh.session("r")
-    dead = session.route[2].shard
+    dead = route(mesh)[2]
     told = [effect for effect in mesh.core.handle(ReplicaGone(dead), mesh.now) if isinstance(effect, Announcement)]
     assert [(event.kind, event.who) for event in told] == [("failed_over", dead)]

@@ -41,15 +41,15 @@ def chunks_beside_a_decoder(prompt: int, *, step_s: float, token_s: float, decod
     return sizes
 
 
-def test_a_chunk_that_takes_as_long_as_a_step_is_whole():
+def test_a_chunk_that_takes_as_long_as_a_step_is_whole() -> None:
     assert chunks_beside_a_decoder(700, step_s=0.005, token_s=0.00003) == [256, 256, 188]
 
 
-def test_a_chunk_that_takes_much_longer_than_a_step_is_sent_in_parts():
+def test_a_chunk_that_takes_much_longer_than_a_step_is_sent_in_parts() -> None:
     assert chunks_beside_a_decoder(700, step_s=0.03, token_s=0.002) == [256, 64, 64, 64, 64, 64, 64, 60]
 
 
-def test_with_nobody_decoding_every_chunk_is_whole():
+def test_every_chunk_is_whole_while_no_session_decodes() -> None:
     assert chunks_beside_a_decoder(700, step_s=0.03, token_s=0.002, decoding=False) == [256, 256, 188]
 
 
@@ -60,7 +60,7 @@ def seen(pace: Pace, *, step_s: float, whole_s: float) -> Pace:
     return pace
 
 
-def test_chunks_are_whole_again_when_parts_or_steps_say_that_there_is_time():
+def test_chunks_are_whole_again_when_parts_or_steps_say_that_there_is_time() -> None:
     pace = seen(Pace(), step_s=0.03, whole_s=0.6)
     assert pace.size(CHUNK) == 64
     for _ in range(5):
@@ -72,7 +72,7 @@ def test_chunks_are_whole_again_when_parts_or_steps_say_that_there_is_time():
     assert pace.size(CHUNK) == CHUNK
 
 
-def test_what_was_seen_once_is_tried_again_after_many_parts():
+def test_a_size_that_was_ruled_out_once_is_tried_again_after_many_parts() -> None:
     pace = seen(Pace(), step_s=0.03, whole_s=0.6)
     tried = 0
     for _ in range(2 * REVIEW_AFTER + 2):
@@ -82,7 +82,7 @@ def test_what_was_seen_once_is_tried_again_after_many_parts():
     assert tried == 2
 
 
-def test_sizes_that_a_stage_rounds_up_and_clocks_that_stand_still_say_nothing():
+def test_sizes_that_a_stage_rounds_up_and_clocks_that_stand_still_say_nothing() -> None:
     pace = seen(Pace(), step_s=0.03, whole_s=0.05)
     pace.chunk(100, CHUNK, 9.0)
     pace.chunk(CHUNK, CHUNK, 0.0)

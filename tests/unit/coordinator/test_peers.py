@@ -1,4 +1,4 @@
-"""When another coordinator is given up, and when not."""
+"""When a coordinator gives another one up, and when it does not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def names(peers: Peers, now: float) -> list[str]:
     return [peer.instance for peer in peers.gone(now)]
 
 
-def test_one_that_nobody_listens_for_is_given_up_soon_and_once() -> None:
+def test_a_coordinator_that_does_not_listen_is_given_up_soon_and_once() -> None:
     peers = Peers("me")
     assert peers.heard("a", "c-a", 0.0)
     peers.missing("a", 1.0)
@@ -26,7 +26,7 @@ def test_one_that_reconnects_meanwhile_is_not() -> None:
     assert names(peers, 1.0 + GONE_S) == []
 
 
-def test_one_that_listens_and_does_not_answer_is_given_up_later_and_may_come_back() -> None:
+def test_a_coordinator_that_listens_without_answering_is_given_up_later_and_may_come_back() -> None:
     peers = Peers("me")
     peers.heard("a", "c-a", 0.0)
     assert names(peers, SILENT_S - 0.1) == []
@@ -35,7 +35,7 @@ def test_one_that_listens_and_does_not_answer_is_given_up_later_and_may_come_bac
     assert peers.heard("a", "c-a", SILENT_S + 1) and peers.lives("a")
 
 
-def test_who_could_hear_nobody_blames_nobody() -> None:
+def test_no_peer_is_given_up_for_a_time_in_which_this_side_was_deaf() -> None:
     peers = Peers("me")
     peers.heard("a", "c-a", 0.0)
     peers.missing("a", 0.5)
@@ -57,7 +57,7 @@ def test_one_that_left_or_is_oneself_is_not_watched() -> None:
     assert not peers.named("same-name")
 
 
-def test_those_long_gone_are_forgotten() -> None:
+def test_coordinators_that_left_long_ago_are_forgotten() -> None:
     peers = Peers("me")
     peers.heard("a", "c-a", 0.0)
     peers.gone(SILENT_S)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
-from fake_stages import FakeMesh, expected
+from fake_stages import FakeMesh, expected, session_of
 
 from mesh.coordinator.core.events import CancelSession, FrameOut, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
@@ -32,12 +33,12 @@ def ask(mesh: FakeMesh, name: str, prompt: int, most: int) -> GenerationRequest:
     return request
 
 
-def run_until(mesh: FakeMesh, condition, random: Random) -> None:
+def run_until(mesh: FakeMesh, condition: Callable[[], object], random: Random) -> None:
     while not condition():
         assert mesh.deliver(random), "nothing is under way any more"
 
 
-def test_every_transition_is_in_the_table_and_no_other_is_possible():
+def test_every_transition_is_in_the_table_and_no_other_is_possible() -> None:
     for state in State:
         for act in Act:
             session = Session(GenerationRequest("a", (1,), 1, None), 1, 0.0, state=state)
@@ -50,7 +51,7 @@ def test_every_transition_is_in_the_table_and_no_other_is_possible():
     assert all(not TRANSITIONS[state] for state in TERMINAL)
 
 
-def test_as_many_decode_batches_are_in_flight_as_there_are_stages():
+def test_as_many_decode_batches_are_in_flight_as_there_are_stages() -> None:
     mesh, random = make(), Random(1)
     requests = [ask(mesh, f"r{number}", 3, 30) for number in range(6)]
     run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 5 for r in requests), random)
@@ -61,7 +62,7 @@ def test_as_many_decode_batches_are_in_flight_as_there_are_stages():
 
 
 @pytest.mark.parametrize(("sessions", "batches"), [(2, [1, 1]), (5, [1, 2, 2]), (7, [3, 4]), (8, [4, 4]), (12, [4, 4, 4]), (32, [16, 16])])
-def test_decode_batches_fill_the_rows_that_a_stage_computes_anyway(sessions, batches):
+def test_decode_batches_fill_the_rows_that_a_stage_computes_anyway(sessions: int, batches: list[int]) -> None:
     mesh, random = make(rows=32), Random(1)
     requests = [ask(mesh, f"r{number}", 3, 60) for number in range(sessions)]
 
@@ -74,7 +75,7 @@ def test_decode_batches_fill_the_rows_that_a_stage_computes_anyway(sessions, bat
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
 
-def test_shards_that_share_a_processor_take_one_decode_batch_at_a_time():
+def test_shards_that_share_a_processor_take_one_decode_batch_at_a_time() -> None:
     mesh, random = FakeMesh(Core(CoreConfig(6, "least_loaded", queue_limit=4), Random(0))), Random(1)
     for layers, processor in zip(RANGES, ("a", "b", "a"), strict=True):
         mesh.join(f"s{layers.start}", layers, rows=8, context=512, chunk=16, processor=processor)
@@ -87,7 +88,7 @@ def test_shards_that_share_a_processor_take_one_decode_batch_at_a_time():
     assert all(mesh.tokens[r.id] == expected(r) for r in requests)
 
 
-def test_a_single_session_is_one_frame_at_a_time():
+def test_a_single_session_is_one_frame_at_a_time() -> None:
     mesh, random = make(), Random(2)
     request = ask(mesh, "r", 3, 10)
     while mesh.deliver(random):
@@ -95,7 +96,7 @@ def test_a_single_session_is_one_frame_at_a_time():
     assert mesh.tokens["r"] == expected(request)
 
 
-def test_while_others_decode_a_long_prompt_has_one_chunk_under_way():
+def test_while_others_decode_a_long_prompt_has_one_chunk_under_way() -> None:
     mesh, random = make(), Random(3)
     short = ask(mesh, "short", 3, 60)
     run_until(mesh, lambda: len(mesh.tokens["short"]) >= 2, random)
@@ -108,18 +109,18 @@ def test_while_others_decode_a_long_prompt_has_one_chunk_under_way():
     assert mesh.tokens["short"] == expected(short)
 
 
-def test_with_nobody_decoding_a_prompt_fills_every_stage():
+def test_a_prompt_fills_every_stage_while_no_session_decodes() -> None:
     mesh, random = make(), Random(4)
     ask(mesh, "long", 300, 4)
     run_until(mesh, lambda: len(mesh.flights) == 3, random)
 
 
-def test_a_short_prompt_overtakes_a_long_one_and_is_not_overtaken_for_ever():
+def test_a_short_prompt_overtakes_a_long_one_and_is_not_overtaken_for_ever() -> None:
     mesh, random = make(), Random(5)
     ask(mesh, "decoding", 3, 400)
     run_until(mesh, lambda: mesh.tokens["decoding"], random)
     ask(mesh, "long", 400, 2)
-    run_until(mesh, lambda: mesh.session("long").sent >= 32, random)
+    run_until(mesh, lambda: session_of(mesh, "long").sent >= 32, random)
     ask(mesh, "short", 10, 2)
     run_until(mesh, lambda: mesh.tokens["short"], random)
     assert not mesh.tokens["long"]
@@ -132,7 +133,7 @@ def test_a_short_prompt_overtakes_a_long_one_and_is_not_overtaken_for_ever():
         mesh.deliver(random)
 
 
-def test_a_full_queue_refuses_at_once_with_a_time():
+def test_a_full_queue_refuses_at_once_with_a_time() -> None:
     mesh = make(rows=2, queue=3)
     for number in range(5):
         ask(mesh, f"r{number}", 3, 5)
@@ -142,14 +143,14 @@ def test_a_full_queue_refuses_at_once_with_a_time():
     assert isinstance(error, Busy) and error.retry_after_s > 0
 
 
-def test_a_request_longer_than_every_row_is_refused_at_once():
+def test_a_request_longer_than_every_row_is_refused_at_once() -> None:
     mesh = make(context=32)
     ask(mesh, "long", 30, 5)
     error = mesh.rejected["long"].error
     assert isinstance(error, PromptTooLong) and error.limit == 27
 
 
-def test_without_a_complete_chain_a_request_waits_and_then_fails_saying_so():
+def test_without_a_complete_chain_a_request_waits_and_then_fails_saying_so() -> None:
     mesh = make()
     mesh.kill("s2-0")
     ask(mesh, "r", 3, 5)
@@ -161,7 +162,7 @@ def test_without_a_complete_chain_a_request_waits_and_then_fails_saying_so():
     assert isinstance(mesh.ended["r"].error, Unavailable) and "layer range" in str(mesh.ended["r"].error)
 
 
-def test_a_request_that_waited_for_a_shard_goes_on_when_it_comes():
+def test_a_request_that_waited_for_a_shard_goes_on_when_it_comes() -> None:
     mesh, random = make(), Random(6)
     mesh.kill("s2-0")
     request = ask(mesh, "r", 3, 5)
@@ -171,18 +172,18 @@ def test_a_request_that_waited_for_a_shard_goes_on_when_it_comes():
     assert mesh.tokens["r"] == expected(request)
 
 
-def test_a_cancelled_session_keeps_its_row_until_its_frame_is_back():
+def test_a_cancelled_session_keeps_its_row_until_its_frame_is_back() -> None:
     mesh, random = make(rows=1), Random(7)
     ask(mesh, "first", 3, 50)
     run_until(mesh, lambda: len(mesh.tokens["first"]) == 3 and len(mesh.flights) == 1, random)
     mesh.event(CancelSession("first"))
     second = ask(mesh, "second", 3, 5)
-    assert mesh.session("second").state is State.QUEUED
+    assert session_of(mesh, "second").state is State.QUEUED
     mesh.settle(random)
     assert mesh.tokens["second"] == expected(second)
 
 
-def test_a_shard_that_dies_costs_no_token_and_repeats_none():
+def test_a_shard_that_dies_costs_no_token_and_repeats_none() -> None:
     mesh, random = make(replicas=2), Random(8)
     requests = [ask(mesh, f"r{number}", 20, 20) for number in range(6)]
     run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 5 for r in requests), random)
@@ -192,7 +193,7 @@ def test_a_shard_that_dies_costs_no_token_and_repeats_none():
     assert all(mesh.ended[r.id].reason == "length" for r in requests)
 
 
-def test_a_step_that_never_comes_back_is_done_again():
+def test_a_step_that_never_comes_back_is_done_again() -> None:
     mesh, random = make(), Random(9)
     request = ask(mesh, "r", 3, 10)
     run_until(mesh, lambda: len(mesh.tokens["r"]) == 4 and mesh.flights, random)
@@ -207,7 +208,7 @@ def test_a_step_that_never_comes_back_is_done_again():
 
 
 @pytest.mark.parametrize("strategy", ["least_loaded", "round_robin"])
-def test_sessions_spread_over_replicas(strategy):
+def test_sessions_spread_over_replicas(strategy: str) -> None:
     mesh = make(replicas=2, strategy=strategy)
     for number in range(8):
         ask(mesh, f"r{number}", 3, 5)
@@ -215,7 +216,7 @@ def test_sessions_spread_over_replicas(strategy):
     assert min(held.values()) >= 2 and sum(held.values()) == 24
 
 
-def test_frames_hold_rows_that_lie_together():
+def test_frames_hold_rows_that_lie_together() -> None:
     mesh, random = make(rows=9), Random(10)
     requests = [ask(mesh, f"r{number}", 3, 40) for number in range(9)]
     run_until(mesh, lambda: all(len(mesh.tokens[r.id]) >= 6 for r in requests), random)

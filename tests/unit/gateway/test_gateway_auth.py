@@ -1,4 +1,4 @@
-"""Who is let in at the edge, and how often."""
+"""Which tokens the gateway accepts, and how many requests each may make."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gate(clock: Clock, **limits: int) -> Gate:
     return Gate(verifier(), Limits(**limits), clock)
 
 
-def test_without_a_verifier_everyone_may_do_everything():
+def test_without_a_verifier_everyone_may_do_everything() -> None:
     caller = Gate(None, Limits(requests_per_minute=1)).admit(None, "admin")
     for _ in range(5):
         caller.charge(1_000_000)
@@ -30,13 +30,13 @@ def test_without_a_verifier_everyone_may_do_everything():
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic abc", "Bearer abc", "bearer  ", f"Token {'x' * 20}"])
-def test_without_a_token_nobody_is_let_in(header):
+def test_a_request_without_a_token_is_refused(header: str | None) -> None:
     with pytest.raises(NotAuthenticated):
         gate(Clock()).admit(header, "generate")
     assert gate(Clock()).identify(header) is None
 
 
-def test_a_scope_is_needed_and_admin_has_them_all():
+def test_a_scope_is_needed_and_admin_has_them_all() -> None:
     door = gate(Clock())
     generate, admin = f"Bearer {token('generate')}", f"bearer {token('admin')}"
     assert door.admit(generate, "generate").name == "somebody"
@@ -47,7 +47,7 @@ def test_a_scope_is_needed_and_admin_has_them_all():
         door.admit(admin, scope)
 
 
-def test_requests_a_minute_are_counted_for_each_token_and_come_back_evenly():
+def test_requests_a_minute_are_counted_for_each_token_and_come_back_evenly() -> None:
     clock = Clock()
     door = gate(clock)
     one, other = f"Bearer {token('generate', requests_per_minute=3)}", f"Bearer {token('generate', requests_per_minute=3)}"
@@ -64,7 +64,7 @@ def test_requests_a_minute_are_counted_for_each_token_and_come_back_evenly():
     door.admit(one, "generate").charge(1)
 
 
-def test_tokens_are_set_aside_and_what_was_not_used_is_given_back():
+def test_reserved_tokens_that_were_not_used_are_given_back() -> None:
     clock = Clock()
     door = gate(clock, tokens_per_minute=600)
     header = f"Bearer {token('generate')}"
@@ -82,7 +82,7 @@ def test_tokens_are_set_aside_and_what_was_not_used_is_given_back():
     door.admit(header, "generate").charge(1)
 
 
-def test_a_batch_counts_as_many_requests_and_one_larger_than_the_limit_waits_for_a_full_bucket():
+def test_a_batch_counts_as_many_requests_and_one_larger_than_the_limit_waits_for_a_full_bucket() -> None:
     clock = Clock()
     door = gate(clock, requests_per_minute=10)
     header = f"Bearer {token('batch')}"
@@ -98,7 +98,7 @@ def test_a_batch_counts_as_many_requests_and_one_larger_than_the_limit_waits_for
     door.admit(header, "batch").charge(1)
 
 
-def test_the_tokens_own_limit_is_over_the_configured_one():
+def test_the_tokens_own_limit_is_over_the_configured_one() -> None:
     door = gate(Clock(), requests_per_minute=1)
     header = f"Bearer {token('generate', requests_per_minute=5)}"
     for _ in range(5):
@@ -110,5 +110,5 @@ def test_the_tokens_own_limit_is_over_the_configured_one():
     [("127.0.0.1", True), ("127.8.9.1", True), ("localhost", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False), ("::", False),
      ("10.0.0.1", False), ("127.0.0.1.evil.example", False), ("0", False), ("", False)],
 )  # fmt: skip
-def test_only_this_machine_reaches_loopback(host, alone):
+def test_only_this_machine_reaches_loopback(host: str, alone: bool) -> None:
     assert is_loopback(host) is alone

@@ -1,4 +1,4 @@
-"""Tokens: what is issued is accepted, and nothing else is."""
+"""Issued tokens are accepted, and no other token is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import hmac
 import json
 import time
+from pathlib import Path
+from typing import Any, cast
 
 import jwt
 import pytest
@@ -18,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key a
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from mesh.errors import ConfigError, Denied
-from mesh.http.tokens import Issuer, Verifier, peek, read_secret
+from mesh.http.tokens import Algorithm, Issuer, Verifier, peek, read_secret
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 DAY_S = 86400.0
@@ -40,31 +42,31 @@ def segment(data: object) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-def signed_by_hand(header: dict, claims: dict, key: bytes | None) -> str:
+def signed_by_hand(header: dict[str, Any], claims: dict[str, Any], key: bytes | None) -> str:
     """A token that no library would make. key None: without a signature."""
     text = f"{segment(header)}.{segment(claims)}"
     signature = b"" if key is None else hmac.new(key, text.encode(), hashlib.sha256).digest()
     return f"{text}.{segment(signature)}"
 
 
-def good_claims() -> dict:
+def good_claims() -> dict[str, Any]:
     return {"sub": "a", "exp": int(time.time() + DAY_S), "scope": "admin"}
 
 
 @pytest.mark.parametrize("algorithm", ["HS256", "RS256", "EdDSA"])
-def test_what_is_issued_is_accepted(algorithm):
+def test_an_issued_token_is_accepted(algorithm: Algorithm) -> None:
     private, public = PAIRS[algorithm]
     now = time.time()
     token = Issuer(algorithm, private).issue("team", ["batch", "generate"], now_unix_s=now, expiry_s=DAY_S, requests_per_minute=60)
     claims = Verifier(algorithm, public).verify(token)
-    assert (claims.subject, claims.scopes, claims.expires_unix_s) == ("team", {"generate", "batch"}, int(now + DAY_S))
+    assert (claims.subject, claims.scopes, claims.expires_unix_s) == ("team", frozenset({"generate", "batch"}), int(now + DAY_S))
     assert (claims.requests_per_minute, claims.tokens_per_minute) == (60, None)
     assert claims.allows("batch") and not claims.allows("admin")
     header, shown = peek(token)
     assert header["alg"] == algorithm and shown["sub"] == "team"
 
 
-def test_an_expired_token_is_refused():
+def test_an_expired_token_is_refused() -> None:
     token = Issuer("HS256", SECRET).issue("a", ["generate"], now_unix_s=time.time() - 2 * DAY_S, expiry_s=DAY_S)
     with pytest.raises(Denied, match="expired"):
         Verifier("HS256", SECRET).verify(token)
@@ -72,15 +74,15 @@ def test_an_expired_token_is_refused():
 
 @pytest.mark.parametrize("algorithm", ["HS256", "RS256", "EdDSA"])
 @pytest.mark.parametrize("none", ["none", "None", "NONE", "nOnE"])
-def test_a_token_without_a_signature_is_refused(algorithm, none):
+def test_a_token_without_a_signature_is_refused(algorithm: Algorithm, none: str) -> None:
     token = signed_by_hand({"alg": none, "typ": "JWT"}, good_claims(), None)
     with pytest.raises(Denied):
         Verifier(algorithm, PAIRS[algorithm][1]).verify(token)
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
-def test_a_public_key_is_never_taken_for_a_secret(algorithm):
-    """Key confusion: whoever has the public key signs with it, as if it were the secret of HS256."""
+def test_a_public_key_is_never_taken_for_a_secret(algorithm: Algorithm) -> None:
+    """Key confusion: an attacker signs with the public key as if it were the secret of HS256."""
     public = PAIRS[algorithm][1]
     token = signed_by_hand({"alg": "HS256", "typ": "JWT"}, good_claims(), public)
     with pytest.raises(Denied, match=f"not signed with {algorithm}"):
@@ -91,18 +93,18 @@ def test_a_public_key_is_never_taken_for_a_secret(algorithm):
 
 
 @pytest.mark.parametrize(("signs", "checks"), [("HS256", "RS256"), ("RS256", "HS256"), ("EdDSA", "RS256"), ("RS256", "EdDSA")])
-def test_a_token_of_another_algorithm_is_refused(signs, checks):
+def test_a_token_of_another_algorithm_is_refused(signs: Algorithm, checks: Algorithm) -> None:
     token = Issuer(signs, PAIRS[signs][0]).issue("a", ["admin"], now_unix_s=time.time(), expiry_s=DAY_S)
     with pytest.raises(Denied):
         Verifier(checks, PAIRS[checks][1]).verify(token)
 
 
-def test_a_stronger_hash_than_configured_is_another_algorithm_too():
+def test_a_stronger_hash_than_configured_is_another_algorithm_too() -> None:
     with pytest.raises(Denied):
         Verifier("HS256", SECRET * 2).verify(jwt.encode(good_claims(), SECRET * 2, algorithm="HS512"))
 
 
-def test_another_secret_and_every_changed_character_are_refused():
+def test_another_secret_and_every_changed_character_are_refused() -> None:
     token = Issuer("HS256", SECRET).issue("a", ["generate"], now_unix_s=time.time(), expiry_s=DAY_S)
     with pytest.raises(Denied, match="signature"):
         Verifier("HS256", b"x" * 32).verify(token)
@@ -116,7 +118,7 @@ def test_another_secret_and_every_changed_character_are_refused():
 
 
 @pytest.mark.parametrize("token", ["", ".", "..", "a.b.c", "é.é.é", "a" * 10_000, "Bearer x", "\x00", "{}"])
-def test_what_is_no_token_is_refused(token):
+def test_an_invalid_token_is_refused(token: str) -> None:
     with pytest.raises(Denied):
         Verifier("HS256", SECRET).verify(token)
 
@@ -135,14 +137,14 @@ def test_what_is_no_token_is_refused(token):
         {"exp": "soon"},
     ],
 )
-def test_claims_of_the_wrong_kind_are_refused(change):
+def test_claims_of_the_wrong_kind_are_refused(change: dict[str, Any]) -> None:
     claims = {name: value for name, value in {**good_claims(), **change}.items() if value is not None}
     token = signed_by_hand({"alg": "HS256", "typ": "JWT"}, claims, SECRET)
     with pytest.raises(Denied):
         Verifier("HS256", SECRET).verify(token)
 
 
-def test_a_key_that_does_not_go_with_the_algorithm_is_refused():
+def test_a_key_that_does_not_go_with_the_algorithm_is_refused() -> None:
     for algorithm, key, says in [
         ("HS256", b"short", "at least 32"),
         ("HS256", RSA[1], "is a PEM key"),
@@ -153,20 +155,21 @@ def test_a_key_that_does_not_go_with_the_algorithm_is_refused():
         ("EdDSA", elliptic(SECP256R1()).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), "does not go"),
     ]:
         with pytest.raises(ConfigError, match=says):
-            Verifier(algorithm, key)
+            Verifier(cast(Algorithm, algorithm), key)
     with pytest.raises(ConfigError, match="private key"):
         Issuer("RS256", RSA[1])
 
 
-def test_claims_that_make_no_sense_are_not_issued():
+def test_claims_that_make_no_sense_are_not_issued() -> None:
     issuer = Issuer("HS256", SECRET)
-    good = {"subject": "a", "scopes": ["admin"], "expiry_s": 1.0, "requests_per_minute": 1}
-    for change in ({"scopes": []}, {"scopes": ["root"]}, {"subject": ""}, {"expiry_s": 0.0}, {"requests_per_minute": 0}):
+    good: dict[str, Any] = {"subject": "a", "scopes": ["admin"], "expiry_s": 1.0, "requests_per_minute": 1}
+    changes: list[dict[str, Any]] = [{"scopes": []}, {"scopes": ["root"]}, {"subject": ""}, {"expiry_s": 0.0}, {"requests_per_minute": 0}]
+    for change in changes:
         with pytest.raises(ConfigError):
             issuer.issue(**{**good, **change}, now_unix_s=0.0)
 
 
-def test_a_secret_is_read_from_one_place(tmp_path):
+def test_a_secret_is_read_from_one_place(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_bytes(SECRET + b"\n")
     assert read_secret(None, str(file), "k") == SECRET

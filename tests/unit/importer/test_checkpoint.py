@@ -16,7 +16,7 @@ from mesh.importer.sources.safetensors import INDEX, SINGLE, SafetensorsCheckpoi
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_tensor_is_read_as_it_was_written(dtype: type, tmp_path: Path) -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "matrix": np.random.default_rng(0).standard_normal((3, 5)).astype(dtype),
         "scalar": np.array(2.5, dtype),
         "empty": np.empty((0, 4), dtype),

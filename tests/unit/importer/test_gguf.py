@@ -174,7 +174,7 @@ def replaced(whole: bytes, old: bytes, new: bytes) -> bytes:
     return whole.replace(old, new)
 
 
-def test_what_is_no_supported_decoder_is_refused_by_name(whole: bytes, tmp_path: Path) -> None:
+def test_an_unsupported_decoder_is_refused_by_name(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "other.gguf"
     path.write_bytes(whole[:4] + struct.pack("<I", 1) + whole[8:])
     with pytest.raises(UnsupportedModel, match=r"GGUF version 1"):

@@ -11,14 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from ort_chain import Chain, relative_error
 from ort_source import SourceSession
+from places import EXPORTS
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx import OnnxSource, open_source
 from mesh.importer.write.blocks import BlockWriter
 
-FIXTURES = Path(__file__).parents[2] / "fixtures" / "onnx"
-EXPORTS = sorted(path.stem for path in FIXTURES.glob("*.onnx"))
+NAMES = sorted(path.stem for path in EXPORTS.glob("*.onnx"))
 ARCHITECTURES = ("bloom", "gemma3", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "phi3", "qwen2", "qwen3")
 SLOTS = 320
 STEPS = 256
@@ -38,12 +38,12 @@ def prompt_for(source: OnnxSource) -> list[int]:
 
 
 def test_every_architecture_has_an_export() -> None:
-    assert {name.split("-")[0] for name in EXPORTS} >= set(ARCHITECTURES) | {"genai"}
+    assert {name.split("-")[0] for name in NAMES} >= set(ARCHITECTURES) | {"genai"}
 
 
-@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize("export", NAMES)
 def test_blocks_of_an_export_agree_with_it_and_generate_the_same_256_tokens(export: str, tmp_path: Path) -> None:
-    path = FIXTURES / f"{export}.onnx"
+    path = EXPORTS / f"{export}.onnx"
     source = open_source(path)
     chain, original = imported(source, tmp_path), SourceSession(path)
     prompt = prompt_for(source)
@@ -76,7 +76,7 @@ def test_blocks_of_an_export_agree_with_it_and_generate_the_same_256_tokens(expo
     ],
 )
 def test_masks_are_recognised(export: str, window: int | None, softcap: float, alibi: bool) -> None:
-    source = open_source(FIXTURES / f"{export}.onnx")
+    source = open_source(EXPORTS / f"{export}.onnx")
     for rule in source.rules:
         assert rule.window == window
         assert rule.softcap == pytest.approx(softcap, rel=1e-3)
@@ -85,30 +85,30 @@ def test_masks_are_recognised(export: str, window: int | None, softcap: float, a
 
 
 def test_gemma3_layers_have_windows_of_their_own() -> None:
-    source = open_source(FIXTURES / "gemma3-dynamo.onnx")
+    source = open_source(EXPORTS / "gemma3-dynamo.onnx")
     assert [rule.window for rule in source.rules] == [9, None, 9, None]
 
 
 def test_alibi_slopes_are_those_of_the_paper() -> None:
-    slopes = open_source(FIXTURES / "bloom-dynamo.onnx").rules[0].slopes
+    slopes = open_source(EXPORTS / "bloom-dynamo.onnx").rules[0].slopes
     # six heads: the four of a power of two, then every second one of eight
     assert slopes == pytest.approx([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3], rel=1e-4)
 
 
 def test_a_table_of_positions_limits_the_context() -> None:
-    assert open_source(FIXTURES / "gpt2-dynamo.onnx").context_length == 320
-    assert open_source(FIXTURES / "opt-dynamo.onnx").context_length == 320
+    assert open_source(EXPORTS / "gpt2-dynamo.onnx").context_length == 320
+    assert open_source(EXPORTS / "opt-dynamo.onnx").context_length == 320
 
 
 def test_the_configuration_beside_an_export_says_context_and_architecture(tmp_path: Path) -> None:
-    shutil.copyfile(FIXTURES / "llama-dynamo.onnx", tmp_path / "model.onnx")
+    shutil.copyfile(EXPORTS / "llama-dynamo.onnx", tmp_path / "model.onnx")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 640}')
     source = open_source(tmp_path)
     assert (source.architecture, source.context_length, source.name) == ("llama", 640, tmp_path.name)
 
 
 def test_grouped_queries_are_cached_once_per_key_head() -> None:
-    info = open_source(FIXTURES / "llama-script.onnx").cache[0]
+    info = open_source(EXPORTS / "llama-script.onnx").cache[0]
     assert (info.kv_heads, info.key_dim) == (2, 8)
 
 
@@ -123,7 +123,7 @@ def test_grouped_queries_are_cached_once_per_key_head() -> None:
 )
 @pytest.mark.parametrize("export", ["llama-dynamo", "gpt2-script"])
 def test_blocks_of_fewer_bits_stay_near_their_source(export: str, options: ImportOptions, tolerance: float, tmp_path: Path) -> None:
-    path = FIXTURES / f"{export}.onnx"
+    path = EXPORTS / f"{export}.onnx"
     source = open_source(path)
     error = relative_error(imported(source, tmp_path, options)(prompt_for(source)), SourceSession(path)(prompt_for(source)))
     assert 0 < error < tolerance
@@ -131,7 +131,7 @@ def test_blocks_of_fewer_bits_stay_near_their_source(export: str, options: Impor
 
 def test_blocks_hold_no_operator_of_another_domain_and_one_attention_a_layer(tmp_path: Path) -> None:
     for export in ("genai-llama", "llama-script"):
-        source = open_source(FIXTURES / f"{export}.onnx")
+        source = open_source(EXPORTS / f"{export}.onnx")
         blocks = source.write_blocks(BlockWriter(tmp_path), ImportOptions(), nothing)
         for block in blocks:
             model = onnx.load(tmp_path / f"{block.name}.onnx", load_external_data=False)
@@ -200,7 +200,7 @@ def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
 
 
 def test_a_graph_without_logits_is_refused(tmp_path: Path) -> None:
-    model = onnx.load(FIXTURES / "llama-dynamo.onnx")
+    model = onnx.load(EXPORTS / "llama-dynamo.onnx")
     del model.graph.output[0]
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(UnsupportedModel, match="no output is named 'logits'"):
@@ -208,12 +208,12 @@ def test_a_graph_without_logits_is_refused(tmp_path: Path) -> None:
 
 
 def test_truncated_and_missing_files_are_corrupt(tmp_path: Path) -> None:
-    whole = (FIXTURES / "llama-dynamo.onnx").read_bytes()
+    whole = (EXPORTS / "llama-dynamo.onnx").read_bytes()
     (tmp_path / "m.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CorruptModel, match="not a whole ONNX model"):
         open_source(tmp_path / "m.onnx")
     onnx.save(
-        onnx.load(FIXTURES / "llama-dynamo.onnx"), tmp_path / "e.onnx", save_as_external_data=True, location="e.data", size_threshold=0
+        onnx.load(EXPORTS / "llama-dynamo.onnx"), tmp_path / "e.onnx", save_as_external_data=True, location="e.data", size_threshold=0
     )
     data = tmp_path / "e.data"
     data.write_bytes(data.read_bytes()[:-100])

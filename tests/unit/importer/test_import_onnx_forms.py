@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from handmade_graph import HIDDEN, VOCAB, Graph
 from onnx import TensorProto, helper, numpy_helper
 from ort_chain import Chain, relative_error
 from ort_source import SourceSession
@@ -20,70 +16,6 @@ from mesh.errors import UnsupportedModel
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx import open_source
 from mesh.importer.write.blocks import BlockWriter
-
-HIDDEN, HEADS, VOCAB = 16, 2, 24
-
-
-@dataclass
-class Graph:
-    """A decoder of one layer without a cache, built step by step."""
-
-    opset: int = 18
-    seed: int = 0
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        names = [f"{op_type}_{len(self.nodes)}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op_type, inputs, names, f"n{len(self.nodes)}", **attributes))
-        return names[0] if outputs == 1 else names
-
-    def const(self, value: Any) -> str:
-        name = f"w{len(self.weights)}"
-        self.weights[name] = np.array(value)
-        return name
-
-    def normal(self, *shape: int, scale: float = 0.4) -> str:
-        rng = np.random.default_rng(self.seed + len(self.weights))
-        return self.const(rng.normal(0, scale, shape).astype(np.float32))
-
-    def embedding(self) -> str:
-        return str(self.op("Gather", self.normal(VOCAB, HIDDEN, scale=1.0), "input_ids"))
-
-    def heads(self, x: str) -> str:
-        split = self.op("Reshape", self.op("MatMul", x, self.normal(HIDDEN, HIDDEN)), self.const([0, 0, HEADS, HIDDEN // HEADS]))
-        return str(split)
-
-    def mask(self) -> str:
-        """float [T, T], very low above the diagonal."""
-        length = self.op("Shape", "input_ids")
-        length = self.op("Gather", length, self.const([1]))
-        positions = self.op("Range", self.const(0), self.op("Squeeze", length), self.const(1))
-        axes = (lambda a: (self.const(a),)) if self.opset >= 13 else (lambda a: ())
-        rows = self.op("Unsqueeze", positions, *axes([1]), **({} if self.opset >= 13 else {"axes": [1]}))
-        columns = self.op("Unsqueeze", positions, *axes([0]), **({} if self.opset >= 13 else {"axes": [0]}))
-        zero, low = self.const(np.float32(0)), self.const(np.float32(-1e9))
-        return str(self.op("Where", self.op("Greater", columns, rows), low, zero))
-
-    def attention(self, x: str) -> str:
-        q, k, v = (self.op("Transpose", self.heads(x), perm=[0, 2, 1, 3]) for _ in range(3))
-        raw = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2]))
-        scores = self.op("Add", self.op("Div", raw, self.const(np.float32(8**0.5))), self.mask())
-        context = self.op("Transpose", self.op("MatMul", self.op("Softmax", scores, axis=3), v), perm=[0, 2, 1, 3])
-        merged = self.op("Reshape", context, self.const([0, 0, HIDDEN]))
-        return str(self.op("Add", x, self.op("MatMul", merged, self.normal(HIDDEN, HIDDEN))))
-
-    def save(self, path: Path, x: str, batch: int | str = "batch") -> Path:
-        self.nodes.append(helper.make_node("MatMul", [x, self.normal(HIDDEN, VOCAB)], ["logits"]))
-        graph = helper.make_graph(
-            self.nodes,
-            "decoder",
-            [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [batch, "t"])],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, "t", VOCAB])],
-            [numpy_helper.from_array(array, name) for name, array in self.weights.items()],
-        )
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8), path)
-        return path
 
 
 def agrees(path: Path, directory: Path) -> None:
@@ -189,51 +121,3 @@ def test_an_export_for_one_row_takes_several(tmp_path: Path) -> None:
     got = head.run(None, {"hidden_in": hidden})[0]
     for row in range(2):
         assert relative_error(got[row], SourceSession(tmp_path / "m.onnx")([int(t) for t in tokens[row]])) < 1e-5
-
-
-MEASURE = """
-import resource
-import sys
-from pathlib import Path
-from mesh.importer.write.blocks import BlockWriter
-from mesh.importer.sources.onnx import open_source
-from mesh.importer.options import ImportOptions
-source = open_source(Path(sys.argv[1]))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-source.write_blocks(BlockWriter(Path(sys.argv[2])), ImportOptions(), lambda *_: None)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_weights_are_streamed_block_by_block(tmp_path: Path) -> None:
-    """A model of 16 blocks of 32 MiB: importing it takes the memory of a few, not of all. Mapped file pages count as well."""
-    g = Graph()
-    x = g.embedding()
-    size, layers = 2048, 8
-    data = tmp_path / "m.data"
-    external: list[onnx.TensorProto] = []
-    with data.open("wb") as file:
-        file.truncate(layers * 2 * HIDDEN * 4 * size * 128)
-    for layer in range(layers):
-        x = g.attention(x)
-        inner = x
-        for name, dims in ((f"up{layer}", (HIDDEN, size * 128)), (f"down{layer}", (size * 128, HIDDEN))):
-            inner = g.op("MatMul", inner, name)
-            tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
-            nbytes = 4 * dims[0] * dims[1]
-            for key, value in (("location", "m.data"), ("offset", str(len(external) * nbytes)), ("length", str(nbytes))):
-                tensor.external_data.add(key=key, value=value)
-            external.append(tensor)
-        x = g.op("Add", x, inner)
-    path = g.save(tmp_path / "m.onnx", x)
-    model = onnx.load(path, load_external_data=False)
-    model.graph.initializer.extend(external)
-    onnx.save(model, path)
-    out = tmp_path / "out"
-    out.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", MEASURE, path, out], capture_output=True, text=True, check=True, env=environment)
-    before, after = (int(kib) for kib in run.stdout.split())
-    block_kib = 2 * HIDDEN * 4 * size * 128 // 1024
-    assert data.stat().st_size // 1024 == layers * block_kib
-    assert after - before < 2 * block_kib

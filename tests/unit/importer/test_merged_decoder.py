@@ -8,10 +8,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from places import EXPORTS
 
 from mesh.importer.run import import_model
-
-EXPORTS = Path(__file__).parents[2] / "fixtures" / "onnx"
 
 
 def branch(source: onnx.ModelProto, prefix: str, past: dict[str, str]) -> onnx.GraphProto:

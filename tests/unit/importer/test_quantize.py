@@ -131,4 +131,4 @@ def test_options_say_what_is_wrong_with_them() -> None:
         ({"bits": 4, "group_size": 48}, "group_size 48"),
     ):
         with pytest.raises(ConfigError, match=message):
-            ImportOptions(**values)  # type: ignore[arg-type]
+            ImportOptions(**values)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from places import EXPORTS
 
 from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel, VerificationFailed
 from mesh.importer import run
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
 from mesh.importer.sources.onnx import OnnxSource
+from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import Manifest
-
-EXPORTS = Path(__file__).parents[2] / "fixtures" / "onnx"
 
 
 @pytest.mark.parametrize("export", ["llama-dynamo", "genai-llama", "bloom-nopast"])
-def test_a_source_too_large_to_run_whole_is_compared_part_by_part(export, tmp_path, monkeypatch):
+def test_a_source_too_large_to_run_whole_is_compared_part_by_part(export: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "WHOLE_SOURCE_BYTES", 0)
     report = import_model(EXPORTS / f"{export}.onnx", tmp_path / "model").report
     assert report["source_error"] < 1e-4
     assert report["source_greedy_equal"] == 1.0
 
 
-def damage(monkeypatch, name: str, amount: float) -> None:
+def damage(monkeypatch: pytest.MonkeyPatch, name: str, amount: float) -> None:
     """Let the importer write one block's weights wrongly."""
     original = OnnxSource.write_blocks
 
-    def write_blocks(self, writer, options, progress):
+    def write_blocks(self: OnnxSource, writer: BlockWriter, options: ImportOptions, progress: Any) -> Any:
         blocks = original(self, writer, options, progress)
         data = writer.directory / f"{name}.onnx.data"
         values = np.fromfile(data, np.float32)
@@ -40,18 +41,20 @@ def damage(monkeypatch, name: str, amount: float) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_wrong_layer_is_named_and_nothing_is_left(tmp_path, monkeypatch, whole):
+def test_a_wrong_layer_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
     damage(monkeypatch, "layer_001", 1.01)
     if not whole:
         monkeypatch.setattr(run, "WHOLE_SOURCE_BYTES", 0)
     with pytest.raises(VerificationFailed, match=r"layer 1 is the first that differs from the source.s \(relative error") as caught:
         import_model(EXPORTS / "llama-dynamo.onnx", tmp_path / "model")
     assert caught.value.layer == 1
-    assert caught.value.error > 1e-4
+    assert caught.value.error is not None and caught.value.error > 1e-4
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_import_leaves_nothing_and_a_forced_one_what_was_there(tmp_path, monkeypatch):
+def test_an_interrupted_import_leaves_nothing_and_a_forced_one_leaves_the_old_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "model"
     import_model(EXPORTS / "llama-dynamo.onnx", out)
     before = Manifest.load(out)
@@ -69,14 +72,14 @@ def test_an_interrupted_import_leaves_nothing_and_a_forced_one_what_was_there(tm
 
 
 @pytest.mark.parametrize(("options", "error"), [({"bits": 8, "group_size": 32}, 0.2), ({"dtype": "float16"}, 2e-2)])
-def test_narrower_models_are_close_to_their_source_and_say_how_close(tmp_path, options, error):
+def test_narrower_models_are_close_to_their_source_and_say_how_close(tmp_path: Path, options: dict[str, Any], error: float) -> None:
     report = import_model(EXPORTS / "qwen2-dynamo.onnx", tmp_path / "model", ImportOptions(**options), report=True).report
     assert 0 < report["source_error"] < error
     assert 0 < report["logits_error_float32"] < error
     assert report["perplexity"] == pytest.approx(report["perplexity_float32"], rel=0.3)
 
 
-def test_what_is_no_source_is_said_to_be_none(tmp_path):
+def test_a_source_that_is_missing_or_unknown_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model")
     with pytest.raises(ModelNotFound, match="neither"):
         import_model(tmp_path / "notes.txt", tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,7 @@ from mesh.importer.options import ImportOptions
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder, Weight
 
 
-def adder(name: str, weights: dict[str, object]) -> GraphBuilder:
+def adder(name: str, weights: dict[str, Any]) -> GraphBuilder:
     """Sums its weights, each reduced to a number, so that every one of them is used."""
     builder = GraphBuilder(name)
     total = builder.input("x", [1])
@@ -29,11 +30,11 @@ def adder(name: str, weights: dict[str, object]) -> GraphBuilder:
     return builder
 
 
-def test_what_was_written_is_what_was_given(tmp_path: Path) -> None:
+def test_written_weights_equal_the_given_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((33, 300)).astype(np.float32)
     nibbles = rng.integers(-8, 8, (7, 301)).astype(ml_dtypes.int4)  # odd: elements of different rows share a byte
-    given = {
+    given: dict[str, Any] = {
         "transposed": lambda: matrix.T,
         "halved": Weight(lambda: matrix, np.dtype(np.float16)),
         "chosen": Weight(lambda: matrix, lambda array: np.dtype(ml_dtypes.bfloat16) if array.size > 9 else array.dtype),
@@ -107,7 +108,8 @@ def test_an_ir_model_is_written_without_reading_all_its_weights_first(tmp_path: 
     model = ir.load(tmp_path / "first" / "head.onnx")
     second = BlockWriter(tmp_path).write("head", model)
     assert second.files[1] == first.files[1]
-    assert model.graph.initializers["logits.weight"].const_value.path.endswith("head.onnx.data")
+    stored = model.graph.initializers["logits.weight"].const_value
+    assert isinstance(stored, ir.ExternalTensor) and str(stored.path).endswith("head.onnx.data")
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
     got = ort.InferenceSession(tmp_path / "head.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
     np.testing.assert_allclose(got, x @ weight + 1, rtol=1e-5, atol=1e-5)

@@ -105,7 +105,7 @@ def test_rotary_embedding(interleaved: int, rotary_dim: int, rng: np.random.Gene
     width = (rotary_dim or size) // 2
     cos, sin = normal(rng, 16, width), normal(rng, 16, width)
     positions = np.array([[3, 4, 5, 6, 7], [0, 1, 2, 3, 4]], np.int64)
-    attributes = {"interleaved": interleaved, "rotary_embedding_dim": rotary_dim, "num_heads": heads if rotary_dim else 0}
+    attributes: dict[str, Any] = {"interleaved": interleaved, "rotary_embedding_dim": rotary_dim, "num_heads": heads if rotary_dim else 0}
     check("RotaryEmbedding", [normal(rng, BATCH, TOKENS, heads * size), positions, cos, sin], **attributes)
     check("RotaryEmbedding", [normal(rng, BATCH, heads, TOKENS, size), positions, cos, sin], **attributes)
     check("RotaryEmbedding", [normal(rng, BATCH, TOKENS, heads * size), np.array([2], np.int64), cos, sin], **attributes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -33,7 +35,7 @@ def model(kind: str, *, shared: bool = False) -> onnx.ModelProto:
             initializers.append(helper.make_tensor(weight, stored, codes.shape, codes.reshape(-1).tolist()))
             scales = rng.random((DEPTH // 16, width) if grouped else (width,)).astype(np.float32)
             initializers.append(numpy_helper.from_array(scales, f"s{index}"))
-            attributes = {"axis": 0, "block_size": 16} if grouped else {"axis": 1}
+            attributes: dict[str, Any] = {"axis": 0, "block_size": 16} if grouped else {"axis": 1}
             nodes.append(helper.make_node("DequantizeLinear", [weight, f"s{index}"], [right := f"wide{index}"], **attributes))
         nodes.append(helper.make_node("MatMul", ["x", right], [f"y{index}"]))
         outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, [1, 5, width]))
@@ -45,12 +47,12 @@ def model(kind: str, *, shared: bool = False) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
 
 
-def products(graph) -> int:
+def products(graph: Any) -> int:
     return sum(node.op.op_type == "MatMul" for node in graph.nodes)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "8 bits", "4 bits in groups"])
-def test_joined_products_give_the_same_numbers(kind, monkeypatch):
+def test_joined_products_give_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Scales are arguments where there are many of them, constants otherwise.
     monkeypatch.setattr("mesh.lowering.prepare.WEIGHT_ELEMENTS", 16 if "groups" in kind else 64)
     lowered = lower(model(kind))
@@ -59,7 +61,7 @@ def test_joined_products_give_the_same_numbers(kind, monkeypatch):
     graph, parts = join_products(lowered, {"w0", "w1", "w2"})
     assert products(graph) == 1
     assert parts["w0|w1|w2"] == ("w0", "w1", "w2")
-    weights = {name: array for name, array in lowered.weights.items() if not any(name in names for names in parts.values())}
+    weights: dict[str, Any] = {name: array for name, array in lowered.weights.items() if not any(name in names for names in parts.values())}
     for name, names in parts.items():
         arrays = [lowered.weights[part] for part in names]
         packs = name.startswith("w")
@@ -72,7 +74,7 @@ def test_joined_products_give_the_same_numbers(kind, monkeypatch):
         np.testing.assert_allclose(np.asarray(result[name]), np.asarray(expected[name]), rtol=1e-5, atol=1e-5)
 
 
-def test_a_weight_that_something_else_reads_stays_alone(monkeypatch):
+def test_a_weight_that_something_else_reads_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.lowering.prepare.WEIGHT_ELEMENTS", 64)
     lowered = lower(model("float32", shared=True))
     graph, parts = join_products(lowered, {"w1", "w2"})
@@ -80,7 +82,7 @@ def test_a_weight_that_something_else_reads_stays_alone(monkeypatch):
     assert set(parts) == {"w1|w2"}
 
 
-def test_unlike_weights_stay_apart(monkeypatch):
+def test_unlike_weights_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of different inputs, or of weights stored at different widths, are not one product."""
     monkeypatch.setattr("mesh.lowering.prepare.WEIGHT_ELEMENTS", 64)
     proto = model("float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ OPSET = 24
 
 def model_of(
     nodes: list[onnx.NodeProto],
-    inputs: dict[str, tuple[int, list[Any]]],
+    inputs: Mapping[str, tuple[int, list[Any]]],
     outputs: list[str],
     constants: dict[str, np.ndarray] | None = None,
     *,
@@ -180,7 +181,7 @@ def test_a_value_of_an_attribute_that_is_not_supported_is_named() -> None:
 def test_nodes_that_no_output_needs_are_not_looked_at() -> None:
     nodes = [helper.make_node("Frobnicate", ["x"], ["dead"], domain="com.example"), helper.make_node("Neg", ["x"], ["y"])]
     lowered = lower(model_of(nodes, {"x": (FLOAT, [1])}, ["y"], domains={"com.example": 1}))
-    assert run(lowered, x=np.float32([2]))["y"] == [-2]
+    assert run(lowered, x=np.array([2], np.float32))["y"] == [-2]
 
 
 def test_a_shape_from_run_time_values_is_refused_by_name() -> None:
@@ -188,8 +189,8 @@ def test_a_shape_from_run_time_values_is_refused_by_name() -> None:
     lowered = lower(model_of(nodes, {"x": (FLOAT, [2]), "y0": (FLOAT, [6])}, ["y"]))
     assert lowered.static_inputs == {"x"}
     with pytest.raises(UnsupportedModel, match=r"node 'view' \(Reshape\): input 1 \('shape'\) must be a constant"):
-        jax.jit(lambda x: lowered({}, {"x": x, "y0": np.zeros(6, np.float32)}))(np.float32([2, 3]))
-    assert lowered({}, {"x": np.float32([2, 3]), "y0": np.zeros(6, np.float32)})["y"].shape == (2, 3)
+        jax.jit(lambda x: lowered({}, {"x": x, "y0": np.zeros(6, np.float32)}))(np.array([2, 3], np.float32))
+    assert lowered({}, {"x": np.array([2, 3], np.float32), "y0": np.zeros(6, np.float32)})["y"].shape == (2, 3)
 
 
 def test_an_undefined_value_is_named() -> None:
@@ -239,7 +240,7 @@ def test_int64_limits_saturate_where_they_meet_run_time_values() -> None:
 
 def test_an_expanded_constant_is_not_embedded_in_the_compiled_code() -> None:
     nodes = [helper.make_node("Expand", ["zero", "shape"], ["wide"]), helper.make_node("Add", ["x", "wide"], ["y"])]
-    constants = {"zero": np.zeros(1, np.float32), "shape": np.array([512, 512], np.int64)}
+    constants: dict[str, np.ndarray] = {"zero": np.zeros(1, np.float32), "shape": np.array([512, 512], np.int64)}
     lowered = lower(model_of(nodes, {"x": (FLOAT, [512, 512])}, ["y"], constants))
     text = jax.jit(lambda x: lowered({}, {"x": x})).lower(jnp.ones((512, 512))).as_text()
     assert len(text) < 10_000
@@ -253,7 +254,7 @@ def test_model_functions_are_inlined() -> None:
     function = helper.make_function("com.example", "NegSquare", ["a"], ["c"], body, [helper.make_opsetid("", OPSET)])
     node = helper.make_node("NegSquare", ["x"], ["y"], domain="com.example")
     lowered = lower(model_of([node], {"x": (FLOAT, [1])}, ["y"], domains={"com.example": 1}, functions=[function]))
-    assert run(lowered, x=np.float32([3]))["y"] == [-9]
+    assert run(lowered, x=np.array([3], np.float32))["y"] == [-9]
 
 
 def test_standard_functions_are_inlined_with_their_default_attributes() -> None:
@@ -323,7 +324,7 @@ def test_another_package_may_register_ops_of_its_own_domain() -> None:
 
     node = helper.make_node("Scale", ["x"], ["y"], domain="com.example.lower", by=3.0)
     model = model_of([node], {"x": (FLOAT, [1])}, ["y"], domains={"com.example.lower": 2})
-    assert run(lower(model), x=np.float32([2]))["y"] == [6]
+    assert run(lower(model), x=np.array([2], np.float32))["y"] == [6]
     assert not supported("Scale", "com.example.lower", 1)
     with pytest.raises(ValueError, match="already registered"):
         register("Scale", domain="com.example.lower", since=2)(lambda x: x)
@@ -336,11 +337,11 @@ def test_trace_stops_after_the_node_asked_for() -> None:
         helper.make_node("Abs", ["b"], ["y"], name="third"),
     ]
     lowered = lower(model_of(nodes, {"x": (FLOAT, [1])}, ["y"]))
-    values = lowered.trace({}, {"x": np.float32([1])}, until="second")
+    values = lowered.trace({}, {"x": np.array([1], np.float32)}, until="second")
     assert set(values) == {"x", "a", "b"}
-    assert set(lowered.trace({}, {"x": np.float32([1])})) == {"x", "a", "b", "y"}
+    assert set(lowered.trace({}, {"x": np.array([1], np.float32)})) == {"x", "a", "b", "y"}
     with pytest.raises(KeyError, match="'fourth'"):
-        lowered.trace({}, {"x": np.float32([1])}, until="fourth")
+        lowered.trace({}, {"x": np.array([1], np.float32)}, until="fourth")
 
 
 # --- attention

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import jax
 import pytest
-from backend import node_cases, run
-from exclusions import EXCLUDED, reason
+from onnx_cases import node_cases, run
+from onnx_exclusions import EXCLUDED, reason
 
 NAMES = sorted(node_cases())
 INCLUDED = [name for name in NAMES if reason(name) is None]

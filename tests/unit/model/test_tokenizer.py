@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -94,7 +95,7 @@ def test_bytes_that_end_inside_a_character_come_out_at_the_end(smollm: Tokenizer
 SPM_PIECES = [*"▁abcdehlorw", "▁w", "he", "ll", "hell", "lo", "hello", "▁hello", "or", "ld", "▁wor", "▁world"]
 
 
-def spm_metadata(prefix: bool) -> dict[str, object]:
+def spm_metadata(prefix: bool) -> dict[str, Any]:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *SPM_PIECES, "<turn>", "\n\n"]
     types = [2, 3, 3, *[6] * 256, *[1] * len(SPM_PIECES), 3, 4]
     scores = [0.0] * 259 + [-float(len(SPM_PIECES) - n if len(piece) > 1 else 100 + n) for n, piece in enumerate(SPM_PIECES)] + [0.0, 0.0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 
 from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, PlanError
 from mesh.model.memory import ModelShape, predict
-from mesh.planner.placement import Node, Placement
+from mesh.planner.placement import Node, Placement, Strategy
 from mesh.planner.plan import PlanRequest, even_ranges, fits, place, plan, ranges_of, same_nodes
 from mesh.planner.remedies import apply
 from mesh.settings.units import GB
@@ -41,7 +43,7 @@ def _requests(draw: st.DrawFn) -> PlanRequest:
         )
         for i in range(draw(st.integers(replicas, 5)))
     )
-    strategy = draw(st.sampled_from(["even", "weighted", "explicit"]))
+    strategy: Strategy = draw(st.sampled_from(get_args(Strategy)))
     cuts = sorted(draw(st.sets(st.integers(1, layers - 1)))) if layers > 1 else []
     ranges = tuple(LayerRange(a, b) for a, b in itertools.pairwise([0, *cuts, layers]))
     return PlanRequest(
@@ -270,7 +272,7 @@ def test_a_request_that_cannot_be_is_refused(change: dict[str, object], error: t
         replace(PlanRequest(model=_small(6), nodes=same_nodes(3, GB)), **change)  # type: ignore[arg-type]
 
 
-def test_a_placement_file_with_a_gap_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_placement_file_with_a_gap_is_refused(tmp_path: Path) -> None:
     placement = place(PlanRequest(model=_small(6), nodes=same_nodes(3, GB)))
     with pytest.raises(ValidationError):
         Placement.model_validate({**placement.model_dump(), "ranges": placement.model_dump()["ranges"][:2]})

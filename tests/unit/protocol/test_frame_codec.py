@@ -1,4 +1,4 @@
-"""Frames: what is written is read back, and whatever else arrives is rejected, never another exception."""
+"""Frames are read back as they were written. All other bytes are rejected, and never cause another exception."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def same(one: Frame, other: Frame, *, bf16: bool = False) -> None:
 
 
 @given(any_frame())
-def test_what_is_written_is_read_back(frame: Frame) -> None:
+def test_written_values_are_read_back(frame: Frame) -> None:
     data = encode(frame)
     read = decode(data, model_hash=HASH)
     same(frame, read, bf16=Flags.BF16 in frame.flags)
@@ -113,7 +113,7 @@ def test_random_bytes_are_rejected(data: bytes) -> None:
 @settings(max_examples=400)
 @given(any_frame(), st.data())
 def test_a_lie_with_a_right_checksum_is_rejected_or_read_never_another_exception(frame: Frame, data: st.DataObject) -> None:
-    """Whoever can compute a CRC can write any length or type: reading must stay inside the message, and give a whole frame."""
+    """A sender that computes a right CRC can write any length or type. Reading must stay inside the message and give a whole frame."""
     message = bytearray(encode(frame)[:-4])
     for _ in range(data.draw(st.integers(1, 4))):
         message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))

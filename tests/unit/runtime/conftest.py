@@ -65,12 +65,12 @@ def write_llama(directory: Path, *, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama_source(tmp_path_factory) -> Path:
+def llama_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("source") / "llama")
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory, llama_source) -> Path:
+def llama(tmp_path_factory: pytest.TempPathFactory, llama_source: Path) -> Path:
     """The model directory."""
     out = tmp_path_factory.mktemp("models") / "llama"
     import_model(llama_source, out)

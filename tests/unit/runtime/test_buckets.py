@@ -20,6 +20,8 @@ from mesh.runtime.buckets import Buckets
         (False, 131072, (128, 256, 512, 2048, 8192, 32768, 131072)),
     ],
 )
-def test_lengths_are_few_where_attention_reads_in_blocks(monkeypatch, in_blocks, context, lengths):
+def test_lengths_are_few_where_attention_reads_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, in_blocks: bool, context: int, lengths: tuple[int, ...]
+) -> None:
     monkeypatch.setattr(buckets, "in_blocks", lambda: in_blocks)
     assert Buckets.plan(rows=4, context=context, chunk=64).lengths == lengths

@@ -16,13 +16,13 @@ LENGTH = 200
 
 
 @pytest.fixture
-def few_slots(monkeypatch):
+def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks small enough that a short cache has several of both sizes."""
     monkeypatch.setattr(cache, "COARSE", 64)
     monkeypatch.setattr(cache, "FINE", 16)
 
 
-def by_formula(q, keys, values, mask, *, scale, softcap):
+def by_formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray, *, scale: float, softcap: float) -> np.ndarray:
     """In float64; mask bool [B, 1, T, L]."""
     keys, values = (np.repeat(each.astype(np.float64), GROUP, axis=1) for each in (keys, values))
     scores = np.einsum("bhtd,bhld->bhtl", q.astype(np.float64), keys) * scale
@@ -43,8 +43,10 @@ def by_formula(q, keys, values, mask, *, scale, softcap):
     sizes=st.sampled_from([(64, 16), (1024, 128), (1024, 1024)]),
     seed=st.integers(0, 2**31),
 )
-def test_attention_in_blocks_is_attention(positions, chunk, window, additive, softcap, sizes, seed):
-    """Rows of any length side by side, or a chunk of one row; what nobody sees is as large as a number can be."""
+def test_attention_in_blocks_is_attention(
+    positions: list[int], chunk: int, window: int | None, additive: bool, softcap: float, sizes: tuple[int, int], seed: int
+) -> None:
+    """Rows of any length side by side, or a chunk of one row. Positions that are masked hold the largest float."""
     rng = np.random.default_rng(seed)
     if chunk:
         first = min(positions[0], LENGTH - chunk)
@@ -62,35 +64,37 @@ def test_attention_in_blocks_is_attention(positions, chunk, window, additive, so
     mask = mask[:, None]  # [B, 1, T, L]
     mine = slice(below, below + batch)
     expected = by_formula(q, keys[mine, :, :LENGTH], values[mine, :, :LENGTH], mask, scale=0.5, softcap=softcap)
-    unseen = ~mask.any(axis=(1, 2))  # [B, L]
+    unseen = np.asarray(~mask.any(axis=(1, 2)))  # [B, L]
     for array in (keys, values):
         array[mine, :, :LENGTH][np.broadcast_to(unseen[:, None], (batch, HEADS, LENGTH))] = np.finfo(np.float32).max
-    views = [CacheView(jnp.asarray(array), jnp.int32(below), jnp.int32(at.max() + 1), batch, LENGTH) for array in (keys, values)]
+    past_keys, past_values = (
+        CacheView(jnp.asarray(array), jnp.int32(below), jnp.int32(at.max() + 1), batch, LENGTH) for array in (keys, values)
+    )
     given_mask = np.where(mask, 0, np.finfo(np.float32).min).astype(np.float32) if additive else mask
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "COARSE", sizes[0])
         patch.setattr(cache, "FINE", sizes[1])
-        got = attend(jnp.asarray(q), *views, jnp.asarray(given_mask), scale=0.5, softcap=softcap)
+        got = attend(jnp.asarray(q), past_keys, past_values, jnp.asarray(given_mask), scale=0.5, softcap=softcap)
     np.testing.assert_allclose(np.asarray(got), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_longer_neighbour_changes_no_bit(few_slots):
+def test_a_longer_neighbour_changes_no_bit(few_slots: None) -> None:
     rng = np.random.default_rng(1)
     keys, values = (jnp.asarray(rng.standard_normal((2, HEADS, LENGTH + SLACK, DIM)), jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.standard_normal((2, HEADS * GROUP, 1, DIM)), jnp.float32)
 
     def first(other: int) -> np.ndarray:
         at = np.array([70, other])
-        views = [CacheView(array, jnp.int32(0), jnp.int32(at.max() + 1), 2, LENGTH) for array in (keys, values)]
+        past_keys, past_values = (CacheView(array, jnp.int32(0), jnp.int32(at.max() + 1), 2, LENGTH) for array in (keys, values))
         mask = jnp.asarray(np.arange(LENGTH)[None, None, None] <= at[:, None, None, None])
-        return np.asarray(attend(q, *views, mask, scale=1.0, softcap=0.0))[0]
+        return np.asarray(attend(q, past_keys, past_values, mask, scale=1.0, softcap=0.0))[0]
 
     for other in (3, 71, 128, 199):
         np.testing.assert_array_equal(first(other), first(70))
 
 
-def test_what_is_written_is_a_number():
-    """So that a weight of 0 hides it."""
+def test_a_cache_holds_finite_numbers_only() -> None:
+    """A weight of 0 hides finite numbers only."""
     array = jnp.zeros((2, 1, 32 + SLACK, 3), jnp.float16)
     view = CacheView(array, jnp.int32(1), jnp.int32(1), 1, 32)
     for tokens in (1, 16):

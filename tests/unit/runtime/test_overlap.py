@@ -1,4 +1,4 @@
-"""Layers that are held beside those served, and stages that keep no cache: the same tokens as any other way to cut and keep."""
+"""Stages that hold more layers than they serve, and stages without a cache, give the same tokens as all others."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def config(start: int, stop: int, **values: Any) -> StageConfig:
 
 
 def generate(stages: Sequence[Any], count: int, params: SamplingParams) -> list[list[int]]:
-    """Both prompts, each in a row of its own, decoded as one wave."""
+    """Both prompts, each in a row of its own, decoded in one batch."""
     out: list[list[int]] = []
     for row, prompt in enumerate(PROMPTS):
         stages[-1].open(row, params, prompt_length=len(prompt))
         token: Any = None
         for start in range(0, len(prompt), 16):
-            piece, hidden = np.array(prompt[start : start + 16], np.int32), None
+            piece = np.array(prompt[start : start + 16], np.int32)
+            hidden: Any = None
             for stage in stages:
                 hidden = stage.prefill(row, start, piece, hidden)
             token = hidden
@@ -43,7 +44,8 @@ def generate(stages: Sequence[Any], count: int, params: SamplingParams) -> list[
     while len(out[0]) < count:
         rows = np.arange(len(out))
         positions = np.array([len(prompt) + len(tokens) - 1 for prompt, tokens in zip(PROMPTS, out, strict=True)])
-        last, hidden = np.array([tokens[-1] for tokens in out]), None
+        last = np.array([tokens[-1] for tokens in out])
+        hidden = None
         for stage in stages:
             hidden = stage.decode(rows, positions, last, hidden)
         for tokens, token in zip(out, hidden, strict=True):
@@ -70,12 +72,20 @@ def test_any_range_that_is_held_is_served_with_nothing_read_and_nothing_compiled
     assert generate([low, high], 12, params) == expected[params]  # and whatever numpy and JAX compile on the way
     events: list[str] = []
     opened: list[Any] = []
-    original = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *args, **more: (opened.append(self), original(self, *args, **more))[1])
-    original_open = builtins.open
-    monkeypatch.setattr(builtins, "open", lambda file, *args, **more: (opened.append(file), original_open(file, *args, **more))[1])
+    path_open, file_open = Path.open, builtins.open
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def open_path(self: Path, *arguments: Any, **more: Any) -> Any:
+        opened.append(self)
+        return path_open(self, *arguments, **more)
+
+    def open_file(file: Any, *arguments: Any, **more: Any) -> Any:
+        opened.append(file)
+        return file_open(file, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", open_path)
+    monkeypatch.setattr(builtins, "open", open_file)
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             events.append(event)
 
@@ -97,7 +107,7 @@ def test_any_range_that_is_held_is_served_with_nothing_read_and_nothing_compiled
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_what_is_not_held_is_not_served(llama: Path) -> None:
+def test_layers_that_are_not_held_are_not_served(llama: Path) -> None:
     stage = Stage.load(llama, config(2, 4, overlap=1))
     assert stage.held == LayerRange(1, 5)
     with pytest.raises(BadLayerRange, match="layers 0-4 are not all held here, which are 1-5"):
@@ -105,7 +115,7 @@ def test_what_is_not_held_is_not_served(llama: Path) -> None:
     assert stage.layers == LayerRange(2, 4)
 
 
-def test_memory_counts_what_is_held(llama: Path) -> None:
+def test_memory_counts_the_layers_that_are_held(llama: Path) -> None:
     manifest = Manifest.load(llama)
     held = predict(manifest, LayerRange(1, 5), embed=False, head=True, rows=ROWS, context=CONTEXT, chunk=16).total_bytes
     assert Stage.load(llama, config(2, 4, overlap=1)).need.total_bytes == held
@@ -120,7 +130,7 @@ def test_without_a_cache_tokens_are_the_same(llama: Path, expected: dict[Samplin
         assert generate(stages, 12, params) == tokens
 
 
-def test_without_a_cache_less_is_kept_and_that_is_what_is_predicted(llama: Path) -> None:
+def test_a_stage_without_a_cache_keeps_as_little_as_predicted(llama: Path) -> None:
     for layers in ((0, 2), (1, 4), (2, 5)):
         stage, cached = RecomputingStage.load(llama, config(*layers)), Stage.load(llama, config(*layers))
         kept = sum(array.nbytes for pair in stage._inner._caches for array in pair) + stage._tokens.nbytes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
-from mesh.runtime.sampling import MAX_LOGPROBS, RowTable, SamplingParams, _filter, sample
+from mesh.runtime.sampling import MAX_LOGPROBS, RowTable, Sampled, SamplingParams, _filter, sample
 
 VOCAB = 50
 SLOTS = 24
@@ -18,7 +21,13 @@ FILTER = jax.jit(_filter)
 SAMPLE = jax.jit(sample)
 
 
-def run(logits, params, history=None, positions=None, prompt_lengths=None):
+def run(
+    logits: np.ndarray,
+    params: Sequence[SamplingParams],
+    history: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
+    prompt_lengths: Sequence[int] | None = None,
+) -> Sampled:
     batch = len(logits)
     table = RowTable(batch)
     for row, each in enumerate(params):
@@ -28,17 +37,17 @@ def run(logits, params, history=None, positions=None, prompt_lengths=None):
     return SAMPLE(jnp.asarray(logits), table.floats, table.ints, history, positions)
 
 
-def random_logits(batch, seed=0):
+def random_logits(batch: int, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((batch, VOCAB)) * 3).astype(np.float32)
 
 
-def test_temperature_zero_is_the_likeliest_token():
+def test_temperature_zero_is_the_likeliest_token() -> None:
     logits = random_logits(5)
     sampled = run(logits, [SamplingParams(temperature=0)] * 5)
     assert np.array_equal(sampled.tokens, logits.argmax(-1))
 
 
-def kept(scaled, top_k, top_p, min_p):
+def kept(scaled: np.ndarray, top_k: int, top_p: float | np.floating, min_p: float) -> np.ndarray:
     """Which tokens a row may draw, by sorting."""
     weights = np.exp(scaled.astype(np.float64) - scaled.max())
     order = np.argsort(-weights)
@@ -53,14 +62,14 @@ def kept(scaled, top_k, top_p, min_p):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(0, VOCAB + 5), st.floats(0.05, 1.0), st.sampled_from([0.0, 0.02, 0.2, 1.0]))
-def test_filters_keep_what_sorting_keeps(seed, top_k, top_p, min_p):
+def test_filters_keep_what_sorting_keeps(seed: int, top_k: int, top_p: float, min_p: float) -> None:
     logits = random_logits(1, seed)
     column = [np.array([[value]]) for value in (np.int32(top_k), np.float32(top_p), np.float32(min_p))]
     ours = np.isfinite(np.asarray(FILTER(logits, *column)))[0]
     assert np.array_equal(ours, kept(logits[0], top_k, np.float32(top_p), min_p))
 
 
-def test_draws_follow_the_distribution():
+def test_draws_follow_the_distribution() -> None:
     logits = np.tile(np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), (4000, 1))
     params = [SamplingParams(seed=seed) for seed in range(4000)]
     tokens = np.asarray(run(logits, params).tokens)
@@ -68,7 +77,7 @@ def test_draws_follow_the_distribution():
     assert np.allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 
-def test_a_row_draws_the_same_token_in_any_company():
+def test_a_row_draws_the_same_token_in_any_company() -> None:
     logits = random_logits(8, 3)
     params = [SamplingParams(temperature=0.9, top_k=7 * (row % 2), top_p=0.9, seed=row + 2**40) for row in range(8)]
     positions = np.arange(8, dtype=np.int32)
@@ -78,7 +87,7 @@ def test_a_row_draws_the_same_token_in_any_company():
         assert alone.tokens[0] == together[row]
 
 
-def test_seed_and_position_each_change_the_draw():
+def test_seed_and_position_each_change_the_draw() -> None:
     logits = np.zeros((1, VOCAB), np.float32)
     by_seed = {int(run(logits, [SamplingParams(seed=seed)]).tokens[0]) for seed in (0, 1, 2, 2**32, 2**33, 2**62)}
     by_position = {int(run(logits, [SamplingParams()], positions=np.array([p], np.int32)).tokens[0]) for p in range(6)}
@@ -86,7 +95,7 @@ def test_seed_and_position_each_change_the_draw():
     assert len(by_position) > 2
 
 
-def test_penalties_are_those_of_their_definitions():
+def test_penalties_are_those_of_their_definitions() -> None:
     logits = random_logits(1, 5)
     history = np.zeros((1, SLOTS), np.int32)
     history[0, :7] = [3, 4, 4, 9, 9, 9, 11]  # two prompt tokens, then output; what is after the position does not count
@@ -111,7 +120,7 @@ def test_penalties_are_those_of_their_definitions():
         assert int(sampled.tokens[0]) == int(expected.argmax())
 
 
-def test_logprobs_are_the_models_own():
+def test_logprobs_are_the_models_own() -> None:
     logits = random_logits(2, 6)
     sampled = run(logits, [SamplingParams(temperature=0, logprobs=4), SamplingParams(temperature=0)])
     reference = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -126,7 +135,7 @@ def test_logprobs_are_the_models_own():
     [("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("min_p", 2), ("top_k", -1), ("top_k", 1.5), ("seed", -1), ("seed", 2**63)]
     + [("repetition_penalty", 0), ("temperature", float("nan")), ("logprobs", MAX_LOGPROBS + 1), ("presence_penalty", True)],
 )
-def test_a_parameter_out_of_range_is_named(field, value):
+def test_a_parameter_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(BadRequest, match=field) as caught:
         SamplingParams(**{field: value})
     assert caught.value.field == field

@@ -1,9 +1,11 @@
-"""Stages: any cut, any company, any repetition gives the same tokens, and nothing compiles after warm-up."""
+"""Stages give the same tokens for any cut, beside any other rows and when steps are repeated. Nothing compiles after warm-up."""
 
 from __future__ import annotations
 
 import threading
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,25 +24,25 @@ PROMPT = [5, 17, 33, 90, 2, 2, 61]
 
 
 @pytest.fixture(scope="module")
-def pipeline(llama):
+def pipeline(llama: Path) -> Pipeline:
     return Pipeline.load(llama, shards=2, rows=4, chunk=32)
 
 
 @pytest.fixture(scope="module")
-def greedy_tokens(pipeline):
+def greedy_tokens(pipeline: Pipeline) -> list[int]:
     return pipeline.complete(PROMPT, GREEDY, max_tokens=60).ids
 
 
-def test_greedy_tokens_vary(greedy_tokens):
+def test_greedy_tokens_vary(greedy_tokens: list[int]) -> None:
     assert len(set(greedy_tokens)) > 10  # else the tests below would show little
 
 
 @pytest.mark.parametrize("shards", [1, 3, 4, 5])
-def test_any_number_of_shards_gives_the_same_tokens(llama, greedy_tokens, shards):
+def test_any_number_of_shards_gives_the_same_tokens(llama: Path, greedy_tokens: list[int], shards: int) -> None:
     assert Pipeline.load(llama, shards=shards, chunk=32).complete(PROMPT, GREEDY, max_tokens=60).ids == greedy_tokens
 
 
-def test_a_prompt_in_chunks_is_the_prompt(pipeline):
+def test_a_prompt_in_chunks_is_the_prompt(pipeline: Pipeline) -> None:
     rng = np.random.default_rng(1)
     prompt = rng.integers(0, 131, 80)
     pipeline.stages[-1].open(0, GREEDY, prompt_length=80)
@@ -51,7 +53,7 @@ def test_a_prompt_in_chunks_is_the_prompt(pipeline):
         assert token.id == whole.id
 
 
-def test_the_last_positions_of_the_context_can_be_used(llama):
+def test_the_last_positions_of_the_context_can_be_used(llama: Path) -> None:
     prompt = np.random.default_rng(2).integers(0, 131, 90).tolist()
     wide = Pipeline.load(llama, chunk=64).complete(prompt, GREEDY, max_tokens=6)
     narrow = Pipeline.load(llama, chunk=16).complete(prompt, GREEDY, max_tokens=6)
@@ -59,7 +61,7 @@ def test_the_last_positions_of_the_context_can_be_used(llama):
     assert len(wide.ids) == 6
 
 
-def test_rows_join_and_leave_a_wave_without_touching_each_other(pipeline):
+def test_rows_join_and_leave_a_wave_without_touching_each_other(pipeline: Pipeline) -> None:
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 131, length).tolist() for length in (3, 20, 9, 31)]
     alone = [pipeline.complete(prompt, GREEDY, max_tokens=24).ids for prompt in prompts]
@@ -78,7 +80,7 @@ def test_rows_join_and_leave_a_wave_without_touching_each_other(pipeline):
     assert [tokens[row] for row in range(4)] == alone
 
 
-def test_sampled_tokens_do_not_depend_on_the_batch(pipeline):
+def test_sampled_tokens_do_not_depend_on_the_batch(pipeline: Pipeline) -> None:
     params = [SamplingParams(temperature=1.1, top_p=0.9, seed=row, repetition_penalty=1.2) for row in range(3)]
     alone = [pipeline.complete(PROMPT, each, max_tokens=12).ids for each in params]
     assert len({tuple(ids) for ids in alone}) == 3
@@ -90,7 +92,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch(pipeline):
     assert tokens == alone
 
 
-def test_a_row_that_is_opened_again_takes_nothing_from_a_row_of_the_same_parameters(pipeline):
+def test_a_row_that_is_opened_again_takes_nothing_from_a_row_of_the_same_parameters(pipeline: Pipeline) -> None:
     """A CPU device keeps an array of the host where it is, if its address is a multiple of 64: here the table's is."""
     params = SamplingParams(temperature=1.1, top_k=40, seed=3)
     alone = pipeline.complete(PROMPT, params, max_tokens=24).ids
@@ -115,7 +117,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def test_a_wave_of_high_rows_costs_what_low_ones_do(llama, greedy_tokens):
+def test_high_rows_cost_as_much_as_low_rows(llama: Path, greedy_tokens: list[int]) -> None:
     stages = Pipeline.load(llama, shards=2, rows=16, chunk=32)
     history = [*PROMPT, *greedy_tokens]
     for row in (13, 15):
@@ -126,7 +128,7 @@ def test_a_wave_of_high_rows_costs_what_low_ones_do(llama, greedy_tokens):
     assert {key[1].size for key in stages.stages[0].programs._compiled if key[0] == "layers" and not key[1].prefill} == {4}
 
 
-def test_a_replayed_step_changes_nothing(pipeline, greedy_tokens):
+def test_a_replayed_step_changes_nothing(pipeline: Pipeline, greedy_tokens: list[int]) -> None:
     pipeline.start(0, PROMPT, GREEDY, max_tokens=60)
     history = [*PROMPT, *greedy_tokens]
     for position in range(len(PROMPT), len(PROMPT) + 20):
@@ -136,7 +138,7 @@ def test_a_replayed_step_changes_nothing(pipeline, greedy_tokens):
             assert token.id == history[at + 1]
 
 
-def test_whatever_a_row_held_before_cannot_be_seen(llama, greedy_tokens):
+def test_whatever_a_row_held_before_cannot_be_seen(llama: Path, greedy_tokens: list[int]) -> None:
     stages = Pipeline.load(llama, shards=2, chunk=32)
     for stage in stages.stages:
         stage._caches = [jax.tree.map(lambda array: array + np.finfo(array.dtype).max, cache) for cache in stage._caches]
@@ -150,10 +152,10 @@ def test_whatever_a_row_held_before_cannot_be_seen(llama, greedy_tokens):
         assert stages.complete(PROMPT, GREEDY, max_tokens=60).ids == greedy_tokens
 
 
-def test_nothing_compiles_after_warm_up(llama):
+def test_nothing_compiles_after_warm_up(llama: Path) -> None:
     compilations = []
 
-    def count(event: str, duration: float, **_: object) -> None:
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(event)
 
@@ -177,18 +179,18 @@ def test_nothing_compiles_after_warm_up(llama):
         jax.monitoring.unregister_event_duration_listener(count)
 
 
-def test_threads_that_warm_up_compile_what_they_share_once(llama, monkeypatch):
+def test_threads_that_warm_up_compile_shared_programs_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     gate = threading.Barrier(4)
 
-    def counted(program, *args):
+    def counted(program: Any, *args: Any) -> Any:
         made.append((program, args[0]))
         return program(*args)
 
     monkeypatch.setattr(programs, "_PROGRAM", {kind: partial(counted, program) for kind, program in programs._PROGRAM.items()})
     stage = Stage.load(llama, StageConfig(LayerRange(0, 5), rows=2, chunk=16))
 
-    def warm_up():
+    def warm_up() -> None:
         gate.wait(60)
         stage.warm_up()
 
@@ -201,7 +203,7 @@ def test_threads_that_warm_up_compile_what_they_share_once(llama, monkeypatch):
 
 
 @pytest.mark.parametrize(("prefill", "size"), [(False, 1), (False, 4), (True, 16), (True, 32)])
-def test_no_step_copies_a_cache(llama, prefill, size):
+def test_no_step_copies_a_cache(llama: Path, prefill: bool, size: int) -> None:
     from mesh.runtime.programs import Bucket
 
     stage = Stage.load(llama, StageConfig(LayerRange(0, 5), rows=64, chunk=32))
@@ -213,9 +215,10 @@ def test_no_step_copies_a_cache(llama, prefill, size):
     assert memory.temp_size_in_bytes < cache_bytes
 
 
-def test_a_cut_stage_gives_and_takes_the_hidden_state(llama):
+def test_a_cut_stage_gives_and_takes_the_hidden_state(llama: Path) -> None:
     first = Stage.load(llama, StageConfig(LayerRange(0, 2)))
     hidden = first.prefill(0, 0, np.array([4, 5, 6]))
+    assert isinstance(hidden, np.ndarray)
     assert hidden.shape == (3, 48)
     assert hidden.dtype == np.float32
     second = Stage.load(llama, StageConfig(LayerRange(2, 5)))
@@ -224,18 +227,18 @@ def test_a_cut_stage_gives_and_takes_the_hidden_state(llama):
 
 
 @pytest.mark.parametrize("layers", [(0, 6), (3, 3), (4, 2), (-1, 2), (5, 6)])
-def test_a_range_outside_the_model_is_refused(llama, layers):
+def test_a_range_outside_the_model_is_refused(llama: Path, layers: LayerRange) -> None:
     with pytest.raises(BadLayerRange, match="0-5"):
         Stage.load(llama, StageConfig(LayerRange(*layers)))
 
 
-def test_too_little_memory_is_refused_with_the_figures(llama):
+def test_too_little_memory_is_refused_with_the_figures(llama: Path) -> None:
     with pytest.raises(DoesNotFit, match=r"need .* \(weights .*, KV cache .*, workspace .*\) but 100 kB are allowed") as caught:
         Stage.load(llama, StageConfig(LayerRange(0, 5), max_memory_bytes=100_000))
     assert caught.value.needed_bytes > caught.value.allowed_bytes == 100_000
 
 
-def test_the_predicted_weights_and_cache_are_what_is_held(llama):
+def test_the_predicted_weights_and_cache_are_what_is_held(llama: Path) -> None:
     stage = Stage.load(llama, StageConfig(LayerRange(0, 5), rows=3))
     cache = sum(array.nbytes for array in jax.tree.leaves(stage._caches))
     assert cache == pytest.approx(stage.need.cache_bytes, rel=0.2)
@@ -243,7 +246,7 @@ def test_the_predicted_weights_and_cache_are_what_is_held(llama):
     assert stage.need.weights_bytes == sum(block.weight_bytes for block in manifest.blocks)
 
 
-def test_bad_steps_are_refused_and_change_nothing(pipeline, greedy_tokens):
+def test_bad_steps_are_refused_and_change_nothing(pipeline: Pipeline, greedy_tokens: list[int]) -> None:
     pipeline.start(0, PROMPT, GREEDY, max_tokens=60)
     first = pipeline.stages[0]
     with pytest.raises(PromptTooLong, match="96"):
@@ -260,7 +263,7 @@ def test_bad_steps_are_refused_and_change_nothing(pipeline, greedy_tokens):
     assert token.id == greedy_tokens[1]
 
 
-def test_damaged_files_are_named(llama, tmp_path):
+def test_damaged_files_are_named(llama: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "copy"
@@ -281,7 +284,7 @@ def test_damaged_files_are_named(llama, tmp_path):
         Stage.load(copy, StageConfig(LayerRange(1, 2)))
 
 
-def test_even_ranges_cover_every_layer_once():
+def test_even_ranges_cover_every_layer_once() -> None:
     for layers in range(1, 14):
         for shards in range(1, layers + 1):
             ranges = even_ranges(layers, shards)

@@ -1,4 +1,4 @@
-"""The guide's files are read as they stand; every mistake is one line that names file, key, and what would be right."""
+"""The files of the guide are read unchanged. A mistake is an error of one line that names the file, the key and what would be right."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from places import DOCS
 
 from mesh.errors import ConfigError
 from mesh.settings.files import ConfigFile, _variables
@@ -185,7 +186,7 @@ def test_a_mistake_in_json_is_named(tmp_path: Path, old: str, new: str, says: st
 
 
 @pytest.mark.parametrize("text", ["", "just words", "[1, 2]", "1: 2"])
-def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str) -> None:
     assert "sections with keys" in _refusal(tmp_path, text, ShardConfig)
 
 
@@ -255,7 +256,7 @@ def test_a_secret_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("model", [CoordinatorConfig, ShardConfig, DistributedConfig, ModelConfig])
 def test_every_key_is_documented(model: type[ConfigFile]) -> None:
-    text = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    text = (DOCS / "configuration.md").read_text()
     for path, _, _ in _variables(model):
         section, key = path[0], path[-1]
         assert f"{key}`" in text or (f"`{section}`" in text and section in ("tls", "authentication")), ".".join(path)

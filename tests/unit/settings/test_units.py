@@ -78,13 +78,13 @@ def test_parameter_counts_are_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "16 XB", "5ib", "-1GB", "1e9", "16GB32", True])
-def test_what_is_not_a_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="16GB"):
         parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["", "5 parsecs", "-5s", "s", -1, float("nan"), float("inf"), True, "5s?"])
-def test_what_is_not_a_duration_is_refused(text: str | float) -> None:
+def test_an_invalid_duration_is_refused(text: str | float) -> None:
     with pytest.raises(ConfigError, match="24h"):
         parse_seconds(text)
 

@@ -1,4 +1,4 @@
-"""What a joining shard takes."""
+"""Which layer range a joining shard takes."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.state = ShardState(SHAPE)
-        self.open: dict[int, list[object]] = {}
+        self.open: dict[int, list[Any]] = {}
         self.heard: dict[str, float] = {}
         self.ttl: dict[str, float] = {}
         self.now = 0.0
@@ -68,7 +69,7 @@ class Machine(RuleBasedStateMachine):
     def opens(self, session: int, epoch: int, coordinator: str, keep: int) -> None:
         message = opening(session, epoch, coordinator, keep)
         there = self.open.get(session)
-        if there is not None and epoch < there[0]:  # type: ignore[operator]
+        if there is not None and epoch < there[0]:
             with pytest.raises(MessageRejected):
                 self.state.open(message, self.now)
             return
@@ -84,8 +85,8 @@ class Machine(RuleBasedStateMachine):
         if there is None:
             taken = {seat[2] for seat in self.open.values()}
             there = self.open[session] = [epoch, coordinator, min(set(range(ROWS)) - taken), 0]
-        elif epoch > there[0]:  # type: ignore[operator]
-            there[:] = [epoch, coordinator, there[2], min(there[3], keep)]  # type: ignore[type-var]
+        elif epoch > there[0]:
+            there[:] = [epoch, coordinator, there[2], min(there[3], keep)]
         assert [seat.epoch, seat.coordinator, seat.row, seat.filled] == there
         self.hear(coordinator)
         self.missing.discard(session)
@@ -95,8 +96,8 @@ class Machine(RuleBasedStateMachine):
     def prefills(self, data: st.DataObject, count: int, shift: int, stale: bool) -> None:
         session = data.draw(st.sampled_from(sorted(self.open)))
         epoch, coordinator, row, filled = self.open[session]
-        start = max(0, filled + shift)  # type: ignore[operator]
-        sent = frame(Kind.PREFILL, [(session, epoch - stale if epoch else epoch, start, row)], [1] * count, coordinator)  # type: ignore[list-item,operator,arg-type]
+        start = max(0, filled + shift)
+        sent = frame(Kind.PREFILL, [(session, epoch - stale if epoch else epoch, start, row)], [1] * count, coordinator)
         admission = self.state.admit(sent, self.now)
         if self.queued >= QUEUE:
             assert admission.nothing and admission.nacks[0].reason is Nack.OVERLOADED
@@ -104,14 +105,14 @@ class Machine(RuleBasedStateMachine):
             assert admission.nothing and admission.nacks[0].reason is Nack.STALE_EPOCH
         elif start + count > CONTEXT:
             assert admission.nothing and admission.nacks[0].reason is Nack.BAD_INPUT
-        elif start > filled:  # type: ignore[operator]
+        elif start > filled:
             assert admission.nothing and admission.nacks[0].reason is Nack.HOLE
             assert admission.nacks[0].positions.tolist() == [filled]
         else:
             assert admission.rows is None and not admission.nacks
             self.open[session][3] = start + count
             self.queued += 1
-            self.hear(coordinator)  # type: ignore[arg-type]
+            self.hear(coordinator)
 
     @rule(chosen=st.sets(sessions, min_size=1), coordinator=names)
     def decodes(self, chosen: set[int], coordinator: str) -> None:
@@ -121,9 +122,9 @@ class Machine(RuleBasedStateMachine):
         for index, session in enumerate(sorted(chosen)):
             there = self.open.get(session)
             rows.append((session, 0, 0, 0) if there is None else (session, there[0], there[3], there[2]))
-            if there is not None and there[1] == coordinator and there[3] < CONTEXT:  # type: ignore[operator]
+            if there is not None and there[1] == coordinator and there[3] < CONTEXT:
                 good.append(index)
-        admission = self.state.admit(frame(Kind.DECODE, rows, [1] * len(rows), coordinator), self.now)  # type: ignore[arg-type]
+        admission = self.state.admit(frame(Kind.DECODE, rows, [1] * len(rows), coordinator), self.now)
         if self.queued >= QUEUE:
             assert admission.nothing
             return
@@ -131,7 +132,7 @@ class Machine(RuleBasedStateMachine):
         assert computed == good
         assert sum(nack.rows for nack in admission.nacks) == len(rows) - len(good)
         for index in good:
-            self.open[rows[index][0]][3] += 1  # type: ignore[operator]
+            self.open[rows[index][0]][3] += 1
         if good:
             self.queued += 1
             self.hear(coordinator)
@@ -145,15 +146,15 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(chosen=st.sets(sessions, min_size=1), coordinator=names)
     def follows(self, chosen: set[int], coordinator: str) -> None:
-        """A frame to another replica: what is open here too is computed in its own row, and nothing is said of the rest."""
+        """A frame to another replica: sessions that are open here too are computed in their own rows, and the others are passed over."""
         rows = []
         good = []
         for index, session in enumerate(sorted(chosen)):
             there = self.open.get(session)
             rows.append((session, 0, 0, 2) if there is None else (session, there[0], there[3], 2))
-            if there is not None and there[1] == coordinator and there[3] < CONTEXT:  # type: ignore[operator]
+            if there is not None and there[1] == coordinator and there[3] < CONTEXT:
                 good.append(index)
-        sent = replace(frame(Kind.DECODE, rows, [1] * len(rows), coordinator), route=(Hop(LAYERS, "b"),))  # type: ignore[arg-type]
+        sent = replace(frame(Kind.DECODE, rows, [1] * len(rows), coordinator), route=(Hop(LAYERS, "b"),))
         mine = self.state.follow(sent)
         if self.queued >= QUEUE or not good:
             assert mine is None
@@ -161,13 +162,13 @@ class Machine(RuleBasedStateMachine):
         assert mine is not None
         assert mine.slots[0].tolist() == [self.open[rows[index][0]][2] for index in good]
         for index in good:
-            self.open[rows[index][0]][3] += 1  # type: ignore[operator]
+            self.open[rows[index][0]][3] += 1
         self.queued += 1
 
     @rule(chosen=st.sets(sessions), coordinator=names, everything=st.booleans(), epoch=epochs)
     def closes(self, chosen: set[int], coordinator: str, everything: bool, epoch: int) -> None:
         message = Close(coordinator=coordinator, sessions=tuple(chosen), all=everything, epoch=epoch)
-        gone = [s for s, seat in self.open.items() if seat[1] == coordinator and (everything or s in chosen) and seat[0] <= epoch]  # type: ignore[operator]
+        gone = [s for s, seat in self.open.items() if seat[1] == coordinator and (everything or s in chosen) and seat[0] <= epoch]
         assert self.state.close(message, self.now) == len(gone)
         for session in gone:
             self.forget(session)
@@ -232,21 +233,21 @@ TestAnyOrderOfEvents = Machine.TestCase
         ({"tokens": np.array([1, -1], np.int32)}, "input"),
     ],
 )
-def test_a_frame_for_another_shard_is_refused_whole(change: dict[str, object], reason: str) -> None:
+def test_a_frame_for_another_shard_is_refused_whole(change: dict[str, Any], reason: str) -> None:
     state = ShardState(SHAPE)
     for session in (1, 2):
         state.open(opening(session), 0.0)
     good = frame(Kind.DECODE, [(1, 1, 0, 0), (2, 1, 0, 1)], [1, 2])
     with pytest.raises(FrameRejected) as caught:
-        state.admit(replace(good, **change), 0.0)  # type: ignore[arg-type]
+        state.admit(replace(good, **change), 0.0)
     assert caught.value.reason == reason
     assert state.queued == 0 and all(seat.filled == 0 for s in (1, 2) if (seat := state.seat(s)) is not None)
     assert state.admit(good, 0.0).rows is None
     state.check()
 
 
-def test_what_follows_a_prefill_chunk_is_not_counted_on_any_more() -> None:
-    """Its padding was written there."""
+def test_positions_after_a_prefill_chunk_no_longer_count_as_filled() -> None:
+    """The padding of the chunk was written there."""
     state = ShardState(SHAPE)
     state.open(opening(1), 0.0)
     for kind, start, count, filled in (

@@ -21,6 +21,7 @@ from mesh.coordinator.core.events import (
     Event,
     FrameLost,
     FrameOut,
+    FrameRow,
     Opened,
     OpenRefused,
     OpenRow,
@@ -297,7 +298,8 @@ class FakeMesh:
     def _compute(self, shard: Shard, out: FrameOut, stage: int) -> None:
         name = shard.replica.shard
         mine = out.route[stage].shard == name
-        kept, gone = [], []
+        kept: list[FrameRow] = []
+        gone: list[FrameRow] = []
         for row in out.rows:
             reservation = shard.reservations.get(row.key)
             well = (
@@ -331,3 +333,10 @@ class FakeMesh:
             cache = shard.cache[row.rows[stage]]
             answers.append(ResultRow(row.key, position, Sampled(next_token([cache[p] for p in range(position + 1)]))))
         self._send(name, "core", Result(out.frame, tuple(answers)))
+
+
+def session_of(mesh: FakeMesh, request: str) -> Session:
+    """The session of a request that the core still has."""
+    session = mesh.session(request)
+    assert session is not None, f"the core has no session of {request}"
+    return session

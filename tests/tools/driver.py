@@ -7,50 +7,18 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from serving import unique
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec, subjects
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
 from mesh.protocol.messages import Beat, Close, Closed, Open, Opened, Sampling, ShardStats, StatsRequest
-from mesh.runtime.programs import Compiled
-from mesh.shard.service import Shard, ShardOptions
+from mesh.shard.service import Shard
 from mesh.types import LayerRange, even_ranges
-
-_unique = itertools.count(1)
-CONTEXT = 64
-COMPILED: Compiled = {}  # by every shard of this process, so that each program is made once
-
-
-@asynccontextmanager
-async def shards(url: str, model: Path, ranges: Sequence[LayerRange], **options: object) -> AsyncIterator[list[Shard]]:
-    """Running shards, one a range, each with a connection of its own; `check()` at the end."""
-    running: list[Shard] = []
-    tasks: list[asyncio.Task[None]] = []
-    try:
-        for layers in ranges:
-            name = f"s{next(_unique)}"
-            bus = await Bus.connect(BusOptions((url,)), name=name)
-            settings = {"rows": 4, "context": CONTEXT, "chunk": 16, "warm_up": False, **options}
-            running.append(Shard(bus, ShardOptions(name=name, directory=model, layers=layers, **settings), compiled=COMPILED))  # type: ignore[arg-type]
-            tasks.append(asyncio.create_task(running[-1].run()))
-        for shard, task in zip(running, tasks, strict=True):
-            ready = asyncio.create_task(shard.ready.wait())
-            await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
-            if task.done():
-                task.result()
-        yield running
-    finally:
-        for shard in running:
-            shard.stop()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        for shard in running:
-            shard.state.check()
-            await shard.bus.close()
-        del results
 
 
 class Driver:
@@ -59,7 +27,7 @@ class Driver:
     def __init__(self, bus: Bus, manifest: Manifest, running: Sequence[Shard]) -> None:
         self.bus = bus
         self.manifest = manifest
-        self.name = f"c{next(_unique)}"
+        self.name = unique("c")
         self.route = tuple(Hop(shard.state.shape.layers, shard.options.name) for shard in running)
         self.answers: asyncio.Queue[Frame] = asyncio.Queue()
         self.rows: dict[int, list[Opened]] = {}
@@ -97,7 +65,7 @@ class Driver:
         message = Close(coordinator=self.name, sessions=sessions)
         return [await self.bus.request(subjects.control(hop.shard, "close"), message, Closed, timeout_s=10) for hop in self.route]
 
-    def frame(self, kind: Kind, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int], **fields: object) -> Frame:
+    def frame(self, kind: Kind, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int], **fields: Any) -> Frame:
         slots = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
         return Frame(
             kind,
@@ -110,7 +78,7 @@ class Driver:
             np.array(slots, np.uint32),
             np.array(tokens, np.int32),
             step=next(self._step),
-            **{"flags": self.flags, **fields},  # type: ignore[arg-type]
+            **{"flags": self.flags, **fields},
         )
 
     async def send(self, frame: Frame) -> None:

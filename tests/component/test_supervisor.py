@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,14 +28,14 @@ class Clock:
 
 
 class World:
-    def __init__(self, folder) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clock = Clock()
         self.said: list[str] = []
         self.supervisor = Supervisor(self.said.append, self.clock)
         self.children: list[Child] = []
 
-    def child(self, name: str, program: str, **options) -> Child:
+    def child(self, name: str, program: str, **options: Any) -> Child:
         command = dying_with_parent([sys.executable, "-c", program])
         child = Child(command, self.folder / f"{name}.log", os.environ)
         self.children.append(child)
@@ -45,18 +48,18 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path):
+def world(tmp_path: Path) -> Iterator[World]:
     made = World(tmp_path)
     yield made
     for child in made.children:
         child.kill()
 
 
-def test_the_delay_doubles_up_to_half_a_minute():
+def test_the_delay_doubles_up_to_half_a_minute() -> None:
     assert [restart_delay_s(deaths) for deaths in range(1, 10)] == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
 
 
-def test_a_killed_process_is_started_again_when_its_delay_is_over(world):
+def test_a_killed_process_is_started_again_when_its_delay_is_over(world: World) -> None:
     child, other = world.child("shard-1", FOREVER), world.child("shard-2", FOREVER)
     world.supervisor.ready()
     assert world.supervisor.check() is None
@@ -67,14 +70,15 @@ def test_a_killed_process_is_started_again_when_its_delay_is_over(world):
     assert world.supervisor.check() == pytest.approx(0.1) and child.returncode == -signal.SIGKILL
     world.clock.now += 0.2
     assert world.supervisor.check() is None
-    assert child.returncode is None and child.pid != first and other.returncode is None
+    assert child.pid != first
+    assert all(each.returncode is None for each in (child, other))
     assert world.said == [
         "shard-1 was ended by SIGKILL; it is started again in 0.5 s",
         f"shard-1 is started again, process {child.pid}",
     ]
 
 
-def test_a_minute_of_health_forgets_deaths(world):
+def test_a_minute_without_a_death_resets_the_delay(world: World) -> None:
     child = world.child("shard-1", FOREVER)
     world.supervisor.ready()
     for lived_s, expected in ((1, 0.5), (1, 1), (59, 2), (60, 0.5), (59, 1)):
@@ -85,7 +89,7 @@ def test_a_minute_of_health_forgets_deaths(world):
         assert world.supervisor.check() is None
 
 
-def test_who_keeps_ending_is_given_up_with_its_last_words(world):
+def test_a_child_that_keeps_ending_is_given_up_with_its_last_output(world: World) -> None:
     child = world.child("shard-1", FAILING)
     world.supervisor.ready()
     for deaths in range(1, MOST_DEATHS):
@@ -99,7 +103,7 @@ def test_who_keeps_ending_is_given_up_with_its_last_words(world):
     assert world.said[0] == "shard-1 ended with exit code 3: no memory; it is started again in 0.5 s"
 
 
-def test_less_is_borne_before_everything_was_ready_however_long_it_took(world):
+def test_fewer_deaths_are_tolerated_before_everything_was_ready(world: World) -> None:
     child = world.child("shard-1", FOREVER)
     for _ in range(START_TRIES - 1):
         world.clock.now += 100
@@ -113,14 +117,14 @@ def test_less_is_borne_before_everything_was_ready_however_long_it_took(world):
         world.supervisor.check()
 
 
-def test_who_says_at_the_start_what_is_wrong_is_not_tried_again(world):
+def test_a_child_that_reports_a_usage_error_is_not_started_again(world: World) -> None:
     world.child("shard-1", "import sys; print('mesh: too little'); sys.exit(2)")
     world.children[0].process.wait(30)
     with pytest.raises(ServiceError, match=r"^shard-1 ended with exit code 2:\n  mesh: too little$"):
         world.supervisor.check()
 
 
-def test_who_may_leave_and_does_stays_away_until_it_is_restarted(world):
+def test_a_child_that_may_leave_stays_away_until_it_is_restarted(world: World) -> None:
     leaving, ending = world.child("shard-1", "", may_leave=True), world.child("coordinator-1", "")
     world.supervisor.ready()
     leaving.process.wait(30)
@@ -137,7 +141,7 @@ def test_who_may_leave_and_does_stays_away_until_it_is_restarted(world):
         world.supervisor.restart("shard-7")
 
 
-def test_a_process_that_cannot_be_started_is_tried_again(world):
+def test_a_process_that_cannot_be_started_is_tried_again(world: World) -> None:
     child = world.child("shard-1", FOREVER)
     world.supervisor.ready()
     right, child.command = child.command, ["/nowhere/python"]
@@ -151,8 +155,8 @@ def test_a_process_that_cannot_be_started_is_tried_again(world):
     assert world.supervisor.check() is None and child.returncode is None
 
 
-def test_running_ends_with_the_process_that_is_given_up(tmp_path):
-    """In the time of the machine: the wait for an end and for a delay."""
+def test_run_raises_when_a_child_is_given_up(tmp_path: Path) -> None:
+    """This one waits in real time, for the end of a process and for a delay."""
     said: list[str] = []
     supervisor = Supervisor(said.append)
     child = Child(dying_with_parent([sys.executable, "-c", FAILING]), tmp_path / "log", os.environ)

@@ -1,4 +1,4 @@
-"""Temporary folders go with their owners, and with the next owner where those could not remove them."""
+"""A temporary folder is removed by its owner, or by the next owner if the first was killed."""
 
 from __future__ import annotations
 

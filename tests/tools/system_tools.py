@@ -17,7 +17,7 @@ from mesh.protocol.messages import ShardLease
 
 
 async def raw(url: str, subject: str, request: dict[str, Any] | bytes, *, timeout_s: float = 60.0) -> Received:
-    """The first message that answers, whatever it is."""
+    """The first message that answers the request, be it a result or an error."""
     data = request if isinstance(request, bytes) else orjson.dumps(request)
     async with await Bus.connect(BusOptions(urls=(url,)), name="raw") as bus:
         answers: asyncio.Queue[Received] = asyncio.Queue()
@@ -28,13 +28,13 @@ async def raw(url: str, subject: str, request: dict[str, Any] | bytes, *, timeou
 
 
 async def until_leases(mesh: LocalMesh, hold: Callable[[Mapping[str, ShardLease]], bool]) -> None:
-    """Until the shards' leases are so."""
+    """Until `hold` is true of the leases of the shards."""
     async with await Bus.connect(mesh.bus, name="watching") as bus:
         await leases(bus, hold)
 
 
 async def all_rows_free(mesh: LocalMesh) -> None:
-    """Until every shard says so, asked again whenever a row is given back: a lease may be from before the row was taken."""
+    """Until every shard reports that all its rows are free. They are asked again whenever a row is given back."""
     async with AsyncMeshClient(mesh.url) as client, await Bus.connect(BusOptions(urls=(mesh.url,)), name="watching") as bus:
         changed = asyncio.Event()
 

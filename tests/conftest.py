@@ -1,0 +1,46 @@
+"""Fixtures of component and system tests alike. Heavy packages are imported inside the fixtures, so that a unit test starts at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from running import Run
+
+T = TypeVar("T")
+DEADLINE_S = 300.0
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Programs that one process compiled serve the others."""
+    from mesh.runtime.device import prepare
+
+    if "MESH_CACHE_DIR" not in os.environ:
+        os.environ["MESH_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    prepare()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the tiny model."""
+    from tiny_mesh_model import make_model
+
+    return make_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run a coroutine to its end, within a deadline."""
+
+    def call(work: Coroutine[Any, Any, T], /) -> T:
+        async def bounded() -> T:
+            return await asyncio.wait_for(work, DEADLINE_S)
+
+        return asyncio.run(bounded())
+
+    return call
