@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from mesh.bus import Bus, BusOptions, Received
-from mesh.commands.coordinator import run_loop
 from mesh.errors import Unavailable
+from mesh.host.signals import run_loop
 
 __all__ = ["bare_hop_between_stages_s", "bare_hop_s"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from mesh.gateway import HttpEdge
     from mesh.settings.schema import CoordinatorConfig, ServedModelSection
 
-__all__ = ["add_parser", "run_command", "run_until_signal"]
+__all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
 Serve generation requests on mesh.v1.MODEL.generate, through the shards that are there. Any number of coordinators may serve
@@ -48,6 +46,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.coordinator.description import find_model
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
     from mesh.host.process import settle
+    from mesh.host.signals import on_signals, run_loop
     from mesh.protocol.frame_codec import Flags
     from mesh.settings.schema import CoordinatorConfig, load_config
     from mesh.settings.units import GB
@@ -82,7 +81,8 @@ def run_command(args: argparse.Namespace) -> int:
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)))
             settle()
             if edge is None:
-                await run_until_signal(coordinator.run, coordinator.stop)
+                on_signals(coordinator.stop)
+                await coordinator.run()
             else:
                 await _run_with_http(coordinator, edge, connection)
 
@@ -95,8 +95,8 @@ def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | Non
     section = config.coordinator
     if not section.serve_http:
         return None
-    from mesh.commands.gateway import gateway_settings
     from mesh.gateway import HttpEdge
+    from mesh.gateway.from_config import gateway_settings
 
     if args.http_port is not None:
         if not 0 <= args.http_port <= 65535:
@@ -107,25 +107,21 @@ def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | Non
 
 
 async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: BusOptions) -> None:
-    """Both until the first SIGTERM or SIGINT: HTTP requests under way may end, then the coordinator does. A second one ends all."""
-    loop = asyncio.get_running_loop()
+    """Run both until the first SIGTERM or SIGINT. The edge then lets its requests end, and the coordinator ends after it; a second
+    signal ends both at once."""
+    from mesh.host.signals import on_signals
+
     coordinator.http_url = edge.url
     serving = asyncio.create_task(coordinator.run())
     listening = asyncio.create_task(edge.serve(connection, model=coordinator.manifest.name))
-    asked = False
 
-    def end() -> None:
-        nonlocal asked
-        edge.stop(now=asked)
-        if asked:
-            coordinator.stop()
-        asked = True
+    def end_now() -> None:
+        edge.stop(now=True)
+        coordinator.stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    on_signals(edge.stop, end_now)
     await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
-    edge.stop(now=True)
-    coordinator.stop()
+    end_now()
     await asyncio.gather(serving, listening)
 
 
@@ -140,22 +136,3 @@ def _wanted(model: str | None, section: ServedModelSection) -> Wanted:
         said |= {"path": model, "name": None} if is_path else {"path": None, "name": model}
     path = said.pop("path", None)
     return Wanted(path=None if path is None else Path(path), **said)
-
-
-def run_loop(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """On uvloop where there is one: a hop costs half."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main())
-        return
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
-
-
-async def run_until_signal(run: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[], Any]) -> None:
-    """`run`, and `stop` on the first SIGTERM or SIGINT."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    await run()

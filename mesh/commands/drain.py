@@ -54,7 +54,7 @@ compiled; sessions that are open may end first, the rest go on on other replicas
 def load_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.errors import ConfigError
-    from mesh.planner.requests import parse_ranges
+    from mesh.planner.from_config import parse_ranges
     from mesh.protocol import subjects
     from mesh.protocol.messages import Load, Loaded
 

@@ -21,9 +21,10 @@ from mesh.commands.placement_table import print_placement
 from mesh.errors import ConfigError, ModelNotFound, PlanError
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, ModelShape
+from mesh.planner.from_config import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
 from mesh.planner.placement import Node, Placement, Strategy
-from mesh.planner.plan import PlanRequest, place, plan, ranges_of, same_nodes
-from mesh.planner.requests import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
+from mesh.planner.plan import place, plan, ranges_of
+from mesh.planner.request import PlanRequest, same_nodes
 from mesh.settings.schema import DistributedConfig, ModelConfig, load_config
 from mesh.settings.units import GB, parse_bytes
 

@@ -74,7 +74,7 @@ def pull_command(args: argparse.Namespace) -> int:
 
 def _one_range(text: str | None) -> LayerRange | None:
     from mesh.errors import ConfigError
-    from mesh.planner.requests import parse_ranges
+    from mesh.planner.from_config import parse_ranges
 
     if text is None:
         return None

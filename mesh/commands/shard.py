@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def add_join_parser(subparsers: Any) -> None:
 def shard_command(args: argparse.Namespace) -> int:
     from mesh.runtime.device import prepare
     from mesh.settings.schema import ShardConfig, load_config
-    from mesh.shard.process import choose_device, limit_threads, run_loop, serve
+    from mesh.shard.process import choose_device, limit_threads, run, serve
     from mesh.shard.service import ShardOptions
     from mesh.telemetry.logs import setup_logging
     from mesh.types import LayerRange
@@ -95,13 +96,13 @@ def shard_command(args: argparse.Namespace) -> int:
                 mirror=config.shard.replication_mode == "mirror",
             )
 
-        run_loop(serve(connection, make, progress=progress, http=http))
+        run(partial(serve, connection, make, progress=progress, http=http))
     return 0
 
 
 def _http(config: ShardConfig) -> ShardHttp:
     """With its port taken, so that a wrong one is an error before anything is loaded."""
-    from mesh.commands.gateway import tls_of, verifier_of
+    from mesh.http.from_config import tls_of, verifier_of
     from mesh.http.listener import Listener, ListenerOptions
     from mesh.shard.http import ShardHttp
 
@@ -117,7 +118,7 @@ def join_command(args: argparse.Namespace) -> int:
     from mesh.runtime.device import prepare
     from mesh.settings.schema import HealthSection
     from mesh.shard.http import ShardHttp
-    from mesh.shard.process import choose_device, limit_threads, run_loop, serve
+    from mesh.shard.process import choose_device, limit_threads, run, serve
     from mesh.telemetry.logs import setup_logging
 
     setup_logging()
@@ -148,7 +149,7 @@ def join_command(args: argparse.Namespace) -> int:
                 progress=progress,
             )
 
-        run_loop(serve(bus_options(args), make, progress=progress, http=http))
+        run(partial(serve, bus_options(args), make, progress=progress, http=http))
     return 0
 
 

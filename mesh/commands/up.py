@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
@@ -45,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    from mesh.host.signals import ignore_signals, interrupt_on_signals
     from mesh.local.mesh import DEFAULT_HTTP_PORT, LocalMesh, LocalOptions, announced
     from mesh.protocol.subjects import generate as generate_subject
 
@@ -69,11 +68,7 @@ def run_command(args: argparse.Namespace) -> int:
     )
     mesh = LocalMesh(options, say=lambda line: print(line, file=sys.stderr, flush=True))
 
-    def interrupted(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job begins with it ignored
-        signal.signal(number, interrupted)
+    interrupt_on_signals()
     began = time.perf_counter()
     try:
         with progress_bar() as progress:
@@ -105,9 +100,7 @@ def run_command(args: argparse.Namespace) -> int:
         print("stopping", file=sys.stderr)
         return 130
     finally:
-        # a second Ctrl-C does not interrupt the ending; SIGKILL does, and the kernel ends the children then
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ignore_signals()  # a second Ctrl-C does not interrupt the end; after a SIGKILL the kernel ends the children
         mesh.stop()
     return 0
 

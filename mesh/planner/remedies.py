@@ -6,13 +6,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from mesh.planner.placement import Node, Placement, Remedy
+from mesh.planner.request import PlanRequest
 from mesh.settings.units import GB, MB, format_bytes
-
-if TYPE_CHECKING:
-    from mesh.planner.plan import PlanRequest
 
 __all__ = ["advise", "apply"]
 

@@ -20,7 +20,8 @@ from mesh.model.memory import DEFAULT_CHUNK, predict
 from mesh.protocol import subjects
 from mesh.protocol.messages import Message, ShardLease
 from mesh.shard.join import Held, choose_range
-from mesh.shard.service import Progress, ShardOptions
+from mesh.shard.options import ShardOptions
+from mesh.shard.service import Progress
 from mesh.types import LayerRange
 
 __all__ = ["place"]

@@ -19,13 +19,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.model.manifest import Manifest
-from mesh.model.memory import DEFAULT_CHUNK
 from mesh.protocol import frame_codec, subjects
 from mesh.protocol.frame_codec import Frame, Gap, Kind, Timing
 from mesh.protocol.messages import (
@@ -54,9 +52,9 @@ from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import HIDDEN_DTYPES, AnyStage, ComputeThread, exercise, run_step
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
+from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardShape, ShardState
 from mesh.telemetry import logs
-from mesh.types import LayerRange
 
 __all__ = ["Shard", "ShardOptions"]
 
@@ -64,31 +62,7 @@ log = logging.getLogger("mesh.shard")
 
 _RENEW_S = 1.5
 
-Status = Literal["loading", "warming", "ready", "draining"]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """What one shard is. rows: sessions at once. context None: the model's. warm_up False: programs are compiled when they
-    are first needed (for tests). drain_s: how long an asked-for end waits for open sessions. mirror: follow the frames of the
-    range's other replicas too, for sessions that are open on both. overlap: of the neighbours' layers, held as well, see moving.py.
-    kv_cache False: what comes in is kept instead of keys and values, see mesh/runtime/recompute.py."""
-
-    name: str
-    directory: Path
-    layers: LayerRange
-    rows: int = 8
-    context: int | None = None
-    chunk: int = DEFAULT_CHUNK
-    max_memory_bytes: int | None = None
-    checksums: bool = False
-    warm_up: bool = True
-    drain_s: float = 30.0
-    lease_ttl_s: float = subjects.LEASE_TTL_S
-    mirror: bool = False
-    overlap: int = 0
-    kv_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)

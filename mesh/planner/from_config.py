@@ -1,4 +1,4 @@
-"""From what users write (flags, configuration files, a model directory) to a PlanRequest."""
+"""From flags, configuration files and model directories to a PlanRequest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from mesh.errors import ConfigError, ModelNotFound
 from mesh.model.memory import ModelShape
 from mesh.planner.placement import Node
-from mesh.planner.plan import PlanRequest, same_nodes
+from mesh.planner.request import PlanRequest, same_nodes
 from mesh.settings.files import read_mapping
 from mesh.settings.schema import DistributedConfig, ModelConfig
 from mesh.settings.units import parse_bytes, parse_count, parse_rate, parse_seconds
