@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mesh.errors import BadRequest
 
-__all__ = ["LayerRange", "even_ranges"]
+__all__ = ["LayerRange", "Progress", "even_ranges", "no_progress"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) as long work goes on."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The Progress of work that nobody watches."""
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -30,11 +30,10 @@ from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.host.paths import cache_directory
 from mesh.model.manifest import FileInfo, Manifest, block_name, check_file
 from mesh.protocol import subjects
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress, no_progress
 
 __all__ = ["ModelStore", "Progress", "files_of", "kept_at"]
 
-Progress = Callable[[str, int, int], None]
 """(what, bytes done, bytes in all)"""
 
 _CHUNK_BYTES = 512 * 1024
@@ -90,7 +89,7 @@ class ModelStore:
         except ValidationError:
             raise CorruptModel(f"the manifest of {name} in the object store is damaged: push the model again") from None
 
-    async def push(self, directory: Path, progress: Progress = lambda what, done, total: None) -> Manifest:
+    async def push(self, directory: Path, progress: Progress = no_progress) -> Manifest:
         """Copy a model directory into the store; what is there already is left. CorruptModel: a file is not what the manifest says."""
         manifest = await asyncio.to_thread(Manifest.load, directory)
         store = await self._open()
@@ -119,7 +118,7 @@ class ModelStore:
         *,
         embed: bool = True,
         head: bool = True,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> Manifest:
         """Copy a model, or what a range of it needs, into `directory`; what is there already, and right, is left.
 
@@ -133,7 +132,7 @@ class ModelStore:
         """Copy what there is beside the blocks, manifest, tokenizer and chat template, into `directory` (None: the cache's); where."""
         manifest = await self.manifest(name)
         directory = directory or kept_at(manifest)
-        await self._bring(manifest, list(manifest.extra_files), directory, lambda what, done, total: None)
+        await self._bring(manifest, list(manifest.extra_files), directory, no_progress)
         return directory
 
     async def _bring(self, manifest: Manifest, files: list[FileInfo], directory: Path, progress: Progress) -> None:

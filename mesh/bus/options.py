@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL
 
 __all__ = ["BusOptions", "without_password"]
 
@@ -17,7 +18,7 @@ class BusOptions:
     """Where and as whom. `credentials`: a .creds file (JWT and seed). `nkey_seed`: a file with a seed. `tls_*`: PEM files; `tls_ca`
     alone checks the server, with `tls_cert` and `tls_key` this side shows itself too. `inbox_prefix`: where answers come back."""
 
-    urls: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    urls: tuple[str, ...] = (DEFAULT_NATS_URL,)
     credentials: str | None = None
     nkey_seed: str | None = None
     user: str | None = None
@@ -26,7 +27,7 @@ class BusOptions:
     tls_ca: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
-    inbox_prefix: str = "_INBOX"
+    inbox_prefix: str = DEFAULT_INBOX_PREFIX
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """For the connection; ConfigError where a file is not what it should be. None: a tls:// server is checked against the

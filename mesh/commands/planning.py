@@ -25,6 +25,7 @@ from mesh.planner.from_config import config_class, from_distributed, from_model_
 from mesh.planner.placement import Node, Placement, Strategy
 from mesh.planner.plan import place, plan, ranges_of
 from mesh.planner.request import PlanRequest, same_nodes
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
 from mesh.settings.schema import DistributedConfig, ModelConfig, load_config
 from mesh.settings.units import GB, parse_bytes
 
@@ -101,7 +102,7 @@ def shard_model_command(args: argparse.Namespace, importer: Importer | None = No
     placement = plan(from_distributed(config, shape, args.config)).require_fit()
     out = args.out or args.config.parent / "placement" / "placement.json"
     shard_path = args.shard_path or str(directory.resolve())
-    _write(placement, config, out, shard_path, args.nats or "nats://127.0.0.1:4222")
+    _write(placement, config, out, shard_path, args.nats or DEFAULT_NATS_URL)
     _show(placement, args.json)
     if not args.json:
         print(f"Wrote {out} and {len(placement.shards)} x {out.parent / 'shard_N' / 'config.yaml'}")
@@ -248,7 +249,7 @@ def _write(placement: Placement, config: DistributedConfig, out: Path, shard_pat
     files = {out: placement.to_json().decode()}
     for shard in placement.shards:
         content = {
-            "shard": {"shard_id": shard.shard_id, "listen_port": 8080},
+            "shard": {"shard_id": shard.shard_id, "listen_port": DEFAULT_HTTP_PORT},
             "nats": {"urls": [url.strip() for url in nats.split(",")]},
             "model": {
                 "shard_path": shard_path,

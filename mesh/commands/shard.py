@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_HTTP_PORT
 from mesh.settings.units import parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus
     from mesh.settings.schema import ShardConfig
     from mesh.shard.http import ShardHttp
-    from mesh.shard.service import Progress, ShardOptions
-    from mesh.types import LayerRange
+    from mesh.shard.options import ShardOptions
+    from mesh.types import LayerRange, Progress
 
 __all__ = ["add_join_parser", "add_shard_parser"]
 
@@ -65,8 +66,8 @@ def add_join_parser(subparsers: Any) -> None:
 def shard_command(args: argparse.Namespace) -> int:
     from mesh.runtime.device import prepare
     from mesh.settings.schema import ShardConfig, load_config
+    from mesh.shard.options import ShardOptions
     from mesh.shard.process import choose_device, limit_threads, run, serve
-    from mesh.shard.service import ShardOptions
     from mesh.telemetry.logs import setup_logging
     from mesh.types import LayerRange
 
@@ -125,7 +126,9 @@ def join_command(args: argparse.Namespace) -> int:
     limit_threads(args.threads)
     choose_device(gpu=args.gpu)
     prepare()
-    options = ListenerOptions(port=8080 if args.http_port is None else args.http_port, max_connections=_HTTP_CONNECTIONS, grace_s=0)
+    options = ListenerOptions(
+        port=DEFAULT_HTTP_PORT if args.http_port is None else args.http_port, max_connections=_HTTP_CONNECTIONS, grace_s=0
+    )
     health = HealthSection()
     http = ShardHttp(
         Listener.bind(options, or_free=args.http_port is None), check_interval_s=health.check_interval, timeout_s=health.timeout

@@ -10,6 +10,7 @@ from typing import Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
+from mesh.settings.defaults import DEFAULT_HTTP_PORT
 from mesh.settings.units import format_seconds, parse_bytes
 
 __all__ = ["add_parser", "run_command"]
@@ -44,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from mesh.host.signals import ignore_signals, interrupt_on_signals
-    from mesh.local.mesh import DEFAULT_HTTP_PORT, LocalMesh, LocalOptions, announced
+    from mesh.local.mesh import LocalMesh, LocalOptions, announced
     from mesh.protocol.subjects import generate as generate_subject
 
     options = LocalOptions(

@@ -22,6 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_HTTP_PORT
 
 __all__ = ["Listener", "ListenerOptions", "Tls", "is_loopback"]
 
@@ -75,7 +76,7 @@ class ListenerOptions:
     after `stop`. send_buffer_bytes: of the kernel, for each connection (None: its own choice)."""
 
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: int = DEFAULT_HTTP_PORT
     max_connections: int = 1000
     max_head_bytes: int = 64 * 1024
     head_timeout_s: float = 75.0

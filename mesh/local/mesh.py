@@ -32,21 +32,18 @@ from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
 from mesh.protocol.messages import ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
 from mesh.settings.files import ENV_PREFIX
 from mesh.settings.schema import NatsSection
 from mesh.settings.units import GB
-from mesh.types import LayerRange, even_ranges
+from mesh.types import LayerRange, Progress, even_ranges, no_progress
 
-__all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "default_url"]
+__all__ = ["LocalMesh", "LocalOptions", "announced", "default_url"]
 
 log = logging.getLogger(__name__)
 
-DEFAULT_URL = "nats://127.0.0.1:4222"
-DEFAULT_HTTP_PORT = 8080
 _STOP_S = 10.0
 _HTTP_DRAIN_S = 2.0
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class LocalMesh:
     def processes(self) -> dict[str, subprocess.Popen[bytes]]:
         return {name: child.process for name, child in self._children.items()}
 
-    def start(self, *, timeout_s: float = 600.0, progress: Progress = lambda what, done, total: None) -> None:
+    def start(self, *, timeout_s: float = 600.0, progress: Progress = no_progress) -> None:
         """Start everything; returns when a request would be generated. Errors: those of children that are given up, DeadlineExceeded."""
         options = self.options
         self._folder = ScratchFolder("mesh-up-")
@@ -314,7 +311,7 @@ def default_url() -> str:
         os.kill(said["pid"], 0)
         return str(said["url"])
     except (OSError, ValueError, KeyError, TypeError):
-        return DEFAULT_URL
+        return DEFAULT_NATS_URL
 
 
 @contextmanager

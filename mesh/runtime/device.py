@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from functools import cache
 from pathlib import Path
 
 import jax
 
-from mesh.host.paths import cache_directory
+from mesh.host.processor import machine_id
 
-__all__ = ["cache_directory", "keeps_programs", "prepare", "processor"]
+__all__ = ["keeps_programs", "prepare", "processor"]
 
 _WORKER = "tf_XLAEigen"
 """The name of the threads that compute."""
@@ -52,11 +51,7 @@ def _pin_workers() -> None:
 
 @cache
 def processor() -> str:
-    """A name of what computes for this process: the same for every process of a machine that computes on its CPU; an accelerator is
-    taken to be this process's own."""
-    try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        machine = platform.node()
-    backend = jax.default_backend()
+    """A name of what computes for this process. All processes of a machine that compute on its CPU have the same name; an accelerator
+    is taken to belong to this process alone."""
+    machine, backend = machine_id(), jax.default_backend()
     return f"{machine}/{backend}" if backend == "cpu" else f"{machine}/{backend}/{os.getpid()}"

@@ -30,7 +30,9 @@ import jaxlib.version
 from jax.experimental import serialize_executable
 
 import mesh
-from mesh.runtime.device import cache_directory, keeps_programs
+from mesh.host.paths import cache_directory
+from mesh.host.processor import processor_features
+from mesh.runtime.device import keeps_programs
 
 __all__ = ["Executables", "forget_loaded"]
 
@@ -117,21 +119,13 @@ def _environment() -> str:
     set_here: Any = jax.config  # its attributes are made as it is imported
     told = (os.environ.get("XLA_FLAGS", ""), set_here.jax_default_matmul_precision, set_here.jax_enable_x64)
     versions = (jax.__version__, jaxlib.version.__version__, device.client.platform_version)
-    digest.update(repr((versions, device.platform, device.device_kind, os.cpu_count(), cores, told, _instructions())).encode())
+    digest.update(repr((versions, device.platform, device.device_kind, os.cpu_count(), cores, told, processor_features())).encode())
     root = Path(mesh.__file__).parent
     for folder in _CODE:
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(f"{file.relative_to(root)}\0".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _instructions() -> list[str]:
-    """The processor's name and what it can do."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return []
 
 
 def _forget_old(directory: Path) -> None:

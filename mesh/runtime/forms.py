@@ -13,9 +13,10 @@ from pathlib import Path
 import jax
 import orjson
 
+from mesh.host.paths import cache_directory
+from mesh.host.processor import processor_name
 from mesh.lowering import linear
 from mesh.lowering.weights import Forms, PackedWeight
-from mesh.runtime.device import cache_directory
 
 __all__ = ["FormTable"]
 
@@ -25,7 +26,7 @@ class FormTable:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_directory() / "forms.json"
-        self._machine = f"{_processor()}, {os.cpu_count()} cores, {jax.default_backend()}, jax {jax.__version__}"
+        self._machine = f"{processor_name()}, {os.cpu_count()} cores, {jax.default_backend()}, jax {jax.__version__}"
         self._known = self._load()
 
     def lookup(self, weight: PackedWeight) -> Forms:
@@ -62,11 +63,3 @@ class FormTable:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(orjson.dumps(self._known, option=orjson.OPT_INDENT_2))
             part.replace(self.path)
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "processor unknown"

@@ -9,7 +9,6 @@ Tokens are those of a stage with a cache: the same input, position by position, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mesh.model.memory import MemoryNeed
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Counters, Stage, StageConfig, Token
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress, no_progress
 
 __all__ = ["RecomputingStage"]
 
@@ -47,7 +46,7 @@ class RecomputingStage:
         config: StageConfig,
         *,
         compiled: Compiled | None = None,
-        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> RecomputingStage:
         """Arguments and errors as of Stage.load."""
         inner = Stage.load(directory, replace(config, rows=1, kept_rows=config.rows), compiled=compiled, progress=progress)
@@ -82,7 +81,7 @@ class RecomputingStage:
         shape = (self.rows, self.context, self._inner.manifest.hidden.size)
         self._hidden = None if self.first else np.zeros(shape, self._inner.hidden_dtype)
 
-    def warm_up(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
+    def warm_up(self, progress: Progress = no_progress) -> None:
         self._inner.warm_up(progress, decode=False)
 
     def open(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -36,13 +36,11 @@ from mesh.runtime.programs import Bucket, Compiled, Programs, chunk_numbers, to_
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress, no_progress
 
 __all__ = ["Stage", "StageConfig", "Token"]
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Stage:
         config: StageConfig,
         *,
         compiled: Compiled | None = None,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> Stage:
         """`compiled`: programs to share with other stages of this process.
 
@@ -172,7 +170,7 @@ class Stage:
         self.last = bool(self.config.head) and layers.stop == held.stop
         self.programs.serve(slice(layers.start - held.start, layers.stop - held.start), embed=self.first, head=self.last)
 
-    def warm_up(self, progress: Progress = lambda what, done, total: None, *, decode: bool = True) -> None:
+    def warm_up(self, progress: Progress = no_progress, *, decode: bool = True) -> None:
         """Compile every program the buckets allow, those of decode steps only where asked. Idempotent.
 
         Stages begin at different buckets: those that start together on one machine find in the compilation cache what the others

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL
 from mesh.settings.files import ConfigFile, Section, load_config
 from mesh.settings.units import GB, MB, parse_seconds
 
@@ -85,7 +86,7 @@ class NatsSection(Section):
     A password or token is given by its own file, by the environment (MESH_NATS_PASSWORD), or as `${NAME}`; no message shows it.
     """
 
-    urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = ("nats://127.0.0.1:4222",)
+    urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = (DEFAULT_NATS_URL,)
     credentials_file: str | None = None  # .creds: a user's JWT and seed
     nkey_seed_file: str | None = None  # the seed alone
     user: str | None = None
@@ -93,7 +94,7 @@ class NatsSection(Section):
     password_file: str | None = None
     token: SecretStr | None = None
     token_file: str | None = None
-    inbox_prefix: str = "_INBOX"  # answers come back below it; one of its own for each user keeps them apart
+    inbox_prefix: str = DEFAULT_INBOX_PREFIX  # answers come back below it; one of its own for each user keeps them apart
     tls_ca_file: str | None = None  # who signed the server's certificate; None: the system's authorities
     tls_cert_file: str | None = None  # shown to the server, with its key
     tls_key_file: str | None = None
@@ -208,7 +209,7 @@ class HttpSection(Section):
     """An HTTP listener. health_check_interval: how long a look at the mesh's health may take that generates a token to see."""
 
     listen_host: str = Field(default="127.0.0.1", min_length=1)  # beyond loopback tokens are asked for, see authentication
-    listen_port: FreePort = 8080
+    listen_port: FreePort = DEFAULT_HTTP_PORT
     max_connections: Count = 1000
     health_check_interval: Duration = 5.0
     max_body_bytes: Count = 4 * 1024 * 1024
@@ -343,7 +344,7 @@ class ShardSection(Section):
 
     shard_id: Count
     listen_host: str = Field(default="127.0.0.1", min_length=1)
-    listen_port: FreePort = 8080
+    listen_port: FreePort = DEFAULT_HTTP_PORT
     replication_mode: ReplicationMode = "balance"
 
 
@@ -394,7 +395,7 @@ class ShardConfig(ConfigFile):
 
 
 class PortsSection(Section):
-    coordinator_port: Port = 8080
+    coordinator_port: Port = DEFAULT_HTTP_PORT
     shard_base_port: Port = 8081
     health_check_port: Port = 9090
     metrics_port: Port = 9091

@@ -21,8 +21,7 @@ from mesh.protocol import subjects
 from mesh.protocol.messages import Message, ShardLease
 from mesh.shard.join import Held, choose_range
 from mesh.shard.options import ShardOptions
-from mesh.shard.service import Progress
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress
 
 __all__ = ["place"]
 

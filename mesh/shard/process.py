@@ -17,7 +17,9 @@ from mesh.errors import ConfigError
 from mesh.host.process import settle
 from mesh.host.signals import on_signals, run_loop
 from mesh.shard.http import ShardHttp
-from mesh.shard.service import Progress, Shard, ShardOptions
+from mesh.shard.options import ShardOptions
+from mesh.shard.service import Shard
+from mesh.types import Progress
 
 __all__ = ["choose_device", "limit_threads", "run", "serve"]
 

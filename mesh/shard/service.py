@@ -55,14 +55,13 @@ from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardShape, ShardState
 from mesh.telemetry import logs
+from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
 
 log = logging.getLogger("mesh.shard")
 
 _RENEW_S = 1.5
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ class Shard:
         options: ShardOptions,
         *,
         compiled: Compiled | None = None,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> None:
         """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread."""
         self.bus = bus

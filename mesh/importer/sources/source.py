@@ -6,7 +6,6 @@ An importer module has `open_source(path) -> Source`. Opening reads the descript
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 
 from mesh.errors import ConfigError
 from mesh.model.manifest import BlockInfo, CacheInfo, DType, FileInfo, TokenizerInfo, WeightsInfo
+from mesh.types import Progress
 
 if TYPE_CHECKING:
     from mesh.importer.write.blocks import BlockWriter
@@ -29,7 +29,6 @@ NUMPY_DTYPES: dict[DType, np.dtype] = {
 }
 
 # (what is being written, blocks done, blocks in all)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

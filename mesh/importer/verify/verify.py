@@ -28,12 +28,11 @@ from mesh.model.manifest import Manifest, block_name
 from mesh.runtime.loading import load_block
 from mesh.runtime.programs import Compiled
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress, no_progress
 
 __all__ = ["GREEDY_STEPS", "Reference", "runtime_logits", "verify"]
 
 Array = npt.NDArray[Any]
-Progress = Callable[[str, int, int], None]
 Reference = Callable[[Array], Array]
 """The source's logits of a whole sequence: tokens [T] -> [T, V] float32."""
 
@@ -62,7 +61,7 @@ def verify(
     reference: Reference | None,
     parts: OrtParts | None = None,
     seed: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Verify a model directory; returns what was measured, for the manifest's report.
 

@@ -1,0 +1,11 @@
+"""Where processes find each other when nobody says otherwise."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["DEFAULT_HTTP_PORT", "DEFAULT_INBOX_PREFIX", "DEFAULT_NATS_URL"]
+
+DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
+DEFAULT_INBOX_PREFIX: Final = "_INBOX"
+DEFAULT_HTTP_PORT: Final = 8080
