@@ -77,11 +77,11 @@ def _strings(x: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return np.asarray([float(item) if is_float(dtype) else int(item) for item in x.ravel()]).astype(dtype).reshape(x.shape)
 
 
-@register(numpy=True, since=6)
+@register(numpy=True, since=6, same_shape=True)
 def Cast(input: Array, *, to: int, saturate: int = 1, round_mode: str = "up") -> Array:
     return convert(input, type_of(to, basis(input)), saturate=bool(saturate), round_mode=round_mode)
 
 
-@register(numpy=True)
+@register(numpy=True, type_only=(1,), same_shape=True)
 def CastLike(input: Array, target_type: Array, *, saturate: int = 1, round_mode: str = "up") -> Array:
     return convert(input, target_type.dtype, saturate=bool(saturate), round_mode=round_mode)

@@ -17,12 +17,12 @@ from mesh.lowering.static import is_traced
 _MOST_UNROLLED = 4096
 
 
-@register()
+@register(static=(0,))
 def If(cond: Array, *, then_branch: Any, else_branch: Any, scope: Any) -> tuple[Array, ...]:
     return tuple(scope.run(then_branch if bool(np.asarray(cond).reshape(())) else else_branch, []))
 
 
-@register()
+@register(static=(0, 1))
 def Loop(M: Array | None, cond: Array | None, *v_initial: Array, body: Any, scope: Any) -> tuple[Array, ...]:
     """Unrolled: trip count and condition are known. Scan outputs are stacked along a new first axis."""
     state, collected = list(v_initial), []

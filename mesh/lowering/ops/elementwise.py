@@ -10,7 +10,7 @@ from mesh.lowering.registry import register
 from mesh.lowering.static import is_traced
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Abs(X: Array) -> Array:
     return basis(X).abs(X)
 
@@ -25,12 +25,12 @@ def Acosh(input: Array) -> Array:
     return basis(input).arccosh(input)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True)
 def Add(A: Array, B: Array) -> Array:
     return basis(A, B).add(A, B)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True, to_bool=True)
 def And(A: Array, B: Array) -> Array:
     return basis(A, B).logical_and(A, B)
 
@@ -87,12 +87,12 @@ def BitwiseXor(A: Array, B: Array) -> Array:
     return basis(A, B).bitwise_xor(A, B)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Ceil(X: Array) -> Array:
     return basis(X).ceil(X)
 
 
-@register(numpy=True, since=11)
+@register(numpy=True, since=11, same_shape=True)
 def Clip(input: Array, min: Array | None = None, max: Array | None = None) -> Array:
     xp = basis(input, min, max)
     if min is not None:
@@ -100,12 +100,12 @@ def Clip(input: Array, min: Array | None = None, max: Array | None = None) -> Ar
     return input if max is None else xp.minimum(input, max)
 
 
-@register("Clip", numpy=True, since=6)
+@register("Clip", numpy=True, since=6, same_shape=True)
 def Clip_6(input: Array, *, min: float | None = None, max: float | None = None) -> Array:
     return Clip(input, None if min is None else np.asarray(min, input.dtype), None if max is None else np.asarray(max, input.dtype))
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Cos(input: Array) -> Array:
     return basis(input).cos(input)
 
@@ -115,7 +115,7 @@ def Cosh(input: Array) -> Array:
     return basis(input).cosh(input)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True)
 def Div(A: Array, B: Array) -> Array:
     """Integers are divided as C does: towards zero."""
     xp = basis(A, B)
@@ -129,32 +129,32 @@ def Div(A: Array, B: Array) -> Array:
     return (quotient + ((np.remainder(A, B) != 0) & ((A < 0) != (B < 0)))).astype(A.dtype)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True, to_bool=True)
 def Equal(A: Array, B: Array) -> Array:
     return basis(A, B).equal(A, B)
 
 
-@register()
+@register(same_shape=True)
 def Erf(input: Array) -> Array:
     return jax.lax.erf(input)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Exp(input: Array) -> Array:
     return basis(input).exp(input)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Floor(X: Array) -> Array:
     return basis(X).floor(X)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True, to_bool=True)
 def Greater(A: Array, B: Array) -> Array:
     return basis(A, B).greater(A, B)
 
 
-@register(numpy=True)
+@register(numpy=True, broadcasts=True, to_bool=True)
 def GreaterOrEqual(A: Array, B: Array) -> Array:
     return basis(A, B).greater_equal(A, B)
 
@@ -168,27 +168,27 @@ def IsInf(X: Array, *, detect_negative: int = 1, detect_positive: int = 1) -> Ar
     return infinite if detect_positive else infinite & (X < 0)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True, to_bool=True)
 def IsNaN(X: Array) -> Array:
     return basis(X).isnan(X)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True, to_bool=True)
 def Less(A: Array, B: Array) -> Array:
     return basis(A, B).less(A, B)
 
 
-@register(numpy=True)
+@register(numpy=True, broadcasts=True, to_bool=True)
 def LessOrEqual(A: Array, B: Array) -> Array:
     return basis(A, B).less_equal(A, B)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Log(input: Array) -> Array:
     return basis(input).log(input)
 
 
-@register(numpy=True, since=8)
+@register(numpy=True, since=8, broadcasts=True)
 def Max(*data_0: Array) -> Array:
     xp, result = basis(*data_0), data_0[0]
     for item in data_0[1:]:
@@ -201,7 +201,7 @@ def Mean(*data_0: Array) -> Array:
     return Sum(*data_0) / np.asarray(len(data_0), data_0[0].dtype)
 
 
-@register(numpy=True, since=8)
+@register(numpy=True, since=8, broadcasts=True)
 def Min(*data_0: Array) -> Array:
     xp, result = basis(*data_0), data_0[0]
     for item in data_0[1:]:
@@ -209,33 +209,33 @@ def Min(*data_0: Array) -> Array:
     return result
 
 
-@register(numpy=True)
+@register(numpy=True, broadcasts=True)
 def Mod(A: Array, B: Array, *, fmod: int = 0) -> Array:
     xp = basis(A, B)
     return xp.fmod(A, B) if fmod else xp.remainder(A, B)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True)
 def Mul(A: Array, B: Array) -> Array:
     return basis(A, B).multiply(A, B)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Neg(X: Array) -> Array:
     return basis(X).negative(X)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True, to_bool=True)
 def Not(X: Array) -> Array:
     return basis(X).logical_not(X)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True, to_bool=True)
 def Or(A: Array, B: Array) -> Array:
     return basis(A, B).logical_or(A, B)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, static_if_known=(1,), broadcasts=True)
 def Pow(X: Array, Y: Array) -> Array:
     """The result has X's type, whatever Y's."""
     xp = basis(X, Y)
@@ -249,22 +249,22 @@ def Pow(X: Array, Y: Array) -> Array:
     return xp.power(X, Y).astype(X.dtype)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Reciprocal(X: Array) -> Array:
     return basis(X).reciprocal(X)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Round(X: Array) -> Array:
     return basis(X).rint(X)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Sign(input: Array) -> Array:
     return basis(input).sign(input)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Sin(input: Array) -> Array:
     return basis(input).sin(input)
 
@@ -274,12 +274,12 @@ def Sinh(input: Array) -> Array:
     return basis(input).sinh(input)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Sqrt(X: Array) -> Array:
     return basis(X).sqrt(X)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True)
 def Sub(A: Array, B: Array) -> Array:
     return basis(A, B).subtract(A, B)
 
@@ -297,16 +297,16 @@ def Tan(input: Array) -> Array:
     return basis(input).tan(input)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Tanh(input: Array) -> Array:
     return basis(input).tanh(input)
 
 
-@register(numpy=True)
+@register(numpy=True, broadcasts=True)
 def Where(condition: Array, X: Array, Y: Array) -> Array:
     return basis(condition, X, Y).where(condition, X, Y)
 
 
-@register(numpy=True, since=7)
+@register(numpy=True, since=7, broadcasts=True, to_bool=True)
 def Xor(A: Array, B: Array) -> Array:
     return basis(A, B).logical_xor(A, B)

@@ -18,7 +18,7 @@ def _wrapped(xp: Any, indices: Array, size: int) -> Array:
     return xp.where(indices < 0, indices + size, indices)
 
 
-@register(numpy=True)
+@register(numpy=True, static_if_known=(1,))
 def Gather(data: Array, indices: Array, *, axis: int = 0) -> Array:
     axis = positive_axis(axis, data.ndim)
     if not is_traced(indices):
@@ -108,7 +108,7 @@ def TensorScatter(past_cache: Array, update: Array, write_indices: Array | None 
     return jax.vmap(write)(past_cache, update, write_indices)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,))
 def OneHot(indices: Array, depth: Array, values: Array, *, axis: int = -1) -> Array:
     """`values` = [off, on]. Indices outside -depth..depth-1 have no on value."""
     xp = basis(indices, values)
@@ -119,12 +119,12 @@ def OneHot(indices: Array, depth: Array, values: Array, *, axis: int = -1) -> Ar
     return xp.where(indices == classes.astype(indices.dtype), values[1], values[0])
 
 
-@register(numpy=True)
+@register(numpy=True, static=(0,))
 def NonZero(X: Array) -> Array:
     return np.stack(np.nonzero(X)).astype(np.int64) if X.ndim else np.zeros((0, int(bool(X))), np.int64)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,))
 def Compress(input: Array, condition: Array, *, axis: int | None = None) -> Array:
     kept = np.nonzero(condition)[0]
     if axis is None:
@@ -132,7 +132,7 @@ def Compress(input: Array, condition: Array, *, axis: int | None = None) -> Arra
     return basis(input).take(input, kept, axis=axis)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(0,))
 def Unique(X: Array, *, axis: int | None = None, sorted: int = 1) -> tuple[Array, ...]:
     values, first, inverse, counts = np.unique(X, return_index=True, return_inverse=True, return_counts=True, axis=axis)
     if not sorted:  # in order of first appearance
@@ -153,7 +153,7 @@ def _top_k(X: Array, k: int, axis: int, largest: bool) -> tuple[Array, Array]:
     return jnp.take_along_axis(X, indices, axis), indices.astype(int64(jnp))
 
 
-@register(since=10)
+@register(since=10, static=(1,))
 def TopK(X: Array, K: Array, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Array, Array]:
     """Equal values: the lower index first. Always sorted."""
     return _top_k(X, int(np.asarray(K).reshape(())), axis, bool(largest))

@@ -91,7 +91,7 @@ def _define(op_type: str, axes_input_since: int, kernel: _Kernel) -> None:
         chosen = axes_of(axes, data.ndim) if axes is not None and np.size(axes) else () if noop else tuple(range(data.ndim))
         return kernel(basis(data), data, chosen, bool(keepdims))
 
-    @register(op_type, since=axes_input_since, numpy=True)
+    @register(op_type, since=axes_input_since, numpy=True, static=(1,))
     def with_input(data: Array, axes: Array | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Array:
         return reduce(data, axes, keepdims, bool(noop_with_empty_axes))
 
@@ -137,11 +137,11 @@ def _cumulative(name: str, neutral: int, x: Array, axis: Array, exclusive: int, 
     return xp.flip(result, along) if reverse else result
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,), same_shape=True)
 def CumSum(x: Array, axis: Array, *, exclusive: int = 0, reverse: int = 0) -> Array:
     return _cumulative("cumsum", 0, x, axis, exclusive, reverse)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,))
 def CumProd(x: Array, axis: Array, *, exclusive: int = 0, reverse: int = 0) -> Array:
     return _cumulative("cumprod", 1, x, axis, exclusive, reverse)
