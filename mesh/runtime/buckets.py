@@ -19,7 +19,7 @@ _LENGTH, _LENGTH_STEP = 8192, 4
 class Buckets:
     """Sizes in ascending order; the last of each is the most there can be.
 
-    rows: rows of a decode wave. chunks: tokens of a prefill chunk. lengths: cache slots a step reads at most.
+    rows: rows of a decode batch. chunks: tokens of a prefill chunk. lengths: the most cache positions that a step reads.
     """
 
     rows: tuple[int, ...]

@@ -40,7 +40,7 @@ _LOWEST = -1e20  # below every score of a slot that is seen, and so far above on
 class CacheView:
     """Rows `row` .. row + rows - 1 of a cache as a block sees them: [rows, Hkv, length, D]; no query sees a slot from `used` on.
 
-    Written either with one token a row (a decode wave) or, where `rows` is 1, with several (a prefill chunk).
+    Written either with one token a row (a decode batch) or, where `rows` is 1, with several (a prefill chunk).
     """
 
     array: Any  # [R, Hkv, S, D]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.model.manifest import Manifest
+from mesh.runtime.engine import SampledToken
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
-from mesh.runtime.stage import Stage, StageConfig, Token
-from mesh.types import even_ranges
+from mesh.runtime.stage import Stage, StageConfig
+from mesh.types import Progress, even_ranges, no_progress
 
 __all__ = ["Generation", "Pipeline"]
 
@@ -23,7 +24,7 @@ __all__ = ["Generation", "Pipeline"]
 class Generation:
     """What one request produced and how long it took. Seconds; `step_s` has one entry a decode step."""
 
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     finish_reason: str = "length"
     prefill_s: float = 0.0
     step_s: list[float] = field(default_factory=list)
@@ -52,7 +53,7 @@ class Pipeline:
         chunk: int = 256,
         max_memory_bytes: int | None = None,
         compiled: Compiled | None = None,
-        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> Pipeline:
         """Cut the model evenly over `shards` stages. `max_memory_bytes` is for each stage; `compiled` as for Stage.load."""
         manifest = Manifest.load(directory)
@@ -63,29 +64,27 @@ class Pipeline:
             stages.append(Stage.load(directory, config, compiled=compiled, progress=progress))
         return cls(stages)
 
-    def warm_up(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
+    def warm_up(self, progress: Progress = no_progress) -> None:
         for stage in self.stages:
             stage.warm_up(progress)
 
-    def compile_for(
-        self, prompt_length: int, max_tokens: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
-    ) -> None:
+    def compile_for(self, prompt_length: int, max_tokens: int, progress: Progress = no_progress) -> None:
         """Compile only what one request of this size runs."""
         for index, stage in enumerate(self.stages):
             progress(f"compile stage {index}", index, len(self.stages))
             stage.compile_for(prompt_length, max_tokens)
 
-    def prefill(self, row: int, start: int, tokens: np.ndarray) -> Token:
+    def prefill(self, row: int, start: int, tokens: np.ndarray) -> SampledToken:
         """One chunk of one row through every stage; the token sampled after it."""
         hidden: np.ndarray | None = None
         for stage in self.stages[:-1]:
             hidden = stage.prefill(row, start, tokens, hidden)  # type: ignore[assignment]
         result = self.stages[-1].prefill(row, start, tokens, hidden)
-        assert isinstance(result, Token)
+        assert isinstance(result, SampledToken)
         return result
 
-    def decode(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> list[Token]:
-        """One step of a wave through every stage."""
+    def decode(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> list[SampledToken]:
+        """One step of a decode batch through every stage."""
         hidden: np.ndarray | None = None
         for stage in self.stages[:-1]:
             hidden = stage.decode(rows, positions, tokens, hidden)  # type: ignore[assignment]
@@ -93,13 +92,13 @@ class Pipeline:
         assert isinstance(result, list)
         return result
 
-    def start(self, row: int, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int) -> Token:
+    def start(self, row: int, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int) -> SampledToken:
         """Check a request, open its row and prefill it; the first token."""
         check_request(prompt, max_tokens, vocab_size=self.manifest.vocab_size, context=self.context)
         self.stages[-1].open(row, params, prompt_length=len(prompt))
         chunk = self.stages[0].buckets.chunks[-1]
         tokens = np.asarray(prompt, np.int32)
-        token: Token | None = None
+        token: SampledToken | None = None
         for start in range(0, len(tokens), chunk):
             token = self.prefill(row, start, tokens[start : start + chunk])
         assert token is not None
@@ -114,7 +113,7 @@ class Pipeline:
         stop_ids: Sequence[int] = (),
         row: int = 0,
         into: Generation | None = None,
-    ) -> Iterator[Token]:
+    ) -> Iterator[SampledToken]:
         """Tokens of one request as they come; `into` is filled in meanwhile. A stop token ends it and is not given."""
         generation = Generation() if into is None else into
         began = time.perf_counter()

@@ -17,7 +17,7 @@ import onnx
 from mesh.errors import CorruptModel
 from mesh.lowering import Lowered, lower
 from mesh.lowering.join import join_products
-from mesh.lowering.weights import Forms, PackedWeight, pack
+from mesh.lowering.weights import PackedWeight, Variants, pack
 from mesh.model.manifest import block_name
 from mesh.runtime.canonical import canonical
 from mesh.types import LayerRange
@@ -56,8 +56,8 @@ def read_model(path: Path) -> onnx.ModelProto:
         raise CorruptModel(f"{path} cannot be read ({type(error).__name__}): fetch or import the model again") from None
 
 
-def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Forms] | None = None) -> Block:
-    """Read one block; `forms` chooses the product forms of each packed weight (None: the defaults)."""
+def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight], Variants] | None = None) -> Block:
+    """Read one block; `variants` chooses the product variants of each packed weight (None: the defaults)."""
     path = Path(directory) / f"{name}.onnx"
     signature, lowered = canonical(lower(read_model(path), base_dir=path.parent))
     packable = _matmul_weights(lowered)
@@ -71,7 +71,7 @@ def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Fo
         arrays = [lowered.weights[part] for part in parts]
         if parts[0] in packable:
             weight = pack([(array, lowered.packed.get(part)) for array, part in zip(arrays, parts, strict=True)])
-            weights[key] = weight if forms is None else weight.with_forms(forms(weight))
+            weights[key] = weight if variants is None else weight.with_variants(variants(weight))
             for array in arrays:
                 _forget_pages(array)
         else:

@@ -20,7 +20,7 @@ from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled
 from mesh.runtime.step import LayerCache
 
-__all__ = ["Bucket", "Compiled", "Group", "Programs", "chunk_numbers", "to_host", "wave_numbers"]
+__all__ = ["Compiled", "Group", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "to_host"]
 
 _SEEN, _SEEN_FACTOR = 2048, 4
 """Penalties look back at so many tokens, or so many times as many, and so on: few programs, for 0.02 ms where there are penalties."""
@@ -30,8 +30,8 @@ Compiled = dict[tuple[Any, ...], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """One shape of a step: `size` rows of a decode wave or tokens of a prefill chunk, reading `length` cache slots."""
+class ShapeBucket:
+    """One shape of a step: `size` rows of a decode batch or tokens of a prefill chunk, reading `length` cache positions."""
 
     prefill: bool
     size: int
@@ -109,7 +109,7 @@ class Programs:
         self._lock = threading.Lock()
         self._making: dict[Any, threading.Lock] = {}
         self._kept = Executables.of_this_process()
-        self._steps: dict[Bucket, _Step] = {}
+        self._steps: dict[ShapeBucket, _Step] = {}
         self._table: tuple[bytes, Any] = (b"", None)
         self._on_host = jax.default_backend() == "cpu"
         # Flat, as a call would otherwise flatten them in every step.
@@ -138,14 +138,14 @@ class Programs:
 
     def run(
         self,
-        bucket: Bucket,
+        bucket: ShapeBucket,
         caches: list[LayerCache],
         history: Any,
         hidden: np.ndarray | None,
         numbers: np.ndarray,
         wanted: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[Any, Any]:
-        """One step of `numbers` (`wave_numbers` or `chunk_numbers`). `wanted`: the rows' parameters, None where the likeliest tokens are
+        """One step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' parameters, None where the likeliest tokens are
         all they want. `caches` is updated in place; returns (history, hidden [B, T, D], or on the last stage Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         # A call takes host arrays over itself, faster than device_put; for several of them an accelerator would be sent it several times.
@@ -164,7 +164,7 @@ class Programs:
             return history, Sampled(likeliest, None, None, None)
         return history, step.sampled(logits, history, numbers_, *self._on_device(*wanted))
 
-    def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any) -> _Step:
+    def compile(self, bucket: ShapeBucket, caches: Sequence[LayerCache], history: Any) -> _Step:
         """Everything a step of this shape runs, now or after another `serve`."""
         size, dtype = self._hidden
         x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
@@ -193,7 +193,7 @@ class Programs:
             self._table = (key, jax.device_put((floats, ints)))
         return self._table[1]
 
-    def _get(self, kind: str, bucket: Bucket, what: Any, state: Any = None, x: Any = None) -> Any:
+    def _get(self, kind: str, bucket: ShapeBucket, what: Any, state: Any = None, x: Any = None) -> Any:
         bucket = _relevant(kind, bucket, state)
         key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
         found = self._compiled.get(key)
@@ -207,18 +207,18 @@ class Programs:
         return found
 
 
-def _relevant(kind: str, bucket: Bucket, state: Any) -> Bucket:
+def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
     """What of a bucket makes a difference to a program, so that fewer are compiled. Head and sampling run for one token a row, and
     sampling looks back at no more than a few lengths."""
     if kind in ("embed", "last"):
         return replace(bucket, length=0)
     if kind == "head":
-        return Bucket(False, 1 if bucket.prefill else bucket.size, 0)
+        return ShapeBucket(False, 1 if bucket.prefill else bucket.size, 0)
     if kind == "sampled":
         seen = _SEEN
         while seen < bucket.length:
             seen *= _SEEN_FACTOR
-        return Bucket(False, 1 if bucket.prefill else bucket.size, min(seen, state.shape[1] - SLACK))
+        return ShapeBucket(False, 1 if bucket.prefill else bucket.size, min(seen, state.shape[1] - SLACK))
     return bucket
 
 
@@ -250,7 +250,9 @@ class _Numbers(NamedTuple):
     count: Any
 
 
-def wave_numbers(rows: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, base: int, size: int, unseen: int) -> np.ndarray:
+def decode_numbers(
+    rows: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, base: int, size: int, unseen: int
+) -> np.ndarray:
     """A decode step's input as the one array that is sent to the device: int32 [3 size + 1], tokens, positions and writes of the `size`
     rows from `base` on, and `base`. The rows that are not named write to slot `unseen`."""
     numbers = [0] * (2 * size) + [unseen] * size + [base]
@@ -268,7 +270,7 @@ def chunk_numbers(tokens: np.ndarray, start: int, row: int, size: int) -> np.nda
     return numbers
 
 
-def _numbers(bucket: Bucket, vector: Any) -> _Numbers:
+def _numbers(bucket: ShapeBucket, vector: Any) -> _Numbers:
     size = bucket.size
     if bucket.prefill:
         start, row, count = (vector[size + index] for index in range(3))
@@ -277,7 +279,7 @@ def _numbers(bucket: Bucket, vector: Any) -> _Numbers:
     return _Numbers(tokens[:, None], positions[:, None], writes, vector[3 * size], None)
 
 
-def _vector(bucket: Bucket) -> Any:
+def _vector(bucket: ShapeBucket) -> Any:
     return _shape((bucket.size + 3 if bucket.prefill else 3 * bucket.size + 1,))
 
 
@@ -302,7 +304,7 @@ class _Program(NamedTuple):
         return self.jitted.lower(*self.args).compile(compiler_options=options)
 
 
-def _embed(bucket: Bucket, block: Block, state: Any, x: Any) -> _Program:
+def _embed(bucket: ShapeBucket, block: Block, state: Any, x: Any) -> _Program:
     weights, tree = _flat(block.weights)
 
     def embed(flat: Any, vector: Any) -> Any:
@@ -312,7 +314,7 @@ def _embed(bucket: Bucket, block: Block, state: Any, x: Any) -> _Program:
     return _Program(jax.jit(embed), (weights, _vector(bucket)), tree)
 
 
-def _layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) -> _Program:
+def _layers(bucket: ShapeBucket, group: Group, caches: Sequence[LayerCache], x: Any) -> _Program:
     weights, tree = _flat([block.weights for block in group.blocks])
     # Equal layers are traced once: XLA inlines the calls, so that the program is the same.
     traced = {block.signature: jax.jit(partial(step.layer, block.lowered, length=bucket.length)) for block in group.blocks}
@@ -325,7 +327,7 @@ def _layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) 
     return _Program(jax.jit(layers, donate_argnums=1), (weights, tuple(caches), x, _vector(bucket)), tree)
 
 
-def _last(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
+def _last(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
     def last(history: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)
         history, hidden, token, position, write = step.last_of_chunk(history, hidden, n.tokens, n.positions, n.row, n.count)
@@ -334,7 +336,7 @@ def _last(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
     return _Program(jax.jit(last, donate_argnums=0), (history, x, _vector(bucket)))
 
 
-def _head(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
+def _head(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
     weights, tree = _flat(block.weights)
     hidden = _shape((bucket.size, 1, x.shape[-1]), x.dtype)
 
@@ -345,7 +347,7 @@ def _head(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
     return _Program(jax.jit(head, donate_argnums=1), (weights, history, hidden, _vector(bucket)), tree)
 
 
-def _sampled(bucket: Bucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
+def _sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
     table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
 
     def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any) -> Any:

@@ -1,13 +1,13 @@
 """Choosing the next token on the device: a pure function of (logits, parameters, history, position).
 
-A step that is replayed draws the same token, and so does the same request in other company: randomness is
-jax.random seeded by (seed, position), one row at a time, and no row's parameters touch another's.
+A step that is replayed draws the same token, and a request draws the same tokens whatever other rows are in its batch: each row's
+randomness is jax.random seeded by (seed, position), and no row's parameters affect another row.
 
     logits -> penalties over the row's history -> temperature -> top_k -> top_p -> min_p -> Gumbel arg-max
            temperature 0: arg-max of the penalised logits
 
-Only what some row of the step asks for is computed, and a wave whose rows all want the likeliest token (`RowTable.plain`) needs none
-of this: the head has it.
+Only what some row of the step asks for is computed. A decode batch whose rows all want the likeliest token (`RowTable.plain`) needs
+none of this: its head's program has that token.
 
 Penalties are those in common use: repetition (Keskar et al. 2019) over prompt and output, presence and frequency (OpenAI)
 over the output. top_p is Holtzman et al. 2019, min_p Nguyen et al. 2024. Filters keep every token that ties with the last kept.
@@ -99,7 +99,7 @@ class RowTable:
         self.ints[row] = [top_k, low, high, prompt_length, -1 if params.logprobs is None else params.logprobs]
 
     def only(self, rows: np.ndarray, base: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(floats, ints) of a wave of `size` rows from `base` on, of which just `rows` ask for anything; the others are greedy.
+        """(floats, ints) of a decode batch of `size` rows from `base` on, of which just `rows` ask for anything; the others are greedy.
 
         Copies: what is handed to a CPU device may stay where it is, and would change when a row is given to somebody else."""
         floats, ints = np.zeros((size, len(self.FLOATS)), np.float32), np.zeros((size, len(self.INTS)), np.int32)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -30,15 +30,20 @@ from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
-from mesh.runtime.forms import FormTable
+from mesh.runtime.engine import SampledToken, StageCounters
+from mesh.runtime.kernel_variants import VariantTable
 from mesh.runtime.loading import Block, block_names, load_block
-from mesh.runtime.programs import Bucket, Compiled, Programs, chunk_numbers, to_host, wave_numbers
+from mesh.runtime.programs import Compiled, Programs, ShapeBucket, chunk_numbers, decode_numbers, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange, Progress, no_progress
 
-__all__ = ["Stage", "StageConfig", "Token"]
+__all__ = ["Stage", "StageConfig"]
+
+_LONG_CHUNK: Final = 1 << 20
+"""Tokens times the positions that they read. A larger chunk takes some 70 ms a layer on two cores; 6 ms more at its first run do not
+matter there."""
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -65,29 +70,8 @@ class StageConfig:
     kept_rows: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A sampled token; `logprob` and `top` ((token, logprob), likeliest first) only where the row asked for them."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass
-class Counters:
-    """Steps run and seconds in them, since load."""
-
-    prefill_steps: int = 0
-    prefill_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_steps: int = 0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-
-
 class Stage:
-    """See the module's docstring. Made by `load`."""
+    """An Engine that keeps keys and values of every row. Made by `load`; see the module's docstring."""
 
     def __init__(
         self, manifest: Manifest, config: StageConfig, blocks: Sequence[Block], need: MemoryNeed, compiled: Compiled | None = None
@@ -100,7 +84,7 @@ class Stage:
         self.rows = config.rows
         self.context = config.context or manifest.context_length
         self.need = need
-        self.counters = Counters()
+        self.counters = StageCounters()
         self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
         inner = list(blocks)
         embed = inner.pop(0) if config.embed else None
@@ -152,10 +136,10 @@ class Stage:
             )
         manifest.verify_files(Path(directory), held, checksums=config.checksums, embed=embed, head=head)
         names = block_names(held, embed=embed, head=head)
-        blocks, forms = [], FormTable()
+        blocks, variants = [], VariantTable()
         for index, name in enumerate(names):
             progress(f"load {name}", index, len(names))
-            blocks.append(load_block(Path(directory), name, forms=forms.lookup))
+            blocks.append(load_block(Path(directory), name, variants=variants.lookup))
         progress("loaded", len(names), len(names))
         return cls(manifest, config, blocks, need, compiled)
 
@@ -191,7 +175,25 @@ class Stage:
         longest = Buckets.fit(self.buckets.lengths, min(prompt_length + max_tokens, self.context))
         for length in self.buckets.lengths:
             if max_tokens > 1 and Buckets.fit(self.buckets.lengths, prompt_length + 1) <= length <= longest:
-                self._compile(Bucket(False, self.buckets.rows[0], length))
+                self._compile(ShapeBucket(False, self.buckets.rows[0], length))
+
+    def exercise(self) -> None:
+        """Run every compiled program once: its first run takes a multiple of the later ones, and a session that fails over to this shard
+        should not wait for that. Programs that take long anyway are left out. Call it before any row is in use: it writes to them."""
+
+        def hidden(count: int) -> np.ndarray | None:
+            return None if self.first else np.zeros((count, self.manifest.hidden.size), self._dtype)
+
+        buckets = self.buckets
+        for shorter in (0, *buckets.lengths[:-1]):
+            for smaller in (0, *buckets.chunks[:-1]):
+                start = max(shorter - smaller, 0)  # one token more than the smaller bucket and the shorter length hold
+                size = buckets.chunk(start, smaller + 1)
+                if start + smaller < self.context and size * (start + size) < _LONG_CHUNK:
+                    self.prefill(0, start, np.zeros(smaller + 1, np.int32), hidden(smaller + 1))
+            for rows in buckets.rows:
+                self.decode(np.array([rows - 1], np.int32), np.array([shorter], np.int32), np.zeros(1, np.int32), hidden(1))
+        self.counters = StageCounters()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -200,7 +202,7 @@ class Stage:
         self._check_row(row)
         self._table.set(row, params, prompt_length=prompt_length)
 
-    def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | Token:
+    def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | SampledToken:
         """Run tokens [T] (and, unless this is the first stage, their hidden state [T, D]) of `row` from position `start` on.
 
         Returns hidden [T, D] of the compute type, or on the last stage the token sampled after the last one.
@@ -228,8 +230,8 @@ class Stage:
 
     def decode(
         self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray, hidden: np.ndarray | None = None
-    ) -> np.ndarray | list[Token]:
-        """One step of a wave: tokens [n] (and hidden [n, D] unless this is the first stage) of `rows` [n] at `positions` [n].
+    ) -> np.ndarray | list[SampledToken]:
+        """One step of a decode batch: tokens [n] (and hidden [n, D] unless this is the first stage) of `rows` [n] at `positions` [n].
 
         Returns hidden [n, D] in the same order, or on the last stage n tokens. Rows that are not named stay as they are.
         """
@@ -249,7 +251,7 @@ class Stage:
         base = min(low, self.rows - size)
         length = Buckets.fit(self.buckets.lengths, last + 1)
         whole = rows_ == list(range(base, base + size))
-        numbers = wave_numbers(rows_, positions_, tokens_, base=base, size=size, unseen=self.context + SLACK - 1)
+        numbers = decode_numbers(rows_, positions_, tokens_, base=base, size=size, unseen=self.context + SLACK - 1)
         x = None
         if hidden is not None and whole:
             x = hidden[:, None]
@@ -259,7 +261,7 @@ class Stage:
         wanted = None
         if self.last and not all(self._table.plain[row] for row in rows_):
             wanted = self._table.only(rows, base, size)
-        self._history, result = self.programs.run(Bucket(False, size, length), self._caches, self._history, x, numbers, wanted)
+        self._history, result = self.programs.run(ShapeBucket(False, size, length), self._caches, self._history, x, numbers, wanted)
         if self.last:
             host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
             answer: Any = [self._token(host, row - base, row) for row in rows_]
@@ -283,12 +285,12 @@ class Stage:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _prefill_bucket(self, start: int, count: int) -> Bucket:
+    def _prefill_bucket(self, start: int, count: int) -> ShapeBucket:
         """The bucket of a chunk; where its padding would overrun the row it holds fewer than `count` tokens."""
         size = self.buckets.chunk(start, count)
-        return Bucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
+        return ShapeBucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
 
-    def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: Bucket) -> Any:
+    def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: ShapeBucket) -> Any:
         count, size = len(tokens), bucket.size
         x = None
         if hidden is not None:
@@ -304,25 +306,25 @@ class Stage:
         shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
         return LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def _buckets(self) -> Iterator[Bucket]:
+    def _buckets(self) -> Iterator[ShapeBucket]:
         """Every shape a step can have."""
         for length in self.buckets.lengths:
             for rows in self.buckets.rows:
-                yield Bucket(False, rows, length)
+                yield ShapeBucket(False, rows, length)
             for smaller, chunk in pairwise((0, *self.buckets.chunks)):
                 if length > smaller:
-                    yield Bucket(True, chunk, length)
+                    yield ShapeBucket(True, chunk, length)
 
-    def _compile(self, bucket: Bucket) -> None:
+    def _compile(self, bucket: ShapeBucket) -> None:
         self.programs.compile(bucket, self._caches, self._history)
 
-    def _token(self, sampled: Sampled, index: int, row: int) -> Token:
+    def _token(self, sampled: Sampled, index: int, row: int) -> SampledToken:
         wanted = int(self._table.ints[row, -1])
         token = int(sampled.tokens[index])
         if wanted < 0:
-            return Token(token)
+            return SampledToken(token)
         pairs = zip(sampled.top_tokens[index][:wanted], sampled.top_logprobs[index][:wanted], strict=True)
-        return Token(token, float(sampled.logprob[index]), tuple((int(i), float(p)) for i, p in pairs if np.isfinite(p)))
+        return SampledToken(token, float(sampled.logprob[index]), tuple((int(i), float(p)) for i, p in pairs if np.isfinite(p)))
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.rows:

@@ -5,7 +5,7 @@
     head       hidden state -> logits, the likeliest tokens         last stage
     sampled    logits -> sampled tokens                             last stage, where some row asks for more than the likeliest token
 
-Each takes either a decode step (one token for each of B rows of a wave) or a prefill chunk (T tokens of one row).
+Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row).
 Layers run a few at a time, not all at once: groups of equal layers are one compiled program, so that the time to compile does
 not grow with depth, and a handful of calls a step is lost in its time. State is donated: caches are updated where they lie.
 """

@@ -14,24 +14,18 @@ import ml_dtypes
 import numpy as np
 
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Timing
-from mesh.runtime.recompute import RecomputingStage
+from mesh.runtime.engine import Engine, SampledToken
 from mesh.runtime.sampling import MAX_LOGPROBS
-from mesh.runtime.stage import Stage, Token
 
-__all__ = ["HIDDEN_DTYPES", "AnyStage", "ComputeThread", "exercise", "run_step"]
+__all__ = ["HIDDEN_DTYPES", "ComputeThread", "run_step"]
 
 log = logging.getLogger("mesh.shard")
-
-_LONG_CHUNK: Final = 1 << 20
-"""Tokens times the slots that they read: some 70 ms a layer on two cores, beside which a first run's 6 ms are little."""
 
 HIDDEN_DTYPES: Final[dict[str, Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-
-AnyStage = Stage | RecomputingStage
 
 Deliver = Callable[..., object]
 """Calls a function with arguments in the event loop's thread: loop.call_soon_threadsafe."""
@@ -78,7 +72,7 @@ class ComputeThread:
             del item, work, done, result, error  # hold no arrays while waiting
 
 
-def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
+def run_step(stage: Engine, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
     """What `frame` becomes on `stage`: the hidden state for the next one, or on the last the sampled tokens (ACK for a prefill
     chunk that is not the prompt's last). `timing(compute_s)` is the record it leaves in the frame."""
     rows = frame.slots[frame.hop]
@@ -94,33 +88,12 @@ def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -
         return frame.forward(result, record)
     if frame.kind is Kind.PREFILL and Flags.FINAL not in frame.flags:
         return frame.answer(Kind.ACK, record)
-    tokens: list[Token] = [result] if isinstance(result, Token) else result
+    tokens: list[SampledToken] = [result] if isinstance(result, SampledToken) else result
     ids = np.fromiter((token.id for token in tokens), np.int32, len(tokens))
     return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
 
 
-def exercise(stage: Stage) -> None:
-    """Run every compiled program once, for nobody: its first run takes a multiple of the later ones, and a session that fails over
-    to this shard should not wait for that. Not those that take so long themselves that it makes no difference. Before any row is
-    taken; what is written to the rows is written over."""
-    dtype = HIDDEN_DTYPES[stage.manifest.hidden.dtype]
-
-    def hidden(count: int) -> np.ndarray | None:
-        return None if stage.first else np.zeros((count, stage.manifest.hidden.size), dtype)
-
-    buckets = stage.buckets
-    for shorter in (0, *buckets.lengths[:-1]):
-        for smaller in (0, *buckets.chunks[:-1]):
-            start = max(shorter - smaller, 0)  # one token more than the smaller bucket and the shorter length hold
-            size = buckets.chunk(start, smaller + 1)
-            if start + smaller < stage.context and size * (start + size) < _LONG_CHUNK:
-                stage.prefill(0, start, np.zeros(smaller + 1, np.int32), hidden(smaller + 1))
-        for rows in buckets.rows:
-            stage.decode(np.array([rows - 1], np.int32), np.array([shorter], np.int32), np.zeros(1, np.int32), hidden(1))
-    stage.counters = type(stage.counters)()
-
-
-def _logprobs(tokens: list[Token]) -> tuple[np.ndarray, ...]:
+def _logprobs(tokens: list[SampledToken]) -> tuple[np.ndarray, ...]:
     """(chosen [n], ids [n, k], logprobs [n, k]), NaN where a row has none; nothing where no row asked."""
     if all(token.logprob is None for token in tokens):
         return ()

@@ -13,7 +13,7 @@ from mesh.bus import Bucket, Bus, announce
 from mesh.errors import BadRequest, DeadlineExceeded, MessageRejected, Unavailable
 from mesh.protocol import subjects
 from mesh.protocol.messages import ShardLease, ShardStats, StatsRequest
-from mesh.shard.placing import Claims
+from mesh.shard.placing import RangeClaims
 
 __all__ = ["Forgotten", "forget"]
 
@@ -68,13 +68,13 @@ async def _drop_claims(bus: Bus, shard: str) -> tuple[str, ...]:
         for _ in range(_TRIES):
             entry = await bucket.get(key)
             try:
-                claims = Claims.parse(entry.value).claims if entry is not None and entry.value else ()
+                claims = RangeClaims.parse(entry.value).claims if entry is not None and entry.value else ()
             except MessageRejected:
                 break
             left = tuple(claim for claim in claims if claim.shard != shard)
             if entry is None or len(left) == len(claims):
                 break
-            if await bucket.update(key, Claims(claims=left).to_bytes(), revision=entry.revision) is not None:
+            if await bucket.update(key, RangeClaims(claims=left).to_bytes(), revision=entry.revision) is not None:
                 dropped.append(key.removeprefix("claims."))
                 break
         else:

@@ -21,6 +21,7 @@ from mesh.bus import Bus, announce
 from mesh.errors import BadRequest, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.protocol.messages import Load, Loaded
+from mesh.runtime.engine import Engine
 from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardState
 from mesh.types import LayerRange
@@ -37,7 +38,7 @@ class MovableShard(Protocol):
     options: ShardOptions
     manifest: Manifest
     state: ShardState
-    stage: Any
+    stage: Engine | None
     instance: str
     ready: asyncio.Event  # set while it serves
     idle: asyncio.Event  # set while no session is open

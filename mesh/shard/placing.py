@@ -31,15 +31,15 @@ _DEFAULT_ROWS = 8
 _DEFAULT_CONTEXT = 2048
 
 
-class Claim(Message):
+class RangeClaim(Message):
     shard: str
     layers_start: Annotated[int, Field(ge=0)]
     layers_end: Annotated[int, Field(ge=1)]
     at_unix_s: float
 
 
-class Claims(Message):
-    claims: tuple[Claim, ...] = ()
+class RangeClaims(Message):
+    claims: tuple[RangeClaim, ...] = ()
 
 
 async def place(
@@ -101,8 +101,8 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
         held = [Held(lease.shard, lease.layers, lease.load if lease.state == "ready" else 0.0) for lease in leases]
         held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
         layers = choose_range(manifest.layers, held, needed, memory_bytes)
-        mine = Claim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
-        epoch = await bucket.update(key, Claims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
+        mine = RangeClaim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
+        epoch = await bucket.update(key, RangeClaims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
         if epoch is not None:
             detail = f"{name} takes layers {layers}"
             await announce(bus, "plan_changed", name, model=manifest.name, detail=detail, layers=str(layers), epoch=epoch)
@@ -110,9 +110,9 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
     raise Unavailable("other shards keep joining at the same moment: try again")
 
 
-def _claims(value: bytes | None) -> tuple[Claim, ...]:
+def _claims(value: bytes | None) -> tuple[RangeClaim, ...]:
     """Of a value that cannot be read: none, and it is written anew."""
     try:
-        return Claims.parse(value).claims if value else ()
+        return RangeClaims.parse(value).claims if value else ()
     except MessageRejected:
         return ()

@@ -44,12 +44,13 @@ from mesh.protocol.messages import (
     StatsRequest,
 )
 from mesh.runtime.device import processor
+from mesh.runtime.engine import Engine
 from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.shard.compute import HIDDEN_DTYPES, AnyStage, ComputeThread, exercise, run_step
+from mesh.shard.compute import HIDDEN_DTYPES, ComputeThread, run_step
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
@@ -116,7 +117,7 @@ class Shard:
                 queue_limit=2 * options.rows + 8,
             )
         )
-        self.stage: AnyStage | None = None
+        self.stage: Engine | None = None
         self._compute: ComputeThread | None = None
         self._service: Service | None = None
         self._subscriptions: list[Subscription] = []
@@ -151,8 +152,7 @@ class Shard:
                 self._set_status("warming")
                 log.info("compiling")
                 await self.in_thread(partial(self.stage.warm_up, self._progress))
-                if isinstance(self.stage, Stage):
-                    await self.in_thread(partial(exercise, self.stage))
+                await self.in_thread(self.stage.exercise)
             await self.open_doors()
             log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
             await self._stop.wait()
@@ -327,7 +327,7 @@ class Shard:
         if error is not None:
             self._failed(frame, error, followed=True)
 
-    def _step(self, stage: AnyStage, frame: Frame, queued: float, decode_s: float) -> _Stepped:
+    def _step(self, stage: Engine, frame: Frame, queued: float, decode_s: float) -> _Stepped:
         """In the compute thread."""
         codec_s = decode_s + self._encode_s[frame.kind]
         wait_s = time.perf_counter() - queued
@@ -407,7 +407,7 @@ class Shard:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _load(self) -> AnyStage:
+    def _load(self) -> Engine:
         options = self.options
         config = StageConfig(
             options.layers,

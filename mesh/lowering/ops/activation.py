@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mesh.lowering.basis import Array, positive_axis, wide
+from mesh.lowering.op_helpers import Array, positive_axis, wide
 from mesh.lowering.registry import MICROSOFT, register
 
 

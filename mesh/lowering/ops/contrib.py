@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, wide
+from mesh.lowering.op_helpers import Array, wide
 from mesh.lowering.ops.attention import exponentials, grouped_scores, join_heads, rotate, split_heads, weighted_values
 from mesh.lowering.ops.indexing import TensorScatter
 from mesh.lowering.ops.quant import DequantizeLinear, QuantizeLinear

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, basis, positive_axis
+from mesh.lowering.op_helpers import Array, array_namespace, positive_axis
 from mesh.lowering.registry import register
 from mesh.lowering.static import is_traced
 
@@ -41,7 +41,7 @@ def Loop(M: Array | None, cond: Array | None, *v_initial: Array, body: Any, scop
         step += 1
     if not collected and len(body.outputs) > 1 + len(v_initial):
         raise UnsupportedModel("a loop of no steps with scan outputs")
-    return (*state, *(basis(*items).stack(items) for items in zip(*collected, strict=True)))
+    return (*state, *(array_namespace(*items).stack(items) for items in zip(*collected, strict=True)))
 
 
 @register(since=9)

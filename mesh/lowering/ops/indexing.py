@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, basis, int64, is_float, positive_axis
+from mesh.lowering.op_helpers import Array, array_namespace, int64, is_float, positive_axis
 from mesh.lowering.registry import register
 from mesh.lowering.static import is_traced
 
@@ -33,7 +33,7 @@ def Gather(data: Array, indices: Array, *, axis: int = 0) -> Array:
 
 @register(numpy=True)
 def GatherElements(data: Array, indices: Array, *, axis: int = 0) -> Array:
-    xp = basis(data, indices)
+    xp = array_namespace(data, indices)
     axis = positive_axis(axis, data.ndim)
     data = data[tuple(slice(None) if i == axis else slice(0, size) for i, size in enumerate(indices.shape))]
     indices = _wrapped(xp, indices, data.shape[axis])
@@ -44,7 +44,7 @@ def GatherElements(data: Array, indices: Array, *, axis: int = 0) -> Array:
 
 @register(numpy=True)
 def GatherND(data: Array, indices: Array, *, batch_dims: int = 0) -> Array:
-    xp = basis(data, indices)
+    xp = array_namespace(data, indices)
     lead = tuple(
         np.arange(size).reshape([-1 if i == j else 1 for j in range(indices.ndim - 1)]) for i, size in enumerate(data.shape[:batch_dims])
     )
@@ -111,7 +111,7 @@ def TensorScatter(past_cache: Array, update: Array, write_indices: Array | None 
 @register(numpy=True, static=(1,))
 def OneHot(indices: Array, depth: Array, values: Array, *, axis: int = -1) -> Array:
     """`values` = [off, on]. Indices outside -depth..depth-1 have no on value."""
-    xp = basis(indices, values)
+    xp = array_namespace(indices, values)
     count = int(np.asarray(depth).reshape(()))
     axis = axis + indices.ndim + 1 if axis < 0 else axis
     indices = xp.expand_dims(xp.where(indices < 0, indices + count, indices), axis)
@@ -128,8 +128,8 @@ def NonZero(X: Array) -> Array:
 def Compress(input: Array, condition: Array, *, axis: int | None = None) -> Array:
     kept = np.nonzero(condition)[0]
     if axis is None:
-        return basis(input).take(input.reshape(-1), kept, axis=0)
-    return basis(input).take(input, kept, axis=axis)
+        return array_namespace(input).take(input.reshape(-1), kept, axis=0)
+    return array_namespace(input).take(input, kept, axis=axis)
 
 
 @register(numpy=True, static=(0,))

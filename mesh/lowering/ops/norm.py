@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, positive_axis, type_of, wide
+from mesh.lowering.op_helpers import Array, positive_axis, type_of, wide
 from mesh.lowering.registry import MICROSOFT, register
 
 

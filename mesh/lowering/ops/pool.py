@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, int64, is_float
+from mesh.lowering.op_helpers import Array, int64, is_float
 from mesh.lowering.ops.conv import AUTO_PAD, window_pads
 from mesh.lowering.registry import register
 

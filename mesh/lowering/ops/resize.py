@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, axes_of, is_float
+from mesh.lowering.op_helpers import Array, axes_of, is_float
 from mesh.lowering.registry import register
 
 _COORDINATES = (

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, axes_of
+from mesh.lowering.op_helpers import Array, axes_of
 from mesh.lowering.registry import register
 
 

@@ -1,4 +1,4 @@
-"""Which form each product takes: measured on this machine by `mesh tune`, kept beside the compiled programs, looked up at load.
+"""Which variant each product takes: measured on this machine by `mesh tune`, kept beside the compiled programs, looked up at load.
 
 Measuring takes seconds a shape, so a stage does not do it: without an entry it takes the default of mesh/lowering/linear.py.
 """
@@ -16,32 +16,34 @@ import orjson
 from mesh.host.paths import cache_directory
 from mesh.host.processor import processor_name
 from mesh.lowering import linear
-from mesh.lowering.weights import Forms, PackedWeight
+from mesh.lowering.weights import PackedWeight, Variants
 
-__all__ = ["FormTable"]
+__all__ = ["VariantTable"]
 
 
-class FormTable:
-    """Forms by (machine, JAX version, weight shape and type, rows)."""
+class VariantTable:
+    """Variants by (machine, JAX version, weight shape and type, rows)."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_directory() / "forms.json"
         self._machine = f"{processor_name()}, {os.cpu_count()} cores, {jax.default_backend()}, jax {jax.__version__}"
         self._known = self._load()
 
-    def lookup(self, weight: PackedWeight) -> Forms:
+    def lookup(self, weight: PackedWeight) -> Variants:
         """What was measured for this weight, ascending in rows; empty where nothing was."""
-        return tuple(sorted((int(rows), form) for rows, form in self._known.get(self._key(weight), {}).items() if form in linear.FORMS))
+        return tuple(
+            sorted((int(rows), variant) for rows, variant in self._known.get(self._key(weight), {}).items() if variant in linear.VARIANTS)
+        )
 
     def tune(self, weights: Iterable[PackedWeight], rows: Sequence[int]) -> Iterable[tuple[str, int, dict[str, float]]]:
-        """Measure what is not known yet, each shape once; yields (weight, rows, seconds of each form) as it goes."""
+        """Measure what is not known yet, each shape once; yields (weight, rows, seconds of each variant) as it goes."""
         for weight in weights:
             known = self._known.setdefault(self._key(weight), {})
             for count in rows:
                 if str(count) in known or len(linear.candidates(count, weight.codes)) == 1:
                     continue
                 seconds = linear.measure(weight.codes, count)
-                known[str(count)] = min(seconds, key=lambda form: seconds[form])
+                known[str(count)] = min(seconds, key=lambda variant: seconds[variant])
                 self._save()
                 yield f"{weight.shape[0]} x {weight.shape[1]}", count, seconds
 
