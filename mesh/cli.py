@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from mesh import __version__
 from mesh.errors import MeshError
 
 __all__ = ["COMMANDS", "main"]
@@ -91,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version", "version"):
-        from mesh.telemetry.logs import version
-
-        print(f"mesh {version()}")
+        print(f"mesh {__version__}")
         return 0
     try:
         parser = _parser_of(arguments[0])

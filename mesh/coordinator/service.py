@@ -29,6 +29,7 @@ from typing import Any
 
 import orjson
 
+from mesh import __version__
 from mesh.bus import Bucket, Bus, Endpoint, LeaseTable, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.bus.connection import reply_error
 from mesh.coordinator.batch import BatchWorker
@@ -76,7 +77,6 @@ from mesh.protocol import frame_codec, messages, subjects
 from mesh.protocol.frame_codec import Flags
 from mesh.protocol.messages import ShardLease
 from mesh.settings.units import format_bytes
-from mesh.telemetry import logs
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
@@ -207,7 +207,7 @@ class Coordinator:
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
-                version=logs.version(),
+                version=__version__,
                 description=f"generation with {model}",
                 metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
                 stats=self.stats,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mesh import __version__
 from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.model.manifest import Manifest
@@ -55,7 +56,6 @@ from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardShape, ShardState
-from mesh.telemetry import logs
 from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
@@ -455,7 +455,7 @@ class Shard:
         self._service = await Service.start(
             self.bus,
             name="mesh-shard",
-            version=logs.version(),
+            version=__version__,
             description=f"layers {shape.layers} of {self.manifest.name}",
             metadata={"shard": name, "instance": self.instance, "model": self.manifest.name, "layers": str(shape.layers)},
             stats=lambda: self.stats().model_dump(mode="json"),
@@ -556,7 +556,7 @@ class Shard:
             memory_bytes=resident_bytes(),
             weights_bytes=self.stage.need.weights_bytes if self.stage is not None else 0,
             frame_version=frame_codec.VERSION,
-            version=logs.version(),
+            version=__version__,
             host=socket.gethostname(),
             processor=processor() if self.stage is not None else "",
             pid=os.getpid(),
