@@ -18,7 +18,7 @@ from typing import Any
 
 import msgpack  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # type: ignore[import-untyped, unused-ignore]
 
 from mesh.protocol import frame_codec
 from mesh.protocol.frame import Frame, Hop, Kind, Timing
@@ -79,7 +79,7 @@ def by_protobuf() -> tuple[Callable[[Frame], bytes], Callable[[bytes], Any]]:
     def message(name: str, *fields: tuple[str, int, int, str | None]) -> None:
         made = file.message_type.add(name=name)
         for number, (field, kind, label, of) in enumerate(fields, 1):
-            made.field.add(name=field, number=number, type=kind, label=label, type_name=of)  # type: ignore[arg-type]
+            made.field.add(name=field, number=number, type=kind, label=label, type_name=of)
 
     one, many = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
     u32, u64, text, raw, sub = kinds.TYPE_UINT32, kinds.TYPE_UINT64, kinds.TYPE_STRING, kinds.TYPE_BYTES, kinds.TYPE_MESSAGE

@@ -1,9 +1,9 @@
 """Small shared state in JetStream key-value buckets, for control only: leases, placement, session records.
 
-A lease is a key its owner writes again and again; a bucket's TTL forgets it when the owner does not. Readers do not rely on
-the server to say so: LeaseTable drops a lease by its own clock when no renewal has come for the TTL. While disconnected, while the
-bucket cannot be watched (its server was lost, and a cluster chooses another leader) and while suspended nobody is heard, which says
-nothing of anybody: the clock stands still.
+A lease is a key that its owner writes again and again. The bucket's TTL deletes it once the owner stops. Readers do not rely on the server
+to report that: LeaseTable drops a lease by its own clock when no renewal has come for the TTL. While this process is disconnected,
+suspended, or cannot watch the bucket (its server was lost and the cluster elects another leader), it hears no owner at all. That says
+nothing about the owners, so the clock stands still.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WATCH_IDLE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key's value; None where it was deleted. `revision` grows with every write to the bucket."""
+    """The value of a key; None if it was deleted. `revision` grows with every write to the bucket."""
 
     key: str
     value: bytes | None
@@ -49,7 +49,7 @@ class Entry:
 
 
 class Bucket:
-    """A key-value bucket, made when it is not there: in memory on the server unless `durable`; in a cluster on three servers."""
+    """A key-value bucket, created if it does not exist. It is in the server's memory unless `durable`; in a cluster on three servers."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class Bucket:
         self._kv: nats.js.kv.KeyValue | None = None
 
     async def open(self) -> None:
-        """Make it where it is not there."""
+        """Create the bucket if it does not exist."""
         with mapped(f"opening {self.name}"):
             await self._open()
 
     async def put(self, key: str, value: bytes) -> int:
-        """Write; the new revision. A bucket that was lost with its server is made again."""
+        """Write a value; returns the new revision. A bucket that was lost with its server is created again."""
         try:
             with mapped(f"{self.name}/{key}"):
                 return await (await self._open()).put(key, value)
@@ -85,7 +85,8 @@ class Bucket:
                 return await (await self._open()).put(key, value)
 
     async def update(self, key: str, value: bytes, *, revision: int) -> int | None:
-        """Compare and set: write if the key's revision is still `revision` (0: it does not exist). None: it is not."""
+        """Compare and set: write if the revision of the key is still `revision` (0: there is no such key). Returns the new revision, or
+        None if it is not."""
         with mapped(f"{self.name}/{key}"):
             kv = await self._open()
             try:
@@ -106,7 +107,7 @@ class Bucket:
         return Entry(key, entry.value, entry.revision or 0)
 
     async def delete(self, key: str, *, revision: int | None = None) -> bool:
-        """False where the key's revision is not `revision` any more (None: whatever it is), and it is left."""
+        """Delete a key. False: its revision is no longer `revision`, and it stays (None: delete any revision)."""
         with mapped(f"{self.name}/{key}"):
             try:
                 await (await self._open()).delete(key, last=revision)
@@ -117,7 +118,7 @@ class Bucket:
         return True
 
     async def entries(self, keys: str = ">") -> list[Entry]:
-        """All there is, of the keys that match a pattern of NATS's."""
+        """All entries whose keys match a NATS pattern."""
         found = []
         async for entry in self._watch(keys):
             if entry is None:
@@ -151,7 +152,7 @@ class Bucket:
         return self._kv
 
     async def _watch(self, keys: str = ">") -> AsyncIterator[Entry | None]:
-        """Entries as they are and, after a None, as they change. Ends with an error when the server is lost."""
+        """The present entries, then None, then entries as they change. Ends with an error when the server is lost."""
         with mapped(f"watching {self.name}"):
             kv = await self._open()
             watcher = await kv.watch(keys, inactive_threshold=WATCH_IDLE_S)
@@ -188,7 +189,7 @@ class Bucket:
 
 
 def anything_sent(info: nats.js.api.ConsumerInfo) -> bool:
-    """Whether a consumer has or had anything to deliver, by the server's own count: what it has sent may still be on its way."""
+    """Whether a consumer has delivered or could deliver anything, by the server's own count. A delivery may still be on its way."""
     return bool(info.num_pending or (info.delivered and info.delivered.consumer_seq))
 
 
@@ -217,7 +218,7 @@ class LeaseTable(Generic[M]):
         return self._leases
 
     async def start(self, *, timeout_s: float = 10.0) -> None:
-        """Follow; returns once what is there now is known. Unavailable or DeadlineExceeded where it cannot be."""
+        """Follow the bucket; returns once the present leases are known. Unavailable or DeadlineExceeded: it cannot be watched."""
         self._tasks = [
             self._bucket.bus.spawn(self._follow(), f"watching {self._bucket.name}"),
             self._bucket.bus.spawn(self._expire(), f"expiring {self._bucket.name}"),
@@ -233,7 +234,7 @@ class LeaseTable(Generic[M]):
         await end_tasks(*self._tasks)
 
     def forget(self, key: str) -> None:
-        """Its owner is known to be gone: the next renewal is news, whatever it says."""
+        """Drop a lease whose owner is known to be gone. If the owner renews it after all, that counts as a new lease."""
         self._seen.pop(key, None)
         self._leases.pop(key, None)
 

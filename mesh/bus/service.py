@@ -1,4 +1,4 @@
-"""Micro services: what `nats micro ls` shows, with typed requests and errors of the one tree."""
+"""Micro services: what `nats micro ls` shows, with typed requests and errors of mesh/errors.py."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _INTERNAL = MeshError("an internal error; the log of the service says more")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One subject. `handler` returns the reply (None: it answers itself, or nobody is to be answered) or raises a MeshError.
+    """One subject. `handler` returns the reply (None: it answers by itself, or no answer is expected) or raises a MeshError.
 
-    `concurrent`: each request is a task of its own, at most `limit` at once, and beyond it the handler is still called: it is
-    the one to say busy. Otherwise requests are handled one after the other.
+    `concurrent`: each request runs as a task of its own, at most `limit` at a time; beyond that the handler is still called and has to
+    answer Busy. Otherwise requests are handled one after the other.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Endpoint:
 
 
 class Service:
-    """A running micro service; `stop` ends it. `stats` is shown as each endpoint's data in $SRV.STATS."""
+    """A running micro service; `stop` ends it. $SRV.STATS shows the result of `stats` as each endpoint's data."""
 
     def __init__(self, bus: Bus, inner: nats.micro.service.Service) -> None:
         self._bus = bus
@@ -96,7 +96,7 @@ class Service:
             )
 
     async def remove(self, name: str) -> None:
-        """Serve the endpoints of this name no more."""
+        """Stop serving the endpoints of this name."""
         for endpoint in [e for e in self._inner._endpoints if e._name == name]:
             self._inner._endpoints.remove(endpoint)
             with mapped(f"ending {endpoint._subject}"):

@@ -1,4 +1,4 @@
-"""Where things are kept on this machine."""
+"""Where files are kept on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ __all__ = ["cache_directory"]
 
 
 def cache_directory() -> Path:
-    """Where compiled programs, measured product forms and fetched models are kept: $MESH_CACHE_DIR, or stagemesh in the user's cache."""
+    """The folder of compiled programs, measured kernel variants and fetched models: $MESH_CACHE_DIR, else `stagemesh` in the user's cache
+    folder."""
     chosen = os.environ.get("MESH_CACHE_DIR")
     if chosen:
         return Path(chosen)

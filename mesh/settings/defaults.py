@@ -1,4 +1,4 @@
-"""Where processes find each other when nobody says otherwise."""
+"""Addresses and ports that processes use when no file, variable or flag gives one."""
 
 from __future__ import annotations
 

@@ -81,9 +81,9 @@ Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class NatsSection(Section):
-    """Where the NATS servers are, any one of them being enough to join, and who connects: by one way, or none.
+    """Where the NATS servers are, and which user connects. One server suffices to join. At most one kind of credentials may be given.
 
-    A password or token is given by its own file, by the environment (MESH_NATS_PASSWORD), or as `${NAME}`; no message shows it.
+    A password or token comes from a file of its own, from the environment (MESH_NATS_PASSWORD), or from `${NAME}`; no message shows it.
     """
 
     urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = (DEFAULT_NATS_URL,)
@@ -114,13 +114,13 @@ class NatsSection(Section):
 
 
 class ConnectionConfig(ConfigFile):
-    """What the environment alone says of the connection, for commands that read no file."""
+    """The connection of commands that read no file: from the environment alone."""
 
     nats: NatsSection = NatsSection()
 
 
 class PerformanceSection(Section):
-    """What memory is set aside for: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
+    """How much memory is set aside: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
 
     batch_size: Count = 1
     max_sequence_length: Count | None = None  # None: the model's context
@@ -128,7 +128,7 @@ class PerformanceSection(Section):
 
 
 class DistributedConfig(ConfigFile):
-    """distributed_config.json: a model to cut over equal shards. The keys after load_balancing_strategy are optional."""
+    """distributed_config.json: a model to spread over equal shards. The keys after load_balancing_strategy are optional."""
 
     model_path: str = Field(min_length=1)  # a source or a model directory; relative to the file, then to the working directory
     total_layers: Count
@@ -156,7 +156,7 @@ class DistributedConfig(ConfigFile):
 
 
 class ModelSection(Section):
-    """What is known of a model before it is there. The keys after vocab_size are estimated where absent."""
+    """What is known of a model before it is imported. The keys after vocab_size are estimated if they are missing."""
 
     name: str = Field(min_length=1)
     format: Literal["onnx", "safetensors", "gguf"] = "onnx"
@@ -183,7 +183,7 @@ class MemorySection(Section):
 
 
 class ModelConfig(ConfigFile):
-    """The model configuration: how a model, there or not yet, is to be cut."""
+    """The model configuration: how to spread a model that may not be there yet."""
 
     model: ModelSection
     sharding: ShardingSection
@@ -206,7 +206,7 @@ class ModelConfig(ConfigFile):
 
 
 class HttpSection(Section):
-    """An HTTP listener. health_check_interval: how long a look at the mesh's health may take that generates a token to see."""
+    """An HTTP listener. health_check_interval: how long a health check may take that generates a token to see whether the mesh answers."""
 
     listen_host: str = Field(default="127.0.0.1", min_length=1)  # beyond loopback tokens are asked for, see authentication
     listen_port: FreePort = DEFAULT_HTTP_PORT
@@ -220,7 +220,7 @@ class HttpSection(Section):
 
 
 class TlsSection(Section):
-    """HTTPS. With `ca_file`, client certificates that are shown must be signed by it; they must be shown where required."""
+    """HTTPS. With `ca_file`, client certificates must be signed by that authority; clients must show one if it is required."""
 
     enabled: bool = True
     cert_file: str = Field(min_length=1)
@@ -236,8 +236,8 @@ class TlsSection(Section):
 
 
 class AuthenticationSection(Section):
-    """Who may ask: bearers of a JSON Web Token. The secret of HS256 is given by the environment (`${JWT_SECRET}`) or a file; RS256
-    and EdDSA are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
+    """Who may send requests: holders of a JSON Web Token. The secret of HS256 comes from the environment (`${JWT_SECRET}`) or a file. RS256
+    and EdDSA tokens are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
 
     enabled: bool | None = None  # None: as soon as others than this machine reach the listener
     method: Literal["jwt"] = "jwt"
@@ -284,9 +284,9 @@ class LoggingSection(Section):
 
 
 class ServedModelSection(Section):
-    """Which model a coordinator serves: that of the directory `path`, else the pushed one of that `name`, else the only one pushed.
+    """The model that a coordinator serves: that of the directory `path`, else the pushed model `name`, else the only pushed one.
 
-    The other keys must be true of it where they are given: a coordinator of another model than meant does not start.
+    The other keys must agree with the model if they are given: a coordinator does not start with another model than was meant.
     """
 
     name: str | None = Field(default=None, min_length=1)
@@ -322,7 +322,7 @@ class GatewaySection(HttpSection):
 
 
 class GatewayConfig(ConfigFile):
-    """An HTTP edge in a process of its own."""
+    """HTTP in a process of its own."""
 
     gateway: GatewaySection = GatewaySection()
     nats: NatsSection = NatsSection()
@@ -332,7 +332,7 @@ class GatewayConfig(ConfigFile):
 
 
 class AuthenticationConfig(ConfigFile):
-    """What the environment alone says of tokens, for commands that read no file."""
+    """Tokens of commands that read no file: from the environment alone."""
 
     authentication: AuthenticationSection = AuthenticationSection()
 

@@ -1,5 +1,5 @@
-"""The one thread that computes, and what a step is: a frame in, a frame out, through a stage. Knows neither asyncio's loop nor NATS
-beyond a function that carries results back."""
+"""The compute thread, and one step: a frame in, through the engine, a frame out. The thread knows neither NATS nor asyncio; results go
+back to the event loop through one function that it is given."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ HIDDEN_DTYPES: Final[dict[str, Any]] = {
 }
 
 Deliver = Callable[..., object]
-"""Calls a function with arguments in the event loop's thread: loop.call_soon_threadsafe."""
+"""Calls a function with arguments in the event loop's thread, as loop.call_soon_threadsafe does."""
 
 
 class ComputeThread:
-    """Runs what it is given, in order, one after the other. Who gives bounds how much (ShardState.queued)."""
+    """Runs work in the order in which it is submitted, one item at a time. The caller limits how much is queued (ShardState.queued)."""
 
     def __init__(self, deliver: Deliver, name: str = "compute") -> None:
         self._deliver = deliver
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.busy_s = 0.0  # read by the loop; a float is replaced whole
+        self.busy_s = 0.0  # the event loop reads it; assigning a float is atomic
         self._thread.start()
 
     @property
@@ -50,7 +50,7 @@ class ComputeThread:
         self._work.put((work, done))
 
     def stop(self, timeout_s: float = 5.0) -> bool:
-        """Finish what was given and end; False where that takes longer (the thread then ends with the process)."""
+        """Finish the submitted work and end. False if that takes longer than `timeout_s`; the thread then ends with the process."""
         self._work.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -67,14 +67,15 @@ class ComputeThread:
             self.busy_s += time.perf_counter() - began
             try:
                 self._deliver(done, result, error)
-            except RuntimeError:  # the loop is closed: nobody waits any more
+            except RuntimeError:  # the loop is closed: nothing waits for the result
                 return
             del item, work, done, result, error  # hold no arrays while waiting
 
 
 def run_step(stage: Engine, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
-    """What `frame` becomes on `stage`: the hidden state for the next one, or on the last the sampled tokens (ACK for a prefill
-    chunk that is not the prompt's last). `timing(compute_s)` is the record it leaves in the frame."""
+    """Compute `frame` on `stage`. Returns the frame for the next stage, with the hidden state; on the last stage the answer, with the
+    sampled tokens (or an ACK for a prefill chunk that is not the prompt's last). `timing(compute_s)` makes the record that the stage
+    adds to the frame."""
     rows = frame.slots[frame.hop]
     hidden = frame.tensors[0] if frame.tensors else None
     began = time.perf_counter()
@@ -94,7 +95,7 @@ def run_step(stage: Engine, frame: Frame, timing: Callable[[float], Timing]) -> 
 
 
 def _logprobs(tokens: list[SampledToken]) -> tuple[np.ndarray, ...]:
-    """(chosen [n], ids [n, k], logprobs [n, k]), NaN where a row has none; nothing where no row asked."""
+    """(chosen [n], ids [n, k], logprobs [n, k]) of n rows. NaN where a row asked for none; empty where no row asked."""
     if all(token.logprob is None for token in tokens):
         return ()
     width = min(MAX_LOGPROBS, max(len(token.top) for token in tokens))

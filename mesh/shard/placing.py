@@ -1,8 +1,8 @@
-"""`mesh join`: agree with the others on a range, and fetch it.
+"""`mesh join`: agree with the other shards on a range, and fetch its blocks.
 
-Two machines that join at the same moment must not take the same gap: who takes a range says so in KV `mesh_placement`, by compare
-and set, before it loads. A claim counts until its shard's lease is there, or for CLAIM_S. The key's revision is the placement's epoch:
-whoever decided on an older one is refused and decides again.
+Two machines that join at the same moment must not take the same range. So a shard claims its range in the KV bucket `mesh_placement`
+before it loads, by compare and set. A claim counts until the lease of its shard is there, but for CLAIM_S at most. The revision of the
+key is the epoch of the placement: a shard that decided on an older revision is refused and decides again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ async def place(
     directory: Path | None,
     progress: Progress,
 ) -> ShardOptions:
-    """Choose, claim and fetch. ModelNotFound: nothing was pushed. DoesNotFit: nothing that is wanted fits."""
+    """Choose a range, claim it and fetch its blocks. ModelNotFound: no such model was pushed. DoesNotFit: no range that the mesh needs
+    fits in `memory_bytes`."""
     subjects.check_token(name, "name")
     store = ModelStore(bus)
     model = model or await store.only_name()
@@ -111,7 +112,7 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
 
 
 def _claims(value: bytes | None) -> tuple[RangeClaim, ...]:
-    """Of a value that cannot be read: none, and it is written anew."""
+    """The claims in `value`. None of a value that cannot be read: the next claim overwrites it."""
     try:
         return RangeClaims.parse(value).claims if value else ()
     except MessageRejected:

@@ -1,10 +1,10 @@
-"""A shard: one stage on the mesh.
+"""A shard: one layer range on the mesh.
 
-    connect, say "loading" -> load and warm up in the compute thread -> listen, say "ready" -> ... -> drain -> say goodbye
+    connect, report "loading" -> load and warm up in the compute thread -> listen, report "ready" -> ... -> drain -> leave
 
-The event loop receives, decides (ShardState) and publishes; the compute thread computes. A frame's life here:
+The event loop receives, decides (ShardState) and publishes; the compute thread computes. The life of a frame:
 
-    message -> decode -> admit -> queue -> run_step, encode and publish to the frame's next subject, in the thread
+    message -> decode -> admit -> queue -> in the thread: run_step, encode, publish to the frame's next subject
                             \\-> GAP to the coordinator for rows that cannot be computed
 """
 
@@ -67,7 +67,7 @@ _RENEW_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class _Stepped:
-    """What became of a frame in the compute thread; `sent`: it is on its way already."""
+    """The result of a frame from the compute thread. `sent`: it has been published there already."""
 
     out: Frame
     data: bytes
@@ -76,11 +76,11 @@ class _Stepped:
 
 
 class _StoppedError(Exception):
-    """Told to stop before it was ready."""
+    """The shard was told to stop before it was ready."""
 
 
 class Shard:
-    """See the module's docstring. `run` is its whole life; `ready` is set while it serves."""
+    """A shard; see the module's docstring. `run` is its whole life, and `ready` is set while it serves."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Shard:
         self.manifest = Manifest.load(options.directory)
         self.meter = Meter()
         self.ready = asyncio.Event()
-        self.http_url = ""  # where this process answers HTTP, for those who ask who is there
+        self.http_url = ""  # where this process answers HTTP; the lease tells everyone
         self._compiled = compiled
         self._progress = progress
         layers = self.manifest.check_range(options.layers)
@@ -113,7 +113,7 @@ class Shard:
                 vocab_size=self.manifest.vocab_size,
                 hidden_size=self.manifest.hidden.size,
                 hidden_dtype=HIDDEN_DTYPES[self.manifest.hidden.dtype],
-                # a session has one decode step or prefill chunk in flight; twice that is a coordinator that does not count
+                # A session has one decode step or prefill chunk in flight. More than twice that is a coordinator's mistake.
                 queue_limit=2 * options.rows + 8,
             )
         )
@@ -130,13 +130,13 @@ class Shard:
         self._failure: BaseException | None = None
         self._moving = asyncio.Lock()
         self._drainer: asyncio.Task[Any] | None = None
-        self._encode_s = dict.fromkeys(Kind, 0.0)  # how long writing the last frame of each kind took
+        self._encode_s = dict.fromkeys(Kind, 0.0)  # seconds that encoding the last frame of each kind took
         self._started = time.time()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Load, serve until `stop`, `drain` or a failure, and leave. Raises what made it fail."""
+        """Load, serve until `stop`, `drain` or a failure, and leave. Raises the failure."""
         model, shape = self.manifest.name, self.state.shape
         await self._require_alone()
         loop = asyncio.get_running_loop()
@@ -171,25 +171,26 @@ class Shard:
 
     @property
     def computing(self) -> bool:
-        """Whether the compute thread lives: after `run`, that it could not be ended (a compilation cannot be interrupted)."""
+        """Whether the compute thread is alive. After `run` that means it could not be ended: a compilation cannot be interrupted."""
         return self._compute is not None and self._compute.alive
 
     @property
     def status(self) -> Status:
-        """As its lease says."""
+        """The state that its lease reports."""
         return self._status
 
     def ping(self, answered: Callable[[], None]) -> None:
-        """`answered` is called in the loop when the compute thread has come to it, after the work it was given before."""
+        """Call `answered` in the event loop once the compute thread has done all work submitted before."""
         if self._compute is not None:
             self._compute.submit(lambda: None, lambda result, error: answered())
 
     def stop(self) -> None:
-        """End now; what is open is lost to this shard."""
+        """End now. Open sessions continue on other replicas, if there are any."""
         self._stop.set()
 
     def drain(self, timeout_s: float | None = None, *, stop: bool = True) -> int:
-        """Take no new sessions, then end once none is open, or after `timeout_s` (None: drain_s). How many are open."""
+        """Take no new sessions. Then, if `stop`, end once none is open, or after `timeout_s` (None: the options' drain_s). Returns how
+        many sessions are open."""
         count = self.state.drain()
         self._set_status("draining")
         if self._drainer is None or self._drainer.done():
@@ -315,7 +316,7 @@ class Shard:
         self._compute.submit(work, partial(self._stepped, frame))
 
     def _follow(self, frame: Frame, mine: Frame | None) -> None:
-        """Compute as a mirror: nothing goes out."""
+        """Compute a frame as a mirror does: nothing is sent."""
         if mine is None:
             return
         assert self.stage is not None and self._compute is not None
@@ -328,7 +329,7 @@ class Shard:
             self._failed(frame, error, followed=True)
 
     def _step(self, stage: Engine, frame: Frame, queued: float, decode_s: float) -> _Stepped:
-        """In the compute thread."""
+        """Compute one frame. Runs in the compute thread."""
         codec_s = decode_s + self._encode_s[frame.kind]
         wait_s = time.perf_counter() - queued
 
@@ -339,15 +340,15 @@ class Shard:
         began = time.perf_counter()
         data = frame_codec.encode(out)
         encode_s = time.perf_counter() - began
-        # The next stage waits: not even the loop's turn is waited for, where nothing is in the way.
+        # The next stage is waiting, so the result is sent from this thread if nothing else waits to be sent.
         try:
             sent = self.bus.post_now(out.subject(self.manifest.name), data)
         except PayloadTooLarge:
-            sent = False  # the loop finds that out again, and says so
+            sent = False  # the event loop meets the same error and reports it
         return _Stepped(out, data, encode_s, sent)
 
     def _stepped(self, frame: Frame, result: _Stepped | None, error: BaseException | None) -> None:
-        """Back in the loop."""
+        """Take in a frame's result. Runs in the event loop."""
         self.state.done()
         if error is not None or result is None:
             self._failed(frame, error)
@@ -361,9 +362,11 @@ class Shard:
         self._send(result.out, result.data, frame, sent=result.sent)
 
     def _failed(self, frame: Frame, error: BaseException | None, *, followed: bool = False) -> None:
-        """A step that the stage refused changed nothing; any other failure may have taken the caches with it, so the shard ends."""
+        """A step that the stage refused changed nothing. Any other failure may have damaged the caches, so the shard ends."""
         refused = isinstance(error, MeshError)
-        log.error("step %d of wave %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error)
+        log.error(
+            "step %d of decode batch %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error
+        )
         if not followed:
             self.state.gone_on(frame)
             self._gap(frame, Gap.BAD_INPUT if refused else Gap.FAILED)
@@ -377,7 +380,7 @@ class Shard:
         self._send(gap, frame_codec.encode(gap))
 
     def _send(self, out: Frame, data: bytes, of: Frame | None = None, *, sent: bool = False) -> None:
-        """Send `out`, which is what the admitted frame `of` became; `sent`: it has been, and is merely counted."""
+        """Send `out`, the result of the admitted frame `of`. `sent`: it has been sent already and is only counted."""
         self.meter.frames_out += 1
         self.meter.bytes_out += len(data)
         subject = out.subject(self.manifest.name)
@@ -394,7 +397,7 @@ class Shard:
     async def _send_later(self, subject: str, data: bytes, of: Frame | None) -> None:
         try:
             await self.bus.publish(subject, data)
-        except PayloadTooLarge as error:  # the server that this side is connected to by now takes less
+        except PayloadTooLarge as error:  # after a reconnection the server may take less
             self._too_large(error, of)
         finally:
             if of is not None:
@@ -422,7 +425,7 @@ class Shard:
         return kind.load(options.directory, config, compiled=self._compiled, progress=self._progress)
 
     async def in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run in the compute thread, the loop going on meanwhile; _StoppedError when told to stop before it is done."""
+        """Run `work` in the compute thread and wait for its result. _StoppedError: the shard was told to stop before that."""
         assert self._compute is not None
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -469,7 +472,7 @@ class Shard:
         )
 
     async def open_doors(self) -> None:
-        """Serve the range that state and stage say."""
+        """Listen to frames and sessions of the present range, and report that the shard is ready."""
         shape = self.state.shape
         await self._listen()
         self._set_status("ready")
@@ -477,13 +480,13 @@ class Shard:
         await self._announce("ready", f"layers {shape.layers} of {self.manifest.name}, {shape.rows} rows of {shape.context}")
 
     async def close_doors(self, status: Status) -> None:
-        """No new sessions."""
+        """Take no new sessions from now on, and report `status`."""
         self._set_status(status)
         if self._service is not None:
             await self._service.remove("open-any")
 
     async def stop_listening(self) -> None:
-        """Nor anything of those that are open."""
+        """Stop listening to open sessions as well."""
         self.ready.clear()
         if self._service is not None:
             await self._service.remove("open")
@@ -502,7 +505,7 @@ class Shard:
         await self.bus.flush()
 
     async def _require_alone(self) -> None:
-        """Two shards of one name would answer each other's frames."""
+        """ConfigError if a shard of this name answers: two of them would answer each other's frames."""
         name = self.options.name
         try:
             other = await self.bus.request(subjects.control(name, "stats"), StatsRequest(), ShardStats, timeout_s=1.0)
@@ -520,7 +523,7 @@ class Shard:
                 log.info("closed %d sessions of a coordinator that is gone", len(expired))
                 self._note_sessions()
             try:
-                if self.bus.connected:  # else it waits for the connection, and says so at once when it is back
+                if self.bus.connected:  # otherwise the lease is renewed at once when the connection is back
                     await self._leases.put(name, self._lease(now).to_bytes())
             except MeshError as error:
                 log.warning("renewing the lease: %s", error)
@@ -583,7 +586,7 @@ class Shard:
             self._stop.set()
 
     async def _leave(self) -> None:
-        """Take the lease back and say so, as far as the server is there; never raises."""
+        """Delete the lease and announce the end, if the server can be reached. Never raises."""
         for ending in [s.stop() for s in self._subscriptions] + ([self._service.stop()] if self._service else []):
             await ending
         if self._compute is not None:
