@@ -128,7 +128,8 @@ class BatchStore:
         )
 
     async def results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchItem]:
-        """The results of up to `limit` requests from `offset` on, in order, as far as they have ended. BadRequest: there is no such batch."""
+        """The results of up to `limit` requests from `offset` on, in order, as far as they have ended. BadRequest: there is no such
+        batch."""
         batch = await self._batch(_check_id(id))
         stop = batch.total if limit is None else min(batch.total, offset + limit)
         gate = asyncio.Semaphore(_AT_ONCE)

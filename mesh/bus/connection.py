@@ -265,7 +265,8 @@ class Bus:
     async def subscribe(
         self, subject: str, handler: Handler, *, queue: str = "", pending_messages: int = 4096, pending_bytes: int = 256 * 1024 * 1024
     ) -> Subscription:
-        """Call `handler` with each message, one after the other. Errors of the handler are logged and counted; the subscription continues."""
+        """Call `handler` with each message, one after the other. Errors of the handler are logged and counted; the subscription
+        continues."""
 
         async def call(message: nats.aio.msg.Msg) -> None:
             try:
@@ -332,7 +333,8 @@ class Bus:
             await self.publish(to.reply, message.to_bytes())
 
     async def respond_error(self, to: Received, error: MeshError) -> None:
-        """Answer a request with an error: headers as NATS's convention has them, and a body from which the other side makes the same error."""
+        """Answer a request with an error: headers as NATS's convention has them, and a body from which the other side makes the same
+        error."""
         if to.reply:
             data, headers = reply_error(error)
             await self.publish(to.reply, data, headers=headers)

@@ -47,7 +47,8 @@ class Revivable(Protocol):
         """Send SIGKILL and wait for the end. Does nothing if the process has ended."""
 
     def revive(self) -> None:
-        """Start it again. From the main thread, because the process ends with the thread that starts it. MeshError: it cannot be started."""
+        """Start it again. From the main thread, because the process ends with the thread that starts it. MeshError: it cannot be
+        started."""
 
 
 class Child:

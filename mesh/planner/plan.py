@@ -1,16 +1,16 @@
 """Place the layers of a model on nodes. Pure: a model's shape and a list of nodes in, a Placement out.
 
     even      ranges of equal length; where that is not possible, the middle ones are longer (mesh.types.even_ranges)
-    explicit  the ranges given
-    weighted  ranges that make the slowest stage as fast as it can be, given each node's memory, speed and link: exact, see
+    explicit  the given ranges
+    weighted  the ranges that make the slowest stage as fast as possible, given each node's memory, speed and link: exact, see
               mesh/planner/partition.py. Replicas are on alike nodes, and a stage is as slow as its slowest replica
 
-Each range is served by `replication_factor` shards on distinct nodes. With `overlap_layers` k a shard also holds the k layers
-before and the k after its range, weights and cache, so that a boundary can move or a neighbour's work be taken over without
-loading; where that reaches the end of the model, it holds the embedding or the head as well.
+Each range is served by `replication_factor` shards on distinct nodes. With `overlap_layers` k a shard also holds weights and cache of
+the k layers before and the k layers after its range, so that it can move its range without loading. If that reaches an end of the
+model, it holds the embedding or the head as well.
 
-A stage's time is an estimate for comparison: the bytes a decode step reads (weights of its range, a full KV cache) over
-BASE_BANDWIDTH * speed, plus sending the hidden state of every row to the next stage over the node's link.
+The time of a stage is an estimate for comparisons: the bytes that a decode step reads (weights of the range, a full KV cache) divided by
+BASE_BANDWIDTH * speed, plus the time to send the hidden state of every row to the next stage over the node's link.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TOKEN_BYTES = 4  # what the last stage sends for a row
 
 
 def plan(request: PlanRequest) -> Placement:
-    """The placement, whether it fits or not; where it does not, with the nearest changes that would. See Placement.require_fit."""
+    """The placement, whether it fits or not. If not, its remedies are the nearest changes that would; see Placement.require_fit."""
     placement = place(request)
     return placement if placement.fits else placement.model_copy(update={"remedies": advise(request, placement, fits)})
 
@@ -54,12 +54,12 @@ def place(request: PlanRequest) -> Placement:
 
 
 def fits(request: PlanRequest) -> bool:
-    """place(request).fits, for less work."""
+    """The same as place(request).fits, with less work."""
     return _Weighted(request, _Book(request)).possible() if request.strategy == "weighted" else place(request).fits
 
 
 def ranges_of(layers: int, layers_per_shard: int) -> tuple[LayerRange, ...]:
-    """Ranges of `layers_per_shard` layers each, the last one shorter where they do not divide."""
+    """Ranges of `layers_per_shard` layers each; the last one is shorter if they do not divide evenly."""
     if layers_per_shard < 1:
         raise BadLayerRange(f"layers_per_shard is {layers_per_shard}: it must be at least 1")
     return tuple(LayerRange(a, min(a + layers_per_shard, layers)) for a in range(0, layers, layers_per_shard))
@@ -67,7 +67,7 @@ def ranges_of(layers: int, layers_per_shard: int) -> tuple[LayerRange, ...]:
 
 @dataclass(frozen=True)
 class _Book:
-    """Needs and times of ranges, each computed once."""
+    """Memory and times of ranges, each computed once."""
 
     request: PlanRequest
     _needs: dict[LayerRange, MemoryNeed] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class _Book:
 
 
 class _Weighted:
-    """The weighted strategy: groups of alike nodes, one a stage; equal groups are one kind."""
+    """The weighted strategy: groups of alike nodes, one for each stage; equal groups are one kind."""
 
     def __init__(self, request: PlanRequest, book: _Book) -> None:
         self.request, self.book = request, book
@@ -118,7 +118,7 @@ class _Weighted:
         self.totals: dict[tuple[int, int], int] = {}  # each is asked for once a kind
 
     def stages(self) -> tuple[tuple[LayerRange, ...], list[list[int]]]:
-        """Ranges, and the nodes of each. Where nothing fits, those that lack least in proportion."""
+        """The ranges, and the nodes of each. If nothing fits, those whose nodes lack the least memory in proportion."""
         stages = self._cut(self._slowest) or self._cut(self._fullness)
         assert stages is not None  # fullness forbids nothing, and there are no more stages than groups
         return tuple(LayerRange(a, b) for _, a, b in stages), [self.groups[i] for i, _, _ in stages]
@@ -142,7 +142,7 @@ class _Weighted:
 
 
 def _groups(nodes: Sequence[Node], replicas: int) -> list[list[int]]:
-    """Groups of `replicas` alike nodes, in the order of their first; those left over are in none."""
+    """Groups of `replicas` alike nodes, in the order of their first ones. Nodes that are left over are in no group."""
     if replicas == 1:
         return [[i] for i in range(len(nodes))]
     by_size = sorted(range(len(nodes)), key=lambda i: (-nodes[i].memory_bytes, -nodes[i].speed, i))
@@ -154,9 +154,10 @@ def _default_count(request: PlanRequest) -> int:
 
 
 def _assign(needs: Sequence[int], nodes: Sequence[Node], replicas: int) -> list[list[int]]:
-    """The nodes of each range: in the order given, or the largest need to the most free memory where only that fits.
+    """The nodes of each range: in the given order, or, if only that fits, the range with the largest need to the node with the most free
+    memory.
 
-    One shard a node while nodes last (then it fits if anything does); several where there are fewer nodes than shards.
+    One shard for each node if there are enough nodes (then it fits if anything does); several otherwise.
     """
     count, total = len(needs), len(nodes)
     alone = total >= count * replicas
@@ -239,7 +240,7 @@ def _placement(request: PlanRequest, book: _Book, ranges: Sequence[LayerRange], 
 
 
 def _problem(request: PlanRequest, ranges: Sequence[PlacedRange], used: Sequence[int], over: Sequence[int]) -> str:
-    """Why it does not fit, in one sentence without a full stop."""
+    """Why it does not fit, as one sentence without a full stop."""
     model = request.model
     worst = max(over, key=lambda i: used[i] / request.nodes[i].memory_bytes)
     node = request.nodes[worst]

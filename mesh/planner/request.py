@@ -16,7 +16,7 @@ __all__ = ["PlanRequest", "same_nodes"]
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What to place, and where. Errors of the request itself are PlanError (BadLayerRange for the ranges), at construction."""
+    """What to place, and where. A request that contradicts itself raises PlanError when it is made (BadLayerRange for its ranges)."""
 
     model: ModelShape
     nodes: tuple[Node, ...]

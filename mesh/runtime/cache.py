@@ -1,14 +1,14 @@
 """The KV cache of one layer on one shard, and how a block's own ops read and write it in place.
 
-    array [R, Hkv, S, D]    R rows (sessions), S slots; slot s of a row is the key or value of position s
+    array [R, Hkv, S, D]    R rows (sessions), S positions: the key or value of each position of a row
 
-A block takes `past_key`, scatters into it with TensorScatter and reads the result with Attention (docs/model-format.md). Run
-literally, that would gather the rows of a step and copy them back. A CacheView stands where the past stood in the
-lowered graph and answers those two ops on the whole array instead: new tokens are written where they belong, in
-place, and attention reads only the rows of the step, a block of slots at a time, up to the last that one of them sees.
+A block takes `past_key`, scatters into it with TensorScatter and reads the result with Attention (docs/model-format.md). Run literally,
+that would gather the rows of a step and copy them back. Instead a CacheView stands in the lowered graph in place of the past, and
+answers those two ops on the whole array. New tokens are written in place. Attention reads only the rows of the step, block by block, up
+to the last position that one of them sees.
 
-Slots beyond the context are slack: the last one takes the writes of rows that have nothing to write in this step, the others
-the padding of a prefill chunk. No mask ever shows them.
+The array has a few more positions than the context. The last one takes the writes of rows that have nothing to write in this step; the
+others take the padding of a prefill chunk. No mask ever shows them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _LOWEST = -1e20  # below every score of a slot that is seen, and so far above on
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CacheView:
-    """Rows `row` .. row + rows - 1 of a cache as a block sees them: [rows, Hkv, length, D]; no query sees a slot from `used` on.
+    """Rows `row` .. row + rows - 1 of a cache, as a block sees them: [rows, Hkv, length, D]. No query sees a position from `used` on.
 
-    Written either with one token a row (a decode batch) or, where `rows` is 1, with several (a prefill chunk).
+    A step writes either one token for each row (a decode batch) or, if `rows` is 1, several tokens (a prefill chunk).
     """
 
     array: Any  # [R, Hkv, S, D]
@@ -99,16 +99,16 @@ class CacheView:
 
 
 def in_blocks() -> bool:
-    """Whether attention goes through the slots in blocks. An accelerator would be asked before each whether there is another, and
-    reads `length` slots at once."""
+    """Whether attention goes through the cache in blocks. An accelerator would have to be asked before each block whether there is
+    another one, so there `length` positions are read at once."""
     return jax.default_backend() == "cpu"
 
 
 def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *, scale: float, softcap: float) -> jax.Array:
     """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv].
 
-    The softmax is taken as the blocks come: what is summed so far shrinks when a higher score does (Milakov, Gimelshein 2018).
-    Scores and sums are float32. What a slot holds that nobody sees may overflow in its score, which is dropped, and weighs nothing.
+    The softmax is computed block by block: the sums so far shrink when a higher score comes (Milakov, Gimelshein 2018). Scores and sums
+    are float32. The content of a position that no query sees may overflow in its score; that score is dropped and has no weight.
     """
     batch, q_heads, tokens, dim = q.shape
     _, heads, length, value_dim = values.shape
@@ -148,8 +148,8 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
 
 
 class _Sums(NamedTuple):
-    """Of the blocks so far: the highest score [B, Hkv, G, T, 1], the sum of the weights [B, Hkv, G, T, 1] and that of the weighted values
-    [B, Hkv, G, T, Dv], both as if the highest score were 0."""
+    """The sums over the blocks so far: the highest score [B, Hkv, G, T, 1], the sum of the weights [B, Hkv, G, T, 1], and the sum of the
+    weighted values [B, Hkv, G, T, Dv], both as if the highest score were 0."""
 
     peak: Any
     total: Any
@@ -157,7 +157,7 @@ class _Sums(NamedTuple):
 
 
 def _block_sizes(length: int, slot_bytes: int) -> tuple[int, ...]:
-    """Descending; the whole where it is one block. `slot_bytes`: what the keys of one slot of all rows take."""
+    """Block sizes in descending order; the whole length if it is one block. `slot_bytes`: the bytes of one position's keys of all rows."""
     if length <= FINE or not in_blocks():
         return (length,)
     coarse = COARSE

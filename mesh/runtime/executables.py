@@ -1,15 +1,15 @@
-"""Compiled programs, kept across processes under names that are found without tracing them.
+"""Compiled programs on disk, found by names that need no tracing.
 
-JAX keeps compiled programs as well, but finds them by what they are lowered to, so that a process that starts again traces and lowers
-every one: half of its start. Here a program's name is a digest of what it is made from: the block's signature, the shapes and types of
-its arguments, and the environment, which is all of this package's code that takes part, the versions of JAX, the processor and what XLA
-was told.
+JAX keeps compiled programs as well, but finds them by their lowered form, so a process that starts again traces and lowers every
+program: half of its start. Here the name of a program is a digest of what it is made from: the block's signature, the shapes and types
+of its arguments, and the environment. The environment is the code of this package that takes part, the versions of JAX, the processor,
+and XLA's options.
 
     CACHE/executables/ENVIRONMENT/PROGRAM    SHA-256 of the rest, then a pickle of the executable as JAX serialises it
 
-What is damaged, or cannot be loaded here, is compiled again; what cannot be written is done without; and where a computation fails, what
-was loaded is removed (`forget_loaded`), so that the process that is started in its place does not fail the same way. Whoever can write
-to the cache directory can run code in the processes that read it: it belongs to one user.
+A program that is damaged or cannot be loaded here is compiled again. If a file cannot be written, the program is just not kept. After a
+failed computation, the files that were loaded are removed (`forget_loaded`), so that the next process does not fail in the same way.
+Whoever can write to the cache directory can run code in the processes that read it: it belongs to one user.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ def forget_loaded() -> None:
 
 
 class Executables:
-    """The programs of one environment, in `directory`, which is made when the first one is kept."""
+    """The programs of one environment, in `directory`, which is created when the first one is kept."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     @classmethod
     def of_this_process(cls) -> Executables | None:
-        """None where nothing is to be kept."""
+        """The programs of this process's environment; None if nothing is to be kept."""
         return cls(cache_directory() / "executables" / _environment()) if keeps_programs() else None
 
     def get(self, key: object, jitted: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """`jitted` compiled for `args` (arrays, or their shapes and types) with XLA's `options`. `key`: what, beside their shapes, tells
-        it from other programs; its repr has to be the same in every process."""
+        """`jitted`, compiled for `args` (arrays, or their shapes and types) with XLA's `options`. `key` distinguishes programs of equal
+        shapes; its repr must be the same in every process."""
         path = self.directory / _program(key, args)
         return self._load(path) or self._make(path, jitted, args, options)
 
@@ -112,7 +112,7 @@ def _program(key: object, args: tuple[Any, ...]) -> str:
 
 @cache
 def _environment() -> str:
-    """What programs depend on beside their key and arguments."""
+    """A digest of what programs depend on besides their key and arguments."""
     digest = hashlib.sha256()
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -129,7 +129,7 @@ def _environment() -> str:
 
 
 def _forget_old(directory: Path) -> None:
-    """Keep the environments that were begun last."""
+    """Keep the environments that were begun last, and remove the others."""
     found = sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found[_ENVIRONMENTS:]:
         shutil.rmtree(path, ignore_errors=True)

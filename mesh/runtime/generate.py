@@ -1,4 +1,4 @@
-"""Generation in one process through N stages, no network: what the mesh's answers and speed are measured against."""
+"""Generation in one process through N stages, without a network: the reference for the mesh's answers and speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Generation", "Pipeline"]
 
 @dataclass
 class Generation:
-    """What one request produced and how long it took. Seconds; `step_s` has one entry a decode step."""
+    """What one request produced, and how long it took in seconds; `step_s` has one entry for each decode step."""
 
     tokens: list[SampledToken] = field(default_factory=list)
     finish_reason: str = "length"
@@ -93,7 +93,7 @@ class Pipeline:
         return result
 
     def start(self, row: int, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int) -> SampledToken:
-        """Check a request, open its row and prefill it; the first token."""
+        """Check a request, open its row and prefill it. Returns the first token."""
         check_request(prompt, max_tokens, vocab_size=self.manifest.vocab_size, context=self.context)
         self.stages[-1].open(row, params, prompt_length=len(prompt))
         chunk = self.stages[0].buckets.chunks[-1]
@@ -114,7 +114,7 @@ class Pipeline:
         row: int = 0,
         into: Generation | None = None,
     ) -> Iterator[SampledToken]:
-        """Tokens of one request as they come; `into` is filled in meanwhile. A stop token ends it and is not given."""
+        """The tokens of one request as they come; `into` is filled in meanwhile. A stop token ends it and is not yielded."""
         generation = Generation() if into is None else into
         began = time.perf_counter()
         token = self.start(row, prompt, params, max_tokens=max_tokens)
@@ -133,7 +133,7 @@ class Pipeline:
             generation.step_s.append(time.perf_counter() - began)
 
     def complete(self, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int, stop_ids: Sequence[int] = ()) -> Generation:
-        """`generate` to its end."""
+        """Run `generate` to its end."""
         generation = Generation()
         for _ in self.generate(prompt, params, max_tokens=max_tokens, stop_ids=stop_ids, into=generation):
             pass
@@ -141,7 +141,7 @@ class Pipeline:
 
 
 def check_request(prompt: Sequence[int], max_tokens: int, *, vocab_size: int, context: int) -> None:
-    """BadRequest or PromptTooLong, naming the field."""
+    """BadRequest or PromptTooLong, with the name of the field, if a request cannot be served."""
     if not len(prompt):
         raise BadRequest("the prompt is empty: give at least one token", field="prompt")
     if max_tokens < 1:

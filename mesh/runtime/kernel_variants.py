@@ -1,6 +1,6 @@
-"""Which variant each product takes: measured on this machine by `mesh tune`, kept beside the compiled programs, looked up at load.
+"""The fastest variant of each product: measured on this machine by `mesh tune`, kept beside the compiled programs, looked up at load.
 
-Measuring takes seconds a shape, so a stage does not do it: without an entry it takes the default of mesh/lowering/linear.py.
+Measuring takes seconds for each shape, so a stage does not do it. Without an entry it uses the default of mesh/lowering/linear.py.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class VariantTable:
         self._known = self._load()
 
     def lookup(self, weight: PackedWeight) -> Variants:
-        """What was measured for this weight, ascending in rows; empty where nothing was."""
+        """The variants that were measured for this weight, ascending in rows; empty if nothing was measured."""
         return tuple(
             sorted((int(rows), variant) for rows, variant in self._known.get(self._key(weight), {}).items() if variant in linear.VARIANTS)
         )
 
     def tune(self, weights: Iterable[PackedWeight], rows: Sequence[int]) -> Iterable[tuple[str, int, dict[str, float]]]:
-        """Measure what is not known yet, each shape once; yields (weight, rows, seconds of each variant) as it goes."""
+        """Measure each shape that is not known yet. Yields (weight, rows, seconds of each variant) as it proceeds."""
         for weight in weights:
             known = self._known.setdefault(self._key(weight), {})
             for count in rows:
@@ -59,7 +59,7 @@ class VariantTable:
         return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
 
     def _save(self) -> None:
-        """Whole or not at all; a folder that cannot be written costs measuring again next time."""
+        """Write the whole file or nothing. If the folder cannot be written, the next run measures again."""
         part = self.path.with_suffix(f".{os.getpid()}.part")
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Blocks of a model directory, lowered, with their weights as the runtime wants them."""
+"""From the files of a model directory to lowered blocks and their weights on the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GONE = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class Block:
-    """One lowered block, under canonical names, and its weights on the device. Blocks of equal `signature` are one program."""
+    """One lowered block under canonical names, and its weights on the device. Blocks of equal `signature` share one program."""
 
     name: str
     signature: str
@@ -49,7 +49,7 @@ def block_names(layers: LayerRange, *, embed: bool, head: bool) -> list[str]:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The graph alone; CorruptModel if it is not one."""
+    """The graph without its weights. CorruptModel: the file is no graph."""
     try:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own errors for a damaged file, and the system's for a missing one
@@ -82,7 +82,7 @@ def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight],
 
 
 def _forget_pages(array: np.ndarray) -> None:
-    """Let the system take back what was read of a mapped file: a block is in memory once, not as pages of its file as well."""
+    """Let the system drop the pages of a mapped file that was read: otherwise a block would be in memory twice."""
     mapped: Any = array
     while mapped is not None and not isinstance(mapped, mmap.mmap):
         mapped = getattr(mapped, "base", None)
@@ -97,7 +97,7 @@ def _forget_pages(array: np.ndarray) -> None:
 
 
 def _matmul_weights(lowered: Lowered) -> set[str]:
-    """Weights [in, out] that serve only as right operands of MatMul, directly or through one Cast or DequantizeLinear."""
+    """The weights [in, out] that only serve as right operands of MatMul, directly or through one Cast or DequantizeLinear."""
     uses: dict[str, list[tuple[str, int, tuple[str, ...]]]] = defaultdict(list)  # value -> (op, position, outputs)
     for node in lowered.graph.nodes:
         for position, name in enumerate(node.inputs):

@@ -23,7 +23,7 @@ from mesh.runtime.step import LayerCache
 __all__ = ["Compiled", "Group", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "to_host"]
 
 _SEEN, _SEEN_FACTOR = 2048, 4
-"""Penalties look back at so many tokens, or so many times as many, and so on: few programs, for 0.02 ms where there are penalties."""
+"""Penalties look back over this many tokens, or a power of the factor times as many: few programs, for 0.02 ms more with penalties."""
 
 Compiled = dict[tuple[Any, ...], Any]
 """(kind, bucket, signature, shape of the state) -> executable."""
@@ -59,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """What sampling depends on, in place of a block."""
+    """What sampling depends on; it takes the place of a block."""
 
     size: int
 
@@ -69,8 +69,8 @@ class _Vocabulary:
 
 
 class _Step(NamedTuple):
-    """The executables of one bucket: of the embedding, of each group of layers, of the head, after what makes one token of a chunk, and
-    of sampling."""
+    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, and
+    sampling."""
 
     embed: Any
     layers: tuple[Any, ...]
@@ -80,11 +80,12 @@ class _Step(NamedTuple):
 
 
 class Programs:
-    """Compiles on demand and keeps what it compiled. Groups of equal signature and shapes share a program, and stages of one
-    process do that are given the same `compiled`. `hidden`: size and type of the hidden state; `vocab`: tokens.
+    """Compiles programs on demand and keeps them. Groups of equal signature and shapes share a program; so do stages of one process that
+    are given the same `compiled`. `hidden`: size and type of the hidden state. `vocab`: number of tokens.
 
-    `own` of `layers` (None: all) run as groups. The others are held so that `serve` can take them in: those, and what is left of a
-    group that `serve` cuts, run layer by layer, and that program is compiled with the rest."""
+    `own` of `layers` (None: all) run in groups. The other layers are held so that `serve` can take them in. Those, and what is left of a
+    group that `serve` cuts, run layer by layer; that program is compiled with the rest.
+    """
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Programs:
         self.serve(self._own, embed=embed is not None, head=head is not None)
 
     def serve(self, own: slice, *, embed: bool, head: bool) -> None:
-        """Run `own` of the layers from now on, with the embedding and the head where asked and there."""
+        """Run `own` of the layers from now on, with the embedding and the head if asked for and held."""
         self.embed = self._embed if embed else None
         self.head = self._head if head else None
         kept = {group.first: group for group in self._grouped if own.start <= group.first and group.first + len(group.blocks) <= own.stop}
@@ -145,8 +146,9 @@ class Programs:
         numbers: np.ndarray,
         wanted: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[Any, Any]:
-        """One step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' parameters, None where the likeliest tokens are
-        all they want. `caches` is updated in place; returns (history, hidden [B, T, D], or on the last stage Sampled)."""
+        """Run one step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' sampling parameters; None if the
+        likeliest tokens suffice. `caches` is updated in place. Returns (history, hidden [B, T, D]), or on the last stage (history,
+        Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         # A call takes host arrays over itself, faster than device_put; for several of them an accelerator would be sent it several times.
         numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
@@ -165,7 +167,7 @@ class Programs:
         return history, step.sampled(logits, history, numbers_, *self._on_device(*wanted))
 
     def compile(self, bucket: ShapeBucket, caches: Sequence[LayerCache], history: Any) -> _Step:
-        """Everything a step of this shape runs, now or after another `serve`."""
+        """Compile everything that a step of this shape runs, now or after another `serve`."""
         size, dtype = self._hidden
         x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
         for group in self._alone:
@@ -187,7 +189,7 @@ class Programs:
         return step
 
     def _on_device(self, floats: np.ndarray, ints: np.ndarray) -> Any:
-        """The rows' parameters; sent anew only when they differ from the last step's."""
+        """The rows' parameters on the device; sent again only if they differ from the last step's."""
         key = floats.tobytes() + ints.tobytes()
         if self._table[0] != key:
             self._table = (key, jax.device_put((floats, ints)))
@@ -208,8 +210,8 @@ class Programs:
 
 
 def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
-    """What of a bucket makes a difference to a program, so that fewer are compiled. Head and sampling run for one token a row, and
-    sampling looks back at no more than a few lengths."""
+    """The part of a bucket that a program depends on, so that fewer are compiled: head and sampling run for one token a row, and
+    sampling looks back over one of a few lengths."""
     if kind in ("embed", "last"):
         return replace(bucket, length=0)
     if kind == "head":
@@ -223,7 +225,7 @@ def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
 
 
 def _groups(layers: Sequence[Block]) -> Iterator[Group]:
-    """Runs of equal layers cut evenly; unlike neighbours (a pattern of windows, say) together up to the same number."""
+    """Runs of equal layers, cut evenly. Unlike neighbours (of a pattern of windows, say) are put together up to the same number."""
     runs = [list(run) for _, run in groupby(layers, key=lambda block: block.signature)]
     first = 0
     if max(map(len, runs)) < step.GROUP_LAYERS:
@@ -253,8 +255,8 @@ class _Numbers(NamedTuple):
 def decode_numbers(
     rows: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, base: int, size: int, unseen: int
 ) -> np.ndarray:
-    """A decode step's input as the one array that is sent to the device: int32 [3 size + 1], tokens, positions and writes of the `size`
-    rows from `base` on, and `base`. The rows that are not named write to slot `unseen`."""
+    """A decode step's input as the one array that is sent to the device: int32 [3 size + 1], with tokens, positions and write positions
+    of the `size` rows from `base` on, and `base`. Rows that are not named write to position `unseen`."""
     numbers = [0] * (2 * size) + [unseen] * size + [base]
     for row, position, token in zip(rows, positions, tokens, strict=True):
         at = row - base
@@ -263,7 +265,7 @@ def decode_numbers(
 
 
 def chunk_numbers(tokens: np.ndarray, start: int, row: int, size: int) -> np.ndarray:
-    """A prefill chunk's, tokens [n] padded to `size`: int32 [size + 3]."""
+    """The same for a prefill chunk: tokens [n] padded to `size`, int32 [size + 3]."""
     numbers = np.zeros(size + 3, np.int32)
     numbers[: len(tokens)] = tokens
     numbers[size:] = start, row, len(tokens)
@@ -290,7 +292,7 @@ def _flat(weights: Any) -> tuple[tuple[Any, ...], Any]:
 
 
 class _Program(NamedTuple):
-    """What is to be compiled for which arguments; `weights`: how the flat ones among these make up the blocks'."""
+    """What to compile, and for which arguments. `weights`: how the flat arguments make up the blocks' weights."""
 
     jitted: Any
     args: tuple[Any, ...]
@@ -367,5 +369,5 @@ _PROGRAM: dict[str, Callable[..., _Program]] = {
 
 
 def to_host(sampled: Any, *, logprobs: bool) -> Sampled:
-    """What was sampled, as numpy; waits for it. Without `logprobs` the tokens alone are brought over."""
+    """The sampled tokens as numpy; waits for them. Without `logprobs` only the tokens are copied."""
     return Sampled(*(np.asarray(part) for part in sampled)) if logprobs else Sampled(np.asarray(sampled.tokens), None, None, None)

@@ -1,9 +1,9 @@
-"""A stage that keeps no keys and values between steps (`enable_kv_cache: false`): what came in is kept instead, and every step computes
+"""A stage that keeps no keys and values between steps (`enable_kv_cache: false`). It keeps its input instead, and every step computes
 the whole row so far again.
 
-For R rows of C tokens that is R * C * D numbers of hidden state (on the first stage, which gets tokens, nothing but those) and the cache
-of one row, where a cache would be R * C * 2 * kv_heads * head_dim for every layer. A token then costs as much as prefilling its row.
-Tokens are those of a stage with a cache: the same input, position by position, through the same prefill programs.
+For R rows of C tokens it keeps R * C * D numbers of hidden state (the first stage keeps only tokens), and the cache of one row. A full
+cache would be R * C * 2 * kv_heads * head_dim numbers for every layer. A token then costs as much as prefilling its row. The tokens are
+those of a stage with a cache: the same input goes through the same prefill programs, position by position.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class RecomputingStage:
         self._inner.warm_up(progress, decode=False)
 
     def exercise(self) -> None:
-        """Nothing: a step computes a whole row, beside which a program's first run is no longer than the later ones."""
+        """Does nothing: each step computes a whole row, so the first run of a program takes no longer than later ones."""
 
     def open(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
         self._check_row(row)
@@ -118,7 +118,7 @@ class RecomputingStage:
         return np.concatenate(answers)  # type: ignore[arg-type]  # the others' are hidden states
 
     def _run(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | SampledToken:
-        """Note what came in, then compute the row from its beginning."""
+        """Keep the input, then compute the row from its beginning."""
         self._check_row(row)
         self._inner.check_chunk(start, tokens, hidden)
         stop = start + len(tokens)

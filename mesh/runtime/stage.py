@@ -1,13 +1,13 @@
-"""A stage: one layer range on one device.
+"""A stage: one layer range on one device, with a KV cache.
 
-    Stage.load(directory, config)    memory predicted and refused if over, files checked, blocks lowered, weights packed
-    stage.warm_up()                  every program compiled; nothing compiles afterwards
+    Stage.load(directory, config)    predict memory and refuse if it is too much, check files, lower blocks, pack weights
+    stage.warm_up()                  compile every program; nothing compiles afterwards
     stage.open(row, params)          a session's sampling parameters, on the last stage
     stage.prefill(row, start, x)     a chunk of one row
     stage.decode(rows, positions, x) one token for each of several rows
 
-Synchronous, one caller at a time. What is written at a position depends only on that position's input and on what is before
-it, so a step that is repeated changes nothing up to its last position: recovery is replay. Beyond a prefill chunk lies its padding.
+Synchronous, one caller at a time. What is written at a position depends only on that position's input and on earlier positions, so
+repeating a step changes nothing up to its last position: recovery is replay. After a prefill chunk comes its padding.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What a stage serves and for how much. embed and head None: as the range begins at 0 and ends at the last layer.
+    """What a stage serves, and its limits. embed and head None: held if the range begins at 0 or ends at the last layer.
 
-    rows: sessions held at once. context: positions a row, at most (None: the model's). chunk: prefill tokens at a time.
-    max_memory_bytes: refuse to load over this (None: no limit). checksums: read every file first and compare its sha256.
-    overlap: of the layers on either side, held as well, with embedding or head where that reaches them, see Stage.serve.
-    kept_rows: of a RecomputingStage around this one, whose input is kept in place of a cache; memory is predicted for that.
+    rows: sessions held at once. context: the most positions of a row (None: the model's). chunk: prefill tokens at a time.
+    max_memory_bytes: refuse to load if more is needed (None: no limit). checksums: read every file first and compare its sha256.
+    overlap: so many layers on either side are held as well, with embedding or head if that reaches them; see Stage.serve. kept_rows: the
+    rows of the RecomputingStage around this one, which keeps input in place of a cache; memory is predicted for that.
     """
 
     layers: LayerRange
@@ -111,9 +111,10 @@ class Stage:
         compiled: Compiled | None = None,
         progress: Progress = no_progress,
     ) -> Stage:
-        """`compiled`: programs to share with other stages of this process.
+        """Load a stage. `compiled`: programs to share with other stages of this process.
 
-        Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel."""
+        Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel.
+        """
         manifest = Manifest.load(directory)
         layers = manifest.check_range(config.layers)
         held = _held(manifest, config)
@@ -144,8 +145,8 @@ class Stage:
         return cls(manifest, config, blocks, need, compiled)
 
     def serve(self, layers: LayerRange) -> None:
-        """From now on be the stage of `layers`, of those that are held: nothing is loaded and, after warm_up, nothing compiled. Rows
-        hold nothing of use then. BadLayerRange: not all of them are held."""
+        """Serve `layers`, a range of those that are held, from now on. Nothing is loaded and, after warm_up, nothing is compiled. The
+        rows' contents are lost. BadLayerRange: not all of the layers are held."""
         held = self.held
         if not (held.start <= layers.start < layers.stop <= held.stop):
             raise BadLayerRange(f"layers {layers} are not all held here, which are {held}: give a range of these")
@@ -155,10 +156,11 @@ class Stage:
         self.programs.serve(slice(layers.start - held.start, layers.stop - held.start), embed=self.first, head=self.last)
 
     def warm_up(self, progress: Progress = no_progress, *, decode: bool = True) -> None:
-        """Compile every program the buckets allow, those of decode steps only where asked. Idempotent.
+        """Compile every program that the buckets allow; those of decode steps only if `decode`. Idempotent.
 
-        Stages begin at different buckets: those that start together on one machine find in the compilation cache what the others
-        have made meanwhile, where equal layers are equal programs."""
+        Stages begin at different buckets. If several start together on one machine, each finds the others' programs in the cache,
+        because equal layers are equal programs.
+        """
         wanted = [bucket for bucket in self._buckets() if decode or bucket.prefill]
         begin = len(wanted) * self.layers.start // self.manifest.layers
         wanted = wanted[begin:] + wanted[:begin]
@@ -168,7 +170,7 @@ class Stage:
         progress("compiled", len(wanted), len(wanted))
 
     def compile_for(self, prompt_length: int, max_tokens: int) -> None:
-        """Compile the programs of one request alone: its prefill chunks, then decode steps of one row."""
+        """Compile only the programs of one request: its prefill chunks, then decode steps of one row."""
         chunk = self.buckets.chunks[-1]
         for start in range(0, prompt_length, chunk):
             self._compile(self._prefill_bucket(start, min(chunk, prompt_length - start)))
@@ -235,7 +237,7 @@ class Stage:
 
         Returns hidden [n, D] in the same order, or on the last stage n tokens. Rows that are not named stay as they are.
         """
-        # A few numbers: as lists, for every call of numpy's finds its caches cold, after the weights of the last step.
+        # A few numbers, as Python lists: after a step has read its weights, numpy's code is no longer in the processor's caches.
         rows_, positions_, tokens_ = rows.tolist(), positions.tolist(), tokens.tolist()
         if not (len(rows_) == len(positions_) == len(tokens_)) or not rows_ or rows.ndim != 1:
             raise BadRequest("rows, positions and tokens of a decode step must be equally long and not empty", field="rows")
@@ -277,7 +279,7 @@ class Stage:
         return self._dtype
 
     def check_chunk(self, start: int, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | None:
-        """The hidden state that `prefill` would use; BadRequest or PromptTooLong where it would refuse."""
+        """The hidden state that `prefill` would use. BadRequest or PromptTooLong if it would refuse."""
         if tokens.ndim != 1 or not len(tokens):
             raise BadRequest(f"a chunk needs at least one token, not an array of shape {tokens.shape}", field="tokens")
         self._check_positions(start, start + len(tokens) - 1)
@@ -286,7 +288,7 @@ class Stage:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _prefill_bucket(self, start: int, count: int) -> ShapeBucket:
-        """The bucket of a chunk; where its padding would overrun the row it holds fewer than `count` tokens."""
+        """The bucket of a chunk. If its padding would go beyond the row, it holds fewer than `count` tokens."""
         size = self.buckets.chunk(start, count)
         return ShapeBucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
 
@@ -351,11 +353,11 @@ class Stage:
 
 
 def _compilers() -> int:
-    """How many programs to compile at a time: one leaves part of two cores idle, and every one takes memory."""
+    """How many programs to compile at a time. One alone leaves part of two cores idle, and each takes memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4)
 
 
 def _held(manifest: Manifest, config: StageConfig) -> LayerRange:
-    """The layers served and those beside them."""
+    """The layers that are served, and the overlap on either side."""
     return LayerRange(max(0, config.layers.start - config.overlap), min(manifest.layers, config.layers.stop + config.overlap))

@@ -127,7 +127,8 @@ class _Environment(PydanticBaseSettingsSource):
         return result
 
     def _refuse_unknown(self) -> None:
-        """ConfigError for a variable that names a section of this file (MESH_SHARD__...) and a key that the section lacks: it is misspelt."""
+        """ConfigError for a variable that names a section of this file (MESH_SHARD__...) and a key that the section lacks: it is
+        misspelt."""
         known = {name for _, _, names in _variables(self.settings_cls) for name in names}
         sections = {name.upper() for name, field in self.settings_cls.model_fields.items() if _section(field)}
         for name in sorted(os.environ):
