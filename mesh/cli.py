@@ -33,14 +33,14 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "token": ("token:add_parser", "issue and inspect tokens for HTTP"),
     },
     "ask it": {
-        "generate": ("generate:add_parser", "generate by a mesh"),
+        "generate": ("generate:add_parser", "generate with a mesh"),
         "chat": ("chat:add_parser", "talk with a mesh"),
         "batch": ("batch:add_batch_parser", "requests that survive every process"),
         "bench": ("bench:add_parser", "load a mesh and measure it"),
     },
     "look at it": {
-        "status": ("status:add_parser", "who serves what"),
-        "top": ("top:add_parser", "who serves what, live"),
+        "status": ("status:add_parser", "shards and coordinators of a mesh"),
+        "top": ("top:add_parser", "what a mesh does, live"),
         "events": ("events:add_events_parser", "what happened in the mesh"),
     },
     "models": {

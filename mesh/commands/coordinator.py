@@ -1,4 +1,4 @@
-"""`mesh coordinator`: takes requests, keeps the shards busy."""
+"""`mesh coordinator`: takes requests and drives the shards."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
-Serve generation requests on mesh.v1.MODEL.generate, through the shards that are there. Any number of coordinators may serve
-the same model. It needs the model's manifest and tokenizer alone: from the directory model.path of the file, or from the mesh
-(`mesh push`), where it waits for them."""
+Serve generation requests on mesh.v1.MODEL.generate through the shards of the mesh. Any number of coordinators may serve the same model.
+A coordinator needs only the model's manifest and tokenizer: from the directory model.path of the file, or from the mesh (`mesh push`),
+where it waits for them."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("coordinator", help="take requests and drive the shards", description=_DESCRIPTION)
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="config.yaml of the coordinator")
-    parser.add_argument("--model", metavar="MODEL", help="a model directory, or the name of a pushed model; over the file's model section")
-    parser.add_argument("--name", default="", metavar="NAME", help="of this coordinator (default: drawn at random)")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="a model directory, or the name of a pushed model (default: the file's model section)"
+    )
+    parser.add_argument("--name", default="", metavar="NAME", help="name of this coordinator (default: a random one)")
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait for a row (default 256)")
-    parser.add_argument("--step-timeout", type=float, default=15.0, metavar="SECONDS", help="longest a step may take (default 15)")
+    parser.add_argument("--step-timeout", type=float, default=15.0, metavar="SECONDS", help="the longest that a step may take (default 15)")
     parser.add_argument("--bf16-wire", action="store_true", help="send hidden states as bfloat16: half the bytes, not bit-exact")
-    parser.add_argument("--http-port", type=int, metavar="PORT", help="over coordinator.listen_port (default 8080; 0: a free one)")
-    parser.add_argument("--free-port", action="store_true", help="listen on a free port where that one is taken")
+    parser.add_argument(
+        "--http-port", type=int, metavar="PORT", help="HTTP port; 0 is a free one (default: coordinator.listen_port, or 8080)"
+    )
+    parser.add_argument("--free-port", action="store_true", help="use a free port if that one is taken")
     add_connection_arguments(parser)
     parser.set_defaults(run=run_command)
 
@@ -91,7 +95,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | None:
-    """With its port taken, so that a wrong one is an error before anything is begun."""
+    """The HTTP edge, if the file asks for one. Its port is taken here, so that a wrong port is an error before anything starts."""
     section = config.coordinator
     if not section.serve_http:
         return None
@@ -126,7 +130,7 @@ async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: B
 
 
 def _wanted(model: str | None, section: ServedModelSection) -> Wanted:
-    """What the file says, --model over it: a directory where there is one of that path, else a name."""
+    """The model to serve: the file's, unless --model is given. --model is a directory if there is one of that path, otherwise a name."""
     from mesh.coordinator.description import Wanted
 
     said = {key: getattr(section, key) for key in section.model_fields_set}

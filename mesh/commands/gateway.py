@@ -13,16 +13,18 @@ from mesh.errors import ConfigError
 __all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
-Serve HTTP for a mesh: its own API, OpenAI's, health. It needs neither a model nor JAX, and any number of them may stand behind a
-load balancer. A coordinator serves the same by itself (coordinator.listen_port)."""
+Serve HTTP for a mesh: its own API, OpenAI's API, and health. A gateway needs neither a model nor JAX, and any number of gateways may
+stand behind a load balancer. A coordinator serves the same HTTP by itself (coordinator.listen_port)."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("gateway", help="HTTP for a mesh", description=_DESCRIPTION)
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml of the gateway")
-    parser.add_argument("--host", metavar="ADDRESS", help="to listen on, over gateway.listen_host (default 127.0.0.1)")
-    parser.add_argument("--http-port", type=int, metavar="PORT", help="over gateway.listen_port (default 8080; 0: a free one)")
-    parser.add_argument("--model", metavar="NAME", help="what a request that names none means (default: the only one there)")
+    parser.add_argument("--host", metavar="ADDRESS", help="address to listen on (default: gateway.listen_host, or 127.0.0.1)")
+    parser.add_argument(
+        "--http-port", type=int, metavar="PORT", help="port to listen on; 0 is a free one (default: gateway.listen_port, or 8080)"
+    )
+    parser.add_argument("--model", metavar="NAME", help="model of requests that name none (default: the only one)")
     add_connection_arguments(parser)
     parser.set_defaults(run=run_command)
 

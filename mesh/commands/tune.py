@@ -1,4 +1,4 @@
-"""`mesh tune`."""
+"""`mesh tune`: measure the fastest variant of each product."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mesh.settings.units import format_seconds
 __all__ = ["add_parser", "tune_command"]
 
 _DESCRIPTION = """\
-Measure on this machine which variant of each matrix product is fastest, for each number of rows; stages loaded afterwards use it.
-Worth doing once a machine for models at 32 bits on a CPU; elsewhere there is no choice to make."""
+Measure on this machine which variant of each matrix product is fastest, for each number of rows. Stages that are loaded afterwards use
+it. This is worth doing once on each machine for 32-bit models on a CPU; elsewhere there is only one variant."""
 
 
 def add_parser(subparsers: Any) -> None:

@@ -1,8 +1,8 @@
-"""x @ W for a weight kept [out, in]: the variants XLA compiles it from, and the choice among them.
+"""x @ W for a weight kept as [out, in]: the variants of the product, and the choice among them.
 
-XLA on a CPU runs the same product at very different speeds depending on how it is written and on the number of rows, so
-the variant is chosen per weight shape and number of rows by measuring (`measure`), and `default_variant` stands in where nothing
-was measured. Variants, for x [rows, in] and W [out, in]:
+XLA on a CPU runs the same product at very different speeds, depending on how it is written and on the number of rows. So the variant is
+chosen by measuring (`measure`) for each weight shape and number of rows; where nothing was measured, `default_variant` chooses. The
+variants, for x [rows, in] and W [out, in]:
 
     dot      one contraction: many rows are one large GEMM
     split    a batched product with parts of W, at least one a core: one row is a matrix-vector product a part

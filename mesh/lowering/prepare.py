@@ -1,5 +1,5 @@
-"""What happens before the first trace: functions inlined, dead nodes dropped, every op and attribute checked, weights told
-from constants."""
+"""What happens before the first trace: functions are inlined, dead nodes are dropped, every op and attribute is checked, and weights are
+separated from constants."""
 
 from __future__ import annotations
 

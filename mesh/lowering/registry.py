@@ -1,8 +1,8 @@
-"""The op registry: which function evaluates which ONNX op, from which opset on.
+"""The op registry: which function computes which ONNX op, from which opset on.
 
-An op is one plain function, named and signed as ONNX has it: inputs positional (absent optional ones are None), attributes
-keyword-only with ONNX's own names and defaults. What the registry needs to know about an op it reads from that signature,
-so that an attribute a function does not take is refused before anything is traced.
+An op is one plain function with ONNX's own name and signature: inputs are positional (absent optional ones are None), attributes are
+keyword-only with ONNX's names and defaults. The registry reads the attributes from the signature, so an attribute that a function does
+not take is refused before anything is traced.
 """
 
 from __future__ import annotations

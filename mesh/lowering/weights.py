@@ -1,8 +1,8 @@
 """A matmul weight as the runtime holds it: [out, in], at its stored width, widened inside the product.
 
-Blocks store the right operand of a MatMul as [in, out] (docs/model-format.md). Every variant of product that runs well on
-a CPU reads it output-major, and all of them read the same bytes, so a weight is transposed once at load and kept once,
-whatever the number of rows it will meet.
+Blocks store the right operand of a MatMul as [in, out] (docs/model-format.md). Every variant of the product that is fast on a CPU reads
+the weight output by output, and all variants read the same bytes. So a weight is transposed once at load and kept once, for any number
+of rows.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Variants = tuple[tuple[int, str], ...]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedWeight:
-    """Stands where the initializer stood in a lowered graph.
+    """Takes the place of the initializer in a lowered graph.
 
-    Cast and DequantizeLinear of it stay lazy, and MatMul with it as the right operand is one product in the variant that `variants`
-    names for the number of rows.
+    Cast and DequantizeLinear of it stay lazy. MatMul with it as the right operand is one product, in the variant that `variants` names
+    for the number of rows.
     """
 
     codes: Codes
