@@ -14,7 +14,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """The Progress of work that nobody watches."""
+    """A Progress that does nothing."""
 
 
 @dataclass(frozen=True, order=True, slots=True)

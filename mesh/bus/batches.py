@@ -145,7 +145,7 @@ class BatchStore:
         entry = await self._bucket.get(f"{id}.end.{index}")
         return None if entry is None or entry.value is None else BatchItem.parse(entry.value)
 
-    # -- for whoever works on it ---------------------------------------------------------------------------------------
+    # -- for the coordinators ------------------------------------------------------------------------------------------
 
     async def begin(self, id: str, index: int) -> int:
         """Note that a request is begun. Returns how often it was begun before by a coordinator that neither ended it nor gave it back."""
@@ -303,7 +303,7 @@ class BatchQueue:
             except TimeoutError:
                 return None
             except Exception:
-                await self.close()  # perhaps its server was restarted: bind anew
+                await self.close()  # the server may have been restarted: bind again
                 raise
         return Work(message)
 

@@ -215,7 +215,7 @@ class Bus:
         if not client.is_connected or client._pending_data_size or client.is_draining_pubs:
             return None
         self._require_size(subject, len(data))
-        # nats-py says what is wrong with any other
+        # nats-py reports what is wrong with any other subject
         return self._direct if _is_subject(subject) and (not reply or _SUBJECT.fullmatch(reply)) else None
 
     def _require_size(self, subject: str, size: int) -> None:
@@ -372,7 +372,7 @@ class Bus:
             pass
         try:
             await self.client.close()
-        except OSError:  # nats-py could not send what was left, and stopped half-way: the rest is ended too
+        except OSError:  # nats-py could not send what was left and stopped half-way: close the rest as well
             self.client._status = nats.aio.client.Client.DISCONNECTED
             with contextlib.suppress(OSError):
                 await self.client.close()
@@ -429,7 +429,7 @@ def raise_error(message: Received) -> None:
         return
     try:
         error = ErrorReply.parse(message.data).error()
-    except MessageRejected:  # another service's error: it has the headers alone
+    except MessageRejected:  # another service's error has only the headers
         raise MeshError(described) from None
     raise error
 

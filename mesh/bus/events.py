@@ -44,7 +44,7 @@ async def announce(bus: Bus, kind: EventKind, who: str, *, model: str = "", deta
     try:
         await bus.send(subjects.event(kind), event)
     except MeshError as error:
-        log.debug("an event nobody heard: %s", error)
+        log.debug("an event could not be published: %s", error)
 
 
 async def keep_events(bus: Bus) -> None:
@@ -99,7 +99,7 @@ class EventLog:
                 state = (await self._js.stream_info(subjects.STREAM_EVENTS)).state
             except nats.js.errors.NotFoundError:
                 raise Unavailable("no events are kept here yet: a coordinator or a shard keeps them from its start on") from None
-            if after is not None and after > state.last_seq:  # another stream than before
+            if after is not None and after > state.last_seq:  # the stream was created again
                 after = None
             config = _start(last, since_unix_s, after, state.last_seq)
             config.inactive_threshold = WATCH_IDLE_S
@@ -118,7 +118,7 @@ class EventLog:
                         message = await messages.get()
                 except TimeoutError:
                     with mapped(f"reading {subjects.STREAM_EVENTS}"):
-                        await subscription.consumer_info()  # it says nothing when its server goes
+                        await subscription.consumer_info()  # a subscription does not report that its server is gone
                     continue
                 metadata = message.metadata
                 yield _parse(message.data), metadata.sequence.stream
@@ -160,6 +160,6 @@ def _start(last: int | None, since_unix_s: float | None, after: int | None, end:
 def _parse(data: bytes) -> Event | None:
     try:
         return Event.parse(data)
-    except MessageRejected as error:  # another version's, or anybody's
+    except MessageRejected as error:  # written by another version or another program
         log.debug("an event that cannot be read: %s", error)
         return None

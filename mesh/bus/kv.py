@@ -31,12 +31,12 @@ log = logging.getLogger("mesh.bus")
 
 M = TypeVar("M", bound=Message)
 
-WRONG_REVISION = (10071, 10164)  # what the server calls a compare and set that came too late
+WRONG_REVISION = (10071, 10164)  # the server's codes for a compare and set that came too late
 _WATCH_RETRY_S = 0.5
-_TIMEOUT_S = 2.0  # of one request: a lease that is not renewed within its TTL is lost
+_TIMEOUT_S = 2.0  # for one request: a lease that is not renewed within its TTL is lost
 _WATCH_CHECK_S = 1.0
 WATCH_IDLE_S = 5.0
-"""How long the server keeps the consumer of who has stopped reading: of a stream's there may be a thousand at a time."""
+"""How long the server keeps the consumer of a reader that has stopped. A stream may have a thousand consumers at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Bucket:
             with mapped(f"{self.name}/{key}"):
                 return await (await self._open()).put(key, value)
         except MeshError:
-            self._kv = None  # perhaps the server was restarted without its memory: one more try with a new bucket
+            self._kv = None  # the server may have been restarted without its memory: try once more with a new bucket
             with mapped(f"{self.name}/{key}"):
                 return await (await self._open()).put(key, value)
 
@@ -134,7 +134,7 @@ class Bucket:
                 self._kv = await js.key_value(self.name)
             except nats.js.errors.NotFoundError:
                 storage = nats.js.api.StorageType.FILE if self._durable else nats.js.api.StorageType.MEMORY
-                # who comes second finds the same configuration, which is no error
+                # a second process finds the same configuration, which is no error
                 self._kv = await replicated(
                     self.bus,
                     lambda replicas: js.create_key_value(
@@ -162,12 +162,12 @@ class Bucket:
                 try:
                     update = await watcher.updates(timeout=_WATCH_CHECK_S)
                 except TimeoutError:
-                    # A watch outlives neither its bucket nor its server, and says nothing when they go.
+                    # A watch ends with its bucket or its server, and does not report that.
                     with mapped(f"watching {self.name}"):
                         await watcher._sub.consumer_info()  # type: ignore[union-attr]  # set since it was made
                     continue
                 if update is None:
-                    # nats-py says that there is nothing where the server's account comes before what the server has sent
+                    # nats-py reports an empty bucket if the server's count arrives before the entries that it has sent
                     early = not begun and await self._has_sent(watcher)
                     if not early:
                         yield None
@@ -179,7 +179,7 @@ class Bucket:
                     early = False
                     yield None
         finally:
-            with suppress(Exception):  # it is over either way
+            with suppress(Exception):  # the watch ends in any case
                 await watcher.stop()
 
     async def _has_sent(self, watcher: nats.js.kv.KeyValue.KeyWatcher) -> bool:
@@ -259,7 +259,7 @@ class LeaseTable(Generic[M]):
             return
         try:
             lease = self._kind.parse(entry.value)
-        except MessageRejected as error:  # another version's, or anybody's: not a lease
+        except MessageRejected as error:  # written by another version or another program: not a lease
             self.rejected += 1
             log.warning("%s/%s: %s", self._bucket.name, entry.key, error)
             self._drop(entry.key)

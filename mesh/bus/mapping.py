@@ -33,7 +33,7 @@ def mapped_error(error: BaseException, what: str) -> MeshError | None:
             return PayloadTooLarge(f"{what}: more than the server takes in one message", size_bytes=0, limit_bytes=0)
         case ne.AuthorizationError() | ne.InvalidUserCredentialsError():
             return Denied(f"{what}: the NATS server refuses these credentials")
-        case ne.Error() if is_refusal(error):  # in the handshake nats-py knows only the server's words
+        case ne.Error() if is_refusal(error):  # in the handshake nats-py has only the server's text
             return Denied(f"{what}: the NATS server refuses these credentials")
         case ne.SecureConnFailedError() | ne.SecureConnRequiredError() | ne.SecureConnWantedError():
             return Denied(f"{what}: the NATS server and this side do not agree on TLS ({error})")

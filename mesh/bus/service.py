@@ -90,7 +90,7 @@ class Service:
                 name=endpoint.name,
                 subject=endpoint.subject,
                 handler=handle,
-                # without a queue every instance is to hear it, which in this protocol is a queue group of its own
+                # Without a queue every instance should hear it; in this protocol that takes a queue group for each instance.
                 queue_group=endpoint.queue or f"one-{self.id}",
                 metadata=endpoint.metadata,
             )
@@ -106,7 +106,7 @@ class Service:
         try:
             with mapped("ending the service"):
                 await self._inner.stop()
-        except MeshError as error:  # the server is gone, and the service with it
+        except MeshError as error:  # the server is gone, so the service is too
             log.debug("%s", error)
 
     async def _answer(self, endpoint: Endpoint, received: Received) -> None:
@@ -122,7 +122,7 @@ class Service:
                 await self._bus.publish(received.reply, reply.to_bytes() if isinstance(reply, Message) else reply)
 
     async def _fail(self, endpoint: Endpoint, received: Received, error: MeshError) -> None:
-        for shown in self._inner._endpoints:  # nats-py counts what a handler raises, and cannot show a body with it
+        for shown in self._inner._endpoints:  # nats-py counts errors that a handler raises, but then cannot reply with a body
             if shown._subject == endpoint.subject:
                 shown._num_errors += 1
                 shown._last_error = f"{error.code}: {error}"

@@ -31,7 +31,7 @@ _WRITE_AHEAD: Final = 1024 * 1024
 """Bytes that the socket has not taken yet before `send` refuses."""
 _CRLF: Final = b"\r\n"
 _UNHEARD: Final = b"NATS/1.0 503\r\n"
-"""How the headers begin with which the server says that nobody listens."""
+"""The beginning of the headers with which the server reports that no process listens."""
 
 
 class DirectTransport(nats.aio.transport.Transport):
@@ -89,7 +89,7 @@ class DirectTransport(nats.aio.transport.Transport):
         except BaseException as error:
             assert plain is not None
             self._socket.abort()
-            plain.connection_lost(error if isinstance(error, OSError) else None)  # nobody else would say so
+            plain.connection_lost(error if isinstance(error, OSError) else None)  # nothing else would report it
             raise
         protocol.connection_made(secured)
         self._socket, self._protocol = secured, protocol
@@ -143,8 +143,8 @@ class _Short:
         self._transport = transport
         self._loop = loop
         self._lock = threading.Lock()
-        self._left = bytearray()  # of a message that the socket took a part of
-        # Our own, so that it names this socket until `close`, whatever the transport does with its own.
+        self._left = bytearray()  # the rest of a message that the socket took only in part
+        # A duplicate, so that it names this socket until `close`, even after the transport closed its own.
         self._descriptor = os.dup(transport.get_extra_info("socket").fileno())
 
     def send(self, parts: Sequence[bytes]) -> bool:
@@ -154,7 +154,7 @@ class _Short:
                 return False
             try:
                 written = os.writev(self._descriptor, parts)
-            except OSError:  # it is full, or lost, which the transport is about to notice
+            except OSError:  # it is full, or the connection is lost; the transport will notice
                 return False
             if written < sum(map(len, parts)):
                 self._left += b"".join(parts)[written:]
@@ -187,8 +187,8 @@ class _Protocol(asyncio.Protocol):
         self._unheard = unheard
         self._transport: asyncio.Transport | None = None
         self._partial = bytearray()  # the beginning of a line or message
-        self._wanted = 0  # bytes of it without which there is no going on
-        self._rest = bytearray()  # nats-py's
+        self._wanted = 0  # bytes that it must have before reading continues
+        self._rest = bytearray()  # for nats-py
         self._arrived = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()

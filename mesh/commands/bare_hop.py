@@ -53,7 +53,7 @@ async def bare_hop_between_stages_s(options: BusOptions, size: int, stage_bytes:
     except (EOFError, TimeoutError) as error:
         raise Unavailable("the process at the other end of a bare hop does not answer: give --no-hop to do without it") from error
     finally:
-        ours.close()  # it ends when it sees that
+        ours.close()  # the other process ends when its end is closed
         await asyncio.to_thread(process.join, 5.0)
         process.kill()
 

@@ -59,7 +59,7 @@ def run_command(args: argparse.Namespace) -> int:
                         print(chunk.text, end="", flush=True)
             except KeyboardInterrupt:
                 print(" [stopped]", end="")
-            except RequestError as error:  # too long, say: the conversation goes on without this question
+            except RequestError as error:  # such as a prompt that is too long: the conversation continues without it
                 print(f"mesh: {error}", file=sys.stderr)
                 history.pop()
                 continue

@@ -43,7 +43,7 @@ def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
 
 def mesh_options(args: argparse.Namespace) -> BusOptions:
     """How to connect to the mesh: what the flags and the environment say, otherwise the `mesh up` that runs on this machine."""
-    # One line says what went wrong, at the end; what the connection tries meanwhile is not for the terminal.
+    # An error is one line at the end; the connection's own attempts are not shown on the terminal.
     logging.getLogger("mesh").addHandler(logging.NullHandler())
     if not args.nats:
         args.nats = default_url()

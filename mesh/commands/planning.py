@@ -225,7 +225,7 @@ def _model_directory(config: DistributedConfig, where: Path, importer: Importer 
     """The model directory that model_path is, or the one that it is imported into."""
     source = locate(config, where)
     if source is None:
-        # whoever has no model yet learns at least whether it would fit
+        # without a model, say at least whether it would fit
         estimate = plan(from_distributed(config, guess_shape(config, where), where))
         fit = "by its size it would fit" if estimate.fits else f"it would not fit either: {_reason(estimate)}"
         raise ModelNotFound(f"{where}: model_path {config.model_path} does not exist: put the model there; {fit}")

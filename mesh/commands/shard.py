@@ -188,7 +188,7 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, p
         try:
             manifest = await store.manifest(name)
         except ModelNotFound:
-            raise ModelNotFound(f"{missing}; nor has the mesh a model {name} (`mesh push`)") from None
+            raise ModelNotFound(f"{missing}; and the mesh has no model {name} (`mesh push`)") from None
     needed = held(manifest)
     await store.pull(name, directory, needed, embed=needed.start == 0, head=needed.stop == manifest.layers, progress=progress)
     return directory

@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("token", help="issue and inspect tokens for HTTP", description=_DESCRIPTION)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     issue = actions.add_parser("issue", help="print a new token", description=_DESCRIPTION)
-    issue.add_argument("--subject", required=True, metavar="NAME", help="who it is for")
+    issue.add_argument("--subject", required=True, metavar="NAME", help="name of the token's holder")
     issue.add_argument("--scope", default="generate", metavar="SCOPE,...", help="generate, batch, admin (default generate)")
     issue.add_argument("--expiry", metavar="TIME", help="how long it lasts, such as 24h (default: authentication.token_expiry, 24h)")
     issue.add_argument("--requests-per-minute", type=int, metavar="N")

@@ -73,7 +73,7 @@ class LocalOptions:
     http_port: int | None = None
     logs: Path | None = None
     coordinator_arguments: tuple[str, ...] = ()
-    bus: BusOptions | None = None  # who connects to `nats`
+    bus: BusOptions | None = None  # how to connect to `nats`
 
 
 class LocalMesh:
@@ -271,7 +271,7 @@ class LocalMesh:
                             return
                         changed.clear()
                         try:
-                            await asyncio.wait_for(changed.wait(), 0.25)  # a child that ended says nothing
+                            await asyncio.wait_for(changed.wait(), 0.25)  # nothing is announced when a child ends
                         except TimeoutError:
                             continue
                 except asyncio.CancelledError:

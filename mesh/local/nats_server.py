@@ -23,7 +23,7 @@ MAX_PAYLOAD = 8 * 1024 * 1024  # as large as nats-server allows without a warnin
 _CONFIG = f"""\
 max_payload: {MAX_PAYLOAD}
 jetstream {{ store_dir: "./jetstream" }}
-# who is on loopback is the mesh, and hears of connections that end (as nats/advisories.conf has it)
+# Only the mesh connects on loopback. It is told when connections end, as in nats/advisories.conf.
 accounts {{
   SYS {{ exports: [ {{ stream: "$SYS.ACCOUNT.*.DISCONNECT", account_token_position: 3 }} ] }}
   MESH {{
@@ -109,7 +109,7 @@ class NatsServer:
         server = cls(process, folder, command, directory, settings)
         if not server._ready.wait(timeout_s) or process.poll() is not None or not server.url:
             said = " | ".join(line for line in server._tail if "[ERR]" in line or "[FTL]" in line or "nats-server:" in line)
-            ended = process.poll() is not None or server._ready.is_set()  # it has closed its log, and is about to end
+            ended = process.poll() is not None or server._ready.is_set()  # a server that has closed its log is about to end
             server.stop()
             if ended:
                 raise ConfigError(f"nats-server ended at once: {said or 'it said nothing'}")

@@ -159,7 +159,7 @@ class Supervisor:
             watched.left = True
             self._say(f"{name} has left, as it was asked to")
             return
-        # code 2: it says itself what is wrong with how it was started
+        # code 2: it was started wrongly, and its own message says how
         self._count(name, watched, _how(code), lines, hopeless=code == 2 and not self._all_were_ready)
         last = f": {lines[-1]}" if code > 0 and lines else ""
         self._say(f"{name} {_how(code)}{last}; it is started again in {restart_delay_s(watched.deaths):g} s")

@@ -33,7 +33,7 @@ _TILES = {"tile32": 32, "tile64": 64, "tile96": 96}
 VARIANTS = ("dot", "split", *_TILES, "rows", "stream")
 _STREAMED = 512
 _BEYOND_CACHE = 96 << 20
-_LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: less is lost in its call, of more the last core to finish has more to do alone
+_LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: smaller parts cost more calls; with larger ones the last core works longer alone
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +105,7 @@ def default_variant(rows: int, weight: Codes) -> str:
     if jax.default_backend() != "cpu":
         return "dot"
     if weight.narrow:
-        # What is more than a conversion XLA would widen once for all rows, into memory.
+        # XLA would widen a weight that needs more than a conversion once for all rows, into memory.
         few = 1 if weight.nibbles or (weight.scale is not None and weight.scale.ndim == 2) else 8
         return "rows" if rows <= few else "stream"
     if rows == 1:
@@ -182,7 +182,7 @@ def _rows(x: Any, w: Any) -> Any:
 def _stream(x: Any, weight: Codes) -> Any:
     out = weight.shape[0]
     tile = max(size for size in range(1, min(out, _STREAMED) + 1) if out % size == 0)
-    if tile * 8 < min(out, _STREAMED):  # an awkward number of outputs: no tile is worth a turn of the loop
+    if tile * 8 < min(out, _STREAMED):  # no tile size that divides the outputs is worth a loop
         return _VARIANTS["dot"](x, weight.widened(x.dtype))
     tiles = jax.tree.map(lambda leaf: leaf.reshape(out // tile, tile, *leaf.shape[1:]) if leaf.ndim else leaf, _per_output(weight))
     y = jax.lax.map(lambda each: _dot(x, each.widened(x.dtype)), tiles)  # [out/tile, rows, tile]

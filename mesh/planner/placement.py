@@ -26,7 +26,7 @@ class Node(_Strict):
     of the link that it sends on."""
 
     name: str = Field(min_length=1)
-    memory_bytes: int = Field(gt=0)  # what shards may use of it
+    memory_bytes: int = Field(gt=0)  # that shards may use
     speed: float = Field(default=1.0, gt=0)
     bandwidth: float | None = Field(default=None, gt=0)  # bytes/s; None: never the limit
     latency_s: float = Field(default=0.0, ge=0)
@@ -78,12 +78,12 @@ class Remedy(_Strict):
     text: str
     strategy: Strategy | None = None
     shards_count: int | None = None
-    nodes_count: int | None = None  # in all; those that are lacking are like the one with the most memory
+    nodes_count: int | None = None  # in all; added nodes are like the one with the most memory
     quantization_bits: int | None = None
     max_sequence_length: int | None = None
     batch_size: int | None = None
     overlap_layers: int | None = None
-    memory_bytes: int | None = None  # a node, at least
+    memory_bytes: int | None = None  # of each node, at least
 
 
 class Placement(_Strict):
@@ -106,7 +106,7 @@ class Placement(_Strict):
     chunk: int  # tokens of a prefill step
     nodes: tuple[Node, ...]
     ranges: tuple[PlacedRange, ...] = Field(min_length=1)
-    spare_nodes: tuple[str, ...] = ()  # hold nothing
+    spare_nodes: tuple[str, ...] = ()  # nodes without shards
     fits: bool
     problem: str | None = None  # why it does not fit
     remedies: tuple[Remedy, ...] = ()

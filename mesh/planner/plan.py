@@ -115,12 +115,12 @@ class _Weighted:
         self.kinds = [distinct.index(traits.index(group)) for group in traits]
         self.members = [members[i] for i in distinct]  # of each kind
         self.memory = [min(node.memory_bytes for node in group) for group in self.members]
-        self.totals: dict[tuple[int, int], int] = {}  # each is asked for once a kind
+        self.totals: dict[tuple[int, int], int] = {}  # bytes of each range, which every kind asks for
 
     def stages(self) -> tuple[tuple[LayerRange, ...], list[list[int]]]:
         """The ranges, and the nodes of each. If nothing fits, those whose nodes lack the least memory in proportion."""
         stages = self._cut(self._slowest) or self._cut(self._fullness)
-        assert stages is not None  # fullness forbids nothing, and there are no more stages than groups
+        assert stages is not None  # `_fullness` forbids no cut, and there are no more stages than groups
         return tuple(LayerRange(a, b) for _, a, b in stages), [self.groups[i] for i, _, _ in stages]
 
     def possible(self) -> bool:

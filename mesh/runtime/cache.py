@@ -32,7 +32,7 @@ slots wastes little, one of many takes fewer turns."""
 _BLOCK_BYTES = 3 << 20
 """The most a coarse block of keys should take, so that its copy stays in the processor's caches."""
 _HIDDEN = -1e30  # finite, so that a row that sees nothing stays finite
-_LOWEST = -1e20  # below every score of a slot that is seen, and so far above one that is not that this weighs 0
+_LOWEST = -1e20  # below the score of every visible position, and so far above a hidden one that the hidden one's weight is 0
 
 
 @jax.tree_util.register_dataclass
@@ -70,15 +70,15 @@ class CacheView:
 
     def write(self, update: jax.Array, indices: jax.Array) -> CacheView:
         """update [rows, Hkv, T, D] at slots indices[b] .. indices[b] + T - 1."""
-        update = jnp.nan_to_num(update.astype(self.array.dtype))  # no weight of 0 makes a NaN vanish
+        update = jnp.nan_to_num(update.astype(self.array.dtype))  # a weight of 0 does not remove a NaN
         if update.shape[2] > 1:
             if self.rows > 1:
                 raise ValueError("several tokens are written to one row at a time")
             return replace(self, array=jax.lax.dynamic_update_slice(self.array, update, (self.row, 0, indices[0], 0)))
         rows, tokens = self.row + jnp.arange(self.rows), update[:, :, 0]
         if self.rows == 1:
-            # As one update XLA merges the write into its reader, which then needs the old array too: a copy of the cache. Two
-            # updates it leaves alone, so the second goes to the slot nobody sees.
+            # XLA merges a single update into its reader, which then needs the old array too: a copy of the cache. It does not
+            # merge two updates, so a second one goes to the position that no query sees.
             rows, tokens = jnp.stack([self.row, self.row]), jnp.concatenate([tokens, tokens])
             indices = jnp.append(indices, self.array.shape[2] - 1)
         return replace(self, array=self.array.at[rows, :, indices].set(tokens, mode="promise_in_bounds"))
@@ -121,7 +121,7 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
         start = jnp.minimum(begin, length - size)
         bias = _bias(jax.lax.dynamic_slice_in_dim(mask, start, size, axis=3), heads, group)  # [B or 1, Hkv or 1, G or 1, T, size]
         seen = (bias > _HIDDEN) & (start + jnp.arange(size) >= begin)
-        # Keys on the left: XLA lays both operands out with the sum last and would copy what stands on the right.
+        # Keys are the left operand: XLA arranges both operands with the summed axis last, and would copy the right one.
         scores = jnp.einsum("bhld,bhgtd->bhlgt", keys.read(start, size), q32).transpose(0, 1, 3, 4, 2)
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -143,7 +143,7 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
             count = -(-left // size) if size == sizes[-1] else left // size
             sums = jax.lax.fori_loop(0, count, lambda index, sums, at=at, size=size: block(at + index * size, size, sums), sums)
             at += count * size
-    total = jnp.maximum(sums.total, 1.0)  # which it is where anything is seen: the highest score weighs 1
+    total = jnp.maximum(sums.total, 1.0)  # it is at least 1 if any position is visible: the highest score has weight 1
     return (sums.context / total).reshape(batch, q_heads, tokens, value_dim).astype(q.dtype)
 
 

@@ -26,7 +26,7 @@ def prepare() -> None:
     device."""
     global _prepared
     jax.config.update("jax_default_matmul_precision", "highest")
-    # JAX's own cache stays off: an executable that came out of it cannot be kept again, its functions are not in what JAX then writes.
+    # JAX's own cache stays off: an executable that was loaded from it cannot be serialised again with its functions.
     jax.config.update("jax_enable_compilation_cache", False)
     _pin_workers()
     _prepared = True

@@ -81,7 +81,7 @@ class Executables:
             return None
         try:
             program = serialize_executable.deserialize_and_load(*pickle.loads(data[_DIGEST_BYTES:]))
-        except Exception as error:  # of JAX's, of XLA's or of pickle's: whatever it is, compiling mends it
+        except Exception as error:  # from JAX, XLA or pickle: in any case compiling again repairs it
             log.warning("%s cannot be loaded (%r): compiling it again", path, error)
             return None
         _loaded.add(path)
@@ -91,7 +91,7 @@ class Executables:
         compiled = jitted.lower(*args).compile(compiler_options=options)
         try:
             data = pickle.dumps(serialize_executable.serialize(compiled))
-        except Exception as error:  # a backend that cannot
+        except Exception as error:  # a backend that cannot serialise
             log.debug("%s is not kept: %r", path.name, error)
             return compiled
         part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")

@@ -76,7 +76,7 @@ def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight],
                 _forget_pages(array)
         else:
             weights[key] = jnp.asarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1))
-    # The graph needs the weights' names alone from here on: let go of the mapped file.
+    # From here on the graph needs only the names of the weights: release the mapped file.
     bare = Lowered(graph, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs)
     return Block(name, signature, bare, weights)
 

@@ -113,7 +113,7 @@ class Programs:
         self._steps: dict[ShapeBucket, _Step] = {}
         self._table: tuple[bytes, Any] = (b"", None)
         self._on_host = jax.default_backend() == "cpu"
-        # Flat, as a call would otherwise flatten them in every step.
+        # Flat tuples; otherwise every step would flatten the trees again.
         self._embed_weights = tuple(jax.tree.leaves(embed.weights)) if embed is not None else ()
         self._head_weights = tuple(jax.tree.leaves(head.weights)) if head is not None else ()
 
@@ -150,7 +150,7 @@ class Programs:
         likeliest tokens suffice. `caches` is updated in place. Returns (history, hidden [B, T, D]), or on the last stage (history,
         Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
-        # A call takes host arrays over itself, faster than device_put; for several of them an accelerator would be sent it several times.
+        # A call copies host arrays to the device itself, faster than device_put. But an accelerator would get it once for each program.
         numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
         if self.embed is not None:
             x = step.embed(self._embed_weights, numbers_)
@@ -299,7 +299,7 @@ class _Program(NamedTuple):
     weights: Any = None
 
     def compile(self, key: tuple[Any, ...], kept: Executables | None) -> Any:
-        # On a CPU a reduction in two steps, as XLA would make every one, is two operations where one is as fast.
+        # On a CPU XLA splits every reduction in two, where one operation is as fast.
         options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if jax.default_backend() == "cpu" else {}
         if kept is not None:
             return kept.get((key, str(self.weights)), self.jitted, self.args, options)
@@ -318,7 +318,7 @@ def _embed(bucket: ShapeBucket, block: Block, state: Any, x: Any) -> _Program:
 
 def _layers(bucket: ShapeBucket, group: Group, caches: Sequence[LayerCache], x: Any) -> _Program:
     weights, tree = _flat([block.weights for block in group.blocks])
-    # Equal layers are traced once: XLA inlines the calls, so that the program is the same.
+    # Equal layers are traced once. XLA inlines the calls, so the program is the same.
     traced = {block.signature: jax.jit(partial(step.layer, block.lowered, length=bucket.length)) for block in group.blocks}
 
     def layers(flat: Any, caches: Any, hidden: Any, vector: Any) -> Any:

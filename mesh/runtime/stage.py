@@ -80,7 +80,7 @@ class Stage:
         self.config = config
         self.layers = config.layers
         self.held = _held(manifest, config)
-        self.first = self.last = False  # serve says
+        self.first = self.last = False  # `serve` sets them
         self.rows = config.rows
         self.context = config.context or manifest.context_length
         self.need = need
@@ -189,7 +189,7 @@ class Stage:
         buckets = self.buckets
         for shorter in (0, *buckets.lengths[:-1]):
             for smaller in (0, *buckets.chunks[:-1]):
-                start = max(shorter - smaller, 0)  # one token more than the smaller bucket and the shorter length hold
+                start = max(shorter - smaller, 0)  # one token more than the next smaller bucket and length hold
                 size = buckets.chunk(start, smaller + 1)
                 if start + smaller < self.context and size * (start + size) < _LONG_CHUNK:
                     self.prefill(0, start, np.zeros(smaller + 1, np.int32), hidden(smaller + 1))

@@ -94,8 +94,8 @@ class NatsSection(Section):
     password_file: str | None = None
     token: SecretStr | None = None
     token_file: str | None = None
-    inbox_prefix: str = DEFAULT_INBOX_PREFIX  # answers come back below it; one of its own for each user keeps them apart
-    tls_ca_file: str | None = None  # who signed the server's certificate; None: the system's authorities
+    inbox_prefix: str = DEFAULT_INBOX_PREFIX  # the subjects of answers; a prefix for each user keeps their answers apart
+    tls_ca_file: str | None = None  # the authority that signed the server's certificate; None: the system's
     tls_cert_file: str | None = None  # shown to the server, with its key
     tls_key_file: str | None = None
 
@@ -172,7 +172,7 @@ class ShardingSection(Section):
     strategy: Literal["layer_wise"] = "layer_wise"
     shards_count: Count
     layers_per_shard: Count | None = None
-    overlap_layers: Annotated[int, Field(ge=0)] = 0  # of the neighbours' layers on either side, held as well
+    overlap_layers: Annotated[int, Field(ge=0)] = 0  # layers of each neighbour that a shard holds as well
     replication_factor: Count = 1
 
 
@@ -208,15 +208,15 @@ class ModelConfig(ConfigFile):
 class HttpSection(Section):
     """An HTTP listener. health_check_interval: how long a health check may take that generates a token to see whether the mesh answers."""
 
-    listen_host: str = Field(default="127.0.0.1", min_length=1)  # beyond loopback tokens are asked for, see authentication
+    listen_host: str = Field(default="127.0.0.1", min_length=1)  # not on loopback, tokens are asked for: see authentication
     listen_port: FreePort = DEFAULT_HTTP_PORT
     max_connections: Count = 1000
     health_check_interval: Duration = 5.0
     max_body_bytes: Count = 4 * 1024 * 1024
     max_prompt_chars: Count = 1_000_000
-    request_timeout: Duration = 600.0  # of a whole generation
-    drain_timeout: Duration = 10.0  # requests under way may take so long when the process is told to end
-    cors_origins: list[str] = Field(default_factory=list)  # whose pages may call; none by default
+    request_timeout: Duration = 600.0  # for a whole generation
+    drain_timeout: Duration = 10.0  # how long requests may continue when the process is told to end
+    cors_origins: list[str] = Field(default_factory=list)  # web pages of these origins may send requests
 
 
 class TlsSection(Section):
@@ -239,15 +239,15 @@ class AuthenticationSection(Section):
     """Who may send requests: holders of a JSON Web Token. The secret of HS256 comes from the environment (`${JWT_SECRET}`) or a file. RS256
     and EdDSA tokens are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
 
-    enabled: bool | None = None  # None: as soon as others than this machine reach the listener
+    enabled: bool | None = None  # None: if other machines can reach the listener
     method: Literal["jwt"] = "jwt"
     algorithm: Literal["HS256", "RS256", "EdDSA"] = "HS256"
     secret_key: SecretStr | None = None
     secret_key_file: str | None = None
     public_key_file: str | None = None
     private_key_file: str | None = None
-    token_expiry: Duration = 86400.0  # of those issued here
-    requests_per_minute: Count | None = None  # of tokens that name no limit themselves
+    token_expiry: Duration = 86400.0  # of tokens issued here
+    requests_per_minute: Count | None = None  # for tokens without a limit of their own
     tokens_per_minute: Count | None = None
 
     @model_validator(mode="after")
@@ -263,7 +263,7 @@ class AuthenticationSection(Section):
 
 
 class CoordinatorSection(HttpSection):
-    serve_http: bool = True  # false: over NATS alone, and through gateways of their own
+    serve_http: bool = True  # false: serve only over NATS; gateways may serve HTTP
 
 
 class DistributedSection(Section):
@@ -318,7 +318,7 @@ class CoordinatorConfig(ConfigFile):
 
 
 class GatewaySection(HttpSection):
-    model: str | None = Field(default=None, min_length=1)  # what a request that names none means; None: the only one there
+    model: str | None = Field(default=None, min_length=1)  # model of requests that name none; None: the only one
 
 
 class GatewayConfig(ConfigFile):

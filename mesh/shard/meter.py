@@ -43,7 +43,7 @@ class Meter:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 if the system does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  # no file of a user's
             return int(file.read().split()[1]) * _PAGE
