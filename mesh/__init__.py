@@ -21,3 +21,8 @@ From the top down; a package imports only those below it (docs/architecture.md, 
     telemetry       logs
     types, errors   shared by all
 """
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+"""The only place that says the version: pyproject.toml reads it from here."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from mesh import __version__
 from mesh.errors import MeshError
 
 __all__ = ["COMMANDS", "main"]
@@ -32,14 +33,14 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "token": ("token:add_parser", "issue and inspect tokens for HTTP"),
     },
     "ask it": {
-        "generate": ("generate:add_parser", "generate by a mesh"),
+        "generate": ("generate:add_parser", "generate with a mesh"),
         "chat": ("chat:add_parser", "talk with a mesh"),
         "batch": ("batch:add_batch_parser", "requests that survive every process"),
         "bench": ("bench:add_parser", "load a mesh and measure it"),
     },
     "look at it": {
-        "status": ("status:add_parser", "who serves what"),
-        "top": ("top:add_parser", "who serves what, live"),
+        "status": ("status:add_parser", "shards and coordinators of a mesh"),
+        "top": ("top:add_parser", "what a mesh does, live"),
         "events": ("events:add_events_parser", "what happened in the mesh"),
     },
     "models": {
@@ -91,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version", "version"):
-        from mesh.telemetry.logs import version
-
-        print(f"mesh {version()}")
+        print(f"mesh {__version__}")
         return 0
     try:
         parser = _parser_of(arguments[0])

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from mesh.errors import BadRequest
 
-__all__ = ["DType", "LayerRange", "even_ranges"]
+__all__ = ["DType", "LayerRange", "Progress", "even_ranges", "no_progress"]
 
 DType = Literal["float32", "bfloat16", "float16"]
 """The name of an element type that a model computes in. mesh/dtypes.py has the numpy type of each."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) as long work goes on."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """A Progress that does nothing."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -31,8 +39,18 @@ class LayerRange:
 
 
 def even_ranges(layers: int, shards: int) -> list[LayerRange]:
-    """Layers 0 .. layers cut into `shards` contiguous ranges whose lengths differ by at most one, the longer ones first."""
+    """Layers 0 .. layers cut into `shards` contiguous ranges whose lengths differ by at most one. BadRequest: that many shards cannot
+    share them.
+
+    The longer ranges are in the middle, because the first range holds the embedding as well and the last one the head.
+    """
     if not 1 <= shards <= layers:
         raise BadRequest(f"{shards} shards cannot share {layers} layers: give 1 to {layers}", field="shards")
-    bounds = [index * (layers // shards) + min(index, layers % shards) for index in range(shards + 1)]
-    return [LayerRange(bounds[index], bounds[index + 1]) for index in range(shards)]
+    short, longer = divmod(layers, shards)
+    first_longer = (shards - longer) // 2
+    ranges, start = [], 0
+    for index in range(shards):
+        stop = start + short + (first_longer <= index < first_longer + longer)
+        ranges.append(LayerRange(start, stop))
+        start = stop
+    return ranges

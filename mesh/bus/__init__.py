@@ -1,15 +1,15 @@
 """NATS, as the mesh uses it. Nothing outside this package imports nats.
 
-options      BusOptions: where NATS is, and as whom to go there
-connection   Bus: connect and stay connected, publish, request, subscribe; limits checked before each write
-transport    the socket under nats-py, with a short way for the token path
+options      BusOptions: where NATS is, and which user connects
+connection   Bus: connect and stay connected, publish, request, subscribe; limits are checked before each write
+transport    the socket under nats-py, with a short path for frames
 service      micro services: $SRV.PING/INFO/STATS, typed requests, errors in headers
 kv           leases and other small shared state: Bucket, LeaseTable
-events       what happened, and the stream that keeps it
-batches      durable batches: the queue, the results
-replicas     on how many servers of a cluster all this is kept
+events       announcements of what happened, and the stream that keeps them
+batches      durable batches: the queue and the results
+replicas     how many servers of a cluster keep a stream
 objects      models in the object store: push and pull with checksums
-mapping      nats-py's errors to ours, once
+mapping      from nats-py's errors to ours
 """
 
 from mesh.bus.connection import Bus, Received, Subscription, end_tasks

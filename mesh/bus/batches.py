@@ -1,13 +1,13 @@
-"""Durable batches: many requests that are answered once each, whatever dies meanwhile.
+"""Durable batches: many requests, each answered once, whichever processes end meanwhile.
 
-    stream mesh_batch       a work queue; mesh.v1.batches.MODEL.BATCH.INDEX is one request, taken out when its result is stored
-    KV mesh_batches         BATCH.batch           what it is: model, number of requests
-                            BATCH.running.INDEX   somebody has begun it; how often somebody did who did not live to end it
+    stream mesh_batch       a work queue; mesh.v1.batches.MODEL.BATCH.INDEX is one request, removed once its result is stored
+    KV mesh_batches         BATCH.batch           the batch: its model and the number of requests
+                            BATCH.running.INDEX   the request was begun; how often before by a coordinator that did not end it
                             BATCH.end.INDEX       its result (BatchItem), created once: a second one is not stored
                             BATCH.failed.INDEX    it failed
 
-Progress is read from the names of the keys alone. Everything is kept for a week; a queue or a store that is full refuses what is new.
-Submitting needs no coordinator; what is interrupted is submitted again under the same id, and only what is missing is added.
+Progress is read from the names of the keys alone. Everything is kept for a week. A full queue or store refuses new requests. Submitting
+needs no coordinator. A submission that was interrupted is repeated under the same id, and only what is missing is added.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FULL: Final = (10047, 10077)  # no room on the server, no room in the stream
 
 
 class _Batch(Message):
-    """What is known of a batch. `complete`: every request of it is in the queue."""
+    """What is known of a batch. `complete`: all of its requests are in the queue."""
 
     limit_bytes: ClassVar[int] = 4096
 
@@ -67,21 +67,21 @@ class _Running(Message):
 
 
 class BatchStore:
-    """Batches as their owners see them."""
+    """The batches, as those who submit them see them."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._bucket = Bucket(bus, subjects.KV_BATCHES, ttl_s=KEPT_S, durable=True, max_value_bytes=_MAX_VALUE, max_bytes=STORE_BYTES)
 
     async def open(self) -> None:
-        """Make queue and store where they are not there, for clients who may not."""
+        """Create the queue and the store if they do not exist. Clients may lack the permission to."""
         await BatchQueue(self._bus).open()
         await self._bucket.open()
 
     async def submit(self, model: str, requests: Sequence[Generate], *, id: str | None = None) -> BatchStatus:
         """Put every request into the queue; returns when the server has them. The same `id` with the same requests is the same batch.
 
-        Errors: BadRequest (a request, or an id that is another batch's), PayloadTooLarge, Busy (the queue is full).
+        Errors: BadRequest (a request is wrong, or the id is another batch's), PayloadTooLarge, Busy (the queue is full).
         """
         if not 1 <= len(requests) <= MAX_BATCH:
             raise BadRequest(f"a batch of {len(requests)} requests: give 1 to {MAX_BATCH:,}", field="requests")
@@ -108,7 +108,7 @@ class BatchStore:
         return await self.status(id)
 
     async def status(self, id: str) -> BatchStatus:
-        """BadRequest: there is no such batch."""
+        """The progress of a batch. BadRequest: there is no such batch."""
         batch, progress = await self._batch(_check_id(id)), await self._progress(id)
         ended, failed = len(progress["end"]), len(progress["failed"])
         state: BatchState = "queued"
@@ -128,7 +128,8 @@ class BatchStore:
         )
 
     async def results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchItem]:
-        """Of the requests from `offset` on, `limit` of them, those that have ended, in order. BadRequest: there is no such batch."""
+        """The results of up to `limit` requests from `offset` on, in order, as far as they have ended. BadRequest: there is no such
+        batch."""
         batch = await self._batch(_check_id(id))
         stop = batch.total if limit is None else min(batch.total, offset + limit)
         gate = asyncio.Semaphore(_AT_ONCE)
@@ -140,14 +141,14 @@ class BatchStore:
         return [item for item in await asyncio.gather(*(one(index) for index in range(offset, stop))) if item is not None]
 
     async def result(self, id: str, index: int) -> BatchItem | None:
-        """None: it has not ended."""
+        """The result of one request; None if it has not ended."""
         entry = await self._bucket.get(f"{id}.end.{index}")
         return None if entry is None or entry.value is None else BatchItem.parse(entry.value)
 
-    # -- for whoever works on it ---------------------------------------------------------------------------------------
+    # -- for the coordinators ------------------------------------------------------------------------------------------
 
     async def begin(self, id: str, index: int) -> int:
-        """Note that a request is begun. How often it was begun before by somebody who neither ended it nor gave it back."""
+        """Note that a request is begun. Returns how often it was begun before by a coordinator that neither ended it nor gave it back."""
         key = f"{id}.running.{index}"
         entry = await self._bucket.get(key)
         starts = _Running.parse(entry.value).starts if entry is not None and entry.value else 0
@@ -158,7 +159,7 @@ class BatchStore:
         await self._bucket.put(f"{id}.running.{index}", _Running(starts=starts).to_bytes())
 
     async def end(self, id: str, item: BatchItem) -> bool:
-        """Store a result. False: there was one already, and it stays."""
+        """Store a result. False: there is one already, and it stays."""
         data = item.to_bytes()
         if len(data) > min(_MAX_VALUE, self._bus.max_payload - _HEADERS_BYTES):
             size = format_bytes(len(data))
@@ -170,7 +171,7 @@ class BatchStore:
         return stored
 
     async def note(self, id: str, item: BatchItem) -> None:
-        """What is counted besides a result that is stored."""
+        """Count what is counted besides a stored result."""
         if item.state == "failed":
             await self._bucket.put(f"{id}.failed.{item.index}", b"{}")
 
@@ -213,7 +214,7 @@ class BatchStore:
         return _Batch.parse(entry.value)
 
     async def _progress(self, id: str) -> dict[str, list[int]]:
-        """Indexes of the keys of each kind."""
+        """The indexes of the keys of each kind."""
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         prefix = f"$KV.{subjects.KV_BATCHES}.{id}."
         with mapped(f"looking at batch {id}"):
@@ -227,7 +228,7 @@ class BatchStore:
 
 
 class Work:
-    """A request of a batch that was taken from the queue. Until it is acknowledged or given back, say `alive` every few seconds."""
+    """A request of a batch, taken from the queue. Call `alive` every few seconds until it is acknowledged or given back."""
 
     def __init__(self, message: Any) -> None:
         self._message = message
@@ -244,13 +245,13 @@ class Work:
             await self._message.ack()
 
     async def give_back(self, delay_s: float = 0.0) -> None:
-        """For whoever takes it next, after a while."""
+        """Put the request back; a coordinator gets it after a while."""
         with mapped("batch"):
             await self._message.nak(delay=delay_s or None)
 
 
 class BatchQueue:
-    """The work queue."""
+    """The work queue, as coordinators see it."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -258,7 +259,7 @@ class BatchQueue:
         self.counters: Counter[str] = Counter()
 
     async def open(self) -> None:
-        """Make it where it is not there."""
+        """Create the queue if it does not exist."""
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         with mapped(f"opening {subjects.STREAM_BATCH}"):
             try:
@@ -282,7 +283,7 @@ class BatchQueue:
         await spread(self._bus, subjects.STREAM_BATCH)
 
     async def take(self, model: str, *, wait_s: float) -> Work | None:
-        """The next request of a model; None where there is none within `wait_s`."""
+        """The next request for a model; None if none comes within `wait_s`."""
         name = subjects.token(model)
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         with mapped("taking a request of a batch"):
@@ -302,7 +303,7 @@ class BatchQueue:
             except TimeoutError:
                 return None
             except Exception:
-                await self.close()  # perhaps its server was restarted: bind anew
+                await self.close()  # the server may have been restarted: bind again
                 raise
         return Work(message)
 

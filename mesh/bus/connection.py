@@ -1,8 +1,8 @@
-"""One connection to NATS: kept for ever, with every limit checked before a write.
+"""One connection to NATS: it reconnects for ever, and every limit is checked before a write.
 
-nats-py compares max_payload with the payload alone while the server counts headers too and drops the connection over it; and
-its subscriptions drop what overflows them. Here an oversize publish is an error before anything is sent, and what a
-subscription drops is counted. What is on the token path goes the short way of transport.py: `post` and `subscribe_direct`.
+nats-py compares max_payload with the payload alone. The server counts headers too, and closes the connection over a message that is too
+large. Also, nats-py's subscriptions drop messages that come too fast. Here a message that is too large is an error before anything is sent,
+and dropped messages are counted. Frames take the short path of transport.py: `post` and `subscribe_direct`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-_PENDING_BYTES = 8 * 1024 * 1024  # what is kept to be sent after a reconnection; more is Unavailable
+_PENDING_BYTES = 8 * 1024 * 1024  # so much is kept to be sent after a reconnection; beyond that publishing is Unavailable
 _RECONNECT_WAIT_S = 0.25
-_PING_INTERVAL_S = 5  # a connection that answers two of these no more is given up
+_PING_INTERVAL_S = 5  # a connection that leaves two of these unanswered is closed
 _SUBJECT = re.compile(r"[!-~]+")
 
 
@@ -57,7 +57,7 @@ def _line(subject: str, reply: str, size: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message. `reply` is empty where nobody waits for an answer."""
+    """A message. `reply` is empty if the sender expects no answer."""
 
     subject: str
     reply: str
@@ -69,7 +69,7 @@ Handler = Callable[[Received], Awaitable[None]]
 
 
 class Subscription:
-    """Made by Bus.subscribe; `stop` ends it, and what had arrived is still handled."""
+    """A subscription, made by Bus.subscribe. `stop` ends it; messages that have arrived are still handled."""
 
     def __init__(self, inner: nats.aio.subscription.Subscription, ended: Callable[[], object] = lambda: None) -> None:
         self._inner = inner
@@ -87,8 +87,8 @@ class Subscription:
 
 
 class _Client(nats.aio.client.Client):
-    """nats-py's, which stops reading where the answer comes to a flush that was given up meanwhile, and whose pings overtake what was
-    sent before: a flush would say of a subscription that the server has it, and miss the next message."""
+    """nats-py's client with two faults repaired. It stops reading when the answer to a flush arrives that was given up meanwhile. And its
+    pings overtake messages that were sent before: a flush would report a subscription that the server does not have yet."""
 
     async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
         if self.is_connected and self._transport and self._pending_data_size:
@@ -98,12 +98,12 @@ class _Client(nats.aio.client.Client):
 
     async def _process_pong(self) -> None:
         if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()  # takes the answer, for nobody
+            self._pongs[0] = asyncio.get_running_loop().create_future()  # takes the answer to the flush that was given up
         await super()._process_pong()
 
 
 class Bus:
-    """A connection. Methods raise errors of the one tree: Unavailable, DeadlineExceeded, Denied, PayloadTooLarge, ...
+    """A connection. Its methods raise errors of mesh/errors.py: Unavailable, DeadlineExceeded, Denied, PayloadTooLarge, ...
 
     `counters`: reconnects, dropped (messages that came faster than they were handled), handler_errors, and rejected.
     """
@@ -118,10 +118,10 @@ class Bus:
 
     @classmethod
     async def connect(cls, options: BusOptions, *, name: str, timeout_s: float | None = 10.0, direct: bool = True) -> Bus:
-        """Connect to any one of the servers, trying again for `timeout_s` (None: for ever). Afterwards it reconnects for ever. Not
-        `direct`: everything goes nats-py's own way.
+        """Connect to any one of the servers, trying for `timeout_s` (None: for ever). After that the connection reconnects for ever.
+        Without `direct` everything takes nats-py's own path.
 
-        Unavailable: no server answered in that time. Denied: one did, and refused. ConfigError: TLS or credentials files.
+        Unavailable: no server answered in that time. Denied: a server answered and refused. ConfigError: TLS or credentials files.
         """
         client = _Client()
         transport = DirectTransport() if direct and not any(url.startswith("ws") for url in options.urls) else None
@@ -180,17 +180,17 @@ class Bus:
 
     @property
     def max_payload(self) -> int:
-        """The most a message may be, in bytes, headers included."""
+        """The largest size of a message in bytes, headers included."""
         return self.client.max_payload
 
     def on_change(self, call: Callable[[bool], None]) -> None:
-        """`call(connected)` whenever the connection is lost or back."""
+        """Call `call(connected)` whenever the connection is lost or is back."""
         self._watchers.append(call)
 
     # -- sending -------------------------------------------------------------------------------------------------------
 
     async def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
-        """Send one message. PayloadTooLarge before anything is written; Unavailable when disconnected and the buffer is full."""
+        """Send one message. PayloadTooLarge: before anything is written. Unavailable: disconnected, and the buffer is full."""
         if headers is None and self.post(subject, data, reply=reply):
             return
         self._require_size(subject, len(data) + _headers_size(headers))
@@ -198,13 +198,15 @@ class Bus:
             await self.client.publish(subject, data, reply=reply, headers=None if headers is None else dict(headers))
 
     def post(self, subject: str, data: bytes, *, reply: str = "") -> bool:
-        """Write one message with all else that this turn of the loop writes; False where something is in the way (no connection, what
-        was published before and is still to be written): then `publish` it. PayloadTooLarge as there. In the loop's thread."""
+        """Write one message together with everything else that this turn of the event loop writes. Returns False if that is not possible
+        now (no connection, or earlier messages still wait): call `publish` then. PayloadTooLarge as for publish. Call it in the event
+        loop's thread."""
         direct = self._short_way(subject, data, reply)
         return direct is not None and direct.send(_line(subject, reply, len(data)), data)
 
     def post_now(self, subject: str, data: bytes) -> bool:
-        """The same before anything else, in any thread, for what is waited for; False under TLS too: then `post` it."""
+        """Write one message at once, from any thread; for messages that somebody waits for. Returns False as `post` does, and under TLS:
+        call `post` then."""
         direct = self._short_way(subject, data, "")
         return direct is not None and direct.send_now(_line(subject, "", len(data)), data)
 
@@ -213,7 +215,7 @@ class Bus:
         if not client.is_connected or client._pending_data_size or client.is_draining_pubs:
             return None
         self._require_size(subject, len(data))
-        # nats-py says what is wrong with any other
+        # nats-py reports what is wrong with any other subject
         return self._direct if _is_subject(subject) and (not reply or _SUBJECT.fullmatch(reply)) else None
 
     def _require_size(self, subject: str, size: int) -> None:
@@ -227,16 +229,16 @@ class Bus:
             )
 
     async def send(self, subject: str, message: Message) -> None:
-        """Publish a message, wanting no answer."""
+        """Publish a message that needs no answer."""
         await self.publish(subject, message.to_bytes())
 
     async def request(self, subject: str, message: Message, reply: type[M], *, timeout_s: float) -> M:
-        """Ask and wait. What the other side raised is raised here; Unavailable where nobody listens."""
+        """Send a request and wait for the answer. An error of the other side is raised here. Unavailable: no process listens."""
         answer = await self.ask(subject, message.to_bytes(), timeout_s=timeout_s)
         return reply.parse(answer.data)
 
     async def ask(self, subject: str, data: bytes, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> Received:
-        """`request` with bytes both ways."""
+        """`request` with bytes in both directions."""
         size = len(data) + _headers_size(headers)
         if size > self.client.max_payload > 0:
             raise PayloadTooLarge(f"{subject}: a request of {format_bytes(size)}", size_bytes=size, limit_bytes=self.client.max_payload)
@@ -250,12 +252,12 @@ class Bus:
         return received
 
     async def flush(self, timeout_s: float = 5.0) -> None:
-        """Wait until the server has what was sent."""
+        """Wait until the server has everything that was sent."""
         with mapped("flushing"):
             await self.client.flush(timeout=timeout_s)  # type: ignore[arg-type]  # a float is as good
 
     def new_inbox(self) -> str:
-        """A subject nobody else uses."""
+        """A subject that no other process uses."""
         return self.client.new_inbox()
 
     # -- receiving -----------------------------------------------------------------------------------------------------
@@ -263,7 +265,8 @@ class Bus:
     async def subscribe(
         self, subject: str, handler: Handler, *, queue: str = "", pending_messages: int = 4096, pending_bytes: int = 256 * 1024 * 1024
     ) -> Subscription:
-        """Call `handler` with each message, one after the other. Its errors are logged and counted, and end nothing."""
+        """Call `handler` with each message, one after the other. Errors of the handler are logged and counted; the subscription
+        continues."""
 
         async def call(message: nats.aio.msg.Msg) -> None:
             try:
@@ -278,16 +281,17 @@ class Bus:
         return Subscription(inner)
 
     async def subscribe_direct(self, subject: str, handler: Callable[[bytes], None]) -> Subscription:
-        """Call `handler` with each message's payload where it arrives: before what came earlier for other subscriptions, or with
-        headers, may have been handled. It bounds itself what it keeps. Its errors are logged and counted, and end nothing."""
+        """Call `handler` with the payload of each message as soon as its bytes arrive. Messages of other subscriptions, and messages with
+        headers, may be handled later although they came earlier. The handler itself limits what it keeps. Its errors are logged and
+        counted; the subscription continues."""
 
         return await self._subscribe_short(
             subject, handler, lambda message: message.data, None if self._direct is None else self._direct.direct
         )
 
     async def subscribe_unheard(self, subject: str, handler: Callable[[str], None]) -> Subscription:
-        """Call `handler` with the subject on which the server says that nobody listens: the reply subject that a message was published
-        with. Where it arrives, so before the messages of `subscribe_direct` that came after it. Other messages are nothing."""
+        """Call `handler` with the reply subject of each published message that no process listened to, as the server reports it. It is
+        called as soon as the report arrives, before messages of `subscribe_direct` that came after it. Other messages are ignored."""
 
         def unheard(message: nats.aio.msg.Msg) -> str | None:
             return message.subject if (message.headers or {}).get("Status") == "503" else None
@@ -301,8 +305,8 @@ class Bus:
         of: Callable[[nats.aio.msg.Msg], T | None],
         calls: dict[bytes, Callable[[T], None]] | None,
     ) -> Subscription:
-        """`of`: what the handler gets of a message that nats-py has received. `calls`: those of the transport; None where everything
-        goes nats-py's own way."""
+        """`of`: what the handler gets of a message that nats-py has received. `calls`: the transport's table of direct handlers; None:
+        everything takes nats-py's path."""
 
         def call(what: T) -> None:
             try:
@@ -324,12 +328,13 @@ class Bus:
         return Subscription(inner, lambda: calls.pop(sid, None))
 
     async def respond(self, to: Received, message: Message) -> None:
-        """Answer a request; nothing where nobody waits."""
+        """Answer a request. Does nothing if no answer is expected."""
         if to.reply:
             await self.publish(to.reply, message.to_bytes())
 
     async def respond_error(self, to: Received, error: MeshError) -> None:
-        """Answer with an error: headers for whoever speaks NATS's convention, a body from which our side makes it again."""
+        """Answer a request with an error: headers as NATS's convention has them, and a body from which the other side makes the same
+        error."""
         if to.reply:
             data, headers = reply_error(error)
             await self.publish(to.reply, data, headers=headers)
@@ -337,7 +342,7 @@ class Bus:
     # -- ending --------------------------------------------------------------------------------------------------------
 
     def spawn(self, work: Awaitable[Any], name: str) -> asyncio.Task[Any]:
-        """A task that this bus keeps until it is done; its errors are logged, and `close` cancels it."""
+        """Run a task that this bus keeps until it is done. Its errors are logged, and `close` cancels it."""
 
         async def run() -> Any:
             try:
@@ -357,7 +362,7 @@ class Bus:
         return task
 
     async def close(self) -> None:
-        """Send what is left, then end. Never raises for a server that is gone."""
+        """Send what is left, then end. Never raises because of a server that is gone."""
         self._closing = True
         await end_tasks(*self._tasks)
         try:
@@ -367,7 +372,7 @@ class Bus:
             pass
         try:
             await self.client.close()
-        except OSError:  # nats-py could not send what was left, and stopped half-way: the rest is ended too
+        except OSError:  # nats-py could not send what was left and stopped half-way: close the rest as well
             self.client._status = nats.aio.client.Client.DISCONNECTED
             with contextlib.suppress(OSError):
                 await self.client.close()
@@ -402,7 +407,7 @@ class Bus:
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel, and wait. Again where it was of no use: nats-py swallows a cancellation that meets it while it flushes."""
+    """Cancel tasks and wait for their ends. Cancels again where needed: nats-py swallows a cancellation that comes while it flushes."""
     left = {task for task in tasks if not task.done()}
     while left:
         for task in left:
@@ -418,13 +423,13 @@ def reply_error(error: MeshError) -> tuple[bytes, dict[str, str]]:
 
 
 def raise_error(message: Received) -> None:
-    """Raise what an error reply carries; nothing for any other message."""
+    """Raise the error that a reply carries. Does nothing for any other message."""
     described = message.headers.get(ERROR_HEADER)
     if described is None:
         return
     try:
         error = ErrorReply.parse(message.data).error()
-    except MessageRejected:  # another service's error: it has the headers alone
+    except MessageRejected:  # another service's error has only the headers
         raise MeshError(described) from None
     raise error
 
@@ -434,7 +439,7 @@ def _received(message: nats.aio.msg.Msg) -> Received:
 
 
 def _headers_size(headers: Mapping[str, str] | None) -> int:
-    """Bytes that the server counts for headers: NATS/1.0 and a line each."""
+    """The bytes that the server counts for headers: NATS/1.0 and one line for each."""
     if not headers:
         return 0
     return 12 + sum(len(key.encode()) + len(value.encode()) + 4 for key, value in headers.items())

@@ -1,7 +1,7 @@
-"""What happened in the mesh: messages on mesh.v1.events.KIND, kept in the stream `mesh_events` for a week.
+"""What happens in the mesh: messages on mesh.v1.events.KIND, kept for a week in the stream `mesh_events`.
 
-An event is published like any other message and waits for nobody: the stream listens as a monitor would. Within MAX_BYTES the newest
-are kept.
+An event is published like any other message and delays nothing: the stream listens as a monitor would. Beyond MAX_BYTES the oldest events
+are dropped.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _RETRY_S: Final = 0.5
 
 
 async def announce(bus: Bus, kind: EventKind, who: str, *, model: str = "", detail: str = "", **data: Any) -> None:
-    """Say that something has happened. Never raises: what was said is not worth what happened."""
+    """Publish an event. Never raises: a lost event must not disturb the work that it is about."""
     event = Event(kind=kind, who=who, model=model, at_unix_s=time.time(), detail=detail, data=data)
     try:
         await bus.send(subjects.event(kind), event)
     except MeshError as error:
-        log.debug("an event nobody heard: %s", error)
+        log.debug("an event could not be published: %s", error)
 
 
 async def keep_events(bus: Bus) -> None:
-    """Make the stream where it is not there. Never raises: without JetStream there is no history."""
+    """Create the stream if it does not exist. Never raises: without JetStream there is no history."""
     try:
         await EventLog(bus).open()
     except MeshError as error:
@@ -56,13 +56,13 @@ async def keep_events(bus: Bus) -> None:
 
 
 class EventLog:
-    """The stream. `events` reads it."""
+    """The stream of events. `events` reads it."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
     async def open(self) -> None:
-        """Make it where it is not there."""
+        """Create the stream if it does not exist."""
         js = self._js
         with mapped(f"opening {subjects.STREAM_EVENTS}"):
             try:
@@ -73,8 +73,8 @@ class EventLog:
         await spread(self._bus, subjects.STREAM_EVENTS)
 
     async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
-        """Those that are kept, oldest first: the `last` so many, or those since a time, else all. `follow`: and then those to come,
-        for ever, through reconnections. Unavailable where nothing is kept yet."""
+        """The events that are kept, oldest first: the `last` so many, or those since a time, or all. `follow`: then also new ones, for
+        ever, across reconnections. Unavailable: there is no stream yet."""
         seen: int | None = None
         while True:
             try:
@@ -93,13 +93,13 @@ class EventLog:
     async def _read(
         self, last: int | None, since_unix_s: float | None, after: int | None, follow: bool
     ) -> AsyncIterator[tuple[Event | None, int]]:
-        """Events with their sequence numbers, and a None for what is no event."""
+        """Events with their sequence numbers; None for a message that is no event."""
         with mapped(f"reading {subjects.STREAM_EVENTS}"):
             try:
                 state = (await self._js.stream_info(subjects.STREAM_EVENTS)).state
             except nats.js.errors.NotFoundError:
                 raise Unavailable("no events are kept here yet: a coordinator or a shard keeps them from its start on") from None
-            if after is not None and after > state.last_seq:  # another stream than before
+            if after is not None and after > state.last_seq:  # the stream was created again
                 after = None
             config = _start(last, since_unix_s, after, state.last_seq)
             config.inactive_threshold = WATCH_IDLE_S
@@ -118,7 +118,7 @@ class EventLog:
                         message = await messages.get()
                 except TimeoutError:
                     with mapped(f"reading {subjects.STREAM_EVENTS}"):
-                        await subscription.consumer_info()  # it says nothing when its server goes
+                        await subscription.consumer_info()  # a subscription does not report that its server is gone
                     continue
                 metadata = message.metadata
                 yield _parse(message.data), metadata.sequence.stream
@@ -160,6 +160,6 @@ def _start(last: int | None, since_unix_s: float | None, after: int | None, end:
 def _parse(data: bytes) -> Event | None:
     try:
         return Event.parse(data)
-    except MessageRejected as error:  # another version's, or anybody's
+    except MessageRejected as error:  # written by another version or another program
         log.debug("an event that cannot be read: %s", error)
         return None

@@ -1,9 +1,9 @@
 """Small shared state in JetStream key-value buckets, for control only: leases, placement, session records.
 
-A lease is a key its owner writes again and again; a bucket's TTL forgets it when the owner does not. Readers do not rely on
-the server to say so: LeaseTable drops a lease by its own clock when no renewal has come for the TTL. While disconnected, while the
-bucket cannot be watched (its server was lost, and a cluster chooses another leader) and while suspended nobody is heard, which says
-nothing of anybody: the clock stands still.
+A lease is a key that its owner writes again and again. The bucket's TTL deletes it once the owner stops. Readers do not rely on the server
+to report that: LeaseTable drops a lease by its own clock when no renewal has come for the TTL. While this process is disconnected,
+suspended, or cannot watch the bucket (its server was lost and the cluster elects another leader), it hears no owner at all. That says
+nothing about the owners, so the clock stands still.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ log = logging.getLogger("mesh.bus")
 
 M = TypeVar("M", bound=Message)
 
-WRONG_REVISION = (10071, 10164)  # what the server calls a compare and set that came too late
+WRONG_REVISION = (10071, 10164)  # the server's codes for a compare and set that came too late
 _WATCH_RETRY_S = 0.5
-_TIMEOUT_S = 2.0  # of one request: a lease that is not renewed within its TTL is lost
+_TIMEOUT_S = 2.0  # for one request: a lease that is not renewed within its TTL is lost
 _WATCH_CHECK_S = 1.0
 WATCH_IDLE_S = 5.0
-"""How long the server keeps the consumer of who has stopped reading: of a stream's there may be a thousand at a time."""
+"""How long the server keeps the consumer of a reader that has stopped. A stream may have a thousand consumers at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key's value; None where it was deleted. `revision` grows with every write to the bucket."""
+    """The value of a key; None if it was deleted. `revision` grows with every write to the bucket."""
 
     key: str
     value: bytes | None
@@ -49,7 +49,7 @@ class Entry:
 
 
 class Bucket:
-    """A key-value bucket, made when it is not there: in memory on the server unless `durable`; in a cluster on three servers."""
+    """A key-value bucket, created if it does not exist. It is in the server's memory unless `durable`; in a cluster on three servers."""
 
     def __init__(
         self,
@@ -70,22 +70,23 @@ class Bucket:
         self._kv: nats.js.kv.KeyValue | None = None
 
     async def open(self) -> None:
-        """Make it where it is not there."""
+        """Create the bucket if it does not exist."""
         with mapped(f"opening {self.name}"):
             await self._open()
 
     async def put(self, key: str, value: bytes) -> int:
-        """Write; the new revision. A bucket that was lost with its server is made again."""
+        """Write a value; returns the new revision. A bucket that was lost with its server is created again."""
         try:
             with mapped(f"{self.name}/{key}"):
                 return await (await self._open()).put(key, value)
         except MeshError:
-            self._kv = None  # perhaps the server was restarted without its memory: one more try with a new bucket
+            self._kv = None  # the server may have been restarted without its memory: try once more with a new bucket
             with mapped(f"{self.name}/{key}"):
                 return await (await self._open()).put(key, value)
 
     async def update(self, key: str, value: bytes, *, revision: int) -> int | None:
-        """Compare and set: write if the key's revision is still `revision` (0: it does not exist). None: it is not."""
+        """Compare and set: write if the revision of the key is still `revision` (0: there is no such key). Returns the new revision, or
+        None if it is not."""
         with mapped(f"{self.name}/{key}"):
             kv = await self._open()
             try:
@@ -106,7 +107,7 @@ class Bucket:
         return Entry(key, entry.value, entry.revision or 0)
 
     async def delete(self, key: str, *, revision: int | None = None) -> bool:
-        """False where the key's revision is not `revision` any more (None: whatever it is), and it is left."""
+        """Delete a key. False: its revision is no longer `revision`, and it stays (None: delete any revision)."""
         with mapped(f"{self.name}/{key}"):
             try:
                 await (await self._open()).delete(key, last=revision)
@@ -117,7 +118,7 @@ class Bucket:
         return True
 
     async def entries(self, keys: str = ">") -> list[Entry]:
-        """All there is, of the keys that match a pattern of NATS's."""
+        """All entries whose keys match a NATS pattern."""
         found = []
         async for entry in self._watch(keys):
             if entry is None:
@@ -133,7 +134,7 @@ class Bucket:
                 self._kv = await js.key_value(self.name)
             except nats.js.errors.NotFoundError:
                 storage = nats.js.api.StorageType.FILE if self._durable else nats.js.api.StorageType.MEMORY
-                # who comes second finds the same configuration, which is no error
+                # a second process finds the same configuration, which is no error
                 self._kv = await replicated(
                     self.bus,
                     lambda replicas: js.create_key_value(
@@ -151,7 +152,7 @@ class Bucket:
         return self._kv
 
     async def _watch(self, keys: str = ">") -> AsyncIterator[Entry | None]:
-        """Entries as they are and, after a None, as they change. Ends with an error when the server is lost."""
+        """The present entries, then None, then entries as they change. Ends with an error when the server is lost."""
         with mapped(f"watching {self.name}"):
             kv = await self._open()
             watcher = await kv.watch(keys, inactive_threshold=WATCH_IDLE_S)
@@ -161,12 +162,12 @@ class Bucket:
                 try:
                     update = await watcher.updates(timeout=_WATCH_CHECK_S)
                 except TimeoutError:
-                    # A watch outlives neither its bucket nor its server, and says nothing when they go.
+                    # A watch ends with its bucket or its server, and does not report that.
                     with mapped(f"watching {self.name}"):
                         await watcher._sub.consumer_info()  # type: ignore[union-attr]  # set since it was made
                     continue
                 if update is None:
-                    # nats-py says that there is nothing where the server's account comes before what the server has sent
+                    # nats-py reports an empty bucket if the server's count arrives before the entries that it has sent
                     early = not begun and await self._has_sent(watcher)
                     if not early:
                         yield None
@@ -178,7 +179,7 @@ class Bucket:
                     early = False
                     yield None
         finally:
-            with suppress(Exception):  # it is over either way
+            with suppress(Exception):  # the watch ends in any case
                 await watcher.stop()
 
     async def _has_sent(self, watcher: nats.js.kv.KeyValue.KeyWatcher) -> bool:
@@ -188,7 +189,7 @@ class Bucket:
 
 
 def anything_sent(info: nats.js.api.ConsumerInfo) -> bool:
-    """Whether a consumer has or had anything to deliver, by the server's own count: what it has sent may still be on its way."""
+    """Whether a consumer has delivered or could deliver anything, by the server's own count. A delivery may still be on its way."""
     return bool(info.num_pending or (info.delivered and info.delivered.consumer_seq))
 
 
@@ -217,7 +218,7 @@ class LeaseTable(Generic[M]):
         return self._leases
 
     async def start(self, *, timeout_s: float = 10.0) -> None:
-        """Follow; returns once what is there now is known. Unavailable or DeadlineExceeded where it cannot be."""
+        """Follow the bucket; returns once the present leases are known. Unavailable or DeadlineExceeded: it cannot be watched."""
         self._tasks = [
             self._bucket.bus.spawn(self._follow(), f"watching {self._bucket.name}"),
             self._bucket.bus.spawn(self._expire(), f"expiring {self._bucket.name}"),
@@ -233,7 +234,7 @@ class LeaseTable(Generic[M]):
         await end_tasks(*self._tasks)
 
     def forget(self, key: str) -> None:
-        """Its owner is known to be gone: the next renewal is news, whatever it says."""
+        """Drop a lease whose owner is known to be gone. If the owner renews it after all, that counts as a new lease."""
         self._seen.pop(key, None)
         self._leases.pop(key, None)
 
@@ -258,7 +259,7 @@ class LeaseTable(Generic[M]):
             return
         try:
             lease = self._kind.parse(entry.value)
-        except MessageRejected as error:  # another version's, or anybody's: not a lease
+        except MessageRejected as error:  # written by another version or another program: not a lease
             self.rejected += 1
             log.warning("%s/%s: %s", self._bucket.name, entry.key, error)
             self._drop(entry.key)

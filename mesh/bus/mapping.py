@@ -1,4 +1,4 @@
-"""nats-py's errors as ours. The one place."""
+"""From nats-py's errors to ours; the only place that does so."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["is_refusal", "mapped", "mapped_error"]
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a server said no to whoever connects, so that trying again is of no use."""
+    """Whether the server refused the user, so that trying again cannot help."""
     return isinstance(error, (ne.AuthorizationError, ne.InvalidUserCredentialsError, ne.SecureConnRequiredError, ssl.SSLError)) or (
         isinstance(error, ne.Error) and "authorization violation" in str(error).lower()
     )
 
 
 def mapped_error(error: BaseException, what: str) -> MeshError | None:
-    """`error`, met while doing `what`, as one of ours; None where it is not of NATS."""
+    """Our error for `error`, which happened while doing `what`; None if it is not one of NATS's."""
     match error:
         case MeshError():
             return error
@@ -33,7 +33,7 @@ def mapped_error(error: BaseException, what: str) -> MeshError | None:
             return PayloadTooLarge(f"{what}: more than the server takes in one message", size_bytes=0, limit_bytes=0)
         case ne.AuthorizationError() | ne.InvalidUserCredentialsError():
             return Denied(f"{what}: the NATS server refuses these credentials")
-        case ne.Error() if is_refusal(error):  # in the handshake nats-py knows only the server's words
+        case ne.Error() if is_refusal(error):  # in the handshake nats-py has only the server's text
             return Denied(f"{what}: the NATS server refuses these credentials")
         case ne.SecureConnFailedError() | ne.SecureConnRequiredError() | ne.SecureConnWantedError():
             return Denied(f"{what}: the NATS server and this side do not agree on TLS ({error})")
@@ -74,7 +74,7 @@ def mapped_error(error: BaseException, what: str) -> MeshError | None:
 
 @contextmanager
 def mapped(what: str) -> Iterator[None]:
-    """Errors of NATS inside leave as ours, with `what` in front of the message."""
+    """Errors of NATS inside this context are raised as ours, with `what` in front of the message."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,9 @@
-"""Models in the object store `mesh_models`, so that a shard anywhere can fetch just the blocks it serves.
+"""Models in the object store `mesh_models`, so that a shard anywhere can fetch just the blocks that it serves.
 
     sha256.<digest>     the bytes of one file; models that share a file share the object
-    model.<NAME>        the manifest, written last: a model that can be seen is whole
+    model.<NAME>        the manifest, written last: a model that can be seen is complete
 
-Every file is checked against the manifest's checksum as it arrives; it takes its name only when it is right.
+Every file is compared with the manifest's checksum as it arrives, and gets its name only if it is right.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.host.paths import cache_directory
 from mesh.model.manifest import MAX_MANIFEST_BYTES, FileInfo, Manifest, block_name, check_file
 from mesh.protocol import subjects
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress, no_progress
 
 __all__ = ["ModelStore", "Progress", "files_of", "kept_at"]
 
-Progress = Callable[[str, int, int], None]
 """(what, bytes done, bytes in all)"""
 
 _CHUNK_BYTES = 512 * 1024
 
 
 def files_of(manifest: Manifest, layers: LayerRange | None = None, *, embed: bool = True, head: bool = True) -> list[FileInfo]:
-    """What a range needs (None: all layers), tokenizer and template with the head or the embedding."""
+    """The files that a range needs (None: all layers); tokenizer and chat template come with the head or the embedding."""
     names = [block_name(i) for i in layers or LayerRange(0, manifest.layers)]
     names = ([block_name("embed")] if embed else []) + names + ([block_name("head")] if head else [])
     files = [file for name in names for file in manifest.block(name).files]
@@ -48,7 +47,7 @@ def files_of(manifest: Manifest, layers: LayerRange | None = None, *, embed: boo
 
 
 def kept_at(manifest: Manifest) -> Path:
-    """Where this machine keeps what it fetched of a model: another one of the same name lies elsewhere."""
+    """The folder of a fetched model on this machine. Another model of the same name has another folder."""
     return cache_directory() / "models" / f"{subjects.token(manifest.name)}-{manifest.model_hash}"
 
 
@@ -60,7 +59,7 @@ class ModelStore:
         self._store: nats.js.object_store.ObjectStore | None = None
 
     async def names(self) -> list[str]:
-        """Models that are there, whole."""
+        """The names of the models that are complete."""
         with mapped("listing models"):
             try:
                 found = await (await self._open()).list(ignore_deletes=True)
@@ -69,7 +68,7 @@ class ModelStore:
         return sorted(info.name.removeprefix("model.") for info in found if info.name and info.name.startswith("model."))
 
     async def only_name(self) -> str:
-        """Of the model, where there is one. ModelNotFound: none was pushed. BadRequest: several were."""
+        """The name of the only model. ModelNotFound: none was pushed. BadRequest: several were."""
         names = await self.names()
         if not names:
             raise ModelNotFound("the mesh has no model yet: push one with `mesh push MODEL_DIR`")
@@ -78,7 +77,7 @@ class ModelStore:
         return names[0]
 
     async def manifest(self, name: str) -> Manifest:
-        """ModelNotFound where no such model was pushed."""
+        """The manifest of a model. ModelNotFound: no such model was pushed."""
         sink = _Meter(io.BytesIO(), lambda count: None, limit=MAX_MANIFEST_BYTES)
         with mapped(f"fetching {name}"):
             try:
@@ -87,8 +86,9 @@ class ModelStore:
                 raise ModelNotFound(f"the mesh has no model {name}: push it with `mesh push MODEL_DIR`") from None
         return await asyncio.to_thread(Manifest.parse, sink.content(), f"the manifest of {name} in the object store")
 
-    async def push(self, directory: Path, progress: Progress = lambda what, done, total: None) -> Manifest:
-        """Copy a model directory into the store; what is there already is left. CorruptModel: a file is not what the manifest says."""
+    async def push(self, directory: Path, progress: Progress = no_progress) -> Manifest:
+        """Copy a model directory into the store. Files that are there already are not sent again. CorruptModel: a file differs from the
+        manifest."""
         manifest = await asyncio.to_thread(Manifest.load, directory)
         store = await self._open()
         files = files_of(manifest)
@@ -116,21 +116,22 @@ class ModelStore:
         *,
         embed: bool = True,
         head: bool = True,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> Manifest:
-        """Copy a model, or what a range of it needs, into `directory`; what is there already, and right, is left.
+        """Copy a model, or what a range of it needs, into `directory`. Files that are there already and right stay as they are.
 
-        Nothing half-written takes a file's name. CorruptModel: what arrived is not what the manifest says.
+        A file gets its name only once it is complete. CorruptModel: a file that arrived differs from the manifest.
         """
         manifest = await self.manifest(name)
         await self._bring(manifest, files_of(manifest, layers, embed=embed, head=head), directory, progress)
         return manifest
 
     async def pull_description(self, name: str, directory: Path | None = None) -> Path:
-        """Copy what there is beside the blocks, manifest, tokenizer and chat template, into `directory` (None: the cache's); where."""
+        """Copy everything but the blocks (manifest, tokenizer, chat template) into `directory` (None: the cache's folder). Returns the
+        folder."""
         manifest = await self.manifest(name)
         directory = directory or kept_at(manifest)
-        await self._bring(manifest, list(manifest.extra_files), directory, lambda what, done, total: None)
+        await self._bring(manifest, list(manifest.extra_files), directory, no_progress)
         return directory
 
     async def _bring(self, manifest: Manifest, files: list[FileInfo], directory: Path, progress: Progress) -> None:

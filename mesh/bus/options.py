@@ -1,4 +1,4 @@
-"""Where NATS is and as whom to go there."""
+"""Where NATS is, and which user connects."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL
 
 __all__ = ["BusOptions", "without_password"]
 
 
 @dataclass(frozen=True, slots=True)
 class BusOptions:
-    """Where and as whom. `credentials`: a .creds file (JWT and seed). `nkey_seed`: a file with a seed. `tls_*`: PEM files; `tls_ca`
-    alone checks the server, with `tls_cert` and `tls_key` this side shows itself too. `inbox_prefix`: where answers come back."""
+    """The servers, and the user that connects. `credentials`: a .creds file (JWT and seed). `nkey_seed`: a file with a seed. `tls_*`: PEM
+    files; with `tls_ca` alone the server's certificate is checked, with `tls_cert` and `tls_key` this side shows one as well.
+    `inbox_prefix`: the subjects on which answers come back."""
 
-    urls: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    urls: tuple[str, ...] = (DEFAULT_NATS_URL,)
     credentials: str | None = None
     nkey_seed: str | None = None
     user: str | None = None
@@ -26,11 +28,11 @@ class BusOptions:
     tls_ca: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
-    inbox_prefix: str = "_INBOX"
+    inbox_prefix: str = DEFAULT_INBOX_PREFIX
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """For the connection; ConfigError where a file is not what it should be. None: a tls:// server is checked against the
-        system's authorities."""
+        """The TLS context of the connection; None: a tls:// server is checked against the system's authorities. ConfigError: a file is
+        wrong."""
         if self.tls_ca is None and self.tls_cert is None:
             return None
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -54,7 +56,7 @@ class BusOptions:
         return context
 
     def arguments(self) -> dict[str, Any]:
-        """What nats-py is told of all this; ConfigError where a file is not there."""
+        """The arguments for nats-py. ConfigError: a file does not exist."""
         if self.credentials is not None:
             _require_readable(self.credentials, "a .creds file")
         if self.nkey_seed is not None:
@@ -80,11 +82,11 @@ def _require_readable(path: str, what: str) -> None:
 
 
 def _no_passphrase() -> str:
-    """Asked for where a key is encrypted; without this the terminal would be."""
+    """The passphrase callback for encrypted keys: without it OpenSSL would ask on the terminal."""
     return ""
 
 
 def without_password(url: str) -> str:
-    """A server's address as it may be shown."""
+    """A server's address without its password, for messages."""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -1,6 +1,7 @@
-"""On how many servers what JetStream keeps is kept: three in a cluster, one otherwise.
+"""How many servers keep a JetStream stream: three in a cluster, one otherwise.
 
-A cluster that has fewer servers up when a stream is made keeps it on one; whoever opens it later, with the cluster whole, spreads it.
+If fewer servers of a cluster are up when a stream is created, one server keeps it. A process that opens the stream later, with the cluster
+complete, spreads it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _NOT_SO_MANY: Final = (
 
 
 def wanted(bus: Bus) -> int:
-    """A server says the name of its cluster to whoever connects."""
+    """How many servers should keep a stream. A server tells each client the name of its cluster."""
     return REPLICAS if bus.client._server_info.get("cluster") else 1
 
 
 async def replicated(bus: Bus, make: Callable[[int], Awaitable[T]]) -> T:
-    """`make(replicas)`, with as many as this server's cluster allows."""
+    """Call `make(replicas)` with the largest number that this server's cluster allows."""
     count = wanted(bus)
     if count > 1:
         try:
@@ -48,7 +49,7 @@ async def replicated(bus: Bus, make: Callable[[int], Awaitable[T]]) -> T:
 
 
 async def spread(bus: Bus, stream: str) -> None:
-    """Keep a stream that is there on as many servers as this cluster allows. What cannot be done now is left."""
+    """Keep an existing stream on as many servers as this cluster allows. What is not possible now is left for another time."""
     count = wanted(bus)
     if count == 1:
         return

@@ -1,4 +1,4 @@
-"""Micro services: what `nats micro ls` shows, with typed requests and errors of the one tree."""
+"""Micro services: what `nats micro ls` shows, with typed requests and errors of mesh/errors.py."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _INTERNAL = MeshError("an internal error; the log of the service says more")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One subject. `handler` returns the reply (None: it answers itself, or nobody is to be answered) or raises a MeshError.
+    """One subject. `handler` returns the reply (None: it answers by itself, or no answer is expected) or raises a MeshError.
 
-    `concurrent`: each request is a task of its own, at most `limit` at once, and beyond it the handler is still called: it is
-    the one to say busy. Otherwise requests are handled one after the other.
+    `concurrent`: each request runs as a task of its own, at most `limit` at a time; beyond that the handler is still called and has to
+    answer Busy. Otherwise requests are handled one after the other.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Endpoint:
 
 
 class Service:
-    """A running micro service; `stop` ends it. `stats` is shown as each endpoint's data in $SRV.STATS."""
+    """A running micro service; `stop` ends it. $SRV.STATS shows the result of `stats` as each endpoint's data."""
 
     def __init__(self, bus: Bus, inner: nats.micro.service.Service) -> None:
         self._bus = bus
@@ -90,13 +90,13 @@ class Service:
                 name=endpoint.name,
                 subject=endpoint.subject,
                 handler=handle,
-                # without a queue every instance is to hear it, which in this protocol is a queue group of its own
+                # Without a queue every instance should hear it; in this protocol that takes a queue group for each instance.
                 queue_group=endpoint.queue or f"one-{self.id}",
                 metadata=endpoint.metadata,
             )
 
     async def remove(self, name: str) -> None:
-        """Serve the endpoints of this name no more."""
+        """Stop serving the endpoints of this name."""
         for endpoint in [e for e in self._inner._endpoints if e._name == name]:
             self._inner._endpoints.remove(endpoint)
             with mapped(f"ending {endpoint._subject}"):
@@ -106,7 +106,7 @@ class Service:
         try:
             with mapped("ending the service"):
                 await self._inner.stop()
-        except MeshError as error:  # the server is gone, and the service with it
+        except MeshError as error:  # the server is gone, so the service is too
             log.debug("%s", error)
 
     async def _answer(self, endpoint: Endpoint, received: Received) -> None:
@@ -122,7 +122,7 @@ class Service:
                 await self._bus.publish(received.reply, reply.to_bytes() if isinstance(reply, Message) else reply)
 
     async def _fail(self, endpoint: Endpoint, received: Received, error: MeshError) -> None:
-        for shown in self._inner._endpoints:  # nats-py counts what a handler raises, and cannot show a body with it
+        for shown in self._inner._endpoints:  # nats-py counts errors that a handler raises, but then cannot reply with a body
             if shown._subject == endpoint.subject:
                 shown._num_errors += 1
                 shown._last_error = f"{error.code}: {error}"

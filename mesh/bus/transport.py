@@ -1,9 +1,9 @@
-"""The socket under nats-py, with a short way for what is on the token path.
+"""The socket under nats-py, with a short path for frames.
 
-nats-py reads through a stream, a task and a queue with a task of its own for each subscription, and writes through a queue and a
-task: each way two or three turns of the event loop. Between two steps of a stage, whose weights have just gone through the
-processor's caches, that takes a multiple of what sending takes. Here a message of a subscription that asked for it is handed over
-where its bytes arrive, and one can be written from where it was made, in whatever thread that is. Everything else is nats-py's, on the
+nats-py reads through a stream, a task and a queue with a task for each subscription, and writes through a queue and a task. Each direction
+takes two or three turns of the event loop. Between two steps of a stage, whose weights have just gone through the processor's caches, that
+takes several times as long as the sending itself (docs/adr/0004-frames-under-nats-py.md). So this transport hands a message to a direct
+subscription as soon as its bytes arrive, and a message can be written from the thread that made it. Everything else stays nats-py's, on the
 same connection: authentication, TLS, reconnecting, all other messages.
 """
 
@@ -31,15 +31,15 @@ _WRITE_AHEAD: Final = 1024 * 1024
 """Bytes that the socket has not taken yet before `send` refuses."""
 _CRLF: Final = b"\r\n"
 _UNHEARD: Final = b"NATS/1.0 503\r\n"
-"""How the headers begin with which the server says that nobody listens."""
+"""The beginning of the headers with which the server reports that no process listens."""
 
 
 class DirectTransport(nats.aio.transport.Transport):
     """One for the life of a connection, reconnections included.
 
-    `direct`: a subscription's id as the protocol has it -> what is called with the payload of each of its messages, in the loop, in
-    their order; it must not raise. `unheard`: the same for what the server says where nobody listens, with the subject that it says it on.
-    Any other message goes to nats-py.
+    `direct` maps a subscription's id, as the protocol writes it, to the function that is called with the payload of each of its messages,
+    in the event loop and in order; it must not raise. `unheard` does the same for the server's reports that no process listens, with the
+    subject of the report. All other messages go to nats-py.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class DirectTransport(nats.aio.transport.Transport):
         except BaseException as error:
             assert plain is not None
             self._socket.abort()
-            plain.connection_lost(error if isinstance(error, OSError) else None)  # nobody else would say so
+            plain.connection_lost(error if isinstance(error, OSError) else None)  # nothing else would report it
             raise
         protocol.connection_made(secured)
         self._socket, self._protocol = secured, protocol
@@ -136,15 +136,15 @@ class DirectTransport(nats.aio.transport.Transport):
 
 
 class _Short:
-    """Writes to the socket of an asyncio transport past its buffer, where that is empty. Messages stay whole: whoever writes holds the
-    lock, and what the socket did not take of one goes before all that is written later."""
+    """Writes to the socket of an asyncio transport directly, past its buffer, if that buffer is empty. Messages stay whole: a writer holds
+    the lock, and what the socket did not take of a message goes before anything written later."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
         self._lock = threading.Lock()
-        self._left = bytearray()  # of a message that the socket took a part of
-        # Our own, so that it names this socket until `close`, whatever the transport does with its own.
+        self._left = bytearray()  # the rest of a message that the socket took only in part
+        # A duplicate, so that it names this socket until `close`, even after the transport closed its own.
         self._descriptor = os.dup(transport.get_extra_info("socket").fileno())
 
     def send(self, parts: Sequence[bytes]) -> bool:
@@ -154,7 +154,7 @@ class _Short:
                 return False
             try:
                 written = os.writev(self._descriptor, parts)
-            except OSError:  # it is full, or lost, which the transport is about to notice
+            except OSError:  # it is full, or the connection is lost; the transport will notice
                 return False
             if written < sum(map(len, parts)):
                 self._left += b"".join(parts)[written:]
@@ -179,7 +179,7 @@ class _Short:
 
 
 class _Protocol(asyncio.Protocol):
-    """One connection: takes what is direct out of what arrives, and keeps the rest until nats-py asks for it."""
+    """One connection: hands direct messages on as they arrive, and keeps everything else until nats-py reads it."""
 
     def __init__(self, direct: dict[bytes, Callable[[bytes], None]], unheard: dict[bytes, Callable[[str], None]]) -> None:
         self.closed = asyncio.Event()
@@ -187,8 +187,8 @@ class _Protocol(asyncio.Protocol):
         self._unheard = unheard
         self._transport: asyncio.Transport | None = None
         self._partial = bytearray()  # the beginning of a line or message
-        self._wanted = 0  # bytes of it without which there is no going on
-        self._rest = bytearray()  # nats-py's
+        self._wanted = 0  # bytes that it must have before reading continues
+        self._rest = bytearray()  # for nats-py
         self._arrived = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()

@@ -24,6 +24,7 @@ from mesh.bus.connection import raise_error
 from mesh.client.results import Chunk, Completion, Token, token_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
 from mesh.protocol import messages, subjects
+from mesh.protocol.headers import EPOCH_HEADER
 
 __all__ = ["Retry", "Stream"]
 
@@ -32,7 +33,6 @@ _LONGEST_BACKOFF_S = 5.0
 _SILENCE_S = 2.0  # between tokens
 _WAITING_SILENCE_S = 4.0  # before the first one: who waits in the queue hears of it every 3 s
 _LONGEST_SILENCE_S = 16.0
-_EPOCH_HEADER = "Mesh-Epoch"
 
 
 class Retry:
@@ -162,7 +162,7 @@ class Stream:
         """Take what a message says that is new; its error, raised."""
         if received.headers.get("Status") == "503":
             raise _NobodyError(f"no coordinator serves {self._model}: start one, or see `mesh status`")
-        if int(received.headers.get(_EPOCH_HEADER, self._epoch)) < self._epoch:
+        if int(received.headers.get(EPOCH_HEADER, self._epoch)) < self._epoch:
             return
         raise_error(received)
         document: dict[str, Any] = orjson.loads(received.data)

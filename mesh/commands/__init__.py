@@ -1,2 +1,17 @@
-"""The subcommands of `mesh`, a file each: `add_parser(subparsers)` and the command, a function of the parsed arguments that
-returns the exit code. mesh/cli.py puts them together."""
+"""The subcommands of `mesh`: `add_parser(subparsers)` and a function of the parsed arguments that returns the exit code.
+
+start a mesh   up, shard and join (shard.py), coordinator, gateway, drain and load (drain.py), forget, token
+ask it         generate, chat, batch, bench
+look at it     status, top, events
+models         import (import_model.py), run, plan and shard-model (planning.py), push and pull (push.py), tune
+
+What several of them share:
+
+connection       the flags that say which NATS servers, and which user
+progress         a progress bar
+drawing          a mesh in a terminal, for status and top
+placement_table  a placement as a table
+bare_hop         what a message costs without a mesh, for bench
+
+mesh/cli.py puts them together.
+"""

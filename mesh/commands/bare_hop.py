@@ -1,8 +1,8 @@
-"""What a hop costs that is nothing else: from a nats-py publish to the callback of another connection.
+"""What a hop costs by itself: from a nats-py publish to the callback of another connection.
 
-Between stages that is more than between two connections which do nothing besides: a stage reads its weights before it sends, after
-which the caches hold nothing of what sending and receiving need. So it is measured twice, the second time between two processes that
-read as many bytes as a stage, with every processor, before they send.
+Between two stages it costs more than between two idle processes: a stage reads its weights before it sends, and after that the
+processor's caches hold nothing that sending and receiving need. So it is measured twice, the second time between two processes that read
+as many bytes as a stage, with every processor, before they send.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from mesh.bus import Bus, BusOptions, Received
-from mesh.commands.coordinator import run_loop
 from mesh.errors import Unavailable
+from mesh.host.signals import run_loop
 
 __all__ = ["bare_hop_between_stages_s", "bare_hop_s"]
 
@@ -53,7 +53,7 @@ async def bare_hop_between_stages_s(options: BusOptions, size: int, stage_bytes:
     except (EOFError, TimeoutError) as error:
         raise Unavailable("the process at the other end of a bare hop does not answer: give --no-hop to do without it") from error
     finally:
-        ours.close()  # it ends when it sees that
+        ours.close()  # the other process ends when its end is closed
         await asyncio.to_thread(process.join, 5.0)
         process.kill()
 
@@ -71,7 +71,7 @@ class _Reader:
 
 
 async def _answer(bus: Bus, reader: _Reader) -> str:
-    """The subject on which what comes is sent back, after reading."""
+    """The subject on which messages are sent back, after reading memory."""
     subject = bus.new_inbox()
 
     async def arrived(received: Received) -> None:
@@ -85,7 +85,7 @@ async def _answer(bus: Bus, reader: _Reader) -> str:
 
 
 async def _median_s(options: BusOptions, there: str, size: int, rounds: int, reader: _Reader) -> float:
-    """Of the hops to whoever answers at `there`, and back."""
+    """The median of the hops to `there` and back."""
     filler = bytes(max(size - _STAMP.size, 0))
     home: asyncio.Queue[tuple[int, int, int]] = asyncio.Queue()
     hops_ns: list[int] = []
@@ -106,7 +106,7 @@ async def _median_s(options: BusOptions, there: str, size: int, rounds: int, rea
 
 
 def _far_side(pipe: Connection, options: BusOptions, stage_bytes: int) -> None:
-    """The other process, until the pipe is closed."""
+    """The other process; it ends when the pipe is closed."""
 
     async def serve() -> None:
         async with await Bus.connect(options, name="mesh-bench-b", direct=False) as bus:

@@ -1,4 +1,4 @@
-"""`mesh batch`: requests that are answered some time, each once, whatever dies meanwhile."""
+"""`mesh batch`: requests that are each answered once, whichever processes end meanwhile."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["add_batch_parser"]
 
 _DESCRIPTION = """\
 Durable batches: every line of a file is a request, either a JSON string (a prompt) or an object with the fields of a request (prompt,
-messages or tokens, max_tokens, temperature ...). They are kept by the NATS server and answered when rows are free; every process may die
-meanwhile. Results are kept for a week."""
+messages or tokens, max_tokens, temperature ...). The NATS server keeps the requests, and they are answered when rows are free, even if
+every process is restarted meanwhile. Results are kept for a week."""
 
 
 def add_batch_parser(subparsers: Any) -> None:
@@ -24,10 +24,12 @@ def add_batch_parser(subparsers: Any) -> None:
 
     submit = verbs.add_parser("submit", help="put a file of requests into the queue", description=_DESCRIPTION)
     submit.add_argument("file", metavar="FILE.jsonl", help="one request a line; - is standard input")
-    submit.add_argument("--id", metavar="ID", help="a name of your own: submitted again it is the same batch (default: drawn)")
+    submit.add_argument(
+        "--id", metavar="ID", help="a name of your own; submitting it again continues the same batch (default: a random one)"
+    )
     submit.add_argument("--model", metavar="NAME", help="default: the only one there")
-    submit.add_argument("--max-tokens", type=int, metavar="N", help="for the lines that do not say")
-    submit.add_argument("--wait", action="store_true", help="until all of them are answered")
+    submit.add_argument("--max-tokens", type=int, metavar="N", help="for lines that do not give max_tokens")
+    submit.add_argument("--wait", action="store_true", help="wait until all requests are answered")
     submit.add_argument("--json", action="store_true", help="print the status as one object")
 
     status = verbs.add_parser("status", help="how far a batch is", description="How far a batch is.")
@@ -36,7 +38,7 @@ def add_batch_parser(subparsers: Any) -> None:
 
     result = verbs.add_parser("result", help="the answers", description="The answers so far, one object a line, in the order of the file.")
     result.add_argument("id", metavar="ID")
-    result.add_argument("--wait", action="store_true", help="until all of them are there")
+    result.add_argument("--wait", action="store_true", help="wait until all answers are there")
     for verb, command in ((submit, _submit), (status, _status), (result, _result)):
         add_connection_arguments(verb)
         verb.set_defaults(run=command)

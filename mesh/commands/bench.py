@@ -1,4 +1,4 @@
-"""`mesh bench`: load on a mesh, and what came of it."""
+"""`mesh bench`: put load on a mesh, and measure."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from mesh.settings.units import format_seconds
 __all__ = ["add_parser", "percentiles", "run_command"]
 
 _DESCRIPTION = """\
-Generate under load and report: time to the first token, time between tokens, throughput, and for each hop of a decode step the time
-beyond computing, beside bare NATS hops of the same size measured here and now: between two connections that do nothing besides, and
-between two processes that read as much memory as a stage before they send. Prompts are random tokens, the same for a seed."""
+Generate under load and report the time to the first token, the time between tokens, the throughput, and for each hop of a decode step
+the time beyond computing. For comparison, bare NATS hops of the same size are measured as well: between two idle connections, and between
+two processes that read as much memory as a stage before they send. Prompts are random tokens, the same for the same seed."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="load a mesh and measure it", description=_DESCRIPTION)
     add_mesh_arguments(parser)
-    parser.add_argument("--requests", type=int, default=32, metavar="N", help="how many (default 32)")
+    parser.add_argument("--requests", type=int, default=32, metavar="N", help="number of requests (default 32)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--concurrency", type=int, default=8, metavar="N", help="that many at a time (default 8)")
-    load.add_argument("--rate", type=float, metavar="R", help="arrivals a second at random (Poisson), however many are open")
+    load.add_argument("--concurrency", type=int, default=8, metavar="N", help="so many requests at a time (default 8)")
+    load.add_argument("--rate", type=float, metavar="R", help="so many requests a second instead, at random times (Poisson)")
     parser.add_argument("--prompt-tokens", default="16-64", metavar="N[-M]", help="length of prompts (default 16-64)")
     parser.add_argument("--max-tokens", default="32", metavar="N[-M]", help="tokens to generate (default 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of lengths, prompts and arrival times (default 0)")
     parser.add_argument("--no-hop", action="store_true", help="do not measure bare NATS hops")
     parser.add_argument("--json", action="store_true", help="print one object and nothing else")
     parser.set_defaults(run=run_command)
@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
 @dataclass
 class _Outcome:
-    """One request: perf_counter times of sending and of each token; the error where it failed."""
+    """One request: perf_counter times of sending and of each token, and the error if it failed."""
 
     prompt_tokens: int
     sent_s: float
@@ -73,7 +73,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """{mean, p50, p95, p99, max} of `values`, nearest rank; None of none."""
+    """{mean, p50, p95, p99, max} of `values` by nearest rank; None if there are none."""
     if not values:
         return None
     ranked = sorted(values)

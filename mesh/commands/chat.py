@@ -19,7 +19,7 @@ _DESCRIPTION = "Talk with the model. Ctrl-C stops an answer, Ctrl-D or /quit end
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("chat", help="talk with a mesh", description=_DESCRIPTION)
     add_mesh_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--system", metavar="TEXT", help="system message at the beginning")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="most tokens of an answer (default 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -59,7 +59,7 @@ def run_command(args: argparse.Namespace) -> int:
                         print(chunk.text, end="", flush=True)
             except KeyboardInterrupt:
                 print(" [stopped]", end="")
-            except RequestError as error:  # too long, say: the conversation goes on without this question
+            except RequestError as error:  # such as a prompt that is too long: the conversation continues without it
                 print(f"mesh: {error}", file=sys.stderr)
                 history.pop()
                 continue

@@ -1,4 +1,4 @@
-"""Which NATS a command talks to, and as whom: the flags that every such command has, over a file's `nats` section, over the environment."""
+"""Which NATS servers a command connects to, and as which user: its flags, over a file's `nats` section, over the environment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WHO = ("credentials_file", "nkey_seed_file", "user", "password", "password_file
 def add_connection_arguments(
     parser: argparse.ArgumentParser, *, nats: str = "NATS servers (default: $MESH_NATS_URLS, or nats://127.0.0.1:4222)"
 ) -> None:
-    """--nats, with `nats` as its help, and what a server may ask for."""
+    """Add --nats, with `nats` as its help, and the flags of credentials and TLS."""
     group = parser.add_argument_group("connection", "in the environment: MESH_NATS_URLS, MESH_NATS_USER, MESH_NATS_PASSWORD, ...")
     group.add_argument("--nats", metavar="URL,...", help=nats)
     group.add_argument("--nats-creds", metavar="FILE", help="credentials of a NATS user (.creds)")
@@ -48,7 +48,7 @@ def add_connection_arguments(
 
 
 def bus_options(args: argparse.Namespace, section: NatsSection | None = None) -> BusOptions:
-    """What the flags say over `section` (None: over what the environment says). ConfigError where they do not go together."""
+    """The connection that the flags give, over `section` (None: over the environment). ConfigError: they contradict each other."""
     from pydantic import ValidationError
 
     from mesh.bus import BusOptions
@@ -92,7 +92,7 @@ def _path(path: str | None) -> str | None:
 
 
 def _secret(path: str | None) -> str | None:
-    """The first line of a file that holds one secret."""
+    """The first line of a file that holds a secret."""
     if path is None:
         return None
     try:

@@ -1,11 +1,9 @@
-"""`mesh coordinator`: takes requests, keeps the shards busy."""
+"""`mesh coordinator`: takes requests and drives the shards."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,24 +18,28 @@ if TYPE_CHECKING:
     from mesh.gateway import HttpEdge
     from mesh.settings.schema import CoordinatorConfig, ServedModelSection
 
-__all__ = ["add_parser", "run_command", "run_until_signal"]
+__all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
-Serve generation requests on mesh.v1.MODEL.generate, through the shards that are there. Any number of coordinators may serve
-the same model. It needs the model's manifest and tokenizer alone: from the directory model.path of the file, or from the mesh
-(`mesh push`), where it waits for them."""
+Serve generation requests on mesh.v1.MODEL.generate through the shards of the mesh. Any number of coordinators may serve the same model.
+A coordinator needs only the model's manifest and tokenizer: from the directory model.path of the file, or from the mesh (`mesh push`),
+where it waits for them."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("coordinator", help="take requests and drive the shards", description=_DESCRIPTION)
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="config.yaml of the coordinator")
-    parser.add_argument("--model", metavar="MODEL", help="a model directory, or the name of a pushed model; over the file's model section")
-    parser.add_argument("--name", default="", metavar="NAME", help="of this coordinator (default: drawn at random)")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="a model directory, or the name of a pushed model (default: the file's model section)"
+    )
+    parser.add_argument("--name", default="", metavar="NAME", help="name of this coordinator (default: a random one)")
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait for a row (default 256)")
-    parser.add_argument("--step-timeout", type=float, default=15.0, metavar="SECONDS", help="longest a step may take (default 15)")
+    parser.add_argument("--step-timeout", type=float, default=15.0, metavar="SECONDS", help="the longest that a step may take (default 15)")
     parser.add_argument("--bf16-wire", action="store_true", help="send hidden states as bfloat16: half the bytes, not bit-exact")
-    parser.add_argument("--http-port", type=int, metavar="PORT", help="over coordinator.listen_port (default 8080; 0: a free one)")
-    parser.add_argument("--free-port", action="store_true", help="listen on a free port where that one is taken")
+    parser.add_argument(
+        "--http-port", type=int, metavar="PORT", help="HTTP port; 0 is a free one (default: coordinator.listen_port, or 8080)"
+    )
+    parser.add_argument("--free-port", action="store_true", help="use a free port if that one is taken")
     add_connection_arguments(parser)
     parser.set_defaults(run=run_command)
 
@@ -48,6 +50,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.coordinator.description import find_model
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
     from mesh.host.process import settle
+    from mesh.host.signals import on_signals, run_loop
     from mesh.protocol.frame_codec import Flags
     from mesh.settings.schema import CoordinatorConfig, load_config
     from mesh.settings.units import GB
@@ -82,7 +85,8 @@ def run_command(args: argparse.Namespace) -> int:
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)))
             settle()
             if edge is None:
-                await run_until_signal(coordinator.run, coordinator.stop)
+                on_signals(coordinator.stop)
+                await coordinator.run()
             else:
                 await _run_with_http(coordinator, edge, connection)
 
@@ -91,12 +95,12 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | None:
-    """With its port taken, so that a wrong one is an error before anything is begun."""
+    """The HTTP edge, if the file asks for one. Its port is taken here, so that a wrong port is an error before anything starts."""
     section = config.coordinator
     if not section.serve_http:
         return None
-    from mesh.commands.gateway import gateway_settings
     from mesh.gateway import HttpEdge
+    from mesh.gateway.from_config import gateway_settings
 
     if args.http_port is not None:
         if not 0 <= args.http_port <= 65535:
@@ -107,30 +111,26 @@ def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | Non
 
 
 async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: BusOptions) -> None:
-    """Both until the first SIGTERM or SIGINT: HTTP requests under way may end, then the coordinator does. A second one ends all."""
-    loop = asyncio.get_running_loop()
+    """Run both until the first SIGTERM or SIGINT. The edge then lets its requests end, and the coordinator ends after it; a second
+    signal ends both at once."""
+    from mesh.host.signals import on_signals
+
     coordinator.http_url = edge.url
     serving = asyncio.create_task(coordinator.run())
     listening = asyncio.create_task(edge.serve(connection, model=coordinator.manifest.name))
-    asked = False
 
-    def end() -> None:
-        nonlocal asked
-        edge.stop(now=asked)
-        if asked:
-            coordinator.stop()
-        asked = True
+    def end_now() -> None:
+        edge.stop(now=True)
+        coordinator.stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    on_signals(edge.stop, end_now)
     await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
-    edge.stop(now=True)
-    coordinator.stop()
+    end_now()
     await asyncio.gather(serving, listening)
 
 
 def _wanted(model: str | None, section: ServedModelSection) -> Wanted:
-    """What the file says, --model over it: a directory where there is one of that path, else a name."""
+    """The model to serve: the file's, unless --model is given. --model is a directory if there is one of that path, otherwise a name."""
     from mesh.coordinator.description import Wanted
 
     said = {key: getattr(section, key) for key in section.model_fields_set}
@@ -140,22 +140,3 @@ def _wanted(model: str | None, section: ServedModelSection) -> Wanted:
         said |= {"path": model, "name": None} if is_path else {"path": None, "name": model}
     path = said.pop("path", None)
     return Wanted(path=None if path is None else Path(path), **said)
-
-
-def run_loop(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """On uvloop where there is one: a hop costs half."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main())
-        return
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
-
-
-async def run_until_signal(run: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[], Any]) -> None:
-    """`run`, and `stop` on the first SIGTERM or SIGINT."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    await run()

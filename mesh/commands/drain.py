@@ -1,4 +1,4 @@
-"""`mesh drain` and `mesh load`: what a shard serves, and whether it does."""
+"""`mesh drain` and `mesh load`: stop a shard, or let it serve another range."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_drain_parser(subparsers: Any) -> None:
     text = "Let a shard take no new sessions, wait until its open ones have ended or moved, and stop it."
     parser = subparsers.add_parser("drain", help="stop a shard without losing a session", description=text)
     parser.add_argument("shard", metavar="SHARD", help="its name, such as shard-1, or its shard_id")
-    parser.add_argument("--timeout", default="30s", metavar="TIME", help="stop after this long in any case (default 30s)")
+    parser.add_argument("--timeout", default="30s", metavar="TIME", help="stop after this time even if sessions are open (default 30s)")
     parser.add_argument("--keep", action="store_true", help="leave it running when it is empty")
     add_connection_arguments(parser)
     parser.set_defaults(run=drain_command)
@@ -45,7 +45,7 @@ def add_load_parser(subparsers: Any) -> None:
 compiled; sessions that are open may end first, the rest go on on other replicas of the old range."""
     parser = subparsers.add_parser("load", help="let a shard serve another range of the layers it holds", description=text)
     parser.add_argument("shard", metavar="SHARD", help="its name, such as shard-1, or its shard_id")
-    parser.add_argument("--layers", required=True, metavar="A-B", help="half open, such as 0-12")
+    parser.add_argument("--layers", required=True, metavar="A-B", help="half-open range, such as 0-12")
     parser.add_argument("--timeout", default="30s", metavar="TIME", help="how long open sessions may take to end (default 30s)")
     add_connection_arguments(parser)
     parser.set_defaults(run=load_command)
@@ -54,7 +54,7 @@ compiled; sessions that are open may end first, the rest go on on other replicas
 def load_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.errors import ConfigError
-    from mesh.planner.requests import parse_ranges
+    from mesh.planner.from_config import parse_ranges
     from mesh.protocol import subjects
     from mesh.protocol.messages import Load, Loaded
 

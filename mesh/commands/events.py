@@ -1,4 +1,4 @@
-"""`mesh events`: what happened."""
+"""`mesh events`: what happened in the mesh."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mesh.settings.units import parse_seconds
 __all__ = ["add_events_parser"]
 
 _DESCRIPTION = """\
-Show what happened in the mesh: who joined, is ready, left, was suspected or drained, whose sessions went to whom. It is kept for a
-week on the NATS server."""
+Show what happened in the mesh: which shards and coordinators joined, became ready, drained, left or were suspected, and which sessions
+moved. The NATS server keeps a week of it."""
 
 
 def add_events_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("events", help="what happened in the mesh", description=_DESCRIPTION)
-    parser.add_argument("--last", type=int, default=50, metavar="N", help="the last N (default 50; 0: none, with --follow)")
-    parser.add_argument("--since", metavar="TIME", help="those of the last TIME instead, such as 90s, 15m or 2h")
-    parser.add_argument("--follow", "-f", action="store_true", help="and then those to come, until Ctrl-C")
+    parser.add_argument("--last", type=int, default=50, metavar="N", help="show the last N (default 50; 0 with --follow: only new ones)")
+    parser.add_argument("--since", metavar="TIME", help="show those of the last TIME instead, such as 90s, 15m or 2h")
+    parser.add_argument("--follow", "-f", action="store_true", help="then show new ones, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="one object a line")
     add_connection_arguments(parser)
     parser.set_defaults(run=events_command)

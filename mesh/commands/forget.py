@@ -1,4 +1,4 @@
-"""`mesh forget`."""
+"""`mesh forget`: remove what the mesh still has of a shard that is gone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mesh.commands.connection import add_connection_arguments
 __all__ = ["add_forget_parser"]
 
 _DESCRIPTION = """\
-Take a shard that is gone out of the books: its lease, and its claim to a range of layers. One that lives is refused, for it would be
-back within a second: stop it with `mesh drain`."""
+Remove the lease of a shard that is gone, and its claim to a range of layers. A shard that is alive is refused, because it would be back
+within a second: stop it with `mesh drain`."""
 
 
 def add_forget_parser(subparsers: Any) -> None:

@@ -1,4 +1,4 @@
-"""`mesh generate`: one generation by a mesh."""
+"""`mesh generate`: one generation with a mesh."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from mesh.settings.units import format_seconds
 __all__ = ["add_mesh_arguments", "add_parser", "ask", "hop_line", "mesh_options", "request_of", "run_command"]
 
 _DESCRIPTION = """\
-Generate by a mesh: the options and the --json object are those of `mesh run`. A model with a chat template is given the prompt as a
-user's message; --raw gives it as it is."""
+Generate with a mesh. The options and the --json object are those of `mesh run`. If the model has a chat template, the prompt is sent as
+a user's message; with --raw it is sent as it is."""
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("generate", help="generate by a mesh", description=_DESCRIPTION)
+    parser = subparsers.add_parser("generate", help="generate with a mesh", description=_DESCRIPTION)
     add_generation_arguments(parser)
     add_mesh_arguments(parser)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
-    parser.add_argument("--hops", action="store_true", help="say where the time of a step went")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
+    parser.add_argument("--hops", action="store_true", help="show where the time of a decode step went")
     parser.set_defaults(run=run_command)
 
 
 def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that asks a mesh has."""
+    """The arguments of every command that sends requests to a mesh."""
     add_connection_arguments(parser)
-    parser.add_argument("--model", metavar="NAME", help="default: the only one there")
+    parser.add_argument("--model", metavar="NAME", help="default: the only one")
 
 
 def mesh_options(args: argparse.Namespace) -> BusOptions:
-    """Where the mesh is: what the flags and the environment say, else the `mesh up` that runs on this machine."""
-    # One line says what went wrong, at the end; what the connection tries meanwhile is not for the terminal.
+    """How to connect to the mesh: what the flags and the environment say, otherwise the `mesh up` that runs on this machine."""
+    # An error is one line at the end; the connection's own attempts are not shown on the terminal.
     logging.getLogger("mesh").addHandler(logging.NullHandler())
     if not args.nats:
         args.nats = default_url()

@@ -16,7 +16,7 @@ __all__ = ["add_parser", "import_command", "import_quietly"]
 
 _DESCRIPTION = """\
 Turn an exported ONNX decoder, a Hugging Face directory (config.json + safetensors) or a GGUF file into a model directory:
-one standard ONNX block a layer, verified against onnxruntime. Nothing is left on disk if anything goes wrong."""
+one standard ONNX block for each layer, verified against onnxruntime. If anything goes wrong, nothing is left on disk."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,9 +24,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help=".onnx or .gguf file, or a Hugging Face directory")
     parser.add_argument("out", metavar="OUT", type=Path, help="the model directory to make")
     parser.add_argument("--name", help="default: the source's; letters, digits, - and _")
-    parser.add_argument("--dtype", choices=get_args(DType), default="float32", help="of the arithmetic and the KV cache")
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(DType),
+        default="float32",
+        help="type of the arithmetic and the KV cache (default float32)",
+    )
     parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), default=32, help="stored width of the weights (quantization_bits)")
-    parser.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale, at 8 and 4 bits")
+    parser.add_argument("--group-size", type=int, metavar="N", help="number of inputs that share a scale, at 8 and 4 bits")
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -50,7 +55,7 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def import_quietly(source: Path, out: Path, bits: int | None) -> None:
-    """What `mesh shard-model` imports a source with: `bits` None are the source's 32."""
+    """How `mesh shard-model` imports a source: `bits` None means the source's 32."""
     from mesh.host.process import give_memory_back
     from mesh.importer.options import ImportOptions
     from mesh.importer.run import import_model

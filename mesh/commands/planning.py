@@ -1,6 +1,6 @@
 """`mesh plan` and `mesh shard-model`.
 
-Both exit with 0 where the plan fits and 2 where it does not. With --json nothing but the placement is on standard output.
+Both exit with 0 if the plan fits and with 2 if it does not. With --json only the placement is on standard output.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from mesh.commands.placement_table import print_placement
 from mesh.errors import ConfigError, ModelNotFound, PlanError
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, ModelShape
+from mesh.planner.from_config import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
 from mesh.planner.placement import Node, Placement, Strategy
-from mesh.planner.plan import PlanRequest, place, plan, ranges_of, same_nodes
-from mesh.planner.requests import config_class, from_distributed, from_model_config, guess_shape, locate, parse_nodes, parse_ranges
+from mesh.planner.plan import place, plan, ranges_of
+from mesh.planner.request import PlanRequest, same_nodes
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
 from mesh.settings.schema import DistributedConfig, ModelConfig, load_config
 from mesh.settings.units import GB, parse_bytes
 
@@ -44,16 +46,16 @@ def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL_DIR|CONFIG", type=Path, help="a model directory, or a .json or .yaml configuration")
     parser.add_argument("--nodes", help="memory of each node, such as 32GB,32GB,gpu=80GB:speed=12 or 4x16GB:bandwidth=10Gbit/s:latency=1ms")
     parser.add_argument("--shards", type=int, metavar="N", help="number of layer ranges")
-    parser.add_argument("--memory", metavar="SIZE", help="of each of equal nodes; alone: the fewest shards that fit")
-    parser.add_argument("--strategy", choices=("even", "weighted"), help="default: weighted over unlike nodes, even otherwise")
-    parser.add_argument("--ranges", metavar="A-B,B-C", help="the layer ranges themselves")
-    parser.add_argument("--layers-per-shard", type=int, metavar="N")
+    parser.add_argument("--memory", metavar="SIZE", help="memory of each of several equal nodes; alone: find the fewest shards that fit")
+    parser.add_argument("--strategy", choices=("even", "weighted"), help="default: weighted if the nodes differ, otherwise even")
+    parser.add_argument("--ranges", metavar="A-B,B-C", help="exactly these layer ranges")
+    parser.add_argument("--layers-per-shard", type=int, metavar="N", help="length of each range; the last one may be shorter")
     parser.add_argument("--replicas", type=int, metavar="R", help="shards for each range, on distinct nodes")
-    parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="of the weights; other than the model's: an estimate")
+    parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="bits of the weights; an estimate if not the model's own")
     parser.add_argument("--rows", type=int, metavar="N", help="sequences held at once")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="of each row")
-    parser.add_argument("--chunk", type=int, metavar="TOKENS", help=f"of a prefill step (default {DEFAULT_CHUNK})")
-    parser.add_argument("--overlap", type=int, metavar="LAYERS", help="of the neighbours' layers that a shard holds as well")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="positions of each row")
+    parser.add_argument("--chunk", type=int, metavar="TOKENS", help=f"tokens of a prefill step (default {DEFAULT_CHUNK})")
+    parser.add_argument("--overlap", type=int, metavar="LAYERS", help="layers of each neighbour that a shard holds as well")
     parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
     parser.set_defaults(run=plan_command)
     return parser
@@ -84,10 +86,10 @@ def plan_command(args: argparse.Namespace) -> int:
 
 
 def shard_model_command(args: argparse.Namespace, importer: Importer | None = None) -> int:
-    """Write the placement that the configuration asks for, or raise: DoesNotFit where it does not, and nothing is written.
+    """Write the placement that the configuration asks for. DoesNotFit: it does not fit, and nothing is written.
 
-    A source (ONNX, GGUF, Hugging Face) is imported by `importer` into NAME.mesh beside it, once; without one, the error
-    says how to.
+    A source (ONNX, GGUF, Hugging Face) is imported once by `importer`, into NAME.mesh beside it. Without an importer the error says how
+    to import it.
     """
     config = load_config(args.config, DistributedConfig)
     directory = _model_directory(config, args.config, importer)
@@ -100,7 +102,7 @@ def shard_model_command(args: argparse.Namespace, importer: Importer | None = No
     placement = plan(from_distributed(config, shape, args.config)).require_fit()
     out = args.out or args.config.parent / "placement" / "placement.json"
     shard_path = args.shard_path or str(directory.resolve())
-    _write(placement, config, out, shard_path, args.nats or "nats://127.0.0.1:4222")
+    _write(placement, config, out, shard_path, args.nats or DEFAULT_NATS_URL)
     _show(placement, args.json)
     if not args.json:
         print(f"Wrote {out} and {len(placement.shards)} x {out.parent / 'shard_N' / 'config.yaml'}")
@@ -171,7 +173,7 @@ def _request(args: argparse.Namespace) -> PlanRequest:
 
 
 def _fewest(request: PlanRequest) -> PlanRequest:
-    """`request` with the fewest equal nodes that suffice; one for every layer where none do."""
+    """`request` with the fewest equal nodes that suffice; with one for every layer if none do."""
     layers = request.model.layer_count
     for count in range(1, layers + 1):
         fewer = replace(request, strategy="even", shards_count=count, nodes=request.nodes[: count * request.replication_factor])
@@ -190,7 +192,7 @@ def _kept(base: PlanRequest) -> dict[str, Any]:
 
 
 def _base(path: Path) -> tuple[PlanRequest | None, ModelShape]:
-    """What the argument of `mesh plan` stands for: a configuration's request, or None and the model of a directory."""
+    """What the argument of `mesh plan` names: a configuration's request, or None and the model of a directory."""
     if path.suffix not in (".json", ".yaml", ".yml"):
         return None, _shape(path)
     if config_class(path) is ModelConfig:
@@ -220,10 +222,10 @@ def _import_target(source: Path) -> Path:
 
 
 def _model_directory(config: DistributedConfig, where: Path, importer: Importer | None) -> Path:
-    """The model directory that model_path is, or becomes once imported."""
+    """The model directory that model_path is, or the one that it is imported into."""
     source = locate(config, where)
     if source is None:
-        # whoever has no model yet learns at least whether it would fit
+        # without a model, say at least whether it would fit
         estimate = plan(from_distributed(config, guess_shape(config, where), where))
         fit = "by its size it would fit" if estimate.fits else f"it would not fit either: {_reason(estimate)}"
         raise ModelNotFound(f"{where}: model_path {config.model_path} does not exist: put the model there; {fit}")
@@ -243,11 +245,11 @@ def _reason(placement: Placement) -> str:
 
 
 def _write(placement: Placement, config: DistributedConfig, out: Path, shard_path: str, nats: str) -> None:
-    """placement.json at `out` and shard_N/config.yaml beside it; configurations of an earlier, larger placement go."""
+    """Write placement.json at `out` and shard_N/config.yaml beside it. Remove configurations of an earlier, larger placement."""
     files = {out: placement.to_json().decode()}
     for shard in placement.shards:
         content = {
-            "shard": {"shard_id": shard.shard_id, "listen_port": 8080},
+            "shard": {"shard_id": shard.shard_id, "listen_port": DEFAULT_HTTP_PORT},
             "nats": {"urls": [url.strip() for url in nats.split(",")]},
             "model": {
                 "shard_path": shard_path,

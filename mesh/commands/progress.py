@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: a bar on a terminal, nothing otherwise."""
+"""A progress bar on standard error, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that draws one bar, anew for each total."""
+    """A function (what, done, total) that draws one bar, starting anew for each total."""
     if quiet or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return

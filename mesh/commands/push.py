@@ -19,7 +19,8 @@ __all__ = ["add_pull_parser", "add_push_parser"]
 
 
 def add_push_parser(subparsers: Any) -> None:
-    text = "Copy a model directory into the mesh, so that shards anywhere can fetch the blocks they serve. What is there is left."
+    text = """Copy a model directory into the mesh, so that shards anywhere can fetch the blocks that they serve. Files that are there
+already are not sent."""
     parser = subparsers.add_parser("push", help="copy a model directory into the mesh", description=text)
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -28,11 +29,11 @@ def add_push_parser(subparsers: Any) -> None:
 
 
 def add_pull_parser(subparsers: Any) -> None:
-    text = "Copy a model of the mesh, or a layer range of it, into a directory. Files that are there and right are left."
+    text = "Copy a model of the mesh, or a layer range of it, into a directory. Files that are there already and right stay as they are."
     parser = subparsers.add_parser("pull", help="copy a model from the mesh", description=text)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("directory", metavar="DIR", type=Path)
-    parser.add_argument("--layers", metavar="A-B", help="only layers [A, B) and what goes with them")
+    parser.add_argument("--layers", metavar="A-B", help="only layers [A, B), with embedding or head if they belong to them")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_connection_arguments(parser)
     parser.set_defaults(run=pull_command)
@@ -74,7 +75,7 @@ def pull_command(args: argparse.Namespace) -> int:
 
 def _one_range(text: str | None) -> LayerRange | None:
     from mesh.errors import ConfigError
-    from mesh.planner.requests import parse_ranges
+    from mesh.planner.from_config import parse_ranges
 
     if text is None:
         return None

@@ -23,21 +23,21 @@ __all__ = ["add_generation_arguments", "add_parser", "prompt_ids", "run_command"
 
 _DESCRIPTION = """\
 Generate in one process, through as many stages as asked for: the reference that a mesh is measured against.
-A model with a chat template is given the prompt as a user's message; --raw gives it as it is."""
+If the model has a chat template, the prompt is given as a user's message; with --raw it is given as it is."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("run", help="generate in one process, without a mesh", description=_DESCRIPTION)
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     add_generation_arguments(parser)
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="stages to cut the layers into (default 1)")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of stages that the layers are cut into (default 1)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions to make room for (default: prompt + max-tokens)")
     parser.add_argument("--memory", metavar="SIZE", help="refuse to load a stage that needs more, such as 8GB")
     parser.set_defaults(run=run_command)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `mesh run` and `mesh generate` share."""
+    """The arguments that `mesh run` and `mesh generate` share."""
     parser.add_argument("prompt", nargs="?", help="text; - reads standard input")
     parser.add_argument("--tokens", metavar="5,17,33", help="raw token ids instead of a prompt")
     parser.add_argument("--raw", action="store_true", help="no chat template")
@@ -51,7 +51,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same tokens (default 0)")
     parser.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities of each token and the N likeliest, with --json")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue after an end token")
     parser.add_argument("--json", action="store_true", help="print one object {tokens, text, usage, timing} and nothing else")
 
 
@@ -141,7 +141,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: str) -> Sequence[int]:
-    """Token ids of what the user gave. BadRequest or ModelNotFound say what to give instead."""
+    """The token ids of the user's prompt. BadRequest or ModelNotFound say what to give instead."""
     if (args.tokens is None) == (args.prompt is None):
         raise BadRequest('give either a prompt, such as "What is rain?", or --tokens 5,17,33', field="prompt")
     if args.tokens is not None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import logging
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_HTTP_PORT
 from mesh.settings.units import parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus
     from mesh.settings.schema import ShardConfig
     from mesh.shard.http import ShardHttp
-    from mesh.shard.service import Progress, ShardOptions
-    from mesh.types import LayerRange
+    from mesh.shard.options import ShardOptions
+    from mesh.types import LayerRange, Progress
 
 __all__ = ["add_join_parser", "add_shard_parser"]
 
@@ -27,12 +29,12 @@ log = logging.getLogger("mesh.shard")
 _HTTP_CONNECTIONS = 64
 
 _SHARD = """\
-Serve one layer range of a model, as a configuration file says. The model directory at model.shard_path may be there, or hold
-nothing yet: then the blocks are fetched from the mesh (`mesh push`), by the directory's name or model.shard_path models:NAME.
-SIGTERM lets open sessions end first; a second one does not."""
+Serve one layer range of a model, as a configuration file says. If the blocks are not in the model directory model.shard_path, they are
+fetched from the mesh (`mesh push`), by the name of the directory, or by NAME if model.shard_path is models:NAME. SIGTERM lets open
+sessions end first; a second SIGTERM does not."""
 
 _JOIN = """\
-Serve what the mesh lacks most and this machine's memory allows: layers that nobody holds, else the range with the fewest
+Serve what the mesh lacks most and this machine's memory allows: layers that no shard holds, otherwise the range with the fewest
 replicas. The blocks are fetched from the mesh (`mesh push`)."""
 
 
@@ -48,15 +50,15 @@ def add_join_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("join", help="serve what the mesh lacks most", description=_JOIN)
     add_connection_arguments(parser)
     parser.add_argument("--model", metavar="NAME", help="default: the only one that was pushed")
-    parser.add_argument("--name", help="of this shard (default: one of its own)")
-    parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 8GB (default: 0.8 of what is free)")
+    parser.add_argument("--name", help="name of this shard (default: a random one)")
+    parser.add_argument("--memory", metavar="SIZE", help="the most memory to use, such as 8GB (default: 80 %% of what is free)")
     parser.add_argument("--rows", type=int, metavar="N", help="sessions at once (default: as the other shards, or 8)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a row (default: as the other shards, or 2048)")
     parser.add_argument("--mode", choices=("balance", "mirror"), help="replication mode (default: as the other shards, or balance)")
     parser.add_argument("--dir", metavar="DIR", type=Path, help="where blocks are kept (default: the cache directory)")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
-    parser.add_argument("--http-port", type=int, metavar="PORT", help="where it says how it is (default: 8080, or a free one)")
+    parser.add_argument("--http-port", type=int, metavar="PORT", help="port of its health and statistics (default: 8080, or a free one)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=join_command)
 
@@ -64,8 +66,8 @@ def add_join_parser(subparsers: Any) -> None:
 def shard_command(args: argparse.Namespace) -> int:
     from mesh.runtime.device import prepare
     from mesh.settings.schema import ShardConfig, load_config
-    from mesh.shard.process import choose_device, limit_threads, run_loop, serve
-    from mesh.shard.service import ShardOptions
+    from mesh.shard.options import ShardOptions
+    from mesh.shard.process import choose_device, limit_threads, run, serve
     from mesh.telemetry.logs import setup_logging
     from mesh.types import LayerRange
 
@@ -95,13 +97,13 @@ def shard_command(args: argparse.Namespace) -> int:
                 mirror=config.shard.replication_mode == "mirror",
             )
 
-        run_loop(serve(connection, make, progress=progress, http=http))
+        run(partial(serve, connection, make, progress=progress, http=http))
     return 0
 
 
 def _http(config: ShardConfig) -> ShardHttp:
-    """With its port taken, so that a wrong one is an error before anything is loaded."""
-    from mesh.commands.gateway import tls_of, verifier_of
+    """The shard's HTTP. Its port is taken here, so that a wrong port is an error before anything is loaded."""
+    from mesh.http.from_config import tls_of, verifier_of
     from mesh.http.listener import Listener, ListenerOptions
     from mesh.shard.http import ShardHttp
 
@@ -117,14 +119,16 @@ def join_command(args: argparse.Namespace) -> int:
     from mesh.runtime.device import prepare
     from mesh.settings.schema import HealthSection
     from mesh.shard.http import ShardHttp
-    from mesh.shard.process import choose_device, limit_threads, run_loop, serve
+    from mesh.shard.process import choose_device, limit_threads, run, serve
     from mesh.telemetry.logs import setup_logging
 
     setup_logging()
     limit_threads(args.threads)
     choose_device(gpu=args.gpu)
     prepare()
-    options = ListenerOptions(port=8080 if args.http_port is None else args.http_port, max_connections=_HTTP_CONNECTIONS, grace_s=0)
+    options = ListenerOptions(
+        port=DEFAULT_HTTP_PORT if args.http_port is None else args.http_port, max_connections=_HTTP_CONNECTIONS, grace_s=0
+    )
     health = HealthSection()
     http = ShardHttp(
         Listener.bind(options, or_free=args.http_port is None), check_interval_s=health.check_interval, timeout_s=health.timeout
@@ -148,13 +152,14 @@ def join_command(args: argparse.Namespace) -> int:
                 progress=progress,
             )
 
-        run_loop(serve(bus_options(args), make, progress=progress, http=http))
+        run(partial(serve, bus_options(args), make, progress=progress, http=http))
     return 0
 
 
 async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, progress: Progress) -> Path:
     """A directory with the blocks of `layers` and of `overlap` more on either side. `models:NAME` is a model of the mesh, kept in the
-    cache directory; anything else a directory: as it is where the blocks are there, else filled from the mesh's model of its name."""
+    cache directory. Anything else is a directory: it is used as it is if the blocks are in it, otherwise it is filled from the mesh's
+    model of its name."""
     from mesh.bus import ModelStore, kept_at
     from mesh.errors import CorruptModel, ModelNotFound
     from mesh.model.manifest import Manifest
@@ -183,14 +188,14 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, p
         try:
             manifest = await store.manifest(name)
         except ModelNotFound:
-            raise ModelNotFound(f"{missing}; nor has the mesh a model {name} (`mesh push`)") from None
+            raise ModelNotFound(f"{missing}; and the mesh has no model {name} (`mesh push`)") from None
     needed = held(manifest)
     await store.pull(name, directory, needed, embed=needed.start == 0, head=needed.stop == manifest.layers, progress=progress)
     return directory
 
 
 def _free_memory() -> int:
-    """Bytes that can be used without swapping; ConfigError where the system does not say."""
+    """Bytes that can be used without swapping. ConfigError: the system does not say."""
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as lines:
             for line in lines:

@@ -1,4 +1,4 @@
-"""`mesh status`: who serves what."""
+"""`mesh status`: the shards and coordinators of a mesh."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ __all__ = ["add_parser", "run_command"]
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("status", help="who serves what", description="Show the shards and coordinators of a mesh.")
+    parser = subparsers.add_parser(
+        "status", help="shards and coordinators of a mesh", description="Show the shards and coordinators of a mesh."
+    )
     add_mesh_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one object {ready, shards, coordinators}")
     parser.set_defaults(run=run_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Exit code 0 when a request would be generated now, 1 otherwise."""
+    """Exit code 0 if the mesh could answer a request now, 1 otherwise."""
     with MeshClient(options=mesh_options(args)) as client:
         status, stats, health = client.status(), client.shard_stats(), client.health(args.model)
     if args.json:

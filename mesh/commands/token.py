@@ -1,4 +1,4 @@
-"""`mesh token`: issue and look at the tokens that HTTP asks for."""
+"""`mesh token`: issue and inspect the tokens that HTTP asks for."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Issue a token, or look at one. The key comes from a configuration file's authentication section (--config), from a file, or from
-MESH_AUTHENTICATION_SECRET_KEY; never from the command line, where others could read it."""
+Issue a token, or inspect one. The key comes from a configuration file's authentication section (--config), from a file, or from
+MESH_AUTHENTICATION_SECRET_KEY. It is never given on the command line, where other users of the machine could read it."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("token", help="issue and inspect tokens for HTTP", description=_DESCRIPTION)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     issue = actions.add_parser("issue", help="print a new token", description=_DESCRIPTION)
-    issue.add_argument("--subject", required=True, metavar="NAME", help="who it is for")
+    issue.add_argument("--subject", required=True, metavar="NAME", help="name of the token's holder")
     issue.add_argument("--scope", default="generate", metavar="SCOPE,...", help="generate, batch, admin (default generate)")
     issue.add_argument("--expiry", metavar="TIME", help="how long it lasts, such as 24h (default: authentication.token_expiry, 24h)")
     issue.add_argument("--requests-per-minute", type=int, metavar="N")
     issue.add_argument("--tokens-per-minute", type=int, metavar="N", help="tokens of prompts and answers together")
     issue.add_argument("--private-key-file", metavar="FILE", help="PEM, for RS256 and EdDSA")
     issue.set_defaults(run=issue_command)
-    inspect = actions.add_parser("inspect", help="say what a token says, and whether it is genuine", description=_DESCRIPTION)
-    inspect.add_argument("token", nargs="?", default="-", metavar="TOKEN", help="- or nothing: from standard input")
+    inspect = actions.add_parser("inspect", help="show a token's claims, and whether it is valid", description=_DESCRIPTION)
+    inspect.add_argument("token", nargs="?", default="-", metavar="TOKEN", help="the token; - or nothing reads standard input")
     inspect.add_argument("--public-key-file", metavar="FILE", help="PEM, for RS256 and EdDSA")
     inspect.set_defaults(run=inspect_command)
     for action in (issue, inspect):
         action.add_argument("--config", type=Path, metavar="FILE", help="config.yaml of a coordinator or gateway")
-        action.add_argument("--algorithm", choices=("HS256", "RS256", "EdDSA"), help="over authentication.algorithm (default HS256)")
+        action.add_argument("--algorithm", choices=("HS256", "RS256", "EdDSA"), help="default: authentication.algorithm, or HS256")
         action.add_argument("--secret-key-file", metavar="FILE", help="the secret of HS256")
 
 
@@ -64,7 +64,7 @@ def issue_command(args: argparse.Namespace) -> int:
 
 
 def inspect_command(args: argparse.Namespace) -> int:
-    """Exit code 0 for a genuine token, 1 for one that is not, or whose key is not here."""
+    """Exit code 0 for a valid token, 1 if it is not valid or its key is not here."""
     import orjson
 
     from mesh.errors import Denied
@@ -91,7 +91,7 @@ def inspect_command(args: argparse.Namespace) -> int:
 
 
 def _section(args: argparse.Namespace) -> AuthenticationSection:
-    """What the file or the environment says, the flags over it."""
+    """The authentication section: what the file or the environment says, with the flags over it."""
     from pydantic import ValidationError
 
     from mesh.settings.files import load_environment, read_mapping

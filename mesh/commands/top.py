@@ -22,14 +22,14 @@ from mesh.settings.units import format_seconds
 __all__ = ["add_parser", "render", "run_command"]
 
 _DESCRIPTION = """\
-Tokens a second, latency, sessions and shards of a mesh, until Ctrl-C. The dashboard, at the address that `mesh up` prints, shows more;
-`mesh status --json` is for programs."""
+Show tokens a second, latency, sessions and shards of a mesh, until Ctrl-C. The dashboard, at the address that `mesh up` prints, shows
+more; `mesh status --json` is for programs."""
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("top", help="who serves what, live", description=_DESCRIPTION)
+    parser = subparsers.add_parser("top", help="what a mesh does, live", description=_DESCRIPTION)
     add_mesh_arguments(parser)
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between looks (default 1)")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="time between two updates (default 1)")
     parser.set_defaults(run=run_command)
 
 
@@ -51,7 +51,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def render(snapshot: Mapping[str, Any], name: str | None = None) -> RenderableType:
-    """A board's snapshot as it is drawn; `name`: of one model alone."""
+    """Draw a board's snapshot; `name`: of one model only."""
     parts: list[RenderableType] = []
     if snapshot["error"]:
         seen = "" if snapshot["seen_s"] is None else f" What is shown was seen {format_seconds(snapshot['seen_s'])} ago."

@@ -1,4 +1,4 @@
-"""`mesh tune`."""
+"""`mesh tune`: measure the fastest variant of each product."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mesh.settings.units import format_seconds
 __all__ = ["add_parser", "tune_command"]
 
 _DESCRIPTION = """\
-Measure on this machine which form of each matrix product is fastest, for each number of rows; stages loaded afterwards use it.
-Worth doing once a machine for models at 32 bits on a CPU; elsewhere there is no choice to make."""
+Measure on this machine which variant of each matrix product is fastest, for each number of rows. Stages that are loaded afterwards use
+it. This is worth doing once on each machine for 32-bit models on a CPU; elsewhere there is only one variant."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,20 +26,20 @@ def tune_command(args: argparse.Namespace) -> int:
     from mesh.lowering.weights import PackedWeight
     from mesh.model.manifest import Manifest, block_name
     from mesh.runtime.buckets import Buckets
-    from mesh.runtime.forms import FormTable
+    from mesh.runtime.kernel_variants import VariantTable
     from mesh.runtime.loading import load_block
 
     manifest = Manifest.load(args.model)
-    table = FormTable()
+    table = VariantTable()
     rows = [count for count in Buckets.plan(rows=args.rows, context=128, chunk=16).rows if count <= args.rows]
     measured = 0
     for name in (block_name(0), block_name("head")):
         manifest.block(name)
         weights = [weight for weight in load_block(args.model, name).weights.values() if isinstance(weight, PackedWeight)]
         for what, count, seconds in table.tune(weights, rows):
-            best = min(seconds, key=lambda form: seconds[form])
-            others = ", ".join(f"{form} {format_seconds(time)}" for form, time in sorted(seconds.items(), key=lambda item: item[1]))
+            best = min(seconds, key=lambda variant: seconds[variant])
+            others = ", ".join(f"{variant} {format_seconds(time)}" for variant, time in sorted(seconds.items(), key=lambda item: item[1]))
             print(f"{what}, {count} rows: {best} ({others})")
             measured += 1
-    print(f"{measured} measured, kept in {table.path}" if measured else "nothing to measure: known already, or one form only")
+    print(f"{measured} measured, kept in {table.path}" if measured else "nothing to measure: known already, or one variant only")
     return 0

@@ -3,49 +3,51 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
+from mesh.settings.defaults import DEFAULT_HTTP_PORT
 from mesh.settings.units import format_seconds, parse_bytes
 
 __all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
-Start a NATS server, a coordinator and shards as child processes on this machine, wait until they serve, start again the ones
-that die, and end them all on Ctrl-C. `mesh generate`, `mesh chat`, `mesh status` and `mesh bench` find it by themselves."""
+Start a NATS server, a coordinator and shards as child processes on this machine, and wait until they serve. Processes that die are
+started again; Ctrl-C ends them all. `mesh generate`, `mesh chat`, `mesh status` and `mesh bench` find this mesh by themselves."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("up", help="a whole mesh on this machine", description=_DESCRIPTION)
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="layer ranges (default 1)")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of layer ranges (default 1)")
     parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
     parser.add_argument("--mode", choices=("balance", "mirror"), default="balance", help="how replicas stand in for each other")
-    parser.add_argument("--coordinators", type=int, default=1, metavar="N", help="default 1")
-    parser.add_argument("--port", type=int, metavar="PORT", help="of the NATS server it starts (default: a free one)")
-    parser.add_argument("--http-port", type=int, metavar="PORT", help="where HTTP is served (default: 8080, or a free one)")
-    parser.add_argument("--no-http", action="store_true", help="serve over NATS alone")
+    parser.add_argument("--coordinators", type=int, default=1, metavar="N", help="number of coordinators (default 1)")
+    parser.add_argument("--port", type=int, metavar="PORT", help="port of the NATS server (default: a free one)")
+    parser.add_argument("--http-port", type=int, metavar="PORT", help="port of HTTP (default: 8080, or a free one)")
+    parser.add_argument("--no-http", action="store_true", help="serve only over NATS, without HTTP")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="sessions at once in each shard (default 8)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a session may have (default: the model's)")
-    parser.add_argument("--memory", metavar="SIZE", help="most that a shard may take, such as 8GB")
+    parser.add_argument("--memory", metavar="SIZE", help="the most memory of each shard, such as 8GB")
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait for a row (default 256)")
-    parser.add_argument("--strategy", choices=("least_loaded", "round_robin", "queue_group"), default="least_loaded")
+    parser.add_argument(
+        "--strategy", choices=("least_loaded", "round_robin", "queue_group"), default="least_loaded", help="which replica serves a session"
+    )
     parser.add_argument("--compression", action="store_true", help="send hidden states compressed (exact)")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the processes' logs there")
-    parser.add_argument("--ask", metavar="PROMPT", help="answer this, streaming, say where the time went, and stop")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="folder for the processes' logs")
+    parser.add_argument("--ask", metavar="PROMPT", help="answer this prompt, show where the time went, and stop")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="with --ask (default 128)")
     add_connection_arguments(parser, nats="use these NATS servers (with JetStream) instead of starting one")
     parser.set_defaults(run=run_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
-    from mesh.local.mesh import DEFAULT_HTTP_PORT, LocalMesh, LocalOptions, announced
+    from mesh.host.signals import ignore_signals, interrupt_on_signals
+    from mesh.local.mesh import LocalMesh, LocalOptions, announced
     from mesh.protocol.subjects import generate as generate_subject
 
     options = LocalOptions(
@@ -69,11 +71,7 @@ def run_command(args: argparse.Namespace) -> int:
     )
     mesh = LocalMesh(options, say=lambda line: print(line, file=sys.stderr, flush=True))
 
-    def interrupted(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job begins with it ignored
-        signal.signal(number, interrupted)
+    interrupt_on_signals()
     began = time.perf_counter()
     try:
         with progress_bar() as progress:
@@ -105,9 +103,7 @@ def run_command(args: argparse.Namespace) -> int:
         print("stopping", file=sys.stderr)
         return 130
     finally:
-        # a second Ctrl-C does not interrupt the ending; SIGKILL does, and the kernel ends the children then
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ignore_signals()  # a second Ctrl-C does not interrupt the end; after a SIGKILL the kernel ends the children
         mesh.stop()
     return 0
 

@@ -26,10 +26,9 @@ from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.model.tokenizer import TextStream, Tokenizer
 from mesh.protocol import messages
+from mesh.protocol.headers import EPOCH_HEADER
 
 __all__ = ["EPOCH_HEADER", "HopMeter", "Job", "SampledToken"]
-
-EPOCH_HEADER = "Mesh-Epoch"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from mesh import __version__
 from mesh.bus import Bus, Endpoint, Service, announce, end_tasks, keep_events
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
@@ -36,7 +37,6 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import messages, subjects
 from mesh.protocol.frame_codec import Flags
-from mesh.telemetry import logs
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
@@ -167,7 +167,7 @@ class Coordinator:
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
-                version=logs.version(),
+                version=__version__,
                 description=f"generation with {model}",
                 metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
                 stats=self.stats,

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
+from mesh import __version__
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, MeshError
 from mesh.gateway import native
@@ -34,7 +35,6 @@ from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
 from mesh.gateway.settings import GatewaySettings
 from mesh.http.listener import is_loopback
-from mesh.telemetry import logs
 
 __all__ = ["create_app"]
 
@@ -44,7 +44,7 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
     these find everything at `request.app.state.gateway` (mesh.gateway.context.Gateway)."""
     app = FastAPI(
         title="stagemesh",
-        version=logs.version(),
+        version=__version__,
         description="A language model served by a mesh of layer shards.",
         docs_url=None,  # these load scripts from other hosts
         redoc_url=None,

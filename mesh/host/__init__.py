@@ -1,0 +1,8 @@
+"""The process and the machine it runs on.
+
+signals    the event loop, and what SIGTERM and SIGINT do
+process    children that end with their parent, memory, the garbage collector
+processor  what the machine computes with
+scratch    temporary folders that are always removed
+paths      the cache folder
+"""

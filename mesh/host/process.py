@@ -1,8 +1,8 @@
-"""What a process asks of its system and its interpreter: children that do not outlive it, their ends, memory given back, no pauses.
+"""What a process asks of its system and its interpreter: children that end with it, memory that is returned, no garbage collector pauses.
 
-On Linux the kernel ends the children of a parent that is gone, however it ended (PR_SET_PDEATHSIG); that is set by a small Python in
-between, which then becomes the program: doing it between fork and exec of a process with threads is not safe. Elsewhere a child
-ends only with an orderly parent.
+On Linux the kernel ends a child when its parent is gone, however the parent ended (PR_SET_PDEATHSIG). A small Python program sets this
+and then becomes the child's program, because setting it between fork and exec is not safe in a process with threads. On other systems
+a child ends only if its parent ends in an orderly way.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def dying_with_parent(command: Sequence[str], *, sig: signal.Signals = signal.SI
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
-    """The same for a program of ours, called early in it. Where the parent is gone already it ends at once."""
+    """Get `sig` when the parent of this process ends. Call it early. If the parent is gone already, the process ends here."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
         if os.getppid() == 1 and os.environ.get("MESH_PARENT") not in (None, "1"):
@@ -53,7 +53,7 @@ def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
 
 
 def wait_for_end(children: Iterable[int], timeout_s: float | None) -> None:
-    """Until one of these processes, whose ends nobody has asked for yet, has ended, or the time is over. It may be sooner."""
+    """Wait until one of these child processes has ended (and was not waited for yet), or until the time is over. May return early."""
     if sys.platform != "linux":
         time.sleep(_POLL_S if timeout_s is None else min(timeout_s, _POLL_S))
         return
@@ -67,8 +67,9 @@ def wait_for_end(children: Iterable[int], timeout_s: float | None) -> None:
 
 
 def give_memory_back() -> None:
-    """Return what is freed to the system at once, where the C library is glibc: it would keep freed blocks of up to 32 MB, and a heap
-    a thread, which for work that goes through weights block by block is several blocks. Costs a system call for each large array."""
+    """Make glibc return freed memory to the system at once. By default it keeps freed blocks of up to 32 MB and a heap for each thread;
+    work that goes through weights block by block would then hold several blocks. Costs a system call for each large array. Does nothing
+    with another C library."""
     if sys.platform != "linux":
         return
     try:
@@ -80,7 +81,7 @@ def give_memory_back() -> None:
 
 
 def settle() -> None:
-    """All is loaded and will stay: the garbage collector need not look at it again. Looking takes 0.14 s in a shard, and every other
-    thread, and so a token, waits for it."""
+    """Tell the garbage collector that all objects so far will stay, so that it does not visit them again. A full visit takes 0.14 s in a
+    shard, and every thread, and so every token, waits for it."""
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
-"""Temporary folders that somebody removes: their owner in the orderly case, and after a SIGKILL whoever makes the next one.
+"""Temporary folders that are always removed: by their owner, or after a SIGKILL of the owner by the next process that makes one.
 
-A folder is its owner's for as long as the owner holds the lock on the file in it; the system lets go of the lock with the process.
+The owner holds a lock on a file in its folder. The system releases the lock when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _LOCK = ".owner"
 
 
 class ScratchFolder:
-    """A new folder `path` below the system's temporary one. `remove` it."""
+    """A new folder `path` in the system's temporary folder. Call `remove` when done."""
 
     def __init__(self, prefix: str) -> None:
-        """Folders of the same prefix whose owners are gone are removed."""
+        """Also removes folders of the same prefix whose owners are gone."""
         _remove_stale(prefix)
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
         self._lock = (self.path / _LOCK).open("w")
@@ -40,16 +40,16 @@ def _remove_stale(prefix: str) -> None:
         try:
             if lock.lstat().st_uid != os.getuid():
                 continue
-            with lock.open("r+") as file:  # a folder without the file is one that is being made
+            with lock.open("r+") as file:  # a folder without the file is still being made
                 stale = _take(file)
-        except OSError:  # it went meanwhile
+        except OSError:  # another process removed it meanwhile
             continue
         if stale:
             shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _take(file: IO[str]) -> bool:
-    """Lock it, unless another process has."""
+    """Lock the file. False if another process holds the lock."""
     if sys.platform == "win32":
         return True
     import fcntl

@@ -1,0 +1,6 @@
+"""HTTP for every process that answers it.
+
+listener     a bounded uvicorn listener in the event loop that is there
+tokens       JSON Web Tokens: issue and verify
+from_config  from configuration sections to a listener's options
+"""

@@ -1,4 +1,4 @@
-"""An HTTP listener inside a process of the mesh: uvicorn in the event loop that is there, with bounds of its own.
+"""An HTTP listener inside a process of the mesh: uvicorn in the event loop that is there, with limits of its own.
 
 What uvicorn does not bound is bounded here: the number of connections (one too many is told so and closed, before it has asked
 anything), the size of a request's head, and the time that a connection may spend in any state. Signals stay the process's.
@@ -10,6 +10,8 @@ anything), the size of a request's head, and the time that a connection may spen
     answered before the whole body came                    _LINGER_S; it no longer counts as a connection
     between requests                                       idle_timeout_s
     between requests, and bytes that begin no request      head_timeout_s
+
+Why it is written this way: docs/adr/0010-listener.md.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_HTTP_PORT
 
 __all__ = ["Listener", "ListenerOptions", "Tls", "is_loopback"]
 
 log = logging.getLogger("mesh.http")
 
 _LINGER_S = 2.0  # how long a refused connection may take to read why
-_LINGERING = 256  # refused connections that may take that long at once; those beyond are simply closed
+_LINGERING = 256  # so many refused connections may take that long at once; further ones are closed without a word
 _BACKLOG = 2048
 _SHORTEST_GRACE_S = 0.3  # for connections without a request to close
 
@@ -52,7 +55,7 @@ _HEAD_TOO_LARGE = _body("the request head is too large", "invalid_request_error"
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM files. `ca`: the authority that client certificates must be signed by, where they are shown; `required`: they must be."""
+    """PEM files. `ca`: the authority that must have signed the certificates that clients show; `required`: they must show one."""
 
     cert: str
     key: str
@@ -60,7 +63,7 @@ class Tls:
     required: bool = False
 
     def context(self) -> ssl.SSLContext:
-        """ConfigError where a file is not what it should be."""
+        """The TLS context of these files. ConfigError: a file is missing, or the files do not belong together."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if self.required and self.ca is None:
@@ -78,12 +81,15 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class ListenerOptions:
-    """port 0: a free one. head_timeout_s: for a connection's first bytes, and for each request's head; idle_timeout_s: between
-    requests; write_timeout_s: for a client to take what it was sent, after which it is let go; grace_s: how long requests may go on
-    after `stop`. send_buffer_bytes: of the kernel, for each connection (None: its own choice)."""
+    """Where to listen, and the limits.
+
+    port 0: a free one. head_timeout_s: for a connection's first bytes, and for each request's head. idle_timeout_s: between two requests.
+    write_timeout_s: how long a client may leave sent data unread before its connection is dropped. grace_s: how long requests may continue
+    after `stop`. send_buffer_bytes: the kernel's buffer for each connection (None: its own choice).
+    """
 
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: int = DEFAULT_HTTP_PORT
     max_connections: int = 1000
     max_head_bytes: int = 64 * 1024
     head_timeout_s: float = 75.0
@@ -95,7 +101,7 @@ class ListenerOptions:
 
 
 class Listener:
-    """`bind` takes the port, `serve` answers on it until `stop`."""
+    """`bind` takes the port, `serve` answers requests on it until `stop`."""
 
     def __init__(self, options: ListenerOptions, sock: socket.socket, context: ssl.SSLContext | None) -> None:
         self.options = options
@@ -106,7 +112,7 @@ class Listener:
 
     @classmethod
     def bind(cls, options: ListenerOptions, *, or_free: bool = False) -> Listener:
-        """Take the port. ConfigError where it is taken, unless `or_free`: then any free one; and where TLS files are wrong."""
+        """Take the port. ConfigError: it is taken (unless `or_free`: then any free port is used), or TLS files are wrong."""
         context = None if options.tls is None else options.tls.context()
         try:
             sock = _listening(options, options.port)
@@ -122,13 +128,13 @@ class Listener:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds it."""
+        """Where clients on this machine find it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(self.options.host, self.options.host)
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         return f"{'https' if self._context is not None else 'http'}://{host}:{self.port}"
 
     async def serve(self, app: Any) -> None:
-        """Answer with `app` (ASGI) until `stop`; what is under way then may go on for `grace_s`."""
+        """Answer requests with `app` (ASGI) until `stop`. Requests under way may then continue for `grace_s`."""
         if self._stopped:
             return
         options = self.options
@@ -154,7 +160,7 @@ class Listener:
         await self._server.serve(sockets=[self._socket])
 
     def stop(self, *, now: bool = False) -> None:
-        """Accept nothing new and end; `now`: without waiting for what is under way."""
+        """Accept nothing new and end. `now`: do not wait for requests under way."""
         self._stopped = True
         if self._server is None:
             self._socket.close()
@@ -169,11 +175,11 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
-    """Without signal handlers of its own."""
+    """uvicorn's server without its signal handlers."""
 
     def __init__(self, config: uvicorn.Config, options: ListenerOptions) -> None:
         super().__init__(config)
-        self.server_state.options = options  # type: ignore[attr-defined]  # the one thing every connection is given
+        self.server_state.options = options  # type: ignore[attr-defined]  # the only object that every connection gets
         self.server_state.lingering = 0  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
@@ -182,12 +188,12 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(HttpToolsProtocol):
-    """One connection, with limits."""
+    """One connection, with the limits."""
 
     _options: ListenerOptions
-    _refused = False  # never one of uvicorn's connections
+    _refused = False  # then it never was one of uvicorn's connections
     _lingers = False
-    _ended = False  # what still arrives is not read
+    _ended = False  # further data is not read
     _body_due = False  # the head of a request has come, and not yet all of its body
     _head_bytes = 0
     _fed_bytes = 0  # since a head was expected
@@ -207,7 +213,7 @@ class _Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
-        if self._head_timer is not None:  # the parser keeps what is no whole header yet to itself
+        if self._head_timer is not None:  # the parser does not report a header before it is whole
             self._fed_bytes += len(data)
             if self._fed_bytes > 4 * self._options.max_head_bytes:
                 self._head_too_large()
@@ -312,7 +318,7 @@ class _Connection(HttpToolsProtocol):
             self._say_and_close(b"400 Bad Request", _NOT_HTTP)
 
     def _say_and_close(self, status: bytes, body: bytes, headers: bytes = b"") -> None:
-        """Say why, and close once that was read: closing at once, with a request unread, would take the answer back."""
+        """Say why, and close once the client has read it. Closing at once while a request is unread would discard the answer."""
         self.transport.write(_document(status, body, headers))
         self._linger()
 
@@ -341,7 +347,7 @@ def _listening(options: ListenerOptions, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a peer that neither takes nor answers is given up by the kernel; accepted ones inherit it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel drops a peer that acknowledges nothing; accepted sockets inherit it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(options.write_timeout_s * 1000))
         if options.send_buffer_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.send_buffer_bytes)
@@ -366,7 +372,7 @@ def _cannot_listen(options: ListenerOptions, error: OSError) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a listener there."""
+    """Whether only this machine can reach a listener on `host`."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

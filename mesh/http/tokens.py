@@ -1,11 +1,10 @@
-"""Tokens that say who may ask for what: JSON Web Tokens, issued and checked.
+"""JSON Web Tokens: issue and verify them. A token says who sends a request and what it may ask for.
 
-The algorithm is what the configuration says, never what a token says: `none` and another algorithm are refused whatever they are
-signed with, and a key of one kind is never used as one of another. HS256 has one secret on both sides; RS256 and EdDSA sign with a
-private key, and who checks has the public one alone.
+The configuration chooses the algorithm, never the token: `none` and other algorithms are refused, and a key of one kind is never used as
+one of another. HS256 has one secret on both sides. RS256 and EdDSA sign with a private key, and verifying needs only the public one.
 
-Claims: `sub` who, `exp` until when, `iat` since when, `jti` which token, `scope` words of SCOPES, and where the token is limited
-`rpm` (requests a minute) and `tpm` (tokens a minute).
+Claims: `sub` the holder, `exp` valid until, `iat` issued at, `jti` the token's id, `scope` words of SCOPES, and optional limits: `rpm`
+(requests a minute) and `tpm` (tokens a minute).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Algorithm = Literal["HS256", "RS256", "EdDSA"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 SCOPES = ("generate", "batch", "admin")
-"""generate: inference and the models' names; batch: batches as well; admin: everything, figures of the mesh included."""
+"""generate: inference and the list of models. batch: batches as well. admin: everything, including figures of the mesh."""
 
 _MIN_SECRET_BYTES = 32
 _MIN_RSA_BITS = 2048
@@ -39,7 +38,7 @@ _LEEWAY_S = 30  # clocks differ
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a token says that was found to be genuine. Limits None: none of its own."""
+    """The claims of a token that was verified. A limit of None: the token sets none."""
 
     subject: str
     scopes: frozenset[str]
@@ -77,7 +76,7 @@ class Issuer:
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
     ) -> str:
-        """A token; ConfigError for a claim that makes no sense."""
+        """A signed token. ConfigError: a claim makes no sense."""
         chosen = sorted(set(scopes))
         unknown = [scope for scope in chosen if scope not in SCOPES]
         if unknown or not chosen:
@@ -117,7 +116,7 @@ class Verifier:
             _check_kind(algorithm, self._key, RSAPublicKey, Ed25519PublicKey)
 
     def verify(self, token: str) -> Claims:
-        """Denied, with a line that says why, for a token that is not genuine or no longer valid. PyJWT compares in constant time."""
+        """The token's claims. Denied, with the reason: it is not genuine, or not valid now. PyJWT compares signatures in constant time."""
         if len(token) > _MAX_TOKEN_CHARS:
             raise Denied(f"the token has {len(token)} characters: more than {_MAX_TOKEN_CHARS} are not read")
         try:
@@ -138,7 +137,7 @@ class Verifier:
 
 
 def peek(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(header, claims) of a token nobody has checked: for people to look at. Denied where it is none."""
+    """(header, claims) of a token, without verifying it; only for showing to people. Denied: it is no JSON Web Token."""
     try:
         return jwt.get_unverified_header(token), jwt.decode(token, options={"verify_signature": False})
     except jwt.PyJWTError as error:
@@ -146,7 +145,7 @@ def peek(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_secret(value: str | None, file: str | None, key: str) -> bytes | None:
-    """A secret from the configuration: itself (from the environment), or the file that holds it. `key` names it in errors."""
+    """A secret from the configuration: `value` itself (from the environment), or the content of `file`. `key` names it in errors."""
     if value is not None and file is not None:
         raise ConfigError(f"{key} and {key}_file are both given: keep one")
     if value is not None:

@@ -1,8 +1,7 @@
-"""What a user chooses at import, and how an import reports its progress."""
+"""What a user chooses at import."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,10 +12,7 @@ from mesh.errors import ConfigError
 from mesh.model.manifest import WeightsInfo
 from mesh.types import DType
 
-__all__ = ["ImportOptions", "Progress"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
+__all__ = ["ImportOptions"]
 
 
 @dataclass(frozen=True, slots=True)

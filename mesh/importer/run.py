@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from mesh.errors import ConfigError, CorruptModel, ModelNotFound
-from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.source import Source
 from mesh.importer.verify.oracle import OrtParts, open_oracle
 from mesh.importer.verify.verify import Reference, verify
 from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import HiddenInfo, Manifest
+from mesh.types import Progress, no_progress
 
 __all__ = ["detect", "import_model"]
 
@@ -36,7 +37,7 @@ def import_model(
     name: str | None = None,
     report: bool = False,
     force: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Import `source` as the model directory `out`.
 

@@ -1,0 +1,6 @@
+"""A whole mesh on one machine: what `mesh up` and the tests start.
+
+mesh         NATS server, coordinators and shards as child processes
+supervisor   start again what ends, and give up after too many failures
+nats_server  a nats-server process of our own
+"""

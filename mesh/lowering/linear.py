@@ -1,8 +1,8 @@
-"""x @ W for a weight kept [out, in]: the forms XLA compiles it from, and the choice among them.
+"""x @ W for a weight kept as [out, in]: the variants of the product, and the choice among them.
 
-XLA on a CPU runs the same product at very different speeds depending on how it is written and on the number of rows, so
-the form is chosen per weight shape and number of rows by measuring (`measure`), and `default_form` stands in where nothing
-was measured. Forms, for x [rows, in] and W [out, in]:
+XLA on a CPU runs the same product at very different speeds, depending on how it is written and on the number of rows. So the variant is
+chosen by measuring (`measure`) for each weight shape and number of rows; where nothing was measured, `default_variant` chooses. The
+variants, for x [rows, in] and W [out, in]:
 
     dot      one contraction: many rows are one large GEMM
     split    a batched product with parts of W, at least one a core: one row is a matrix-vector product a part
@@ -11,7 +11,7 @@ was measured. Forms, for x [rows, in] and W [out, in]:
     rows     x_i @ W.T, row by row: XLA fuses the widening of a narrow weight into it, so that it reads 8 bits where float32 reads 32
     stream   a loop over tiles of at most 512 outputs: many rows of a narrow weight, widened a tile at a time
 
-A narrow weight in any other form is first widened whole, by one thread, into memory.
+A narrow weight in any other variant is first widened whole, by one thread, into memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["FORMS", "Codes", "candidates", "default_form", "measure", "parts", "product"]
+__all__ = ["VARIANTS", "Codes", "candidates", "default_variant", "measure", "parts", "product"]
 
 _TILES = {"tile32": 32, "tile64": 64, "tile96": 96}
-FORMS = ("dot", "split", *_TILES, "rows", "stream")
+VARIANTS = ("dot", "split", *_TILES, "rows", "stream")
 _STREAMED = 512
 _BEYOND_CACHE = 96 << 20
-_LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: less is lost in its call, of more the last core to finish has more to do alone
+_LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: smaller parts cost more calls; with larger ones the last core works longer alone
 
 
 @jax.tree_util.register_dataclass
@@ -86,26 +86,26 @@ class Codes:
         return jnp.repeat(each, self.group, axis=1)[:, : self.shape[1]]
 
 
-def product(x: Any, weight: Codes, *, form: str) -> Any:
+def product(x: Any, weight: Codes, *, variant: str) -> Any:
     """x [rows, in] times the weight [out, in] transposed -> [rows, out], of x's type.
 
     A scale an output channel is applied to the result, so that the product reads the codes themselves.
     """
-    if form == "stream":
+    if variant == "stream":
         return _stream(x, weight)
     if weight.scale is None:
-        return _FORMS[form](x, weight.integers(x.dtype))
+        return _VARIANTS[variant](x, weight.integers(x.dtype))
     if weight.scale.ndim < 2 and weight.zero_point is None:
-        return _FORMS[form](x, weight.integers(x.dtype)) * weight.scale.astype(x.dtype)
-    return _FORMS[form](x, weight.widened(x.dtype))
+        return _VARIANTS[variant](x, weight.integers(x.dtype)) * weight.scale.astype(x.dtype)
+    return _VARIANTS[variant](x, weight.widened(x.dtype))
 
 
-def default_form(rows: int, weight: Codes) -> str:
+def default_variant(rows: int, weight: Codes) -> str:
     """What measured best on the CPUs seen so far; on an accelerator always the plain product."""
     if jax.default_backend() != "cpu":
         return "dot"
     if weight.narrow:
-        # What is more than a conversion XLA would widen once for all rows, into memory.
+        # XLA would widen a weight that needs more than a conversion once for all rows, into memory.
         few = 1 if weight.nibbles or (weight.scale is not None and weight.scale.ndim == 2) else 8
         return "rows" if rows <= few else "stream"
     if rows == 1:
@@ -116,9 +116,9 @@ def default_form(rows: int, weight: Codes) -> str:
 
 
 def candidates(rows: int, weight: Codes) -> tuple[str, ...]:
-    """The forms worth measuring: there is a choice for few rows of a wide weight on a CPU."""
+    """The variants worth measuring: there is a choice for few rows of a wide weight on a CPU."""
     if jax.default_backend() != "cpu" or weight.narrow or rows == 1 or rows > 64:
-        return (default_form(rows, weight),)
+        return (default_variant(rows, weight),)
     return ("dot", *(name for name, size in _TILES.items() if weight.shape[0] % size == 0))
 
 
@@ -129,9 +129,9 @@ def measure(weight: Codes, rows: int, *, repeats: int = 5) -> dict[str, float]:
     x = jnp.ones((rows, weight.shape[1]), dtype)
     copies = [weight.data + np.asarray(index, dtype) for index in range(max(1, -(-_BEYOND_CACHE // weight.data.nbytes)))]
 
-    @partial(jax.jit, static_argnames="form")
-    def run(x: Any, copies: list[Any], form: str) -> Any:
-        return sum(product(x, Codes(each), form=form)[:, 0] for each in copies)
+    @partial(jax.jit, static_argnames="variant")
+    def run(x: Any, copies: list[Any], variant: str) -> Any:
+        return sum(product(x, Codes(each), variant=variant)[:, 0] for each in copies)
 
     seconds = dict.fromkeys(names, float("inf"))
     for name in names:
@@ -182,8 +182,8 @@ def _rows(x: Any, w: Any) -> Any:
 def _stream(x: Any, weight: Codes) -> Any:
     out = weight.shape[0]
     tile = max(size for size in range(1, min(out, _STREAMED) + 1) if out % size == 0)
-    if tile * 8 < min(out, _STREAMED):  # an awkward number of outputs: no tile is worth a turn of the loop
-        return _FORMS["dot"](x, weight.widened(x.dtype))
+    if tile * 8 < min(out, _STREAMED):  # no tile size that divides the outputs is worth a loop
+        return _VARIANTS["dot"](x, weight.widened(x.dtype))
     tiles = jax.tree.map(lambda leaf: leaf.reshape(out // tile, tile, *leaf.shape[1:]) if leaf.ndim else leaf, _per_output(weight))
     y = jax.lax.map(lambda each: _dot(x, each.widened(x.dtype)), tiles)  # [out/tile, rows, tile]
     return y.transpose(1, 0, 2).reshape(x.shape[0], out)
@@ -199,7 +199,7 @@ def _per_output(weight: Codes) -> Codes:
     return replace(weight, scale=spread(weight.scale), zero_point=spread(weight.zero_point))
 
 
-_FORMS: dict[str, Callable[[Any, Any], Any]] = {
+_VARIANTS: dict[str, Callable[[Any, Any], Any]] = {
     "dot": _dot,
     "split": _split,
     **{name: _tile(size) for name, size in _TILES.items()},

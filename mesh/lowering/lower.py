@@ -131,14 +131,13 @@ def evaluate(node: Node, args: Sequence[Any], scope: Scope | None = None) -> tup
     if op.takes_scope:
         keywords["scope"] = scope
     try:
-        static.require_static(op.domain, op.op_type, args, node.inputs)
-        ignored = static.TYPE_ONLY.get((op.domain, op.op_type), ())
-        traced = any(static.is_traced(arg) and position not in ignored for position, arg in enumerate(args))
+        static.require_static(op.static, args, node.inputs)
+        traced = any(static.is_traced(arg) and position not in op.type_only for position, arg in enumerate(args))
         if scope is not None:
             traced = traced or any(static.is_traced(scope.values[name]) for name in node.captured())
         if traced:
-            kept: tuple[int, ...] = (*static.static_positions(op.domain, op.op_type), *static.PREFERRED.get((op.domain, op.op_type), ()))
-            if scope is None and (op.domain, op.op_type) not in static.SHAPE_ONLY:
+            kept = (*op.static, *op.static_if_known)
+            if scope is None and not op.shape_only:
                 args = [arg if position in kept else static.adopt(arg) for position, arg in enumerate(args)]
             with jax.named_scope(node.label):
                 results = _tuple(op.function(*args, **keywords))
@@ -147,11 +146,10 @@ def evaluate(node: Node, args: Sequence[Any], scope: Scope | None = None) -> tup
                 results = tuple(None if value is None else np.asarray(value) for value in _tuple(op.function(*args, **keywords)))
         else:
             with _exact():
-                kept = static.static_positions(op.domain, op.op_type)
                 if scope is not None:
                     results = _tuple(op.function(*args, **keywords))
                 else:
-                    results = _compiled_once(op, args, keywords, kept)
+                    results = _compiled_once(op, args, keywords)
                 results = tuple(None if value is None else np.asarray(value) for value in results)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"node {node.name!r} ({node.label}): {error}") from None
@@ -168,9 +166,9 @@ def _exact() -> Iterator[None]:
         yield
 
 
-def _compiled_once(op: Op, args: Sequence[Any], keywords: Mapping[str, Any], kept: tuple[int, ...]) -> tuple[Any, ...]:
+def _compiled_once(op: Op, args: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
     """An op on known values, as one compilation instead of one for each primitive in it."""
-    arrays = {i: arg for i, arg in enumerate(args) if isinstance(arg, np.ndarray) and arg.dtype != object and i not in kept}
+    arrays = {i: arg for i, arg in enumerate(args) if isinstance(arg, np.ndarray) and arg.dtype != object and i not in op.static}
 
     def call(arrays: dict[int, Any]) -> tuple[Any, ...]:
         return _tuple(op.function(*[arrays.get(i, arg) for i, arg in enumerate(args)], **keywords))

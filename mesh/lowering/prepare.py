@@ -1,5 +1,5 @@
-"""What happens before the first trace: functions inlined, dead nodes dropped, every op and attribute checked, weights told
-from constants."""
+"""What happens before the first trace: functions are inlined, dead nodes are dropped, every op and attribute is checked, and weights are
+separated from constants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from mesh.errors import CorruptModel, UnsupportedModel
-from mesh.lowering import ops, registry, static
+from mesh.lowering import ops, registry
 from mesh.lowering.registry import Op
 from mesh.lowering.tensors import PackedFormat, TensorReader
 
@@ -223,17 +223,15 @@ def _static_names(graph: Graph, needed: Iterable[str] = ()) -> set[str]:
     """Names of values that must be known at trace time, because a shape follows from them."""
     names = set(needed)
     for node in reversed(graph.nodes):
-        key = (node.op.domain, node.op.op_type)
         for attribute in node.attributes.values():
             if isinstance(attribute, Graph):
                 inside = _static_names(attribute)
                 names |= inside & attribute.captured()
                 if inside & set(attribute.inputs):
                     names.update(node.inputs)
-        names.update(node.inputs[i] for i in static.static_positions(*key) if i < len(node.inputs))
-        if key not in static.SHAPE_ONLY and names & set(node.outputs):
-            ignored = static.TYPE_ONLY.get(key, ())
-            names.update(name for i, name in enumerate(node.inputs) if i not in ignored)
+        names.update(node.inputs[i] for i in node.op.static if i < len(node.inputs))
+        if not node.op.shape_only and names & set(node.outputs):
+            names.update(name for i, name in enumerate(node.inputs) if i not in node.op.type_only)
     return names - {""}
 
 

@@ -1,8 +1,8 @@
 """A matmul weight as the runtime holds it: [out, in], at its stored width, widened inside the product.
 
-Blocks store the right operand of a MatMul as [in, out] (docs/model-format.md). Every form of product that runs well on
-a CPU reads it output-major, and all of them read the same bytes, so a weight is transposed once at load and kept once,
-whatever the number of rows it will meet.
+Blocks store the right operand of a MatMul as [in, out] (docs/model-format.md). Every variant of the product that is fast on a CPU reads
+the weight output by output, and all variants read the same bytes. So a weight is transposed once at load and kept once, for any number
+of rows.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from mesh.lowering import linear
 from mesh.lowering.linear import Codes
 from mesh.lowering.tensors import PackedFormat, unpack
 
-__all__ = ["Forms", "PackedWeight", "pack"]
+__all__ = ["PackedWeight", "Variants", "pack"]
 
-Forms = tuple[tuple[int, str], ...]
-"""(rows at most, form of the product), ascending."""
+Variants = tuple[tuple[int, str], ...]
+"""(rows at most, variant of the product), ascending."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedWeight:
-    """Stands where the initializer stood in a lowered graph.
+    """Takes the place of the initializer in a lowered graph.
 
-    Cast and DequantizeLinear of it stay lazy, and MatMul with it as the right operand is one product in the form that `forms`
-    names for the number of rows.
+    Cast and DequantizeLinear of it stay lazy. MatMul with it as the right operand is one product, in the variant that `variants` names
+    for the number of rows.
     """
 
     codes: Codes
-    forms: Forms = field(default=(), metadata={"static": True})
+    variants: Variants = field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,20 +48,20 @@ class PackedWeight:
     def ndim(self) -> int:
         return 2
 
-    def with_forms(self, forms: Forms) -> PackedWeight:
-        return replace(self, forms=forms)
+    def with_variants(self, variants: Variants) -> PackedWeight:
+        return replace(self, variants=variants)
 
-    def form(self, rows: int) -> str:
-        for limit, name in self.forms:
+    def variant(self, rows: int) -> str:
+        for limit, name in self.variants:
             if rows <= limit:
                 return name
-        return linear.default_form(rows, self.codes)
+        return linear.default_variant(rows, self.codes)
 
     def product(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out], of x's type."""
         lead = x.shape[:-1]
         flat = x.reshape(-1, x.shape[-1])  # [rows, in]
-        y = linear.product(flat, self.codes, form=self.form(flat.shape[0]))
+        y = linear.product(flat, self.codes, variant=self.variant(flat.shape[0]))
         return y.reshape(*lead, y.shape[-1])
 
     def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:

@@ -1,8 +1,9 @@
-"""Placing a model's layers on nodes: pure functions from a manifest (or a model only described) and nodes to a placement.
+"""Where the layers of a model go: pure functions from a model (imported or only described) and nodes to a placement.
 
-requests    what a configuration or a command line asks for, as a PlanRequest
-plan        PlanRequest -> Placement: ranges, shards on nodes, what each takes, whether it fits
-partition   the exact cut of layers into ranges that makes the slowest one fastest
-remedies    what would fit where the request does not
-placement   the result, as it is written to placement.json
+request      PlanRequest: the model, the nodes and how to spread the layers
+from_config  from flags and configuration files to a PlanRequest
+plan         from a PlanRequest to a Placement: ranges, shards on nodes, memory, whether it fits
+partition    the exact cut of layers into ranges that makes the slowest stage fastest
+remedies     the nearest changes with which a plan fits
+placement    Placement: the result, and placement.json
 """

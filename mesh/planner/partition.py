@@ -1,13 +1,14 @@
-"""Cut a line of layers into contiguous stages over unlike nodes so that the dearest stage is as cheap as can be. Exact.
+"""Cut a line of layers into contiguous stages over unlike nodes so that the most expensive stage is as cheap as possible. Exact.
 
-Nodes come in kinds (equal nodes are one kind) with a cost for every stage [a, b); an infinite cost forbids the stage. For a
-bound T, the prefixes [0, b) that some set of nodes can cover with stages of cost <= T are kept as the bits of an integer, so
-a step of the search is a handful of word operations whatever the costs look like: nothing about them is assumed. The least
-feasible T is found by bisection over the costs that occur.
+Equal nodes form a kind. Each kind has a cost for every stage [a, b); an infinite cost forbids the stage. The least possible bound T on
+the costs is found by bisection over the costs that occur. For a given T, the prefixes [0, b) that some set of nodes can cover with
+stages of cost <= T are the bits of an integer, so that a step of the search takes a few word operations. Nothing is assumed about the
+costs.
 
-Two searches: nodes in the order given (each used or left out), and nodes in any order, where a state is how many of each
-kind are used. The second is taken where it is strictly better and the number of states is bounded; the order given stands
-otherwise. Among cuts with that dearest stage the fewest stages win, then the least sum of squared costs (the most even).
+There are two searches: with the nodes in the given order (each used or left out), and with the nodes in any order, where a state is how
+many nodes of each kind are used. The second one is used if it is strictly better and its number of states is bounded; otherwise the
+given order stays. Among the cuts with the least T, the one with the fewest stages wins, then the most even one (least sum of squared
+costs).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ Stage = tuple[int, int, int]
 """(position of the node in the sequence given, start, stop)"""
 
 _MOST_STEPS = 500_000  # of the any-order search: states x kinds x layers; about a second
-_CLEARLY = 1e-9  # relative: less is rounding, and no reason to reorder somebody's nodes
+_CLEARLY = 1e-9  # relative: a smaller gain may be rounding, and is no reason to reorder the nodes
 
 
 def partition(layers: int, kinds: Sequence[int], cost: Cost, stages: int | None = None) -> list[Stage] | None:
-    """Stages in layer order, or None where no cut is allowed.
+    """The stages in layer order, or None if no cut is allowed.
 
-    `kinds[i]` is the kind of node i (0, 1, ...). `stages`: exactly that many nodes are used; None: any number of them.
+    `kinds[i]` is the kind of node i (0, 1, ...). `stages`: use exactly that many nodes; None: any number of them.
     """
     used = range(1, min(len(kinds), layers) + 1) if stages is None else range(stages, stages + 1)
     if used.stop > len(kinds) + 1 or used.stop > layers + 1 or used.stop <= 1:
@@ -58,7 +59,7 @@ def partition(layers: int, kinds: Sequence[int], cost: Cost, stages: int | None 
 
 
 class _Table:
-    """Every cost, once; for a bound T, the stops allowed from each start as the bits of an integer."""
+    """Every cost, computed once; for a bound T, the allowed stops from each start as the bits of an integer."""
 
     def __init__(self, layers: int, kinds: int, cost: Cost) -> None:
         self.layers = layers
@@ -92,7 +93,7 @@ class _Search:
         self.table = table
 
     def nodes(self) -> list[int] | None:
-        """The nodes, in layer order, of a cut within the bound that is set; None where there is none."""
+        """The nodes, in layer order, of a cut within the present bound; None if there is none."""
         raise NotImplementedError
 
     def best(self) -> tuple[float, list[int]] | None:
@@ -113,7 +114,7 @@ class _Search:
 
 
 class _Ordered(_Search):
-    """Nodes keep their order; nodes() gives their positions."""
+    """The nodes keep their order; nodes() returns their positions."""
 
     def __init__(self, table: _Table, kinds: Sequence[int], used: range) -> None:
         super().__init__(table)
@@ -143,7 +144,7 @@ class _Ordered(_Search):
 
 
 class _AnyOrder(_Search):
-    """Nodes in whatever order is best; nodes() gives their kinds."""
+    """The nodes are in the best order; nodes() returns their kinds."""
 
     def __init__(self, table: _Table, counts: Sequence[int], used: range) -> None:
         super().__init__(table)

@@ -1,4 +1,4 @@
-"""What a plan says: which shard holds which layers on which node, what it takes, and whether that fits. `placement.json`."""
+"""The result of a plan: which shard holds which layers on which node, how much memory it takes, and whether that fits. `placement.json`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class _Strict(BaseModel):
 
 
 class Node(_Strict):
-    """A machine that can hold shards. `speed` 1.0 reads its memory at `planner.BASE_BANDWIDTH`; the link is the one it sends on."""
+    """A machine that can hold shards. A node of `speed` 1.0 reads its memory at `plan.BASE_BANDWIDTH`. `bandwidth` and `latency_s` are
+    of the link that it sends on."""
 
     name: str = Field(min_length=1)
-    memory_bytes: int = Field(gt=0)  # what shards may use of it
+    memory_bytes: int = Field(gt=0)  # that shards may use
     speed: float = Field(default=1.0, gt=0)
     bandwidth: float | None = Field(default=None, gt=0)  # bytes/s; None: never the limit
     latency_s: float = Field(default=0.0, ge=0)
@@ -72,21 +73,21 @@ class PlacedRange(_Strict):
 
 
 class Remedy(_Strict):
-    """One change that makes a plan fit (`text` for people), checked by planning with it. Unset: unchanged."""
+    """One change that makes a plan fit; `text` describes it to people. It was checked by planning with it. Unset fields: unchanged."""
 
     text: str
     strategy: Strategy | None = None
     shards_count: int | None = None
-    nodes_count: int | None = None  # in all; those that are lacking are like the one with the most memory
+    nodes_count: int | None = None  # in all; added nodes are like the one with the most memory
     quantization_bits: int | None = None
     max_sequence_length: int | None = None
     batch_size: int | None = None
     overlap_layers: int | None = None
-    memory_bytes: int | None = None  # a node, at least
+    memory_bytes: int | None = None  # of each node, at least
 
 
 class Placement(_Strict):
-    """A whole plan. Valid ones cover every layer once, in order, each range on `replication_factor` distinct nodes."""
+    """A whole plan. A valid one covers every layer once, in order, with each range on `replication_factor` distinct nodes."""
 
     format: Literal[1] = 1
     model: str
@@ -105,7 +106,7 @@ class Placement(_Strict):
     chunk: int  # tokens of a prefill step
     nodes: tuple[Node, ...]
     ranges: tuple[PlacedRange, ...] = Field(min_length=1)
-    spare_nodes: tuple[str, ...] = ()  # hold nothing
+    spare_nodes: tuple[str, ...] = ()  # nodes without shards
     fits: bool
     problem: str | None = None  # why it does not fit
     remedies: tuple[Remedy, ...] = ()
@@ -136,7 +137,7 @@ class Placement(_Strict):
         return tuple(sorted((shard for placed in self.ranges for shard in placed.shards), key=lambda shard: shard.shard_id))
 
     def require_fit(self) -> Placement:
-        """Itself, or DoesNotFit with what is lacking and what would fit."""
+        """This placement. DoesNotFit, with what is lacking and what would fit, if it does not fit."""
         if self.fits:
             return self
         short = max((shard for shard in self.shards if not shard.fits), key=lambda shard: shard.total_bytes / shard.memory_bytes)
@@ -150,7 +151,7 @@ class Placement(_Strict):
 
     @classmethod
     def load(cls, path: Path) -> Placement:
-        """Read `placement.json`; ConfigError where it is missing or wrong."""
+        """Read `placement.json`. ConfigError: it is missing or wrong."""
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:

@@ -1,16 +1,16 @@
 """Place the layers of a model on nodes. Pure: a model's shape and a list of nodes in, a Placement out.
 
-    even      ranges of equal length; where they cannot be, the middle ones are longer (the ends hold embedding and head)
-    explicit  the ranges given
-    weighted  ranges that make the slowest stage as fast as it can be, given each node's memory, speed and link: exact, see
-              mesh/partition.py. Replicas are on alike nodes, and a stage is as slow as its slowest replica
+    even      ranges of equal length; where that is not possible, the middle ones are longer (mesh.types.even_ranges)
+    explicit  the given ranges
+    weighted  the ranges that make the slowest stage as fast as possible, given each node's memory, speed and link: exact, see
+              mesh/planner/partition.py. Replicas are on alike nodes, and a stage is as slow as its slowest replica
 
-Each range is served by `replication_factor` shards on distinct nodes. With `overlap_layers` k a shard also holds the k layers
-before and the k after its range, weights and cache, so that a boundary can move or a neighbour's work be taken over without
-loading; where that reaches the end of the model, it holds the embedding or the head as well.
+Each range is served by `replication_factor` shards on distinct nodes. With `overlap_layers` k a shard also holds weights and cache of
+the k layers before and the k layers after its range, so that it can move its range without loading. If that reaches an end of the
+model, it holds the embedding or the head as well.
 
-A stage's time is an estimate for comparison: the bytes a decode step reads (weights of its range, a full KV cache) over
-BASE_BANDWIDTH * speed, plus sending the hidden state of every row to the next stage over the node's link.
+The time of a stage is an estimate for comparisons: the bytes that a decode step reads (weights of the range, a full KV cache) divided by
+BASE_BANDWIDTH * speed, plus the time to send the hidden state of every row to the next stage over the node's link.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mesh.errors import BadLayerRange, PlanError
-from mesh.model.memory import DEFAULT_CHUNK, MemoryNeed, ModelShape, predict
+from mesh.errors import BadLayerRange
+from mesh.model.memory import MemoryNeed, predict
 from mesh.planner.partition import Stage, partition
-from mesh.planner.placement import Node, PlacedRange, PlacedShard, Placement, Strategy
+from mesh.planner.placement import Node, PlacedRange, PlacedShard, Placement
 from mesh.planner.remedies import advise
-from mesh.settings.schema import LoadBalancing
+from mesh.planner.request import PlanRequest
 from mesh.settings.units import format_bytes
-from mesh.types import LayerRange
+from mesh.types import LayerRange, even_ranges
 
-__all__ = ["BASE_BANDWIDTH", "PlanRequest", "even_ranges", "fits", "place", "plan", "ranges_of", "same_nodes"]
+__all__ = ["BASE_BANDWIDTH", "fits", "place", "plan", "ranges_of"]
 
 BASE_BANDWIDTH = 20e9
 """Bytes/s that a node of speed 1.0 reads from memory: an ordinary VM with a few cores."""
@@ -36,57 +36,8 @@ BASE_BANDWIDTH = 20e9
 _TOKEN_BYTES = 4  # what the last stage sends for a row
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """What to place, and where. Errors of the request itself are PlanError (BadLayerRange for the ranges), at construction."""
-
-    model: ModelShape
-    nodes: tuple[Node, ...]
-    strategy: Strategy = "even"
-    shards_count: int | None = None  # layer ranges; None: as many as nodes allow (weighted: as many as help)
-    ranges: tuple[LayerRange, ...] | None = None  # with explicit, and only there
-    replication_factor: int = 1
-    overlap_layers: int = 0
-    batch_size: int = 1  # rows
-    max_sequence_length: int | None = None  # tokens a row; None: the model's context
-    chunk: int = DEFAULT_CHUNK
-    enable_kv_cache: bool = True
-    load_balancing_strategy: LoadBalancing = "least_loaded"
-
-    def __post_init__(self) -> None:
-        layers, nodes, replicas = self.model.layer_count, len(self.nodes), self.replication_factor
-        for name, least in (("replication_factor", 1), ("overlap_layers", 0), ("batch_size", 1), ("chunk", 1)):
-            if getattr(self, name) < least:
-                raise PlanError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if not 1 <= self.context <= self.model.context_length:
-            raise PlanError(
-                f"max_sequence_length is {self.context}: {self.model.name} was made for 1 to {self.model.context_length} positions"
-            )
-        if len({node.name for node in self.nodes}) != nodes:
-            raise PlanError("two nodes have the same name: give each its own")
-        if replicas > nodes:
-            raise PlanError(f"replication_factor {replicas} needs {replicas} distinct nodes and there are {nodes}: add nodes or lower it")
-        if (self.strategy == "explicit") != (self.ranges is not None):
-            raise PlanError("layer ranges go with the explicit strategy, and it needs them")
-        if self.shards_count is not None and not 1 <= self.shards_count <= layers:
-            raise BadLayerRange(f"shards_count is {self.shards_count}: {self.model.name} has {layers} layers, so give 1 to {layers}")
-        if self.ranges is not None:
-            _check_cover(self.ranges, self.model)
-            if self.shards_count not in (None, len(self.ranges)):
-                raise PlanError(f"shards_count is {self.shards_count} and there are {len(self.ranges)} layer ranges: make them agree")
-        if self.strategy == "weighted" and self.shards_count and self.shards_count * replicas > nodes:
-            raise PlanError(
-                f"the weighted strategy puts one shard on a node: {self.shards_count} shards_count x {replicas} replication_factor "
-                f"needs {self.shards_count * replicas} nodes and there are {nodes}"
-            )
-
-    @property
-    def context(self) -> int:
-        return self.model.context_length if self.max_sequence_length is None else self.max_sequence_length
-
-
 def plan(request: PlanRequest) -> Placement:
-    """The placement, whether it fits or not; where it does not, with the nearest changes that would. See Placement.require_fit."""
+    """The placement, whether it fits or not. If not, its remedies are the nearest changes that would; see Placement.require_fit."""
     placement = place(request)
     return placement if placement.fits else placement.model_copy(update={"remedies": advise(request, placement, fits)})
 
@@ -97,43 +48,26 @@ def place(request: PlanRequest) -> Placement:
     if request.strategy == "weighted":
         ranges, nodes = _Weighted(request, book).stages()
     else:
-        ranges = request.ranges or even_ranges(request.model.layer_count, request.shards_count or _default_count(request))
+        ranges = request.ranges or tuple(even_ranges(request.model.layer_count, request.shards_count or _default_count(request)))
         nodes = _assign([book.need(cut).total_bytes for cut in ranges], request.nodes, request.replication_factor)
     return _placement(request, book, ranges, nodes)
 
 
 def fits(request: PlanRequest) -> bool:
-    """place(request).fits, for less work."""
+    """The same as place(request).fits, with less work."""
     return _Weighted(request, _Book(request)).possible() if request.strategy == "weighted" else place(request).fits
 
 
-def even_ranges(layers: int, count: int) -> tuple[LayerRange, ...]:
-    """`layers` in `count` ranges whose lengths differ by at most one, the longer ones in the middle."""
-    short, longer = divmod(layers, count)
-    first = (count - longer) // 2
-    ranges, at = [], 0
-    for i in range(count):
-        stop = at + short + (1 if first <= i < first + longer else 0)
-        ranges.append(LayerRange(at, stop))
-        at = stop
-    return tuple(ranges)
-
-
 def ranges_of(layers: int, layers_per_shard: int) -> tuple[LayerRange, ...]:
-    """Ranges of `layers_per_shard` layers each, the last one shorter where they do not divide."""
+    """Ranges of `layers_per_shard` layers each; the last one is shorter if they do not divide evenly."""
     if layers_per_shard < 1:
         raise BadLayerRange(f"layers_per_shard is {layers_per_shard}: it must be at least 1")
     return tuple(LayerRange(a, min(a + layers_per_shard, layers)) for a in range(0, layers, layers_per_shard))
 
 
-def same_nodes(count: int, memory_bytes: int) -> tuple[Node, ...]:
-    """`count` equal nodes, node-1 to node-`count`."""
-    return tuple(Node(name=f"node-{i + 1}", memory_bytes=memory_bytes) for i in range(count))
-
-
 @dataclass(frozen=True)
 class _Book:
-    """Needs and times of ranges, each computed once."""
+    """Memory and times of ranges, each computed once."""
 
     request: PlanRequest
     _needs: dict[LayerRange, MemoryNeed] = field(default_factory=dict)
@@ -170,7 +104,7 @@ class _Book:
 
 
 class _Weighted:
-    """The weighted strategy: groups of alike nodes, one a stage; equal groups are one kind."""
+    """The weighted strategy: groups of alike nodes, one for each stage; equal groups are one kind."""
 
     def __init__(self, request: PlanRequest, book: _Book) -> None:
         self.request, self.book = request, book
@@ -181,12 +115,12 @@ class _Weighted:
         self.kinds = [distinct.index(traits.index(group)) for group in traits]
         self.members = [members[i] for i in distinct]  # of each kind
         self.memory = [min(node.memory_bytes for node in group) for group in self.members]
-        self.totals: dict[tuple[int, int], int] = {}  # each is asked for once a kind
+        self.totals: dict[tuple[int, int], int] = {}  # bytes of each range, which every kind asks for
 
     def stages(self) -> tuple[tuple[LayerRange, ...], list[list[int]]]:
-        """Ranges, and the nodes of each. Where nothing fits, those that lack least in proportion."""
+        """The ranges, and the nodes of each. If nothing fits, those whose nodes lack the least memory in proportion."""
         stages = self._cut(self._slowest) or self._cut(self._fullness)
-        assert stages is not None  # fullness forbids nothing, and there are no more stages than groups
+        assert stages is not None  # `_fullness` forbids no cut, and there are no more stages than groups
         return tuple(LayerRange(a, b) for _, a, b in stages), [self.groups[i] for i, _, _ in stages]
 
     def possible(self) -> bool:
@@ -208,7 +142,7 @@ class _Weighted:
 
 
 def _groups(nodes: Sequence[Node], replicas: int) -> list[list[int]]:
-    """Groups of `replicas` alike nodes, in the order of their first; those left over are in none."""
+    """Groups of `replicas` alike nodes, in the order of their first ones. Nodes that are left over are in no group."""
     if replicas == 1:
         return [[i] for i in range(len(nodes))]
     by_size = sorted(range(len(nodes)), key=lambda i: (-nodes[i].memory_bytes, -nodes[i].speed, i))
@@ -220,9 +154,10 @@ def _default_count(request: PlanRequest) -> int:
 
 
 def _assign(needs: Sequence[int], nodes: Sequence[Node], replicas: int) -> list[list[int]]:
-    """The nodes of each range: in the order given, or the largest need to the most free memory where only that fits.
+    """The nodes of each range: in the given order, or, if only that fits, the range with the largest need to the node with the most free
+    memory.
 
-    One shard a node while nodes last (then it fits if anything does); several where there are fewer nodes than shards.
+    One shard for each node if there are enough nodes (then it fits if anything does); several otherwise.
     """
     count, total = len(needs), len(nodes)
     alone = total >= count * replicas
@@ -305,7 +240,7 @@ def _placement(request: PlanRequest, book: _Book, ranges: Sequence[LayerRange], 
 
 
 def _problem(request: PlanRequest, ranges: Sequence[PlacedRange], used: Sequence[int], over: Sequence[int]) -> str:
-    """Why it does not fit, in one sentence without a full stop."""
+    """Why it does not fit, as one sentence without a full stop."""
     model = request.model
     worst = max(over, key=lambda i: used[i] / request.nodes[i].memory_bytes)
     node = request.nodes[worst]
@@ -321,16 +256,3 @@ def _problem(request: PlanRequest, ranges: Sequence[PlacedRange], used: Sequence
         f"{format_bytes(node.memory_bytes)} and layers {layers}{overlap} need {format_bytes(used[worst])} there "
         f"(weights {weights}, KV cache {cache}, workspace {workspace})"
     )
-
-
-def _check_cover(ranges: Sequence[LayerRange], model: ModelShape) -> None:
-    at = 0
-    for cut in ranges:
-        if cut.start != at or not cut.start < cut.stop <= model.layer_count:
-            raise BadLayerRange(
-                f"layer ranges {', '.join(map(str, ranges))} do not cover layers 0-{model.layer_count} of {model.name} in order: "
-                f"{cut} should start at {at}, stop after it starts and not beyond {model.layer_count}"
-            )
-        at = cut.stop
-    if at != model.layer_count:
-        raise BadLayerRange(f"layer ranges end at {at} and {model.name} has layers 0-{model.layer_count}: add {at}-{model.layer_count}")

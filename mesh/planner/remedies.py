@@ -1,4 +1,4 @@
-"""The nearest changes that make a plan fit. Each one is planned before it is named, so that what is named fits."""
+"""The nearest changes with which a plan fits. Each one is planned before it is named, so every remedy that is named does fit."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from mesh.planner.placement import Node, Placement, Remedy
+from mesh.planner.request import PlanRequest
 from mesh.settings.units import GB, MB, format_bytes
-
-if TYPE_CHECKING:
-    from mesh.planner.plan import PlanRequest
 
 __all__ = ["advise", "apply"]
 
@@ -23,10 +20,10 @@ Fits = Callable[[Remedy], bool]
 
 
 def advise(request: PlanRequest, placement: Placement, fits_request: Callable[[PlanRequest], bool]) -> tuple[Remedy, ...]:
-    """Remedies for `placement`, which does not fit: of each sort of change the smallest that suffices alone.
+    """Remedies for `placement`, which does not fit: of each kind of change the smallest one that suffices alone.
 
-    Where neither more shards nor fewer bits do, the smallest number of shards at the first lower number of bits that does.
-    A larger memory always does, and comes last.
+    If neither more shards nor fewer bits suffice alone, the two are combined: the smallest number of shards at the first lower number of
+    bits that fits. More memory always suffices, and comes last.
     """
 
     def fits(remedy: Remedy) -> bool:
@@ -45,7 +42,7 @@ def advise(request: PlanRequest, placement: Placement, fits_request: Callable[[P
 
 
 def apply(request: PlanRequest, remedy: Remedy) -> PlanRequest:
-    """`request` with the change."""
+    """`request` with the change that `remedy` describes."""
     nodes = request.nodes
     if remedy.memory_bytes is not None:
         least = remedy.memory_bytes
@@ -149,7 +146,7 @@ def _first(remedies: Iterable[Remedy], fits: Fits) -> list[Remedy]:
 
 
 def _largest(at: Callable[[int], Remedy], most: int, fits: Fits) -> list[Remedy]:
-    """The largest of at(1) ... at(most) that fits; what is smaller than one that fits does too."""
+    """The largest of at(1) ... at(most) that fits. Anything smaller than one that fits does too."""
     index = bisect_left(range(most), True, key=lambda i: fits(at(most - i)))
     return [at(most - index)] if index < most else []
 

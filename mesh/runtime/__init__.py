@@ -1,0 +1,17 @@
+"""One layer range on one device: compiled programs, KV cache, steps, sampling.
+
+engine           what a shard needs of a stage: the Engine protocol
+stage            the engine that keeps keys and values
+recompute        the engine that keeps only its input and computes rows again
+generate         a whole model in one process, without a mesh
+programs         which programs a step runs, and compiling them
+executables      compiled programs kept on disk across processes
+buckets          the few shapes that steps are padded to
+step             one block's part of a step
+cache            attention over the KV cache
+sampling         the next token from logits
+loading          a block's file to a function and its weights
+canonical        equal blocks share one compiled program
+kernel_variants  the fastest variant of each product on this machine
+device           settings of JAX for the whole process
+"""

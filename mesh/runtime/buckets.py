@@ -1,4 +1,5 @@
-"""Which shapes are compiled: rows, chunk and length are rounded up to one of a few sizes, so that compilation is bounded."""
+"""The few shapes that programs are compiled for. Rows, chunk and length of a step are rounded up to one of them, so that the number of
+compilations is bounded."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ _LENGTH, _LENGTH_STEP = 8192, 4
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """Sizes in ascending order; the last of each is the most there can be.
+    """Sizes in ascending order; the last of each is the largest possible.
 
-    rows: rows of a decode wave. chunks: tokens of a prefill chunk. lengths: cache slots a step reads at most.
+    rows: rows of a decode batch. chunks: tokens of a prefill chunk. lengths: the most cache positions that a step reads.
     """
 
     rows: tuple[int, ...]
@@ -55,8 +56,8 @@ class Buckets:
         raise ValueError(f"{value} is over the largest bucket {sizes[-1]}")
 
     def chunk(self, start: int, count: int) -> int:
-        """The chunk bucket for `count` tokens at `start`: the smallest that holds them, or, where its padding would
-        overrun the row, one that does not hold them all (the caller goes on with the rest)."""
+        """The chunk size for `count` tokens from `start` on: the smallest that holds them. If its padding would go beyond the row, a
+        size that holds only some of them; the caller continues with the rest."""
         for size in self.chunks:
             if count <= size:
                 if start + size <= self.lengths[-1] + SLACK:

@@ -1,14 +1,14 @@
 """The KV cache of one layer on one shard, and how a block's own ops read and write it in place.
 
-    array [R, Hkv, S, D]    R rows (sessions), S slots; slot s of a row is the key or value of position s
+    array [R, Hkv, S, D]    R rows (sessions), S positions: the key or value of each position of a row
 
-A block takes `past_key`, scatters into it with TensorScatter and reads the result with Attention (docs/model-format.md). Run
-literally, that would gather the rows of a step and copy them back. A CacheView stands where the past stood in the
-lowered graph and answers those two ops on the whole array instead: new tokens are written where they belong, in
-place, and attention reads only the rows of the step, a block of slots at a time, up to the last that one of them sees.
+A block takes `past_key`, scatters into it with TensorScatter and reads the result with Attention (docs/model-format.md). Run literally,
+that would gather the rows of a step and copy them back. Instead a CacheView stands in the lowered graph in place of the past, and
+answers those two ops on the whole array. New tokens are written in place. Attention reads only the rows of the step, block by block, up
+to the last position that one of them sees.
 
-Slots beyond the context are slack: the last one takes the writes of rows that have nothing to write in this step, the others
-the padding of a prefill chunk. No mask ever shows them.
+The array has a few more positions than the context. The last one takes the writes of rows that have nothing to write in this step; the
+others take the padding of a prefill chunk. No mask ever shows them.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ slots wastes little, one of many takes fewer turns."""
 _BLOCK_BYTES = 3 << 20
 """The most a coarse block of keys should take, so that its copy stays in the processor's caches."""
 _HIDDEN = -1e30  # finite, so that a row that sees nothing stays finite
-_LOWEST = -1e20  # below every score of a slot that is seen, and so far above one that is not that this weighs 0
+_LOWEST = -1e20  # below the score of every visible position, and so far above a hidden one that the hidden one's weight is 0
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CacheView:
-    """Rows `row` .. row + rows - 1 of a cache as a block sees them: [rows, Hkv, length, D]; no query sees a slot from `used` on.
+    """Rows `row` .. row + rows - 1 of a cache, as a block sees them: [rows, Hkv, length, D]. No query sees a position from `used` on.
 
-    Written either with one token a row (a decode wave) or, where `rows` is 1, with several (a prefill chunk).
+    A step writes either one token for each row (a decode batch) or, if `rows` is 1, several tokens (a prefill chunk).
     """
 
     array: Any  # [R, Hkv, S, D]
@@ -70,15 +70,15 @@ class CacheView:
 
     def write(self, update: jax.Array, indices: jax.Array) -> CacheView:
         """update [rows, Hkv, T, D] at slots indices[b] .. indices[b] + T - 1."""
-        update = jnp.nan_to_num(update.astype(self.array.dtype))  # no weight of 0 makes a NaN vanish
+        update = jnp.nan_to_num(update.astype(self.array.dtype))  # a weight of 0 does not remove a NaN
         if update.shape[2] > 1:
             if self.rows > 1:
                 raise ValueError("several tokens are written to one row at a time")
             return replace(self, array=jax.lax.dynamic_update_slice(self.array, update, (self.row, 0, indices[0], 0)))
         rows, tokens = self.row + jnp.arange(self.rows), update[:, :, 0]
         if self.rows == 1:
-            # As one update XLA merges the write into its reader, which then needs the old array too: a copy of the cache. Two
-            # updates it leaves alone, so the second goes to the slot nobody sees.
+            # XLA merges a single update into its reader, which then needs the old array too: a copy of the cache. It does not
+            # merge two updates, so a second one goes to the position that no query sees.
             rows, tokens = jnp.stack([self.row, self.row]), jnp.concatenate([tokens, tokens])
             indices = jnp.append(indices, self.array.shape[2] - 1)
         return replace(self, array=self.array.at[rows, :, indices].set(tokens, mode="promise_in_bounds"))
@@ -99,16 +99,16 @@ class CacheView:
 
 
 def in_blocks() -> bool:
-    """Whether attention goes through the slots in blocks. An accelerator would be asked before each whether there is another, and
-    reads `length` slots at once."""
+    """Whether attention goes through the cache in blocks. An accelerator would have to be asked before each block whether there is
+    another one, so there `length` positions are read at once."""
     return jax.default_backend() == "cpu"
 
 
 def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *, scale: float, softcap: float) -> jax.Array:
     """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv].
 
-    The softmax is taken as the blocks come: what is summed so far shrinks when a higher score does (Milakov, Gimelshein 2018).
-    Scores and sums are float32. What a slot holds that nobody sees may overflow in its score, which is dropped, and weighs nothing.
+    The softmax is computed block by block: the sums so far shrink when a higher score comes (Milakov, Gimelshein 2018). Scores and sums
+    are float32. The content of a position that no query sees may overflow in its score; that score is dropped and has no weight.
     """
     batch, q_heads, tokens, dim = q.shape
     _, heads, length, value_dim = values.shape
@@ -121,7 +121,7 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
         start = jnp.minimum(begin, length - size)
         bias = _bias(jax.lax.dynamic_slice_in_dim(mask, start, size, axis=3), heads, group)  # [B or 1, Hkv or 1, G or 1, T, size]
         seen = (bias > _HIDDEN) & (start + jnp.arange(size) >= begin)
-        # Keys on the left: XLA lays both operands out with the sum last and would copy what stands on the right.
+        # Keys are the left operand: XLA arranges both operands with the summed axis last, and would copy the right one.
         scores = jnp.einsum("bhld,bhgtd->bhlgt", keys.read(start, size), q32).transpose(0, 1, 3, 4, 2)
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -143,13 +143,13 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
             count = -(-left // size) if size == sizes[-1] else left // size
             sums = jax.lax.fori_loop(0, count, lambda index, sums, at=at, size=size: block(at + index * size, size, sums), sums)
             at += count * size
-    total = jnp.maximum(sums.total, 1.0)  # which it is where anything is seen: the highest score weighs 1
+    total = jnp.maximum(sums.total, 1.0)  # it is at least 1 if any position is visible: the highest score has weight 1
     return (sums.context / total).reshape(batch, q_heads, tokens, value_dim).astype(q.dtype)
 
 
 class _Sums(NamedTuple):
-    """Of the blocks so far: the highest score [B, Hkv, G, T, 1], the sum of the weights [B, Hkv, G, T, 1] and that of the weighted values
-    [B, Hkv, G, T, Dv], both as if the highest score were 0."""
+    """The sums over the blocks so far: the highest score [B, Hkv, G, T, 1], the sum of the weights [B, Hkv, G, T, 1], and the sum of the
+    weighted values [B, Hkv, G, T, Dv], both as if the highest score were 0."""
 
     peak: Any
     total: Any
@@ -157,7 +157,7 @@ class _Sums(NamedTuple):
 
 
 def _block_sizes(length: int, slot_bytes: int) -> tuple[int, ...]:
-    """Descending; the whole where it is one block. `slot_bytes`: what the keys of one slot of all rows take."""
+    """Block sizes in descending order; the whole length if it is one block. `slot_bytes`: the bytes of one position's keys of all rows."""
     if length <= FINE or not in_blocks():
         return (length,)
     coarse = COARSE

@@ -1,8 +1,8 @@
-"""Lowered blocks that are the same program but for their weights, recognised as such.
+"""Recognise blocks that are the same program except for their weights.
 
-The layers of a decoder differ in their weights and in the names their exporter made up. Renamed by order of appearance, with every
-vector of numbers turned from a constant of the program into an argument of it, equal layers become equal graphs; one
-compiled program then serves all of them.
+The layers of a decoder differ in their weights and in the names that their exporter invented. Here names are replaced by the order of
+appearance, and every vector of numbers becomes an argument of the program instead of a constant in it. Equal layers then become equal
+graphs, and one compiled program serves all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ARGUMENT_ELEMENTS = 16
 
 
 def canonical(lowered: Lowered) -> tuple[str, Lowered]:
-    """(signature, the same block under canonical names): blocks of equal signature differ in their weights' numbers only."""
+    """(signature, the same block under canonical names). Blocks of equal signature differ only in the numbers of their weights."""
     graph = lowered.graph
     promoted = {
         name: value

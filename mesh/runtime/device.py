@@ -1,18 +1,17 @@
-"""Process-wide JAX settings, made once by whoever owns the process (never by importing a module)."""
+"""Settings of JAX for the whole process. The owner of the process makes them once; importing a module never does."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from functools import cache
 from pathlib import Path
 
 import jax
 
-from mesh.host.paths import cache_directory
+from mesh.host.processor import machine_id
 
-__all__ = ["cache_directory", "keeps_programs", "prepare", "processor"]
+__all__ = ["keeps_programs", "prepare", "processor"]
 
 _WORKER = "tf_XLAEigen"
 """The name of the threads that compute."""
@@ -22,24 +21,25 @@ _prepared = False
 
 
 def prepare() -> None:
-    """Keep compiled programs across processes (mesh/runtime/executables.py), and let float32 mean float32: a GPU would otherwise
-    multiply in TF32, and greedy tokens would differ from the reference's. Call it once the process has its cores and its device."""
+    """Keep compiled programs across processes (mesh/runtime/executables.py), and compute float32 products in float32. A GPU would
+    otherwise multiply in TF32, and greedy tokens would differ from the reference's. Call it once the process has its cores and its
+    device."""
     global _prepared
     jax.config.update("jax_default_matmul_precision", "highest")
-    # JAX's own cache stays off: an executable that came out of it cannot be kept again, its functions are not in what JAX then writes.
+    # JAX's own cache stays off: an executable that was loaded from it cannot be serialised again with its functions.
     jax.config.update("jax_enable_compilation_cache", False)
     _pin_workers()
     _prepared = True
 
 
 def keeps_programs() -> bool:
-    """Whether `prepare` has been called: tests and tools that have not leave nothing behind."""
+    """Whether `prepare` has been called. Tests and tools that have not called it leave no files behind."""
     return _prepared
 
 
 def _pin_workers() -> None:
-    """Give each of XLA's worker threads a core of its own. Between two steps they sleep, and where the kernel wakes them beside each
-    other, or beside the thread that waits for them, a step begins on fewer cores than it has: 10 to 20 % of a short one."""
+    """Give each of XLA's worker threads a core of its own. They sleep between two steps. If the kernel wakes two of them on one core, or
+    one beside the thread that waits for them, a step begins on fewer cores than it has: 10 to 20 % of a short step."""
     if jax.default_backend() != "cpu" or not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -52,11 +52,7 @@ def _pin_workers() -> None:
 
 @cache
 def processor() -> str:
-    """A name of what computes for this process: the same for every process of a machine that computes on its CPU; an accelerator is
-    taken to be this process's own."""
-    try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        machine = platform.node()
-    backend = jax.default_backend()
+    """A name of what computes for this process. All processes of a machine that compute on its CPU have the same name; an accelerator
+    is taken to belong to this process alone."""
+    machine, backend = machine_id(), jax.default_backend()
     return f"{machine}/{backend}" if backend == "cpu" else f"{machine}/{backend}/{os.getpid()}"

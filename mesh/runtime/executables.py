@@ -1,15 +1,15 @@
-"""Compiled programs, kept across processes under names that are found without tracing them.
+"""Compiled programs on disk, found by names that need no tracing.
 
-JAX keeps compiled programs as well, but finds them by what they are lowered to, so that a process that starts again traces and lowers
-every one: half of its start. Here a program's name is a digest of what it is made from: the block's signature, the shapes and types of
-its arguments, and the environment, which is all of this package's code that takes part, the versions of JAX, the processor and what XLA
-was told.
+JAX keeps compiled programs as well, but finds them by their lowered form, so a process that starts again traces and lowers every
+program: half of its start. Here the name of a program is a digest of what it is made from: the block's signature, the shapes and types
+of its arguments, and the environment. The environment is the code of this package that takes part, the versions of JAX, the processor,
+and XLA's options.
 
     CACHE/executables/ENVIRONMENT/PROGRAM    SHA-256 of the rest, then a pickle of the executable as JAX serialises it
 
-What is damaged, or cannot be loaded here, is compiled again; what cannot be written is done without; and where a computation fails, what
-was loaded is removed (`forget_loaded`), so that the process that is started in its place does not fail the same way. Whoever can write
-to the cache directory can run code in the processes that read it: it belongs to one user.
+A program that is damaged or cannot be loaded here is compiled again. If a file cannot be written, the program is just not kept. After a
+failed computation, the files that were loaded are removed (`forget_loaded`), so that the next process does not fail in the same way.
+Whoever can write to the cache directory can run code in the processes that read it: it belongs to one user.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import jaxlib.version
 from jax.experimental import serialize_executable
 
 import mesh
-from mesh.runtime.device import cache_directory, keeps_programs
+from mesh.host.paths import cache_directory
+from mesh.host.processor import processor_features
+from mesh.runtime.device import keeps_programs
 
 __all__ = ["Executables", "forget_loaded"]
 
@@ -53,19 +55,19 @@ def forget_loaded() -> None:
 
 
 class Executables:
-    """The programs of one environment, in `directory`, which is made when the first one is kept."""
+    """The programs of one environment, in `directory`, which is created when the first one is kept."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     @classmethod
     def of_this_process(cls) -> Executables | None:
-        """None where nothing is to be kept."""
+        """The programs of this process's environment; None if nothing is to be kept."""
         return cls(cache_directory() / "executables" / _environment()) if keeps_programs() else None
 
     def get(self, key: object, jitted: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """`jitted` compiled for `args` (arrays, or their shapes and types) with XLA's `options`. `key`: what, beside their shapes, tells
-        it from other programs; its repr has to be the same in every process."""
+        """`jitted`, compiled for `args` (arrays, or their shapes and types) with XLA's `options`. `key` distinguishes programs of equal
+        shapes; its repr must be the same in every process."""
         path = self.directory / _program(key, args)
         return self._load(path) or self._make(path, jitted, args, options)
 
@@ -79,7 +81,7 @@ class Executables:
             return None
         try:
             program = serialize_executable.deserialize_and_load(*pickle.loads(data[_DIGEST_BYTES:]))
-        except Exception as error:  # of JAX's, of XLA's or of pickle's: whatever it is, compiling mends it
+        except Exception as error:  # from JAX, XLA or pickle: in any case compiling again repairs it
             log.warning("%s cannot be loaded (%r): compiling it again", path, error)
             return None
         _loaded.add(path)
@@ -89,7 +91,7 @@ class Executables:
         compiled = jitted.lower(*args).compile(compiler_options=options)
         try:
             data = pickle.dumps(serialize_executable.serialize(compiled))
-        except Exception as error:  # a backend that cannot
+        except Exception as error:  # a backend that cannot serialise
             log.debug("%s is not kept: %r", path.name, error)
             return compiled
         part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
@@ -110,14 +112,14 @@ def _program(key: object, args: tuple[Any, ...]) -> str:
 
 @cache
 def _environment() -> str:
-    """What programs depend on beside their key and arguments."""
+    """A digest of what programs depend on besides their key and arguments."""
     digest = hashlib.sha256()
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     set_here: Any = jax.config  # its attributes are made as it is imported
     told = (os.environ.get("XLA_FLAGS", ""), set_here.jax_default_matmul_precision, set_here.jax_enable_x64)
     versions = (jax.__version__, jaxlib.version.__version__, device.client.platform_version)
-    digest.update(repr((versions, device.platform, device.device_kind, os.cpu_count(), cores, told, _instructions())).encode())
+    digest.update(repr((versions, device.platform, device.device_kind, os.cpu_count(), cores, told, processor_features())).encode())
     root = Path(mesh.__file__).parent
     for folder in _CODE:
         for file in sorted((root / folder).rglob("*.py")):
@@ -126,16 +128,8 @@ def _environment() -> str:
     return digest.hexdigest()[:16]
 
 
-def _instructions() -> list[str]:
-    """The processor's name and what it can do."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return []
-
-
 def _forget_old(directory: Path) -> None:
-    """Keep the environments that were begun last."""
+    """Keep the environments that were begun last, and remove the others."""
     found = sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found[_ENVIRONMENTS:]:
         shutil.rmtree(path, ignore_errors=True)

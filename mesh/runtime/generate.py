@@ -1,9 +1,9 @@
-"""Generation in one process through N stages, no network: what the mesh's answers and speed are measured against."""
+"""Generation in one process through N stages, without a network: the reference for the mesh's answers and speed."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,19 +11,20 @@ import numpy as np
 
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.model.manifest import Manifest
+from mesh.runtime.engine import SampledToken
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
-from mesh.runtime.stage import Stage, StageConfig, Token
-from mesh.types import even_ranges
+from mesh.runtime.stage import Stage, StageConfig
+from mesh.types import Progress, even_ranges, no_progress
 
 __all__ = ["Generation", "Pipeline"]
 
 
 @dataclass
 class Generation:
-    """What one request produced and how long it took. Seconds; `step_s` has one entry a decode step."""
+    """What one request produced, and how long it took in seconds; `step_s` has one entry for each decode step."""
 
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     finish_reason: str = "length"
     prefill_s: float = 0.0
     step_s: list[float] = field(default_factory=list)
@@ -52,7 +53,7 @@ class Pipeline:
         chunk: int = 256,
         max_memory_bytes: int | None = None,
         compiled: Compiled | None = None,
-        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> Pipeline:
         """Cut the model evenly over `shards` stages. `max_memory_bytes` is for each stage; `compiled` as for Stage.load."""
         manifest = Manifest.load(directory)
@@ -63,29 +64,27 @@ class Pipeline:
             stages.append(Stage.load(directory, config, compiled=compiled, progress=progress))
         return cls(stages)
 
-    def warm_up(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
+    def warm_up(self, progress: Progress = no_progress) -> None:
         for stage in self.stages:
             stage.warm_up(progress)
 
-    def compile_for(
-        self, prompt_length: int, max_tokens: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
-    ) -> None:
+    def compile_for(self, prompt_length: int, max_tokens: int, progress: Progress = no_progress) -> None:
         """Compile only what one request of this size runs."""
         for index, stage in enumerate(self.stages):
             progress(f"compile stage {index}", index, len(self.stages))
             stage.compile_for(prompt_length, max_tokens)
 
-    def prefill(self, row: int, start: int, tokens: np.ndarray) -> Token:
+    def prefill(self, row: int, start: int, tokens: np.ndarray) -> SampledToken:
         """One chunk of one row through every stage; the token sampled after it."""
         hidden: np.ndarray | None = None
         for stage in self.stages[:-1]:
             hidden = stage.prefill(row, start, tokens, hidden)  # type: ignore[assignment]
         result = self.stages[-1].prefill(row, start, tokens, hidden)
-        assert isinstance(result, Token)
+        assert isinstance(result, SampledToken)
         return result
 
-    def decode(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> list[Token]:
-        """One step of a wave through every stage."""
+    def decode(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> list[SampledToken]:
+        """One step of a decode batch through every stage."""
         hidden: np.ndarray | None = None
         for stage in self.stages[:-1]:
             hidden = stage.decode(rows, positions, tokens, hidden)  # type: ignore[assignment]
@@ -93,13 +92,13 @@ class Pipeline:
         assert isinstance(result, list)
         return result
 
-    def start(self, row: int, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int) -> Token:
-        """Check a request, open its row and prefill it; the first token."""
+    def start(self, row: int, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int) -> SampledToken:
+        """Check a request, open its row and prefill it. Returns the first token."""
         check_request(prompt, max_tokens, vocab_size=self.manifest.vocab_size, context=self.context)
         self.stages[-1].open(row, params, prompt_length=len(prompt))
         chunk = self.stages[0].buckets.chunks[-1]
         tokens = np.asarray(prompt, np.int32)
-        token: Token | None = None
+        token: SampledToken | None = None
         for start in range(0, len(tokens), chunk):
             token = self.prefill(row, start, tokens[start : start + chunk])
         assert token is not None
@@ -114,8 +113,8 @@ class Pipeline:
         stop_ids: Sequence[int] = (),
         row: int = 0,
         into: Generation | None = None,
-    ) -> Iterator[Token]:
-        """Tokens of one request as they come; `into` is filled in meanwhile. A stop token ends it and is not given."""
+    ) -> Iterator[SampledToken]:
+        """The tokens of one request as they come; `into` is filled in meanwhile. A stop token ends it and is not yielded."""
         generation = Generation() if into is None else into
         began = time.perf_counter()
         token = self.start(row, prompt, params, max_tokens=max_tokens)
@@ -134,7 +133,7 @@ class Pipeline:
             generation.step_s.append(time.perf_counter() - began)
 
     def complete(self, prompt: Sequence[int], params: SamplingParams, *, max_tokens: int, stop_ids: Sequence[int] = ()) -> Generation:
-        """`generate` to its end."""
+        """Run `generate` to its end."""
         generation = Generation()
         for _ in self.generate(prompt, params, max_tokens=max_tokens, stop_ids=stop_ids, into=generation):
             pass
@@ -142,7 +141,7 @@ class Pipeline:
 
 
 def check_request(prompt: Sequence[int], max_tokens: int, *, vocab_size: int, context: int) -> None:
-    """BadRequest or PromptTooLong, naming the field."""
+    """BadRequest or PromptTooLong, with the name of the field, if a request cannot be served."""
     if not len(prompt):
         raise BadRequest("the prompt is empty: give at least one token", field="prompt")
     if max_tokens < 1:

@@ -1,4 +1,4 @@
-"""Blocks of a model directory, lowered, with their weights as the runtime wants them."""
+"""From the files of a model directory to lowered blocks and their weights on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import onnx
 from mesh.errors import CorruptModel
 from mesh.lowering import Lowered, lower
 from mesh.lowering.join import join_products
-from mesh.lowering.weights import Forms, PackedWeight, pack
+from mesh.lowering.weights import PackedWeight, Variants, pack
 from mesh.model.manifest import block_name
 from mesh.runtime.canonical import canonical
 from mesh.types import LayerRange
@@ -30,7 +30,7 @@ _GONE = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class Block:
-    """One lowered block, under canonical names, and its weights on the device. Blocks of equal `signature` are one program."""
+    """One lowered block under canonical names, and its weights on the device. Blocks of equal `signature` share one program."""
 
     name: str
     signature: str
@@ -49,15 +49,15 @@ def block_names(layers: LayerRange, *, embed: bool, head: bool) -> list[str]:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The graph alone; CorruptModel if it is not one."""
+    """The graph without its weights. CorruptModel: the file is no graph."""
     try:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own errors for a damaged file, and the system's for a missing one
         raise CorruptModel(f"{path} cannot be read ({type(error).__name__}): fetch or import the model again") from None
 
 
-def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Forms] | None = None) -> Block:
-    """Read one block; `forms` chooses the product forms of each packed weight (None: the defaults)."""
+def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight], Variants] | None = None) -> Block:
+    """Read one block; `variants` chooses the product variants of each packed weight (None: the defaults)."""
     path = Path(directory) / f"{name}.onnx"
     signature, lowered = canonical(lower(read_model(path), base_dir=path.parent))
     packable = _matmul_weights(lowered)
@@ -71,18 +71,18 @@ def load_block(directory: Path, name: str, *, forms: Callable[[PackedWeight], Fo
         arrays = [lowered.weights[part] for part in parts]
         if parts[0] in packable:
             weight = pack([(array, lowered.packed.get(part)) for array, part in zip(arrays, parts, strict=True)])
-            weights[key] = weight if forms is None else weight.with_forms(forms(weight))
+            weights[key] = weight if variants is None else weight.with_variants(variants(weight))
             for array in arrays:
                 _forget_pages(array)
         else:
             weights[key] = jnp.asarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1))
-    # The graph needs the weights' names alone from here on: let go of the mapped file.
+    # From here on the graph needs only the names of the weights: release the mapped file.
     bare = Lowered(graph, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs)
     return Block(name, signature, bare, weights)
 
 
 def _forget_pages(array: np.ndarray) -> None:
-    """Let the system take back what was read of a mapped file: a block is in memory once, not as pages of its file as well."""
+    """Let the system drop the pages of a mapped file that was read: otherwise a block would be in memory twice."""
     mapped: Any = array
     while mapped is not None and not isinstance(mapped, mmap.mmap):
         mapped = getattr(mapped, "base", None)
@@ -97,7 +97,7 @@ def _forget_pages(array: np.ndarray) -> None:
 
 
 def _matmul_weights(lowered: Lowered) -> set[str]:
-    """Weights [in, out] that serve only as right operands of MatMul, directly or through one Cast or DequantizeLinear."""
+    """The weights [in, out] that only serve as right operands of MatMul, directly or through one Cast or DequantizeLinear."""
     uses: dict[str, list[tuple[str, int, tuple[str, ...]]]] = defaultdict(list)  # value -> (op, position, outputs)
     for node in lowered.graph.nodes:
         for position, name in enumerate(node.inputs):

@@ -20,18 +20,18 @@ from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled
 from mesh.runtime.step import LayerCache
 
-__all__ = ["Bucket", "Compiled", "Group", "Programs", "chunk_numbers", "to_host", "wave_numbers"]
+__all__ = ["Compiled", "Group", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "to_host"]
 
 _SEEN, _SEEN_FACTOR = 2048, 4
-"""Penalties look back at so many tokens, or so many times as many, and so on: few programs, for 0.02 ms where there are penalties."""
+"""Penalties look back over this many tokens, or a power of the factor times as many: few programs, for 0.02 ms more with penalties."""
 
 Compiled = dict[tuple[Any, ...], Any]
 """(kind, bucket, signature, shape of the state) -> executable."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """One shape of a step: `size` rows of a decode wave or tokens of a prefill chunk, reading `length` cache slots."""
+class ShapeBucket:
+    """One shape of a step: `size` rows of a decode batch or tokens of a prefill chunk, reading `length` cache positions."""
 
     prefill: bool
     size: int
@@ -59,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """What sampling depends on, in place of a block."""
+    """What sampling depends on; it takes the place of a block."""
 
     size: int
 
@@ -69,8 +69,8 @@ class _Vocabulary:
 
 
 class _Step(NamedTuple):
-    """The executables of one bucket: of the embedding, of each group of layers, of the head, after what makes one token of a chunk, and
-    of sampling."""
+    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, and
+    sampling."""
 
     embed: Any
     layers: tuple[Any, ...]
@@ -80,11 +80,12 @@ class _Step(NamedTuple):
 
 
 class Programs:
-    """Compiles on demand and keeps what it compiled. Groups of equal signature and shapes share a program, and stages of one
-    process do that are given the same `compiled`. `hidden`: size and type of the hidden state; `vocab`: tokens.
+    """Compiles programs on demand and keeps them. Groups of equal signature and shapes share a program; so do stages of one process that
+    are given the same `compiled`. `hidden`: size and type of the hidden state. `vocab`: number of tokens.
 
-    `own` of `layers` (None: all) run as groups. The others are held so that `serve` can take them in: those, and what is left of a
-    group that `serve` cuts, run layer by layer, and that program is compiled with the rest."""
+    `own` of `layers` (None: all) run in groups. The other layers are held so that `serve` can take them in. Those, and what is left of a
+    group that `serve` cuts, run layer by layer; that program is compiled with the rest.
+    """
 
     def __init__(
         self,
@@ -109,17 +110,17 @@ class Programs:
         self._lock = threading.Lock()
         self._making: dict[Any, threading.Lock] = {}
         self._kept = Executables.of_this_process()
-        self._steps: dict[Bucket, _Step] = {}
+        self._steps: dict[ShapeBucket, _Step] = {}
         self._table: tuple[bytes, Any] = (b"", None)
         self._on_host = jax.default_backend() == "cpu"
-        # Flat, as a call would otherwise flatten them in every step.
+        # Flat tuples; otherwise every step would flatten the trees again.
         self._embed_weights = tuple(jax.tree.leaves(embed.weights)) if embed is not None else ()
         self._head_weights = tuple(jax.tree.leaves(head.weights)) if head is not None else ()
 
         self.serve(self._own, embed=embed is not None, head=head is not None)
 
     def serve(self, own: slice, *, embed: bool, head: bool) -> None:
-        """Run `own` of the layers from now on, with the embedding and the head where asked and there."""
+        """Run `own` of the layers from now on, with the embedding and the head if asked for and held."""
         self.embed = self._embed if embed else None
         self.head = self._head if head else None
         kept = {group.first: group for group in self._grouped if own.start <= group.first and group.first + len(group.blocks) <= own.stop}
@@ -138,17 +139,18 @@ class Programs:
 
     def run(
         self,
-        bucket: Bucket,
+        bucket: ShapeBucket,
         caches: list[LayerCache],
         history: Any,
         hidden: np.ndarray | None,
         numbers: np.ndarray,
         wanted: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[Any, Any]:
-        """One step of `numbers` (`wave_numbers` or `chunk_numbers`). `wanted`: the rows' parameters, None where the likeliest tokens are
-        all they want. `caches` is updated in place; returns (history, hidden [B, T, D], or on the last stage Sampled)."""
+        """Run one step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' sampling parameters; None if the
+        likeliest tokens suffice. `caches` is updated in place. Returns (history, hidden [B, T, D]), or on the last stage (history,
+        Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
-        # A call takes host arrays over itself, faster than device_put; for several of them an accelerator would be sent it several times.
+        # A call copies host arrays to the device itself, faster than device_put. But an accelerator would get it once for each program.
         numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
         if self.embed is not None:
             x = step.embed(self._embed_weights, numbers_)
@@ -164,8 +166,8 @@ class Programs:
             return history, Sampled(likeliest, None, None, None)
         return history, step.sampled(logits, history, numbers_, *self._on_device(*wanted))
 
-    def compile(self, bucket: Bucket, caches: Sequence[LayerCache], history: Any) -> _Step:
-        """Everything a step of this shape runs, now or after another `serve`."""
+    def compile(self, bucket: ShapeBucket, caches: Sequence[LayerCache], history: Any) -> _Step:
+        """Compile everything that a step of this shape runs, now or after another `serve`."""
         size, dtype = self._hidden
         x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
         for group in self._alone:
@@ -187,13 +189,13 @@ class Programs:
         return step
 
     def _on_device(self, floats: np.ndarray, ints: np.ndarray) -> Any:
-        """The rows' parameters; sent anew only when they differ from the last step's."""
+        """The rows' parameters on the device; sent again only if they differ from the last step's."""
         key = floats.tobytes() + ints.tobytes()
         if self._table[0] != key:
             self._table = (key, jax.device_put((floats, ints)))
         return self._table[1]
 
-    def _get(self, kind: str, bucket: Bucket, what: Any, state: Any = None, x: Any = None) -> Any:
+    def _get(self, kind: str, bucket: ShapeBucket, what: Any, state: Any = None, x: Any = None) -> Any:
         bucket = _relevant(kind, bucket, state)
         key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
         found = self._compiled.get(key)
@@ -207,23 +209,23 @@ class Programs:
         return found
 
 
-def _relevant(kind: str, bucket: Bucket, state: Any) -> Bucket:
-    """What of a bucket makes a difference to a program, so that fewer are compiled. Head and sampling run for one token a row, and
-    sampling looks back at no more than a few lengths."""
+def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
+    """The part of a bucket that a program depends on, so that fewer are compiled: head and sampling run for one token a row, and
+    sampling looks back over one of a few lengths."""
     if kind in ("embed", "last"):
         return replace(bucket, length=0)
     if kind == "head":
-        return Bucket(False, 1 if bucket.prefill else bucket.size, 0)
+        return ShapeBucket(False, 1 if bucket.prefill else bucket.size, 0)
     if kind == "sampled":
         seen = _SEEN
         while seen < bucket.length:
             seen *= _SEEN_FACTOR
-        return Bucket(False, 1 if bucket.prefill else bucket.size, min(seen, state.shape[1] - SLACK))
+        return ShapeBucket(False, 1 if bucket.prefill else bucket.size, min(seen, state.shape[1] - SLACK))
     return bucket
 
 
 def _groups(layers: Sequence[Block]) -> Iterator[Group]:
-    """Runs of equal layers cut evenly; unlike neighbours (a pattern of windows, say) together up to the same number."""
+    """Runs of equal layers, cut evenly. Unlike neighbours (of a pattern of windows, say) are put together up to the same number."""
     runs = [list(run) for _, run in groupby(layers, key=lambda block: block.signature)]
     first = 0
     if max(map(len, runs)) < step.GROUP_LAYERS:
@@ -250,9 +252,11 @@ class _Numbers(NamedTuple):
     count: Any
 
 
-def wave_numbers(rows: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, base: int, size: int, unseen: int) -> np.ndarray:
-    """A decode step's input as the one array that is sent to the device: int32 [3 size + 1], tokens, positions and writes of the `size`
-    rows from `base` on, and `base`. The rows that are not named write to slot `unseen`."""
+def decode_numbers(
+    rows: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, base: int, size: int, unseen: int
+) -> np.ndarray:
+    """A decode step's input as the one array that is sent to the device: int32 [3 size + 1], with tokens, positions and write positions
+    of the `size` rows from `base` on, and `base`. Rows that are not named write to position `unseen`."""
     numbers = [0] * (2 * size) + [unseen] * size + [base]
     for row, position, token in zip(rows, positions, tokens, strict=True):
         at = row - base
@@ -261,14 +265,14 @@ def wave_numbers(rows: Sequence[int], positions: Sequence[int], tokens: Sequence
 
 
 def chunk_numbers(tokens: np.ndarray, start: int, row: int, size: int) -> np.ndarray:
-    """A prefill chunk's, tokens [n] padded to `size`: int32 [size + 3]."""
+    """The same for a prefill chunk: tokens [n] padded to `size`, int32 [size + 3]."""
     numbers = np.zeros(size + 3, np.int32)
     numbers[: len(tokens)] = tokens
     numbers[size:] = start, row, len(tokens)
     return numbers
 
 
-def _numbers(bucket: Bucket, vector: Any) -> _Numbers:
+def _numbers(bucket: ShapeBucket, vector: Any) -> _Numbers:
     size = bucket.size
     if bucket.prefill:
         start, row, count = (vector[size + index] for index in range(3))
@@ -277,7 +281,7 @@ def _numbers(bucket: Bucket, vector: Any) -> _Numbers:
     return _Numbers(tokens[:, None], positions[:, None], writes, vector[3 * size], None)
 
 
-def _vector(bucket: Bucket) -> Any:
+def _vector(bucket: ShapeBucket) -> Any:
     return _shape((bucket.size + 3 if bucket.prefill else 3 * bucket.size + 1,))
 
 
@@ -288,21 +292,21 @@ def _flat(weights: Any) -> tuple[tuple[Any, ...], Any]:
 
 
 class _Program(NamedTuple):
-    """What is to be compiled for which arguments; `weights`: how the flat ones among these make up the blocks'."""
+    """What to compile, and for which arguments. `weights`: how the flat arguments make up the blocks' weights."""
 
     jitted: Any
     args: tuple[Any, ...]
     weights: Any = None
 
     def compile(self, key: tuple[Any, ...], kept: Executables | None) -> Any:
-        # On a CPU a reduction in two steps, as XLA would make every one, is two operations where one is as fast.
+        # On a CPU XLA splits every reduction in two, where one operation is as fast.
         options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if jax.default_backend() == "cpu" else {}
         if kept is not None:
             return kept.get((key, str(self.weights)), self.jitted, self.args, options)
         return self.jitted.lower(*self.args).compile(compiler_options=options)
 
 
-def _embed(bucket: Bucket, block: Block, state: Any, x: Any) -> _Program:
+def _embed(bucket: ShapeBucket, block: Block, state: Any, x: Any) -> _Program:
     weights, tree = _flat(block.weights)
 
     def embed(flat: Any, vector: Any) -> Any:
@@ -312,9 +316,9 @@ def _embed(bucket: Bucket, block: Block, state: Any, x: Any) -> _Program:
     return _Program(jax.jit(embed), (weights, _vector(bucket)), tree)
 
 
-def _layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) -> _Program:
+def _layers(bucket: ShapeBucket, group: Group, caches: Sequence[LayerCache], x: Any) -> _Program:
     weights, tree = _flat([block.weights for block in group.blocks])
-    # Equal layers are traced once: XLA inlines the calls, so that the program is the same.
+    # Equal layers are traced once. XLA inlines the calls, so the program is the same.
     traced = {block.signature: jax.jit(partial(step.layer, block.lowered, length=bucket.length)) for block in group.blocks}
 
     def layers(flat: Any, caches: Any, hidden: Any, vector: Any) -> Any:
@@ -325,7 +329,7 @@ def _layers(bucket: Bucket, group: Group, caches: Sequence[LayerCache], x: Any) 
     return _Program(jax.jit(layers, donate_argnums=1), (weights, tuple(caches), x, _vector(bucket)), tree)
 
 
-def _last(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
+def _last(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
     def last(history: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)
         history, hidden, token, position, write = step.last_of_chunk(history, hidden, n.tokens, n.positions, n.row, n.count)
@@ -334,7 +338,7 @@ def _last(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
     return _Program(jax.jit(last, donate_argnums=0), (history, x, _vector(bucket)))
 
 
-def _head(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
+def _head(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
     weights, tree = _flat(block.weights)
     hidden = _shape((bucket.size, 1, x.shape[-1]), x.dtype)
 
@@ -345,7 +349,7 @@ def _head(bucket: Bucket, block: Block, history: Any, x: Any) -> _Program:
     return _Program(jax.jit(head, donate_argnums=1), (weights, history, hidden, _vector(bucket)), tree)
 
 
-def _sampled(bucket: Bucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
+def _sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
     table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
 
     def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any) -> Any:
@@ -365,5 +369,5 @@ _PROGRAM: dict[str, Callable[..., _Program]] = {
 
 
 def to_host(sampled: Any, *, logprobs: bool) -> Sampled:
-    """What was sampled, as numpy; waits for it. Without `logprobs` the tokens alone are brought over."""
+    """The sampled tokens as numpy; waits for them. Without `logprobs` only the tokens are copied."""
     return Sampled(*(np.asarray(part) for part in sampled)) if logprobs else Sampled(np.asarray(sampled.tokens), None, None, None)

@@ -1,15 +1,14 @@
-"""A stage that keeps no keys and values between steps (`enable_kv_cache: false`): what came in is kept instead, and every step computes
+"""A stage that keeps no keys and values between steps (`enable_kv_cache: false`). It keeps its input instead, and every step computes
 the whole row so far again.
 
-For R rows of C tokens that is R * C * D numbers of hidden state (on the first stage, which gets tokens, nothing but those) and the cache
-of one row, where a cache would be R * C * 2 * kv_heads * head_dim for every layer. A token then costs as much as prefilling its row.
-Tokens are those of a stage with a cache: the same input, position by position, through the same prefill programs.
+For R rows of C tokens it keeps R * C * D numbers of hidden state (the first stage keeps only tokens), and the cache of one row. A full
+cache would be R * C * 2 * kv_heads * head_dim numbers for every layer. A token then costs as much as prefilling its row. The tokens are
+those of a stage with a cache: the same input goes through the same prefill programs, position by position.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,23 +17,24 @@ import numpy as np
 from mesh.errors import BadRequest
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed
+from mesh.runtime.engine import SampledToken, StageCounters
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
-from mesh.runtime.stage import Counters, Stage, StageConfig, Token
-from mesh.types import LayerRange
+from mesh.runtime.stage import Stage, StageConfig
+from mesh.types import LayerRange, Progress, no_progress
 
 __all__ = ["RecomputingStage"]
 
 
 class RecomputingStage:
-    """As Stage, for those who call it. Made by `load`."""
+    """An Engine, as Stage is. Made by `load`."""
 
     def __init__(self, inner: Stage, rows: int) -> None:
         """`inner` has one row, in which every step is computed."""
         self._inner = inner
         self.rows = rows
         self.context = inner.context
-        self.counters = Counters()
+        self.counters = StageCounters()
         self._tokens = np.zeros((rows, inner.context), np.int32)
         self._hidden: np.ndarray | None = None  # [rows, context, D], of a stage that is not the first
         self._params = [(SamplingParams(), 0)] * rows
@@ -47,7 +47,7 @@ class RecomputingStage:
         config: StageConfig,
         *,
         compiled: Compiled | None = None,
-        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> RecomputingStage:
         """Arguments and errors as of Stage.load."""
         inner = Stage.load(directory, replace(config, rows=1, kept_rows=config.rows), compiled=compiled, progress=progress)
@@ -82,14 +82,17 @@ class RecomputingStage:
         shape = (self.rows, self.context, self._inner.manifest.hidden.size)
         self._hidden = None if self.first else np.zeros(shape, self._inner.hidden_dtype)
 
-    def warm_up(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
+    def warm_up(self, progress: Progress = no_progress) -> None:
         self._inner.warm_up(progress, decode=False)
+
+    def exercise(self) -> None:
+        """Does nothing: each step computes a whole row, so the first run of a program takes no longer than later ones."""
 
     def open(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
         self._check_row(row)
         self._params[row] = (params, prompt_length)
 
-    def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | Token:
+    def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | SampledToken:
         """tokens [T] (and hidden [T, D]) of `row` from position `start` on -> hidden [T, D] or the token sampled after the last."""
         began = time.perf_counter()
         answer = self._run(row, start, np.asarray(tokens, np.int32), hidden)
@@ -100,7 +103,7 @@ class RecomputingStage:
 
     def decode(
         self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray, hidden: np.ndarray | None = None
-    ) -> np.ndarray | list[Token]:
+    ) -> np.ndarray | list[SampledToken]:
         """tokens [n] (and hidden [n, D]) of `rows` [n] at `positions` [n] -> hidden [n, D] or n tokens, one row after the other."""
         began = time.perf_counter()
         answers = []
@@ -114,8 +117,8 @@ class RecomputingStage:
             return answers  # type: ignore[return-value]  # the last stage's are tokens
         return np.concatenate(answers)  # type: ignore[arg-type]  # the others' are hidden states
 
-    def _run(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | Token:
-        """Note what came in, then compute the row from its beginning."""
+    def _run(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | SampledToken:
+        """Keep the input, then compute the row from its beginning."""
         self._check_row(row)
         self._inner.check_chunk(start, tokens, hidden)
         stop = start + len(tokens)
@@ -128,7 +131,7 @@ class RecomputingStage:
             params, prompt_length = self._params[row]
             self._inner.open(0, params, prompt_length=prompt_length)
         answer = self._inner.prefill(0, 0, self._tokens[row, :stop], before)
-        return answer if isinstance(answer, Token) else answer[start:]
+        return answer if isinstance(answer, SampledToken) else answer[start:]
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.rows:

@@ -1,13 +1,13 @@
 """Choosing the next token on the device: a pure function of (logits, parameters, history, position).
 
-A step that is replayed draws the same token, and so does the same request in other company: randomness is
-jax.random seeded by (seed, position), one row at a time, and no row's parameters touch another's.
+A step that is replayed draws the same token, and a request draws the same tokens whatever other rows are in its batch: each row's
+randomness is jax.random seeded by (seed, position), and no row's parameters affect another row.
 
     logits -> penalties over the row's history -> temperature -> top_k -> top_p -> min_p -> Gumbel arg-max
            temperature 0: arg-max of the penalised logits
 
-Only what some row of the step asks for is computed, and a wave whose rows all want the likeliest token (`RowTable.plain`) needs none
-of this: the head has it.
+Only what some row of the step asks for is computed. A decode batch whose rows all want the likeliest token (`RowTable.plain`) needs
+none of this: its head's program has that token.
 
 Penalties are those in common use: repetition (Keskar et al. 2019) over prompt and output, presence and frequency (OpenAI)
 over the output. top_p is Holtzman et al. 2019, min_p Nguyen et al. 2024. Filters keep every token that ties with the last kept.
@@ -77,7 +77,7 @@ class SamplingParams:
 
 
 class RowTable:
-    """The parameters of every row, as the two small arrays a step takes. Host memory; written when a row is opened."""
+    """The sampling parameters of every row, as the two small arrays that a step takes. In host memory; written when a row is opened."""
 
     FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     INTS = ("top_k", "seed_low", "seed_high", "prompt_length", "logprobs")
@@ -91,7 +91,7 @@ class RowTable:
             self.set(row, SamplingParams(temperature=0.0), prompt_length=0)
 
     def set(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
-        """Give `row` its parameters; penalties count positions from `prompt_length` on as output."""
+        """Set the parameters of `row`. Penalties count positions from `prompt_length` on as output."""
         self.floats[row] = [getattr(params, name) for name in self.FLOATS]
         self.plain[row] = params.plain
         low, high = np.array([params.seed], np.uint64).view(np.uint32).view(np.int32)
@@ -99,9 +99,9 @@ class RowTable:
         self.ints[row] = [top_k, low, high, prompt_length, -1 if params.logprobs is None else params.logprobs]
 
     def only(self, rows: np.ndarray, base: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(floats, ints) of a wave of `size` rows from `base` on, of which just `rows` ask for anything; the others are greedy.
-
-        Copies: what is handed to a CPU device may stay where it is, and would change when a row is given to somebody else."""
+        """(floats, ints) of a decode batch of `size` rows from `base` on. Only `rows` get their parameters; the others are greedy. The
+        arrays are copies: a CPU device may keep using the memory that it was given, and the table changes when a row gets another
+        session."""
         floats, ints = np.zeros((size, len(self.FLOATS)), np.float32), np.zeros((size, len(self.INTS)), np.int32)
         floats[:, 1] = floats[:, 3] = 1.0
         ints[:, -1] = -1
@@ -112,7 +112,7 @@ class RowTable:
 class Sampled(NamedTuple):
     """tokens [B] int32; logprob [B] float32 of the chosen token; top_tokens, top_logprobs [B, MAX_LOGPROBS].
 
-    Log-probabilities are of the model's own distribution, before penalties and temperature; zeros where no row asked.
+    Log-probabilities are of the model's own distribution, before penalties and temperature. They are zero for rows that asked for none.
     """
 
     tokens: Any
@@ -187,9 +187,9 @@ def _draw(scores: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, see
 
 
 def argmax(scores: Any) -> Any:
-    """The first index of the largest of scores [B, V] -> int32 [B]; the last index where there is NaN.
+    """The first index of the largest of scores [B, V] -> int32 [B]; the last index if there is a NaN.
 
-    As two plain reductions, which XLA vectorises on a CPU: jnp.argmax takes 10 times as long there, 0.2 ms for each row of 49,152.
+    Written as two plain reductions, which XLA vectorises on a CPU. jnp.argmax takes 10 times as long there: 0.2 ms for a row of 49,152.
     """
     vocab = scores.shape[-1]
     largest = jnp.max(scores, axis=-1, keepdims=True)
@@ -197,7 +197,7 @@ def argmax(scores: Any) -> Any:
 
 
 def _filter(scaled: Any, top_k: Any, top_p: Any, min_p: Any) -> Any:
-    """Mask what the filters exclude. Thresholds are found by bisection: no sort of the vocabulary."""
+    """Mask what the filters exclude. Thresholds are found by bisection, without sorting the vocabulary."""
     vocab = scaled.shape[-1]
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # 1 for the likeliest
     k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)

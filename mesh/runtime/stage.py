@@ -1,25 +1,25 @@
-"""A stage: one layer range on one device.
+"""A stage: one layer range on one device, with a KV cache.
 
-    Stage.load(directory, config)    memory predicted and refused if over, files checked, blocks lowered, weights packed
-    stage.warm_up()                  every program compiled; nothing compiles afterwards
+    Stage.load(directory, config)    predict memory and refuse if it is too much, check files, lower blocks, pack weights
+    stage.warm_up()                  compile every program; nothing compiles afterwards
     stage.open(row, params)          a session's sampling parameters, on the last stage
     stage.prefill(row, start, x)     a chunk of one row
     stage.decode(rows, positions, x) one token for each of several rows
 
-Synchronous, one caller at a time. What is written at a position depends only on that position's input and on what is before
-it, so a step that is repeated changes nothing up to its last position: recovery is replay. Beyond a prefill chunk lies its padding.
+Synchronous, one caller at a time. What is written at a position depends only on that position's input and on earlier positions, so
+repeating a step changes nothing up to its last position: recovery is replay. After a prefill chunk comes its padding.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,27 +30,30 @@ from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
-from mesh.runtime.forms import FormTable
+from mesh.runtime.engine import SampledToken, StageCounters
+from mesh.runtime.kernel_variants import VariantTable
 from mesh.runtime.loading import Block, block_names, load_block
-from mesh.runtime.programs import Bucket, Compiled, Programs, chunk_numbers, to_host, wave_numbers
+from mesh.runtime.programs import Compiled, Programs, ShapeBucket, chunk_numbers, decode_numbers, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress, no_progress
 
-__all__ = ["Stage", "StageConfig", "Token"]
+__all__ = ["Stage", "StageConfig"]
 
-Progress = Callable[[str, int, int], None]
+_LONG_CHUNK: Final = 1 << 20
+"""Tokens times the positions that they read. A larger chunk takes some 70 ms a layer on two cores; 6 ms more at its first run do not
+matter there."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What a stage serves and for how much. embed and head None: as the range begins at 0 and ends at the last layer.
+    """What a stage serves, and its limits. embed and head None: held if the range begins at 0 or ends at the last layer.
 
-    rows: sessions held at once. context: positions a row, at most (None: the model's). chunk: prefill tokens at a time.
-    max_memory_bytes: refuse to load over this (None: no limit). checksums: read every file first and compare its sha256.
-    overlap: of the layers on either side, held as well, with embedding or head where that reaches them, see Stage.serve.
-    kept_rows: of a RecomputingStage around this one, whose input is kept in place of a cache; memory is predicted for that.
+    rows: sessions held at once. context: the most positions of a row (None: the model's). chunk: prefill tokens at a time.
+    max_memory_bytes: refuse to load if more is needed (None: no limit). checksums: read every file first and compare its sha256.
+    overlap: so many layers on either side are held as well, with embedding or head if that reaches them; see Stage.serve. kept_rows: the
+    rows of the RecomputingStage around this one, which keeps input in place of a cache; memory is predicted for that.
     """
 
     layers: LayerRange
@@ -65,29 +68,8 @@ class StageConfig:
     kept_rows: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A sampled token; `logprob` and `top` ((token, logprob), likeliest first) only where the row asked for them."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass
-class Counters:
-    """Steps run and seconds in them, since load."""
-
-    prefill_steps: int = 0
-    prefill_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_steps: int = 0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-
-
 class Stage:
-    """See the module's docstring. Made by `load`."""
+    """An Engine that keeps keys and values of every row. Made by `load`; see the module's docstring."""
 
     def __init__(
         self, manifest: Manifest, config: StageConfig, blocks: Sequence[Block], need: MemoryNeed, compiled: Compiled | None = None
@@ -96,11 +78,11 @@ class Stage:
         self.config = config
         self.layers = config.layers
         self.held = _held(manifest, config)
-        self.first = self.last = False  # serve says
+        self.first = self.last = False  # `serve` sets them
         self.rows = config.rows
         self.context = config.context or manifest.context_length
         self.need = need
-        self.counters = Counters()
+        self.counters = StageCounters()
         self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
         inner = list(blocks)
         embed = inner.pop(0) if config.embed else None
@@ -125,11 +107,12 @@ class Stage:
         config: StageConfig,
         *,
         compiled: Compiled | None = None,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> Stage:
-        """`compiled`: programs to share with other stages of this process.
+        """Load a stage. `compiled`: programs to share with other stages of this process.
 
-        Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel."""
+        Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel.
+        """
         manifest = Manifest.load(directory)
         layers = manifest.check_range(config.layers)
         held = _held(manifest, config)
@@ -152,16 +135,16 @@ class Stage:
             )
         manifest.verify_files(Path(directory), held, checksums=config.checksums, embed=embed, head=head)
         names = block_names(held, embed=embed, head=head)
-        blocks, forms = [], FormTable()
+        blocks, variants = [], VariantTable()
         for index, name in enumerate(names):
             progress(f"load {name}", index, len(names))
-            blocks.append(load_block(Path(directory), name, forms=forms.lookup))
+            blocks.append(load_block(Path(directory), name, variants=variants.lookup))
         progress("loaded", len(names), len(names))
         return cls(manifest, config, blocks, need, compiled)
 
     def serve(self, layers: LayerRange) -> None:
-        """From now on be the stage of `layers`, of those that are held: nothing is loaded and, after warm_up, nothing compiled. Rows
-        hold nothing of use then. BadLayerRange: not all of them are held."""
+        """Serve `layers`, a range of those that are held, from now on. Nothing is loaded and, after warm_up, nothing is compiled. The
+        rows' contents are lost. BadLayerRange: not all of the layers are held."""
         held = self.held
         if not (held.start <= layers.start < layers.stop <= held.stop):
             raise BadLayerRange(f"layers {layers} are not all held here, which are {held}: give a range of these")
@@ -170,11 +153,12 @@ class Stage:
         self.last = bool(self.config.head) and layers.stop == held.stop
         self.programs.serve(slice(layers.start - held.start, layers.stop - held.start), embed=self.first, head=self.last)
 
-    def warm_up(self, progress: Progress = lambda what, done, total: None, *, decode: bool = True) -> None:
-        """Compile every program the buckets allow, those of decode steps only where asked. Idempotent.
+    def warm_up(self, progress: Progress = no_progress, *, decode: bool = True) -> None:
+        """Compile every program that the buckets allow; those of decode steps only if `decode`. Idempotent.
 
-        Stages begin at different buckets: those that start together on one machine find in the compilation cache what the others
-        have made meanwhile, where equal layers are equal programs."""
+        Stages begin at different buckets. If several start together on one machine, each finds the others' programs in the cache,
+        because equal layers are equal programs.
+        """
         wanted = [bucket for bucket in self._buckets() if decode or bucket.prefill]
         begin = len(wanted) * self.layers.start // self.manifest.layers
         wanted = wanted[begin:] + wanted[:begin]
@@ -184,14 +168,32 @@ class Stage:
         progress("compiled", len(wanted), len(wanted))
 
     def compile_for(self, prompt_length: int, max_tokens: int) -> None:
-        """Compile the programs of one request alone: its prefill chunks, then decode steps of one row."""
+        """Compile only the programs of one request: its prefill chunks, then decode steps of one row."""
         chunk = self.buckets.chunks[-1]
         for start in range(0, prompt_length, chunk):
             self._compile(self._prefill_bucket(start, min(chunk, prompt_length - start)))
         longest = Buckets.fit(self.buckets.lengths, min(prompt_length + max_tokens, self.context))
         for length in self.buckets.lengths:
             if max_tokens > 1 and Buckets.fit(self.buckets.lengths, prompt_length + 1) <= length <= longest:
-                self._compile(Bucket(False, self.buckets.rows[0], length))
+                self._compile(ShapeBucket(False, self.buckets.rows[0], length))
+
+    def exercise(self) -> None:
+        """Run every compiled program once: its first run takes a multiple of the later ones, and a session that fails over to this shard
+        should not wait for that. Programs that take long anyway are left out. Call it before any row is in use: it writes to them."""
+
+        def hidden(count: int) -> np.ndarray | None:
+            return None if self.first else np.zeros((count, self.manifest.hidden.size), self._dtype)
+
+        buckets = self.buckets
+        for shorter in (0, *buckets.lengths[:-1]):
+            for smaller in (0, *buckets.chunks[:-1]):
+                start = max(shorter - smaller, 0)  # one token more than the next smaller bucket and length hold
+                size = buckets.chunk(start, smaller + 1)
+                if start + smaller < self.context and size * (start + size) < _LONG_CHUNK:
+                    self.prefill(0, start, np.zeros(smaller + 1, np.int32), hidden(smaller + 1))
+            for rows in buckets.rows:
+                self.decode(np.array([rows - 1], np.int32), np.array([shorter], np.int32), np.zeros(1, np.int32), hidden(1))
+        self.counters = StageCounters()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -200,7 +202,7 @@ class Stage:
         self._check_row(row)
         self._table.set(row, params, prompt_length=prompt_length)
 
-    def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | Token:
+    def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | SampledToken:
         """Run tokens [T] (and, unless this is the first stage, their hidden state [T, D]) of `row` from position `start` on.
 
         Returns hidden [T, D] of the compute type, or on the last stage the token sampled after the last one.
@@ -228,12 +230,12 @@ class Stage:
 
     def decode(
         self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray, hidden: np.ndarray | None = None
-    ) -> np.ndarray | list[Token]:
-        """One step of a wave: tokens [n] (and hidden [n, D] unless this is the first stage) of `rows` [n] at `positions` [n].
+    ) -> np.ndarray | list[SampledToken]:
+        """One step of a decode batch: tokens [n] (and hidden [n, D] unless this is the first stage) of `rows` [n] at `positions` [n].
 
         Returns hidden [n, D] in the same order, or on the last stage n tokens. Rows that are not named stay as they are.
         """
-        # A few numbers: as lists, for every call of numpy's finds its caches cold, after the weights of the last step.
+        # A few numbers, as Python lists: after a step has read its weights, numpy's code is no longer in the processor's caches.
         rows_, positions_, tokens_ = rows.tolist(), positions.tolist(), tokens.tolist()
         if not (len(rows_) == len(positions_) == len(tokens_)) or not rows_ or rows.ndim != 1:
             raise BadRequest("rows, positions and tokens of a decode step must be equally long and not empty", field="rows")
@@ -249,7 +251,7 @@ class Stage:
         base = min(low, self.rows - size)
         length = Buckets.fit(self.buckets.lengths, last + 1)
         whole = rows_ == list(range(base, base + size))
-        numbers = wave_numbers(rows_, positions_, tokens_, base=base, size=size, unseen=self.context + SLACK - 1)
+        numbers = decode_numbers(rows_, positions_, tokens_, base=base, size=size, unseen=self.context + SLACK - 1)
         x = None
         if hidden is not None and whole:
             x = hidden[:, None]
@@ -259,7 +261,7 @@ class Stage:
         wanted = None
         if self.last and not all(self._table.plain[row] for row in rows_):
             wanted = self._table.only(rows, base, size)
-        self._history, result = self.programs.run(Bucket(False, size, length), self._caches, self._history, x, numbers, wanted)
+        self._history, result = self.programs.run(ShapeBucket(False, size, length), self._caches, self._history, x, numbers, wanted)
         if self.last:
             host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
             answer: Any = [self._token(host, row - base, row) for row in rows_]
@@ -275,7 +277,7 @@ class Stage:
         return self._dtype
 
     def check_chunk(self, start: int, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | None:
-        """The hidden state that `prefill` would use; BadRequest or PromptTooLong where it would refuse."""
+        """The hidden state that `prefill` would use. BadRequest or PromptTooLong if it would refuse."""
         if tokens.ndim != 1 or not len(tokens):
             raise BadRequest(f"a chunk needs at least one token, not an array of shape {tokens.shape}", field="tokens")
         self._check_positions(start, start + len(tokens) - 1)
@@ -283,12 +285,12 @@ class Stage:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _prefill_bucket(self, start: int, count: int) -> Bucket:
-        """The bucket of a chunk; where its padding would overrun the row it holds fewer than `count` tokens."""
+    def _prefill_bucket(self, start: int, count: int) -> ShapeBucket:
+        """The bucket of a chunk. If its padding would go beyond the row, it holds fewer than `count` tokens."""
         size = self.buckets.chunk(start, count)
-        return Bucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
+        return ShapeBucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
 
-    def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: Bucket) -> Any:
+    def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: ShapeBucket) -> Any:
         count, size = len(tokens), bucket.size
         x = None
         if hidden is not None:
@@ -304,25 +306,25 @@ class Stage:
         shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
         return LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def _buckets(self) -> Iterator[Bucket]:
+    def _buckets(self) -> Iterator[ShapeBucket]:
         """Every shape a step can have."""
         for length in self.buckets.lengths:
             for rows in self.buckets.rows:
-                yield Bucket(False, rows, length)
+                yield ShapeBucket(False, rows, length)
             for smaller, chunk in pairwise((0, *self.buckets.chunks)):
                 if length > smaller:
-                    yield Bucket(True, chunk, length)
+                    yield ShapeBucket(True, chunk, length)
 
-    def _compile(self, bucket: Bucket) -> None:
+    def _compile(self, bucket: ShapeBucket) -> None:
         self.programs.compile(bucket, self._caches, self._history)
 
-    def _token(self, sampled: Sampled, index: int, row: int) -> Token:
+    def _token(self, sampled: Sampled, index: int, row: int) -> SampledToken:
         wanted = int(self._table.ints[row, -1])
         token = int(sampled.tokens[index])
         if wanted < 0:
-            return Token(token)
+            return SampledToken(token)
         pairs = zip(sampled.top_tokens[index][:wanted], sampled.top_logprobs[index][:wanted], strict=True)
-        return Token(token, float(sampled.logprob[index]), tuple((int(i), float(p)) for i, p in pairs if np.isfinite(p)))
+        return SampledToken(token, float(sampled.logprob[index]), tuple((int(i), float(p)) for i, p in pairs if np.isfinite(p)))
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.rows:
@@ -349,11 +351,11 @@ class Stage:
 
 
 def _compilers() -> int:
-    """How many programs to compile at a time: one leaves part of two cores idle, and every one takes memory."""
+    """How many programs to compile at a time. One alone leaves part of two cores idle, and each takes memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4)
 
 
 def _held(manifest: Manifest, config: StageConfig) -> LayerRange:
-    """The layers served and those beside them."""
+    """The layers that are served, and the overlap on either side."""
     return LayerRange(max(0, config.layers.start - config.overlap), min(manifest.layers, config.layers.stop + config.overlap))

@@ -3,11 +3,11 @@
     embed      token ids -> hidden state                            first stage
     layers     a few consecutive layers, their caches updated       every stage, as often as its layers need
     head       hidden state -> logits, the likeliest tokens         last stage
-    sampled    logits -> sampled tokens                             last stage, where some row asks for more than the likeliest token
+    sampled    logits -> sampled tokens                             last stage, if some row asks for more than the likeliest token
 
-Each takes either a decode step (one token for each of B rows of a wave) or a prefill chunk (T tokens of one row).
-Layers run a few at a time, not all at once: groups of equal layers are one compiled program, so that the time to compile does
-not grow with depth, and a handful of calls a step is lost in its time. State is donated: caches are updated where they lie.
+Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row).
+Layers run a few at a time, not all at once. Groups of equal layers share one compiled program, so compile time does not grow with
+depth, and a few calls take little of a step's time. State is donated, so that caches are updated in place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LayerCache(NamedTuple):
 
 
 def group_sizes(count: int) -> list[int]:
-    """How many layers go into each program for a run of `count` equal ones: as equal as can be, so that few programs differ."""
+    """How many layers go into each program for a run of `count` equal layers: as even as possible, so that few programs differ."""
     groups = -(-count // GROUP_LAYERS)
     return [count // groups + (1 if index < count % groups else 0) for index in range(groups)]
 
@@ -60,7 +60,7 @@ def layer(
 ) -> tuple[LayerCache, jax.Array]:
     """hidden [B, T, D], positions [B, T], writes [B] -> the cache and hidden [B, T, D].
 
-    The rows are `row` .. row + B - 1; B or T is 1. No more than `length` slots are read.
+    The rows are `row` .. row + B - 1; B or T is 1. At most `length` cache positions are read.
     """
     given: dict[str, Any] = {"position_ids": positions, "write_indices": writes, "hidden_in": hidden}
     used = jnp.minimum(jnp.max(positions) + 1, length)

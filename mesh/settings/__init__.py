@@ -1,0 +1,7 @@
+"""Configuration files.
+
+schema    every file's sections and keys
+files     read a file, fill in ${VARIABLES}, let the environment override keys
+units     sizes, rates and durations as people write them
+defaults  addresses and ports when nothing else is said
+"""

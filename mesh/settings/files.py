@@ -1,13 +1,13 @@
-"""Read a configuration file into a strict model: YAML or JSON, then the environment over it, then one clear error.
+"""Read a configuration file into a strict model: YAML or JSON, with the environment over it, and one clear error.
 
 A value comes from, highest first:
 
     MESH_SECTION__KEY      any key
     MESH_SECTION_KEY       the same, easier to write
     MESH_KEY               keys of two words or more that only one section has: MESH_SHARD_ID, MESH_LAYERS_START
-    the file               where `${NAME}` inside a text is that environment variable
+    the file               `${NAME}` inside a text is replaced by that environment variable
 
-Every error is a ConfigError of one line: file, key path, what is wrong, what would be right.
+Every error is a ConfigError of one line: the file, the key's path, what is wrong, and what would be right.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
 class Section(BaseModel):
-    """A mapping inside a file. `elsewhere` says, for keys that others use here, what to write instead."""
+    """A section of a file. `elsewhere`: for keys that people know from other systems, what to write here instead."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     elsewhere: ClassVar[Mapping[str, str]] = {}
 
 
 class ConfigFile(BaseSettings):
-    """A whole file. Constructed directly it still takes MESH_ variables, which win over the arguments."""
+    """A whole file. MESH_ variables override its values, also if it is constructed directly."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", strict=True, env_prefix=ENV_PREFIX)
     elsewhere: ClassVar[Mapping[str, str]] = {}
@@ -62,7 +62,7 @@ File = TypeVar("File", bound=ConfigFile)
 
 
 def load_config(path: str | Path, model: type[File]) -> File:
-    """The file at `path` (.json, or YAML) as `model`, with MESH_ variables over it; ConfigError otherwise."""
+    """Read the file at `path` (.json or YAML) as `model`, with MESH_ variables over it. ConfigError: it is not valid."""
     path = Path(path)
     data = read_mapping(path)
     for key in data:
@@ -72,7 +72,7 @@ def load_config(path: str | Path, model: type[File]) -> File:
 
 
 def load_environment(model: type[File]) -> File:
-    """`model` of MESH_ variables alone, for one whose keys all have defaults; ConfigError otherwise."""
+    """`model` from MESH_ variables alone, for a model whose keys all have defaults. ConfigError: one of them is not valid."""
     return _made(model, {}, "environment")
 
 
@@ -84,7 +84,7 @@ def _made(model: type[File], data: dict[str, Any], where: str) -> File:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """What a YAML or JSON file holds, references resolved: a mapping with text keys, none of them twice."""
+    """The mapping in a YAML or JSON file, with `${NAME}` filled in. ConfigError: it is no mapping, or has a key twice."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -127,7 +127,8 @@ class _Environment(PydanticBaseSettingsSource):
         return result
 
     def _refuse_unknown(self) -> None:
-        """A variable that names a section of this file (MESH_SHARD__...) and a key it does not have is a typing error."""
+        """ConfigError for a variable that names a section of this file (MESH_SHARD__...) and a key that the section lacks: it is
+        misspelt."""
         known = {name for _, _, names in _variables(self.settings_cls) for name in names}
         sections = {name.upper() for name, field in self.settings_cls.model_fields.items() if _section(field)}
         for name in sorted(os.environ):
@@ -161,7 +162,7 @@ def _section(field: FieldInfo) -> type[Section] | None:
 
 
 def _read_variable(name: str, field: FieldInfo) -> Any:
-    """A text key takes the variable as it is; any other reads it as YAML would (8 is a number, true a truth value)."""
+    """The value of a variable: as it is for a text key, otherwise read as YAML would (8 is a number, true a boolean)."""
     raw = os.environ[name]
     if {str, SecretStr} & {field.annotation, *get_args(field.annotation)}:
         return raw
@@ -211,7 +212,7 @@ def _resolve(value: Any, where: str) -> Any:
 
 
 def _describe(error: ValidationError, path: str, model: type[ConfigFile]) -> str:
-    """The first error, unknown keys first: a key that is spelt wrongly is often also missing."""
+    """The first error; unknown keys come first, because a key that is misspelt is often also missing."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     keys = [str(part) for part in first["loc"]]
@@ -234,7 +235,7 @@ def _describe(error: ValidationError, path: str, model: type[ConfigFile]) -> str
 
 
 def _secret(model: type[ConfigFile], keys: list[str]) -> bool:
-    """Whether that key's value is never shown."""
+    """Whether the value of that key must never be shown."""
     field = _model_at(model, keys[:-1]).model_fields.get(keys[-1]) if keys else None
     return field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from mesh.errors import ConfigError
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL
 from mesh.settings.files import ConfigFile, Section, load_config
 from mesh.settings.units import GB, MB, parse_seconds
 
@@ -80,12 +81,12 @@ Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class NatsSection(Section):
-    """Where the NATS servers are, any one of them being enough to join, and who connects: by one way, or none.
+    """Where the NATS servers are, and which user connects. One server suffices to join. At most one kind of credentials may be given.
 
-    A password or token is given by its own file, by the environment (MESH_NATS_PASSWORD), or as `${NAME}`; no message shows it.
+    A password or token comes from a file of its own, from the environment (MESH_NATS_PASSWORD), or from `${NAME}`; no message shows it.
     """
 
-    urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = ("nats://127.0.0.1:4222",)
+    urls: Annotated[tuple[str, ...], BeforeValidator(_url_list)] = (DEFAULT_NATS_URL,)
     credentials_file: str | None = None  # .creds: a user's JWT and seed
     nkey_seed_file: str | None = None  # the seed alone
     user: str | None = None
@@ -93,8 +94,8 @@ class NatsSection(Section):
     password_file: str | None = None
     token: SecretStr | None = None
     token_file: str | None = None
-    inbox_prefix: str = "_INBOX"  # answers come back below it; one of its own for each user keeps them apart
-    tls_ca_file: str | None = None  # who signed the server's certificate; None: the system's authorities
+    inbox_prefix: str = DEFAULT_INBOX_PREFIX  # the subjects of answers; a prefix for each user keeps their answers apart
+    tls_ca_file: str | None = None  # the authority that signed the server's certificate; None: the system's
     tls_cert_file: str | None = None  # shown to the server, with its key
     tls_key_file: str | None = None
 
@@ -113,13 +114,13 @@ class NatsSection(Section):
 
 
 class ConnectionConfig(ConfigFile):
-    """What the environment alone says of the connection, for commands that read no file."""
+    """The connection of commands that read no file: from the environment alone."""
 
     nats: NatsSection = NatsSection()
 
 
 class PerformanceSection(Section):
-    """What memory is set aside for: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
+    """How much memory is set aside: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
 
     batch_size: Count = 1
     max_sequence_length: Count | None = None  # None: the model's context
@@ -127,7 +128,7 @@ class PerformanceSection(Section):
 
 
 class DistributedConfig(ConfigFile):
-    """distributed_config.json: a model to cut over equal shards. The keys after load_balancing_strategy are optional."""
+    """distributed_config.json: a model to spread over equal shards. The keys after load_balancing_strategy are optional."""
 
     model_path: str = Field(min_length=1)  # a source or a model directory; relative to the file, then to the working directory
     total_layers: Count
@@ -155,7 +156,7 @@ class DistributedConfig(ConfigFile):
 
 
 class ModelSection(Section):
-    """What is known of a model before it is there. The keys after vocab_size are estimated where absent."""
+    """What is known of a model before it is imported. The keys after vocab_size are estimated if they are missing."""
 
     name: str = Field(min_length=1)
     format: Literal["onnx", "safetensors", "gguf"] = "onnx"
@@ -171,7 +172,7 @@ class ShardingSection(Section):
     strategy: Literal["layer_wise"] = "layer_wise"
     shards_count: Count
     layers_per_shard: Count | None = None
-    overlap_layers: Annotated[int, Field(ge=0)] = 0  # of the neighbours' layers on either side, held as well
+    overlap_layers: Annotated[int, Field(ge=0)] = 0  # layers of each neighbour that a shard holds as well
     replication_factor: Count = 1
 
 
@@ -182,7 +183,7 @@ class MemorySection(Section):
 
 
 class ModelConfig(ConfigFile):
-    """The model configuration: how a model, there or not yet, is to be cut."""
+    """The model configuration: how to spread a model that may not be there yet."""
 
     model: ModelSection
     sharding: ShardingSection
@@ -205,21 +206,21 @@ class ModelConfig(ConfigFile):
 
 
 class HttpSection(Section):
-    """An HTTP listener. health_check_interval: how long a look at the mesh's health may take that generates a token to see."""
+    """An HTTP listener. health_check_interval: how long a health check may take that generates a token to see whether the mesh answers."""
 
-    listen_host: str = Field(default="127.0.0.1", min_length=1)  # beyond loopback tokens are asked for, see authentication
-    listen_port: FreePort = 8080
+    listen_host: str = Field(default="127.0.0.1", min_length=1)  # not on loopback, tokens are asked for: see authentication
+    listen_port: FreePort = DEFAULT_HTTP_PORT
     max_connections: Count = 1000
     health_check_interval: Duration = 5.0
     max_body_bytes: Count = 4 * 1024 * 1024
     max_prompt_chars: Count = 1_000_000
-    request_timeout: Duration = 600.0  # of a whole generation
-    drain_timeout: Duration = 10.0  # requests under way may take so long when the process is told to end
-    cors_origins: list[str] = Field(default_factory=list)  # whose pages may call; none by default
+    request_timeout: Duration = 600.0  # for a whole generation
+    drain_timeout: Duration = 10.0  # how long requests may continue when the process is told to end
+    cors_origins: list[str] = Field(default_factory=list)  # web pages of these origins may send requests
 
 
 class TlsSection(Section):
-    """HTTPS. With `ca_file`, client certificates that are shown must be signed by it; they must be shown where required."""
+    """HTTPS. With `ca_file`, client certificates must be signed by that authority; clients must show one if it is required."""
 
     enabled: bool = True
     cert_file: str = Field(min_length=1)
@@ -235,18 +236,18 @@ class TlsSection(Section):
 
 
 class AuthenticationSection(Section):
-    """Who may ask: bearers of a JSON Web Token. The secret of HS256 is given by the environment (`${JWT_SECRET}`) or a file; RS256
-    and EdDSA are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
+    """Who may send requests: holders of a JSON Web Token. The secret of HS256 comes from the environment (`${JWT_SECRET}`) or a file. RS256
+    and EdDSA tokens are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
 
-    enabled: bool | None = None  # None: as soon as others than this machine reach the listener
+    enabled: bool | None = None  # None: if other machines can reach the listener
     method: Literal["jwt"] = "jwt"
     algorithm: Literal["HS256", "RS256", "EdDSA"] = "HS256"
     secret_key: SecretStr | None = None
     secret_key_file: str | None = None
     public_key_file: str | None = None
     private_key_file: str | None = None
-    token_expiry: Duration = 86400.0  # of those issued here
-    requests_per_minute: Count | None = None  # of tokens that name no limit themselves
+    token_expiry: Duration = 86400.0  # of tokens issued here
+    requests_per_minute: Count | None = None  # for tokens without a limit of their own
     tokens_per_minute: Count | None = None
 
     @model_validator(mode="after")
@@ -262,7 +263,7 @@ class AuthenticationSection(Section):
 
 
 class CoordinatorSection(HttpSection):
-    serve_http: bool = True  # false: over NATS alone, and through gateways of their own
+    serve_http: bool = True  # false: serve only over NATS; gateways may serve HTTP
 
 
 class DistributedSection(Section):
@@ -283,9 +284,9 @@ class LoggingSection(Section):
 
 
 class ServedModelSection(Section):
-    """Which model a coordinator serves: that of the directory `path`, else the pushed one of that `name`, else the only one pushed.
+    """The model that a coordinator serves: that of the directory `path`, else the pushed model `name`, else the only pushed one.
 
-    The other keys must be true of it where they are given: a coordinator of another model than meant does not start.
+    The other keys must agree with the model if they are given: a coordinator does not start with another model than was meant.
     """
 
     name: str | None = Field(default=None, min_length=1)
@@ -317,11 +318,11 @@ class CoordinatorConfig(ConfigFile):
 
 
 class GatewaySection(HttpSection):
-    model: str | None = Field(default=None, min_length=1)  # what a request that names none means; None: the only one there
+    model: str | None = Field(default=None, min_length=1)  # model of requests that name none; None: the only one
 
 
 class GatewayConfig(ConfigFile):
-    """An HTTP edge in a process of its own."""
+    """HTTP in a process of its own."""
 
     gateway: GatewaySection = GatewaySection()
     nats: NatsSection = NatsSection()
@@ -331,7 +332,7 @@ class GatewayConfig(ConfigFile):
 
 
 class AuthenticationConfig(ConfigFile):
-    """What the environment alone says of tokens, for commands that read no file."""
+    """Tokens of commands that read no file: from the environment alone."""
 
     authentication: AuthenticationSection = AuthenticationSection()
 
@@ -343,7 +344,7 @@ class ShardSection(Section):
 
     shard_id: Count
     listen_host: str = Field(default="127.0.0.1", min_length=1)
-    listen_port: FreePort = 8080
+    listen_port: FreePort = DEFAULT_HTTP_PORT
     replication_mode: ReplicationMode = "balance"
 
 
@@ -394,7 +395,7 @@ class ShardConfig(ConfigFile):
 
 
 class PortsSection(Section):
-    coordinator_port: Port = 8080
+    coordinator_port: Port = DEFAULT_HTTP_PORT
     shard_base_port: Port = 8081
     health_check_port: Port = 9090
     metrics_port: Port = 9091

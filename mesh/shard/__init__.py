@@ -1,7 +1,14 @@
 """A shard of the mesh: one layer range, served over NATS.
 
-state      who has which row, which rows of a frame are computed (pure)
-compute    the one thread that computes; what a step is
-meter      what is counted
-service    the shell: NATS, lease, life
+options   what a shard is told when it is made
+state     which session has which row, and which rows of a frame are computed (pure)
+compute   the compute thread, and one step from frame to frame
+meter     counters of frames, bytes and time
+service   the shard itself: its life, its subjects, its lease
+moving    serve another range of the layers that are held
+join      which range a new shard should take (pure)
+placing   agree on that range with the other shards, and fetch its blocks
+forget    remove the lease and the claims of a shard that is gone
+http      the shard's own health and statistics over HTTP
+process   the shard as a process: device, threads, signals
 """

@@ -1,5 +1,5 @@
-"""The one thread that computes, and what a step is: a frame in, a frame out, through a stage. Knows neither asyncio's loop nor NATS
-beyond a function that carries results back."""
+"""The compute thread, and one step: a frame in, through the engine, a frame out. The thread knows neither NATS nor asyncio; results go
+back to the event loop through one function that it is given."""
 
 from __future__ import annotations
 
@@ -8,37 +8,30 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from mesh.dtypes import NUMPY_DTYPES
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Timing
-from mesh.runtime.recompute import RecomputingStage
+from mesh.runtime.engine import Engine, SampledToken
 from mesh.runtime.sampling import MAX_LOGPROBS
-from mesh.runtime.stage import Stage, Token
 
-__all__ = ["AnyStage", "ComputeThread", "exercise", "run_step"]
+__all__ = ["ComputeThread", "run_step"]
 
 log = logging.getLogger("mesh.shard")
 
-_LONG_CHUNK: Final = 1 << 20
-"""Tokens times the slots that they read: some 70 ms a layer on two cores, beside which a first run's 6 ms are little."""
-
-AnyStage = Stage | RecomputingStage
-
 Deliver = Callable[..., object]
-"""Calls a function with arguments in the event loop's thread: loop.call_soon_threadsafe."""
+"""Calls a function with arguments in the event loop's thread, as loop.call_soon_threadsafe does."""
 
 
 class ComputeThread:
-    """Runs what it is given, in order, one after the other. Who gives bounds how much (ShardState.queued)."""
+    """Runs work in the order in which it is submitted, one item at a time. The caller limits how much is queued (ShardState.queued)."""
 
     def __init__(self, deliver: Deliver, name: str = "compute") -> None:
         self._deliver = deliver
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.busy_s = 0.0  # read by the loop; a float is replaced whole
+        self.busy_s = 0.0  # the event loop reads it; assigning a float is atomic
         self._thread.start()
 
     @property
@@ -50,7 +43,7 @@ class ComputeThread:
         self._work.put((work, done))
 
     def stop(self, timeout_s: float = 5.0) -> bool:
-        """Finish what was given and end; False where that takes longer (the thread then ends with the process)."""
+        """Finish the submitted work and end. False if that takes longer than `timeout_s`; the thread then ends with the process."""
         self._work.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -67,14 +60,15 @@ class ComputeThread:
             self.busy_s += time.perf_counter() - began
             try:
                 self._deliver(done, result, error)
-            except RuntimeError:  # the loop is closed: nobody waits any more
+            except RuntimeError:  # the loop is closed: nothing waits for the result
                 return
             del item, work, done, result, error  # hold no arrays while waiting
 
 
-def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
-    """What `frame` becomes on `stage`: the hidden state for the next one, or on the last the sampled tokens (ACK for a prefill
-    chunk that is not the prompt's last). `timing(compute_s)` is the record it leaves in the frame."""
+def run_step(stage: Engine, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
+    """Compute `frame` on `stage`. Returns the frame for the next stage, with the hidden state; on the last stage the answer, with the
+    sampled tokens (or an ACK for a prefill chunk that is not the prompt's last). `timing(compute_s)` makes the record that the stage
+    adds to the frame."""
     rows = frame.slots[frame.hop]
     hidden = frame.tensors[0] if frame.tensors else None
     began = time.perf_counter()
@@ -88,34 +82,13 @@ def run_step(stage: AnyStage, frame: Frame, timing: Callable[[float], Timing]) -
         return frame.forward(result, record)
     if frame.kind is Kind.PREFILL and Flags.FINAL not in frame.flags:
         return frame.answer(Kind.ACK, record)
-    tokens: list[Token] = [result] if isinstance(result, Token) else result
+    tokens: list[SampledToken] = [result] if isinstance(result, SampledToken) else result
     ids = np.fromiter((token.id for token in tokens), np.int32, len(tokens))
     return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
 
 
-def exercise(stage: Stage) -> None:
-    """Run every compiled program once, for nobody: its first run takes a multiple of the later ones, and a session that fails over
-    to this shard should not wait for that. Not those that take so long themselves that it makes no difference. Before any row is
-    taken; what is written to the rows is written over."""
-    dtype = NUMPY_DTYPES[stage.manifest.hidden.dtype]
-
-    def hidden(count: int) -> np.ndarray | None:
-        return None if stage.first else np.zeros((count, stage.manifest.hidden.size), dtype)
-
-    buckets = stage.buckets
-    for shorter in (0, *buckets.lengths[:-1]):
-        for smaller in (0, *buckets.chunks[:-1]):
-            start = max(shorter - smaller, 0)  # one token more than the smaller bucket and the shorter length hold
-            size = buckets.chunk(start, smaller + 1)
-            if start + smaller < stage.context and size * (start + size) < _LONG_CHUNK:
-                stage.prefill(0, start, np.zeros(smaller + 1, np.int32), hidden(smaller + 1))
-        for rows in buckets.rows:
-            stage.decode(np.array([rows - 1], np.int32), np.array([shorter], np.int32), np.zeros(1, np.int32), hidden(1))
-    stage.counters = type(stage.counters)()
-
-
-def _logprobs(tokens: list[Token]) -> tuple[np.ndarray, ...]:
-    """(chosen [n], ids [n, k], logprobs [n, k]), NaN where a row has none; nothing where no row asked."""
+def _logprobs(tokens: list[SampledToken]) -> tuple[np.ndarray, ...]:
+    """(chosen [n], ids [n, k], logprobs [n, k]) of n rows. NaN where a row asked for none; empty where no row asked."""
     if all(token.logprob is None for token in tokens):
         return ()
     width = min(MAX_LOGPROBS, max(len(token.top) for token in tokens))

@@ -1,7 +1,7 @@
-"""Taking a shard out of the books by hand: its lease, and its claim to a range.
+"""Remove a shard's lease and its claims to ranges by hand (`mesh forget`).
 
-A lease ends by itself when it is not renewed; this is for those who do not want to wait, and for what a bucket kept that another
-version, or a server set back to an older day, has left there.
+A lease ends by itself when it is not renewed. This is for operators who do not want to wait, and for entries that do not expire: those
+of another version, or of a NATS server that was restored from an old copy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mesh.bus import Bucket, Bus, announce
 from mesh.errors import BadRequest, DeadlineExceeded, MessageRejected, Unavailable
 from mesh.protocol import subjects
 from mesh.protocol.messages import ShardLease, ShardStats, StatsRequest
-from mesh.shard.placing import Claims
+from mesh.shard.placing import RangeClaims
 
 __all__ = ["Forgotten", "forget"]
 
@@ -23,21 +23,21 @@ _TRIES = 20
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What there was of it."""
+    """What was removed."""
 
     lease: ShardLease | None
-    claims: tuple[str, ...]  # of which models
+    claims: tuple[str, ...]  # the models that they were of
 
 
 async def forget(bus: Bus, shard: str, *, force: bool = False) -> Forgotten:
-    """BadRequest: it lives (unless `force`), or nothing is known of it."""
+    """Remove what the mesh still has of `shard`. BadRequest: the shard still answers (unless `force`), or nothing is known of it."""
     if not force:
         await _require_ghost(bus, shard)
     leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
     entry = await leases.get(shard)
     lease = None
     if entry is not None:
-        with suppress(MessageRejected):  # another version's: it goes all the same
+        with suppress(MessageRejected):  # written by another version: it is removed as well
             lease = ShardLease.parse(entry.value or b"")
         await leases.delete(shard)
     claims = await _drop_claims(bus, shard)
@@ -68,13 +68,13 @@ async def _drop_claims(bus: Bus, shard: str) -> tuple[str, ...]:
         for _ in range(_TRIES):
             entry = await bucket.get(key)
             try:
-                claims = Claims.parse(entry.value).claims if entry is not None and entry.value else ()
+                claims = RangeClaims.parse(entry.value).claims if entry is not None and entry.value else ()
             except MessageRejected:
                 break
             left = tuple(claim for claim in claims if claim.shard != shard)
             if entry is None or len(left) == len(claims):
                 break
-            if await bucket.update(key, Claims(claims=left).to_bytes(), revision=entry.revision) is not None:
+            if await bucket.update(key, RangeClaims(claims=left).to_bytes(), revision=entry.revision) is not None:
                 dropped.append(key.removeprefix("claims."))
                 break
         else:

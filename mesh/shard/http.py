@@ -1,8 +1,8 @@
-"""A shard's own small HTTP: how it is, and what it has done. Two questions, so it is plain ASGI.
+"""A shard's own HTTP: its health and its statistics. Plain ASGI, because there are only two questions.
 
-GET /api/v1/health         200 when it serves: ready, connected, and its compute thread answers; 503 with the reason otherwise
-GET /api/v1/health/live    200: the process answers
-GET /api/v1/stats          its counts and memory; the scope admin, where tokens are asked for
+GET /api/v1/health         200 if the shard serves: it is ready, connected, and its compute thread answers. Otherwise 503 with the reason
+GET /api/v1/health/live    200 as long as the process answers
+GET /api/v1/stats          counters and memory. Where tokens are asked for, the token needs the scope admin
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _HEADERS = [
 
 
 class ShardHttp:
-    """check_interval_s: between looks at the compute thread; timeout_s: how long it may take to answer one. `shard` is set when
-    there is one; before that it is loading."""
+    """The application and its listener. `check_interval_s`: how often the compute thread is asked for an answer; `timeout_s`: how long
+    the answer may take. `shard` is None until the process has made its shard."""
 
     def __init__(self, listener: Listener, *, check_interval_s: float, timeout_s: float, verifier: Verifier | None = None) -> None:
         self.listener = listener
@@ -39,10 +39,10 @@ class ShardHttp:
         self._check_interval_s = check_interval_s
         self._timeout_s = timeout_s
         self._verifier = verifier
-        self._asked_at: float | None = None  # the compute thread has not answered since
+        self._asked_at: float | None = None  # when the compute thread was asked; None once it has answered
 
     async def run(self) -> None:
-        """Answer until cancelled or stopped."""
+        """Answer requests until cancelled or stopped."""
         checking = asyncio.create_task(self._check())
         try:
             await self.listener.serve(self.app)
@@ -52,7 +52,7 @@ class ShardHttp:
                 await checking
 
     def reason(self) -> str:
-        """Why it does not serve, or nothing."""
+        """Why the shard does not serve; empty if it does."""
         shard = self.shard
         if shard is None:
             return "the shard has not begun to load"
@@ -66,7 +66,7 @@ class ShardHttp:
         return f"the compute thread has not answered for {silent_s:.0f} s" if silent_s > self._timeout_s else ""
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
-        """ASGI."""
+        """The ASGI application."""
         status, document, headers = self._answer(scope)
         body = orjson.dumps(document)
         start = {"type": "http.response.start", "status": status}
@@ -100,7 +100,7 @@ class ShardHttp:
         return 200, {"layers": str(shard.state.shape.layers), **shard.stats().model_dump(mode="json")}, []
 
     def _admit(self, scope: Any) -> None:
-        """PermissionError without a genuine token, Denied without its scope."""
+        """PermissionError: the request has no valid token. Denied: the token lacks the scope."""
         if self._verifier is None:
             return
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
@@ -115,7 +115,7 @@ class ShardHttp:
             raise Denied("this token may not do this: it needs the scope admin")
 
     async def _check(self) -> None:
-        """Ask the compute thread for a sign of life, again and again."""
+        """Ask the compute thread for an answer, again and again."""
         while True:
             if self.shard is not None and self._asked_at is None and self.shard.ready.is_set():
                 self._asked_at = time.monotonic()

@@ -1,7 +1,7 @@
-"""What a shard that was given no range takes: what the mesh lacks most and its memory allows. Pure.
+"""Which range a new shard takes if it was given none: what the mesh lacks most and the shard's memory allows. Pure.
 
-1. layers that nobody holds, the first such stretch, as much of it as fits
-2. the range with the fewest replicas; of those the one with the most load, then the longest
+1. the first stretch of layers that no shard holds, as much of it as fits
+2. otherwise the range with the fewest replicas; among those the one with the most load, then the longest
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Held", "choose_range"]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A range some shard holds, or has said it will. `load` 0 to 1."""
+    """A range that a shard holds, or has claimed. `load`: 0 to 1."""
 
     shard: str
     layers: LayerRange
@@ -26,7 +26,7 @@ class Held:
 
 
 def choose_range(total_layers: int, held: Sequence[Held], needed_bytes: Callable[[LayerRange], int], memory_bytes: int) -> LayerRange:
-    """The range to take. DoesNotFit: not even the smallest thing worth taking fits; with the figures."""
+    """The range to take. DoesNotFit: not even the smallest useful range fits; the error has the figures."""
     gap = _first_gap(total_layers, held)
     if gap is not None:
         best = _longest_prefix(gap, needed_bytes, memory_bytes)
@@ -57,7 +57,8 @@ def _first_gap(total_layers: int, held: Sequence[Held]) -> LayerRange | None:
 
 
 def _longest_prefix(gap: LayerRange, needed_bytes: Callable[[LayerRange], int], memory_bytes: int) -> LayerRange | None:
-    """Need grows with length, but for the last layer, which brings the head: so every length is tried, longest first."""
+    """The longest range from the start of `gap` that fits. Every length is tried: memory does not only grow with length, because the
+    last layer brings the head with it."""
     for stop in range(gap.stop, gap.start, -1):
         layers = LayerRange(gap.start, stop)
         if needed_bytes(layers) <= memory_bytes:

@@ -1,4 +1,4 @@
-"""What a shard counts: frames, bytes, time. Written by the event loop alone."""
+"""What a shard counts: frames, bytes and time. Only the event loop writes here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass
 class Meter:
-    """Counts since start, seconds; `rejected` by reason."""
+    """Counts and seconds since the start. `rejected` counts by reason."""
 
     frames_in: int = 0
     frames_out: int = 0
@@ -31,18 +31,19 @@ class Meter:
 
     @property
     def step_s(self) -> float:
-        """Median decode step of late; 0 before any."""
+        """Median of the last decode steps, in seconds; 0 before the first one."""
         return statistics.median(self._steps) if self._steps else 0.0
 
     def load(self, now: float, busy_s: float) -> float:
-        """Share of the time since some calls ago spent computing, 0 to 1. Call it at even times with the thread's busy time."""
+        """The share of recent time that was spent computing, 0 to 1. Call it at regular times with the compute thread's busy time; it
+        looks back over the last 8 calls."""
         self._window.append((now, busy_s))
         (began, before), (end, after) = self._window[0], self._window[-1]
         return min(1.0, max(0.0, (after - before) / (end - began))) if end > began else 0.0
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 if the system does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  # no file of a user's
             return int(file.read().split()[1]) * _PAGE

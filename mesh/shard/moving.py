@@ -1,9 +1,9 @@
-"""A shard that serves another range: of the layers it holds, so nothing is loaded and nothing compiled.
+"""A shard moves to another range of the layers that it holds: nothing is loaded and nothing is compiled.
 
-    no new sessions -> the open ones end, or time is up -> what is queued is computed -> the stage changes -> new rows, a new
+    no new sessions -> the open ones end, or the time is up -> queued frames are computed -> the stage changes -> new rows, a new
     instance, the subjects of the new range -> ready
 
-To coordinators it is a shard that started anew: what was open on it goes on on another replica of the old range.
+To coordinators it is a shard that started anew. Sessions that were still open continue on another replica of the old range.
 """
 
 from __future__ import annotations
@@ -12,26 +12,51 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from mesh.bus import announce
+from mesh.bus import Bus, announce
 from mesh.errors import BadRequest, Unavailable
+from mesh.model.manifest import Manifest
 from mesh.protocol.messages import Load, Loaded
+from mesh.runtime.engine import Engine
+from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardState
 from mesh.types import LayerRange
 
-if TYPE_CHECKING:
-    from mesh.shard.service import Shard
-
-__all__ = ["move"]
+__all__ = ["MovableShard", "move"]
 
 log = logging.getLogger("mesh.shard")
 
 
-async def move(shard: Shard, message: Load) -> Loaded:
-    """Serve what `message` says. BadRequest: not all of it is held. Unavailable: the shard is not ready, or draining."""
+class MovableShard(Protocol):
+    """What `move` uses of a shard (mesh/shard/service.py)."""
+
+    bus: Bus
+    options: ShardOptions
+    manifest: Manifest
+    state: ShardState
+    stage: Engine | None
+    instance: str
+    ready: asyncio.Event  # set while it serves
+    idle: asyncio.Event  # set while no session is open
+
+    @property
+    def status(self) -> Status: ...
+
+    async def open_doors(self) -> None: ...
+
+    async def close_doors(self, status: Status) -> None: ...
+
+    async def stop_listening(self) -> None: ...
+
+    async def in_thread(self, work: Callable[[], Any]) -> Any: ...
+
+
+async def move(shard: MovableShard, message: Load) -> Loaded:
+    """Serve the range that `message` names. BadRequest: the shard does not hold all of it. Unavailable: it is not ready, or draining."""
     stage, name = shard.stage, shard.options.name
     if not shard.ready.is_set() or stage is None or shard.status != "ready":
         raise Unavailable(f"shard {name} is {shard.status}: ask again when it is ready")
@@ -52,7 +77,7 @@ async def move(shard: Shard, message: Load) -> Loaded:
     try:
         await asyncio.wait_for(shard.idle.wait(), message.timeout_s)
     except TimeoutError:
-        log.warning("%d sessions are still open after %g s; they go on elsewhere", old.sessions, message.timeout_s)
+        log.warning("%d sessions are still open after %g s; they continue on other replicas", old.sessions, message.timeout_s)
     began = time.perf_counter()
     sessions = old.sessions
     await shard.stop_listening()

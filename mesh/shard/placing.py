@@ -1,8 +1,8 @@
-"""`mesh join`: agree with the others on a range, and fetch it.
+"""`mesh join`: agree with the other shards on a range, and fetch its blocks.
 
-Two machines that join at the same moment must not take the same gap: who takes a range says so in KV `mesh_placement`, by compare
-and set, before it loads. A claim counts until its shard's lease is there, or for CLAIM_S. The key's revision is the placement's epoch:
-whoever decided on an older one is refused and decides again.
+Two machines that join at the same moment must not take the same range. So a shard claims its range in the KV bucket `mesh_placement`
+before it loads, by compare and set. A claim counts until the lease of its shard is there, but for CLAIM_S at most. The revision of the
+key is the epoch of the placement: a shard that decided on an older revision is refused and decides again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mesh.model.memory import DEFAULT_CHUNK, predict
 from mesh.protocol import subjects
 from mesh.protocol.messages import Message, ShardLease
 from mesh.shard.join import Held, choose_range
-from mesh.shard.service import Progress, ShardOptions
-from mesh.types import LayerRange
+from mesh.shard.options import ShardOptions
+from mesh.types import LayerRange, Progress
 
 __all__ = ["place"]
 
@@ -31,15 +31,15 @@ _DEFAULT_ROWS = 8
 _DEFAULT_CONTEXT = 2048
 
 
-class Claim(Message):
+class RangeClaim(Message):
     shard: str
     layers_start: Annotated[int, Field(ge=0)]
     layers_end: Annotated[int, Field(ge=1)]
     at_unix_s: float
 
 
-class Claims(Message):
-    claims: tuple[Claim, ...] = ()
+class RangeClaims(Message):
+    claims: tuple[RangeClaim, ...] = ()
 
 
 async def place(
@@ -54,7 +54,8 @@ async def place(
     directory: Path | None,
     progress: Progress,
 ) -> ShardOptions:
-    """Choose, claim and fetch. ModelNotFound: nothing was pushed. DoesNotFit: nothing that is wanted fits."""
+    """Choose a range, claim it and fetch its blocks. ModelNotFound: no such model was pushed. DoesNotFit: no range that the mesh needs
+    fits in `memory_bytes`."""
     subjects.check_token(name, "name")
     store = ModelStore(bus)
     model = model or await store.only_name()
@@ -101,8 +102,8 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
         held = [Held(lease.shard, lease.layers, lease.load if lease.state == "ready" else 0.0) for lease in leases]
         held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
         layers = choose_range(manifest.layers, held, needed, memory_bytes)
-        mine = Claim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
-        epoch = await bucket.update(key, Claims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
+        mine = RangeClaim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
+        epoch = await bucket.update(key, RangeClaims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
         if epoch is not None:
             detail = f"{name} takes layers {layers}"
             await announce(bus, "plan_changed", name, model=manifest.name, detail=detail, layers=str(layers), epoch=epoch)
@@ -110,9 +111,9 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
     raise Unavailable("other shards keep joining at the same moment: try again")
 
 
-def _claims(value: bytes | None) -> tuple[Claim, ...]:
-    """Of a value that cannot be read: none, and it is written anew."""
+def _claims(value: bytes | None) -> tuple[RangeClaim, ...]:
+    """The claims in `value`. None of a value that cannot be read: the next claim overwrites it."""
     try:
-        return Claims.parse(value).claims if value else ()
+        return RangeClaims.parse(value).claims if value else ()
     except MessageRejected:
         return ()

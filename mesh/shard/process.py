@@ -1,6 +1,6 @@
-"""A shard as a process: the settings that must be made before JAX is, signals, and the loop.
+"""A shard as a process: the settings that must be made before JAX is used, its signals, and its event loop.
 
-SIGTERM or SIGINT drains; a second one ends at once.
+The first SIGTERM or SIGINT drains the shard; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -16,10 +15,13 @@ from typing import Any
 from mesh.bus import Bus, BusOptions
 from mesh.errors import ConfigError
 from mesh.host.process import settle
+from mesh.host.signals import on_signals, run_loop
 from mesh.shard.http import ShardHttp
-from mesh.shard.service import Progress, Shard, ShardOptions
+from mesh.shard.options import ShardOptions
+from mesh.shard.service import Shard
+from mesh.types import Progress
 
-__all__ = ["choose_device", "limit_threads", "run_loop", "serve"]
+__all__ = ["choose_device", "limit_threads", "run", "serve"]
 
 _SWITCH_S = 0.0005
 
@@ -27,8 +29,8 @@ log = logging.getLogger("mesh.shard")
 
 
 def limit_threads(count: int | None, *, turn: int = 0) -> None:
-    """Compute on `count` cores (None: all). XLA takes as many threads as the process may use cores, so it is given those; `turn`
-    picks other ones for each shard of a machine. Call it before JAX is used."""
+    """Compute on `count` cores (None: all). XLA starts one thread for each core that the process may use, so the process is bound to
+    that many cores; `turn` selects different ones for each shard of a machine. Call it before JAX is used."""
     if count is None or not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -59,7 +61,7 @@ async def serve(
     http: ShardHttp | None = None,
     connect_s: float | None = 60.0,
 ) -> bool:
-    """Connect, let `make` say what to be, and be it until told to end. Whether a thread is still computing."""
+    """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing."""
     if http is None:
         return await _serve(bus_options, make, progress, None, connect_s)
     answering = asyncio.create_task(http.run())
@@ -84,19 +86,14 @@ async def _serve(
         if http is not None:
             http.shard, shard.http_url = shard, http.listener.url
             log.info("HTTP on %s", shard.http_url)
-        loop = asyncio.get_running_loop()
-        asked = False
 
         def end() -> None:
-            nonlocal asked
-            if asked or not shard.ready.is_set():
-                shard.stop()
-            else:
+            if shard.ready.is_set():
                 log.info("draining %d sessions; again to end now", shard.drain())
-            asked = True
+            else:
+                shard.stop()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end)
+        on_signals(end, shard.stop)
         bus.spawn(_settle(shard), "settling")
         await shard.run()
         return shard.computing
@@ -107,15 +104,10 @@ async def _settle(shard: Shard) -> None:
     settle()
 
 
-def run_loop(work: Coroutine[Any, Any, bool]) -> None:
-    """asyncio.run for `serve`, on uvloop where there is one."""
-    if sys.platform == "win32":
-        busy = asyncio.run(work)
-    else:
-        import uvloop
-
-        busy = uvloop.run(work)
-    if busy:
+def run(main: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+    """Run `main`, which is `serve` with its arguments, in a new event loop. Does not return while a thread still computes: the process
+    ends here."""
+    if run_loop(main):
         # An interpreter that ends below a thread inside a compiler takes the process down with a signal.
         logging.shutdown()
         sys.stdout.flush()

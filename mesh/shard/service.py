@@ -1,10 +1,10 @@
-"""A shard: one stage on the mesh.
+"""A shard: one layer range on the mesh.
 
-    connect, say "loading" -> load and warm up in the compute thread -> listen, say "ready" -> ... -> drain -> say goodbye
+    connect, report "loading" -> load and warm up in the compute thread -> listen, report "ready" -> ... -> drain -> leave
 
-The event loop receives, decides (ShardState) and publishes; the compute thread computes. A frame's life here:
+The event loop receives, decides (ShardState) and publishes; the compute thread computes. The life of a frame:
 
-    message -> decode -> admit -> queue -> run_step, encode and publish to the frame's next subject, in the thread
+    message -> decode -> admit -> queue -> in the thread: run_step, encode, publish to the frame's next subject
                             \\-> NACK to the coordinator for rows that cannot be computed
 """
 
@@ -19,14 +19,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from mesh import __version__
 from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.model.manifest import Manifest
-from mesh.model.memory import DEFAULT_CHUNK
 from mesh.protocol import frame_codec, subjects
 from mesh.protocol.frame_codec import Frame, Kind, Nack, Timing
 from mesh.protocol.messages import (
@@ -47,17 +46,18 @@ from mesh.protocol.messages import (
     StatsRequest,
 )
 from mesh.runtime.device import processor
+from mesh.runtime.engine import Engine
 from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.shard.compute import AnyStage, ComputeThread, exercise, run_step
+from mesh.shard.compute import ComputeThread, run_step
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
+from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardShape, ShardState
-from mesh.telemetry import logs
-from mesh.types import LayerRange
+from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
 
@@ -65,36 +65,10 @@ log = logging.getLogger("mesh.shard")
 
 _RENEW_S = 1.5
 
-Status = Literal["loading", "warming", "ready", "draining"]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """What one shard is. rows: sessions at once. context None: the model's. warm_up False: programs are compiled when they
-    are first needed (for tests). drain_s: how long an asked-for end waits for open sessions. mirror: follow the frames of the
-    range's other replicas too, for sessions that are open on both. overlap: of the neighbours' layers, held as well, see moving.py.
-    kv_cache False: what comes in is kept instead of keys and values, see mesh/runtime/recompute.py."""
-
-    name: str
-    directory: Path
-    layers: LayerRange
-    rows: int = 8
-    context: int | None = None
-    chunk: int = DEFAULT_CHUNK
-    max_memory_bytes: int | None = None
-    checksums: bool = False
-    warm_up: bool = True
-    drain_s: float = 30.0
-    lease_ttl_s: float = subjects.LEASE_TTL_S
-    mirror: bool = False
-    overlap: int = 0
-    kv_cache: bool = True
-
 
 @dataclass(frozen=True, slots=True)
 class _Stepped:
-    """What became of a frame in the compute thread; `sent`: it is on its way already."""
+    """The result of a frame from the compute thread. `sent`: it has been published there already."""
 
     out: Frame
     data: bytes
@@ -103,11 +77,11 @@ class _Stepped:
 
 
 class _StoppedError(Exception):
-    """Told to stop before it was ready."""
+    """The shard was told to stop before it was ready."""
 
 
 class Shard:
-    """See the module's docstring. `run` is its whole life; `ready` is set while it serves."""
+    """A shard; see the module's docstring. `run` is its whole life, and `ready` is set while it serves."""
 
     def __init__(
         self,
@@ -115,7 +89,7 @@ class Shard:
         options: ShardOptions,
         *,
         compiled: Compiled | None = None,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> None:
         """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread."""
         self.bus = bus
@@ -124,7 +98,7 @@ class Shard:
         self.manifest = Manifest.load(options.directory)
         self.meter = Meter()
         self.ready = asyncio.Event()
-        self.http_url = ""  # where this process answers HTTP, for those who ask who is there
+        self.http_url = ""  # where this process answers HTTP; the lease tells everyone
         self._compiled = compiled
         self._progress = progress
         layers = self.manifest.check_range(options.layers)
@@ -140,11 +114,11 @@ class Shard:
                 vocab_size=self.manifest.vocab_size,
                 hidden_size=self.manifest.hidden.size,
                 hidden_dtype=NUMPY_DTYPES[self.manifest.hidden.dtype],
-                # a session has one decode step or prefill chunk in flight; twice that is a coordinator that does not count
+                # A session has one decode step or prefill chunk in flight. More than twice that is a coordinator's mistake.
                 queue_limit=2 * options.rows + 8,
             )
         )
-        self.stage: AnyStage | None = None
+        self.stage: Engine | None = None
         self._compute: ComputeThread | None = None
         self._service: Service | None = None
         self._subscriptions: list[Subscription] = []
@@ -157,13 +131,13 @@ class Shard:
         self._failure: BaseException | None = None
         self._moving = asyncio.Lock()
         self._drainer: asyncio.Task[Any] | None = None
-        self._encode_s = dict.fromkeys(Kind, 0.0)  # how long writing the last frame of each kind took
+        self._encode_s = dict.fromkeys(Kind, 0.0)  # seconds that encoding the last frame of each kind took
         self._started = time.time()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Load, serve until `stop`, `drain` or a failure, and leave. Raises what made it fail."""
+        """Load, serve until `stop`, `drain` or a failure, and leave. Raises the failure."""
         model, shape = self.manifest.name, self.state.shape
         await self._require_alone()
         loop = asyncio.get_running_loop()
@@ -179,8 +153,7 @@ class Shard:
                 self._set_status("warming")
                 log.info("compiling")
                 await self.in_thread(partial(self.stage.warm_up, self._progress))
-                if isinstance(self.stage, Stage):
-                    await self.in_thread(partial(exercise, self.stage))
+                await self.in_thread(self.stage.exercise)
             await self.open_doors()
             log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
             await self._stop.wait()
@@ -199,25 +172,26 @@ class Shard:
 
     @property
     def computing(self) -> bool:
-        """Whether the compute thread lives: after `run`, that it could not be ended (a compilation cannot be interrupted)."""
+        """Whether the compute thread is alive. After `run` that means it could not be ended: a compilation cannot be interrupted."""
         return self._compute is not None and self._compute.alive
 
     @property
     def status(self) -> Status:
-        """As its lease says."""
+        """The state that its lease reports."""
         return self._status
 
     def ping(self, answered: Callable[[], None]) -> None:
-        """`answered` is called in the loop when the compute thread has come to it, after the work it was given before."""
+        """Call `answered` in the event loop once the compute thread has done all work submitted before."""
         if self._compute is not None:
             self._compute.submit(lambda: None, lambda result, error: answered())
 
     def stop(self) -> None:
-        """End now; what is open is lost to this shard."""
+        """End now. Open sessions continue on other replicas, if there are any."""
         self._stop.set()
 
     def drain(self, timeout_s: float | None = None, *, stop: bool = True) -> int:
-        """Take no new sessions, then end once none is open, or after `timeout_s` (None: drain_s). How many are open."""
+        """Take no new sessions. Then, if `stop`, end once none is open, or after `timeout_s` (None: the options' drain_s). Returns how
+        many sessions are open."""
         count = self.state.drain()
         self._set_status("draining")
         if self._drainer is None or self._drainer.done():
@@ -343,7 +317,7 @@ class Shard:
         self._compute.submit(work, partial(self._stepped, frame))
 
     def _follow(self, frame: Frame, mine: Frame | None) -> None:
-        """Compute as a mirror: nothing goes out."""
+        """Compute a frame as a mirror does: nothing is sent."""
         if mine is None:
             return
         assert self.stage is not None and self._compute is not None
@@ -355,8 +329,8 @@ class Shard:
         if error is not None:
             self._failed(frame, error, followed=True)
 
-    def _step(self, stage: AnyStage, frame: Frame, queued: float, decode_s: float) -> _Stepped:
-        """In the compute thread."""
+    def _step(self, stage: Engine, frame: Frame, queued: float, decode_s: float) -> _Stepped:
+        """Compute one frame. Runs in the compute thread."""
         codec_s = decode_s + self._encode_s[frame.kind]
         wait_s = time.perf_counter() - queued
 
@@ -367,15 +341,15 @@ class Shard:
         began = time.perf_counter()
         data = frame_codec.encode(out)
         encode_s = time.perf_counter() - began
-        # The next stage waits: not even the loop's turn is waited for, where nothing is in the way.
+        # The next stage is waiting, so the result is sent from this thread if nothing else waits to be sent.
         try:
             sent = self.bus.post_now(out.subject(self.manifest.name), data)
         except PayloadTooLarge:
-            sent = False  # the loop finds that out again, and says so
+            sent = False  # the event loop meets the same error and reports it
         return _Stepped(out, data, encode_s, sent)
 
     def _stepped(self, frame: Frame, result: _Stepped | None, error: BaseException | None) -> None:
-        """Back in the loop."""
+        """Take in a frame's result. Runs in the event loop."""
         self.state.done()
         if error is not None or result is None:
             self._failed(frame, error)
@@ -389,9 +363,11 @@ class Shard:
         self._send(result.out, result.data, frame, sent=result.sent)
 
     def _failed(self, frame: Frame, error: BaseException | None, *, followed: bool = False) -> None:
-        """A step that the stage refused changed nothing; any other failure may have taken the caches with it, so the shard ends."""
+        """A step that the stage refused changed nothing. Any other failure may have damaged the caches, so the shard ends."""
         refused = isinstance(error, MeshError)
-        log.error("step %d of wave %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error)
+        log.error(
+            "step %d of decode batch %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error
+        )
         if not followed:
             self.state.gone_on(frame)
             self._nack(frame, Nack.BAD_INPUT if refused else Nack.FAILED)
@@ -405,7 +381,7 @@ class Shard:
         self._send(nack, frame_codec.encode(nack))
 
     def _send(self, out: Frame, data: bytes, of: Frame | None = None, *, sent: bool = False) -> None:
-        """Send `out`, which is what the admitted frame `of` became; `sent`: it has been, and is merely counted."""
+        """Send `out`, the result of the admitted frame `of`. `sent`: it has been sent already and is only counted."""
         self.meter.frames_out += 1
         self.meter.bytes_out += len(data)
         subject = out.subject(self.manifest.name)
@@ -422,7 +398,7 @@ class Shard:
     async def _send_later(self, subject: str, data: bytes, of: Frame | None) -> None:
         try:
             await self.bus.publish(subject, data)
-        except PayloadTooLarge as error:  # the server that this side is connected to by now takes less
+        except PayloadTooLarge as error:  # after a reconnection the server may take less
             self._too_large(error, of)
         finally:
             if of is not None:
@@ -435,7 +411,7 @@ class Shard:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _load(self) -> AnyStage:
+    def _load(self) -> Engine:
         options = self.options
         config = StageConfig(
             options.layers,
@@ -450,7 +426,7 @@ class Shard:
         return kind.load(options.directory, config, compiled=self._compiled, progress=self._progress)
 
     async def in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run in the compute thread, the loop going on meanwhile; _StoppedError when told to stop before it is done."""
+        """Run `work` in the compute thread and wait for its result. _StoppedError: the shard was told to stop before that."""
         assert self._compute is not None
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -483,7 +459,7 @@ class Shard:
         self._service = await Service.start(
             self.bus,
             name="mesh-shard",
-            version=logs.version(),
+            version=__version__,
             description=f"layers {shape.layers} of {self.manifest.name}",
             metadata={"shard": name, "instance": self.instance, "model": self.manifest.name, "layers": str(shape.layers)},
             stats=lambda: self.stats().model_dump(mode="json"),
@@ -497,7 +473,7 @@ class Shard:
         )
 
     async def open_doors(self) -> None:
-        """Serve the range that state and stage say."""
+        """Listen to frames and sessions of the present range, and report that the shard is ready."""
         shape = self.state.shape
         await self._listen()
         self._set_status("ready")
@@ -505,13 +481,13 @@ class Shard:
         await self._announce("ready", f"layers {shape.layers} of {self.manifest.name}, {shape.rows} rows of {shape.context}")
 
     async def close_doors(self, status: Status) -> None:
-        """No new sessions."""
+        """Take no new sessions from now on, and report `status`."""
         self._set_status(status)
         if self._service is not None:
             await self._service.remove("open-any")
 
     async def stop_listening(self) -> None:
-        """Nor anything of those that are open."""
+        """Stop listening to open sessions as well."""
         self.ready.clear()
         if self._service is not None:
             await self._service.remove("open")
@@ -530,7 +506,7 @@ class Shard:
         await self.bus.flush()
 
     async def _require_alone(self) -> None:
-        """Two shards of one name would answer each other's frames."""
+        """ConfigError if a shard of this name answers: two of them would answer each other's frames."""
         name = self.options.name
         try:
             other = await self.bus.request(subjects.control(name, "stats"), StatsRequest(), ShardStats, timeout_s=1.0)
@@ -548,7 +524,7 @@ class Shard:
                 log.info("closed %d sessions of a coordinator that is gone", len(expired))
                 self._note_sessions()
             try:
-                if self.bus.connected:  # else it waits for the connection, and says so at once when it is back
+                if self.bus.connected:  # otherwise the lease is renewed at once when the connection is back
                     await self._leases.put(name, self._lease(now).to_bytes())
             except MeshError as error:
                 log.warning("renewing the lease: %s", error)
@@ -584,7 +560,7 @@ class Shard:
             memory_bytes=resident_bytes(),
             weights_bytes=self.stage.need.weights_bytes if self.stage is not None else 0,
             frame_version=frame_codec.VERSION,
-            version=logs.version(),
+            version=__version__,
             host=socket.gethostname(),
             processor=processor() if self.stage is not None else "",
             pid=os.getpid(),
@@ -611,7 +587,7 @@ class Shard:
             self._stop.set()
 
     async def _leave(self) -> None:
-        """Take the lease back and say so, as far as the server is there; never raises."""
+        """Delete the lease and announce the end, if the server can be reached. Never raises."""
         for ending in [s.stop() for s in self._subscriptions] + ([self._service.stop()] if self._service else []):
             await ending
         if self._compute is not None:

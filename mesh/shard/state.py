@@ -1,11 +1,11 @@
-"""What a shard decides: who has which row, and which rows of a frame may be computed. No I/O, no clock of its own.
+"""What a shard decides: which session has which row, and which rows of a frame may be computed. No I/O; the time is passed in.
 
-Theory of operation. A shard has `rows` rows; a session takes the lowest free one. Per row it knows the session, its epoch and
-`filled`: positions 0 .. filled-1 of the row's cache are computed, or will be by steps already queued (the compute thread takes
-steps in the order in which they were admitted, so what is queued may be counted as done).
+Theory of operation. A shard has `rows` rows; a session takes the lowest free one. For each row the shard knows the session, its
+epoch and `filled`: positions 0 .. filled-1 of the row's cache are computed, or will be by steps that are queued already. Queued steps
+count as done because the compute thread takes steps in the order in which they were admitted.
 
     event                  row of that session      what happens
-    open                   none                     lowest free row, filled 0; Busy where there is none
+    open                   none                     lowest free row, filled 0; Busy if there is none
     open, same epoch       there                    the same answer again
     open, higher epoch     there                    row kept, filled = min(filled, keep); lower epochs are fenced from now on
     open, lower epoch      there                    refused
@@ -14,16 +14,16 @@ steps in the order in which they were admitted, so what is queued may be counted
     frame row, its epoch   there, start > filled    NACK hole, from `filled` on: a step was lost
     frame row, lower epoch there                    NACK stale_epoch
     frame row              none, or a higher epoch  NACK unknown_session
-    close, expiry          there                    row free, unless a later epoch than the closed one has it
-    beat without it        there, twice in a row    row free: the coordinator knows nothing of it
-    drain                  any                      no new sessions; those that are open go on
+    close, expiry          there                    row free, unless it has a later epoch than the one that is closed
+    beat without it        there, twice in a row    row free: the coordinator does not know the session
+    drain                  any                      no new sessions; open ones continue
 
-A mirror is an ordinary shard that also follows the frames of its range's other replicas: rows of sessions that are open here too are
-computed in their own places and nothing is said of it, neither result nor nack. What it missed shows in `filled` when the session is
-opened again.
+A mirror is an ordinary shard that also follows the frames of the other replicas of its range. It computes those rows whose sessions are
+open here too, in the rows that these have here, and sends neither a result nor a NACK. If it missed frames, `filled` shows that when the
+session is opened again.
 
-A frame that could not have been meant for this shard (route, shapes, types) is refused whole. Repeating a step changes nothing up
-to its last position (mesh/runtime/stage.py), so a row that was computed before is simply computed again: recovery is replay.
+A frame that cannot be meant for this shard (wrong route, shapes or types) is rejected as a whole. Repeating a step changes nothing up to
+its last position (mesh/runtime/engine.py), so a row that was computed before is simply computed again: recovery is replay.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mesh.types import LayerRange
 __all__ = ["Admission", "Seat", "ShardShape", "ShardState"]
 
 DEFAULT_TTL_S = 10.0
-"""How long a coordinator may be silent where it did not say."""
+"""How long a coordinator may be silent if it gave no time itself."""
 
 _RETRY_AFTER_S = 0.5
 _MAX_COORDINATORS = 1024
@@ -51,7 +51,7 @@ _MAX_COORDINATORS = 1024
 
 @dataclass(frozen=True, slots=True)
 class ShardShape:
-    """What cannot change while a shard runs. `hidden_dtype` and `hidden_size` are of the state that crosses a cut."""
+    """What does not change while a shard serves a range. `hidden_dtype` and `hidden_size` describe the hidden state between two shards."""
 
     shard: str
     model_hash: str
@@ -62,7 +62,7 @@ class ShardShape:
     vocab_size: int
     hidden_size: int
     hidden_dtype: Any  # numpy dtype
-    queue_limit: int  # frames admitted and not yet computed
+    queue_limit: int  # the most frames that may be admitted and not yet computed
 
     @property
     def first(self) -> bool:
@@ -75,24 +75,25 @@ class ShardShape:
 
 @dataclass(slots=True)
 class Seat:
-    """A session's place."""
+    """The row that a session has here."""
 
     session: int
     epoch: int
     coordinator: str
     row: int
     filled: int
-    missing: bool = False  # from the last beat of its coordinator
+    missing: bool = False  # from the last heartbeat of its coordinator
 
     def fill(self, kind: Kind, start: int, count: int) -> None:
-        """`count` positions from `start` on are written. A prefill chunk is padded to a compiled size, over what was there."""
+        """Note that `count` positions from `start` on are written. A prefill chunk is padded to a compiled size, and its padding
+        overwrites what followed."""
         stop = start + count
         self.filled = stop if kind is Kind.PREFILL else max(self.filled, stop)
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What of a frame is computed: `rows` (indices into it; None: all of them), and the NACK frames to send for the others."""
+    """Which `rows` of a frame to compute (indices; None: all of them), and the NACK frames to send for the others."""
 
     rows: np.ndarray | None
     nacks: tuple[Frame, ...]
@@ -132,7 +133,8 @@ class ShardState:
     # -- sessions ------------------------------------------------------------------------------------------------------
 
     def open(self, message: Open, now: float) -> Seat:
-        """The session's seat. Busy: no row is free. Unavailable: draining. PromptTooLong. MessageRejected: model or epoch."""
+        """Open a session. Busy: no row is free. Unavailable: the shard drains. PromptTooLong: the context is shorter than the prompt.
+        MessageRejected: wrong model, or an epoch that is over."""
         if message.model_hash != self.shape.model_hash:
             raise MessageRejected(
                 f"model_hash: {message.model_hash} is another model than {self.shape.model_hash}, which is served here", field="model_hash"
@@ -167,7 +169,7 @@ class ShardState:
         return seat
 
     def close(self, message: Close, now: float) -> int:
-        """How many sessions of that coordinator were closed."""
+        """Close sessions of a coordinator. Returns how many were closed."""
         self._hear(message.coordinator, now)
         wanted = tuple(self._seats) if message.all else message.sessions
         mine = [
@@ -180,8 +182,8 @@ class ShardState:
         return len(mine)
 
     def beat(self, message: Beat, now: float) -> list[int]:
-        """A coordinator lives, and says how long it may be silent. The sessions that were closed because it did not name them now
-        and the last time."""
+        """Take in a coordinator's heartbeat, which says how long the coordinator may be silent. Returns the sessions that were closed
+        because two heartbeats in a row did not name them."""
         if message.coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
             self._heard[message.coordinator] = (now, message.ttl_s)
         if message.sessions is None:
@@ -199,7 +201,7 @@ class ShardState:
         return gone
 
     def expire(self, now: float) -> list[int]:
-        """Close the sessions of coordinators that have been silent for too long; which they were."""
+        """Close the sessions of coordinators that have been silent for too long. Returns those sessions."""
         silent = {name for name, (since, ttl_s) in self._heard.items() if now - since > ttl_s}
         for name in silent:
             del self._heard[name]
@@ -209,14 +211,14 @@ class ShardState:
         return [seat.session for seat in gone]
 
     def drain(self) -> int:
-        """Take no new sessions; how many are still open."""
+        """Take no new sessions from now on. Returns how many are open."""
         self.draining = True
         return self.sessions
 
     # -- frames --------------------------------------------------------------------------------------------------------
 
     def admit(self, frame: Frame, now: float) -> Admission:
-        """Which rows are computed. FrameRejected: the frame is not for this shard as it is."""
+        """Decide which rows of a frame are computed. FrameRejected: the frame cannot be meant for this shard."""
         self._check(frame)
         if self.queued >= self.shape.queue_limit:
             return self._refuse(frame, Nack.OVERLOADED)
@@ -248,7 +250,8 @@ class ShardState:
         return Admission(None if len(kept) == frame.rows else np.array(kept, np.intp), tuple(nacks))
 
     def follow(self, frame: Frame) -> Frame | None:
-        """Of a frame to another replica of this range, what is computed here as well: with the rows it has here, or None."""
+        """The part of another replica's frame that a mirror computes too, with the rows that its sessions have here; None if there is
+        nothing to compute."""
         self._check(frame, mine=False)
         kept: list[int] = []
         slots: list[int] = []
@@ -279,18 +282,18 @@ class ShardState:
         self.queued -= 1
 
     def gone_on(self, frame: Frame) -> None:
-        """What an admitted frame became has been sent, or never will be."""
+        """The result of an admitted frame has been sent, or never will be."""
         key = (frame.coordinator, frame.step)
         self._pending[key] -= 1
         if self._pending[key] <= 0:
             del self._pending[key]
 
     def pending(self, coordinator: str) -> tuple[int, ...]:
-        """Steps of a coordinator that have arrived and have not gone on yet."""
+        """The steps of a coordinator that have arrived and whose results have not been sent yet."""
         return tuple(step for name, step in self._pending if name == coordinator)
 
     def check(self) -> None:
-        """Every row is free or has one session."""
+        """Assert the invariants: every row is free or has exactly one session, and so on. For tests."""
         taken = [seat.row for seat in self._seats.values()]
         assert sorted(taken + self._free) == list(range(self.shape.rows)), (taken, self._free)
         assert all(session == seat.session for session, seat in self._seats.items())
@@ -315,7 +318,7 @@ class ShardState:
         return Admission(np.zeros(0, np.intp), (frame.nack(why, range(frame.rows)),))
 
     def _check(self, frame: Frame, *, mine: bool = True) -> None:
-        """Refuse what was put together for another shard (of another range, where not `mine`), or by another hand."""
+        """FrameRejected if the frame is for another shard (unless `mine` is false: for another range), or does not fit the model."""
         shape = self.shape
 
         def refuse(reason: str, message: str) -> None:

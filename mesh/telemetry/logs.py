@@ -1,27 +1,16 @@
-"""What every process of the mesh says of itself: its version, and its log."""
+"""The log of a process."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 
 from mesh.errors import ConfigError
 
-__all__ = ["setup_logging", "version"]
+__all__ = ["setup_logging"]
 
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-
-
-@lru_cache(maxsize=1)
-def version() -> str:
-    """Of the installed package, as semantic versioning wants it."""
-    try:
-        return metadata.version("stagemesh")
-    except metadata.PackageNotFoundError:
-        return "0.0.0"
 
 
 def setup_logging(level: str = "info", file: str | None = None) -> None:

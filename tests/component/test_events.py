@@ -16,7 +16,7 @@ from mesh.errors import BadRequest, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
 from mesh.shard.forget import forget
-from mesh.shard.placing import Claim, Claims
+from mesh.shard.placing import RangeClaim, RangeClaims
 from mesh.types import even_ranges
 
 
@@ -107,13 +107,13 @@ def test_a_ghost_is_forgotten_and_one_that_lives_is_not(run: Run, server: NatsSe
                 await forget(bus, "nobody")
             ghost = running[0]._lease(0.0).model_copy(update={"shard": "ghost"})
             await leases.put("ghost", ghost.to_bytes())
-            claims = [Claim(shard=shard, layers_start=0, layers_end=1, at_unix_s=1.0) for shard in ("ghost", "other")]
-            await placement.put("claims.tiny", Claims(claims=tuple(claims)).to_bytes())
+            claims = [RangeClaim(shard=shard, layers_start=0, layers_end=1, at_unix_s=1.0) for shard in ("ghost", "other")]
+            await placement.put("claims.tiny", RangeClaims(claims=tuple(claims)).to_bytes())
             gone = await forget(bus, "ghost")
             assert gone.lease == ghost and gone.claims == ("tiny",)
             assert await leases.get("ghost") is None and await leases.get(name) is not None
             entry = await placement.get("claims.tiny")
-            assert entry is not None and [claim.shard for claim in Claims.parse(entry.value or b"").claims] == ["other"]
+            assert entry is not None and [claim.shard for claim in RangeClaims.parse(entry.value or b"").claims] == ["other"]
             await leases.put("junk", b"of another version")
             assert (await forget(bus, "junk")).lease is None
             silent = await bus.subscribe(subjects.control("mute", "stats"), lambda received: asyncio.sleep(0))

@@ -106,8 +106,8 @@ def test_a_template_that_goes_wild_ends_that_prompt_alone(run: Run, directory: C
         try:
             bad = asyncio.create_task(pool.tokenize(**chat("bad")))
             longest, last = 0.0, time.monotonic()
-            while not bad.done():  # the loop carries on meanwhile
-                await asyncio.sleep(0.005)
+            while not bad.done():
+                await asyncio.sleep(0.005)  # the heartbeat of the loop, whose pauses are measured
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
             with pytest.raises(BadRequest, match=said):
                 await bad

@@ -84,7 +84,7 @@ def resolves(name: str) -> bool:
 
 
 @cache
-def tests() -> frozenset[str]:
+def _tests() -> frozenset[str]:
     """The names of all test modules and test functions."""
     files = [path for path in SOURCES if path.name.startswith("test_")]
     functions = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
@@ -148,7 +148,7 @@ def test_every_dotted_name_in_prose_is_a_module_or_in_one(path: Path) -> None:
 @pytest.mark.parametrize("path", PROSE, ids=label)
 def test_every_test_named_in_prose_exists(path: Path) -> None:
     """A name that ends with an underscore is the beginning of several."""
-    known = tests()
+    known = _tests()
     names = {name for _, text in said(path) for name in re.findall(r"\btest_\w+", text)}
     assert not [name for name in names if name not in known and not (name.endswith("_") and any(each.startswith(name) for each in known))]
 

@@ -17,9 +17,10 @@ from mesh.importer.families.spec import (
     Rotary,
     alibi_slopes,
 )
-from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.options import ImportOptions
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder, attention_block, tensor_type
 from mesh.model.manifest import BlockInfo, block_name
+from mesh.types import Progress
 
 __all__ = ["build_embed", "build_head", "build_layer", "write_decoder"]
 

@@ -9,9 +9,10 @@ from typing import Literal
 
 from mesh.importer.families.decoder import write_decoder
 from mesh.importer.families.spec import DecoderSpec, DecoderWeights
-from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.options import ImportOptions
 from mesh.importer.write.writer import BlockWriter
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo
+from mesh.types import Progress
 
 __all__ = ["DecoderSource"]
 

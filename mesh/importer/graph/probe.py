@@ -20,6 +20,8 @@ from onnx import helper, numpy_helper
 from mesh.errors import UnsupportedModel
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, Role, attribute, input_of
 from mesh.importer.graph.evaluate import HELP, NotConcrete, evaluate
+from mesh.lowering import ops
+from mesh.lowering.registry import find, op_types
 from mesh.model.onnx_form import OPSET
 
 __all__ = ["Probe"]
@@ -27,23 +29,16 @@ __all__ = ["Probe"]
 Array = npt.NDArray[Any]
 
 
-# inputs whose numbers, not only whose shapes, decide the shape of the output
-SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
-    "Reshape": (1,), "Expand": (1,), "Slice": (1, 2, 3, 4), "Tile": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "Split": (1,),
-    "Pad": (1, 3), "TopK": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "OneHot": (1,), "Resize": (2, 3),
-    **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
-                     "ReduceLogSumExp", "ReduceSumSquare"), (1,)),
-}  # fmt: skip
-SAME_SHAPE = frozenset((
-    "Cast", "Sqrt", "Reciprocal", "Neg", "Abs", "Exp", "Log", "Tanh", "Sigmoid", "Erf", "Relu", "Cos", "Sin", "Not", "IsNaN", "Softmax",
-    "LogSoftmax", "Gelu", "Identity", "Floor", "Ceil", "Round", "Sign", "Clip", "CastLike", "Swish", "RMSNormalization", "CumSum", "Trilu",
-    "Softplus", "HardSwish", "Elu", "LeakyRelu",
-))  # fmt: skip
-BROADCAST = frozenset((
-    "Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual",
-    "Max", "Min", "Mod",
-))  # fmt: skip
-TO_BOOL = frozenset(("Not", "IsNaN", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"))
+ops.load()  # what is known of each op stands beside it, in mesh/lowering/ops
+SAME_SHAPE = op_types(lambda op: op.same_shape)
+BROADCAST = op_types(lambda op: op.broadcasts)
+TO_BOOL = op_types(lambda op: op.to_bool)
+
+
+def shape_inputs(node: ir.Node) -> tuple[int, ...]:
+    """Positions of the inputs whose numbers, not only whose shapes, decide the shape of the output."""
+    op = find(node.op_type, node.domain, OPSET)
+    return () if op is None or op.same_shape or op.takes_scope else op.static
 
 
 class Probe:
@@ -132,7 +127,7 @@ class Probe:
             return [(v, False) for v in node.inputs if v is not None]
         if numbers:
             return [(v, True) for v in node.inputs if v is not None]
-        places = SHAPE_INPUTS.get(node.op_type, ())
+        places = shape_inputs(node)
         return [(v, i in places) for i, v in enumerate(node.inputs) if v is not None]
 
     def _leaf(self, value: ir.Value, numbers: bool) -> None:
@@ -223,7 +218,7 @@ class Probe:
             if value in self._values:
                 array = self._values[value]
                 types[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-                if i in SHAPE_INPUTS.get(node.op_type, ()):
+                if i in shape_inputs(node):
                     data[name] = numpy_helper.from_array(array)
             else:
                 types[name] = helper.make_tensor_type_proto(self._dtypes.get(value, onnx.TensorProto.FLOAT), self._shapes[value])

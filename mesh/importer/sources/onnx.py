@@ -22,11 +22,12 @@ from mesh.importer.analysis.positions import InputParts, context_limit
 from mesh.importer.graph.decoder import DecoderGraph
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import Probe
-from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx_file import load
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder
 from mesh.importer.write.emit import Emitter, Part
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, block_name
+from mesh.types import Progress
 
 __all__ = ["OnnxSource", "open_source"]
 

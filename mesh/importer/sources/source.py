@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Protocol
 
-from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.options import ImportOptions
 from mesh.importer.write.writer import BlockWriter
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo
+from mesh.types import Progress
 
 __all__ = ["Source"]
 

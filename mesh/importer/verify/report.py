@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mesh.importer.options import ImportOptions, Progress
+from mesh.importer.options import ImportOptions
 from mesh.importer.sources.source import Source
 from mesh.importer.verify.verify import runtime_logits
 from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import HiddenInfo, Manifest
 from mesh.model.tokenizer import Tokenizer
+from mesh.types import Progress
 
 __all__ = ["REPORT_TEXT", "measure_against_float32"]
 

@@ -23,13 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel, VerificationFailed
-from mesh.importer.options import Progress
 from mesh.importer.verify.oracle import OrtBlock, OrtParts
 from mesh.model.manifest import Manifest, block_name
 from mesh.runtime.loading import load_block
 from mesh.runtime.programs import Compiled
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.types import LayerRange
+from mesh.types import LayerRange, Progress, no_progress
 
 __all__ = ["GREEDY_STEPS", "Reference", "runtime_logits", "verify"]
 
@@ -62,7 +61,7 @@ def verify(
     reference: Reference | None,
     parts: OrtParts | None = None,
     seed: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Verify a model directory; returns what was measured, for the manifest's report.
 

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mesh.lowering.basis import Array, positive_axis, wide
+from mesh.lowering.op_helpers import Array, positive_axis, wide
 from mesh.lowering.registry import MICROSOFT, register
 
 
@@ -16,12 +16,12 @@ def Celu(X: Array, *, alpha: float = 1.0) -> Array:
     return jnp.maximum(X, 0) + jnp.minimum(0, alpha * jnp.expm1(X / alpha)).astype(X.dtype)
 
 
-@register()
+@register(same_shape=True)
 def Elu(X: Array, *, alpha: float = 1.0) -> Array:
     return jnp.where(X < 0, alpha * jnp.expm1(X), X)
 
 
-@register(allowed={"approximate": ("none", "tanh")})
+@register(allowed={"approximate": ("none", "tanh")}, same_shape=True)
 def Gelu(X: Array, *, approximate: str = "none") -> Array:
     return jax.nn.gelu(X, approximate=approximate == "tanh")
 
@@ -51,7 +51,7 @@ def HardSigmoid(X: Array, *, alpha: float = 0.2, beta: float = 0.5) -> Array:
     return jnp.clip(alpha * X + beta, 0, 1)
 
 
-@register()
+@register(same_shape=True)
 def HardSwish(X: Array) -> Array:
     return X * HardSigmoid(X, alpha=1 / 6, beta=0.5)
 
@@ -62,12 +62,12 @@ def Hardmax(input: Array, *, axis: int = -1) -> Array:
     return jax.nn.one_hot(first, input.shape[axis], axis=axis, dtype=input.dtype)
 
 
-@register()
+@register(same_shape=True)
 def LeakyRelu(X: Array, *, alpha: float = 0.01) -> Array:
     return jnp.where(X < 0, alpha * X, X)
 
 
-@register(since=13)
+@register(since=13, same_shape=True)
 def LogSoftmax(input: Array, *, axis: int = -1) -> Array:
     return jax.nn.log_softmax(input.astype(wide(input.dtype)), axis=axis).astype(input.dtype)
 
@@ -82,7 +82,7 @@ def PRelu(X: Array, slope: Array) -> Array:
     return jnp.where(X < 0, slope * X, X)
 
 
-@register()
+@register(same_shape=True)
 def Relu(X: Array) -> Array:
     return jnp.maximum(X, jnp.zeros((), X.dtype))
 
@@ -98,12 +98,12 @@ def Shrink(input: Array, *, bias: float = 0.0, lambd: float = 0.5) -> Array:
     return shrunk.astype(input.dtype)
 
 
-@register()
+@register(same_shape=True)
 def Sigmoid(X: Array) -> Array:
     return jax.nn.sigmoid(X)
 
 
-@register(since=13)
+@register(since=13, same_shape=True)
 def Softmax(input: Array, *, axis: int = -1) -> Array:
     """Computed in float32 for 16-bit types. A row of -inf alone is NaN, as ONNX has it."""
     return jax.nn.softmax(input.astype(wide(input.dtype)), axis=axis).astype(input.dtype)
@@ -115,12 +115,12 @@ def _flattened(function, input: Array, axis: int) -> Array:  # type: ignore[no-u
     return function(input.reshape(lead, -1), axis=1).reshape(input.shape)
 
 
-@register("Softmax")
+@register("Softmax", same_shape=True)
 def Softmax_1(input: Array, *, axis: int = 1) -> Array:
     return _flattened(Softmax, input, axis)
 
 
-@register("LogSoftmax")
+@register("LogSoftmax", same_shape=True)
 def LogSoftmax_1(input: Array, *, axis: int = 1) -> Array:
     return _flattened(LogSoftmax, input, axis)
 
@@ -130,7 +130,7 @@ def Hardmax_1(input: Array, *, axis: int = 1) -> Array:
     return _flattened(Hardmax, input, axis)
 
 
-@register()
+@register(same_shape=True)
 def Softplus(X: Array) -> Array:
     return jax.nn.softplus(X)
 
@@ -140,7 +140,7 @@ def Softsign(input: Array) -> Array:
     return jax.nn.soft_sign(input)
 
 
-@register()
+@register(same_shape=True)
 def Swish(X: Array, *, alpha: float = 1.0) -> Array:
     return X * jax.nn.sigmoid(alpha * X)
 

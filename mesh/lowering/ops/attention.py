@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, type_of, wide
+from mesh.lowering.op_helpers import Array, type_of, wide
 from mesh.lowering.registry import register
 
 _RAW, _, _BIASED, _PROBABILITIES = range(4)  # qk_matmul_output_mode

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mesh.lowering.basis import Array, basis, is_float, type_of
+from mesh.lowering.op_helpers import Array, array_namespace, is_float, type_of
 from mesh.lowering.registry import register
 
 _FLOAT8 = {
@@ -21,7 +21,7 @@ _SMALL_INTEGERS = {
 
 def convert(x: Array, dtype: Any, *, saturate: bool = True, round_mode: str = "up") -> Array:
     """`x` as `dtype`, in numpy or JAX as `x` is."""
-    xp, dtype = basis(x), np.dtype(dtype)
+    xp, dtype = array_namespace(x), np.dtype(dtype)
     if xp is np and "O" in (x.dtype.kind, dtype.kind):
         return _strings(x, dtype)
     if dtype in _FLOAT8:
@@ -77,11 +77,11 @@ def _strings(x: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return np.asarray([float(item) if is_float(dtype) else int(item) for item in x.ravel()]).astype(dtype).reshape(x.shape)
 
 
-@register(numpy=True, since=6)
+@register(numpy=True, since=6, same_shape=True)
 def Cast(input: Array, *, to: int, saturate: int = 1, round_mode: str = "up") -> Array:
-    return convert(input, type_of(to, basis(input)), saturate=bool(saturate), round_mode=round_mode)
+    return convert(input, type_of(to, array_namespace(input)), saturate=bool(saturate), round_mode=round_mode)
 
 
-@register(numpy=True)
+@register(numpy=True, type_only=(1,), same_shape=True)
 def CastLike(input: Array, target_type: Array, *, saturate: int = 1, round_mode: str = "up") -> Array:
     return convert(input, target_type.dtype, saturate=bool(saturate), round_mode=round_mode)

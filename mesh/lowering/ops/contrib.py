@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, wide
+from mesh.lowering.op_helpers import Array, wide
 from mesh.lowering.ops.attention import exponentials, grouped_scores, join_heads, rotate, split_heads, weighted_values
 from mesh.lowering.ops.indexing import TensorScatter
 from mesh.lowering.ops.quant import DequantizeLinear, QuantizeLinear
@@ -37,7 +37,11 @@ def RotaryEmbedding_microsoft(
     return join_heads(y) if input.ndim == 3 else y
 
 
-@register(domain=MICROSOFT, allowed={"qk_output": (0,), "kv_cache_bit_width": (0,), "k_quant_type": ("NONE",), "v_quant_type": ("NONE",)})
+@register(
+    domain=MICROSOFT,
+    allowed={"qk_output": (0,), "kv_cache_bit_width": (0,), "k_quant_type": ("NONE",), "v_quant_type": ("NONE",)},
+    static=(6,),
+)
 def GroupQueryAttention(
     query: Array, key: Array | None, value: Array | None, past_key: Array | None, past_value: Array | None, seqlens_k: Array,
     total_sequence_length: Array, cos_cache: Array | None = None, sin_cache: Array | None = None, position_ids: Array | None = None,

@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, basis, positive_axis
+from mesh.lowering.op_helpers import Array, array_namespace, positive_axis
 from mesh.lowering.registry import register
 from mesh.lowering.static import is_traced
 
 _MOST_UNROLLED = 4096
 
 
-@register()
+@register(static=(0,))
 def If(cond: Array, *, then_branch: Any, else_branch: Any, scope: Any) -> tuple[Array, ...]:
     return tuple(scope.run(then_branch if bool(np.asarray(cond).reshape(())) else else_branch, []))
 
 
-@register()
+@register(static=(0, 1))
 def Loop(M: Array | None, cond: Array | None, *v_initial: Array, body: Any, scope: Any) -> tuple[Array, ...]:
     """Unrolled: trip count and condition are known. Scan outputs are stacked along a new first axis."""
     state, collected = list(v_initial), []
@@ -41,7 +41,7 @@ def Loop(M: Array | None, cond: Array | None, *v_initial: Array, body: Any, scop
         step += 1
     if not collected and len(body.outputs) > 1 + len(v_initial):
         raise UnsupportedModel("a loop of no steps with scan outputs")
-    return (*state, *(basis(*items).stack(items) for items in zip(*collected, strict=True)))
+    return (*state, *(array_namespace(*items).stack(items) for items in zip(*collected, strict=True)))
 
 
 @register(since=9)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array
+from mesh.lowering.op_helpers import Array
 from mesh.lowering.ops.quant import divided, integer_limits
 from mesh.lowering.registry import register
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, basis, int64, is_float, positive_axis
+from mesh.lowering.op_helpers import Array, array_namespace, int64, is_float, positive_axis
 from mesh.lowering.registry import register
 from mesh.lowering.static import is_traced
 
@@ -18,7 +18,7 @@ def _wrapped(xp: Any, indices: Array, size: int) -> Array:
     return xp.where(indices < 0, indices + size, indices)
 
 
-@register(numpy=True)
+@register(numpy=True, static_if_known=(1,))
 def Gather(data: Array, indices: Array, *, axis: int = 0) -> Array:
     axis = positive_axis(axis, data.ndim)
     if not is_traced(indices):
@@ -33,7 +33,7 @@ def Gather(data: Array, indices: Array, *, axis: int = 0) -> Array:
 
 @register(numpy=True)
 def GatherElements(data: Array, indices: Array, *, axis: int = 0) -> Array:
-    xp = basis(data, indices)
+    xp = array_namespace(data, indices)
     axis = positive_axis(axis, data.ndim)
     data = data[tuple(slice(None) if i == axis else slice(0, size) for i, size in enumerate(indices.shape))]
     indices = _wrapped(xp, indices, data.shape[axis])
@@ -44,7 +44,7 @@ def GatherElements(data: Array, indices: Array, *, axis: int = 0) -> Array:
 
 @register(numpy=True)
 def GatherND(data: Array, indices: Array, *, batch_dims: int = 0) -> Array:
-    xp = basis(data, indices)
+    xp = array_namespace(data, indices)
     lead = tuple(
         np.arange(size).reshape([-1 if i == j else 1 for j in range(indices.ndim - 1)]) for i, size in enumerate(data.shape[:batch_dims])
     )
@@ -108,10 +108,10 @@ def TensorScatter(past_cache: Array, update: Array, write_indices: Array | None 
     return jax.vmap(write)(past_cache, update, write_indices)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,))
 def OneHot(indices: Array, depth: Array, values: Array, *, axis: int = -1) -> Array:
     """`values` = [off, on]. Indices outside -depth..depth-1 have no on value."""
-    xp = basis(indices, values)
+    xp = array_namespace(indices, values)
     count = int(np.asarray(depth).reshape(()))
     axis = axis + indices.ndim + 1 if axis < 0 else axis
     indices = xp.expand_dims(xp.where(indices < 0, indices + count, indices), axis)
@@ -119,20 +119,20 @@ def OneHot(indices: Array, depth: Array, values: Array, *, axis: int = -1) -> Ar
     return xp.where(indices == classes.astype(indices.dtype), values[1], values[0])
 
 
-@register(numpy=True)
+@register(numpy=True, static=(0,))
 def NonZero(X: Array) -> Array:
     return np.stack(np.nonzero(X)).astype(np.int64) if X.ndim else np.zeros((0, int(bool(X))), np.int64)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,))
 def Compress(input: Array, condition: Array, *, axis: int | None = None) -> Array:
     kept = np.nonzero(condition)[0]
     if axis is None:
-        return basis(input).take(input.reshape(-1), kept, axis=0)
-    return basis(input).take(input, kept, axis=axis)
+        return array_namespace(input).take(input.reshape(-1), kept, axis=0)
+    return array_namespace(input).take(input, kept, axis=axis)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(0,))
 def Unique(X: Array, *, axis: int | None = None, sorted: int = 1) -> tuple[Array, ...]:
     values, first, inverse, counts = np.unique(X, return_index=True, return_inverse=True, return_counts=True, axis=axis)
     if not sorted:  # in order of first appearance
@@ -153,7 +153,7 @@ def _top_k(X: Array, k: int, axis: int, largest: bool) -> tuple[Array, Array]:
     return jnp.take_along_axis(X, indices, axis), indices.astype(int64(jnp))
 
 
-@register(since=10)
+@register(since=10, static=(1,))
 def TopK(X: Array, K: Array, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Array, Array]:
     """Equal values: the lower index first. Always sorted."""
     return _top_k(X, int(np.asarray(K).reshape(())), axis, bool(largest))

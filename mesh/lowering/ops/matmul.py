@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array
+from mesh.lowering.op_helpers import Array
 from mesh.lowering.registry import register
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, positive_axis, type_of, wide
+from mesh.lowering.op_helpers import Array, positive_axis, type_of, wide
 from mesh.lowering.registry import MICROSOFT, register
 
 
@@ -36,7 +36,7 @@ def LayerNormalization(
     return y if B is None else y + B, mean, inverse
 
 
-@register()
+@register(same_shape=True)
 def RMSNormalization(X: Array, scale: Array, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Array:
     return _rms(X, axis, epsilon, stash_type)[0] * scale
 

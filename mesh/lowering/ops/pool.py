@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, int64, is_float
+from mesh.lowering.op_helpers import Array, int64, is_float
 from mesh.lowering.ops.conv import AUTO_PAD, window_pads
 from mesh.lowering.registry import register
 
@@ -140,7 +140,7 @@ def GlobalLpPool(X: Array, *, p: int = 2) -> Array:
     return (jnp.sum(jnp.abs(X) ** p, tuple(range(2, X.ndim)), keepdims=True) ** (1 / p)).astype(X.dtype)
 
 
-@register()
+@register(static=(2,))
 def MaxUnpool(
     X: Array, I: Array, output_shape: Array | None = None,  # noqa: E741
     *, kernel_shape: Sequence[int], pads: Sequence[int] | None = None, strides: Sequence[int] | None = None,

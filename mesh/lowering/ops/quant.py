@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mesh.lowering.basis import Array, is_float, positive_axis, type_of, wide
+from mesh.lowering.op_helpers import Array, is_float, positive_axis, type_of, wide
 from mesh.lowering.ops.cast import convert
 from mesh.lowering.registry import register
 

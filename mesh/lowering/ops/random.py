@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array
+from mesh.lowering.op_helpers import Array
 from mesh.lowering.registry import register
 
 
@@ -16,7 +16,7 @@ def _kept(data: Array, mask_type: Any) -> tuple[Array, Array]:
     return data, jnp.ones(data.shape, mask_type)
 
 
-@register(since=12)
+@register(since=12, static=(1, 2))
 def Dropout(data: Array, ratio: Array | None = None, training_mode: Array | None = None, *, seed: int = 0) -> tuple[Array, Array]:
     dropping = ratio is None or float(np.asarray(ratio).reshape(())) > 0
     if training_mode is not None and bool(np.asarray(training_mode).reshape(())) and dropping:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array
+from mesh.lowering.op_helpers import Array
 from mesh.lowering.registry import register
 
 _Cell = Callable[[Array, list[Array], dict[str, Array], list[Any]], list[Array]]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, wide
+from mesh.lowering.op_helpers import Array, wide
 from mesh.lowering.ops.attention import join_heads, split_heads
 from mesh.lowering.registry import register
 

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mesh.lowering.basis import Array, axes_of, basis, int64, is_float, positive_axis, wide
+from mesh.lowering.op_helpers import Array, array_namespace, axes_of, int64, is_float, positive_axis, wide
 from mesh.lowering.registry import register
 
 _Kernel = Callable[[Any, Array, Any, bool], Array]  # (xp, data, axes, keepdims)
@@ -89,9 +89,9 @@ _KERNELS: dict[str, tuple[int, _Kernel]] = {  # opset from which `axes` is an in
 def _define(op_type: str, axes_input_since: int, kernel: _Kernel) -> None:
     def reduce(data: Array, axes: Array | None, keepdims: int, noop: bool) -> Array:
         chosen = axes_of(axes, data.ndim) if axes is not None and np.size(axes) else () if noop else tuple(range(data.ndim))
-        return kernel(basis(data), data, chosen, bool(keepdims))
+        return kernel(array_namespace(data), data, chosen, bool(keepdims))
 
-    @register(op_type, since=axes_input_since, numpy=True)
+    @register(op_type, since=axes_input_since, numpy=True, static=(1,))
     def with_input(data: Array, axes: Array | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Array:
         return reduce(data, axes, keepdims, bool(noop_with_empty_axes))
 
@@ -105,7 +105,7 @@ for _name, (_since, _kernel) in _KERNELS.items():
 
 
 def _arg(data: Array, axis: int, keepdims: int, last: int, least: bool) -> Array:
-    xp = basis(data)
+    xp = array_namespace(data)
     axis = positive_axis(axis, data.ndim)
     find = xp.argmin if least else xp.argmax
     if last:
@@ -126,7 +126,7 @@ def ArgMin(data: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: 
 
 
 def _cumulative(name: str, neutral: int, x: Array, axis: Array, exclusive: int, reverse: int) -> Array:
-    xp = basis(x)
+    xp = array_namespace(x)
     along = axes_of(axis, x.ndim)[0]
     if reverse:
         x = xp.flip(x, along)
@@ -137,11 +137,11 @@ def _cumulative(name: str, neutral: int, x: Array, axis: Array, exclusive: int, 
     return xp.flip(result, along) if reverse else result
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,), same_shape=True)
 def CumSum(x: Array, axis: Array, *, exclusive: int = 0, reverse: int = 0) -> Array:
     return _cumulative("cumsum", 0, x, axis, exclusive, reverse)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,))
 def CumProd(x: Array, axis: Array, *, exclusive: int = 0, reverse: int = 0) -> Array:
     return _cumulative("cumprod", 1, x, axis, exclusive, reverse)

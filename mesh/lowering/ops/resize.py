@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, axes_of, is_float
+from mesh.lowering.op_helpers import Array, axes_of, is_float
 from mesh.lowering.registry import register
 
 _COORDINATES = (
@@ -78,7 +78,7 @@ def _matrix(
 
 
 @register(
-    since=11,
+    since=11, static=(1, 2, 3),
     allowed={"coordinate_transformation_mode": _COORDINATES, "mode": _MODES, "nearest_mode": _NEAREST,
              "keep_aspect_ratio_policy": ("stretch", "not_larger", "not_smaller")},
 )  # fmt: skip
@@ -120,11 +120,11 @@ def Resize(
     return y.astype(X.dtype) if is_float(X.dtype) else jnp.rint(y).astype(X.dtype)
 
 
-@register("Resize", since=10, allowed={"mode": ("nearest", "linear")})
+@register("Resize", since=10, allowed={"mode": ("nearest", "linear")}, static=(1,))
 def Resize_10(X: Array, scales: Array, *, mode: str = "nearest") -> Array:
     return Resize(X, None, scales, mode=mode, coordinate_transformation_mode="asymmetric", nearest_mode="floor")
 
 
-@register(since=9, allowed={"mode": ("nearest", "linear")})
+@register(since=9, allowed={"mode": ("nearest", "linear")}, static=(1,))
 def Upsample(X: Array, scales: Array, *, mode: str = "nearest") -> Array:
     return Resize_10(X, scales, mode=mode)

@@ -9,27 +9,27 @@ from typing import Any
 import numpy as np
 
 from mesh.errors import UnsupportedModel
-from mesh.lowering.basis import Array, axes_of, basis, numpy_type, positive_axis, type_of
+from mesh.lowering.op_helpers import Array, array_namespace, axes_of, numpy_type, positive_axis, type_of
 from mesh.lowering.registry import register
 
 
-@register(numpy=True)
+@register(numpy=True, shape_only=True)
 def Shape(data: Array, *, start: int = 0, end: int | None = None) -> Array:
     """Always known, whether or not `data` is."""
     return np.asarray(data.shape[slice(start, end)], np.int64)
 
 
-@register(numpy=True)
+@register(numpy=True, shape_only=True)
 def Size(data: Array) -> Array:
     return np.asarray(math.prod(data.shape), np.int64)
 
 
-@register(numpy=True)
+@register(numpy=True, same_shape=True)
 def Identity(input: Array) -> Array:
     return input
 
 
-@register(numpy=True, since=5)
+@register(numpy=True, since=5, static=(1,))
 def Reshape(data: Array, shape: Array, *, allowzero: int = 0) -> Array:
     target = [int(size) for size in np.atleast_1d(shape)]
     if not allowzero:
@@ -51,10 +51,10 @@ def Flatten(input: Array, *, axis: int = 1) -> Array:
     return input.reshape(math.prod(input.shape[:axis]), math.prod(input.shape[axis:]))
 
 
-@register(numpy=True, since=13)
+@register(numpy=True, since=13, static=(1,))
 def Squeeze(data: Array, axes: Array | None = None) -> Array:
     chosen = None if axes is None else axes_of(axes, data.ndim)
-    return basis(data).squeeze(data, axis=chosen)
+    return array_namespace(data).squeeze(data, axis=chosen)
 
 
 @register("Squeeze", numpy=True)
@@ -62,9 +62,9 @@ def Squeeze_1(data: Array, *, axes: Sequence[int] | None = None) -> Array:
     return Squeeze(data, axes)
 
 
-@register(numpy=True, since=13)
+@register(numpy=True, since=13, static=(1,))
 def Unsqueeze(data: Array, axes: Array) -> Array:
-    return basis(data).expand_dims(data, axes_of(axes, data.ndim + np.size(axes)))
+    return array_namespace(data).expand_dims(data, axes_of(axes, data.ndim + np.size(axes)))
 
 
 @register("Unsqueeze", numpy=True)
@@ -74,23 +74,23 @@ def Unsqueeze_1(data: Array, *, axes: Sequence[int]) -> Array:
 
 @register(numpy=True)
 def Transpose(data: Array, *, perm: Sequence[int] | None = None) -> Array:
-    return basis(data).transpose(data, perm)
+    return array_namespace(data).transpose(data, perm)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,))
 def Expand(input: Array, shape: Array) -> Array:
     target = np.broadcast_shapes(input.shape, tuple(int(size) for size in shape))
-    return basis(input).broadcast_to(input, target)
+    return array_namespace(input).broadcast_to(input, target)
 
 
-@register(numpy=True, since=6)
+@register(numpy=True, since=6, static=(1,))
 def Tile(input: Array, repeats: Array) -> Array:
-    return basis(input).tile(input, tuple(int(count) for count in repeats))
+    return array_namespace(input).tile(input, tuple(int(count) for count in repeats))
 
 
 @register(numpy=True, since=4)
 def Concat(*inputs: Array, axis: int) -> Array:
-    return basis(*inputs).concatenate(inputs, axis=axis)
+    return array_namespace(*inputs).concatenate(inputs, axis=axis)
 
 
 @register("Concat", numpy=True)
@@ -101,10 +101,10 @@ def Concat_1(*inputs: Array, axis: int = 1) -> Array:
 def _split(input: Array, sizes: Sequence[int], axis: int) -> tuple[Array, ...]:
     if sum(sizes) != input.shape[axis]:
         raise UnsupportedModel(f"parts of {list(sizes)} of an axis of {input.shape[axis]}")
-    return tuple(basis(input).split(input, np.cumsum(np.asarray(sizes[:-1], np.int64)).tolist(), axis=axis))
+    return tuple(array_namespace(input).split(input, np.cumsum(np.asarray(sizes[:-1], np.int64)).tolist(), axis=axis))
 
 
-@register(numpy=True, since=13)
+@register(numpy=True, since=13, static=(1,))
 def Split(input: Array, split: Array | None = None, *, axis: int = 0, num_outputs: int | None = None, n_outputs: int) -> tuple[Array, ...]:
     """Without sizes: equal parts, the last one smaller if need be."""
     if split is not None:
@@ -119,7 +119,7 @@ def Split_1(input: Array, *, axis: int = 0, split: Sequence[int] | None = None, 
     return Split(input, None if split is None else np.asarray(split), axis=axis, n_outputs=n_outputs)
 
 
-@register(numpy=True, since=10)
+@register(numpy=True, since=10, static=(1, 2, 3, 4))
 def Slice(data: Array, starts: Array, ends: Array, axes: Array | None = None, steps: Array | None = None) -> Array:
     chosen = range(len(starts)) if axes is None else axes_of(axes, data.ndim)
     index: list[Any] = [slice(None)] * data.ndim
@@ -140,10 +140,10 @@ def Slice_1(data: Array, *, starts: Sequence[int], ends: Sequence[int], axes: Se
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 
 
-@register(numpy=True, since=11, allowed={"mode": tuple(_PAD_MODES)})
+@register(numpy=True, since=11, allowed={"mode": tuple(_PAD_MODES)}, static=(1, 3))
 def Pad(data: Array, pads: Array, constant_value: Array | None = None, axes: Array | None = None, *, mode: str = "constant") -> Array:
     """Negative pads cut. Pads: all the begins, then all the ends, of `axes`."""
-    xp = basis(data, constant_value)
+    xp = array_namespace(data, constant_value)
     chosen = tuple(range(data.ndim)) if axes is None else axes_of(axes, data.ndim)
     widths = [(0, 0)] * data.ndim
     for i, axis in enumerate(chosen):
@@ -161,13 +161,13 @@ def Pad_2(data: Array, *, pads: Sequence[int], mode: str = "constant", value: fl
     return Pad(data, np.asarray(pads), np.asarray(value, data.dtype), mode=mode)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(0,))
 def ConstantOfShape(input: Array, *, value: np.ndarray | None = None) -> Array:
     fill = np.zeros((), np.float32) if value is None else value.reshape(())
     return np.broadcast_to(fill, tuple(int(size) for size in input))
 
 
-@register(numpy=True)
+@register(numpy=True, static=(0, 1, 2))
 def Range(start: Array, limit: Array, delta: Array, *, stash_type: int = 1) -> Array:
     """16-bit floats are counted in float32, as the standard's function does."""
     first, last, step = (np.asarray(value).reshape(()) for value in (start, limit, delta))
@@ -179,15 +179,15 @@ def Range(start: Array, limit: Array, delta: Array, *, stash_type: int = 1) -> A
     return (first.astype(wider) + np.arange(count).astype(wider) * step.astype(wider)).astype(kind)
 
 
-@register(numpy=True)
+@register(numpy=True, shape_only=True)
 def EyeLike(input: Array, *, dtype: int | None = None, k: int = 0) -> Array:
     kind = numpy_type(dtype) if dtype is not None else input.dtype
     return np.eye(input.shape[0], input.shape[1], k, dtype=kind)
 
 
-@register(numpy=True)
+@register(numpy=True, static=(1,), same_shape=True)
 def Trilu(input: Array, k: Array | None = None, *, upper: int = 1) -> Array:
-    xp = basis(input)
+    xp = array_namespace(input)
     diagonal = 0 if k is None else int(k.reshape(()))
     return xp.triu(input, diagonal) if upper else xp.tril(input, diagonal)
 
@@ -214,7 +214,7 @@ def SpaceToDepth(input: Array, *, blocksize: int, mode: str = "DCR") -> Array:
 
 @register(numpy=True)
 def ReverseSequence(input: Array, sequence_lens: Array, *, batch_axis: int = 1, time_axis: int = 0) -> Array:
-    xp = basis(input, sequence_lens)
+    xp = array_namespace(input, sequence_lens)
     batch_axis, time_axis = positive_axis(batch_axis, input.ndim), positive_axis(time_axis, input.ndim)
     time = np.arange(input.shape[time_axis])[:, None]
     index = xp.where(time < sequence_lens, sequence_lens - 1 - time, time)  # [time, batch]
@@ -226,5 +226,5 @@ def ReverseSequence(input: Array, sequence_lens: Array, *, batch_axis: int = 1, 
 
 @register(numpy=True)
 def BitCast(input: Array, *, to: int) -> Array:
-    kind = type_of(to, basis(input))
+    kind = type_of(to, array_namespace(input))
     return input.view(kind) if input.ndim else input.reshape(1).view(kind).reshape(())

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.lowering.basis import Array, axes_of
+from mesh.lowering.op_helpers import Array, axes_of
 from mesh.lowering.registry import register
 
 
@@ -32,19 +32,19 @@ def _dft(x: Array, length: int | None, axis: int, inverse: bool, onesided: bool)
     return _parts(y, kind)
 
 
-@register(since=20)
+@register(since=20, static=(1, 2))
 def DFT(input: Array, dft_length: Array | None = None, axis: Array | None = None, *, inverse: int = 0, onesided: int = 0) -> Array:
     length = None if dft_length is None else int(np.asarray(dft_length).reshape(()))
     return _dft(input, length, -2 if axis is None else int(np.asarray(axis).reshape(())), bool(inverse), bool(onesided))
 
 
-@register("DFT", since=17)
+@register("DFT", since=17, static=(1,))
 def DFT_17(input: Array, dft_length: Array | None = None, *, axis: int = 1, inverse: int = 0, onesided: int = 0) -> Array:
     length = None if dft_length is None else int(np.asarray(dft_length).reshape(()))
     return _dft(input, length, axis, bool(inverse), bool(onesided))
 
 
-@register(since=17)
+@register(since=17, static=(1, 3))
 def STFT(signal: Array, frame_step: Array, window: Array | None = None, frame_length: Array | None = None, *, onesided: int = 1) -> Array:
     """signal [B, L, 1 or 2] -> [B, frames, bins, 2]."""
     step = int(np.asarray(frame_step).reshape(()))

@@ -1,4 +1,4 @@
-"""Every form of a product is the product, and how a weight is cut into parts."""
+"""Every variant of a product is the product, and how a weight is cut into parts."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mesh.lowering import linear
 from mesh.lowering.linear import Codes
 
 
-@pytest.mark.parametrize("form", linear.FORMS)
+@pytest.mark.parametrize("variant", linear.VARIANTS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(1536, 192), (1031, 130), (96, 64)])  # parts, no parts as it is a prime, too small for parts
-def test_every_form_is_the_product(form: str, rows: int, shape: tuple[int, int]) -> None:
+def test_every_form_is_the_product(variant: str, rows: int, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(3)
     weight, x = (rng.standard_normal(dims).astype(np.float32) for dims in (shape, (rows, shape[1])))
     with jax.default_matmul_precision("highest"):
-        got = jax.jit(lambda x, w: linear.product(x, Codes(w), form=form))(x, jnp.asarray(weight))
+        got = jax.jit(lambda x, w: linear.product(x, Codes(w), variant=variant))(x, jnp.asarray(weight))
     np.testing.assert_allclose(got, x.astype(np.float64) @ weight.T.astype(np.float64), rtol=1e-4, atol=1e-4)
 
 
 def test_one_row_of_a_large_weight_is_read_in_parts() -> None:
     weight = Codes(jnp.ones((4096, 512)))
-    compiled = jax.jit(lambda x, w: linear.product(x, w, form=linear.default_form(1, w))).lower(jnp.ones((1, 512)), weight).compile()
+    compiled = jax.jit(lambda x, w: linear.product(x, w, variant=linear.default_variant(1, w))).lower(jnp.ones((1, 512)), weight).compile()
     text = compiled.as_text()
     assert text is not None
     assert "f32[4096,512]" in text  # as it was given

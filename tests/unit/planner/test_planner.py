@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, PlanError
 from mesh.model.memory import ModelShape, predict
 from mesh.planner.placement import Node, Placement, Strategy
-from mesh.planner.plan import PlanRequest, even_ranges, fits, place, plan, ranges_of, same_nodes
+from mesh.planner.plan import fits, place, plan, ranges_of
 from mesh.planner.remedies import apply
+from mesh.planner.request import PlanRequest, same_nodes
 from mesh.settings.units import GB
-from mesh.types import LayerRange
+from mesh.types import LayerRange, even_ranges
 
 GPT3 = ModelShape.hypothetical(name="GPT-3-175B", parameters=175 * 10**9, layers=96, vocab_size=50257, context_length=2048)
 

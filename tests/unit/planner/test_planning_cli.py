@@ -10,12 +10,16 @@ import pytest
 
 from mesh.commands.planning import add_plan_parser, add_shard_model_parser, shard_model_command
 from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, MeshError, ModelNotFound, PlanError
+from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo, block_name
-from mesh.model.memory import predict
+from mesh.model.memory import ModelShape, predict
+from mesh.planner.from_config import parse_nodes, parse_ranges
 from mesh.planner.placement import Placement
-from mesh.planner.requests import parse_nodes, parse_ranges
+from mesh.planner.plan import place
+from mesh.planner.request import PlanRequest, same_nodes
 from mesh.settings.schema import ShardConfig, load_config
-from mesh.types import LayerRange
+from mesh.settings.units import GB
+from mesh.types import LayerRange, even_ranges
 
 LAYERS = 6
 MODEL_YAML = """
@@ -287,3 +291,16 @@ def test_nodes_are_read_with_their_names_counts_and_traits() -> None:
     assert [node.name for node in nodes] == ["node-1", "node-2", "gpu", "node-4", "node-5", "big-1", "big-2"]
     assert (nodes[2].speed, nodes[2].bandwidth, nodes[2].latency_s, nodes[3].memory_bytes) == (12, 1.25e9, 0.0005, 2**33)
     assert parse_ranges("0-12, 12-24") == (LayerRange(0, 12), LayerRange(12, 24))
+
+
+@pytest.mark.parametrize("shards", range(1, LAYERS + 1))
+def test_up_and_plan_cut_a_model_alike(tmp_path: Path, shards: int) -> None:
+    manifest = _write_model(tmp_path)
+    placement = place(PlanRequest(model=ModelShape.of(manifest), nodes=same_nodes(shards, GB), shards_count=shards))
+    planned = [LayerRange(placed.layers_start, placed.layers_end) for placed in placement.ranges]
+    assert LocalMesh(LocalOptions(model=tmp_path, shards=shards)).ranges == planned
+
+
+def test_the_ends_of_an_uneven_cut_are_the_shorter_ranges() -> None:
+    """The first range holds the embedding as well, and the last one the head."""
+    assert [str(layers) for layers in even_ranges(30, 4)] == ["0-7", "7-15", "15-23", "23-30"]

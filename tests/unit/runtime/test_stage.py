@@ -204,10 +204,10 @@ def test_threads_that_warm_up_compile_shared_programs_once(llama: Path, monkeypa
 
 @pytest.mark.parametrize(("prefill", "size"), [(False, 1), (False, 4), (True, 16), (True, 32)])
 def test_no_step_copies_a_cache(llama: Path, prefill: bool, size: int) -> None:
-    from mesh.runtime.programs import Bucket
+    from mesh.runtime.programs import ShapeBucket
 
     stage = Stage.load(llama, StageConfig(LayerRange(0, 5), rows=64, chunk=32))
-    stage._compile(Bucket(prefill, size, 96))
+    stage._compile(ShapeBucket(prefill, size, 96))
     cache_bytes = stage._caches[0].key.nbytes
     (program,) = [program for key, program in stage.programs._compiled.items() if key[0] == "layers"]
     memory = program.memory_analysis()

@@ -1,4 +1,4 @@
-"""From what users write (flags, configuration files, a model directory) to a PlanRequest."""
+"""From flags, configuration files and model directories to a PlanRequest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from mesh.errors import ConfigError, ModelNotFound
 from mesh.model.memory import ModelShape
 from mesh.planner.placement import Node
-from mesh.planner.plan import PlanRequest, same_nodes
+from mesh.planner.request import PlanRequest, same_nodes
 from mesh.settings.files import read_mapping
 from mesh.settings.schema import DistributedConfig, ModelConfig
 from mesh.settings.units import parse_bytes, parse_count, parse_rate, parse_seconds
@@ -23,9 +23,10 @@ _GUESSED_CONTEXT = 2048
 
 
 def parse_nodes(text: str) -> tuple[Node, ...]:
-    """Nodes of `[NAME=][COUNTx]MEMORY[:speed=S][:bandwidth=RATE][:latency=TIME]`, comma separated.
+    """Nodes from `[NAME=][COUNTx]MEMORY[:speed=S][:bandwidth=RATE][:latency=TIME]`, comma separated.
 
-    Such as `32GB,32GB,gpu=80GB:speed=12` or `4x16GB:bandwidth=10Gbit/s`. Nodes without a name are node-1, node-2, ... by place.
+    Such as `32GB,32GB,gpu=80GB:speed=12` or `4x16GB:bandwidth=10Gbit/s`. Nodes without a name are called node-1, node-2, ... by their
+    place.
     """
     nodes: list[Node] = []
     for item in text.split(","):
@@ -58,7 +59,7 @@ def parse_nodes(text: str) -> tuple[Node, ...]:
 
 
 def parse_ranges(text: str) -> tuple[LayerRange, ...]:
-    """Half-open ranges such as `0-12,12-24`."""
+    """Half-open layer ranges from a text such as `0-12,12-24`."""
     ranges = []
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", item)
@@ -69,12 +70,12 @@ def parse_ranges(text: str) -> tuple[LayerRange, ...]:
 
 
 def config_class(path: Path) -> type[DistributedConfig] | type[ModelConfig]:
-    """Which of the two a file is, by its keys."""
+    """The class of a configuration file, recognised by its keys."""
     return ModelConfig if "model" in read_mapping(path) else DistributedConfig
 
 
 def from_model_config(config: ModelConfig) -> PlanRequest:
-    """A model known only by its configuration, on as many equal nodes as it has shards."""
+    """A request for a model that is known only by its configuration, on as many equal nodes as it has shards."""
     model, sharding, performance = config.model, config.sharding, config.performance
     shape = ModelShape.hypothetical(
         name=model.name,
@@ -100,7 +101,7 @@ def from_model_config(config: ModelConfig) -> PlanRequest:
 
 
 def from_distributed(config: DistributedConfig, shape: ModelShape, where: Path) -> PlanRequest:
-    """`config` (read from `where`) over the model of `shape`; ConfigError where they disagree."""
+    """A request from `config`, which was read from the file `where`, for the model of `shape`. ConfigError: they disagree."""
     if config.total_layers != shape.layer_count:
         raise ConfigError(
             f"{where}: total_layers is {config.total_layers} and {shape.name} has {shape.layer_count}: set total_layers to that"
@@ -121,13 +122,13 @@ def from_distributed(config: DistributedConfig, shape: ModelShape, where: Path) 
 
 
 def locate(config: DistributedConfig, where: Path) -> Path | None:
-    """The file or directory that model_path names: relative to the file `where`, then to the working directory. None: neither."""
+    """The file or directory that model_path names, relative to the file `where` or to the working directory. None: there is neither."""
     named = Path(config.model_path).expanduser()
     return next((path for path in (where.parent / named, named) if path.exists()), None)
 
 
 def guess_shape(config: DistributedConfig, where: Path) -> ModelShape:
-    """The model before it is there: from total_parameters and vocab_size, or from the size in its name (gpt3-175b)."""
+    """The shape of a model that is not there yet: from total_parameters and vocab_size, or from the size in its name (gpt3-175b)."""
     stem = Path(config.model_path).stem if Path(config.model_path).suffix in (".onnx", ".gguf") else Path(config.model_path).name
     found = _SIZE_IN_NAME.findall(stem)
     if config.total_parameters is None and not found:

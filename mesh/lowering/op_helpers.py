@@ -1,4 +1,4 @@
-"""What the ops share: numpy or jax.numpy by the kind of the arguments, ONNX types, axes."""
+"""What the functions of ops share: numpy or jax.numpy by the kind of the arguments, ONNX types, axes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from onnx import helper
 from mesh.errors import UnsupportedModel
 from mesh.lowering.static import is_traced
 
-__all__ = ["Array", "axes_of", "basis", "int64", "is_float", "numpy_type", "positive_axis", "type_of", "wide"]
+__all__ = ["Array", "array_namespace", "axes_of", "int64", "is_float", "numpy_type", "positive_axis", "type_of", "wide"]
 
 Array = Any  # a numpy array or a JAX one
 
 
-def basis(*args: Any) -> Any:
+def array_namespace(*args: Any) -> Any:
     """jax.numpy when an argument is traced, numpy otherwise."""
     return jnp if any(is_traced(arg) for arg in args) else np
 

@@ -1,0 +1,39 @@
+"""From the sections of a configuration file to the settings of an HTTP edge: a gateway's or a coordinator's."""
+
+from __future__ import annotations
+
+from mesh.gateway.settings import GatewaySettings, Limits
+from mesh.http.from_config import tls_of, verifier_of
+from mesh.http.listener import ListenerOptions
+from mesh.settings.schema import AuthenticationSection, HttpSection, TlsSection
+
+__all__ = ["gateway_settings"]
+
+
+def gateway_settings(
+    section: HttpSection, tls: TlsSection | None, authentication: AuthenticationSection, *, model: str | None
+) -> GatewaySettings:
+    """The settings that these sections describe. ConfigError: other machines reach the listener, and the file does not say who may
+    ask."""
+    listener = ListenerOptions(
+        host=section.listen_host,
+        port=section.listen_port,
+        max_connections=section.max_connections,
+        grace_s=section.drain_timeout,
+        tls=tls_of(tls),
+    )
+    limits = Limits(
+        max_body_bytes=section.max_body_bytes,
+        max_prompt_chars=section.max_prompt_chars,
+        request_timeout_s=section.request_timeout,
+        requests_per_minute=authentication.requests_per_minute,
+        tokens_per_minute=authentication.tokens_per_minute,
+    )
+    return GatewaySettings(
+        model=model,
+        listener=listener,
+        limits=limits,
+        verifier=verifier_of(authentication, section.listen_host),
+        probe_timeout_s=section.health_check_interval,
+        cors_origins=tuple(section.cors_origins),
+    )

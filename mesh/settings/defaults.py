@@ -1,0 +1,11 @@
+"""Addresses and ports that processes use when no file, variable or flag gives one."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["DEFAULT_HTTP_PORT", "DEFAULT_INBOX_PREFIX", "DEFAULT_NATS_URL"]
+
+DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
+DEFAULT_INBOX_PREFIX: Final = "_INBOX"
+DEFAULT_HTTP_PORT: Final = 8080

@@ -1,0 +1,43 @@
+"""What one shard is told when it is made, and the states it goes through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mesh.model.memory import DEFAULT_CHUNK
+from mesh.protocol import subjects
+from mesh.types import LayerRange
+
+__all__ = ["ShardOptions", "Status"]
+
+Status = Literal["loading", "warming", "ready", "draining"]
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """The layers that a shard serves, and how.
+
+    rows: sessions at once. context: positions of a row (None: the model's). chunk: the most tokens of one prefill step.
+    max_memory_bytes: the most that weights and caches may take (None: no limit). checksums: check the weight files' checksums.
+    warm_up False: programs are compiled when they are first needed (for tests). drain_s: how long a drain waits for open sessions.
+    mirror: also compute the frames of the range's other replicas, for sessions that are open on both. overlap: so many layers of
+    each neighbour are held as well (mesh/shard/moving.py). kv_cache False: keep the incoming hidden states and compute keys and
+    values again (mesh/runtime/recompute.py).
+    """
+
+    name: str
+    directory: Path
+    layers: LayerRange
+    rows: int = 8
+    context: int | None = None
+    chunk: int = DEFAULT_CHUNK
+    max_memory_bytes: int | None = None
+    checksums: bool = False
+    warm_up: bool = True
+    drain_s: float = 30.0
+    lease_ttl_s: float = subjects.LEASE_TTL_S
+    mirror: bool = False
+    overlap: int = 0
+    kv_cache: bool = True
