@@ -33,11 +33,11 @@ def add_batch_parser(subparsers: Any) -> None:
     submit.add_argument("--json", action="store_true", help="print the status as one object")
 
     status = verbs.add_parser("status", help="how far a batch is", description="How far a batch is.")
-    status.add_argument("id", metavar="ID")
+    status.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
     status.add_argument("--json", action="store_true", help="print one object")
 
     result = verbs.add_parser("result", help="the answers", description="The answers so far, one object a line, in the order of the file.")
-    result.add_argument("id", metavar="ID")
+    result.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
     result.add_argument("--wait", action="store_true", help="wait until all answers are there")
     for verb, command in ((submit, _submit), (status, _status), (result, _result)):
         add_connection_arguments(verb)

@@ -34,17 +34,17 @@ def add_connection_arguments(
     parser: argparse.ArgumentParser, *, nats: str = "NATS servers (default: $MESH_NATS_URLS, or nats://127.0.0.1:4222)"
 ) -> None:
     """Add --nats, with `nats` as its help, and the flags of credentials and TLS."""
-    group = parser.add_argument_group("connection", "in the environment: MESH_NATS_URLS, MESH_NATS_USER, MESH_NATS_PASSWORD, ...")
+    group = parser.add_argument_group("connection", "also from the environment: MESH_NATS_URLS, MESH_NATS_USER, MESH_NATS_PASSWORD ...")
     group.add_argument("--nats", metavar="URL,...", help=nats)
     group.add_argument("--nats-creds", metavar="FILE", help="credentials of a NATS user (.creds)")
     group.add_argument("--nats-nkey", metavar="FILE", help="nkey seed of a NATS user")
     group.add_argument("--nats-user", metavar="NAME", help="with --nats-password-file or $MESH_NATS_PASSWORD")
-    group.add_argument("--nats-password-file", metavar="FILE")
-    group.add_argument("--nats-token-file", metavar="FILE")
-    group.add_argument("--nats-inbox-prefix", metavar="SUBJECT", help="where answers come back (default: _INBOX)")
+    group.add_argument("--nats-password-file", metavar="FILE", help="file whose first line is the password of --nats-user")
+    group.add_argument("--nats-token-file", metavar="FILE", help="file whose first line is a NATS token")
+    group.add_argument("--nats-inbox-prefix", metavar="SUBJECT", help="subjects of answers to requests (default: _INBOX)")
     group.add_argument("--nats-ca", metavar="FILE", help="PEM file of the authority that signed the server's certificate")
     group.add_argument("--nats-cert", metavar="FILE", help="certificate to show to the server, with --nats-key")
-    group.add_argument("--nats-key", metavar="FILE")
+    group.add_argument("--nats-key", metavar="FILE", help="private key of --nats-cert")
 
 
 def bus_options(args: argparse.Namespace, section: NatsSection | None = None) -> BusOptions:

@@ -22,7 +22,7 @@ def add_push_parser(subparsers: Any) -> None:
     text = """Copy a model directory into the mesh, so that shards anywhere can fetch the blocks that they serve. Files that are there
 already are not sent."""
     parser = subparsers.add_parser("push", help="copy a model directory into the mesh", description=text)
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="the model directory to copy")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_connection_arguments(parser)
     parser.set_defaults(run=push_command)
@@ -31,8 +31,8 @@ already are not sent."""
 def add_pull_parser(subparsers: Any) -> None:
     text = "Copy a model of the mesh, or a layer range of it, into a directory. Files that are there already and right stay as they are."
     parser = subparsers.add_parser("pull", help="copy a model from the mesh", description=text)
-    parser.add_argument("name", metavar="NAME")
-    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument("name", metavar="NAME", help="name of a pushed model")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where to copy it")
     parser.add_argument("--layers", metavar="A-B", help="only layers [A, B), with embedding or head if they belong to them")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_connection_arguments(parser)

@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     issue.add_argument("--subject", required=True, metavar="NAME", help="name of the token's holder")
     issue.add_argument("--scope", default="generate", metavar="SCOPE,...", help="generate, batch, admin (default generate)")
     issue.add_argument("--expiry", metavar="TIME", help="how long it lasts, such as 24h (default: authentication.token_expiry, 24h)")
-    issue.add_argument("--requests-per-minute", type=int, metavar="N")
+    issue.add_argument("--requests-per-minute", type=int, metavar="N", help="limit of this token (default: the configuration's)")
     issue.add_argument("--tokens-per-minute", type=int, metavar="N", help="tokens of prompts and answers together")
     issue.add_argument("--private-key-file", metavar="FILE", help="PEM, for RS256 and EdDSA")
     issue.set_defaults(run=issue_command)

@@ -17,7 +17,7 @@ it. This is worth doing once on each machine for 32-bit models on a CPU; elsewhe
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("tune", help="measure the fastest products on this machine", description=_DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="a model whose products are measured")
     parser.add_argument("--rows", type=int, default=32, metavar="N", help="the most sessions a stage will hold (default 32)")
     parser.set_defaults(run=tune_command)
 

@@ -22,10 +22,15 @@ started again; Ctrl-C ends them all. `mesh generate`, `mesh chat`, `mesh status`
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("up", help="a whole mesh on this machine", description=_DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="the model directory to serve")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of layer ranges (default 1)")
     parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
-    parser.add_argument("--mode", choices=("balance", "mirror"), default="balance", help="how replicas stand in for each other")
+    parser.add_argument(
+        "--mode",
+        choices=("balance", "mirror"),
+        default="balance",
+        help="whether replicas share sessions, or mirror each other (default balance)",
+    )
     parser.add_argument("--coordinators", type=int, default=1, metavar="N", help="number of coordinators (default 1)")
     parser.add_argument("--port", type=int, metavar="PORT", help="port of the NATS server (default: a free one)")
     parser.add_argument("--http-port", type=int, metavar="PORT", help="port of HTTP (default: 8080, or a free one)")
@@ -40,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--compression", action="store_true", help="send hidden states compressed (exact)")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="folder for the processes' logs")
     parser.add_argument("--ask", metavar="PROMPT", help="answer this prompt, show where the time went, and stop")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="with --ask (default 128)")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="most tokens of the answer to --ask (default 128)")
     add_connection_arguments(parser, nats="use these NATS servers (with JetStream) instead of starting one")
     parser.set_defaults(run=run_command)
 
