@@ -25,7 +25,7 @@ from mesh.bus import Bus
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.protocol import subjects
-from mesh.protocol.messages import ShardStats, StatsRequest
+from mesh.protocol.status import ShardStats, StatsRequest
 
 BEFORE, AFTER = 40, 40
 """Tokens before the kill, at least, and afterwards."""

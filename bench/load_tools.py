@@ -18,8 +18,8 @@ from mesh.commands.bench import percentiles
 from mesh.errors import FrameRejected, MeshError
 from mesh.local.mesh import LocalMesh
 from mesh.protocol import frame_codec
+from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import Kind
-from mesh.protocol.messages import Close
 
 SAMPLE_S = 0.5
 

@@ -32,7 +32,10 @@ from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, Busy, PayloadTooLarge
 from mesh.protocol import subjects
-from mesh.protocol.messages import MAX_BATCH, BatchItem, BatchState, BatchStatus, ErrorReply, Generate, Message
+from mesh.protocol.batches import MAX_BATCH, BatchItem, BatchState, BatchStatus
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import Generate
+from mesh.protocol.message import Message
 from mesh.settings.units import format_bytes
 
 __all__ = ["BatchQueue", "BatchStore", "Work"]

@@ -27,7 +27,8 @@ from mesh.bus.mapping import is_refusal, mapped, mapped_error
 from mesh.bus.options import BusOptions, without_password
 from mesh.bus.transport import DirectTransport
 from mesh.errors import DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
-from mesh.protocol.messages import ErrorReply, Message
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.message import Message
 from mesh.settings.units import format_bytes
 
 __all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "Received", "Subscription", "end_tasks", "reply_error"]

@@ -25,7 +25,7 @@ from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
 from mesh.protocol import subjects
-from mesh.protocol.messages import Event, EventKind
+from mesh.protocol.events import Event, EventKind
 
 __all__ = ["EventLog", "announce", "keep_events"]
 

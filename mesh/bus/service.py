@@ -14,7 +14,7 @@ import nats.micro.service
 from mesh.bus.connection import Bus, Received, reply_error
 from mesh.bus.mapping import mapped
 from mesh.errors import MeshError
-from mesh.protocol.messages import Message
+from mesh.protocol.message import Message
 
 __all__ = ["Endpoint", "Service"]
 

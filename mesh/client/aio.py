@@ -15,8 +15,11 @@ from mesh.bus.batches import BatchStore
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
-from mesh.protocol import messages, subjects
-from mesh.protocol.messages import BatchStatus
+from mesh.protocol import subjects
+from mesh.protocol.batches import BatchStatus
+from mesh.protocol.events import Event
+from mesh.protocol.generation import Generate, TraceRequest
+from mesh.protocol.status import ShardLease, ShardStats
 
 __all__ = ["AsyncMeshClient"]
 
@@ -189,7 +192,7 @@ class AsyncMeshClient:
         shards = []
         for entry in entries:
             try:
-                shards.append(messages.ShardLease.parse(entry.value or b""))
+                shards.append(ShardLease.parse(entry.value or b""))
             except MessageRejected:
                 continue  # another version's
         shards.sort(key=lambda shard: (shard.model, shard.layers, shard.shard))
@@ -209,12 +212,12 @@ class AsyncMeshClient:
             return Health(False, "some layer range has no shard that is ready", coordinators[0].model)
         return Health(True, "", serving.model)
 
-    async def shard_stats(self) -> list[messages.ShardStats]:
+    async def shard_stats(self) -> list[ShardStats]:
         """Counts of every shard that answers."""
         found = []
         for answer in await self._gather(f"$SRV.STATS.{SHARD_SERVICE}"):
             try:
-                found.append(messages.ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
+                found.append(ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
             except (MessageRejected, LookupError, TypeError):
                 continue  # another version's
         return found
@@ -223,7 +226,7 @@ class AsyncMeshClient:
         """Where the time of a generation went, running or among the last that ended (docs/client.md has the keys); None where no
         coordinator remembers it."""
         name = model or self._model
-        question = messages.TraceRequest(request=request).to_bytes()
+        question = TraceRequest(request=request).to_bytes()
         for coordinator in await self.coordinators():
             if name not in (None, coordinator.model):
                 continue
@@ -236,19 +239,17 @@ class AsyncMeshClient:
                 return trace
         return None
 
-    async def events(
-        self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False
-    ) -> AsyncIterator[messages.Event]:
+    async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
         """What has happened, oldest first: the `last` so many, or since a time, else all of a week. `follow`: and then what happens,
         for ever. Unavailable where nothing is kept."""
         async for event in EventLog(self._connected).events(last=last, since_unix_s=since_unix_s, follow=follow):
             yield event
 
-    async def watch_events(self, call: Callable[[messages.Event], None]) -> Subscription:
+    async def watch_events(self, call: Callable[[Event], None]) -> Subscription:
         """`call` with everything the mesh says has happened, from now until the subscription is stopped."""
 
         async def on_message(received: Received) -> None:
-            call(messages.Event.parse(received.data))
+            call(Event.parse(received.data))
 
         return await self._connected.subscribe(subjects.ANY_EVENT, on_message)
 
@@ -296,11 +297,11 @@ class AsyncMeshClient:
         return found
 
 
-def _message(prompt: str | None, request: Mapping[str, Any]) -> messages.Generate:
+def _message(prompt: str | None, request: Mapping[str, Any]) -> Generate:
     """Through JSON, so that lists and tuples, numbers of either kind are taken as they would be from any other client."""
     values = {"prompt": prompt, **request}
     try:
-        return messages.Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
+        return Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
     except MessageRejected as error:
         raise BadRequest(str(error), field=error.field) from None
     except TypeError as error:

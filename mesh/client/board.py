@@ -17,7 +17,8 @@ from statistics import median
 from typing import Any
 
 from mesh.client.results import CoordinatorStatus, MeshStatus
-from mesh.protocol.messages import Event, ShardLease, ShardStats
+from mesh.protocol.events import Event
+from mesh.protocol.status import ShardLease, ShardStats
 
 __all__ = ["Board", "Point"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.errors import MeshError
-from mesh.protocol.messages import BatchItem, ShardLease
+from mesh.protocol.batches import BatchItem
+from mesh.protocol.status import ShardLease
 
 __all__ = ["BatchResult", "Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "Timing", "Token", "Usage"]
 

@@ -23,7 +23,8 @@ from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import raise_error
 from mesh.client.results import Chunk, Completion, Token, token_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
-from mesh.protocol import messages, subjects
+from mesh.protocol import subjects
+from mesh.protocol.generation import Cancel, Generate
 
 __all__ = ["Retry", "Stream"]
 
@@ -57,7 +58,7 @@ class Stream:
     Errors: those of the coordinator, Unavailable, Busy, DeadlineExceeded (`timeout_s`, of the whole request).
     """
 
-    def __init__(self, bus: Bus, model: str, message: messages.Generate, *, timeout_s: float | None, retry: Retry) -> None:
+    def __init__(self, bus: Bus, model: str, message: Generate, *, timeout_s: float | None, retry: Retry) -> None:
         seed = secrets.randbits(62) if message.seed is None else message.seed
         session = message.session or secrets.token_hex(12)
         self._named = message.session is not None  # perhaps others ask for it too
@@ -120,7 +121,7 @@ class Stream:
         if subscription is None:
             return
         if self.completion is None and self._cancel_subject is not None and self._bus.connected:
-            await self._bus.send(self._cancel_subject, messages.Cancel(request=self.request))
+            await self._bus.send(self._cancel_subject, Cancel(request=self.request))
         await subscription.stop()
 
     async def __aenter__(self) -> Stream:

@@ -25,7 +25,7 @@ def add_drain_parser(subparsers: Any) -> None:
 def drain_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.protocol import subjects
-    from mesh.protocol.messages import Drain, Drained
+    from mesh.protocol.control import Drain, Drained
 
     name = _name(args.shard)
     message = Drain(timeout_s=parse_seconds(args.timeout), stop=not args.keep)
@@ -56,7 +56,7 @@ def load_command(args: argparse.Namespace) -> int:
     from mesh.errors import ConfigError
     from mesh.planner.requests import parse_ranges
     from mesh.protocol import subjects
-    from mesh.protocol.messages import Load, Loaded
+    from mesh.protocol.control import Load, Loaded
 
     ranges = parse_ranges(args.layers)
     if len(ranges) != 1:

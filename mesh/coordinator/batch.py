@@ -21,7 +21,9 @@ from mesh.bus.batches import BatchQueue, BatchStore, Work
 from mesh.bus.connection import raise_error
 from mesh.errors import DeadlineExceeded, MeshError, ServiceError
 from mesh.protocol import subjects
-from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, ErrorReply, Generate
+from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import Generate
 
 __all__ = ["BatchWorker"]
 

@@ -21,7 +21,9 @@ from mesh.coordinator.records import Recorder, SessionRecord, sessions_bucket
 from mesh.coordinator.replies import Job
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
 from mesh.protocol import subjects
-from mesh.protocol.messages import Alive, Beat, EventKind, Generate
+from mesh.protocol.events import EventKind
+from mesh.protocol.generation import Generate
+from mesh.protocol.status import Alive, Beat
 
 __all__ = ["Continuity", "Host"]
 

@@ -25,7 +25,7 @@ import orjson
 from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import Request
 from mesh.model.tokenizer import TextStream, Tokenizer
-from mesh.protocol import messages
+from mesh.protocol.generation import Generate
 
 __all__ = ["EPOCH_HEADER", "HopMeter", "Job", "Token"]
 
@@ -79,7 +79,7 @@ class Job:
     """One request and what its client was told. `digest` tells requests of one name apart; `start`: the client has the tokens before
     it; `told`: so many it has, or has been sent; `revision`: of its record, 0 where there is none."""
 
-    message: messages.Generate
+    message: Generate
     request: Request
     reply: str  # where answers go
     text: TextStream | None
@@ -98,9 +98,7 @@ class Job:
     hops: HopMeter = field(default_factory=HopMeter)
 
     @classmethod
-    def of(
-        cls, message: messages.Generate, request: Request, reply: str, tokenizer: Tokenizer | None, *, digest: str = "", epoch: int = 1
-    ) -> Job:
+    def of(cls, message: Generate, request: Request, reply: str, tokenizer: Tokenizer | None, *, digest: str = "", epoch: int = 1) -> Job:
         """With the tokens that the request is `given`, as if they had been generated here."""
         job = cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer, digest, epoch)
         for id in request.given:

@@ -72,9 +72,9 @@ from mesh.coordinator.translate import event_of, frame_of, replica_of
 from mesh.errors import BadRequest, Busy, DeadlineExceeded, FrameRejected, MeshError, NobodyListens, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol import frame_codec, messages, subjects
+from mesh.protocol import control, events, frame_codec, generation, status, subjects
 from mesh.protocol.frame_codec import Flags
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 from mesh.settings.units import format_bytes
 from mesh.telemetry import logs
 
@@ -299,7 +299,7 @@ class Coordinator:
             log.log(logging.WARNING if lacking else logging.INFO, "shards: %s", lacking or "all that were expected are there")
         self._lacking = lacking
 
-    def _living(self) -> messages.Beat:
+    def _living(self) -> status.Beat:
         held = self.core.keys
         return self.continuity.beat().model_copy(update={"sessions": held if len(held) <= _BEAT_SESSIONS else None})
 
@@ -307,7 +307,7 @@ class Coordinator:
 
     async def _on_generate(self, received: Received, *, direct: bool = False) -> None:
         """Answers itself, on the way and at the end; what it raises is the answer."""
-        message = messages.Generate.parse(received.data)
+        message = generation.Generate.parse(received.data)
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
         id, digest = message.session or secrets.token_hex(12), digest_of(message)
@@ -355,7 +355,7 @@ class Coordinator:
         if job.stopped:  # by what it was given already
             await self._handle(Finish(job.request.id))
 
-    async def _again(self, id: str, digest: str, message: messages.Generate, reply: str) -> bool:
+    async def _again(self, id: str, digest: str, message: generation.Generate, reply: str) -> bool:
         """A request of a name that is known here: the same one goes on to this reply subject, after the tokens its client has."""
         known = self._answers.get(id)
         job = self._jobs.get(id)
@@ -384,7 +384,7 @@ class Coordinator:
     def has(self, session: str) -> bool:
         return session in self._jobs
 
-    async def resume(self, record: SessionRecord, revision: int, asked: messages.Generate | None, reply: str) -> None:
+    async def resume(self, record: SessionRecord, revision: int, asked: generation.Generate | None, reply: str) -> None:
         """Go on with a session that another coordinator began and that is ours now (Continuity's Host)."""
         if record.session in self._jobs:
             return
@@ -418,7 +418,7 @@ class Coordinator:
 
     async def close_rows(self, coordinator: str) -> None:
         """Free what `coordinator` holds at the shards (Continuity's Host)."""
-        close = messages.Close(coordinator=coordinator, sessions=(), all=True)
+        close = control.Close(coordinator=coordinator, sessions=(), all=True)
         for shard in {replica.shard for replica in self.core.replicas}:
             await self.bus.send(subjects.control(shard, "close"), close)
 
@@ -454,7 +454,7 @@ class Coordinator:
     # As directly as answers, or those of several steps would come before them.
 
     def _on_cancel(self, data: bytes) -> None:
-        self._handle_now(Cancel(messages.Cancel.parse(data).request))
+        self._handle_now(Cancel(generation.Cancel.parse(data).request))
 
     def _on_unheard(self, subject: str) -> None:
         """Nobody listens to what a client is told."""
@@ -466,7 +466,7 @@ class Coordinator:
         if not received.reply:
             return
         try:
-            id = messages.TraceRequest.parse(received.data).request
+            id = generation.TraceRequest.parse(received.data).request
         except MeshError as error:
             await self.bus.respond_error(received, error)
             return
@@ -510,7 +510,7 @@ class Coordinator:
             self.bus.spawn(keep_events(self.bus), "events")  # the server may have lost them
         self.bus.spawn(self._handle(Connection(connected)), "connection")
 
-    async def _announce(self, kind: messages.EventKind, who: str, detail: str) -> None:
+    async def _announce(self, kind: events.EventKind, who: str, detail: str) -> None:
         await announce(self.bus, kind, who, model=self.manifest.name, detail=detail, coordinator=self.name)
 
     # -- the core ------------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ class Coordinator:
                 log.info("%s %s: %s", who, kind, detail)
                 self.bus.spawn(self._announce(kind, who, detail), "event")
             case CloseRow(key, epoch, shard):
-                close = messages.Close(coordinator=self.name, sessions=(key,), epoch=epoch)
+                close = control.Close(coordinator=self.name, sessions=(key,), epoch=epoch)
                 self._outbox.append(_Mail(subjects.control(shard, "close"), close.to_bytes()))
             case Admitted(id):
                 admitted = self._jobs[id]
@@ -597,7 +597,7 @@ class Coordinator:
     async def _open(self, effect: OpenRow) -> None:
         """Ask for a row; whatever comes of it is an event."""
         request, key = effect.request, effect.key
-        message = messages.Open(
+        message = control.Open(
             session=key,
             epoch=effect.epoch,
             coordinator=self.name,
@@ -612,7 +612,7 @@ class Coordinator:
             subject = subjects.control(effect.shard, "open")
         event: Event
         try:
-            opened = await self.bus.request(subject, message, messages.Opened, timeout_s=self.options.open_timeout_s)
+            opened = await self.bus.request(subject, message, control.Opened, timeout_s=self.options.open_timeout_s)
             event = Opened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
@@ -626,9 +626,9 @@ class Coordinator:
 
     async def _ask(self, effect: Ask) -> None:
         """Whether a shard lives. No answer is no event: the core asks again."""
-        ping = messages.Ping(coordinator=self.name)
+        ping = control.Ping(coordinator=self.name)
         try:
-            pong = await self.bus.request(subjects.control(effect.shard, "ping"), ping, messages.Pong, timeout_s=_ANSWER_S)
+            pong = await self.bus.request(subjects.control(effect.shard, "ping"), ping, control.Pong, timeout_s=_ANSWER_S)
         except NobodyListens:
             await self._gone(effect.shard)
         except (DeadlineExceeded, Unavailable) as error:

@@ -13,7 +13,7 @@ from mesh.coordinator.replies import Token
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
 from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 
 __all__ = ["event_of", "frame_of", "replica_of"]
 

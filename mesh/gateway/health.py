@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mesh.client import AsyncMeshClient, CoordinatorStatus, MeshStatus
 from mesh.errors import Busy, DeadlineExceeded, MeshError
 from mesh.gateway.known import KnownModels
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 
 __all__ = ["HealthMonitor", "HealthReport", "ModelHealth", "RangeHealth"]
 

@@ -30,7 +30,7 @@ from mesh.host.scratch import ScratchFolder
 from mesh.local.nats_server import NatsServer
 from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
 from mesh.settings.files import ENV_PREFIX
 from mesh.settings.schema import NatsSection

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mesh.bus import Bucket, Bus, announce
 from mesh.errors import BadRequest, DeadlineExceeded, MessageRejected, Unavailable
 from mesh.protocol import subjects
-from mesh.protocol.messages import ShardLease, ShardStats, StatsRequest
+from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
 from mesh.shard.placing import Claims
 
 __all__ = ["Forgotten", "forget"]

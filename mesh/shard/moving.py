@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mesh.bus import announce
 from mesh.errors import BadRequest, Unavailable
-from mesh.protocol.messages import Load, Loaded
+from mesh.protocol.control import Load, Loaded
 from mesh.shard.state import ShardState
 from mesh.types import LayerRange
 

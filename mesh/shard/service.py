@@ -27,24 +27,10 @@ from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError,
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK
 from mesh.protocol import frame_codec, subjects
+from mesh.protocol.control import Close, Closed, Drain, Drained, Load, Loaded, Open, Opened, Ping, Pong
+from mesh.protocol.events import EventKind
 from mesh.protocol.frame_codec import Frame, Gap, Kind, Timing
-from mesh.protocol.messages import (
-    Beat,
-    Close,
-    Closed,
-    Drain,
-    Drained,
-    EventKind,
-    Load,
-    Loaded,
-    Open,
-    Opened,
-    Ping,
-    Pong,
-    ShardLease,
-    ShardStats,
-    StatsRequest,
-)
+from mesh.protocol.status import Beat, ShardLease, ShardStats, StatsRequest
 from mesh.runtime.device import processor
 from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled

@@ -13,8 +13,10 @@ import numpy as np
 from mesh.bus import Bus, BusOptions, Received
 from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec, subjects
+from mesh.protocol.control import Close, Closed, Open, Opened
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
-from mesh.protocol.messages import Beat, Close, Closed, Open, Opened, Sampling, ShardStats, StatsRequest
+from mesh.protocol.generation import Sampling
+from mesh.protocol.status import Beat, ShardStats, StatsRequest
 from mesh.runtime.programs import Compiled
 from mesh.shard.service import Shard, ShardOptions
 from mesh.types import LayerRange, even_ranges

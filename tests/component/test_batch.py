@@ -17,7 +17,8 @@ from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
-from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, Generate
+from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit
+from mesh.protocol.generation import Generate
 from mesh.runtime.generate import Pipeline, even_ranges
 from mesh.runtime.sampling import SamplingParams
 

@@ -28,7 +28,7 @@ from mesh.errors import (
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.protocol import subjects
-from mesh.protocol.messages import Beat, StatsRequest
+from mesh.protocol.status import Beat, StatsRequest
 from mesh.types import LayerRange
 
 Run = Callable[[Any], Any]

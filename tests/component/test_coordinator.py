@@ -16,8 +16,8 @@ from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
 from mesh.protocol import frame_codec, subjects
+from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import Frame, Hop, Kind
-from mesh.protocol.messages import Close
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.types import even_ranges

@@ -15,7 +15,7 @@ from mesh.client import AsyncMeshClient
 from mesh.coordinator.core.expectations import Expected
 from mesh.errors import Busy
 from mesh.protocol import subjects
-from mesh.protocol.messages import Beat
+from mesh.protocol.status import Beat
 from mesh.types import even_ranges
 
 

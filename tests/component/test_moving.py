@@ -15,7 +15,8 @@ from mesh.bus import Bus, BusOptions
 from mesh.errors import BadRequest, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
-from mesh.protocol.messages import Load, Loaded, Open, Opened, ShardLease
+from mesh.protocol.control import Load, Loaded, Open, Opened
+from mesh.protocol.status import ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.shard.service import Shard

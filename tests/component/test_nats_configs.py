@@ -16,7 +16,7 @@ from mesh.bus.replicas import spread
 from mesh.errors import ServiceError, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
-from mesh.protocol.messages import TOPICS
+from mesh.protocol.topics import TOPICS
 
 NATS = Path(__file__).parents[2] / "nats"
 Run = Callable[[Any], Any]

@@ -15,7 +15,7 @@ from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
 from mesh.protocol import subjects
-from mesh.protocol.messages import Event
+from mesh.protocol.events import Event
 from mesh.shard.placing import place
 from mesh.types import LayerRange
 

@@ -16,7 +16,7 @@ from waiting import until
 from mesh.bus import Bus, BusOptions
 from mesh.coordinator.records import RECORDS_PER_S, Recorder, SessionRecord, digest_of, sessions_bucket
 from mesh.local.nats_server import NatsServer
-from mesh.protocol.messages import Generate
+from mesh.protocol.generation import Generate
 from mesh.protocol.subjects import generate
 
 Run = Callable[[Any], Any]

@@ -16,8 +16,11 @@ from mesh.bus import Bucket, Bus, BusOptions, LeaseTable, Received
 from mesh.errors import BadRequest, Busy, ConfigError, MessageRejected, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import frame_codec, subjects
+from mesh.protocol.control import Close, Drain, Drained, Open, Opened
+from mesh.protocol.events import Event
 from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
-from mesh.protocol.messages import Beat, Close, Drain, Drained, Event, Open, Opened, Sampling, ShardLease
+from mesh.protocol.generation import Sampling
+from mesh.protocol.status import Beat, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig

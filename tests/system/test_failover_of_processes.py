@@ -27,7 +27,9 @@ from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.protocol import subjects
-from mesh.protocol.messages import Drain, Drained, Event, ShardLease
+from mesh.protocol.control import Drain, Drained
+from mesh.protocol.events import Event
+from mesh.protocol.status import ShardLease
 
 CONTEXT, TOKENS = 256, 160
 PROMPTS = [[5, 17, 33], [90], [7, 7, 7, 60, 3], list(range(1, 30))]

@@ -12,8 +12,9 @@ from system_tools import all_rows_free, raw
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient, MeshClient
 from mesh.errors import BadRequest, Busy, PromptTooLong
+from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import decode
-from mesh.protocol.messages import Cancel, Close
+from mesh.protocol.generation import Cancel
 from mesh.protocol.subjects import generate, layers
 
 SUBJECT = generate("tiny")

@@ -13,7 +13,7 @@ from inspect import isawaitable
 from typing import Any, TypeVar
 
 from mesh.bus import Bucket, Bus, LeaseTable
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
 
 T = TypeVar("T")

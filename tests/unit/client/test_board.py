@@ -10,7 +10,8 @@ import pytest
 from mesh.client import CoordinatorStatus, MeshStatus
 from mesh.client import board as module
 from mesh.client.board import Board
-from mesh.protocol.messages import Event, ShardLease, ShardStats
+from mesh.protocol.events import Event
+from mesh.protocol.status import ShardLease, ShardStats
 
 
 def lease(shard: str, start: int, stop: int, **values: Any) -> ShardLease:

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from mesh import errors
 from mesh.errors import BadRequest, MeshError, MessageRejected
 from mesh.protocol import subjects
-from mesh.protocol.messages import TOPICS, Close, ErrorReply, Generate, Message, Open, Sampling, ShardLease
+from mesh.protocol.control import Close, Open
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import Generate, Sampling
+from mesh.protocol.message import Message
+from mesh.protocol.status import ShardLease
+from mesh.protocol.topics import TOPICS
 from mesh.types import LayerRange
 
 
