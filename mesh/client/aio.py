@@ -88,8 +88,8 @@ class AsyncMeshClient:
         return self.stream(prompt, model=model, **request)
 
     def stream(self, prompt: str | None = None, *, model: str | None = None, timeout_s: float | None = None, **request: Any) -> Stream:
-        """A generation token by token. `request`: the fields of mesh.protocol.generation.Generate: messages or tokens instead of a prompt,
-        max_tokens, temperature, top_k, top_p, min_p, penalties, seed, logprobs, stop, ignore_eos, raw, session."""
+        """A generation token by token. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
+        prompt, max_tokens, stop, raw, session, and the sampling parameters of mesh.protocol.sampling."""
         name = model or self._model
         if name is None:
             raise BadRequest("say which model: AsyncMeshClient(..., model=NAME), or use open_stream, which finds it out", field="model")

@@ -9,7 +9,7 @@ from mesh.coordinator.core.session import Request
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol.generation import Generate, Sampling
+from mesh.protocol.generation import Generate
 
 __all__ = ["prepare"]
 
@@ -18,7 +18,7 @@ _INLINE_CHARACTERS = 2000
 
 
 async def prepare(message: Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> Request:
-    """BadRequest or PromptTooLong, naming the field. The ranges of sampling fields are checked by the shard that samples."""
+    """BadRequest or PromptTooLong, naming the field."""
     if message.tokens is not None:
         tokens, field = list(message.tokens), "tokens"
     else:
@@ -49,8 +49,7 @@ async def prepare(message: Generate, id: str, manifest: Manifest, tokenizer: Tok
     if any(not text for text in message.stop):
         raise BadRequest("a stop text is empty: give at least one character, or leave it out", field="stop")
     stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
-    values = message.model_dump(include=set(Sampling.model_fields) - {"seed"})
-    sampling = Sampling(**values, seed=secrets.randbits(62) if message.seed is None else message.seed)
+    sampling = message.sampling(seed=secrets.randbits(62))
     # log probabilities of what was given are known to nobody: all is computed again
     given = message.given if message.logprobs is None else ()
     return Request(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), given)

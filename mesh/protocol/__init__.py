@@ -3,6 +3,7 @@
 subjects      names: versions, tokens, buckets, streams, queue groups
 topics        which subject carries which message, and who listens
 message       Message, the base of all JSON messages, and the types that several share
+sampling      the sampling parameters, stated once for every API
 generation    what a client asks of a coordinator
 control       what coordinators and operators ask of a shard
 status        what shards and coordinators report about themselves

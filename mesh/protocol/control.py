@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mesh.protocol.generation import Sampling
 from mesh.protocol.message import Epoch, Message, Natural, SessionId, Token
+from mesh.protocol.sampling import SamplingParams
 from mesh.types import LayerRange
 
 __all__ = ["Close", "Closed", "Drain", "Drained", "Load", "Loaded", "Open", "Opened", "Ping", "Pong"]
@@ -27,7 +27,7 @@ class Open(Message):
     model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     prompt_length: Natural  # penalties count from here on
     keep: Natural = 0
-    sampling: Sampling = Sampling()  # used by the last stage
+    sampling: SamplingParams = SamplingParams()  # used by the last stage
 
 
 class Opened(Message):

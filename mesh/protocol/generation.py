@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mesh.protocol.message import Message, Natural, Token, TokenId
+from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 
-__all__ = ["Cancel", "ChatMessage", "Generate", "Sampling", "TraceRequest"]
+__all__ = ["Cancel", "ChatMessage", "Generate", "TraceRequest"]
 
 
 class ChatMessage(Message):
@@ -16,22 +17,24 @@ class ChatMessage(Message):
     content: str
 
 
-class Sampling(Message):
-    """How the next token is chosen; the fields, ranges and defaults of mesh.runtime.sampling.SamplingParams, checked there."""
+class Input(Message):
+    """What a generation continues, and how far: exactly one of prompt, messages and tokens."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    tokens: tuple[TokenId, ...] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] = 128
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if sum(given is not None for given in (self.prompt, self.messages, self.tokens)) != 1:
+            raise ValueError("give exactly one of prompt, messages and tokens")
+        return self
 
 
-class Generate(Message):
-    """A generation request: exactly one of prompt, messages and tokens.
+@without_ranges
+class Generate(SamplingFields, Input):
+    """A generation request: the input, the sampling parameters, and what is done with the answer.
 
     `seed` None: the coordinator draws one. `session`: the caller's own name for the request; two requests of one name are the same
     request. `raw`: the prompt is used as it is, without the model's chat template. `attempt`: how often a named request was sent
@@ -41,19 +44,6 @@ class Generate(Message):
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
 
-    prompt: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
-    tokens: tuple[TokenId, ...] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     raw: bool = False
@@ -62,11 +52,10 @@ class Generate(Message):
     attempt: Natural | None = None
     given: tuple[TokenId, ...] = ()
 
-    @model_validator(mode="after")
-    def _one_input(self) -> Generate:
-        if sum(given is not None for given in (self.prompt, self.messages, self.tokens)) != 1:
-            raise ValueError("give exactly one of prompt, messages and tokens")
-        return self
+    def sampling(self, *, seed: int) -> SamplingParams:
+        """The sampling parameters, with `seed` where the request has none. BadRequest names a field that is out of range."""
+        values = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        return SamplingParams(**{**values, "seed": seed if self.seed is None else self.seed})
 
 
 class Cancel(Message):

@@ -35,7 +35,6 @@ from mesh.runtime.device import processor
 from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
-from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import HIDDEN_DTYPES, AnyStage, ComputeThread, exercise, run_step
 from mesh.shard.meter import Meter, resident_bytes
@@ -216,12 +215,11 @@ class Shard:
         message = Open.parse(received.data)
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
-        params = SamplingParams(**message.sampling.model_dump())
         seat = self.state.open(message, time.monotonic())
         self.idle.clear()
         shape = self.state.shape
         if shape.last:
-            set_row = partial(self.stage.open, seat.row, params, prompt_length=message.prompt_length)
+            set_row = partial(self.stage.open, seat.row, message.sampling, prompt_length=message.prompt_length)
             self._compute.submit(set_row, self._after_open)
         return Opened(
             session=seat.session,

@@ -15,7 +15,7 @@ from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec, subjects
 from mesh.protocol.control import Close, Closed, Open, Opened
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
-from mesh.protocol.generation import Sampling
+from mesh.protocol.sampling import SamplingParams
 from mesh.protocol.status import Beat, ShardStats, StatsRequest
 from mesh.runtime.programs import Compiled
 from mesh.shard.service import Shard, ShardOptions
@@ -81,7 +81,9 @@ class Driver:
     async def _take(self, received: Received) -> None:
         self.answers.put_nowait(frame_codec.decode(received.data, model_hash=self.manifest.model_hash))
 
-    async def open(self, session: int, prompt_length: int, sampling: Sampling | None = None, *, epoch: int = 1, keep: int = 0) -> None:
+    async def open(
+        self, session: int, prompt_length: int, sampling: SamplingParams | None = None, *, epoch: int = 1, keep: int = 0
+    ) -> None:
         message = Open(
             session=session,
             epoch=epoch,
@@ -89,7 +91,7 @@ class Driver:
             model_hash=self.manifest.model_hash,
             prompt_length=prompt_length,
             keep=keep,
-            sampling=sampling or Sampling(temperature=0.0),
+            sampling=sampling or SamplingParams(temperature=0.0),
         )
         self.rows[session] = [
             await self.bus.request(subjects.control(hop.shard, "open"), message, Opened, timeout_s=10) for hop in self.route
@@ -135,7 +137,7 @@ class Driver:
         await self.send(self.frame(Kind.DECODE, sessions, positions, tokens))
         return await self.answer()
 
-    async def generate(self, session: int, prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
+    async def generate(self, session: int, prompt: Sequence[int], count: int, sampling: SamplingParams | None = None) -> list[int]:
         await self.open(session, len(prompt), sampling)
         answer = await self.prefill(session, prompt)
         assert answer.kind is Kind.TOKENS, answer

@@ -19,7 +19,6 @@ from mesh.protocol import frame_codec, subjects
 from mesh.protocol.control import Close, Drain, Drained, Open, Opened
 from mesh.protocol.events import Event
 from mesh.protocol.frame_codec import Flags, Frame, Gap, Kind
-from mesh.protocol.generation import Sampling
 from mesh.protocol.status import Beat, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
@@ -47,7 +46,7 @@ def test_tokens_equal_those_of_one_process(count: int, run: Run, server: NatsSer
             for session, prompt in enumerate(PROMPTS, 1):
                 assert await driver.generate(session, prompt, 12) == lone(pipeline, prompt, 12)
             await driver.close(1, 2, 3, 4)
-            sampled = Sampling(temperature=0.8, top_k=20, seed=7, repetition_penalty=1.2)
+            sampled = SamplingParams(temperature=0.8, top_k=20, seed=7, repetition_penalty=1.2)
             want = lone(pipeline, PROMPTS[0], 12, temperature=0.8, top_k=20, seed=7, repetition_penalty=1.2)
             assert await driver.generate(5, PROMPTS[0], 12, sampled) == want
             stats = await driver.stats(count - 1)
@@ -101,7 +100,7 @@ def test_compressed_activations(flags: Flags, run: Run, server: NatsServer, mode
 def test_log_probabilities_travel(run: Run, server: NatsServer, model: Path, pipeline: Pipeline) -> None:
     async def work() -> None:
         async with shards(server.url, model, ranges(2)) as running, Driver.on(server.url, model, running) as driver:
-            await driver.open(1, 5, Sampling(temperature=0.0, logprobs=3))
+            await driver.open(1, 5, SamplingParams(temperature=0.0, logprobs=3))
             await driver.open(2, 5)
             for session in (1, 2):
                 last = await driver.prefill(session, PROMPTS[0])

@@ -12,15 +12,16 @@ from mesh.errors import BadRequest, MeshError, MessageRejected
 from mesh.protocol import subjects
 from mesh.protocol.control import Close, Open
 from mesh.protocol.failures import ErrorReply
-from mesh.protocol.generation import Generate, Sampling
+from mesh.protocol.generation import Generate
 from mesh.protocol.message import Message
+from mesh.protocol.sampling import SamplingParams
 from mesh.protocol.status import ShardLease
 from mesh.protocol.topics import TOPICS
 from mesh.types import LayerRange
 
 
 def test_a_message_is_read_back() -> None:
-    message = Open(session=7, epoch=1, coordinator="c-1", model_hash="0" * 16, prompt_length=12, sampling=Sampling(temperature=0.5))
+    message = Open(session=7, epoch=1, coordinator="c-1", model_hash="0" * 16, prompt_length=12, sampling=SamplingParams(temperature=0.5))
     assert Open.parse(message.to_bytes()) == message
 
 
