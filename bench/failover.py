@@ -24,8 +24,8 @@ from typing import Any
 from mesh.bus import Bus
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
-from mesh.protocol import subjects
-from mesh.protocol.status import ShardStats, StatsRequest
+from mesh.protocol import topics
+from mesh.protocol.status import StatsRequest
 
 BEFORE, AFTER = 40, 40
 """Tokens before the kill, at least, and afterwards."""
@@ -51,7 +51,7 @@ async def wait_whole(mesh: LocalMesh, client: AsyncMeshClient) -> None:
 
 
 async def frames_out(bus: Bus, shard: str) -> int:
-    return (await bus.request(subjects.control(shard, "stats"), StatsRequest(), ShardStats, timeout_s=10)).frames_out
+    return (await bus.request(topics.STATS.at(shard), StatsRequest(), timeout_s=10)).frames_out
 
 
 async def round_of(

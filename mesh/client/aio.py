@@ -15,7 +15,7 @@ from mesh.bus.batches import BatchStore
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
-from mesh.protocol import subjects
+from mesh.protocol import subjects, topics
 from mesh.protocol.batches import BatchStatus
 from mesh.protocol.events import Event
 from mesh.protocol.generation import Generate, TraceRequest
@@ -226,17 +226,16 @@ class AsyncMeshClient:
         """Where the time of a generation went, running or among the last that ended (docs/client.md has the keys); None where no
         coordinator remembers it."""
         name = model or self._model
-        question = TraceRequest(request=request).to_bytes()
+        question = TraceRequest(request=request)
         for coordinator in await self.coordinators():
             if name not in (None, coordinator.model):
                 continue
             try:
-                answer = await self._connected.ask(subjects.trace(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
+                answer = await self._connected.request(topics.TRACE.at(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
             except (Unavailable, DeadlineExceeded):
                 continue  # it has gone since
-            trace: dict[str, Any] | None = orjson.loads(answer.data)["trace"]
-            if trace is not None:
-                return trace
+            if answer.trace is not None:
+                return answer.trace
         return None
 
     async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
@@ -251,7 +250,7 @@ class AsyncMeshClient:
         async def on_message(received: Received) -> None:
             call(Event.parse(received.data))
 
-        return await self._connected.subscribe(subjects.ANY_EVENT, on_message)
+        return await self._connected.subscribe(topics.EVENTS.any(), on_message)
 
     @property
     def connected(self) -> bool:

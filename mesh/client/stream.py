@@ -23,7 +23,7 @@ from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import raise_error
 from mesh.client.results import Chunk, Completion, Token, token_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
-from mesh.protocol import subjects
+from mesh.protocol import topics
 from mesh.protocol.generation import Cancel, Generate
 
 __all__ = ["Retry", "Stream"]
@@ -71,7 +71,7 @@ class Stream:
         self._inbox: asyncio.Queue[Received] = asyncio.Queue()  # bounded by the request's own max_tokens
         self._subscription: Subscription | None = None
         self._subject = ""
-        self._cancel_subject: str | None = None
+        self._cancel: topics.Address[Cancel, None] | None = None
         self._given: list[Token] = []
         self._text = 0  # characters given out
         self._epoch = 0
@@ -120,8 +120,8 @@ class Stream:
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
-        if self.completion is None and self._cancel_subject is not None and self._bus.connected:
-            await self._bus.send(self._cancel_subject, Cancel(request=self.request))
+        if self.completion is None and self._cancel is not None and self._bus.connected:
+            await self._bus.send(self._cancel, Cancel(request=self.request))
         await subscription.stop()
 
     async def __aenter__(self) -> Stream:
@@ -140,7 +140,7 @@ class Stream:
         self._asked += 1
         update = {"attempt": attempt, "given": tuple(token.id for token in self._given)}
         message = self._message.model_copy(update=update)
-        await self._bus.publish(subjects.generate(self._model), message.to_bytes(), reply=self._subject)
+        await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
 
     async def _receive(self) -> Received | None:
         """The next message; None where it is time to ask whether anybody is there."""
@@ -176,7 +176,7 @@ class Stream:
         if document["done"]:
             self._finish(document, now)
         elif "cancel" in document:
-            self._cancel_subject = document["cancel"]
+            self._cancel = topics.CANCEL.read(document["cancel"])
         elif "index" in document:
             if document["index"] == len(self._given):
                 self._give(document["text"], token_of(document), now)

@@ -72,7 +72,7 @@ from mesh.coordinator.translate import event_of, frame_of, replica_of
 from mesh.errors import BadRequest, Busy, DeadlineExceeded, FrameRejected, MeshError, NobodyListens, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol import control, events, frame_codec, generation, status, subjects
+from mesh.protocol import control, events, frame_codec, generation, status, subjects, topics
 from mesh.protocol.frame_codec import Flags
 from mesh.protocol.status import ShardLease
 from mesh.settings.units import format_bytes
@@ -193,10 +193,10 @@ class Coordinator:
         beat: asyncio.Task[Any] | None = None
         try:
             self._subscriptions = [
-                await self.bus.subscribe(subjects.generate_at(model, self.continuity.instance), self._on_passed_on),
+                await self.bus.subscribe(topics.GENERATE_AT.at(model, self.continuity.instance), self._on_passed_on),
                 await self.bus.subscribe_direct(subjects.tokens(model, self.name), self._on_answer),
-                await self.bus.subscribe_direct(subjects.cancel(model, self.name), self._on_cancel),
-                await self.bus.subscribe(subjects.trace(model, self.name), self._on_trace),
+                await self.bus.subscribe_direct(topics.CANCEL.at(model, self.name), self._on_cancel),
+                await self.bus.subscribe(topics.TRACE.at(model, self.name), self._on_trace),
                 await self.bus.subscribe_unheard(f"{self._probe}.*", self._on_unheard),
                 await self.bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
             ]
@@ -212,7 +212,7 @@ class Coordinator:
                 metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
                 stats=self.stats,
                 endpoints=[
-                    Endpoint("generate", subjects.generate(model), self._on_generate, queue=subjects.COORDINATORS_QUEUE, concurrent=True),
+                    Endpoint("generate", topics.GENERATE.at(model), self._on_generate, concurrent=True),
                     *self.batches.endpoints(),
                 ],
             )
@@ -220,7 +220,7 @@ class Coordinator:
             await self.bus.flush()
             self.ready.set()
             await self._announce("coordinator_joined", self.name, f"serves {model}")
-            log.info("ready: %s serves %s as %s", self.name, model, subjects.generate(model))
+            log.info("ready: %s serves %s as %s", self.name, model, topics.GENERATE.at(model))
             await self._stop.wait()
         finally:
             self.ready.clear()
@@ -270,7 +270,7 @@ class Coordinator:
         await self._send()
         if self.bus.connected:
             await self.close_rows(self.name)
-            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.beat(leaving=True))
+            await self.bus.send(topics.BEATS.at(self.manifest.name), self.continuity.beat(leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         if self._timer is not None:
             self._timer.cancel()
@@ -287,7 +287,7 @@ class Coordinator:
                     if job is not None and job.message.stream:
                         self._say(job, job.waiting(place))
                 await self._send()
-                await self.bus.send(subjects.coordinators(self.manifest.name), self._living())
+                await self.bus.send(topics.BEATS.at(self.manifest.name), self._living())
             except MeshError as error:
                 log.warning("%s", error)
             self._look_for_shards()
@@ -414,13 +414,13 @@ class Coordinator:
             await self.bus.publish(job.reply, record.answer.encode())
         elif record.owner is not None and record.reply != job.reply:
             asked = job.message.model_copy(update={"session": session, "given": tuple(token.id for token in job.tokens[: job.told])})
-            await self.bus.publish(subjects.generate_at(self.manifest.name, record.owner), asked.to_bytes(), reply=job.reply)
+            await self.bus.send(topics.GENERATE_AT.at(self.manifest.name, record.owner), asked, reply=job.reply)
 
     async def close_rows(self, coordinator: str) -> None:
         """Free what `coordinator` holds at the shards (Continuity's Host)."""
         close = control.Close(coordinator=coordinator, sessions=(), all=True)
         for shard in {replica.shard for replica in self.core.replicas}:
-            await self.bus.send(subjects.control(shard, "close"), close)
+            await self.bus.send(topics.CLOSE.at(shard), close)
 
     def _has_room(self, working: int) -> bool:
         """Whether a request of a batch may be begun: nobody waits, and a quarter of the rows stays free for who may come."""
@@ -553,7 +553,7 @@ class Coordinator:
                 self.bus.spawn(self._announce(kind, who, detail), "event")
             case CloseRow(key, epoch, shard):
                 close = control.Close(coordinator=self.name, sessions=(key,), epoch=epoch)
-                self._outbox.append(_Mail(subjects.control(shard, "close"), close.to_bytes()))
+                self._outbox.append(_Mail(topics.CLOSE.at(shard).subject, close.to_bytes()))
             case Admitted(id):
                 admitted = self._jobs[id]
                 self.continuity.keep(admitted)
@@ -607,12 +607,12 @@ class Coordinator:
             sampling=request.sampling,
         )
         if effect.shard is None:
-            subject = subjects.layers(self.manifest.name, effect.layers)
+            subject = topics.OPEN_ANY.at(self.manifest.name, effect.layers)
         else:
-            subject = subjects.control(effect.shard, "open")
+            subject = topics.OPEN.at(effect.shard)
         event: Event
         try:
-            opened = await self.bus.request(subject, message, control.Opened, timeout_s=self.options.open_timeout_s)
+            opened = await self.bus.request(subject, message, timeout_s=self.options.open_timeout_s)
             event = Opened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
@@ -628,7 +628,7 @@ class Coordinator:
         """Whether a shard lives. No answer is no event: the core asks again."""
         ping = control.Ping(coordinator=self.name)
         try:
-            pong = await self.bus.request(subjects.control(effect.shard, "ping"), ping, control.Pong, timeout_s=_ANSWER_S)
+            pong = await self.bus.request(topics.PING.at(effect.shard), ping, timeout_s=_ANSWER_S)
         except NobodyListens:
             await self._gone(effect.shard)
         except (DeadlineExceeded, Unavailable) as error:
@@ -662,7 +662,7 @@ class Coordinator:
 
     def _accept(self, job: Job) -> None:
         """Say who has it, and what is known of it that the client has not."""
-        self._say(job, job.accepted(self.manifest.name, subjects.cancel(self.manifest.name, self.name)))
+        self._say(job, job.accepted(self.manifest.name, topics.CANCEL.at(self.manifest.name, self.name).subject))
         for index, document in job.documents():
             self._say(job, document, index)
 

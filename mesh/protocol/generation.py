@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mesh.protocol.message import Message, Natural, Token, TokenId
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 
-__all__ = ["Cancel", "ChatMessage", "Generate", "TraceRequest"]
+__all__ = ["Cancel", "ChatMessage", "Generate", "TraceReply", "TraceRequest"]
 
 
 class ChatMessage(Message):
@@ -68,3 +68,12 @@ class TraceRequest(Message):
     """Ask a coordinator where the time of a generation went. `request` names one that runs, or one of the last that ended."""
 
     request: Token
+
+
+class TraceReply(Message):
+    """Where the time of a generation went (docs/client.md has the keys). None: this coordinator does not know the generation."""
+
+    model_config = ConfigDict(extra="ignore")
+    limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+
+    trace: dict[str, Any] | None

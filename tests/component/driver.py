@@ -12,7 +12,7 @@ import numpy as np
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.model.manifest import Manifest
-from mesh.protocol import frame_codec, subjects
+from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Close, Closed, Open, Opened
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
 from mesh.protocol.sampling import SamplingParams
@@ -75,7 +75,7 @@ class Driver:
             driver = cls(bus, Manifest.load(model), running)
             await bus.subscribe(subjects.tokens(driver.manifest.name, driver.name), driver._take)
             # the first use of a program compiles it, which on a busy machine takes longer than a coordinator may be silent
-            await bus.send(subjects.coordinators(driver.manifest.name), Beat(coordinator=driver.name, ttl_s=600))
+            await bus.send(topics.BEATS.at(driver.manifest.name), Beat(coordinator=driver.name, ttl_s=600))
             yield driver
 
     async def _take(self, received: Received) -> None:
@@ -93,13 +93,11 @@ class Driver:
             keep=keep,
             sampling=sampling or SamplingParams(temperature=0.0),
         )
-        self.rows[session] = [
-            await self.bus.request(subjects.control(hop.shard, "open"), message, Opened, timeout_s=10) for hop in self.route
-        ]
+        self.rows[session] = [await self.bus.request(topics.OPEN.at(hop.shard), message, timeout_s=10) for hop in self.route]
 
     async def close(self, *sessions: int) -> list[Closed]:
         message = Close(coordinator=self.name, sessions=sessions)
-        return [await self.bus.request(subjects.control(hop.shard, "close"), message, Closed, timeout_s=10) for hop in self.route]
+        return [await self.bus.request(topics.CLOSE.at(hop.shard), message, timeout_s=10) for hop in self.route]
 
     def frame(self, kind: Kind, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int], **fields: object) -> Frame:
         slots = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
@@ -149,7 +147,7 @@ class Driver:
         return tokens
 
     async def stats(self, hop: int = 0) -> ShardStats:
-        return await self.bus.request(subjects.control(self.route[hop].shard, "stats"), StatsRequest(), ShardStats, timeout_s=10)
+        return await self.bus.request(topics.STATS.at(self.route[hop].shard), StatsRequest(), timeout_s=10)
 
 
 def ranges(shards: int) -> list[LayerRange]:

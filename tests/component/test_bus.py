@@ -29,9 +29,12 @@ from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.protocol import subjects
 from mesh.protocol.status import Beat, StatsRequest
+from mesh.protocol.topics import Topic
 from mesh.types import LayerRange
 
 Run = Callable[[Any], Any]
+
+FAILS: Topic[StatsRequest, Any] = Topic("fails", StatsRequest, None, "fail")
 
 
 async def connect(server: NatsServer) -> Bus:
@@ -76,7 +79,7 @@ def test_errors_of_the_other_side_are_raised_here_as_what_they_were(run: Run, se
                 raise raised[int(received.data)]
 
             service = await Service.start(
-                bus, name="t", version="1.0.0", description="", endpoints=[Endpoint("e", "fails", handler, concurrent=True)]
+                bus, name="t", version="1.0.0", description="", endpoints=[Endpoint("e", FAILS.at(), handler, concurrent=True)]
             )
             for index, kind in enumerate((Busy, MessageRejected, MeshError)):
                 with pytest.raises(kind) as caught:
@@ -103,7 +106,7 @@ def test_no_answer_in_time_is_deadline_exceeded(run: Run, server: NatsServer) ->
 
             await bus.subscribe("silent", silent)
             with pytest.raises(DeadlineExceeded, match="silent"):
-                await bus.request("silent", StatsRequest(), Beat, timeout_s=0.1)
+                await bus.request(Topic("silent", StatsRequest, Beat, "keep silent").at(), StatsRequest(), timeout_s=0.1)
 
     run(work())
 

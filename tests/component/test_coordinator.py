@@ -15,7 +15,7 @@ from driver import CONTEXT, shards
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
-from mesh.protocol import frame_codec, subjects
+from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import Frame, Hop, Kind
 from mesh.runtime.generate import Pipeline
@@ -67,7 +67,7 @@ def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(serv
         ranges = even_ranges(3, count)
         async with shards(server.url, model, ranges), coordinator(server.url, model) as running, AsyncMeshClient(server.url) as client:
             name = running.manifest.name
-            answers, cancels = subjects.tokens(name, running.name), subjects.cancel(name, running.name)
+            answers, cancels = subjects.tokens(name, running.name), topics.CANCEL.at(name, running.name).subject
             one = np.ones(1)
             route = tuple(Hop(layers, "s") for layers in ranges)
             stranger = Frame(
@@ -111,7 +111,7 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(server, 
                         session = serving.core.session(stream.request)
                         assert session is not None
                         close = Close(coordinator=serving.name, sessions=(session.key,))
-                        await serving.bus.send(subjects.control(running[1].options.name, "close"), close)
+                        await serving.bus.send(topics.CLOSE.at(running[1].options.name), close)
             assert tokens == expected
             assert serving.core.counters.restarts >= 1
 

@@ -14,7 +14,7 @@ from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.core.expectations import Expected
 from mesh.errors import Busy
-from mesh.protocol import subjects
+from mesh.protocol import topics
 from mesh.protocol.status import Beat
 from mesh.types import even_ranges
 
@@ -49,7 +49,7 @@ def test_beats_come_as_often_as_health_check_interval_says(server, model, run):
                 if count == wanted:
                     enough.set()
 
-            await bus.subscribe(subjects.coordinators("tiny"), beat)
+            await bus.subscribe(topics.BEATS.at("tiny"), beat)
             await bus.flush()
             async with coordinator(server.url, model, health_check_interval_s=interval_s):
                 await asyncio.wait_for(enough.wait(), 60)

@@ -16,8 +16,8 @@ from waiting import until
 from mesh.bus import Bus, BusOptions
 from mesh.coordinator.records import RECORDS_PER_S, Recorder, SessionRecord, digest_of, sessions_bucket
 from mesh.local.nats_server import NatsServer
+from mesh.protocol import topics
 from mesh.protocol.generation import Generate
-from mesh.protocol.subjects import generate
 
 Run = Callable[[Any], Any]
 
@@ -195,7 +195,7 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
             recorder, answers, inbox = serving.continuity.recorder, asyncio.Queue(), serving.bus.new_inbox()
             await serving.bus.subscribe(inbox, answers.put)
             request = Generate(**LONG | {"tokens": (1, 2)}, session="waits", stream=True)
-            await serving.bus.publish(generate(serving.manifest.name), request.to_bytes(), reply=inbox)
+            await serving.bus.publish(topics.GENERATE.at(serving.manifest.name).subject, request.to_bytes(), reply=inbox)
             found = await until(lambda: recorder.read("waits"))
             assert serving.core.live == 1
             other = found[0].model_copy(update={"owner": "another", "epoch": 7})

@@ -19,7 +19,7 @@ from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.client.aio import COORDINATOR_SERVICE
 from mesh.local.mesh import LocalMesh, LocalOptions
-from mesh.protocol.subjects import generate
+from mesh.protocol import topics
 
 PROMPT = [5, 17, 33]
 TOKENS = 240  # long enough that a generation is under way when it is known which coordinator has it
@@ -65,7 +65,7 @@ async def asked(mesh: LocalMesh, request: dict[str, Any]) -> AsyncIterator[async
         answers: asyncio.Queue[Received] = asyncio.Queue()
         inbox = bus.new_inbox()
         await bus.subscribe(inbox, answers.put)
-        await bus.publish(generate("tiny"), orjson.dumps(request), reply=inbox)
+        await bus.publish(topics.GENERATE.at("tiny").subject, orjson.dumps(request), reply=inbox)
         yield answers
 
 

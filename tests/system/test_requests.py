@@ -12,12 +12,12 @@ from system_tools import all_rows_free, raw
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient, MeshClient
 from mesh.errors import BadRequest, Busy, PromptTooLong
+from mesh.protocol import topics
 from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import decode
 from mesh.protocol.generation import Cancel
-from mesh.protocol.subjects import generate, layers
 
-SUBJECT = generate("tiny")
+SUBJECT = topics.GENERATE.at("tiny").subject
 LONG = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
 
 
@@ -167,7 +167,7 @@ def test_a_client_that_goes_takes_part_in_two_more_steps_at_most_and_its_rows_ar
             events.notify_all()
 
     async def go() -> None:
-        first = layers("tiny", mesh.ranges[0])
+        first = topics.OPEN_ANY.at("tiny", mesh.ranges[0]).subject
         async with (
             await Bus.connect(BusOptions(urls=(mesh.url,)), name="leaving") as bus,
             AsyncMeshClient(mesh.url, model="tiny") as others,
