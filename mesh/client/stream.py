@@ -15,16 +15,14 @@ import secrets
 import time
 from collections import deque
 from types import TracebackType
-from typing import Any
-
-import orjson
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import raise_error
-from mesh.client.results import Chunk, Completion, Token, token_of
+from mesh.client.results import Chunk, Completion
 from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
 from mesh.protocol import topics
 from mesh.protocol.generation import Cancel, Generate
+from mesh.protocol.stream import EPOCH_HEADER, Accepted, Finished, Token, TokenDocument, parse
 
 __all__ = ["Retry", "Stream"]
 
@@ -33,7 +31,6 @@ _LONGEST_BACKOFF_S = 5.0
 _SILENCE_S = 2.0  # between tokens
 _WAITING_SILENCE_S = 4.0  # before the first one: who waits in the queue hears of it every 3 s
 _LONGEST_SILENCE_S = 16.0
-_EPOCH_HEADER = "Mesh-Epoch"
 
 
 class Retry:
@@ -163,33 +160,34 @@ class Stream:
         """Take what a message says that is new; its error, raised."""
         if received.headers.get("Status") == "503":
             raise _NobodyError(f"no coordinator serves {self._model}: start one, or see `mesh status`")
-        if int(received.headers.get(_EPOCH_HEADER, self._epoch)) < self._epoch:
+        if int(received.headers.get(EPOCH_HEADER, self._epoch)) < self._epoch:
             return
         raise_error(received)
-        document: dict[str, Any] = orjson.loads(received.data)
+        document = parse(received.data)
         now = time.perf_counter()
-        epoch = document.get("epoch", self._epoch)
+        epoch = self._epoch if document.epoch is None else document.epoch
         if epoch < self._epoch:
             return
         self._epoch = epoch
         self._heard_at, self._began = time.monotonic(), True
-        if document["done"]:
-            self._finish(document, now)
-        elif "cancel" in document:
-            self._cancel = topics.CANCEL.read(document["cancel"])
-        elif "index" in document:
-            if document["index"] == len(self._given):
-                self._give(document["text"], token_of(document), now)
-            elif document["index"] > len(self._given):  # one was lost on the way
-                await self._ask()
+        match document:
+            case TokenDocument():
+                if document.position == len(self._given):
+                    self._give(document.text, document.token, now)
+                elif document.position > len(self._given):  # one was lost on the way
+                    await self._ask()
+            case Accepted():
+                self._cancel = topics.CANCEL.read(document.cancel)
+            case Finished():
+                self._finish(document, now)
 
-    def _finish(self, document: dict[str, Any], now: float) -> None:
+    def _finish(self, document: Finished, now: float) -> None:
         """The last document has everything: what did not come before comes now."""
-        completion = Completion.of(document)
+        completion = Completion.of(document.answer)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
         for token in tokens[len(self._given) :]:
             self._give("", token, now)
-        rest = document.get("rest") or "" if completion.text is None else completion.text[self._text :]
+        rest = document.rest if completion.text is None else completion.text[self._text :]
         self._ready.append(Chunk(rest, None, len(self._given), now))
         self.completion = completion
 

@@ -91,7 +91,7 @@ def ask(
         done = stream.completion
     assert done is not None
     if as_json:
-        answer = {name: done.raw[name] for name in ("tokens", "text", "finish_reason", "usage", "timing", "logprobs") if name in done.raw}
+        answer = {name: value for name, value in done.document().items() if name != "request"}
         sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
         return 0
     if done.text is None:

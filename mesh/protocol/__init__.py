@@ -5,6 +5,7 @@ topics        which subject carries which message, and who listens
 message       Message, the base of all JSON messages, and the types that several share
 sampling      the sampling parameters, stated once for every API
 generation    what a client asks of a coordinator
+stream        the documents with which a coordinator answers a generation request
 control       what coordinators and operators ask of a shard
 status        what shards and coordinators report about themselves
 events        what has happened, for people and monitors

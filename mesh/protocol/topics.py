@@ -118,7 +118,7 @@ def _token(place: str, part: str | int | LayerRange) -> str:
     return subjects.token(part) if place == "MODEL" else subjects.check_token(part, "id" if place == "BATCH" else place.lower())
 
 
-_STREAM = "stream documents"
+_STREAM = "documents of `mesh/protocol/stream.py`"
 
 GENERATE: Topic[Generate, None] = Topic(
     "mesh.v1.MODEL.generate", Generate, None, "generate", queue=subjects.COORDINATORS_QUEUE, answers=_STREAM
