@@ -73,10 +73,9 @@ class Topic(Generic[Request, Reply]):
     def at(self, *parts: str | int | LayerRange) -> Address[Request, Reply]:
         """The address with `parts` in the places of the template, in order. BadRequest: a part is not a token."""
         words, values = self.template.split("."), iter(parts)
-        subject = ".".join([_token(word, next(values)) if word.isupper() else word for word in words])
-        if next(values, None) is not None:
-            raise TypeError(f"{self.template} has fewer places than {len(parts)}")
-        return Address(subject, self)
+        if sum(word.isupper() for word in words) != len(parts):
+            raise TypeError(f"{self.template} does not have {len(parts)} places")
+        return Address(".".join([_token(word, next(values)) if word.isupper() else word for word in words]), self)
 
     def any(self, *parts: str) -> Address[Request, Reply]:
         """The wildcard address of every subject that begins with `parts`; a part may be `*`."""
@@ -121,7 +120,7 @@ def _token(place: str, part: str | int | LayerRange) -> str:
 _STREAM = "documents of `mesh/protocol/stream.py`"
 
 GENERATE: Topic[Generate, None] = Topic(
-    "mesh.v1.MODEL.generate", Generate, None, "generate", queue=subjects.COORDINATORS_QUEUE, answers=_STREAM
+    "mesh.v1.MODEL.generate", Generate, None, "generate text or tokens", queue=subjects.COORDINATORS_QUEUE, answers=_STREAM
 )
 GENERATE_AT: Topic[Generate, None] = Topic(
     "mesh.v1.MODEL.generate.INSTANCE",
