@@ -171,7 +171,7 @@ class Memory:
 
 async def counters(client: AsyncMeshClient) -> Counter[str]:
     names = ("decode_frames", "prefill_frames", "tokens", "prompt_tokens", "restarts", "failovers", "suspected", "asked", "late")
-    return Counter({name: sum(int(c.counters[name]) for c in (await client.status()).coordinators) for name in names})
+    return Counter({name: sum(int(getattr(c.stats, name)) for c in (await client.status()).coordinators) for name in names})
 
 
 async def wait_idle(client: AsyncMeshClient) -> None:

@@ -19,7 +19,7 @@ from mesh.protocol import subjects, topics
 from mesh.protocol.batches import BatchStatus
 from mesh.protocol.events import Event
 from mesh.protocol.generation import Generate, TraceRequest
-from mesh.protocol.status import ShardLease, ShardStats
+from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
 
 __all__ = ["AsyncMeshClient"]
 
@@ -180,10 +180,11 @@ class AsyncMeshClient:
         """Those that answer, by model and name."""
         found = []
         for answer in await self._gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
-            data: dict[str, Any] = next((e["data"] for e in orjson.loads(answer.data)["endpoints"] if e["name"] == "generate"), {})
-            if {"coordinator", "model", "live", "queued", "capacity", "serving"} <= data.keys():
-                name, load = data["coordinator"], (data["live"], data["queued"], data["capacity"])
-                found.append(CoordinatorStatus(name, data["model"], *load, serving=data["serving"], counters=data))
+            try:
+                data = next(endpoint["data"] for endpoint in orjson.loads(answer.data)["endpoints"] if endpoint["name"] == "generate")
+                found.append(CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(data))))
+            except (MessageRejected, LookupError, TypeError, ValueError, StopIteration):
+                continue  # of another version, or of another service
         return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
     async def status(self) -> MeshStatus:

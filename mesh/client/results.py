@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mesh.errors import MeshError
 from mesh.protocol.batches import BatchItem
-from mesh.protocol.status import ShardLease
+from mesh.protocol.status import CoordinatorStats, ShardLease
 from mesh.protocol.stream import Answer, Timing, Token, Usage, answer_of
 
 __all__ = ["BatchResult", "Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "Timing", "Token", "Usage"]
@@ -52,15 +50,33 @@ class BatchResult:
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStatus:
-    """One coordinator: sessions it runs and holds back, whether every layer range has a shard, its counts since start."""
+    """One coordinator that answered, and what it reports."""
 
-    name: str
-    model: str
-    live: int
-    queued: int
-    capacity: int
-    serving: bool
-    counters: Mapping[str, Any]
+    stats: CoordinatorStats
+
+    @property
+    def name(self) -> str:
+        return self.stats.coordinator
+
+    @property
+    def model(self) -> str:
+        return self.stats.model
+
+    @property
+    def live(self) -> int:
+        return self.stats.live
+
+    @property
+    def queued(self) -> int:
+        return self.stats.queued
+
+    @property
+    def capacity(self) -> int:
+        return self.stats.capacity
+
+    @property
+    def serving(self) -> bool:
+        return self.stats.serving
 
 
 @dataclass(frozen=True, slots=True)

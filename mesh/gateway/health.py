@@ -133,7 +133,7 @@ class HealthMonitor:
 
 
 def _last_step_s(coordinators: Sequence[CoordinatorStatus]) -> float | None:
-    ages = [age for c in coordinators if (age := c.counters.get("last_step_s")) is not None]
+    ages = [age for c in coordinators if (age := c.stats.last_step_s) is not None]
     return min(ages, default=None)
 
 

@@ -55,7 +55,7 @@ async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Res
     return _json(
         {
             "shards": [shard.model_dump(mode="json") for shard in status.shards],
-            "coordinators": [dict(coordinator.counters) for coordinator in status.coordinators],
+            "coordinators": [coordinator.stats.document() for coordinator in status.coordinators],
             "gateway": request.app.state.counters.as_dict(),
         }
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from mesh.protocol.message import Message, Natural, SessionId, Token
 from mesh.types import LayerRange
 
-__all__ = ["Alive", "Beat", "ShardLease", "ShardStats", "StatsRequest"]
+__all__ = ["Alive", "Beat", "CoordinatorStats", "Hops", "SessionReport", "ShardLease", "ShardStats", "StatsRequest"]
 
 
 class Beat(Message):
@@ -112,3 +112,89 @@ class ShardLease(Message):
     @property
     def last(self) -> bool:
         return self.layers_end == self.total_layers
+
+
+class _Reported(Message):
+    """Part of what a coordinator reports. Keys that a later version adds are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    def document(self) -> dict[str, Any]:
+        """The keys that were reported, as JSON has them."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Hops(_Reported):
+    """Means over a coordinator's decode steps, in seconds; `steps`: how many. `hop_s`: what a hop takes beyond computing and queueing."""
+
+    steps: Natural = 0
+    step_s: float = 0.0
+    compute_s: float = 0.0
+    queue_s: float = 0.0
+    codec_s: float = 0.0
+    hop_s: float = 0.0
+
+
+class SessionReport(_Reported):
+    """One session that runs, or one that ended lately: `began_unix_s` and `error` are of one that ended, `prefilled` of one that runs."""
+
+    request: str
+    state: str = ""
+    route: tuple[str, ...] = ()
+    prompt_tokens: Natural = 0
+    max_tokens: Natural = 0
+    tokens: Natural = 0
+    prefilled: Natural = 0
+    queue_s: float = 0.0
+    first_token_s: float | None = None
+    total_s: float = 0.0
+    restarts: Natural = 0
+    began_unix_s: float = 0.0
+    error: str | None = None
+
+
+class CoordinatorStats(_Reported):
+    """What a coordinator reports in $SRV.STATS: its load, counts since its start, and its sessions.
+
+    `live`: sessions it has, `queued` of them without rows. `capacity`: the sessions that its shards have rows for. `serving`: whether
+    every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
+    `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
+    answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    """
+
+    limit_bytes: ClassVar[int] = 4 * 1024 * 1024
+
+    coordinator: str
+    model: str
+    live: Natural
+    queued: Natural
+    capacity: Natural
+    serving: bool
+    instance: str = ""
+    pid: Natural = 0
+    http: str | None = None
+    vocab_size: Natural = 0
+    context: Natural | None = None
+    last_step_s: float | None = None
+    resumed: Natural = 0
+    submitted: Natural = 0
+    rejected: Natural = 0
+    finished: Natural = 0
+    failed: Natural = 0
+    cancelled: Natural = 0
+    restarts: Natural = 0
+    suspected: Natural = 0
+    failovers: Natural = 0
+    asked: Natural = 0
+    tokens: Natural = 0
+    prompt_tokens: Natural = 0
+    decode_frames: Natural = 0
+    prefill_frames: Natural = 0
+    late: Natural = 0
+    rejected_frames: dict[str, int] = Field(default_factory=dict)
+    records: dict[str, int] = Field(default_factory=dict)
+    batches: dict[str, int] = Field(default_factory=dict)
+    expected: dict[str, Any] | None = None
+    hops: Hops = Hops()
+    sessions: tuple[SessionReport, ...] = ()
+    recent: tuple[SessionReport, ...] = ()

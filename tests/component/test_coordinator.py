@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import orjson
 import pytest
 from driver import CONTEXT, shards
 
@@ -18,6 +19,7 @@ from mesh.coordinator.service import Coordinator, CoordinatorOptions
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import Frame, Hop, Kind
+from mesh.protocol.status import CoordinatorStats
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.types import even_ranges
@@ -154,6 +156,8 @@ def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwa
                         shown = serving.stats()
                         during = await client.trace(stream.request)
             names = [shard.options.name for shard in running]
+            typed = CoordinatorStats.parse(orjson.dumps(shown))
+            assert orjson.loads(orjson.dumps(typed.document())) == orjson.loads(orjson.dumps(shown))  # every key has its field
             line = next(line for line in shown["sessions"] + shown["recent"] if line["request"] == stream.request)
             assert line["route"] == names and line["tokens"] >= 1
             assert during is not None and during["state"] in ("decoding", "length")

@@ -175,11 +175,11 @@ def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(tw
             answers = await asyncio.gather(*(client.generate(**request) for _ in range(8)))
             assert all(list(answer.tokens) == undisturbed for answer in answers)
             status = await client.status()
-            assert sum(c.counters["finished"] for c in status.coordinators) == 1
+            assert sum(c.stats.finished for c in status.coordinators) == 1
             again = await asyncio.gather(*(client.generate(**request) for _ in range(8)))
             assert all(list(answer.tokens) == undisturbed for answer in again)
             status = await client.status()
-            assert sum(c.counters["finished"] for c in status.coordinators) == 1
+            assert sum(c.stats.finished for c in status.coordinators) == 1
 
     run(twice())
 

@@ -121,7 +121,7 @@ async def counted(client: AsyncMeshClient, name: str) -> int:
 
     status = await until(asked)
     assert status is not None
-    return sum(int(coordinator.counters[name]) for coordinator in status.coordinators)
+    return sum(int(getattr(coordinator.stats, name)) for coordinator in status.coordinators)
 
 
 async def until_ready(mesh: LocalMesh, name: str) -> None:

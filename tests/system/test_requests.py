@@ -118,7 +118,7 @@ def test_a_stream_left_early_frees_its_rows(mesh, run):
             await all_rows_free(mesh)
             status = await client.status()
             assert sum(c.live for c in status.coordinators) == 0
-            assert sum(c.counters["cancelled"] for c in status.coordinators) >= 3
+            assert sum(c.stats.cancelled for c in status.coordinators) >= 3
 
     run(leave())
 
@@ -172,7 +172,7 @@ def test_a_client_that_goes_takes_part_in_two_more_steps_at_most_and_its_rows_ar
             await Bus.connect(BusOptions(urls=(mesh.url,)), name="leaving") as bus,
             AsyncMeshClient(mesh.url, model="tiny") as others,
         ):
-            before = (await others.status()).coordinators[0].counters["cancelled"]
+            before = (await others.status()).coordinators[0].stats.cancelled
             await bus.subscribe(f"{first}.*", step)
             await bus.subscribe("mesh.v1.control.*.close", close)
             inbox = bus.new_inbox()
@@ -192,7 +192,7 @@ def test_a_client_that_goes_takes_part_in_two_more_steps_at_most_and_its_rows_ar
                 await events.wait_for(lambda: closed.count(key) == len(mesh.ranges) and None in steps)
             assert sum(key in keys for keys in steps[steps.index(None) :] if keys) <= 2
             await beside
-            assert (await others.status()).coordinators[0].counters["cancelled"] == before + 1
+            assert (await others.status()).coordinators[0].stats.cancelled == before + 1
         await all_rows_free(mesh)
 
     run(go())
@@ -202,9 +202,9 @@ def test_a_repeated_request_of_the_same_name_is_the_same_generation(mesh, run):
     async def twice() -> None:
         async with AsyncMeshClient(mesh.url, model="tiny") as client:
             first = await client.generate(tokens=[9, 8, 7], max_tokens=5, seed=1, session="once")
-            before = sum(c.counters["submitted"] for c in (await client.status()).coordinators)
+            before = sum(c.stats.submitted for c in (await client.status()).coordinators)
             second = await client.generate(tokens=[9, 8, 7], max_tokens=5, seed=1, session="once")
-            after = sum(c.counters["submitted"] for c in (await client.status()).coordinators)
+            after = sum(c.stats.submitted for c in (await client.status()).coordinators)
             assert first.tokens == second.tokens and before == after
             with pytest.raises(BadRequest):
                 await client.generate(tokens=[9, 8, 6], max_tokens=5, seed=1, session="once")
