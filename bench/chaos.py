@@ -163,7 +163,7 @@ class Chaos:
             status = await client.status()
         report = self.report
         names = ("finished", "failed", "restarts", "failovers", "suspected", "asked", "late")
-        report.counters = {name: sum(int(c.counters.get(name, 0)) for c in status.coordinators) for name in names}
+        report.counters = {name: sum(int(getattr(c.stats, name)) for c in status.coordinators) for name in names}
         report.median_step_s = statistics.median(b - a for a, b in self._gaps)
         for at, kind in self._struck:
             report.pauses.setdefault(kind, []).extend(b - a for a, b in self._gaps if a <= at < b)
@@ -278,7 +278,7 @@ class Chaos:
                 async with AsyncMeshClient(self.mesh.url, model=self.mesh.manifest.name) as client:
                     status = await client.status()
                     ready = {lease.pid for lease in status.shards if lease.state == "ready"}
-                    ready |= {int(coordinator.counters["pid"]) for coordinator in status.coordinators}
+                    ready |= {int(coordinator.stats.pid) for coordinator in status.coordinators}
                     if pid in ready:
                         return
             except MeshError as error:

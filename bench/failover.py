@@ -24,8 +24,8 @@ from typing import Any
 from mesh.bus import Bus
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
-from mesh.protocol import subjects
-from mesh.protocol.messages import ShardStats, StatsRequest
+from mesh.protocol import topics
+from mesh.protocol.status import StatsRequest
 
 BEFORE, AFTER = 40, 40
 """Tokens before the kill, at least, and afterwards."""
@@ -51,7 +51,7 @@ async def wait_whole(mesh: LocalMesh, client: AsyncMeshClient) -> None:
 
 
 async def frames_out(bus: Bus, shard: str) -> int:
-    return (await bus.request(subjects.control(shard, "stats"), StatsRequest(), ShardStats, timeout_s=10)).frames_out
+    return (await bus.request(topics.STATS.at(shard), StatsRequest(), timeout_s=10)).frames_out
 
 
 async def round_of(
@@ -69,11 +69,11 @@ async def round_of(
     await asyncio.sleep(0.2)
     victim = max([(await frames_out(bus, name) - before[name], name) for name in victims])[1]  # a mirror sends nothing
     await asyncio.sleep(random.uniform(0, 0.1))
-    frames_before = (await client.status()).coordinators[0].counters["prefill_frames"]
+    frames_before = (await client.status()).coordinators[0].stats.prefill_frames
     killed = time.perf_counter()
     mesh.processes[victim].kill()
     results = await asyncio.gather(*tasks)
-    after = (await client.status()).coordinators[0].counters["prefill_frames"]
+    after = (await client.status()).coordinators[0].stats.prefill_frames
     gaps = [list(pairwise(at)) for at in times]
     steps = [b - a for each in gaps for a, b in each if b < killed]
     hit = [max(b - a for a, b in each if b >= killed) for each, (_, _, restarts) in zip(gaps, results, strict=True) if restarts]

@@ -18,8 +18,8 @@ from mesh.commands.bench import percentiles
 from mesh.errors import FrameRejected, MeshError
 from mesh.local.mesh import LocalMesh
 from mesh.protocol import frame_codec
+from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import Kind
-from mesh.protocol.messages import Close
 
 SAMPLE_S = 0.5
 
@@ -171,7 +171,7 @@ class Memory:
 
 async def counters(client: AsyncMeshClient) -> Counter[str]:
     names = ("decode_frames", "prefill_frames", "tokens", "prompt_tokens", "restarts", "failovers", "suspected", "asked", "late")
-    return Counter({name: sum(int(c.counters[name]) for c in (await client.status()).coordinators) for name in names})
+    return Counter({name: sum(int(getattr(c.stats, name)) for c in (await client.status()).coordinators) for name in names})
 
 
 async def wait_idle(client: AsyncMeshClient) -> None:

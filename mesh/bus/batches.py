@@ -31,8 +31,11 @@ from mesh.bus.kv import Bucket
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, Busy, PayloadTooLarge
-from mesh.protocol import subjects
-from mesh.protocol.messages import MAX_BATCH, BatchItem, BatchState, BatchStatus, ErrorReply, Generate, Message
+from mesh.protocol import subjects, topics
+from mesh.protocol.batches import MAX_BATCH, BatchItem, BatchState, BatchStatus
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import Generate
+from mesh.protocol.message import Message
 from mesh.settings.units import format_bytes
 
 __all__ = ["BatchQueue", "BatchStore", "Work"]
@@ -199,7 +202,7 @@ class BatchStore:
         try:
             with mapped(f"queueing request {index} of batch {id}"):
                 try:
-                    await js.publish(subjects.batch_item(model, id, index), body, stream=subjects.STREAM_BATCH, headers=headers)
+                    await js.publish(topics.BATCH_ITEM.at(model, id, index).subject, body, stream=subjects.STREAM_BATCH, headers=headers)
                 except nats.js.errors.APIError as error:
                     if error.err_code in _FULL:
                         raise Busy("the batch queue is full: submit it again later, under the same id", retry_after_s=60) from None
@@ -269,7 +272,7 @@ class BatchQueue:
                     self._bus,
                     lambda replicas: js.add_stream(
                         name=subjects.STREAM_BATCH,
-                        subjects=[subjects.batch_items()],
+                        subjects=[topics.BATCH_ITEM.any("*").subject],
                         retention=nats.js.api.RetentionPolicy.WORK_QUEUE,
                         max_age=KEPT_S,
                         max_bytes=QUEUE_BYTES,
@@ -292,7 +295,7 @@ class BatchQueue:
                 await js.add_consumer(
                     subjects.STREAM_BATCH,
                     durable_name=name,
-                    filter_subject=subjects.batch_items(model),
+                    filter_subject=topics.BATCH_ITEM.any(model).subject,
                     ack_policy=nats.js.api.AckPolicy.EXPLICIT,
                     ack_wait=ACK_WAIT_S,
                     max_ack_pending=1000,

@@ -27,7 +27,9 @@ from mesh.bus.mapping import is_refusal, mapped, mapped_error
 from mesh.bus.options import BusOptions, without_password
 from mesh.bus.transport import DirectTransport
 from mesh.errors import DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
-from mesh.protocol.messages import ErrorReply, Message
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.message import Message
+from mesh.protocol.topics import Address
 from mesh.settings.units import format_bytes
 
 __all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "Received", "Subscription", "end_tasks", "reply_error"]
@@ -38,6 +40,7 @@ ERROR_HEADER = "Nats-Service-Error"
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 
 M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 
 _PENDING_BYTES = 8 * 1024 * 1024  # so much is kept to be sent after a reconnection; beyond that publishing is Unavailable
@@ -228,17 +231,18 @@ class Bus:
                 limit_bytes=limit,
             )
 
-    async def send(self, subject: str, message: Message) -> None:
-        """Publish a message that needs no answer."""
-        await self.publish(subject, message.to_bytes())
+    async def send(self, to: Address[M, Any], message: M, *, reply: str = "") -> None:
+        """Publish a message. It waits for no answer; answers go to the subject `reply`, if one is given."""
+        await self.publish(to.subject, message.to_bytes(), reply=reply)
 
-    async def request(self, subject: str, message: Message, reply: type[M], *, timeout_s: float) -> M:
-        """Send a request and wait for the answer. An error of the other side is raised here. Unavailable: no process listens."""
-        answer = await self.ask(subject, message.to_bytes(), timeout_s=timeout_s)
-        return reply.parse(answer.data)
+    async def request(self, to: Address[M, R], message: M, *, timeout_s: float) -> R:
+        """Send a request and wait for its reply. An error of the other side is raised here; Unavailable: there is no listener."""
+        assert to.topic.reply is not None, f"{to} has no reply"
+        answer = await self.ask(to.subject, message.to_bytes(), timeout_s=timeout_s)
+        return to.topic.reply.parse(answer.data)
 
     async def ask(self, subject: str, data: bytes, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> Received:
-        """`request` with bytes in both directions."""
+        """A request in bytes, for services of NATS itself. JSON of the mesh goes through `request`."""
         size = len(data) + _headers_size(headers)
         if size > self.client.max_payload > 0:
             raise PayloadTooLarge(f"{subject}: a request of {format_bytes(size)}", size_bytes=size, limit_bytes=self.client.max_payload)
@@ -263,10 +267,19 @@ class Bus:
     # -- receiving -----------------------------------------------------------------------------------------------------
 
     async def subscribe(
-        self, subject: str, handler: Handler, *, queue: str = "", pending_messages: int = 4096, pending_bytes: int = 256 * 1024 * 1024
+        self,
+        to: Address[Any, Any] | str,
+        handler: Handler,
+        *,
+        queue: str = "",
+        pending_messages: int = 4096,
+        pending_bytes: int = 256 * 1024 * 1024,
     ) -> Subscription:
-        """Call `handler` with each message, one after the other. Errors of the handler are logged and counted; the subscription
-        continues."""
+        """Call `handler` with each message, one after the other. Its errors are logged and counted; the subscription goes on.
+
+        A subject that is a text is an inbox, or one of NATS itself.
+        """
+        subject = str(to)
 
         async def call(message: nats.aio.msg.Msg) -> None:
             try:
@@ -280,13 +293,13 @@ class Bus:
             )
         return Subscription(inner)
 
-    async def subscribe_direct(self, subject: str, handler: Callable[[bytes], None]) -> Subscription:
+    async def subscribe_direct(self, to: Address[Any, Any] | str, handler: Callable[[bytes], None]) -> Subscription:
         """Call `handler` with the payload of each message as soon as its bytes arrive. Messages of other subscriptions, and messages with
         headers, may be handled later although they came earlier. The handler itself limits what it keeps. Its errors are logged and
         counted; the subscription continues."""
 
         return await self._subscribe_short(
-            subject, handler, lambda message: message.data, None if self._direct is None else self._direct.direct
+            str(to), handler, lambda message: message.data, None if self._direct is None else self._direct.direct
         )
 
     async def subscribe_unheard(self, subject: str, handler: Callable[[str], None]) -> Subscription:

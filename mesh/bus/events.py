@@ -24,8 +24,8 @@ from mesh.bus.kv import WATCH_IDLE_S, anything_sent
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
-from mesh.protocol import subjects
-from mesh.protocol.messages import Event, EventKind
+from mesh.protocol import subjects, topics
+from mesh.protocol.events import Event, EventKind
 
 __all__ = ["EventLog", "announce", "keep_events"]
 
@@ -42,7 +42,7 @@ async def announce(bus: Bus, kind: EventKind, who: str, *, model: str = "", deta
     """Publish an event. Never raises: a lost event must not disturb the work that it is about."""
     event = Event(kind=kind, who=who, model=model, at_unix_s=time.time(), detail=detail, data=data)
     try:
-        await bus.send(subjects.event(kind), event)
+        await bus.send(topics.EVENTS.at(kind), event)
     except MeshError as error:
         log.debug("an event could not be published: %s", error)
 
@@ -105,7 +105,7 @@ class EventLog:
             config.inactive_threshold = WATCH_IDLE_S
             messages: asyncio.Queue[nats.aio.msg.Msg] = asyncio.Queue()
             subscription = await self._js.subscribe(
-                subjects.ANY_EVENT, stream=subjects.STREAM_EVENTS, ordered_consumer=True, config=config, cb=messages.put
+                topics.EVENTS.any().subject, stream=subjects.STREAM_EVENTS, ordered_consumer=True, config=config, cb=messages.put
             )
         try:
             with mapped(f"reading {subjects.STREAM_EVENTS}"):
@@ -135,7 +135,7 @@ class EventLog:
     async def _make(self, replicas: int) -> None:
         await self._js.add_stream(
             name=subjects.STREAM_EVENTS,
-            subjects=[subjects.ANY_EVENT],
+            subjects=[topics.EVENTS.any().subject],
             max_age=MAX_AGE_S,
             max_bytes=MAX_BYTES,
             max_msg_size=Event.limit_bytes,

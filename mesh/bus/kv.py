@@ -23,7 +23,7 @@ from mesh.bus.connection import Bus, end_tasks
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError
-from mesh.protocol.messages import Message
+from mesh.protocol.message import Message
 
 __all__ = ["Bucket", "Entry", "LeaseTable"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import nats.micro
 import nats.micro.request
@@ -14,27 +14,29 @@ import nats.micro.service
 from mesh.bus.connection import Bus, Received, reply_error
 from mesh.bus.mapping import mapped
 from mesh.errors import MeshError
-from mesh.protocol.messages import Message
+from mesh.protocol.topics import Address
 
 __all__ = ["Endpoint", "Service"]
 
 log = logging.getLogger("mesh.bus")
 
+R = TypeVar("R")
+
 _INTERNAL = MeshError("an internal error; the log of the service says more")
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """One subject. `handler` returns the reply (None: it answers by itself, or no answer is expected) or raises a MeshError.
+class Endpoint(Generic[R]):
+    """One address. `handler` returns the reply of the address's topic, or raises a MeshError. It returns None where it has answered
+    itself, or where there is no reply.
 
-    `concurrent`: each request runs as a task of its own, at most `limit` at a time; beyond that the handler is still called and has to
-    answer Busy. Otherwise requests are handled one after the other.
+    `concurrent`: each request is a task of its own, and the handler itself refuses what is too much. Otherwise requests are handled one
+    after the other.
     """
 
     name: str
-    subject: str
-    handler: Callable[[Received], Awaitable[Message | bytes | None]]
-    queue: str = ""
+    to: Address[Any, R]
+    handler: Callable[[Received], Awaitable[R]]
     concurrent: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -54,7 +56,7 @@ class Service:
         name: str,
         version: str,
         description: str,
-        endpoints: Sequence[Endpoint],
+        endpoints: Sequence[Endpoint[Any]],
         metadata: dict[str, str] | None = None,
         stats: Callable[[], dict[str, Any]] | None = None,
     ) -> Service:
@@ -75,8 +77,8 @@ class Service:
     def id(self) -> str:
         return self._inner.id
 
-    async def add(self, endpoint: Endpoint) -> None:
-        """Serve one more subject."""
+    async def add(self, endpoint: Endpoint[Any]) -> None:
+        """Serve one more address."""
 
         async def handle(request: nats.micro.request.Request) -> None:
             received = Received(request.subject, request._msg.reply, request.data, request.headers or {})
@@ -85,13 +87,13 @@ class Service:
             else:
                 await self._answer(endpoint, received)
 
-        with mapped(f"serving {endpoint.subject}"):
+        with mapped(f"serving {endpoint.to}"):
             await self._inner.add_endpoint(
                 name=endpoint.name,
-                subject=endpoint.subject,
+                subject=endpoint.to.subject,
                 handler=handle,
                 # Without a queue every instance should hear it; in this protocol that takes a queue group for each instance.
-                queue_group=endpoint.queue or f"one-{self.id}",
+                queue_group=endpoint.to.topic.queue or f"one-{self.id}",
                 metadata=endpoint.metadata,
             )
 
@@ -109,7 +111,7 @@ class Service:
         except MeshError as error:  # the server is gone, so the service is too
             log.debug("%s", error)
 
-    async def _answer(self, endpoint: Endpoint, received: Received) -> None:
+    async def _answer(self, endpoint: Endpoint[Any], received: Received) -> None:
         try:
             reply = await endpoint.handler(received)
         except MeshError as error:
@@ -119,11 +121,11 @@ class Service:
             await self._fail(endpoint, received, _INTERNAL)
         else:
             if reply is not None and received.reply:
-                await self._bus.publish(received.reply, reply.to_bytes() if isinstance(reply, Message) else reply)
+                await self._bus.publish(received.reply, reply.to_bytes())
 
-    async def _fail(self, endpoint: Endpoint, received: Received, error: MeshError) -> None:
+    async def _fail(self, endpoint: Endpoint[Any], received: Received, error: MeshError) -> None:
         for shown in self._inner._endpoints:  # nats-py counts errors that a handler raises, but then cannot reply with a body
-            if shown._subject == endpoint.subject:
+            if shown._subject == endpoint.to.subject:
                 shown._num_errors += 1
                 shown._last_error = f"{error.code}: {error}"
         if received.reply:

@@ -14,7 +14,7 @@ from mesh.client.aio import AsyncMeshClient
 from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatus, Health, MeshStatus, Timing, Token, Usage
 from mesh.client.stream import Stream
 from mesh.client.sync import MeshClient, SyncStream
-from mesh.protocol.messages import BatchStatus
+from mesh.protocol.batches import BatchStatus
 
 __all__ = [
     "AsyncMeshClient",

@@ -15,8 +15,11 @@ from mesh.bus.batches import BatchStore
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
-from mesh.protocol import messages, subjects
-from mesh.protocol.messages import BatchStatus
+from mesh.protocol import subjects, topics
+from mesh.protocol.batches import BatchStatus
+from mesh.protocol.events import Event
+from mesh.protocol.generation import Generate, TraceRequest
+from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
 
 __all__ = ["AsyncMeshClient"]
 
@@ -85,8 +88,8 @@ class AsyncMeshClient:
         return self.stream(prompt, model=model, **request)
 
     def stream(self, prompt: str | None = None, *, model: str | None = None, timeout_s: float | None = None, **request: Any) -> Stream:
-        """A generation token by token. `request`: the fields of mesh.protocol.generation.Generate: messages or tokens instead of a prompt,
-        max_tokens, temperature, top_k, top_p, min_p, penalties, seed, logprobs, stop, ignore_eos, raw, session."""
+        """A generation token by token. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
+        prompt, max_tokens, stop, raw, session, and the sampling parameters of mesh.protocol.sampling."""
         name = model or self._model
         if name is None:
             raise BadRequest("say which model: AsyncMeshClient(..., model=NAME), or use open_stream, which finds it out", field="model")
@@ -177,10 +180,11 @@ class AsyncMeshClient:
         """Those that answer, by model and name."""
         found = []
         for answer in await self._gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
-            data: dict[str, Any] = next((e["data"] for e in orjson.loads(answer.data)["endpoints"] if e["name"] == "generate"), {})
-            if {"coordinator", "model", "live", "queued", "capacity", "serving"} <= data.keys():
-                name, load = data["coordinator"], (data["live"], data["queued"], data["capacity"])
-                found.append(CoordinatorStatus(name, data["model"], *load, serving=data["serving"], counters=data))
+            try:
+                data = next(endpoint["data"] for endpoint in orjson.loads(answer.data)["endpoints"] if endpoint["name"] == "generate")
+                found.append(CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(data))))
+            except (MessageRejected, LookupError, TypeError, ValueError, StopIteration):
+                continue  # of another version, or of another service
         return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
     async def status(self) -> MeshStatus:
@@ -189,7 +193,7 @@ class AsyncMeshClient:
         shards = []
         for entry in entries:
             try:
-                shards.append(messages.ShardLease.parse(entry.value or b""))
+                shards.append(ShardLease.parse(entry.value or b""))
             except MessageRejected:
                 continue  # another version's
         shards.sort(key=lambda shard: (shard.model, shard.layers, shard.shard))
@@ -209,12 +213,12 @@ class AsyncMeshClient:
             return Health(False, "some layer range has no shard that is ready", coordinators[0].model)
         return Health(True, "", serving.model)
 
-    async def shard_stats(self) -> list[messages.ShardStats]:
+    async def shard_stats(self) -> list[ShardStats]:
         """Counts of every shard that answers."""
         found = []
         for answer in await self._gather(f"$SRV.STATS.{SHARD_SERVICE}"):
             try:
-                found.append(messages.ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
+                found.append(ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
             except (MessageRejected, LookupError, TypeError):
                 continue  # another version's
         return found
@@ -223,34 +227,31 @@ class AsyncMeshClient:
         """Where the time of a generation went, running or among the last that ended (docs/client.md has the keys); None where no
         coordinator remembers it."""
         name = model or self._model
-        question = messages.TraceRequest(request=request).to_bytes()
+        question = TraceRequest(request=request)
         for coordinator in await self.coordinators():
             if name not in (None, coordinator.model):
                 continue
             try:
-                answer = await self._connected.ask(subjects.trace(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
+                answer = await self._connected.request(topics.TRACE.at(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
             except (Unavailable, DeadlineExceeded):
                 continue  # it has gone since
-            trace: dict[str, Any] | None = orjson.loads(answer.data)["trace"]
-            if trace is not None:
-                return trace
+            if answer.trace is not None:
+                return answer.trace
         return None
 
-    async def events(
-        self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False
-    ) -> AsyncIterator[messages.Event]:
+    async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
         """What has happened, oldest first: the `last` so many, or since a time, else all of a week. `follow`: and then what happens,
         for ever. Unavailable where nothing is kept."""
         async for event in EventLog(self._connected).events(last=last, since_unix_s=since_unix_s, follow=follow):
             yield event
 
-    async def watch_events(self, call: Callable[[messages.Event], None]) -> Subscription:
+    async def watch_events(self, call: Callable[[Event], None]) -> Subscription:
         """`call` with everything the mesh says has happened, from now until the subscription is stopped."""
 
         async def on_message(received: Received) -> None:
-            call(messages.Event.parse(received.data))
+            call(Event.parse(received.data))
 
-        return await self._connected.subscribe(subjects.ANY_EVENT, on_message)
+        return await self._connected.subscribe(topics.EVENTS.any(), on_message)
 
     @property
     def connected(self) -> bool:
@@ -296,11 +297,11 @@ class AsyncMeshClient:
         return found
 
 
-def _message(prompt: str | None, request: Mapping[str, Any]) -> messages.Generate:
+def _message(prompt: str | None, request: Mapping[str, Any]) -> Generate:
     """Through JSON, so that lists and tuples, numbers of either kind are taken as they would be from any other client."""
     values = {"prompt": prompt, **request}
     try:
-        return messages.Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
+        return Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
     except MessageRejected as error:
         raise BadRequest(str(error), field=error.field) from None
     except TypeError as error:

@@ -17,7 +17,8 @@ from statistics import median
 from typing import Any
 
 from mesh.client.results import CoordinatorStatus, MeshStatus
-from mesh.protocol.messages import Event, ShardLease, ShardStats
+from mesh.protocol.events import Event
+from mesh.protocol.status import SessionReport, ShardLease, ShardStats
 
 __all__ = ["Board", "Point"]
 
@@ -151,7 +152,7 @@ class Board:
             "state": state,
             "reason": reason,
             "missing": [{"start": start, "stop": stop} for start, stop in missing],
-            "context": max((c.counters.get("context") or 0 for c in coordinators), default=0),
+            "context": max((c.stats.context or 0 for c in coordinators), default=0),
             "live": sum(c.live for c in coordinators),
             "queued": sum(c.queued for c in coordinators),
             "capacity": max((c.capacity for c in coordinators), default=0),
@@ -161,8 +162,8 @@ class Board:
             "shards": [self._shard(lease) for lease in shards]
             + [self._shard(ghost.lease) | self._gone(ghost) for ghost in sorted(ghosts, key=lambda ghost: ghost.lease.shard)],
             "coordinators": [self._coordinator(c) for c in coordinators],
-            "sessions": [line | {"coordinator": c.name} for c in coordinators for line in c.counters.get("sessions", ())],
-            "recent": _recent(coordinators),
+            "sessions": [_line(session, c) for c in coordinators for session in c.stats.sessions],
+            "recent": [_line(session, c) for session, c in _recent(coordinators)],
         }
 
     def _gone(self, ghost: _Ghost) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class Board:
             "queued": status.queued,
             "serving": status.serving,
             "tokens_per_s": rate,
-            **{name: status.counters.get(name, 0) for name in names},
+            **{name: getattr(status.stats, name) for name in names},
         }
 
     def _step(self, coordinators: Sequence[CoordinatorStatus]) -> dict[str, float] | None:
@@ -231,10 +232,10 @@ class Board:
 
 
 def _coordinator_counts(status: CoordinatorStatus) -> tuple[str, str, dict[str, float]]:
-    hops = status.counters.get("hops", {})
-    steps = float(hops.get("steps", 0))
-    sums = {name: steps * hops.get(name, 0.0) for name in ("step_s", "compute_s", "queue_s", "codec_s")}
-    return f"coordinator {status.name}", status.name, {"tokens": float(status.counters.get("tokens", 0)), "steps": steps, **sums}
+    hops = status.stats.hops
+    steps = float(hops.steps)
+    sums = {name: steps * getattr(hops, name) for name in ("step_s", "compute_s", "queue_s", "codec_s")}
+    return f"coordinator {status.name}", status.name, {"tokens": float(status.stats.tokens), "steps": steps, **sums}
 
 
 def _shard_counts(stats: ShardStats) -> tuple[str, str, dict[str, float]]:
@@ -295,18 +296,23 @@ def _state(
     return "ready", ""
 
 
-def _recent(coordinators: Sequence[CoordinatorStatus]) -> list[dict[str, Any]]:
-    lines = [line | {"coordinator": c.name} for c in coordinators for line in c.counters.get("recent", ())]
-    return sorted(lines, key=lambda line: float(line["began_unix_s"]) + float(line["total_s"]), reverse=True)[:32]
+def _line(session: SessionReport, coordinator: CoordinatorStatus) -> dict[str, Any]:
+    return session.document() | {"coordinator": coordinator.name}
+
+
+def _recent(coordinators: Sequence[CoordinatorStatus]) -> list[tuple[SessionReport, CoordinatorStatus]]:
+    """The sessions that ended last, with their coordinators, the latest first."""
+    found = [(session, c) for c in coordinators for session in c.stats.recent]
+    return sorted(found, key=lambda one: one[0].began_unix_s + one[0].total_s, reverse=True)[:32]
 
 
 def _latency(coordinators: Sequence[CoordinatorStatus], unix_s: float) -> dict[str, float] | None:
     """Over the requests that run or ended lately: median and worst time to the first token, median seconds a token after it."""
-    running = [line for c in coordinators for line in c.counters.get("sessions", ())]
-    ended = [line for line in _recent(coordinators) if line["began_unix_s"] + line["total_s"] > unix_s - FRESH_S]
-    lines = [line for line in running + ended if line["first_token_s"] is not None]
-    if not lines:
+    running = [session for c in coordinators for session in c.stats.sessions]
+    ended = [session for session, _ in _recent(coordinators) if session.began_unix_s + session.total_s > unix_s - FRESH_S]
+    timed = [(session, session.first_token_s) for session in running + ended if session.first_token_s is not None]
+    if not timed:
         return None
-    first = [float(line["first_token_s"]) for line in lines]
-    paces = [(line["total_s"] - line["first_token_s"]) / (line["tokens"] - 1) for line in lines if line["tokens"] > 1]
-    return {"requests": len(lines), "first_token_s": median(first), "worst_s": max(first), "token_s": median(paces) if paces else 0.0}
+    first = [first_s for _, first_s in timed]
+    paces = [(session.total_s - first_s) / (session.tokens - 1) for session, first_s in timed if session.tokens > 1]
+    return {"requests": len(timed), "first_token_s": median(first), "worst_s": max(first), "token_s": median(paces) if paces else 0.0}

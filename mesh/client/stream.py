@@ -15,16 +15,15 @@ import secrets
 import time
 from collections import deque
 from types import TracebackType
-from typing import Any
-
-import orjson
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import raise_error
-from mesh.client.results import Chunk, Completion, Token, token_of
+from mesh.client.results import Chunk, Completion
 from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
-from mesh.protocol import messages, subjects
+from mesh.protocol import topics
+from mesh.protocol.generation import Cancel, Generate
 from mesh.protocol.headers import EPOCH_HEADER
+from mesh.protocol.stream import Accepted, Finished, Token, TokenDocument, parse
 
 __all__ = ["Retry", "Stream"]
 
@@ -57,7 +56,7 @@ class Stream:
     Errors: those of the coordinator, Unavailable, Busy, DeadlineExceeded (`timeout_s`, of the whole request).
     """
 
-    def __init__(self, bus: Bus, model: str, message: messages.Generate, *, timeout_s: float | None, retry: Retry) -> None:
+    def __init__(self, bus: Bus, model: str, message: Generate, *, timeout_s: float | None, retry: Retry) -> None:
         seed = secrets.randbits(62) if message.seed is None else message.seed
         session = message.session or secrets.token_hex(12)
         self._named = message.session is not None  # perhaps others ask for it too
@@ -70,7 +69,7 @@ class Stream:
         self._inbox: asyncio.Queue[Received] = asyncio.Queue()  # bounded by the request's own max_tokens
         self._subscription: Subscription | None = None
         self._subject = ""
-        self._cancel_subject: str | None = None
+        self._cancel: topics.Address[Cancel, None] | None = None
         self._given: list[Token] = []
         self._text = 0  # characters given out
         self._epoch = 0
@@ -119,8 +118,8 @@ class Stream:
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
-        if self.completion is None and self._cancel_subject is not None and self._bus.connected:
-            await self._bus.send(self._cancel_subject, messages.Cancel(request=self.request))
+        if self.completion is None and self._cancel is not None and self._bus.connected:
+            await self._bus.send(self._cancel, Cancel(request=self.request))
         await subscription.stop()
 
     async def __aenter__(self) -> Stream:
@@ -139,7 +138,7 @@ class Stream:
         self._asked += 1
         update = {"attempt": attempt, "given": tuple(token.id for token in self._given)}
         message = self._message.model_copy(update=update)
-        await self._bus.publish(subjects.generate(self._model), message.to_bytes(), reply=self._subject)
+        await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
 
     async def _receive(self) -> Received | None:
         """The next message; None where it is time to ask whether anybody is there."""
@@ -165,30 +164,31 @@ class Stream:
         if int(received.headers.get(EPOCH_HEADER, self._epoch)) < self._epoch:
             return
         raise_error(received)
-        document: dict[str, Any] = orjson.loads(received.data)
+        document = parse(received.data)
         now = time.perf_counter()
-        epoch = document.get("epoch", self._epoch)
+        epoch = self._epoch if document.epoch is None else document.epoch
         if epoch < self._epoch:
             return
         self._epoch = epoch
         self._heard_at, self._began = time.monotonic(), True
-        if document["done"]:
-            self._finish(document, now)
-        elif "cancel" in document:
-            self._cancel_subject = document["cancel"]
-        elif "index" in document:
-            if document["index"] == len(self._given):
-                self._give(document["text"], token_of(document), now)
-            elif document["index"] > len(self._given):  # one was lost on the way
-                await self._ask()
+        match document:
+            case TokenDocument():
+                if document.position == len(self._given):
+                    self._give(document.text, document.token, now)
+                elif document.position > len(self._given):  # one was lost on the way
+                    await self._ask()
+            case Accepted():
+                self._cancel = topics.CANCEL.read(document.cancel)
+            case Finished():
+                self._finish(document, now)
 
-    def _finish(self, document: dict[str, Any], now: float) -> None:
+    def _finish(self, document: Finished, now: float) -> None:
         """The last document has everything: what did not come before comes now."""
-        completion = Completion.of(document)
+        completion = Completion.of(document.answer)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
         for token in tokens[len(self._given) :]:
             self._give("", token, now)
-        rest = document.get("rest") or "" if completion.text is None else completion.text[self._text :]
+        rest = document.rest if completion.text is None else completion.text[self._text :]
         self._ready.append(Chunk(rest, None, len(self._given), now))
         self.completion = completion
 

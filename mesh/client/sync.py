@@ -13,7 +13,8 @@ from mesh.client.aio import AsyncMeshClient
 from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
-from mesh.protocol.messages import BatchStatus, ShardStats
+from mesh.protocol.batches import BatchStatus
+from mesh.protocol.status import ShardStats
 
 __all__ = ["MeshClient", "SyncStream"]
 

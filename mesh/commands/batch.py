@@ -87,8 +87,7 @@ def _result(args: argparse.Namespace) -> int:
             for item in client.batch_results(args.id, offset=offset, limit=page):
                 line: dict[str, Any] = {"index": item.index, "state": "done" if item.error is None else "failed"}
                 if item.completion is not None:
-                    line |= {name: item.completion.raw[name] for name in ("text", "tokens", "finish_reason", "usage", "logprobs")
-                             if name in item.completion.raw}  # fmt: skip
+                    line |= {name: value for name, value in item.completion.document().items() if name not in ("request", "timing")}
                 if item.error is not None:
                     line |= {"error": str(item.error), "code": item.error.code}
                 print(json.dumps(line, ensure_ascii=False))

@@ -88,7 +88,7 @@ async def _bench(args: argparse.Namespace, options: BusOptions, prompts: tuple[i
         coordinator = next((c for c in status.coordinators if args.model in (None, c.model)), None)
         if coordinator is None:
             raise Unavailable("no coordinator answers: start one, or see `mesh status`")
-        model, vocabulary = coordinator.model, int(coordinator.counters["vocab_size"])
+        model, vocabulary = coordinator.model, coordinator.stats.vocab_size
         plans: list[dict[str, Any]] = []
         for _ in range(args.requests):
             tokens = [random.randrange(vocabulary) for _ in range(random.randint(*prompts))]

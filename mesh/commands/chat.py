@@ -9,6 +9,7 @@ from typing import Any
 
 from mesh.client import MeshClient
 from mesh.commands.generate import add_mesh_arguments, mesh_options
+from mesh.commands.run import add_sampling_arguments, sampling_of
 from mesh.errors import RequestError
 
 __all__ = ["add_parser", "run_command"]
@@ -21,16 +22,14 @@ def add_parser(subparsers: Any) -> None:
     add_mesh_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message at the beginning")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="most tokens of an answer (default 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=int, metavar="N")
+    add_sampling_arguments(parser, "temperature", "top_p", "seed")
     parser.set_defaults(run=run_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
     beginning = [{"role": "system", "content": args.system}] if args.system else []
     history = list(beginning)
-    options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    options = {"max_tokens": args.max_tokens, **sampling_of(args)}
     terminal = sys.stdin.isatty()
     with MeshClient(options=mesh_options(args), model=args.model) as client:
         if terminal:

@@ -24,15 +24,15 @@ def add_drain_parser(subparsers: Any) -> None:
 
 def drain_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
-    from mesh.protocol import subjects
-    from mesh.protocol.messages import Drain, Drained
+    from mesh.protocol import topics
+    from mesh.protocol.control import Drain
 
     name = _name(args.shard)
     message = Drain(timeout_s=parse_seconds(args.timeout), stop=not args.keep)
 
     async def work() -> None:
         async with await Bus.connect(bus_options(args), name="mesh-drain") as bus:
-            drained = await bus.request(subjects.control(name, "drain"), message, Drained, timeout_s=10)
+            drained = await bus.request(topics.DRAIN.at(name), message, timeout_s=10)
         then = "it stays" if args.keep else "then it stops"
         print(f"{drained.shard} is draining {drained.sessions} sessions, for {args.timeout} at most; {then}")
 
@@ -55,8 +55,8 @@ def load_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.errors import ConfigError
     from mesh.planner.from_config import parse_ranges
-    from mesh.protocol import subjects
-    from mesh.protocol.messages import Load, Loaded
+    from mesh.protocol import topics
+    from mesh.protocol.control import Load
 
     ranges = parse_ranges(args.layers)
     if len(ranges) != 1:
@@ -66,7 +66,7 @@ def load_command(args: argparse.Namespace) -> int:
 
     async def work() -> None:
         async with await Bus.connect(bus_options(args), name="mesh-load") as bus:
-            loaded = await bus.request(subjects.control(_name(args.shard), "load"), message, Loaded, timeout_s=timeout_s + 30)
+            loaded = await bus.request(topics.LOAD.at(_name(args.shard)), message, timeout_s=timeout_s + 30)
         moved = f"; {loaded.sessions} sessions go on elsewhere" if loaded.sessions else ""
         print(f"{loaded.shard} serves layers {ranges[0]} after {loaded.took_s * 1e3:.0f} ms{moved}")
 

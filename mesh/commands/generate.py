@@ -13,7 +13,7 @@ import orjson
 from mesh.bus import BusOptions
 from mesh.client import MeshClient
 from mesh.commands.connection import add_connection_arguments, bus_options
-from mesh.commands.run import add_generation_arguments
+from mesh.commands.run import add_generation_arguments, sampling_of
 from mesh.errors import BadRequest
 from mesh.local.mesh import default_url
 from mesh.settings.units import format_seconds
@@ -70,9 +70,7 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
     else:
         request["prompt"] = sys.stdin.read() if args.prompt == "-" else args.prompt
         request["raw"] = args.raw
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs", "ignore_eos")
-    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    return request | {name: getattr(args, name) for name in names + penalties}
+    return request | {"max_tokens": args.max_tokens, "ignore_eos": args.ignore_eos} | sampling_of(args)
 
 
 def ask(
@@ -93,7 +91,7 @@ def ask(
         done = stream.completion
     assert done is not None
     if as_json:
-        answer = {name: done.raw[name] for name in ("tokens", "text", "finish_reason", "usage", "timing", "logprobs") if name in done.raw}
+        answer = {name: value for name, value in done.document().items() if name != "request"}
         sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
         return 0
     if done.text is None:

@@ -14,12 +14,13 @@ import orjson
 
 from mesh.commands.progress import progress_bar
 from mesh.errors import BadRequest, ModelNotFound
+from mesh.protocol.sampling import SamplingFields, SamplingParams
 from mesh.settings.units import format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from mesh.model.tokenizer import Tokenizer
 
-__all__ = ["add_generation_arguments", "add_parser", "prompt_ids", "run_command"]
+__all__ = ["add_generation_arguments", "add_parser", "add_sampling_arguments", "prompt_ids", "run_command", "sampling_of"]
 
 _DESCRIPTION = """\
 Generate in one process, through as many stages as asked for: the reference that a mesh is measured against.
@@ -42,17 +43,24 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="5,17,33", help="raw token ids instead of a prompt")
     parser.add_argument("--raw", action="store_true", help="no chat template")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="most tokens to generate (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
-    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same tokens (default 0)")
-    parser.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities of each token and the N likeliest, with --json")
+    add_sampling_arguments(parser, seed=0)
     parser.add_argument("--ignore-eos", action="store_true", help="continue after an end token")
     parser.add_argument("--json", action="store_true", help="print one object {tokens, text, usage, timing} and nothing else")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *names: str, **defaults: float) -> None:
+    """A flag for each of the sampling parameters `names`, or for every one. `defaults` go before those of the parameters."""
+    for name in names or SamplingFields.model_fields:
+        field = SamplingFields.model_fields[name]
+        kind, metavar = (float, "X") if field.annotation is float else (int, "N")
+        default = defaults.get(name, field.default)
+        text = str(field.description) if default is None else f"{field.description} (default {default:g})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text)
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters among parsed arguments."""
+    return {name: getattr(args, name) for name in SamplingFields.model_fields if hasattr(args, name)}
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -60,22 +68,11 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.model.tokenizer import Tokenizer
     from mesh.runtime.device import prepare
     from mesh.runtime.generate import Generation, Pipeline, check_request
-    from mesh.runtime.sampling import SamplingParams
 
     prepare()
     manifest = Manifest.load(args.model)
     tokenizer = Tokenizer.load(args.model) if manifest.tokenizer is not None else None
-    params = SamplingParams(
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.min_p,
-        args.repetition_penalty,
-        args.presence_penalty,
-        args.frequency_penalty,
-        args.seed,
-        args.logprobs,
-    )
+    params = SamplingParams(**sampling_of(args))
     prompt = prompt_ids(args, tokenizer, str(args.model))
     check_request(prompt, args.max_tokens, vocab_size=manifest.vocab_size, context=manifest.context_length)
     context = args.context or min(manifest.context_length, len(prompt) + args.max_tokens)

@@ -36,7 +36,7 @@ def run_command(args: argparse.Namespace) -> int:
             "ready": health.ready,
             "reason": health.reason,
             "shards": [shard.model_dump(mode="json") for shard in status.shards if args.model in (None, shard.model)],
-            "coordinators": [dict(c.counters) for c in status.coordinators if args.model in (None, c.model)],
+            "coordinators": [c.stats.document() for c in status.coordinators if args.model in (None, c.model)],
         }
         sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
         return 0 if health.ready else 1

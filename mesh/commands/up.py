@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
 def run_command(args: argparse.Namespace) -> int:
     from mesh.host.signals import ignore_signals, interrupt_on_signals
     from mesh.local.mesh import LocalMesh, LocalOptions, announced
-    from mesh.protocol.subjects import generate as generate_subject
+    from mesh.protocol import topics
 
     options = LocalOptions(
         model=args.model,
@@ -99,7 +99,7 @@ def run_command(args: argparse.Namespace) -> int:
             print(
                 f"NATS {mesh.url}\n"
                 f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
-                f'  nats -s {mesh.url} req {generate_subject(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
+                f'  nats -s {mesh.url} req {topics.GENERATE.at(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
                 "Ctrl-C ends it.",
                 file=sys.stderr,
             )

@@ -21,8 +21,10 @@ from mesh.bus.batches import BatchQueue, BatchStore, Work
 from mesh.bus.connection import raise_error
 from mesh.coordinator.core.machine import Core
 from mesh.errors import DeadlineExceeded, MeshError, ServiceError
-from mesh.protocol import subjects
-from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, ErrorReply, Generate
+from mesh.protocol import topics
+from mesh.protocol.batches import BatchItem, BatchResults, BatchStatus
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import Generate
 
 __all__ = ["BatchWorker"]
 
@@ -56,12 +58,11 @@ class BatchWorker:
         self._taker: asyncio.Task[Any] | None = None
         self._subscription: Subscription | None = None
 
-    def endpoints(self) -> list[Endpoint]:
-        queue = subjects.COORDINATORS_QUEUE
+    def endpoints(self) -> list[Endpoint[Any]]:
         return [
-            Endpoint("batch", subjects.batch(self._model), self._on_submit, queue=queue, concurrent=True),
-            Endpoint("batch-status", subjects.batch(self._model, "status"), self._on_status, queue=queue, concurrent=True),
-            Endpoint("batch-result", subjects.batch(self._model, "result"), self._on_result, queue=queue, concurrent=True),
+            Endpoint("batch", topics.BATCH_SUBMIT.at(self._model), self._on_submit, concurrent=True),
+            Endpoint("batch-status", topics.BATCH_STATUS.at(self._model), self._on_status, concurrent=True),
+            Endpoint("batch-result", topics.BATCH_RESULT.at(self._model), self._on_result, concurrent=True),
         ]
 
     async def start(self) -> None:
@@ -91,15 +92,15 @@ class BatchWorker:
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
     async def _on_submit(self, received: Received) -> BatchStatus:
-        message = BatchSubmit.parse(received.data)
+        message = topics.BATCH_SUBMIT.parse(received.data)
         return await self._store.submit(self._model, message.requests, id=message.id)
 
     async def _on_status(self, received: Received) -> BatchStatus:
-        return await self._store.status(BatchQuery.parse(received.data).id)
+        return await self._store.status(topics.BATCH_STATUS.parse(received.data).id)
 
     async def _on_result(self, received: Received) -> BatchResults:
         """As many results as fit in one message."""
-        query = BatchQuery.parse(received.data)
+        query = topics.BATCH_RESULT.parse(received.data)
         total = (await self._store.status(query.id)).total
         items: list[BatchItem] = []
         room, at = self.bus.max_payload * 3 // 4, query.offset
@@ -168,11 +169,11 @@ class BatchWorker:
     async def _generate(self, work: Work) -> dict[str, Any]:
         """The document of the answer, however long it takes. The request is idempotent, and is sent again while no answer comes."""
         name = f"{work.id}-{work.index}"
-        message = Generate.parse(work.data).model_copy(update={"session": name, "stream": False}).to_bytes()
+        message = Generate.parse(work.data).model_copy(update={"session": name, "stream": False})
         future = self._answers[name] = asyncio.get_running_loop().create_future()
         try:
             while True:
-                await self.bus.publish(subjects.generate_at(self._model, self._instance), message, reply=f"{self._inbox}.{name}")
+                await self.bus.send(topics.GENERATE_AT.at(self._model, self._instance), message, reply=f"{self._inbox}.{name}")
                 await asyncio.wait([future], timeout=IN_PROGRESS_S)
                 if future.done():
                     break

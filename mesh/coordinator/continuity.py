@@ -21,8 +21,10 @@ from mesh.coordinator.core.peers import Peer, Peers
 from mesh.coordinator.records import Recorder, SessionRecord, sessions_bucket
 from mesh.coordinator.replies import Job
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
-from mesh.protocol import subjects
-from mesh.protocol.messages import Alive, Beat, EventKind, Generate
+from mesh.protocol import topics
+from mesh.protocol.events import EventKind
+from mesh.protocol.generation import Generate
+from mesh.protocol.status import Alive, Beat
 
 __all__ = ["Announce", "Continuity", "Host"]
 
@@ -95,8 +97,8 @@ class Continuity:
 
     async def start(self) -> None:
         self._subscriptions = [
-            await self.bus.subscribe(subjects.alive(self._model, self.instance), self._on_liveness_question),
-            await self.bus.subscribe(subjects.coordinators(self._model), self._on_heartbeat),
+            await self.bus.subscribe(topics.ALIVE.at(self._model, self.instance), self._on_liveness_question),
+            await self.bus.subscribe(topics.BEATS.at(self._model), self._on_heartbeat),
             await self.bus.subscribe(f"{self._inbox}.*", self._on_probed),
         ]
         self.recorder.start()
@@ -171,7 +173,7 @@ class Continuity:
                 await self.bus.publish(reply, record.answer.encode())
                 return True
             if record.owner not in (None, self.instance) and not direct and await self._lives(str(record.owner)):
-                await self.bus.publish(subjects.generate_at(self._model, str(record.owner)), asked.to_bytes(), reply=reply)
+                await self.bus.send(topics.GENERATE_AT.at(self._model, str(record.owner)), asked, reply=reply)
                 return True
             if self._host.has(session):
                 return False
@@ -205,10 +207,9 @@ class Continuity:
             await asyncio.sleep(PROBE_S)
 
     async def _probe(self) -> None:
-        question = Alive().to_bytes()
         try:
             for instance in self.peers.watched():
-                await self.bus.publish(subjects.alive(self._model, instance), question, reply=f"{self._inbox}.{instance}")
+                await self.bus.send(topics.ALIVE.at(self._model, instance), Alive(), reply=f"{self._inbox}.{instance}")
         except MeshError as error:
             log.debug("probing coordinators: %s", error)
 
@@ -257,7 +258,7 @@ class Continuity:
         if self.peers.lives(instance) and not self.peers.missing_now(instance):
             return True
         try:
-            heartbeat = await self.bus.request(subjects.alive(self._model, instance), Alive(), Beat, timeout_s=_ASK_S)
+            heartbeat = await self.bus.request(topics.ALIVE.at(self._model, instance), Alive(), timeout_s=_ASK_S)
         except (Unavailable, DeadlineExceeded):
             return False
         self._heard(heartbeat)
@@ -273,18 +274,18 @@ class Continuity:
     # -- what arrives --------------------------------------------------------------------------------------------------
 
     async def _on_liveness_question(self, received: Received) -> None:
-        Alive.parse(received.data)
+        topics.ALIVE.parse(received.data)
         await self.bus.respond(received, self.heartbeat())
 
     async def _on_heartbeat(self, received: Received) -> None:
-        heartbeat = Beat.parse(received.data)
+        heartbeat = topics.BEATS.parse(received.data)
         if heartbeat.instance is None or heartbeat.instance == self.instance:
             return
         if heartbeat.leaving:
             self.peers.left(heartbeat.instance)
             await self._adopt(lambda owner: owner is None)
         elif self._heard(heartbeat):  # it is new, and has not heard this coordinator's last heartbeat
-            await self.bus.send(subjects.coordinators(self._model), self.heartbeat())
+            await self.bus.send(topics.BEATS.at(self._model), self.heartbeat())
 
     async def _on_probed(self, received: Received) -> None:
         if received.headers.get("Status") == "503":

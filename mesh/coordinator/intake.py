@@ -17,8 +17,6 @@ import secrets
 import time
 from collections import Counter
 
-import orjson
-
 from mesh.bus import Bus, Received, Subscription
 from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core.events import CancelSession, Result, Suspicion
@@ -35,7 +33,7 @@ from mesh.coordinator.translate import event_of
 from mesh.errors import BadRequest, Busy, FrameRejected, MeshError
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol import frame_codec, messages, subjects
+from mesh.protocol import frame_codec, generation, subjects, topics
 
 __all__ = ["Intake"]
 
@@ -88,10 +86,10 @@ class Intake:
         """Subscribe to everything but the shared request subject, which is the service's endpoint (`on_generate`)."""
         model = self._manifest.name
         self._subscriptions = [
-            await self._bus.subscribe(subjects.generate_at(model, self._continuity.instance), self._on_passed_on),
+            await self._bus.subscribe(topics.GENERATE_AT.at(model, self._continuity.instance), self._on_passed_on),
             await self._bus.subscribe_direct(subjects.tokens(model, self._name), self._on_answer),
-            await self._bus.subscribe_direct(subjects.cancel(model, self._name), self._on_cancel),
-            await self._bus.subscribe(subjects.trace(model, self._name), self._on_trace),
+            await self._bus.subscribe_direct(topics.CANCEL.at(model, self._name), self._on_cancel),
+            await self._bus.subscribe(topics.TRACE.at(model, self._name), self._on_trace),
             await self._bus.subscribe_unheard(f"{self._outbox.unheard}.*", self._on_unheard),
             await self._bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
         ]
@@ -105,7 +103,7 @@ class Intake:
     async def on_generate(self, received: Received, *, direct: bool = False) -> None:
         """Take a request. Its answer comes later, from outbox.py; an error that is raised here is the answer. `direct`: another
         coordinator passed it on, which believes that the session is here."""
-        message = messages.Generate.parse(received.data)
+        message = topics.GENERATE.parse(received.data)
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
         id, digest = message.session or secrets.token_hex(12), digest_of(message)
@@ -135,7 +133,7 @@ class Intake:
         except MeshError as error:
             await self._bus.respond_error(received, error)
 
-    async def _known(self, id: str, digest: str, message: messages.Generate, reply: str) -> bool:
+    async def _known(self, id: str, digest: str, message: generation.Generate, reply: str) -> bool:
         """Whether a session of this name is held here, or ended here not long ago. If so its answer goes to this reply subject from now
         on, after the tokens that the client has. BadRequest: the name belongs to another request."""
         answer = self._jobs.answer(id)
@@ -181,7 +179,7 @@ class Intake:
     # -- ends and hints ------------------------------------------------------------------------------------------------
 
     def _on_cancel(self, data: bytes) -> None:
-        self._driver.handle_now(CancelSession(messages.Cancel.parse(data).request))
+        self._driver.handle_now(CancelSession(generation.Cancel.parse(data).request))
 
     def _on_unheard(self, subject: str) -> None:
         """The client of a session no longer listens."""
@@ -200,11 +198,11 @@ class Intake:
         if not received.reply:
             return
         try:
-            id = messages.TraceRequest.parse(received.data).request
+            id = topics.TRACE.parse(received.data).request
         except MeshError as error:
             await self._bus.respond_error(received, error)
             return
         trace = self._traces.document(id, self._core.session(id, time.monotonic()))
         if trace is not None:
             trace |= {"coordinator": self._name, "model": self._manifest.name}
-        await self._bus.publish(received.reply, orjson.dumps({"trace": trace}))
+        await self._bus.respond(received, generation.TraceReply(trace=trace))

@@ -19,7 +19,7 @@ from mesh.coordinator.requests import prepare
 from mesh.errors import Busy, MeshError
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol import messages, subjects
+from mesh.protocol import generation, topics
 from mesh.settings.units import format_bytes
 
 __all__ = ["Jobs"]
@@ -90,7 +90,7 @@ class Jobs:
         self.table.pop(session, None)
         await self._driver.handle(CancelSession(session))
 
-    async def resume(self, record: SessionRecord, revision: int, asked: messages.Generate | None, reply: str) -> None:
+    async def resume(self, record: SessionRecord, revision: int, asked: generation.Generate | None, reply: str) -> None:
         """Go on with a session that another coordinator began and that belongs to this one now. `asked`, `reply`: where its client has
         asked again, with what, and where the answer goes."""
         if record.session in self.table:
@@ -122,4 +122,4 @@ class Jobs:
             await self._bus.publish(job.reply, record.answer.encode())
         elif record.owner is not None and record.reply != job.reply:
             asked = job.message.model_copy(update={"session": session, "given": tuple(token.id for token in job.tokens[: job.delivered])})
-            await self._bus.publish(subjects.generate_at(self._manifest.name, record.owner), asked.to_bytes(), reply=job.reply)
+            await self._bus.send(topics.GENERATE_AT.at(self._manifest.name, record.owner), asked, reply=job.reply)

@@ -22,11 +22,12 @@ from typing import Protocol
 from mesh.bus import Bus
 from mesh.bus.connection import reply_error
 from mesh.coordinator.core.events import FrameOut
-from mesh.coordinator.replies import EPOCH_HEADER, Job
+from mesh.coordinator.replies import Job
 from mesh.coordinator.translate import frame_of
 from mesh.errors import MeshError
-from mesh.protocol import frame_codec, subjects
+from mesh.protocol import frame_codec, topics
 from mesh.protocol.frame_codec import Flags
+from mesh.protocol.headers import EPOCH_HEADER
 
 __all__ = ["Outbox"]
 
@@ -79,7 +80,7 @@ class Outbox:
 
     def accepted(self, job: Job) -> None:
         """Tell the client of a stream which coordinator has its request, and send the token documents that it does not have yet."""
-        self.document(job, job.accepted(self._model, subjects.cancel(self._model, self._coordinator)))
+        self.document(job, job.accepted(self._model, topics.CANCEL.at(self._model, self._coordinator).subject))
         for index, document in job.documents():
             self.document(job, document, index)
 

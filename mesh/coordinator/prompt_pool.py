@@ -22,7 +22,7 @@ import orjson
 
 from mesh.coordinator.prompt_process import ERROR, LENGTH
 from mesh.errors import BadRequest, Busy, CorruptModel, MeshError
-from mesh.protocol.messages import ErrorReply
+from mesh.protocol.failures import ErrorReply
 
 __all__ = ["PromptPool"]
 

@@ -24,7 +24,7 @@ import orjson
 from mesh.errors import BadRequest, MeshError
 from mesh.host.process import die_with_parent
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol.messages import ErrorReply
+from mesh.protocol.failures import ErrorReply
 
 __all__ = ["ERROR", "LENGTH", "TOKENS", "tokenize"]
 

@@ -32,8 +32,9 @@ from pydantic import Field
 
 from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
-from mesh.protocol import messages, subjects
-from mesh.protocol.messages import Generate, Message
+from mesh.protocol import subjects
+from mesh.protocol.generation import Generate
+from mesh.protocol.message import Epoch, Message, Natural, Token, TokenId
 
 __all__ = ["Recorder", "SessionRecord", "digest_of", "sessions_bucket"]
 
@@ -61,15 +62,15 @@ class SessionRecord(Message):
 
     limit_bytes: ClassVar[int] = 1024 * 1024
 
-    session: messages.Token
+    session: Token
     model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-    owner: messages.Token | None
-    epoch: messages.Epoch
+    owner: Token | None
+    epoch: Epoch
     digest: str
     message: Generate
     reply: str
-    given: tuple[messages.TokenId, ...] = ()
-    told: messages.Natural = 0
+    given: tuple[TokenId, ...] = ()
+    told: Natural = 0
     answer: str | None = None
 
 

@@ -1,43 +1,21 @@
-"""What one client gets: the documents of a stream or the one document, the text as it becomes complete, stop texts.
+"""What one client is told: the documents of its generation (mesh/protocol/stream.py), the text as it becomes whole, stop texts.
 
-    stream, first    {"request", "cancel", "model", "next", "done": false} its name, and the subject on which to cancel it
-    stream, waiting  {"waiting": n, "done": false}                         every few seconds, n others are before it
-    stream, token    {"index", "token", "text", "done": false}             and "logprob", "piece", "top" where asked for
-    last, or only    {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
-    an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
-
-Every document has an "epoch" (an error has it in the header Mesh-Epoch). It grows when another coordinator goes on with the session. A
-document with a lower epoch than the client has seen is late, and changes nothing. "next" is the index of the first token document that
-follows. After another coordinator took over, that may be a token that was delivered already.
-
-The "text" of the token documents, and "rest" of the last one, joined, are the whole text. A text that may be the beginning of a stop text
-is held back until it is known not to be.
+A text that might be the beginning of a stop text is held back until it is known not to be.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import orjson
 
 from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.model.tokenizer import TextStream, Tokenizer
-from mesh.protocol import messages
-from mesh.protocol.headers import EPOCH_HEADER
+from mesh.protocol.generation import Generate
+from mesh.protocol.stream import Accepted, Answer, Finished, Timing, Token, TokenDocument, Usage, Waiting, dump
 
-__all__ = ["EPOCH_HEADER", "HopMeter", "Job", "SampledToken"]
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A sampled token, as the last stage reports it."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+__all__ = ["HopMeter", "Job"]
 
 
 @dataclass(slots=True)
@@ -78,7 +56,7 @@ class Job:
     """One request, and what its client has of the answer. digest: tells requests of the same name apart. start: the client came with the
     tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none."""
 
-    message: messages.Generate
+    message: Generate
     request: GenerationRequest
     reply: str  # where answers go
     text: TextStream | None
@@ -89,7 +67,7 @@ class Job:
     delivered: int = 0
     revision: int = 0
     began: float = field(default_factory=time.perf_counter)
-    tokens: list[SampledToken] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text each token made readable
     held: str = ""  # text that may be the beginning of a stop text
@@ -99,7 +77,7 @@ class Job:
     @classmethod
     def of(
         cls,
-        message: messages.Generate,
+        message: Generate,
         request: GenerationRequest,
         reply: str,
         tokenizer: Tokenizer | None,
@@ -110,16 +88,16 @@ class Job:
         """A job that has the request's prefix, as if it had been generated here."""
         job = cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer, digest, epoch)
         for id in request.prefix:
-            job._take(SampledToken(id))
+            job._take(Token(id))
         return job
 
     def accepted(self, model: str, cancel: str) -> bytes:
-        return self._dump({"request": self.request.id, "cancel": cancel, "model": model, "next": self.start})
+        return dump(Accepted(self.request.id, cancel, model, self.start, self.epoch))
 
     def waiting(self, place: int) -> bytes:
-        return self._dump({"waiting": place})
+        return dump(Waiting(place, self.epoch))
 
-    def push(self, token: SampledToken) -> tuple[bytes | None, bool]:
+    def push(self, token: Token) -> tuple[bytes | None, bool]:
         """Take a token. Returns its document (None: the client has it already), and whether a stop text is complete with it."""
         self._take(token)
         self.token_times.append(time.perf_counter())
@@ -138,50 +116,48 @@ class Job:
         steps = [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
         median = sorted(steps)[len(steps) // 2] if steps else 0.0
         first = self.token_times[0] - self.began if self.token_times else None
-        answer: dict[str, Any] = {
-            "done": True,
-            "epoch": self.epoch,
-            "request": self.request.id,
-            "tokens": [token.id for token in self.tokens],
-            "text": None if self.text is None else "".join(self.pieces),
-            "rest": rest,
-            "finish_reason": ended.reason,
-            "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count},
-            "timing": {
-                "queue_s": ended.queue_s,
-                "prefill_s": max((first or 0.0) - ended.queue_s, 0.0),
-                "first_token_s": first,
-                "decode_s": sum(steps),
-                "decode_step_s": median,
-                "tokens_per_s": 1 / median if median else None,
-                "total_s": time.perf_counter() - self.began,
-                "restarts": ended.restarts,
-                "hops": self.hops.as_dict(),
-            },
-        }
-        if self.message.logprobs is not None:
-            answer["logprobs"] = [self._logprobs(token) for token in self.tokens]
-        return answer
+        answer = Answer(
+            request=self.request.id,
+            tokens=tuple([token.id for token in self.tokens]),
+            text=None if self.text is None else "".join(self.pieces),
+            finish_reason=ended.reason,
+            usage=Usage(prompt, count),
+            timing=Timing(
+                queue_s=ended.queue_s,
+                prefill_s=max((first or 0.0) - ended.queue_s, 0.0),
+                first_token_s=first,
+                decode_s=sum(steps),
+                decode_step_s=median,
+                tokens_per_s=1 / median if median else None,
+                total_s=time.perf_counter() - self.began,
+                restarts=ended.restarts,
+                hops=self.hops.as_dict(),
+            ),
+            logprobs=tuple([self._named(token) for token in self.tokens]) if self.detailed else None,
+        )
+        return Finished(answer, rest, self.epoch).document()
 
-    def _take(self, token: SampledToken) -> None:
+    @property
+    def detailed(self) -> bool:
+        """Whether log-probabilities were asked for."""
+        return self.message.logprobs is not None
+
+    def _take(self, token: Token) -> None:
         self.tokens.append(token)
         self.pieces.append(self._release("" if self.text is None else self.text.push(token.id)))
 
     def _document(self, index: int) -> bytes:
         token = self.tokens[index]
-        document: dict[str, Any] = {"index": index, "token": token.id, "text": self.pieces[index]}
-        if self.message.logprobs is not None:
-            document |= {name: value for name, value in self._logprobs(token).items() if name in ("logprob", "piece", "top")}
-        return self._dump(document)
+        if self.message.logprobs is None:
+            return dump(TokenDocument(index, token, self.pieces[index], self.epoch))
+        return dump(TokenDocument(index, self._named(token), self.pieces[index], self.epoch, detailed=True))
 
-    def _dump(self, document: dict[str, Any]) -> bytes:
-        return orjson.dumps({**document, "epoch": self.epoch, "done": False})
-
-    def _logprobs(self, token: SampledToken) -> dict[str, Any]:
-        """`piece` is the token's own text, None for a model without a tokenizer."""
-        piece = self.tokenizer.piece if self.tokenizer is not None else lambda id: None
-        top = [{"token": i, "logprob": p, "piece": piece(i)} for i, p in token.top]
-        return {"token": token.id, "logprob": token.logprob, "piece": piece(token.id), "top": top}
+    def _named(self, token: Token) -> Token:
+        """`token` with the texts of itself and its alternatives."""
+        if self.tokenizer is None:
+            return token
+        piece = self.tokenizer.piece
+        return replace(token, piece=piece(token.id), top_pieces=tuple([piece(id) for id, _ in token.top]))
 
     def _release(self, piece: str, *, end: bool = False) -> str:
         """The text that may go to the client now that `piece` has come."""

@@ -9,7 +9,7 @@ from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol import messages
+from mesh.protocol.generation import Generate
 
 __all__ = ["prepare"]
 
@@ -17,7 +17,7 @@ _INLINE_CHARACTERS = 2000
 """Longer texts are tokenized in a thread, because the event loop carries the tokens of every client."""
 
 
-async def prepare(message: messages.Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> GenerationRequest:
+async def prepare(message: Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> GenerationRequest:
     """Raises BadRequest, with the field, or PromptTooLong. The shard that samples checks the ranges of the sampling fields."""
     if message.tokens is not None:
         tokens, field = list(message.tokens), "tokens"
@@ -51,14 +51,13 @@ async def prepare(message: messages.Generate, id: str, manifest: Manifest, token
     if any(not text for text in message.stop):
         raise BadRequest("a stop text is empty: give at least one character, or leave it out", field="stop")
     stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
-    values = message.model_dump(include=set(messages.Sampling.model_fields) - {"seed"})
-    sampling = messages.Sampling(**values, seed=secrets.randbits(62) if message.seed is None else message.seed)
+    sampling = message.sampling(seed=secrets.randbits(62))
     # the log probabilities of a prefix are not known, so with them everything is computed again
     prefix = message.given if message.logprobs is None else ()
     return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix)
 
 
-def _tokenize(message: messages.Generate, tokenizer: Tokenizer) -> list[int]:
+def _tokenize(message: Generate, tokenizer: Tokenizer) -> list[int]:
     if message.messages is not None:
         if not message.messages:
             raise BadRequest("messages is empty: give at least one", field="messages")

@@ -35,8 +35,9 @@ from mesh.coordinator.trace import SHOWN_SESSIONS, Traces
 from mesh.errors import MeshError, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol import messages, subjects
+from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
+from mesh.protocol.status import Beat, CoordinatorStats, Hops
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
@@ -170,11 +171,9 @@ class Coordinator:
                 version=__version__,
                 description=f"generation with {model}",
                 metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
-                stats=self.stats,
+                stats=lambda: self.stats().document(),
                 endpoints=[
-                    Endpoint(
-                        "generate", subjects.generate(model), self.intake.on_generate, queue=subjects.COORDINATORS_QUEUE, concurrent=True
-                    ),
+                    Endpoint("generate", topics.GENERATE.at(model), self.intake.on_generate, concurrent=True),
                     *self.batches.endpoints(),
                 ],
             )
@@ -182,7 +181,7 @@ class Coordinator:
             await self.bus.flush()
             self.ready.set()
             await self._announce("coordinator_joined", self.name, f"serves {model}")
-            log.info("ready: %s serves %s as %s", self.name, model, subjects.generate(model))
+            log.info("ready: %s serves %s as %s", self.name, model, topics.GENERATE.at(model))
             await self._stop.wait()
         finally:
             self.ready.clear()
@@ -194,32 +193,34 @@ class Coordinator:
         """End. What is being generated is left to the other coordinators, or to the next one."""
         self._stop.set()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> CoordinatorStats:
         """For $SRV.STATS: counts since the start, means of decode steps."""
         now, last_step_at = time.monotonic(), self.meter.last_step_at
         load, expected = self.core.load(now), self.options.expected
-        return {
-            "coordinator": self.name,
-            "instance": self.continuity.instance,
-            "pid": os.getpid(),
-            "model": self.manifest.name,
-            "vocab_size": self.manifest.vocab_size,
-            "context": load.context,
-            "live": load.live,
-            "queued": load.queued,
-            "capacity": load.capacity,
-            "serving": load.context is not None,
-            "last_step_s": None if last_step_at is None else now - last_step_at,
-            "http": self.http_url,
-            "rejected_frames": dict(self.intake.rejected),
-            "resumed": self.continuity.resumed,
-            "records": dict(self.continuity.recorder.counters),
-            "batches": dict(self.batches.counters),
-            **({"expected": expected.as_dict(self.core.replicas())} if expected is not None else {}),
-            "hops": self.meter.hops.as_dict(),
-            **self.traces.summary(self.core.sessions(now, SHOWN_SESSIONS)),
+        sessions, recent = self.traces.summary(self.core.sessions(now, SHOWN_SESSIONS))
+        return CoordinatorStats(
+            coordinator=self.name,
+            instance=self.continuity.instance,
+            pid=os.getpid(),
+            model=self.manifest.name,
+            vocab_size=self.manifest.vocab_size,
+            context=load.context,
+            live=load.live,
+            queued=load.queued,
+            capacity=load.capacity,
+            serving=load.context is not None,
+            last_step_s=None if last_step_at is None else now - last_step_at,
+            http=self.http_url,
+            rejected_frames=dict(self.intake.rejected),
+            resumed=self.continuity.resumed,
+            records=dict(self.continuity.recorder.counters),
+            batches=dict(self.batches.counters),
+            expected=None if expected is None else expected.as_dict(self.core.replicas()),
+            hops=Hops.model_validate(self.meter.hops.as_dict()),
+            sessions=sessions,
+            recent=recent,
             **self.core.counts(),
-        }
+        )
 
     async def _leave(self) -> None:
         if self._service is not None:
@@ -234,7 +235,7 @@ class Coordinator:
         await self.outbox.send()
         if self.bus.connected:
             await self.shards.close_all(self.name)
-            await self.bus.send(subjects.coordinators(self.manifest.name), self.continuity.heartbeat(leaving=True))
+            await self.bus.send(topics.BEATS.at(self.manifest.name), self.continuity.heartbeat(leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         self.driver.stop()
         await self.shards.stop()
@@ -249,13 +250,13 @@ class Coordinator:
                     if job is not None and job.message.stream:
                         self.outbox.document(job, job.waiting(place))
                 await self.outbox.send()
-                await self.bus.send(subjects.coordinators(self.manifest.name), self._heartbeat())
+                await self.bus.send(topics.BEATS.at(self.manifest.name), self._heartbeat())
             except MeshError as error:
                 log.warning("%s", error)
             self.shards.report_lacking()
             await asyncio.sleep(self.options.health_check_interval_s)
 
-    def _heartbeat(self) -> messages.Beat:
+    def _heartbeat(self) -> Beat:
         """With the keys of the sessions that hold rows: shards close what is missing twice."""
         keys = self.core.session_keys()
         return self.continuity.heartbeat().model_copy(update={"sessions": keys if len(keys) <= _HEARTBEAT_SESSIONS else None})
@@ -264,8 +265,8 @@ class Coordinator:
         if connected:
             self.bus.spawn(keep_events(self.bus), "events")  # the server may have lost them
 
-    async def _announce(self, kind: messages.EventKind, who: str, detail: str) -> None:
+    async def _announce(self, kind: events.EventKind, who: str, detail: str) -> None:
         await announce(self.bus, kind, who, model=self.manifest.name, detail=detail, coordinator=self.name)
 
-    def _announce_soon(self, kind: messages.EventKind, who: str, detail: str) -> None:
+    def _announce_soon(self, kind: events.EventKind, who: str, detail: str) -> None:
         self.bus.spawn(self._announce(kind, who, detail), "event")

@@ -16,8 +16,8 @@ from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.translate import replica_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, NobodyListens, Unavailable
-from mesh.protocol import frame_codec, messages, subjects
-from mesh.protocol.messages import ShardLease
+from mesh.protocol import control, frame_codec, subjects, topics
+from mesh.protocol.status import ShardLease
 
 __all__ = ["Shards"]
 
@@ -106,7 +106,7 @@ class Shards:
     async def open(self, effect: OpenRow) -> None:
         """Ask a shard, or the queue group of a range, for a row. The answer, or its absence, is an event for the core."""
         request, key = effect.request, effect.key
-        message = messages.Open(
+        message = control.Open(
             session=key,
             epoch=effect.epoch,
             coordinator=self._coordinator,
@@ -116,12 +116,12 @@ class Shards:
             sampling=request.sampling,
         )
         if effect.shard is None:
-            subject = subjects.layers(self._model, effect.layers)
+            to = topics.OPEN_ANY.at(self._model, effect.layers)
         else:
-            subject = subjects.control(effect.shard, "open")
+            to = topics.OPEN.at(effect.shard)
         event: Event
         try:
-            opened = await self._bus.request(subject, message, messages.Opened, timeout_s=self._open_timeout_s)
+            opened = await self._bus.request(to, message, timeout_s=self._open_timeout_s)
             event = Opened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
@@ -135,22 +135,22 @@ class Shards:
 
     def close(self, effect: CloseRow) -> None:
         """Give a row back."""
-        message = messages.Close(coordinator=self._coordinator, sessions=(effect.key,), epoch=effect.epoch)
-        self._outbox.message(subjects.control(effect.shard, "close"), message.to_bytes())
+        message = control.Close(coordinator=self._coordinator, sessions=(effect.key,), epoch=effect.epoch)
+        self._outbox.message(topics.CLOSE.at(effect.shard).subject, message.to_bytes())
 
     async def close_all(self, coordinator: str) -> None:
         """Free every row that `coordinator` holds at the shards."""
-        message = messages.Close(coordinator=coordinator, sessions=(), all=True)
+        message = control.Close(coordinator=coordinator, sessions=(), all=True)
         for shard in {replica.shard for replica in self._core.replicas()}:
-            await self._bus.send(subjects.control(shard, "close"), message)
+            await self._bus.send(topics.CLOSE.at(shard), message)
 
     # -- whether they live ---------------------------------------------------------------------------------------------
 
     async def probe(self, effect: Probe) -> None:
         """Find out whether a shard lives, and which steps it has. Where nothing is answered the core asks again."""
-        ping = messages.Ping(coordinator=self._coordinator)
+        ping = control.Ping(coordinator=self._coordinator)
         try:
-            pong = await self._bus.request(subjects.control(effect.shard, "ping"), ping, messages.Pong, timeout_s=_ANSWER_S)
+            pong = await self._bus.request(topics.PING.at(effect.shard), ping, timeout_s=_ANSWER_S)
         except NobodyListens:
             await self._gone(effect.shard)
         except (DeadlineExceeded, Unavailable) as error:

@@ -17,6 +17,7 @@ from mesh.coordinator.core.events import Ended, FrameOut
 from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import SessionView
 from mesh.protocol.frame_codec import Timing
+from mesh.protocol.status import SessionReport
 
 __all__ = ["SHOWN_SESSIONS", "Trace", "Traces"]
 
@@ -176,19 +177,19 @@ class Traces:
         """The whole trace of a request, None for one that is not known. `session`: where it still runs."""
         trace = self._running.get(id)
         if trace is not None and session is not None:
-            return {**_running(trace, session), **trace.as_dict()}
+            return {**_running(trace, session).document(), **trace.as_dict()}
         trace = self._ended.get(id)
-        return None if trace is None else {**_over(trace), **trace.as_dict()}
+        return None if trace is None else {**_over(trace).document(), **trace.as_dict()}
 
-    def summary(self, sessions: Iterable[SessionView]) -> dict[str, Any]:
-        """A line for each of `sessions`, which run, and for the last SHOWN_SESSIONS that ended (the latest first)."""
+    def summary(self, sessions: Iterable[SessionView]) -> tuple[tuple[SessionReport, ...], tuple[SessionReport, ...]]:
+        """A report on each of `sessions`, which run, and on the last SHOWN_SESSIONS that ended, the latest first."""
         running = []
         for session in sessions:
             trace = self._running.get(session.id)
             if trace is not None:
                 running.append(_running(trace, session))
         latest = list(self._ended.values())[: -SHOWN_SESSIONS - 1 : -1]
-        return {"sessions": running, "recent": [_over(trace) for trace in latest]}
+        return tuple(running), tuple(_over(trace) for trace in latest)
 
     def check(self) -> None:
         assert len(self._ended) <= KEPT_REQUESTS
@@ -196,36 +197,36 @@ class Traces:
             trace.check()
 
 
-def _running(trace: Trace, session: SessionView) -> dict[str, Any]:
-    return {
-        "request": trace.id,
-        "state": session.state,
-        "route": list(session.route),
-        "prompt_tokens": trace.prompt_tokens,
-        "max_tokens": trace.max_tokens,
-        "tokens": session.generated,
-        "prefilled": session.prefilled,
-        "queue_s": session.queue_s,
-        "first_token_s": session.first_token_s,
-        "total_s": session.total_s,
-        "restarts": session.restarts,
-    }
+def _running(trace: Trace, session: SessionView) -> SessionReport:
+    return SessionReport(
+        request=trace.id,
+        state=session.state,
+        route=session.route,
+        prompt_tokens=trace.prompt_tokens,
+        max_tokens=trace.max_tokens,
+        tokens=session.generated,
+        prefilled=session.prefilled,
+        queue_s=session.queue_s,
+        first_token_s=session.first_token_s,
+        total_s=session.total_s,
+        restarts=session.restarts,
+    )
 
 
-def _over(trace: Trace) -> dict[str, Any]:
+def _over(trace: Trace) -> SessionReport:
     ended = trace.ended
     assert ended is not None
-    return {
-        "request": trace.id,
-        "state": ended.reason,
-        "route": [hop.shard for hop in trace.legs[-1].route] if trace.legs else [],
-        "prompt_tokens": trace.prompt_tokens,
-        "max_tokens": trace.max_tokens,
-        "tokens": ended.tokens,
-        "queue_s": ended.queue_s,
-        "first_token_s": ended.first_token_s,
-        "total_s": ended.total_s,
-        "restarts": ended.restarts,
-        "began_unix_s": trace.began_unix_s,
-        "error": None if ended.error is None else str(ended.error),
-    }
+    return SessionReport(
+        request=trace.id,
+        state=ended.reason,
+        route=tuple(hop.shard for hop in trace.legs[-1].route) if trace.legs else (),
+        prompt_tokens=trace.prompt_tokens,
+        max_tokens=trace.max_tokens,
+        tokens=ended.tokens,
+        queue_s=ended.queue_s,
+        first_token_s=ended.first_token_s,
+        total_s=ended.total_s,
+        restarts=ended.restarts,
+        began_unix_s=trace.began_unix_s,
+        error=None if ended.error is None else str(ended.error),
+    )

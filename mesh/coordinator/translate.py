@@ -8,11 +8,11 @@ import numpy as np
 
 from mesh.coordinator.core.events import FrameLost, FrameOut, Result, ResultRow
 from mesh.coordinator.core.routing import Replica
-from mesh.coordinator.replies import SampledToken
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
+from mesh.protocol.stream import Token
 
 __all__ = ["event_of", "frame_of", "replica_of"]
 
@@ -46,7 +46,7 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
             return Result(frame.step, waited_s=_waited_s(frame))
         case Kind.TOKENS:
             keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
-            tokens = [SampledToken(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
+            tokens = [Token(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
             return Result(frame.step, tuple(map(ResultRow, keys, positions, tokens)), _waited_s(frame))
         case Kind.NACK:
             shard = frame.route[frame.hop].shard
@@ -86,12 +86,12 @@ def _waited_s(frame: Frame) -> float:
     return sum(timing.queue_us for timing in frame.timings) / 1e6
 
 
-def _with_logprobs(ids: list[int], chosen: np.ndarray, top: np.ndarray, logprobs: np.ndarray) -> list[SampledToken]:
+def _with_logprobs(ids: list[int], chosen: np.ndarray, top: np.ndarray, logprobs: np.ndarray) -> list[Token]:
     tokens = []
     for index, id in enumerate(ids):
         if np.isnan(chosen[index]):
-            tokens.append(SampledToken(id))
+            tokens.append(Token(id))
             continue
         pairs = zip(top[index].tolist(), logprobs[index].tolist(), strict=True)
-        tokens.append(SampledToken(id, float(chosen[index]), tuple((i, p) for i, p in pairs if np.isfinite(p))))
+        tokens.append(Token(id, float(chosen[index]), tuple((i, p) for i, p in pairs if np.isfinite(p))))
     return tokens

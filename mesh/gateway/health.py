@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mesh.client import AsyncMeshClient, CoordinatorStatus, MeshStatus
 from mesh.errors import Busy, DeadlineExceeded, MeshError
 from mesh.gateway.known import KnownModels
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 
 __all__ = ["HealthMonitor", "HealthReport", "ModelHealth", "RangeHealth"]
 
@@ -133,7 +133,7 @@ class HealthMonitor:
 
 
 def _last_step_s(coordinators: Sequence[CoordinatorStatus]) -> float | None:
-    ages = [age for c in coordinators if (age := c.counters.get("last_step_s")) is not None]
+    ages = [age for c in coordinators if (age := c.stats.last_step_s) is not None]
     return min(ages, default=None)
 
 

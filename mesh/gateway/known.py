@@ -69,7 +69,7 @@ class KnownModels:
         now = time.time()
         known: dict[str, KnownModel] = {}
         for coordinator in coordinators:
-            name, context = coordinator.model, coordinator.counters.get("context")
+            name, context = coordinator.model, coordinator.stats.context
             before = known.get(name)
             if before is not None and before.context is not None:
                 context = max(before.context, context or 0)

@@ -55,7 +55,7 @@ async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Res
     return _json(
         {
             "shards": [shard.model_dump(mode="json") for shard in status.shards],
-            "coordinators": [dict(coordinator.counters) for coordinator in status.coordinators],
+            "coordinators": [coordinator.stats.document() for coordinator in status.coordinators],
             "gateway": request.app.state.counters.as_dict(),
         }
     )
@@ -83,26 +83,12 @@ def _most(gateway: Gateway, item: InferenceItem) -> int:
 def _token(chunk: Chunk) -> dict[str, Any]:
     assert chunk.token is not None
     document: dict[str, Any] = {"index": chunk.index, "token": chunk.token.id, "text": chunk.text, "done": False}
-    if chunk.token.logprob is not None:
-        top = zip(chunk.token.top, chunk.token.top_pieces, strict=True)
-        document["logprob"], document["piece"] = chunk.token.logprob, chunk.token.piece
-        document["top"] = [{"token": id, "piece": piece, "logprob": logprob} for (id, logprob), piece in top]
-    return document
+    return document if chunk.token.logprob is None else document | chunk.token.details()
 
 
 def answer_document(completion: Completion, model: str) -> dict[str, Any]:
-    raw = completion.raw
-    timing = dict(raw["timing"])
-    return {
-        "id": completion.request,
-        "model": model,
-        "text": completion.text,
-        "tokens": completion.tokens,
-        "finish_reason": completion.finish_reason,
-        "usage": raw["usage"],
-        "timing": timing,
-        "logprobs": raw.get("logprobs"),
-    }
+    document = completion.document()
+    return {"id": document.pop("request"), "model": model, "logprobs": document.pop("logprobs", None), **document}
 
 
 def check_input(item: InferenceItem, prefix: str = "") -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
+
 __all__ = [
     "ChatCompletion",
     "ChatRequest",
@@ -19,7 +21,6 @@ __all__ = [
 _MAX_INT = 2**31 - 1
 Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Request(BaseModel):
@@ -60,32 +61,51 @@ class ResponseFormat(Request):
     type: Literal["text"]
 
 
-class Common(Request):
-    """What both kinds of completion have. top_k, min_p, repetition_penalty and ignore_eos are additions to OpenAI's."""
+def _describe(schema: dict[str, Any]) -> None:
+    """In a JSON schema, give every sampling parameter its description, and allow null for it."""
+    for name, field in SamplingFields.model_fields.items():
+        value = schema["properties"][name]
+        value.setdefault("description", field.description)
+        if "anyOf" not in value:
+            outer = {key: value.pop(key) for key in ("title", "description", "default") if key in value}
+            schema["properties"][name] = {"anyOf": [value, {"type": "null"}], **outer}
 
+
+class Common(SamplingFields, Request):
+    """What both kinds of completion have. A sampling parameter that is null has its default.
+
+    The sampling parameters that OpenAI does not have, and ignore_eos, are additions. Where OpenAI's range or default is another one,
+    OpenAI's holds.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_describe)
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     max_tokens: Positive | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     user: str | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     ignore_eos: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in SamplingFields.model_fields}
+
     def sampling(self) -> dict[str, Any]:
-        """The fields of mesh.protocol.generation.Generate that were given; OpenAI's temperature is 1 where none is."""
-        names = ("top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty", "ignore_eos")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        given["temperature"] = 1.0 if self.temperature is None else self.temperature
+        """The fields of mesh.protocol.generation.Generate that were given, and the temperature; without seed and logprobs, which are
+        written in another way here."""
+        names = {*SamplingFields.model_fields, "ignore_eos"} - {"seed", "logprobs"}
+        given = self.model_dump(include=names & self.model_fields_set | {"temperature"}, exclude_none=True)
         if self.stop:
             given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         return given
@@ -99,7 +119,7 @@ class ChatRequest(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -125,7 +145,6 @@ class CompletionRequest(Common):
     """`prompt`: a text, several, token ids, or several of these. It goes as it is, without a chat template."""
 
     prompt: str | list[str] | list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | list[list[Annotated[int, Field(ge=0, le=_MAX_INT)]]]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: Literal[False] | None = None
     suffix: None = None

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mesh.protocol.sampling import SamplingFields
+
 __all__ = [
     "BatchJob",
     "BatchProgress",
@@ -39,19 +41,10 @@ class ChatMessage(Request):
     content: str
 
 
-class Sampling(Request):
-    """How tokens are chosen. temperature 0 is greedy."""
+class Sampling(SamplingFields, Request):
+    """How tokens are chosen, and when the answer ends."""
 
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_INT)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
-    top_k: Annotated[int, Field(ge=0, le=_MAX_INT)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-10, le=10)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-10, le=10)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
     ignore_eos: bool = False
 

@@ -13,12 +13,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import yaml
 
@@ -30,7 +29,7 @@ from mesh.host.scratch import ScratchFolder
 from mesh.local.nats_server import NatsServer
 from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import CoordinatorStats, ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
 from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
 from mesh.settings.files import ENV_PREFIX
@@ -266,7 +265,7 @@ class LocalMesh:
                         states = sorted({lease.state for lease in leases} - {"ready"})
                         progress(f"shards {', '.join(states) or 'starting'}", ready, self.shard_count)
                         whole = ready == self.shard_count and (await client.health()).ready
-                        if whole and self._take_urls([coordinator.counters for coordinator in await client.coordinators()]):
+                        if whole and self._take_urls([coordinator.stats for coordinator in await client.coordinators()]):
                             self._supervisor.ready()
                             return
                         changed.clear()
@@ -281,12 +280,12 @@ class LocalMesh:
                 finally:
                     await table.stop()
 
-    def _take_urls(self, coordinators: Sequence[Mapping[str, Any]]) -> bool:
+    def _take_urls(self, coordinators: Sequence[CoordinatorStats]) -> bool:
         """Note where the coordinators serve HTTP; False while one of them has not said so. A coordinator that is started again takes the
         same port."""
         if not self.options.http:
             return True
-        urls = {said.get("pid"): str(said["http"]) for said in coordinators if said.get("http")}
+        urls = {stats.pid: stats.http for stats in coordinators if stats.http}
         children = [child for name, child in self._children.items() if name.startswith("coordinator")]
         if any(child.pid not in urls for child in children):
             return False

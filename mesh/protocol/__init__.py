@@ -1,0 +1,17 @@
+"""The language of the mesh on NATS: names, JSON messages and binary frames. It does no input or output.
+
+subjects      names: versions, tokens, buckets, streams, queue groups
+topics        which subject carries which message, and who listens
+message       Message, the base of all JSON messages, and the types that several share
+sampling      the sampling parameters, stated once for every API
+generation    what a client asks of a coordinator
+stream        the documents with which a coordinator answers a generation request
+control       what coordinators and operators ask of a shard
+status        what shards and coordinators report about themselves
+events        what has happened, for people and monitors
+batches       durable batches
+failures      errors on the wire
+frame         Frame: the tensors or tokens of one step, and their acknowledgements
+frame_codec   a Frame to bytes and back
+tensor_codec  an array to bytes and back
+"""

@@ -38,7 +38,7 @@ __all__ = ["Executables", "forget_loaded"]
 
 log = logging.getLogger("mesh.runtime")
 
-_CODE: Final = ("lowering", "runtime")
+_CODE: Final = ("lowering", "runtime", "protocol")  # the protocol says which columns the sampler reads
 _ENVIRONMENTS: Final = 4
 """How many are kept, those used last: a new version of anything begins an empty one."""
 _DIGEST_BYTES: Final = 32

@@ -350,7 +350,7 @@ def _head(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
 
 
 def _sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
-    table = (_shape((bucket.size, len(RowTable.FLOATS)), np.float32), _shape((bucket.size, len(RowTable.INTS))))
+    table = (_shape((bucket.size, RowTable.FLOATS), np.float32), _shape((bucket.size, RowTable.INTS)))
 
     def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any) -> Any:
         n = _numbers(bucket, vector)

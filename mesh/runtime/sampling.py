@@ -15,98 +15,63 @@ over the output. top_p is Holtzman et al. 2019, min_p Nguyen et al. 2024. Filter
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.errors import BadRequest
+from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields, SamplingParams
 
 __all__ = ["MAX_LOGPROBS", "RowTable", "Sampled", "SamplingParams", "argmax", "sample"]
 
-MAX_LOGPROBS = 20
-"""The most alternatives reported with a token."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one request chooses its tokens. `top_k` 0, `top_p` 1 and `min_p` 0 are off; `logprobs` None is off, 0 the chosen
-    token's alone, n that and the n likeliest. BadRequest names a field out of range."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        def need(ok: bool, field: str, want: str) -> None:
-            if not ok:
-                raise BadRequest(f"{field} is {getattr(self, field)!r}: give {want}", field=field)
-
-        for item in fields(self):
-            value = getattr(self, item.name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-            need(number or (item.name == "logprobs" and value is None), item.name, "a finite number")
-        need(0 <= self.temperature <= 100, "temperature", "0 (greedy) to 100")
-        need(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "a whole number, 0 for no limit")
-        need(0 < self.top_p <= 1, "top_p", "more than 0 and at most 1")
-        need(0 <= self.min_p <= 1, "min_p", "0 to 1")
-        need(0 < self.repetition_penalty <= 100, "repetition_penalty", "more than 0 and at most 100 (1 is none)")
-        need(-10 <= self.presence_penalty <= 10, "presence_penalty", "-10 to 10")
-        need(-10 <= self.frequency_penalty <= 10, "frequency_penalty", "-10 to 10")
-        need(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
-        ok = self.logprobs is None or (isinstance(self.logprobs, int) and 0 <= self.logprobs <= MAX_LOGPROBS)
-        need(ok, "logprobs", f"0 to {MAX_LOGPROBS}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def plain(self) -> bool:
-        """Nothing but the likeliest token is wanted."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return self.greedy and penalties == (1.0, 0.0, 0.0) and self.logprobs is None
+# Columns of the two arrays, by the names of the parameters; a seed has 64 bits and so two columns.
+_FLOATS = tuple(name for name, field in SamplingFields.model_fields.items() if field.annotation is float)
+_INTS = tuple(name for name in SamplingFields.model_fields if name not in _FLOATS and name != "seed")
+_INT_COLUMNS = (*_INTS, "seed_low", "seed_high", "prompt_length")
+_FLOAT = {name: column for column, name in enumerate(_FLOATS)}
+_INT = {name: column for column, name in enumerate(_INT_COLUMNS)}
 
 
 class RowTable:
-    """The sampling parameters of every row, as the two small arrays that a step takes. In host memory; written when a row is opened."""
+    """The parameters of every row, as the two small arrays a step takes. Host memory; written when a row is opened.
 
-    FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    INTS = ("top_k", "seed_low", "seed_high", "prompt_length", "logprobs")
+    floats [rows, FLOATS] float32; ints [rows, INTS] int32. A parameter that is None is -1.
+    """
+
+    FLOATS = len(_FLOATS)
+    INTS = len(_INT_COLUMNS)
 
     def __init__(self, rows: int) -> None:
-        self.floats = np.zeros((rows, len(self.FLOATS)), np.float32)
-        self.ints = np.zeros((rows, len(self.INTS)), np.int32)
         self.plain = [True] * rows
         """Of which rows nothing but the likeliest token is wanted."""
-        for row in range(rows):
-            self.set(row, SamplingParams(temperature=0.0), prompt_length=0)
+        floats, ints = _columns(SamplingParams(temperature=0.0), prompt_length=0)
+        self.floats, self.ints = np.tile(floats, (rows, 1)), np.tile(ints, (rows, 1))
+        self._greedy = floats, ints
 
     def set(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
         """Set the parameters of `row`. Penalties count positions from `prompt_length` on as output."""
-        self.floats[row] = [getattr(params, name) for name in self.FLOATS]
+        self.floats[row], self.ints[row] = _columns(params, prompt_length)
         self.plain[row] = params.plain
-        low, high = np.array([params.seed], np.uint64).view(np.uint32).view(np.int32)
-        top_k = min(params.top_k, 2**31 - 1)
-        self.ints[row] = [top_k, low, high, prompt_length, -1 if params.logprobs is None else params.logprobs]
+
+    def logprobs(self, row: int) -> int:
+        """How many alternatives are reported with a token of `row`; -1 where no log-probabilities are."""
+        return int(self.ints[row, _INT["logprobs"]])
 
     def only(self, rows: np.ndarray, base: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """(floats, ints) of a decode batch of `size` rows from `base` on. Only `rows` get their parameters; the others are greedy. The
         arrays are copies: a CPU device may keep using the memory that it was given, and the table changes when a row gets another
         session."""
-        floats, ints = np.zeros((size, len(self.FLOATS)), np.float32), np.zeros((size, len(self.INTS)), np.int32)
-        floats[:, 1] = floats[:, 3] = 1.0
-        ints[:, -1] = -1
+        floats, ints = (np.tile(columns, (size, 1)) for columns in self._greedy)
         floats[rows - base], ints[rows - base] = self.floats[rows], self.ints[rows]
         return floats, ints
+
+
+def _columns(params: SamplingParams, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
+    low, high = np.array([params.seed or 0], np.uint64).view(np.uint32).view(np.int32)
+    values = (getattr(params, name) for name in _INTS)
+    ints = [*(-1 if value is None else value for value in values), low, high, prompt_length]
+    return np.array([getattr(params, name) for name in _FLOATS], np.float32), np.array(ints, np.int32)
 
 
 class Sampled(NamedTuple):
@@ -124,12 +89,16 @@ class Sampled(NamedTuple):
 def sample(logits: jax.Array, floats: jax.Array, ints: jax.Array, history: jax.Array, positions: jax.Array) -> Sampled:
     """Next tokens for logits [B, V].
 
-    floats [B, 6] and ints [B, 5] are rows of a RowTable; history [B, S] int32 holds the input token of each position;
+    floats [B, F] and ints [B, I] are rows of a RowTable; history [B, S] int32 holds the input token of each position;
     positions [B] is the position whose logits these are.
     """
     logits = logits.astype(jnp.float32)
-    temperature, top_p, min_p, repetition, presence, frequency = (floats[:, i, None] for i in range(6))
-    top_k, prompt_length, wanted = ints[:, 0, None], ints[:, 3], ints[:, 4]
+    real = {name: floats[:, column, None] for name, column in _FLOAT.items()}
+    temperature, top_p, min_p = real["temperature"], real["top_p"], real["min_p"]
+    repetition, presence, frequency = real["repetition_penalty"], real["presence_penalty"], real["frequency_penalty"]
+    whole = {name: ints[:, column] for name, column in _INT.items()}
+    top_k, prompt_length, wanted = whole["top_k"][:, None], whole["prompt_length"], whole["logprobs"]
+    seeds = jnp.stack([whole["seed_low"], whole["seed_high"]], axis=-1)
 
     penalised_any = jnp.any((repetition != 1) | (presence != 0) | (frequency != 0))
     scores = jax.lax.cond(
@@ -139,7 +108,7 @@ def sample(logits: jax.Array, floats: jax.Array, ints: jax.Array, history: jax.A
     )
 
     def draw() -> jax.Array:
-        return _draw(scores, temperature, top_k, top_p, min_p, ints[:, 1:3], positions)
+        return _draw(scores, temperature, top_k, top_p, min_p, seeds, positions)
 
     greedy = argmax(scores)
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)

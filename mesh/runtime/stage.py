@@ -299,7 +299,7 @@ class Stage:
         wanted = None if self._table.plain[row] else self._table.only(np.array([row]), row, 1)
         numbers = chunk_numbers(tokens, start, row, size)
         self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted)
-        return to_host(result, logprobs=bool(self._table.ints[row, -1] >= 0)) if self.last else np.asarray(result)[0]
+        return to_host(result, logprobs=self._table.logprobs(row) >= 0) if self.last else np.asarray(result)[0]
 
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
         info, dtype = self.manifest.cache[layer], NUMPY_DTYPES[self.manifest.cache_dtype]
@@ -319,7 +319,7 @@ class Stage:
         self.programs.compile(bucket, self._caches, self._history)
 
     def _token(self, sampled: Sampled, index: int, row: int) -> SampledToken:
-        wanted = int(self._table.ints[row, -1])
+        wanted = self._table.logprobs(row)
         token = int(sampled.tokens[index])
         if wanted < 0:
             return SampledToken(token)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from mesh.bus import Bucket, Bus, announce
 from mesh.errors import BadRequest, DeadlineExceeded, MessageRejected, Unavailable
-from mesh.protocol import subjects
-from mesh.protocol.messages import ShardLease, ShardStats, StatsRequest
+from mesh.protocol import subjects, topics
+from mesh.protocol.status import ShardLease, StatsRequest
 from mesh.shard.placing import RangeClaims
 
 __all__ = ["Forgotten", "forget"]
@@ -49,7 +49,7 @@ async def forget(bus: Bus, shard: str, *, force: bool = False) -> Forgotten:
 
 async def _require_ghost(bus: Bus, shard: str) -> None:
     try:
-        stats = await bus.request(subjects.control(shard, "stats"), StatsRequest(), ShardStats, timeout_s=_ASK_S)
+        stats = await bus.request(topics.STATS.at(shard), StatsRequest(), timeout_s=_ASK_S)
     except Unavailable:
         return
     except DeadlineExceeded:

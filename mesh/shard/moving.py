@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from mesh.bus import Bus, announce
 from mesh.errors import BadRequest, Unavailable
 from mesh.model.manifest import Manifest
-from mesh.protocol.messages import Load, Loaded
+from mesh.protocol.control import Load, Loaded
 from mesh.runtime.engine import Engine
 from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardState

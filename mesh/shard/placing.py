@@ -18,7 +18,8 @@ from mesh.errors import BadRequest, MessageRejected, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, predict
 from mesh.protocol import subjects
-from mesh.protocol.messages import Message, ShardLease
+from mesh.protocol.message import Message
+from mesh.protocol.status import ShardLease
 from mesh.shard.join import Held, choose_range
 from mesh.shard.options import ShardOptions
 from mesh.types import LayerRange, Progress

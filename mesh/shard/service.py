@@ -26,31 +26,16 @@ from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, ann
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.model.manifest import Manifest
-from mesh.protocol import frame_codec, subjects
+from mesh.protocol import frame_codec, subjects, topics
+from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
+from mesh.protocol.events import EventKind
 from mesh.protocol.frame_codec import Frame, Kind, Nack, Timing
-from mesh.protocol.messages import (
-    Beat,
-    Close,
-    Closed,
-    Drain,
-    Drained,
-    EventKind,
-    Load,
-    Loaded,
-    Open,
-    Opened,
-    Ping,
-    Pong,
-    ShardLease,
-    ShardStats,
-    StatsRequest,
-)
+from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
 from mesh.runtime.device import processor
 from mesh.runtime.engine import Engine
 from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
-from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import ComputeThread, run_step
 from mesh.shard.meter import Meter, resident_bytes
@@ -202,15 +187,14 @@ class Shard:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     async def on_open(self, received: Received) -> Opened:
-        message = Open.parse(received.data)
+        message = topics.OPEN.parse(received.data)
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
-        params = SamplingParams(**message.sampling.model_dump())
         seat = self.state.open(message, time.monotonic())
         self.idle.clear()
         shape = self.state.shape
         if shape.last:
-            set_row = partial(self.stage.open, seat.row, params, prompt_length=message.prompt_length)
+            set_row = partial(self.stage.open, seat.row, message.sampling, prompt_length=message.prompt_length)
             self._compute.submit(set_row, self._after_open)
         return Opened(
             session=seat.session,
@@ -226,32 +210,32 @@ class Shard:
         )
 
     async def on_close(self, received: Received) -> Closed:
-        closed = self.state.close(Close.parse(received.data), time.monotonic())
+        closed = self.state.close(topics.CLOSE.parse(received.data), time.monotonic())
         self._note_sessions()
         return Closed(closed=closed, free_rows=self.state.free_rows)
 
     async def on_drain(self, received: Received) -> Drained:
-        message = Drain.parse(received.data)
+        message = topics.DRAIN.parse(received.data)
         return Drained(shard=self.options.name, sessions=self.drain(message.timeout_s, stop=message.stop))
 
     async def on_load(self, received: Received) -> Loaded:
-        message = Load.parse(received.data)
+        message = topics.LOAD.parse(received.data)
         if self._moving.locked():
             raise Unavailable(f"shard {self.options.name} is about to serve another range already: ask again later")
         async with self._moving:
             return await move(self, message)
 
     async def on_stats(self, received: Received) -> ShardStats:
-        StatsRequest.parse(received.data or b"{}")
+        topics.STATS.parse(received.data)
         return self.stats()
 
     async def on_ping(self, received: Received) -> Pong:
-        pending = self.state.pending(Ping.parse(received.data).coordinator)
+        pending = self.state.pending(topics.PING.parse(received.data).coordinator)
         return Pong(shard=self.options.name, instance=self.instance, pending=pending)
 
     async def on_beat(self, received: Received) -> None:
         try:
-            closed = self.state.beat(Beat.parse(received.data), time.monotonic())
+            closed = self.state.beat(topics.BEATS.parse(received.data), time.monotonic())
         except MessageRejected:
             self.meter.rejected["beat"] += 1
             raise
@@ -455,7 +439,6 @@ class Shard:
 
     async def _listen_control(self) -> None:
         name, shape = self.options.name, self.state.shape
-        control = partial(subjects.control, name)
         self._service = await Service.start(
             self.bus,
             name="mesh-shard",
@@ -464,11 +447,11 @@ class Shard:
             metadata={"shard": name, "instance": self.instance, "model": self.manifest.name, "layers": str(shape.layers)},
             stats=lambda: self.stats().model_dump(mode="json"),
             endpoints=[
-                Endpoint("close", control("close"), self.on_close),
-                Endpoint("drain", control("drain"), self.on_drain),
-                Endpoint("load", control("load"), self.on_load, concurrent=True),
-                Endpoint("ping", control("ping"), self.on_ping),
-                Endpoint("stats", control("stats"), self.on_stats),
+                Endpoint("close", topics.CLOSE.at(name), self.on_close),
+                Endpoint("drain", topics.DRAIN.at(name), self.on_drain),
+                Endpoint("load", topics.LOAD.at(name), self.on_load, concurrent=True),
+                Endpoint("ping", topics.PING.at(name), self.on_ping),
+                Endpoint("stats", topics.STATS.at(name), self.on_stats),
             ],
         )
 
@@ -500,16 +483,16 @@ class Shard:
         name, model, shape = self.options.name, self.manifest.name, self.state.shape
         follow = subjects.all_frames(model, shape.layers) if self.options.mirror else subjects.frames(model, shape.layers, name)
         self._subscriptions.append(await self.bus.subscribe_direct(follow, self.on_frame))
-        self._subscriptions.append(await self.bus.subscribe(subjects.coordinators(model), self.on_beat))
-        await self._service.add(Endpoint("open", subjects.control(name, "open"), self.on_open))
-        await self._service.add(Endpoint("open-any", subjects.layers(model, shape.layers), self.on_open, queue=subjects.REPLICAS_QUEUE))
+        self._subscriptions.append(await self.bus.subscribe(topics.BEATS.at(model), self.on_beat))
+        await self._service.add(Endpoint("open", topics.OPEN.at(name), self.on_open))
+        await self._service.add(Endpoint("open-any", topics.OPEN_ANY.at(model, shape.layers), self.on_open))
         await self.bus.flush()
 
     async def _require_alone(self) -> None:
         """ConfigError if a shard of this name answers: two of them would answer each other's frames."""
         name = self.options.name
         try:
-            other = await self.bus.request(subjects.control(name, "stats"), StatsRequest(), ShardStats, timeout_s=1.0)
+            other = await self.bus.request(topics.STATS.at(name), StatsRequest(), timeout_s=1.0)
         except (Unavailable, DeadlineExceeded):
             return
         raise ConfigError(f"shard {name} runs already (instance {other.instance}): give this one another shard_id")

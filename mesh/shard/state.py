@@ -36,8 +36,9 @@ from typing import Any
 import numpy as np
 
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
+from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Frame, Kind, Nack
-from mesh.protocol.messages import Beat, Close, Open
+from mesh.protocol.status import Beat
 from mesh.types import LayerRange
 
 __all__ = ["Admission", "Seat", "ShardShape", "ShardState"]

@@ -13,8 +13,9 @@ from mesh.bus.batches import BatchQueue, BatchStore
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, DeadlineExceeded
 from mesh.local.nats_server import NatsServer
-from mesh.protocol import subjects
-from mesh.protocol.messages import BatchItem, BatchQuery, BatchResults, BatchStatus, BatchSubmit, Generate
+from mesh.protocol import topics
+from mesh.protocol.batches import BatchItem, BatchQuery, BatchSubmit
+from mesh.protocol.generation import Generate
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.types import even_ranges
@@ -118,13 +119,13 @@ def test_coordinators_work_through_batches_and_give_them_back(run: Run, server: 
                 async with coordinator(server.url, model) as second:
                     assert (await client.wait_batch(status.id, timeout_s=60)).state == "done"
                     bus = second.bus
-                    answer = await bus.request(subjects.batch("tiny", "status"), BatchQuery(id=status.id), BatchStatus, timeout_s=10)
+                    answer = await bus.request(topics.BATCH_STATUS.at("tiny"), BatchQuery(id=status.id), timeout_s=10)
                     assert (answer.done, answer.failed, answer.running) == (12, 1, 0)
                     query = BatchQuery(id=status.id, limit=5)
-                    page = await bus.request(subjects.batch("tiny", "result"), query, BatchResults, timeout_s=10)
+                    page = await bus.request(topics.BATCH_RESULT.at("tiny"), query, timeout_s=10)
                     assert [item.index for item in page.items] == [0, 1, 2, 3, 4] and page.next == 5
                     submit = BatchSubmit(requests=tuple(wanted[:2]))
-                    mine = await bus.request(subjects.batch("tiny"), submit, BatchStatus, timeout_s=10)
+                    mine = await bus.request(topics.BATCH_SUBMIT.at("tiny"), submit, timeout_s=10)
                     assert (await client.wait_batch(mine.id, timeout_s=60)).done == 2
             results = await client.batch_results(status.id)
             assert [result.index for result in results] == list(range(13))

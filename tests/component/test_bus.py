@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import nats.js.client
 import orjson
@@ -28,8 +29,11 @@ from mesh.errors import (
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import MAX_MANIFEST_BYTES, Manifest
 from mesh.protocol import subjects
-from mesh.protocol.messages import Beat, StatsRequest
+from mesh.protocol.status import Beat, StatsRequest
+from mesh.protocol.topics import Topic
 from mesh.types import LayerRange
+
+FAILS: Topic[StatsRequest, Any] = Topic("fails", StatsRequest, None, "fail")
 
 
 def test_an_oversize_publish_is_an_error_here_and_the_connection_lives(run: Run, server: NatsServer) -> None:
@@ -70,7 +74,7 @@ def test_remote_errors_are_raised_here_with_their_own_class(run: Run, server: Na
                 raise raised[int(received.data)]
 
             service = await Service.start(
-                bus, name="t", version="1.0.0", description="", endpoints=[Endpoint("e", "fails", handler, concurrent=True)]
+                bus, name="t", version="1.0.0", description="", endpoints=[Endpoint("e", FAILS.at(), handler, concurrent=True)]
             )
             for index, kind in enumerate((Busy, MessageRejected, MeshError)):
                 with pytest.raises(kind) as caught:
@@ -97,7 +101,7 @@ def test_no_answer_in_time_is_deadline_exceeded(run: Run, server: NatsServer) ->
 
             await bus.subscribe("silent", silent)
             with pytest.raises(DeadlineExceeded, match="silent"):
-                await bus.request("silent", StatsRequest(), Beat, timeout_s=0.1)
+                await bus.request(Topic("silent", StatsRequest, Beat, "keep silent").at(), StatsRequest(), timeout_s=0.1)
 
     run(work())
 

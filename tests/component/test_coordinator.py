@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import orjson
 import pytest
 from running import Run
 from serving import LONG, coordinator, shards
@@ -13,9 +14,10 @@ from serving import LONG, coordinator, shards
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
 from mesh.local.nats_server import NatsServer
-from mesh.protocol import frame_codec, subjects
+from mesh.protocol import frame_codec, subjects, topics
+from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import Frame, Hop, Kind
-from mesh.protocol.messages import Close
+from mesh.protocol.status import CoordinatorStats
 from mesh.types import even_ranges
 
 
@@ -38,7 +40,7 @@ def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(
         ranges = even_ranges(3, count)
         async with shards(server.url, model, ranges), coordinator(server.url, model) as running, AsyncMeshClient(server.url) as client:
             name = running.manifest.name
-            answers, cancels = subjects.tokens(name, running.name), subjects.cancel(name, running.name)
+            answers, cancels = subjects.tokens(name, running.name), topics.CANCEL.at(name, running.name).subject
             one = np.ones(1)
             route = tuple(Hop(layers, "s") for layers in ranges)
             stranger = Frame(
@@ -83,7 +85,7 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(
                     if chunk.index == 10 and chunk.token is not None:
                         (key,) = serving.core.session_keys()
                         close = Close(coordinator=serving.name, sessions=(key,))
-                        await serving.bus.send(subjects.control(running[1].options.name, "close"), close)
+                        await serving.bus.send(topics.CLOSE.at(running[1].options.name), close)
             assert tokens == expected
             assert serving.core.counters.restarts >= 1
 
@@ -126,8 +128,9 @@ def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwa
                         shown = serving.stats()
                         during = await client.trace(stream.request)
             names = [shard.options.name for shard in running]
-            line = next(line for line in shown["sessions"] + shown["recent"] if line["request"] == stream.request)
-            assert line["route"] == names and line["tokens"] >= 1
+            assert CoordinatorStats.parse(orjson.dumps(shown.document())) == shown
+            line = next(line for line in shown.sessions + shown.recent if line.request == stream.request)
+            assert list(line.route) == names and line.tokens >= 1
             assert during is not None and during["state"] in ("decoding", "length")
             trace = await client.trace(stream.request)
             assert trace is not None and trace["coordinator"] == serving.name and trace["state"] == "length" and trace["tokens"] == 40

@@ -14,7 +14,7 @@ from mesh.bus import Bucket, EventLog, announce, keep_events
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, Unavailable
 from mesh.local.nats_server import NatsServer
-from mesh.protocol import subjects
+from mesh.protocol import subjects, topics
 from mesh.shard.forget import forget
 from mesh.shard.placing import RangeClaim, RangeClaims
 from mesh.types import even_ranges
@@ -35,7 +35,7 @@ def test_events_are_kept_and_read_again(run: Run, tmp_path: Path) -> None:
             assert await read(log) == []
             for number in range(5):
                 await announce(bus, "joined", f"s{number}", model="m", detail=str(number), layers="0-1")
-            await bus.publish(subjects.event("left"), b"no event")
+            await bus.publish(topics.EVENTS.at("left").subject, b"no event")
             await announce(bus, "left", "s", detail="5")
             await bus.flush()
             assert await read(log) == ["0", "1", "2", "3", "4", "5"]
@@ -116,7 +116,7 @@ def test_a_ghost_is_forgotten_and_one_that_lives_is_not(run: Run, server: NatsSe
             assert entry is not None and [claim.shard for claim in RangeClaims.parse(entry.value or b"").claims] == ["other"]
             await leases.put("junk", b"of another version")
             assert (await forget(bus, "junk")).lease is None
-            silent = await bus.subscribe(subjects.control("mute", "stats"), lambda received: asyncio.sleep(0))
+            silent = await bus.subscribe(topics.STATS.at("mute"), lambda received: asyncio.sleep(0))
             await leases.put("mute", ghost.model_copy(update={"shard": "mute"}).to_bytes())
             with pytest.raises(BadRequest, match="--force"):
                 await forget(bus, "mute")

@@ -16,8 +16,9 @@ from waiting import leases
 from mesh.bus import Bus, BusOptions
 from mesh.errors import BadRequest, Unavailable
 from mesh.local.nats_server import NatsServer
-from mesh.protocol import subjects
-from mesh.protocol.messages import Load, Loaded, Open, Opened, ShardLease
+from mesh.protocol import topics
+from mesh.protocol.control import Load, Loaded, Open
+from mesh.protocol.status import ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.shard.service import Shard
@@ -33,7 +34,7 @@ def tokens(model: Path) -> list[int]:
 
 async def load(driver: Driver, shard: Shard, start: int, stop: int, timeout_s: float = 30.0) -> Loaded:
     message = Load(layers_start=start, layers_end=stop, timeout_s=timeout_s)
-    return await driver.bus.request(subjects.control(shard.options.name, "load"), message, Loaded, timeout_s=60)
+    return await driver.bus.request(topics.LOAD.at(shard.options.name), message, timeout_s=60)
 
 
 async def lease_of(driver: Driver, shard: Shard, state: str, layers: LayerRange) -> ShardLease:
@@ -89,7 +90,7 @@ def test_sessions_may_end_first_and_no_new_ones_begin(run: Run, server: NatsServ
             await lease_of(driver, running[1], "draining", LayerRange(2, 3))
             message = Open(session=2, epoch=1, coordinator=driver.name, model_hash=driver.manifest.model_hash, prompt_length=3)
             with pytest.raises(Unavailable):
-                await driver.bus.request(subjects.control(running[1].options.name, "open"), message, Opened, timeout_s=10)
+                await driver.bus.request(topics.OPEN.at(running[1].options.name), message, timeout_s=10)
             with pytest.raises(Unavailable, match=r"already|draining"):
                 await load(driver, running[1], 2, 3)
             assert not moving.done()

@@ -18,7 +18,7 @@ from mesh.bus.replicas import spread
 from mesh.errors import ServiceError, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
-from mesh.protocol.messages import TOPICS
+from mesh.protocol.topics import TOPICS, table
 
 
 def free_ports(count: int) -> list[int]:
@@ -145,8 +145,9 @@ def test_no_server_is_unavailable_and_names_the_address(run: Run) -> None:
 
 def test_every_subject_is_documented() -> None:
     text = (NATS / "README.md").read_text()
+    assert table() in text, "write the table of `python -m mesh.protocol.topics` into nats/README.md"
     for topic in TOPICS:
-        assert f"`{topic.pattern}`" in text, topic.pattern
+        assert f"`{topic.template}`" in text, topic.template
     for bucket in (subjects.KV_SHARDS, subjects.KV_PLACEMENT, subjects.KV_SESSIONS, subjects.OBJECTS_MODELS):
         assert f"`{bucket}`" in text
 

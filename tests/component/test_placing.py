@@ -14,8 +14,8 @@ from mesh.errors import DoesNotFit, ModelNotFound
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
-from mesh.protocol import subjects
-from mesh.protocol.messages import Event
+from mesh.protocol import topics
+from mesh.protocol.events import Event
 from mesh.shard.placing import place
 from mesh.types import LayerRange
 
@@ -49,7 +49,7 @@ def test_machines_that_join_at_once_take_different_layers(run: Run, model: Path,
             with pytest.raises(DoesNotFit):
                 await join("small", 1000)
             said: asyncio.Queue[Received] = asyncio.Queue()
-            await bus.subscribe(subjects.event("plan_changed"), said.put)
+            await bus.subscribe(topics.EVENTS.at("plan_changed"), said.put)
             await bus.flush()
             both = await asyncio.gather(join("a"), join("b"))
             changes = [Event.parse((await asyncio.wait_for(said.get(), 60)).data) for _ in both]

@@ -18,8 +18,8 @@ from mesh.bus import Bus, BusOptions, Received
 from mesh.bus.kv import Entry
 from mesh.coordinator.records import RECORDS_PER_S, Recorder, SessionRecord, digest_of, sessions_bucket
 from mesh.local.nats_server import NatsServer
-from mesh.protocol.messages import Generate
-from mesh.protocol.subjects import generate
+from mesh.protocol import topics
+from mesh.protocol.generation import Generate
 
 COUNTERS = "counters are counted without a word"
 PEERS = "a coordinator tells nobody which others it knows of"
@@ -201,7 +201,7 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
             answers: asyncio.Queue[Received] = asyncio.Queue()
             await serving.bus.subscribe(inbox, answers.put)
             request = Generate(**LONG | {"tokens": (1, 2)}, session="waits", stream=True)
-            await serving.bus.publish(generate(serving.manifest.name), request.to_bytes(), reply=inbox)
+            await serving.bus.publish(topics.GENERATE.at(serving.manifest.name).subject, request.to_bytes(), reply=inbox)
             kept = await entry(recorder.bucket, recorder.key("waits"), lambda found: found)
             first = parsed(kept)
             assert first is not None

@@ -16,9 +16,11 @@ from serving import COMPILED, CONTEXT, shards
 from mesh.bus import Bucket, Bus, BusOptions, LeaseTable, Received
 from mesh.errors import BadRequest, Busy, ConfigError, MessageRejected, Unavailable
 from mesh.local.nats_server import NatsServer
-from mesh.protocol import frame_codec, subjects
+from mesh.protocol import frame_codec, subjects, topics
+from mesh.protocol.control import Close, Drain, Open
+from mesh.protocol.events import Event
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
-from mesh.protocol.messages import Beat, Close, Drain, Drained, Event, Open, Opened, Sampling, ShardLease
+from mesh.protocol.status import Beat, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
@@ -44,7 +46,7 @@ def test_tokens_equal_those_of_one_process(count: int, run: Run, server: NatsSer
             for session, prompt in enumerate(PROMPTS, 1):
                 assert await driver.generate(session, prompt, 12) == lone(pipeline, prompt, 12)
             await driver.close(1, 2, 3, 4)
-            sampled = Sampling(temperature=0.8, top_k=20, seed=7, repetition_penalty=1.2)
+            sampled = SamplingParams(temperature=0.8, top_k=20, seed=7, repetition_penalty=1.2)
             want = lone(pipeline, PROMPTS[0], 12, temperature=0.8, top_k=20, seed=7, repetition_penalty=1.2)
             assert await driver.generate(5, PROMPTS[0], 12, sampled) == want
             stats = await driver.stats(count - 1)
@@ -98,7 +100,7 @@ def test_compressed_activations(flags: Flags, run: Run, server: NatsServer, mode
 def test_log_probabilities_travel(run: Run, server: NatsServer, model: Path, pipeline: Pipeline) -> None:
     async def work() -> None:
         async with shards(server.url, model, ranges(2)) as running, Driver.on(server.url, model, running) as driver:
-            await driver.open(1, 5, Sampling(temperature=0.0, logprobs=3))
+            await driver.open(1, 5, SamplingParams(temperature=0.0, logprobs=3))
             await driver.open(2, 5)
             for session in (1, 2):
                 last = await driver.prefill(session, PROMPTS[0])
@@ -159,10 +161,10 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
                     for message in bad:
                         await driver.bus.publish(subject, message)
                         sent += 1
-                for verb in ("open", "close", "drain", "stats"):
+                for topic in (topics.OPEN, topics.CLOSE, topics.DRAIN, topics.STATS):
                     with pytest.raises(MessageRejected):
-                        await driver.bus.ask(subjects.control(driver.route[0].shard, verb), random.bytes(20), timeout_s=5)
-                await driver.bus.publish(subjects.coordinators("tiny"), b"\xff")
+                        await driver.bus.ask(topic.at(driver.route[0].shard).subject, random.bytes(20), timeout_s=5)
+                await driver.bus.publish(topics.BEATS.at("tiny").subject, b"\xff")
                 await driver.send(good)
                 answer = await driver.answer()
                 assert answer.kind is Kind.TOKENS
@@ -247,7 +249,7 @@ def test_opening_by_the_queue_group_names_the_replica(run: Run, server: NatsServ
             for session in range(1, 9):
                 request = Open(session=session, **message)  # type: ignore[arg-type]
                 try:
-                    opened = await driver.bus.request(subjects.layers("tiny", whole), request, Opened, timeout_s=5)
+                    opened = await driver.bus.request(topics.OPEN_ANY.at("tiny", whole), request, timeout_s=5)
                 except Busy:
                     continue
                 chosen.add(opened.shard)
@@ -274,7 +276,7 @@ def test_a_wrong_open_names_the_field(
         async with shards(server.url, model, ranges(1)) as running, Driver.on(server.url, model, running) as driver:
             values = {"session": 1, "epoch": 1, "coordinator": "c", "model_hash": driver.manifest.model_hash, "prompt_length": 1}
             with pytest.raises(error) as caught:
-                await driver.bus.ask(subjects.control(driver.route[0].shard, "open"), orjson.dumps({**values, **change}), timeout_s=5)
+                await driver.bus.ask(topics.OPEN.at(driver.route[0].shard).subject, orjson.dumps({**values, **change}), timeout_s=5)
             assert caught.value.field == field  # type: ignore[attr-defined]
             assert (await driver.stats()).sessions == 0
 
@@ -294,7 +296,7 @@ def test_sessions_of_a_coordinator_that_falls_silent_are_closed(run: Run, server
             opened = asyncio.Event()
             table = LeaseTable(bucket, ShardLease, changed)
             await table.start()
-            await driver.bus.send(subjects.coordinators("tiny"), Beat(coordinator=driver.name, ttl_s=0.3))
+            await driver.bus.send(topics.BEATS.at("tiny"), Beat(coordinator=driver.name, ttl_s=0.3))
             await driver.open(1, 1)
             opened.set()
             await asyncio.wait_for(seen.wait(), 20)
@@ -313,16 +315,16 @@ def test_draining_lets_sessions_end_and_takes_no_new_ones(run: Run, server: Nats
                 if event.who == driver.route[0].shard:
                     events.put_nowait(event)
 
-            await driver.bus.subscribe(subjects.ANY_EVENT, take)
+            await driver.bus.subscribe(topics.EVENTS.any(), take)
             prompt, want = PROMPTS[0], lone(pipeline, PROMPTS[0], 4)
             await driver.open(1, len(prompt))
-            drained = await driver.bus.request(subjects.control(driver.route[0].shard, "drain"), Drain(timeout_s=60), Drained, timeout_s=5)
+            drained = await driver.bus.request(topics.DRAIN.at(driver.route[0].shard), Drain(timeout_s=60), timeout_s=5)
             assert drained.sessions == 1
             with pytest.raises(Unavailable, match="draining"):
                 await driver.open(2, 1)
             answer = await driver.prefill(1, prompt)
             assert int(answer.tokens[0]) == want[0]
-            await driver.bus.send(subjects.control(driver.route[0].shard, "close"), Close(coordinator=driver.name, sessions=(1,)))
+            await driver.bus.send(topics.CLOSE.at(driver.route[0].shard), Close(coordinator=driver.name, sessions=(1,)))
             kinds = [(await asyncio.wait_for(events.get(), 20)).kind for _ in range(2)]
             assert kinds == ["drained", "left"]
 

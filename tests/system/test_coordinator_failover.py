@@ -20,7 +20,7 @@ from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.client.aio import COORDINATOR_SERVICE
 from mesh.local.mesh import LocalMesh, LocalOptions
-from mesh.protocol.subjects import generate
+from mesh.protocol import topics
 
 PROMPT = [5, 17, 33]
 TOKENS = 240  # long enough that a generation is under way when it is known which coordinator has it
@@ -66,7 +66,7 @@ async def asked(mesh: LocalMesh, request: dict[str, Any]) -> AsyncIterator[async
         answers: asyncio.Queue[Received] = asyncio.Queue()
         inbox = bus.new_inbox()
         await bus.subscribe(inbox, answers.put)
-        await bus.publish(generate("tiny"), orjson.dumps(request), reply=inbox)
+        await bus.publish(topics.GENERATE.at("tiny").subject, orjson.dumps(request), reply=inbox)
         yield answers
 
 
@@ -187,11 +187,11 @@ def test_a_request_that_is_repeated_at_another_coordinator_is_the_running_one(tw
             answers = await asyncio.gather(*(client.generate(**request) for _ in range(8)))
             assert all(list(answer.tokens) == undisturbed for answer in answers)
             status = await client.status()
-            assert sum(c.counters["finished"] for c in status.coordinators) == 1
+            assert sum(c.stats.finished for c in status.coordinators) == 1
             again = await asyncio.gather(*(client.generate(**request) for _ in range(8)))
             assert all(list(answer.tokens) == undisturbed for answer in again)
             status = await client.status()
-            assert sum(c.counters["finished"] for c in status.coordinators) == 1
+            assert sum(c.stats.finished for c in status.coordinators) == 1
 
     run(twice())
 

@@ -26,8 +26,10 @@ from mesh.importer.run import import_model
 from mesh.local.mesh import LocalMesh
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
-from mesh.protocol import subjects
-from mesh.protocol.messages import Drain, Drained, Event, ShardLease
+from mesh.protocol import subjects, topics
+from mesh.protocol.control import Drain
+from mesh.protocol.events import Event
+from mesh.protocol.status import ShardLease
 
 
 @pytest.fixture
@@ -105,9 +107,9 @@ def test_a_drained_shard_moves_its_sessions_and_ends(pairs: LocalMesh, undisturb
         async with load(pairs, undisturbed) as (running, client), await Bus.connect(pairs.bus, name="operator") as bus:
             before = await counted(client, "failovers")
             told: asyncio.Queue[Received] = asyncio.Queue()
-            await bus.subscribe(subjects.ANY_EVENT, told.put)
+            await bus.subscribe(topics.EVENTS.any(), told.put)
             await bus.flush()
-            drained = await bus.request(subjects.control("shard-1", "drain"), Drain(timeout_s=60), Drained, timeout_s=10)
+            drained = await bus.request(topics.DRAIN.at("shard-1"), Drain(timeout_s=60), timeout_s=10)
             code = await asyncio.to_thread(pairs.processes["shard-1"].wait, 60)
             assert code == 0
             await running.more(100)
@@ -205,7 +207,7 @@ def test_a_shard_of_another_model_of_the_same_name_is_refused_and_reported(pairs
     async def disturb() -> None:
         async with await Bus.connect(BusOptions(urls=(pairs.url,)), name="operator") as bus:
             told: asyncio.Queue[Received] = asyncio.Queue()
-            await bus.subscribe(subjects.event("rejected"), told.put)
+            await bus.subscribe(topics.EVENTS.at("rejected"), told.put)
             await bus.flush()
             config = tmp_path / "shard.yaml"
             config.write_text(
@@ -232,7 +234,7 @@ def test_a_shard_of_another_frame_version_is_refused_and_reported(pairs: LocalMe
     async def disturb() -> None:
         async with await Bus.connect(BusOptions(urls=(pairs.url,)), name="operator") as bus:
             told: asyncio.Queue[Received] = asyncio.Queue()
-            await bus.subscribe(subjects.event("rejected"), told.put)
+            await bus.subscribe(topics.EVENTS.at("rejected"), told.put)
             await bus.flush()
             leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
             lease = ShardLease.parse((await leases.entries())[0].value or b"")

@@ -385,4 +385,4 @@ def test_health_is_asked_of_the_mesh_once_by_many(mesh: LocalMesh) -> None:
 
 def _counter(mesh: LocalMesh, name: str) -> int:
     with MeshClient(mesh.url) as client:
-        return sum(coordinator.counters[name] for coordinator in client.status().coordinators)
+        return sum(getattr(coordinator.stats, name) for coordinator in client.status().coordinators)

@@ -49,15 +49,15 @@ def test_load_is_shared_and_a_killed_shard_costs_no_token(pairs: LocalMesh, orac
             for prompt, (seen, completion) in zip(prompts, await asyncio.gather(*tasks), strict=True):
                 assert seen == oracle.greedy(prompt, 50) == list(completion.tokens)
             status = await client.status()
-            assert sum(c.counters["finished"] for c in status.coordinators) == 8
-            assert sum(c.counters["failed"] for c in status.coordinators) == 0
-            assert sum(c.counters["failovers"] for c in status.coordinators) >= 1
+            assert sum(c.stats.finished for c in status.coordinators) == 8
+            assert sum(c.stats.failed for c in status.coordinators) == 0
+            assert sum(c.stats.failovers for c in status.coordinators) >= 1
             for _ in range(60):  # NATS draws one for each request: of eight, all go to the same one in 1 run of 128
-                if all(c.counters["tokens"] > 0 for c in status.coordinators):
+                if all(c.stats.tokens > 0 for c in status.coordinators):
                     break
                 await client.generate(tokens=[5], max_tokens=1)
                 status = await client.status()
-            assert all(c.counters["tokens"] > 0 for c in status.coordinators), "one coordinator had all the requests"
+            assert all(c.stats.tokens > 0 for c in status.coordinators), "one coordinator had all the requests"
         await all_rows_free(pairs)
 
     run(generate())

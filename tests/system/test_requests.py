@@ -15,11 +15,12 @@ from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient, MeshClient
 from mesh.errors import BadRequest, Busy, PromptTooLong
 from mesh.local.mesh import LocalMesh
+from mesh.protocol import topics
+from mesh.protocol.control import Close
 from mesh.protocol.frame_codec import decode
-from mesh.protocol.messages import Cancel, Close
-from mesh.protocol.subjects import generate, layers
+from mesh.protocol.generation import Cancel
 
-SUBJECT = generate("tiny")
+SUBJECT = topics.GENERATE.at("tiny").subject
 LONG: dict[str, Any] = {"tokens": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
 
 
@@ -122,7 +123,7 @@ def test_a_stream_left_early_frees_its_rows(mesh: LocalMesh, run: Run) -> None:
             await all_rows_free(mesh)
             status = await client.status()
             assert sum(c.live for c in status.coordinators) == 0
-            assert sum(c.counters["cancelled"] for c in status.coordinators) >= 3
+            assert sum(c.stats.cancelled for c in status.coordinators) >= 3
 
     run(leave())
 
@@ -171,12 +172,12 @@ def test_a_client_that_leaves_takes_part_in_at_most_two_more_steps_and_frees_its
             events.notify_all()
 
     async def go() -> None:
-        first = layers("tiny", mesh.ranges[0])
+        first = topics.OPEN_ANY.at("tiny", mesh.ranges[0]).subject
         async with (
             await Bus.connect(BusOptions(urls=(mesh.url,)), name="leaving") as bus,
             AsyncMeshClient(mesh.url, model="tiny") as others,
         ):
-            before = (await others.status()).coordinators[0].counters["cancelled"]
+            before = (await others.status()).coordinators[0].stats.cancelled
             await bus.subscribe(f"{first}.*", step)
             await bus.subscribe("mesh.v1.control.*.close", close)
             inbox = bus.new_inbox()
@@ -196,7 +197,7 @@ def test_a_client_that_leaves_takes_part_in_at_most_two_more_steps_and_frees_its
                 await events.wait_for(lambda: closed.count(key) == len(mesh.ranges) and None in steps)
             assert sum(key in keys for keys in steps[steps.index(None) :] if keys) <= 2
             await beside
-            assert (await others.status()).coordinators[0].counters["cancelled"] == before + 1
+            assert (await others.status()).coordinators[0].stats.cancelled == before + 1
         await all_rows_free(mesh)
 
     run(go())
@@ -206,9 +207,9 @@ def test_a_repeated_request_of_the_same_name_is_the_same_generation(mesh: LocalM
     async def twice() -> None:
         async with AsyncMeshClient(mesh.url, model="tiny") as client:
             first = await client.generate(tokens=[9, 8, 7], max_tokens=5, seed=1, session="once")
-            before = sum(c.counters["submitted"] for c in (await client.status()).coordinators)
+            before = sum(c.stats.submitted for c in (await client.status()).coordinators)
             second = await client.generate(tokens=[9, 8, 7], max_tokens=5, seed=1, session="once")
-            after = sum(c.counters["submitted"] for c in (await client.status()).coordinators)
+            after = sum(c.stats.submitted for c in (await client.status()).coordinators)
             assert first.tokens == second.tokens and before == after
             with pytest.raises(BadRequest):
                 await client.generate(tokens=[9, 8, 6], max_tokens=5, seed=1, session="once")

@@ -87,4 +87,4 @@ async def counted(client: AsyncMeshClient, name: str) -> int:
             return None
 
     status = await until(asked, because="a cluster tells nobody when it has a leader again")
-    return sum(int(coordinator.counters[name]) for coordinator in status.coordinators)
+    return sum(int(getattr(coordinator.stats, name)) for coordinator in status.coordinators)

@@ -14,9 +14,11 @@ from serving import unique
 
 from mesh.bus import Bus, BusOptions, Received
 from mesh.model.manifest import Manifest
-from mesh.protocol import frame_codec, subjects
+from mesh.protocol import frame_codec, subjects, topics
+from mesh.protocol.control import Close, Closed, Open, Opened
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
-from mesh.protocol.messages import Beat, Close, Closed, Open, Opened, Sampling, ShardStats, StatsRequest
+from mesh.protocol.sampling import SamplingParams
+from mesh.protocol.status import Beat, ShardStats, StatsRequest
 from mesh.shard.service import Shard
 from mesh.types import LayerRange, even_ranges
 
@@ -41,13 +43,15 @@ class Driver:
             driver = cls(bus, Manifest.load(model), running)
             await bus.subscribe(subjects.tokens(driver.manifest.name, driver.name), driver._take)
             # the first use of a program compiles it, which on a busy machine takes longer than a coordinator may be silent
-            await bus.send(subjects.coordinators(driver.manifest.name), Beat(coordinator=driver.name, ttl_s=600))
+            await bus.send(topics.BEATS.at(driver.manifest.name), Beat(coordinator=driver.name, ttl_s=600))
             yield driver
 
     async def _take(self, received: Received) -> None:
         self.answers.put_nowait(frame_codec.decode(received.data, model_hash=self.manifest.model_hash))
 
-    async def open(self, session: int, prompt_length: int, sampling: Sampling | None = None, *, epoch: int = 1, keep: int = 0) -> None:
+    async def open(
+        self, session: int, prompt_length: int, sampling: SamplingParams | None = None, *, epoch: int = 1, keep: int = 0
+    ) -> None:
         message = Open(
             session=session,
             epoch=epoch,
@@ -55,15 +59,13 @@ class Driver:
             model_hash=self.manifest.model_hash,
             prompt_length=prompt_length,
             keep=keep,
-            sampling=sampling or Sampling(temperature=0.0),
+            sampling=sampling or SamplingParams(temperature=0.0),
         )
-        self.rows[session] = [
-            await self.bus.request(subjects.control(hop.shard, "open"), message, Opened, timeout_s=10) for hop in self.route
-        ]
+        self.rows[session] = [await self.bus.request(topics.OPEN.at(hop.shard), message, timeout_s=10) for hop in self.route]
 
     async def close(self, *sessions: int) -> list[Closed]:
         message = Close(coordinator=self.name, sessions=sessions)
-        return [await self.bus.request(subjects.control(hop.shard, "close"), message, Closed, timeout_s=10) for hop in self.route]
+        return [await self.bus.request(topics.CLOSE.at(hop.shard), message, timeout_s=10) for hop in self.route]
 
     def frame(self, kind: Kind, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int], **fields: Any) -> Frame:
         slots = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
@@ -101,7 +103,7 @@ class Driver:
         await self.send(self.frame(Kind.DECODE, sessions, positions, tokens))
         return await self.answer()
 
-    async def generate(self, session: int, prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
+    async def generate(self, session: int, prompt: Sequence[int], count: int, sampling: SamplingParams | None = None) -> list[int]:
         await self.open(session, len(prompt), sampling)
         answer = await self.prefill(session, prompt)
         assert answer.kind is Kind.TOKENS, answer
@@ -113,7 +115,7 @@ class Driver:
         return tokens
 
     async def stats(self, hop: int = 0) -> ShardStats:
-        return await self.bus.request(subjects.control(self.route[hop].shard, "stats"), StatsRequest(), ShardStats, timeout_s=10)
+        return await self.bus.request(topics.STATS.at(self.route[hop].shard), StatsRequest(), timeout_s=10)
 
 
 def ranges(shards: int) -> list[LayerRange]:

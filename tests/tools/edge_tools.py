@@ -64,7 +64,7 @@ def bearer(text: str) -> dict[str, str]:
 def submitted(url: str) -> int:
     """How many generations the coordinators were asked for."""
     with MeshClient(url) as client:
-        return sum(coordinator.counters["submitted"] for coordinator in client.status().coordinators)
+        return sum(coordinator.stats.submitted for coordinator in client.status().coordinators)
 
 
 def events(response: httpx.Response) -> Iterator[str]:

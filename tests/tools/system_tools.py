@@ -13,7 +13,7 @@ from waiting import leases
 from mesh.bus import Bus, BusOptions, Received
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 
 
 async def raw(url: str, subject: str, request: dict[str, Any] | bytes, *, timeout_s: float = 60.0) -> Received:

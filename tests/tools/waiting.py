@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, overload
 
 from mesh.bus import Bucket, Bus, LeaseTable
 from mesh.bus.kv import Entry
-from mesh.protocol.messages import ShardLease
+from mesh.protocol.status import ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from mesh.bus import Subscription
 from mesh.client import AsyncMeshClient
 from mesh.client.board import Board
 from mesh.errors import MeshError
-from mesh.protocol.messages import Event
+from mesh.protocol.events import Event
 
 __all__ = ["Watch"]
 

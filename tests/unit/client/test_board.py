@@ -10,7 +10,8 @@ import pytest
 from mesh.client import CoordinatorStatus, MeshStatus
 from mesh.client import board as module
 from mesh.client.board import Board
-from mesh.protocol.messages import Event, ShardLease, ShardStats
+from mesh.protocol.events import Event
+from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
 
 
 def lease(shard: str, start: int, stop: int, **values: Any) -> ShardLease:
@@ -34,7 +35,8 @@ def stats(shard: str, instance: str = "1", **values: Any) -> ShardStats:
 
 
 def coordinator(name: str = "c", *, serving: bool = True, **counters: Any) -> CoordinatorStatus:
-    return CoordinatorStatus(name, "m", 2, 1, 4, serving=serving, counters=counters)
+    values = {"coordinator": name, "model": "m", "live": 2, "queued": 1, "capacity": 4, "serving": serving, **counters}
+    return CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(values)))
 
 
 BOTH = (lease("a", 0, 2), lease("b", 2, 4))

@@ -77,9 +77,9 @@ def test_nothing_grows_without_end() -> None:
         assert all(0 <= step["leg"] < module.KEPT_LEGS for step in document["steps"])
         traces.end(ended(one.id))
     traces.check()
-    summary = traces.summary([])
-    assert summary["sessions"] == [] and len(summary["recent"]) == module.SHOWN_SESSIONS
-    assert summary["recent"][0]["request"] == f"s{module.KEPT_REQUESTS + 19}"
+    running, recent = traces.summary([])
+    assert not running and len(recent) == module.SHOWN_SESSIONS
+    assert recent[0].request == f"s{module.KEPT_REQUESTS + 19}"
     assert traces.document("s0", None) is None
 
 
@@ -87,4 +87,4 @@ def test_steps_of_a_session_that_is_not_traced_change_nothing() -> None:
     traces = Traces()
     traces.step(frame("decode"), ["s"], at=1.0, wall_s=0.01, timings=TIMINGS)
     traces.end(ended("s"))
-    assert traces.summary([session()]) == {"sessions": [], "recent": []}
+    assert traces.summary([session()]) == ((), ())

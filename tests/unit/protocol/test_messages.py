@@ -9,13 +9,20 @@ from hypothesis import strategies as st
 
 from mesh import errors
 from mesh.errors import BadRequest, MeshError, MessageRejected
-from mesh.protocol import subjects
-from mesh.protocol.messages import TOPICS, Close, ErrorReply, Generate, Message, Open, Sampling, ShardLease
+from mesh.protocol import subjects, topics
+from mesh.protocol.control import Close, Open
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.frame import Frame
+from mesh.protocol.generation import Generate
+from mesh.protocol.message import Message
+from mesh.protocol.sampling import SamplingParams
+from mesh.protocol.status import ShardLease
+from mesh.protocol.topics import TOPICS
 from mesh.types import LayerRange
 
 
 def test_a_message_is_read_back() -> None:
-    message = Open(session=7, epoch=1, coordinator="c-1", model_hash="0" * 16, prompt_length=12, sampling=Sampling(temperature=0.5))
+    message = Open(session=7, epoch=1, coordinator="c-1", model_hash="0" * 16, prompt_length=12, sampling=SamplingParams(temperature=0.5))
     assert Open.parse(message.to_bytes()) == message
 
 
@@ -75,23 +82,35 @@ def test_every_service_error_is_made_again_from_its_reply() -> None:
 
 
 def test_a_subject_has_one_message_type() -> None:
-    patterns = [topic.pattern for topic in TOPICS]
+    patterns = [topic.template for topic in TOPICS]
     assert len(set(patterns)) == len(patterns)
     assert all(pattern.startswith(f"mesh.{subjects.VERSION}.") for pattern in patterns)
-    assert all(isinstance(t.request, str) or issubclass(t.request, Message) for t in TOPICS)
+    assert all(issubclass(t.request, Message | Frame) for t in TOPICS)
 
 
 def test_subjects_match_their_patterns() -> None:
     held = LayerRange(4, 8)
-    assert subjects.layers("m", held) == "mesh.v1.m.layers.4-8"
+    assert topics.OPEN_ANY.at("m", held).subject == "mesh.v1.m.layers.4-8"
     assert subjects.frames("SmolLM2-1.7B", held, "s-1") == "mesh.v1.SmolLM2-1_7B.layers.4-8.s-1"
-    assert subjects.control("s", "drain") == "mesh.v1.control.s.drain"
+    assert topics.DRAIN.at("s").subject == "mesh.v1.control.s.drain"
+    assert topics.EVENTS.any().subject == "mesh.v1.events.>" and topics.BATCH_ITEM.any("a.b").subject == "mesh.v1.batches.a_b.>"
+    assert topics.FRAMES.at("a.b", held, "s").subject == subjects.frames("a.b", held, "s")
+    assert topics.TOKENS.at("a.b", "c").subject == subjects.tokens("a.b", "c")
+
+
+def test_a_subject_from_the_wire_is_one_of_its_topic() -> None:
+    assert topics.CANCEL.read("mesh.v1.m.cancel.c").topic is topics.CANCEL
+    for subject in ("mesh.v1.m.cancel", "mesh.v1.m.cancel.*", "mesh.v1.m.trace.c", "mesh.v1.m.cancel.c.d", ""):
+        with pytest.raises(MessageRejected):
+            topics.CANCEL.read(subject)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a>", "*", "a b", "x" * 65, "a\r\nPUB"])
 def test_a_name_cannot_reach_into_another_subject(name: str) -> None:
     with pytest.raises(BadRequest):
         subjects.frames("m", LayerRange(0, 1), name)
+    with pytest.raises(BadRequest):
+        topics.DRAIN.at(name)
 
 
 def test_leases_of_the_wire_are_plain_json() -> None:

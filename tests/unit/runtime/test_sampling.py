@@ -71,7 +71,7 @@ def test_filters_keep_what_sorting_keeps(seed: int, top_k: int, top_p: float, mi
 
 def test_draws_follow_the_distribution() -> None:
     logits = np.tile(np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), (4000, 1))
-    params = [SamplingParams(seed=seed) for seed in range(4000)]
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(4000)]
     tokens = np.asarray(run(logits, params).tokens)
     shares = np.bincount(tokens, minlength=4) / len(tokens)
     assert np.allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
@@ -89,8 +89,8 @@ def test_a_row_draws_the_same_token_in_any_company() -> None:
 
 def test_seed_and_position_each_change_the_draw() -> None:
     logits = np.zeros((1, VOCAB), np.float32)
-    by_seed = {int(run(logits, [SamplingParams(seed=seed)]).tokens[0]) for seed in (0, 1, 2, 2**32, 2**33, 2**62)}
-    by_position = {int(run(logits, [SamplingParams()], positions=np.array([p], np.int32)).tokens[0]) for p in range(6)}
+    by_seed = {int(run(logits, [SamplingParams(temperature=1.0, seed=seed)]).tokens[0]) for seed in (0, 1, 2, 2**32, 2**33, 2**62)}
+    by_position = {int(run(logits, [SamplingParams(temperature=1.0)], positions=np.array([p], np.int32)).tokens[0]) for p in range(6)}
     assert len(by_seed) > 2
     assert len(by_position) > 2
 

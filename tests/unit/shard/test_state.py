@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
+from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack
-from mesh.protocol.messages import Beat, Close, Open
+from mesh.protocol.status import Beat
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
 

@@ -1,0 +1,68 @@
+"""Durable batches: many requests that are kept in the mesh and answered once each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import Generate
+from mesh.protocol.message import Message, Natural
+
+__all__ = ["MAX_BATCH", "BatchId", "BatchItem", "BatchQuery", "BatchResults", "BatchState", "BatchStatus", "BatchSubmit"]
+
+MAX_BATCH = 10_000
+BatchId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")]
+BatchState = Literal["queued", "running", "done", "failed"]
+
+
+class BatchSubmit(Message):
+    """Requests to be answered later, whichever processes die meanwhile. `id`: the caller's own name for the batch."""
+
+    limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+
+    requests: Annotated[tuple[Generate, ...], Field(min_length=1, max_length=MAX_BATCH)]
+    id: BatchId | None = None
+
+
+class BatchQuery(Message):
+    """Ask for a batch. Where results are asked for: those from `offset` on, `limit` at most."""
+
+    id: BatchId
+    offset: Natural = 0
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class BatchStatus(Message):
+    """`total` = waiting + `running` + `done` + `failed`. `state`: done when all have ended, failed if all have failed."""
+
+    id: BatchId
+    model: str
+    state: BatchState
+    total: Natural
+    running: Natural
+    done: Natural
+    failed: Natural
+    submitted_unix_s: float
+
+
+class BatchItem(Message):
+    """A request of a batch that has ended. `answer`: the last document of its generation. `error`: why it `failed`."""
+
+    limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+
+    index: Natural
+    state: Literal["done", "failed"]
+    answer: dict[str, Any] | None = None
+    error: ErrorReply | None = None
+
+
+class BatchResults(Message):
+    """`items`: those of the requested results that have ended. `next`: the offset of the next results, None at the end."""
+
+    limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+
+    id: BatchId
+    items: tuple[BatchItem, ...]
+    next: Natural | None

@@ -1,0 +1,110 @@
+"""What coordinators and operators ask of a shard, and its answers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mesh.protocol.message import Epoch, Message, Natural, SessionId, Token
+from mesh.protocol.sampling import SamplingParams
+from mesh.types import LayerRange
+
+__all__ = ["Close", "Closed", "Drain", "Drained", "Load", "Loaded", "Open", "Opened", "Ping", "Pong"]
+
+
+class Open(Message):
+    """Take a row for a session on this range. Idempotent: a session that is already open here keeps its row and the row's cache.
+
+    After an Open with a higher epoch, frames of lower epochs are refused. An Open with a lower epoch is refused too
+    (MessageRejected, field epoch). `keep`: how many positions of the row's cache stay valid where the session was open here before.
+    These positions were computed from the same tokens.
+    """
+
+    session: SessionId
+    epoch: Epoch
+    coordinator: Token
+    model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    prompt_length: Natural  # penalties count from here on
+    keep: Natural = 0
+    sampling: SamplingParams = SamplingParams()  # used by the last stage
+
+
+class Opened(Message):
+    """The replica that opened the session, its row, and the positions its cache already holds (0 unless the session was here before)."""
+
+    session: SessionId
+    epoch: Epoch
+    shard: Token
+    instance: Token
+    layers_start: Natural
+    layers_end: Natural
+    row: Natural
+    filled: Natural
+    context: Annotated[int, Field(ge=1)]
+    chunk: Annotated[int, Field(ge=1)]
+
+    @property
+    def layers(self) -> LayerRange:
+        return LayerRange(self.layers_start, self.layers_end)
+
+
+class Close(Message):
+    """Free the rows of these sessions, or with `all` the rows of every session of this coordinator. Unknown sessions are no error.
+    A session that was opened with a later epoch than `epoch` stays open, because this message may be an old one."""
+
+    coordinator: Token
+    sessions: Annotated[tuple[SessionId, ...], Field(max_length=4096)] = ()
+    all: bool = False
+    epoch: Epoch = 2**32 - 1
+
+
+class Closed(Message):
+    closed: Natural
+    free_rows: Natural
+
+
+class Ping(Message):
+    """Ask a shard whether it lives and which steps of this coordinator it has. Its event loop answers, even during a long step."""
+
+    coordinator: Token
+
+
+class Pong(Message):
+    """`pending`: steps of that coordinator which have arrived at the shard and have not left it yet."""
+
+    shard: Token
+    instance: Token
+    pending: tuple[Natural, ...] = ()
+
+
+class Drain(Message):
+    """Take no new sessions, wait up to `timeout_s` seconds until the open ones are moved or finished, then stop the process if `stop`."""
+
+    timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    stop: bool = True
+
+
+class Drained(Message):
+    """Draining has begun. `sessions`: how many are still open."""
+
+    shard: Token
+    sessions: Natural
+
+
+class Load(Message):
+    """Serve another range within the layers that the shard holds. Open sessions may run on for `timeout_s` seconds; then they move."""
+
+    layers_start: Natural
+    layers_end: Annotated[int, Field(ge=1)]
+    timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+
+
+class Loaded(Message):
+    """The new range is served. `sessions`: how many open ones had to move. `took_s`: seconds since the last session left."""
+
+    shard: Token
+    layers_start: Natural
+    layers_end: Natural
+    sessions: Natural
+    took_s: float

@@ -1,0 +1,201 @@
+"""What shards and coordinators report about themselves."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from mesh.protocol.message import Message, Natural, SessionId, Token
+from mesh.types import LayerRange
+
+__all__ = ["Alive", "Beat", "CoordinatorStats", "Hops", "SessionReport", "ShardLease", "ShardStats", "StatsRequest"]
+
+
+class Beat(Message):
+    """A coordinator says that it lives. Shards free its rows after `ttl_s` seconds of silence. They also free the row of a session that is
+    missing from `sessions` twice in a row, because an Opened or a Close may be lost (None: the coordinator does not list its sessions).
+    `instance`: the coordinator's process. `leaving`: it is ending in order, and other coordinators may take over its sessions."""
+
+    coordinator: Token
+    ttl_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    sessions: Annotated[tuple[SessionId, ...], Field(max_length=2048)] | None = None
+    instance: Token | None = None
+    leaving: bool = False
+
+
+class Alive(Message):
+    """Ask a coordinator whether it lives. It answers with a Beat."""
+
+
+class StatsRequest(Message):
+    """Ask a shard for its ShardStats. It has no fields."""
+
+
+class ShardStats(Message):
+    """A shard's counts and seconds since its start. `rejected`: refused frames and messages, by reason."""
+
+    shard: Token
+    instance: Token
+    model: str
+    state: str
+    uptime_s: float
+    rows: Natural
+    free_rows: Natural
+    sessions: Natural
+    queue_frames: Natural
+    prefill_steps: Natural
+    prefill_tokens: Natural
+    prefill_s: float
+    decode_steps: Natural
+    decode_tokens: Natural
+    decode_s: float
+    queue_s: float
+    codec_s: float
+    frames_in: Natural
+    frames_out: Natural
+    bytes_in: Natural
+    bytes_out: Natural
+    gaps: dict[str, int]
+    rejected: dict[str, int]
+    memory_bytes: Natural
+
+
+class ShardLease(Message):
+    """A shard's description of itself in the bucket `mesh_shards`, under its own name. It is renewed well within the bucket's TTL.
+
+    `load`: share of the last seconds spent computing, 0 to 1. `step_s`: median of recent decode steps in seconds, 0 before any.
+    `max_frame_bytes`: the largest frame its connection takes. `weights_bytes`: of the layers it holds. Fields that a later version
+    adds are ignored.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    shard: Token
+    instance: Token  # changes when the process restarts, and with it every row is lost
+    model: Annotated[str, Field(min_length=1)]
+    model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    layers_start: Natural
+    layers_end: Annotated[int, Field(ge=1)]
+    total_layers: Annotated[int, Field(ge=1)]
+    state: Literal["loading", "warming", "ready", "draining"]
+    rows: Annotated[int, Field(ge=1)]
+    free_rows: Natural
+    context: Annotated[int, Field(ge=1)]
+    chunk: Annotated[int, Field(ge=1)]
+    hidden_size: Annotated[int, Field(ge=1)]
+    hidden_itemsize: Literal[2, 4]
+    max_frame_bytes: Annotated[int, Field(ge=1)]
+    queue_limit: Annotated[int, Field(ge=1)]  # frames it queues before it answers with gaps: a coordinator's credits
+    queue_frames: Natural = 0
+    mirrors: bool = False  # follows the frames of its range's other replicas for sessions that are open here too
+    load: Annotated[float, Field(ge=0, le=1)] = 0.0
+    step_s: Annotated[float, Field(ge=0)] = 0.0
+    memory_bytes: Natural = 0
+    weights_bytes: Natural = 0
+    frame_version: Natural
+    version: str = ""
+    host: str = ""
+    processor: str = ""  # the name of the processor that computes for it; shards that share a processor have the same name
+    pid: Natural = 0
+    started_unix_s: float = 0.0
+    http: str = ""  # the address of its health page
+
+    @property
+    def layers(self) -> LayerRange:
+        return LayerRange(self.layers_start, self.layers_end)
+
+    @property
+    def first(self) -> bool:
+        return self.layers_start == 0
+
+    @property
+    def last(self) -> bool:
+        return self.layers_end == self.total_layers
+
+
+class _Reported(Message):
+    """Part of what a coordinator reports. Keys that a later version adds are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    def document(self) -> dict[str, Any]:
+        """The keys that were reported, as JSON has them."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Hops(_Reported):
+    """Means over a coordinator's decode steps, in seconds; `steps`: how many. `hop_s`: what a hop takes beyond computing and queueing."""
+
+    steps: Natural = 0
+    step_s: float = 0.0
+    compute_s: float = 0.0
+    queue_s: float = 0.0
+    codec_s: float = 0.0
+    hop_s: float = 0.0
+
+
+class SessionReport(_Reported):
+    """One session that runs, or one that ended lately: `began_unix_s` and `error` are of one that ended, `prefilled` of one that
+    runs. `route`: the shard of each layer range, None where it is not known yet."""
+
+    request: str
+    state: str = ""
+    route: tuple[str | None, ...] = ()
+    prompt_tokens: Natural = 0
+    max_tokens: Natural = 0
+    tokens: Natural = 0
+    prefilled: Natural = 0
+    queue_s: float = 0.0
+    first_token_s: float | None = None
+    total_s: float = 0.0
+    restarts: Natural = 0
+    began_unix_s: float = 0.0
+    error: str | None = None
+
+
+class CoordinatorStats(_Reported):
+    """What a coordinator reports in $SRV.STATS: its load, counts since its start, and its sessions.
+
+    `live`: sessions it has, `queued` of them without rows. `capacity`: the sessions that its shards have rows for. `serving`: whether
+    every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
+    `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
+    answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    """
+
+    limit_bytes: ClassVar[int] = 4 * 1024 * 1024
+
+    coordinator: str
+    model: str
+    live: Natural
+    queued: Natural
+    capacity: Natural
+    serving: bool
+    instance: str = ""
+    pid: Natural = 0
+    http: str | None = None
+    vocab_size: Natural = 0
+    context: Natural | None = None
+    last_step_s: float | None = None
+    resumed: Natural = 0
+    submitted: Natural = 0
+    rejected: Natural = 0
+    finished: Natural = 0
+    failed: Natural = 0
+    cancelled: Natural = 0
+    restarts: Natural = 0
+    suspected: Natural = 0
+    failovers: Natural = 0
+    asked: Natural = 0
+    tokens: Natural = 0
+    prompt_tokens: Natural = 0
+    decode_frames: Natural = 0
+    prefill_frames: Natural = 0
+    late: Natural = 0
+    rejected_frames: dict[str, int] = Field(default_factory=dict)
+    records: dict[str, int] = Field(default_factory=dict)
+    batches: dict[str, int] = Field(default_factory=dict)
+    expected: dict[str, Any] | None = None
+    hops: Hops = Hops()
+    sessions: tuple[SessionReport, ...] = ()
+    recent: tuple[SessionReport, ...] = ()

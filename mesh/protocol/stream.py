@@ -1,0 +1,211 @@
+"""The documents with which a coordinator answers a generation request: their types, and `dump` and `parse` for the wire.
+
+    stream, first    Accepted        {"request", "cancel", "model", "next", "done": false}    the name to cancel it by, and the subject
+    stream, waiting  Waiting         {"waiting": n, "done": false}                            every few seconds: n others come first
+    stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" where asked for
+    last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
+    an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
+
+Every document has an "epoch" (an error: the header EPOCH_HEADER): that of the coordinator which answers. It grows when another
+coordinator takes over the session. Documents of a lower epoch than one seen before are late: they change nothing. "next" is the index
+of the first token document that follows; after another coordinator took over, it may be lower than what was delivered before.
+
+The "text" of the token documents and the "rest" of the last one, joined, are the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from mesh.errors import MessageRejected
+
+__all__ = [
+    "EPOCH_HEADER",
+    "Accepted",
+    "Answer",
+    "Document",
+    "Finished",
+    "Timing",
+    "Token",
+    "TokenDocument",
+    "Usage",
+    "Waiting",
+    "dump",
+    "parse",
+]
+
+EPOCH_HEADER: Final = "Mesh-Epoch"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token. All but the id only where log-probabilities were asked for: `top` is (token, logprob), likeliest first; `piece`
+    and `top_pieces` are the texts of these tokens by themselves (None: the model has no tokenizer)."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    piece: str | None = None
+    top_pieces: tuple[str | None, ...] = ()
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Token:
+        if "logprob" not in document:
+            return cls(document["token"])
+        entries = document.get("top") or ()
+        top = tuple([(entry["token"], entry["logprob"]) for entry in entries])
+        return cls(document["token"], document["logprob"], top, document.get("piece"), tuple([entry.get("piece") for entry in entries]))
+
+    def details(self) -> dict[str, Any]:
+        """The keys of a document about its log-probabilities."""
+        if self.top_pieces:
+            pairs = zip(self.top, self.top_pieces, strict=True)
+            top = [{"token": id, "logprob": logprob, "piece": piece} for (id, logprob), piece in pairs]
+        else:
+            top = [{"token": id, "logprob": logprob, "piece": None} for id, logprob in self.top]
+        return {"logprob": self.logprob, "piece": self.piece, "top": top}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds, as the coordinator measured them. queue_s: until rows were asked for; first_token_s: until the first token;
+    decode_step_s: the median step. hops: where a decode step went (mean seconds: step_s, compute_s, queue_s, codec_s, hop_s)."""
+
+    queue_s: float
+    prefill_s: float
+    first_token_s: float | None
+    decode_s: float
+    decode_step_s: float
+    tokens_per_s: float | None
+    total_s: float
+    restarts: int = 0
+    hops: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished generation. `finish_reason`: "stop" (an end token or a stop text) or "length" (max_tokens). `text` is None for a model
+    without a tokenizer; `logprobs` is None where they were not asked for."""
+
+    request: str
+    tokens: tuple[int, ...]
+    text: str | None
+    finish_reason: str
+    usage: Usage
+    timing: Timing
+    logprobs: tuple[Token, ...] | None = None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it; the key logprobs is there only if they were asked for."""
+        usage = self.usage
+        document: dict[str, Any] = {
+            "request": self.request,
+            "tokens": self.tokens,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "total_tokens": usage.total_tokens,
+            },
+            "timing": {name: getattr(self.timing, name) for name in Timing.__dataclass_fields__},
+        }
+        if self.logprobs is not None:
+            document["logprobs"] = [{"token": token.id, **token.details()} for token in self.logprobs]
+        return document
+
+
+class Accepted(NamedTuple):
+    request: str
+    cancel: str
+    model: str
+    next: int
+    epoch: int | None
+
+
+class Waiting(NamedTuple):
+    """`waiting`: how many requests come before this one."""
+
+    waiting: int
+    epoch: int | None
+
+
+class TokenDocument(NamedTuple):
+    """`position`: the token's place in the answer, from 0 ("index" on the wire). `text`: what became readable with the token.
+    `detailed`: the document has the token's log-probabilities."""
+
+    position: int
+    token: Token
+    text: str
+    epoch: int | None
+    detailed: bool = False
+
+
+class Finished(NamedTuple):
+    """`rest`: text that no token document had."""
+
+    answer: Answer
+    rest: str
+    epoch: int | None
+
+    def document(self) -> dict[str, Any]:
+        return {"done": True, "epoch": self.epoch, "rest": self.rest, **self.answer.document()}
+
+
+Document = Accepted | Waiting | TokenDocument | Finished
+
+
+def dump(document: Document) -> bytes:
+    """A document as it goes to a client."""
+    if type(document) is TokenDocument:
+        position, token, text, epoch, detailed = document
+        if not detailed:
+            return orjson.dumps({"index": position, "token": token.id, "text": text, "epoch": epoch, "done": False})
+        return orjson.dumps({"index": position, "token": token.id, "text": text, **token.details(), "epoch": epoch, "done": False})
+    if isinstance(document, Finished):
+        return orjson.dumps(document.document())
+    return orjson.dumps({**document._asdict(), "done": False})
+
+
+def parse(data: bytes) -> Document:
+    """The inverse of `dump`. A document of a kind that this version does not know is a Waiting. MessageRejected: it is no document."""
+    try:
+        document: dict[str, Any] = orjson.loads(data)
+        epoch = document.get("epoch")
+        if document["done"]:
+            return Finished(answer_of(document), document.get("rest") or "", epoch)
+        if "index" in document:
+            return TokenDocument(document["index"], Token.of(document), document["text"], epoch, "logprob" in document)
+        if "cancel" in document:
+            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch)
+        return Waiting(document.get("waiting", 0), epoch)
+    except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
+        raise MessageRejected(f"this is no document of a generation: {error!r}") from None
+
+
+def answer_of(document: Mapping[str, Any]) -> Answer:
+    """The answer in a last document, or in the result of a batch's request. LookupError: a key is missing."""
+    timing, logprobs = document["timing"], document.get("logprobs")
+    return Answer(
+        request=document["request"],
+        tokens=tuple(document["tokens"]),
+        text=document["text"],
+        finish_reason=document["finish_reason"],
+        usage=Usage(document["usage"]["prompt_tokens"], document["usage"]["completion_tokens"]),
+        timing=Timing(**{name: timing.get(name) for name in Timing.__dataclass_fields__}),
+        logprobs=None if logprobs is None else tuple([Token.of(entry) for entry in logprobs]),
+    )

@@ -1,0 +1,217 @@
+"""Which subject carries which message: every topic of the mesh, declared once.
+
+A topic has a subject template, the types of its request and its reply, its queue group, and who listens. `TOPIC.at(...)` is an Address:
+a subject that knows its topic. The bus sends and requests JSON on addresses alone, so both ends agree on the types.
+
+`python -m mesh.protocol.topics` prints the table in nats/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from mesh.errors import MessageRejected
+from mesh.protocol import subjects
+from mesh.protocol.batches import BatchQuery, BatchResults, BatchStatus, BatchSubmit
+from mesh.protocol.control import Close, Closed, Drain, Drained, Load, Loaded, Open, Opened, Ping, Pong
+from mesh.protocol.events import Event
+from mesh.protocol.frame import Frame
+from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
+from mesh.protocol.message import Message
+from mesh.protocol.status import Alive, Beat, ShardStats, StatsRequest
+from mesh.types import LayerRange
+
+__all__ = [
+    "ALIVE",
+    "BATCH_ITEM",
+    "BATCH_RESULT",
+    "BATCH_STATUS",
+    "BATCH_SUBMIT",
+    "BEATS",
+    "CANCEL",
+    "CLOSE",
+    "DRAIN",
+    "EVENTS",
+    "FRAMES",
+    "GENERATE",
+    "GENERATE_AT",
+    "LOAD",
+    "OPEN",
+    "OPEN_ANY",
+    "PING",
+    "STATS",
+    "TOKENS",
+    "TOPICS",
+    "TRACE",
+    "Address",
+    "Topic",
+    "table",
+]
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Topic(Generic[Request, Reply]):
+    """One kind of subject. A word in capitals in `template` stands for one token.
+
+    `request` is a Message, or Frame. `reply` None: there is no reply, or `answers` says which. `purpose` and `listens` are words for
+    people; with a queue group, one of its members gets each request.
+    """
+
+    template: str
+    request: type[Request]
+    reply: type[Reply] | None
+    purpose: str
+    listens: str = ""
+    queue: str = ""
+    answers: str = ""
+
+    def at(self, *parts: str | int | LayerRange) -> Address[Request, Reply]:
+        """The address with `parts` in the places of the template, in order. BadRequest: a part is not a token."""
+        words, values = self.template.split("."), iter(parts)
+        if sum(word.isupper() for word in words) != len(parts):
+            raise TypeError(f"{self.template} does not have {len(parts)} places")
+        return Address(".".join([_token(word, next(values)) if word.isupper() else word for word in words]), self)
+
+    def any(self, *parts: str) -> Address[Request, Reply]:
+        """The wildcard address of every subject that begins with `parts`; a part may be `*`."""
+        made, values = [], iter(parts)
+        for word in self.template.split("."):
+            part = next(values, None) if word.isupper() else word
+            if part is None:
+                break
+            made.append(_token(word, part) if word.isupper() and part != "*" else part)
+        return Address(".".join([*made, ">"]), self)
+
+    def read(self, subject: str) -> Address[Request, Reply]:
+        """The address of a subject that another process named. MessageRejected: it is not a subject of this topic."""
+        words, given = self.template.split("."), subject.split(".")
+        same = (subjects.is_token(part) if word.isupper() else part == word for word, part in zip(words, given, strict=False))
+        if len(words) != len(given) or not all(same):
+            raise MessageRejected(f"{subject!r} is not a subject of the kind {self.template}")
+        return Address(subject, self)
+
+    def parse(self: Topic[M, Any], data: bytes) -> M:
+        """The request in `data`; no data is a request without fields. MessageRejected names the key that is wrong."""
+        return self.request.parse(data or b"{}")
+
+
+@dataclass(frozen=True, slots=True)
+class Address(Generic[Request, Reply]):
+    """One subject of a topic. Topics make them."""
+
+    subject: str
+    topic: Topic[Request, Reply]
+
+    def __str__(self) -> str:
+        return self.subject
+
+
+def _token(place: str, part: str | int | LayerRange) -> str:
+    if not isinstance(part, str):
+        return str(part)
+    return subjects.token(part) if place == "MODEL" else subjects.check_token(part, "id" if place == "BATCH" else place.lower())
+
+
+_STREAM = "documents of `mesh/protocol/stream.py`"
+
+GENERATE: Topic[Generate, None] = Topic(
+    "mesh.v1.MODEL.generate", Generate, None, "generate text or tokens", queue=subjects.COORDINATORS_QUEUE, answers=_STREAM
+)
+GENERATE_AT: Topic[Generate, None] = Topic(
+    "mesh.v1.MODEL.generate.INSTANCE",
+    Generate,
+    None,
+    "go on with a generation that this coordinator has",
+    "that coordinator's process",
+    answers=_STREAM,
+)
+CANCEL: Topic[Cancel, None] = Topic("mesh.v1.MODEL.cancel.COORDINATOR", Cancel, None, "stop a generation", "that coordinator")
+TRACE: Topic[TraceRequest, TraceReply] = Topic(
+    "mesh.v1.MODEL.trace.COORDINATOR", TraceRequest, TraceReply, "say where the time of a generation went", "that coordinator"
+)
+ALIVE: Topic[Alive, Beat] = Topic(
+    "mesh.v1.MODEL.alive.INSTANCE", Alive, Beat, "ask a coordinator whether it lives", "that coordinator's process"
+)
+BEATS: Topic[Beat, None] = Topic(
+    "mesh.v1.MODEL.coordinators", Beat, None, "a coordinator says that it lives", "every shard and coordinator of the model"
+)
+OPEN_ANY: Topic[Open, Opened] = Topic(
+    "mesh.v1.MODEL.layers.A-B", Open, Opened, "open a session on layers [A, B)", queue=subjects.REPLICAS_QUEUE
+)
+FRAMES: Topic[Frame, Frame] = Topic(
+    "mesh.v1.MODEL.layers.A-B.SHARD",
+    Frame,
+    Frame,
+    "compute a step",
+    "that shard; in mirror mode its range",
+    answers="to the frame's next subject",
+)
+TOKENS: Topic[Frame, None] = Topic(
+    "mesh.v1.MODEL.tokens.COORDINATOR", Frame, None, "give a coordinator sampled tokens, acknowledgements and gaps", "that coordinator"
+)
+OPEN: Topic[Open, Opened] = Topic("mesh.v1.control.SHARD.open", Open, Opened, "open a session on this shard", "that shard")
+CLOSE: Topic[Close, Closed] = Topic("mesh.v1.control.SHARD.close", Close, Closed, "close sessions and free their rows", "that shard")
+DRAIN: Topic[Drain, Drained] = Topic("mesh.v1.control.SHARD.drain", Drain, Drained, "take no new sessions, and stop", "that shard")
+LOAD: Topic[Load, Loaded] = Topic("mesh.v1.control.SHARD.load", Load, Loaded, "serve another range of layers", "that shard")
+PING: Topic[Ping, Pong] = Topic(
+    "mesh.v1.control.SHARD.ping", Ping, Pong, "ask a shard whether it lives, and what it is doing", "that shard"
+)
+STATS: Topic[StatsRequest, ShardStats] = Topic(
+    "mesh.v1.control.SHARD.stats", StatsRequest, ShardStats, "report counts and times", "that shard"
+)
+BATCH_SUBMIT: Topic[BatchSubmit, BatchStatus] = Topic(
+    "mesh.v1.MODEL.batch", BatchSubmit, BatchStatus, "submit a durable batch", queue=subjects.COORDINATORS_QUEUE
+)
+BATCH_STATUS: Topic[BatchQuery, BatchStatus] = Topic(
+    "mesh.v1.MODEL.batch.status", BatchQuery, BatchStatus, "say how far a batch is", queue=subjects.COORDINATORS_QUEUE
+)
+BATCH_RESULT: Topic[BatchQuery, BatchResults] = Topic(
+    "mesh.v1.MODEL.batch.result", BatchQuery, BatchResults, "give results of a batch", queue=subjects.COORDINATORS_QUEUE
+)
+BATCH_ITEM: Topic[Generate, None] = Topic(
+    "mesh.v1.batches.MODEL.BATCH.INDEX", Generate, None, "keep one request of a batch", "the stream `mesh_batch`"
+)
+EVENTS: Topic[Event, None] = Topic("mesh.v1.events.KIND", Event, None, "say what has happened", "anyone, and the stream `mesh_events`")
+
+TOPICS: tuple[Topic[Any, Any], ...] = (
+    GENERATE,
+    GENERATE_AT,
+    CANCEL,
+    TRACE,
+    ALIVE,
+    BEATS,
+    OPEN_ANY,
+    FRAMES,
+    TOKENS,
+    OPEN,
+    CLOSE,
+    DRAIN,
+    LOAD,
+    PING,
+    STATS,
+    BATCH_SUBMIT,
+    BATCH_STATUS,
+    BATCH_RESULT,
+    BATCH_ITEM,
+    EVENTS,
+)
+
+
+def table() -> str:
+    """Every topic as one line of a Markdown table."""
+    lines = ["| subject | what for | who listens | request | reply |", "|---|---|---|---|---|"]
+    for topic in TOPICS:
+        listens = topic.listens or f"queue group `{topic.queue}`"
+        request = "frame" if topic.request is Frame else f"`{topic.request.__name__}`"
+        reply = topic.answers or ("" if topic.reply is None else f"`{topic.reply.__name__}`")
+        lines.append(f"| `{topic.template}` | {topic.purpose} | {listens} | {request} | {reply} |".replace("|  |", "| |"))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
