@@ -233,9 +233,9 @@ class Shard:
         pending = self.state.pending(topics.PING.parse(received.data).coordinator)
         return Pong(shard=self.options.name, instance=self.instance, pending=pending)
 
-    async def on_beat(self, received: Received) -> None:
+    async def on_heartbeat(self, received: Received) -> None:
         try:
-            closed = self.state.beat(topics.BEATS.parse(received.data), time.monotonic())
+            closed = self.state.heartbeat(topics.HEARTBEATS.parse(received.data), time.monotonic())
         except MessageRejected:
             self.meter.rejected["beat"] += 1
             raise
@@ -483,7 +483,7 @@ class Shard:
         name, model, shape = self.options.name, self.manifest.name, self.state.shape
         follow = subjects.all_frames(model, shape.layers) if self.options.mirror else subjects.frames(model, shape.layers, name)
         self._subscriptions.append(await self.bus.subscribe_direct(follow, self.on_frame))
-        self._subscriptions.append(await self.bus.subscribe(topics.BEATS.at(model), self.on_beat))
+        self._subscriptions.append(await self.bus.subscribe(topics.HEARTBEATS.at(model), self.on_heartbeat))
         await self._service.add(Endpoint("open", topics.OPEN.at(name), self.on_open))
         await self._service.add(Endpoint("open-any", topics.OPEN_ANY.at(model, shape.layers), self.on_open))
         await self.bus.flush()

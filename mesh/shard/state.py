@@ -15,7 +15,7 @@ count as done because the compute thread takes steps in the order in which they 
     frame row, lower epoch there                    NACK stale_epoch
     frame row              none, or a higher epoch  NACK unknown_session
     close, expiry          there                    row free, unless it has a later epoch than the one that is closed
-    beat without it        there, twice in a row    row free: the coordinator does not know the session
+    heartbeat without it   there, twice in a row    row free: the coordinator does not know the session
     drain                  any                      no new sessions; open ones continue
 
 A mirror is an ordinary shard that also follows the frames of the other replicas of its range. It computes those rows whose sessions are
@@ -38,7 +38,7 @@ import numpy as np
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
 from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Frame, Kind, Nack
-from mesh.protocol.status import Beat
+from mesh.protocol.status import Heartbeat
 from mesh.types import LayerRange
 
 __all__ = ["Admission", "Seat", "ShardShape", "ShardState"]
@@ -182,7 +182,7 @@ class ShardState:
             self._leave(seat)
         return len(mine)
 
-    def beat(self, message: Beat, now: float) -> list[int]:
+    def heartbeat(self, message: Heartbeat, now: float) -> list[int]:
         """Take in a coordinator's heartbeat, which says how long the coordinator may be silent. Returns the sessions that were closed
         because two heartbeats in a row did not name them."""
         if message.coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:

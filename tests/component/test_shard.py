@@ -20,7 +20,7 @@ from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Close, Drain, Open
 from mesh.protocol.events import Event
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
-from mesh.protocol.status import Beat, ShardLease
+from mesh.protocol.status import Heartbeat, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
@@ -164,7 +164,7 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
                 for topic in (topics.OPEN, topics.CLOSE, topics.DRAIN, topics.STATS):
                     with pytest.raises(MessageRejected):
                         await driver.bus.ask(topic.at(driver.route[0].shard).subject, random.bytes(20), timeout_s=5)
-                await driver.bus.publish(topics.BEATS.at("tiny").subject, b"\xff")
+                await driver.bus.publish(topics.HEARTBEATS.at("tiny").subject, b"\xff")
                 await driver.send(good)
                 answer = await driver.answer()
                 assert answer.kind is Kind.TOKENS
@@ -296,7 +296,7 @@ def test_sessions_of_a_coordinator_that_falls_silent_are_closed(run: Run, server
             opened = asyncio.Event()
             table = LeaseTable(bucket, ShardLease, changed)
             await table.start()
-            await driver.bus.send(topics.BEATS.at("tiny"), Beat(coordinator=driver.name, ttl_s=0.3))
+            await driver.bus.send(topics.HEARTBEATS.at("tiny"), Heartbeat(coordinator=driver.name, ttl_s=0.3))
             await driver.open(1, 1)
             opened.set()
             await asyncio.wait_for(seen.wait(), 20)

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
 from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack
-from mesh.protocol.status import Beat
+from mesh.protocol.status import Heartbeat
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
 
@@ -50,7 +50,7 @@ def frame(kind: Kind, rows: list[tuple[int, int, int, int]], tokens: list[int], 
 
 
 class Machine(RuleBasedStateMachine):
-    """The model: session -> [epoch, coordinator, row, filled]; `missing`: those the last beat of their coordinator did not name."""
+    """The model: session -> [epoch, coordinator, row, filled]; `missing`: those the last heartbeat of their coordinator did not name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,9 +180,9 @@ class Machine(RuleBasedStateMachine):
         self.missing.discard(session)
 
     @rule(coordinator=names, ttl_s=st.sampled_from([1.0, 20.0]), named=st.none() | st.sets(sessions))
-    def beats(self, coordinator: str, ttl_s: float, named: set[int] | None) -> None:
-        message = Beat(coordinator=coordinator, ttl_s=ttl_s, sessions=None if named is None else tuple(named))
-        closed = self.state.beat(message, self.now)
+    def heartbeats(self, coordinator: str, ttl_s: float, named: set[int] | None) -> None:
+        message = Heartbeat(coordinator=coordinator, ttl_s=ttl_s, sessions=None if named is None else tuple(named))
+        closed = self.state.heartbeat(message, self.now)
         self.hear(coordinator)
         self.ttl[coordinator] = ttl_s
         mine = {session for session, seat in self.open.items() if seat[1] == coordinator}
