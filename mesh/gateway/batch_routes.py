@@ -23,7 +23,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import HttpError, error_body
 from mesh.gateway.events import until_gone
-from mesh.gateway.generation import Bill, Generation, check_length, paying
+from mesh.gateway.generation import Bill, HttpGeneration, check_length, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.native import answer_document, check_input
 from mesh.gateway.schema import BatchJob, BatchProgress, BatchRequest, BatchResponse, ErrorResponse, InferenceItem
@@ -136,7 +136,7 @@ async def _patiently(gateway: Gateway, bill: Bill, model: str, item: InferenceIt
     until = time.monotonic() + gateway.settings.limits.request_timeout_s
     while True:
         try:
-            return await Generation(gateway, bill, model, item.generate_fields()).complete()
+            return await HttpGeneration(gateway, bill, model, item.generate_fields()).complete()
         except Busy as error:
             if time.monotonic() + error.retry_after_s >= until:
                 raise

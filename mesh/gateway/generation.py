@@ -12,7 +12,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
 from mesh.gateway.settings import Limits
 
-__all__ = ["Bill", "Generation", "check_length", "paying"]
+__all__ = ["Bill", "HttpGeneration", "check_length", "paying"]
 
 
 class Bill:
@@ -32,7 +32,7 @@ def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
         caller.settle(charged, bill.used)
 
 
-class Generation:
+class HttpGeneration:
     """`fields` are those of mesh.protocol.generation.Generate; without max_tokens it is the gateway's default, or what the context leaves.
 
     Iterate over `chunks`; with the last one, which has no token, `completion` is set. Closing the iterator early cancels the

@@ -17,14 +17,14 @@ from mesh.errors import Busy, DeadlineExceeded, MeshError
 from mesh.gateway.known import KnownModels
 from mesh.protocol.status import ShardLease
 
-__all__ = ["HealthMonitor", "HealthReport", "ModelHealth", "RangeHealth"]
+__all__ = ["HealthMonitor", "HealthReport", "ModelReport", "RangeReport"]
 
 _CACHED_S = 0.5
 _STATUS_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class RangeHealth:
+class RangeReport:
     """A layer range as `A-B`, the shards that are ready for it, and those that are there and are not."""
 
     layers: str
@@ -33,7 +33,7 @@ class RangeHealth:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelHealth:
+class ModelReport:
     """last_step_s: how long ago a step came back, None where none has. probed: two tokens were generated to see."""
 
     model: str
@@ -41,14 +41,14 @@ class ModelHealth:
     reason: str
     last_step_s: float | None
     probed: bool
-    ranges: tuple[RangeHealth, ...]
+    ranges: tuple[RangeReport, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
     ready: bool
     reason: str
-    models: tuple[ModelHealth, ...]
+    models: tuple[ModelReport, ...]
 
     def of(self, model: str) -> HealthReport:
         """The part about one model."""
@@ -103,19 +103,19 @@ class HealthMonitor:
         bad = next((health for health in models if not health.ready), None)
         return HealthReport(bad is None, "" if bad is None else bad.reason, models)
 
-    async def _look_at(self, model: str, status: MeshStatus) -> ModelHealth:
+    async def _look_at(self, model: str, status: MeshStatus) -> ModelReport:
         coordinators = [c for c in status.coordinators if c.model == model]
         leases = [lease for lease in status.shards if lease.model == model]
         ranges = _ranges(leases)
         last_step_s = _last_step_s(coordinators)
         if not coordinators:
-            return ModelHealth(model, False, f"no coordinator serves {model}", None, False, ranges)
+            return ModelReport(model, False, f"no coordinator serves {model}", None, False, ranges)
         if not any(c.serving for c in coordinators):
-            return ModelHealth(model, False, _what_lacks(leases), last_step_s, False, ranges)
+            return ModelReport(model, False, _what_lacks(leases), last_step_s, False, ranges)
         if last_step_s is not None and last_step_s <= self._fresh_s:
-            return ModelHealth(model, True, "", last_step_s, False, ranges)
+            return ModelReport(model, True, "", last_step_s, False, ranges)
         reason = await self._probe(model)
-        return ModelHealth(model, not reason, reason, last_step_s if reason else 0.0, True, ranges)
+        return ModelReport(model, not reason, reason, last_step_s if reason else 0.0, True, ranges)
 
     async def _probe(self, model: str) -> str:
         """Generate two tokens; why it failed, or nothing."""
@@ -137,12 +137,12 @@ def _last_step_s(coordinators: Sequence[CoordinatorStatus]) -> float | None:
     return min(ages, default=None)
 
 
-def _ranges(leases: Sequence[ShardLease]) -> tuple[RangeHealth, ...]:
+def _ranges(leases: Sequence[ShardLease]) -> tuple[RangeReport, ...]:
     found: dict[tuple[int, int], list[ShardLease]] = {}
     for lease in leases:
         found.setdefault((lease.layers_start, lease.layers_end), []).append(lease)
     return tuple(
-        RangeHealth(
+        RangeReport(
             f"{start}-{end}",
             tuple(lease.shard for lease in those if lease.state == "ready"),
             tuple(lease.shard for lease in those if lease.state != "ready"),

@@ -23,7 +23,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import openai_document
 from mesh.gateway.events import EventStream, event, until_gone
-from mesh.gateway.generation import Generation, paying
+from mesh.gateway.generation import HttpGeneration, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
 from mesh.gateway.openai_shapes import ChatShape, Shape, TextShape
@@ -91,7 +91,7 @@ class _Work:
 
     async def complete(self) -> dict[str, Any]:
         with paying(self.caller, self.most) as bill:
-            tasks = [Generation(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
+            tasks = [HttpGeneration(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
             completions = await _together(tasks)
         self.shape.name(completions[0].request)
         return self.shape.whole(completions)
@@ -99,7 +99,7 @@ class _Work:
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape = self.shape
         with paying(self.caller, self.most) as bill:
-            generations = [Generation(self.gateway, bill, shape.model, request) for request in self.requests]
+            generations = [HttpGeneration(self.gateway, bill, shape.model, request) for request in self.requests]
             async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
                 async for index, chunk in chunks:
                     shape.name(generations[0].request)
@@ -144,13 +144,13 @@ async def _together(work: Sequence[Any]) -> list[Completion]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _numbered(generation: Generation) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def _numbered(generation: HttpGeneration) -> AsyncGenerator[tuple[int, Chunk], None]:
     async with aclosing(generation.chunks()) as chunks:
         async for chunk in chunks:
             yield 0, chunk
 
 
-async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def _merged(generations: Sequence[HttpGeneration]) -> AsyncGenerator[tuple[int, Chunk], None]:
     """Chunks of all as they come; the first error ends them all."""
     queue: asyncio.Queue[tuple[int, Chunk | MeshError | BaseException | None]] = asyncio.Queue(maxsize=64)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from mesh.gateway.bodies import RequestBody, ResponseBody, Usage
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 
 __all__ = [
@@ -23,25 +24,17 @@ Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Request(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class StreamOptions(Request):
+class StreamOptions(RequestBody):
     include_usage: bool = False
     include_obfuscation: bool = False  # nothing is added to hide the length of tokens either way
 
 
-class TextPart(Request):
+class TextPart(RequestBody):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Request):
+class ChatMessage(RequestBody):
     """`content` is a text or parts of one. A developer's message is a system's."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -57,7 +50,7 @@ class ChatMessage(Request):
         return self.content or ""
 
 
-class ResponseFormat(Request):
+class ResponseFormat(RequestBody):
     type: Literal["text"]
 
 
@@ -71,7 +64,7 @@ def _describe(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [value, {"type": "null"}], **outer}
 
 
-class Common(SamplingFields, Request):
+class Common(SamplingFields, RequestBody):
     """What both kinds of completion have. A sampling parameter that is null has its default.
 
     The sampling parameters that OpenAI does not have, and ignore_eos, are additions. Where OpenAI's range or default is another one,
@@ -164,13 +157,7 @@ class CompletionRequest(Common):
         return [{"prompt": part, "raw": True} if isinstance(part, str) else {"tokens": part} for part in self.prompt]
 
 
-class Usage(Answer):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TopLogprob(Answer):
+class TopLogprob(ResponseBody):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -180,25 +167,25 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(ResponseBody):
     content: list[TokenLogprob]
     refusal: None = None
 
 
-class AssistantMessage(Answer):
+class AssistantMessage(ResponseBody):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseBody):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(ResponseBody):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -208,21 +195,21 @@ class ChatCompletion(Answer):
     system_fingerprint: str | None = None
 
 
-class TextLogprobs(Answer):
+class TextLogprobs(ResponseBody):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class TextChoice(Answer):
+class TextChoice(ResponseBody):
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class TextCompletion(Answer):
+class TextCompletion(ResponseBody):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -232,24 +219,24 @@ class TextCompletion(Answer):
     system_fingerprint: str | None = None
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseBody):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
 
 
-class ModelList(Answer):
+class ModelList(ResponseBody):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class OpenAIErrorBody(Answer):
+class OpenAIErrorBody(ResponseBody):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class OpenAIError(Answer):
+class OpenAIError(ResponseBody):
     error: OpenAIErrorBody

@@ -12,7 +12,7 @@ import numpy as np
 from mesh.protocol import subjects
 from mesh.types import LayerRange
 
-__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "Timing"]
+__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming"]
 
 
 class Kind(IntEnum):
@@ -55,7 +55,7 @@ class Hop:
     shard: str
 
 
-class Timing(NamedTuple):
+class StageTiming(NamedTuple):
     """Of one stage, microseconds: waiting for the compute thread, in it, and reading and writing the frame."""
 
     queue_us: int = 0
@@ -84,13 +84,13 @@ class Frame:
     positions: np.ndarray
     slots: np.ndarray
     tokens: np.ndarray
-    wave: int = 0
+    batch: int = 0
     step: int = 0
     hop: int = 0
     flags: Flags = NO_FLAGS
     reason: Nack = Nack.NONE
     tensors: tuple[np.ndarray, ...] = ()
-    timings: tuple[Timing, ...] = ()
+    timings: tuple[StageTiming, ...] = ()
     traceparent: str | None = None
     # what reading it found, not sent
     stored_bytes: int = field(default=0, repr=False)
@@ -109,7 +109,7 @@ class Frame:
             return subjects.frames(model, hop.layers, hop.shard)
         return subjects.tokens(model, self.coordinator)
 
-    def forward(self, hidden: np.ndarray, timing: Timing) -> Frame:
+    def forward(self, hidden: np.ndarray, timing: StageTiming) -> Frame:
         """The same step on its way to the next stage, with hidden state [m, D]."""
         following = Frame(
             self.kind,
@@ -121,7 +121,7 @@ class Frame:
             self.positions,
             self.slots,
             self.tokens,
-            self.wave,
+            self.batch,
             self.step,
             self.hop + 1,
             self.flags,
@@ -133,7 +133,7 @@ class Frame:
         following.came_as = self.head
         return following
 
-    def answer(self, kind: Kind, timing: Timing, *, tokens: np.ndarray | None = None, tensors: tuple[np.ndarray, ...] = ()) -> Frame:
+    def answer(self, kind: Kind, timing: StageTiming, *, tokens: np.ndarray | None = None, tensors: tuple[np.ndarray, ...] = ()) -> Frame:
         """What the last stage tells the coordinator: TOKENS, with their positions, or ACK."""
         positions = self.positions
         if self.kind is Kind.PREFILL:

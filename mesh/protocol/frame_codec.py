@@ -7,7 +7,7 @@ A step is a frame that visits every stage of its route and comes back:
 It carries its route, so a stage knows the next subject from the frame alone; and a row of the table for each session in it.
 A stage that cannot take some of the rows leaves them out and tells the coordinator with a NACK frame.
 
-    header     magic "SMsh", version u8, kind u8, flags u16, model hash 8 bytes, wave u32, step u64, hop u8, hops u8,
+    header     magic "SMsh", version u8, kind u8, flags u16, model hash 8 bytes, batch u32, step u64, hop u8, hops u8,
                reason u8, tensors u8, rows u16, timings u8, route length u16, coordinator length u8, tokens u32
     route      for each hop: start u16, stop u16, name length u8, name
     coordinator, traceparent (26 bytes, when flag TRACED)
@@ -31,10 +31,23 @@ import numpy as np
 
 from mesh.errors import FrameRejected
 from mesh.protocol import subjects, tensor_codec
-from mesh.protocol.frame import Flags, Frame, Hop, Kind, Nack, Timing
+from mesh.protocol.frame import Flags, Frame, Hop, Kind, Nack, StageTiming
 from mesh.types import LayerRange
 
-__all__ = ["MAX_FRAME_BYTES", "REASONS", "VERSION", "Flags", "Frame", "Hop", "Kind", "Nack", "Timing", "decode", "encode", "overhead_bytes"]
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "REASONS",
+    "VERSION",
+    "Flags",
+    "Frame",
+    "Hop",
+    "Kind",
+    "Nack",
+    "StageTiming",
+    "decode",
+    "encode",
+    "overhead_bytes",
+]
 
 VERSION: Final = 1
 MAGIC: Final = b"SMsh"
@@ -75,7 +88,7 @@ _STEP = struct.Struct("<IQ")
 _ALIGN = 16
 _PADDING = bytes(_ALIGN)
 _U8, _U4, _I4 = (np.dtype(name) for name in ("<u8", "<u4", "<i4"))  # by name numpy looks them up in every call
-_KIND_AT, _HASH_AT, _WAVE_AT, _HOP_AT, _TENSORS_AT, _TIMINGS_AT = 5, 8, 16, 28, 31, 34
+_KIND_AT, _HASH_AT, _BATCH_AT, _HOP_AT, _TENSORS_AT, _TIMINGS_AT = 5, 8, 16, 28, 31, 34
 """In the header."""
 
 _ALL_FLAGS: Final = sum(Flags)
@@ -115,7 +128,7 @@ def _table(frame: Frame) -> list[Any]:
     route = _encode_route(frame.route)
     counts = (frame.hop, len(frame.route), frame.reason, len(frame.tensors), frame.rows, len(frame.timings))
     lengths = (len(route), len(name), len(frame.tokens))
-    header = _HEADER.pack(MAGIC, VERSION, frame.kind, flags, bytes.fromhex(frame.model_hash), frame.wave, frame.step, *counts, *lengths)
+    header = _HEADER.pack(MAGIC, VERSION, frame.kind, flags, bytes.fromhex(frame.model_hash), frame.batch, frame.step, *counts, *lengths)
     parts: list[Any] = [header, route, name]
     if frame.traceparent:
         parts.append(_encode_trace(frame.traceparent))
@@ -138,7 +151,7 @@ def _next_hop(frame: Frame) -> list[Any]:
     return [before, _timing(frame.timings[-1])]
 
 
-def _timing(timing: Timing) -> bytes:
+def _timing(timing: StageTiming) -> bytes:
     queue_us, compute_us, codec_us = timing
     return _TIMING.pack(min(queue_us, _MOST_US), min(compute_us, _MOST_US), min(codec_us, _MOST_US))
 
@@ -199,17 +212,17 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
     body = size - _CRC.size
     if zlib.crc32(data) != _SUMMED:
         raise reject("checksum", "its checksum is wrong")
-    hash_ = data[_HASH_AT:_WAVE_AT].hex()
+    hash_ = data[_HASH_AT:_BATCH_AT].hex()
     if model_hash is not None and hash_ != model_hash:
         raise reject("model", f"it is of model {hash_}, and here is {model_hash}")
     layout = _layout(data[_KIND_AT:_HASH_AT] + data[_HOP_AT : _HEADER.size])
     if layout.tensors_at > body:
         raise reject("length", f"{layout.tensors_at:,} bytes are announced where {body:,} are left")
-    wave, step = _STEP.unpack_from(data, _WAVE_AT)
+    batch, step = _STEP.unpack_from(data, _BATCH_AT)
     route, coordinator = _read_names(data[_HEADER.size : layout.trace_at], layout.hops, layout.name_length)
     n, at = layout.rows, layout.sessions_at
     end = layout.tensors_at
-    timings = tuple(map(Timing._make, _TIMING.iter_unpack(data[layout.timings_at : end])))
+    timings = tuple(map(StageTiming._make, _TIMING.iter_unpack(data[layout.timings_at : end])))
     tensors: tuple[np.ndarray, ...] = ()
     if layout.tensors:
         tensors, end = _read_tensors(data, end, body, layout)
@@ -225,7 +238,7 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
         np.frombuffer(data, _U4, n, at + 12 * n),
         np.frombuffer(data, _U4, layout.hops * n, at + 16 * n).reshape(layout.hops, n),
         np.frombuffer(data, _I4, layout.tokens, at + (16 + 4 * layout.hops) * n),
-        wave,
+        batch,
         step,
         layout.hop,
         layout.flags,

@@ -56,7 +56,7 @@ def test_tokens_equal_those_of_one_process(count: int, run: Run, server: NatsSer
     run(work())
 
 
-def test_sessions_of_one_wave_join_and_leave(run: Run, server: NatsServer, model: Path, pipeline: Pipeline) -> None:
+def test_sessions_of_one_decode_batch_join_and_leave(run: Run, server: NatsServer, model: Path, pipeline: Pipeline) -> None:
     """Rows of different lengths step together, in any order and company."""
 
     async def work() -> None:
@@ -121,9 +121,9 @@ def test_timings_of_every_stage_and_the_trace_come_back(run: Run, server: NatsSe
         async with shards(server.url, model, ranges(3)) as running, Driver.on(server.url, model, running) as driver:
             await driver.open(1, 1)
             trace = "00-" + "5" * 32 + "-" + "6" * 16 + "-01"
-            await driver.send(driver.frame(Kind.PREFILL, [1], [0], [3], flags=Flags.FINAL, traceparent=trace, wave=9))
+            await driver.send(driver.frame(Kind.PREFILL, [1], [0], [3], flags=Flags.FINAL, traceparent=trace, batch=9))
             answer = await driver.answer()
-            assert answer.traceparent == trace and answer.wave == 9
+            assert answer.traceparent == trace and answer.batch == 9
             assert len(answer.timings) == 3 and all(timing.compute_us > 0 for timing in answer.timings)
 
     run(work())
@@ -141,7 +141,7 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
             sent = 0
             while len(tokens) < 10:
                 good = driver.frame(Kind.DECODE, [1], [len(prompt) + len(tokens) - 1], tokens[-1:])
-                second = good.forward(random.standard_normal((1, 32), np.float32), frame_codec.Timing())
+                second = good.forward(random.standard_normal((1, 32), np.float32), frame_codec.StageTiming())
                 for hop, base in enumerate((good, second)):
                     subject = base.subject("tiny")
                     data = frame_codec.encode(base)
@@ -154,7 +154,7 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
                     bad = [bytes(flipped), bytes(versioned), data[:-3], b"", random.bytes(200), b'{"session": 1}']
                     bad += [frame_codec.encode(replace(base, model_hash="f" * 16)), frame_codec.encode(other_shard)]
                     bad += [frame_codec.encode(short_route), frame_codec.encode(replace(base, tokens=np.array([10**6], np.int32)))]
-                    bad += [frame_codec.encode(base.answer(Kind.TOKENS, frame_codec.Timing(), tokens=base.tokens))]
+                    bad += [frame_codec.encode(base.answer(Kind.TOKENS, frame_codec.StageTiming(), tokens=base.tokens))]
                     if hop:
                         bad += [frame_codec.encode(replace(base, tensors=(np.zeros((1, 31), np.float32),)))]
                         bad += [frame_codec.encode(replace(base, tensors=(np.zeros((1, 32), np.float16),)))]

@@ -26,6 +26,10 @@ MOST_LINES = 750
 FRESH_INTERPRETERS = {"tests/unit/test_imports.py", "tests/unit/commands/test_cli.py"}
 """Unit tests that ask a new Python process what it imports."""
 
+HTTP_DOCUMENTS = {"mesh/gateway/bodies.py", "mesh/gateway/schema.py", "mesh/gateway/openai_schema.py"}
+ONE_THING = {"BatchResult", "ChatMessage", "Timing", "TokenLogprob", "Usage"}
+"""Classes whose document in the HTTP APIs has the same name, because the name stands in the OpenAPI description."""
+
 FOLDERS = ("mesh", "tests", "bench", "docs", "nats")
 PATH = re.compile(rf"(?<![\w./:*-])(?:{'|'.join(FOLDERS)})/[\w./*{{}}<>-]*(?:\.[a-z]+\b|/)(?![\w*])")
 DOTTED = re.compile(r"(?<![\w./$:@-])mesh(?:\.\w+)+(?![\w/*-]|\.\*)")
@@ -170,3 +174,14 @@ def test_a_sleep_in_a_test_says_why() -> None:
         (path, number, line) for path in (ROOT / "tests").rglob("*.py") for number, line in enumerate(path.read_text().splitlines(), 1)
     ]
     assert not [f"{label(path)}:{number}" for path, number, line in lines if sleep.search(line) and path != Path(__file__)]
+
+
+def test_a_class_name_means_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(label(path))
+    twice = {name: set(files) for name, files in homes.items() if len(files) > 1}
+    assert {name: files for name, files in twice.items() if not (name in ONE_THING and len(files - HTTP_DOCUMENTS) <= 1)} == {}
+    assert twice.keys() == ONE_THING

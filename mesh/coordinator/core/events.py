@@ -27,7 +27,6 @@ __all__ = [
     "FrameRow",
     "OpenRefused",
     "OpenRow",
-    "Opened",
     "Probe",
     "ProbeAnswered",
     "Rejected",
@@ -35,6 +34,7 @@ __all__ = [
     "ReplicaSeen",
     "Result",
     "ResultRow",
+    "RowOpened",
     "Submit",
     "Suspicion",
     "Tick",
@@ -78,7 +78,7 @@ class ReplicaGone:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class RowOpened:
     """`shard` opened row `row` for epoch `epoch` of the session `key`, as stage `stage` of its route or as that stage's mirror. `filled`:
     the positions that the row holds already."""
 
@@ -166,7 +166,7 @@ Event = (
     | FinishSession
     | ReplicaSeen
     | ReplicaGone
-    | Opened
+    | RowOpened
     | OpenRefused
     | Result
     | FrameLost
@@ -181,7 +181,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class OpenRow:
-    """Ask `shard` (None: the queue group of `layers`) for a row. What follows is an Opened or an OpenRefused. `keep`: a shard
+    """Ask `shard` (None: the queue group of `layers`) for a row. What follows is a RowOpened or an OpenRefused. `keep`: a shard
     that has a row of the session already may keep so many positions of it. `mirror`: the shard is to follow the frames of the stage."""
 
     key: int

@@ -16,7 +16,7 @@ import orjson
 
 from mesh.bus import Subscription
 from mesh.client import AsyncMeshClient
-from mesh.client.board import Board
+from mesh.client.read_model import MeshReadModel
 from mesh.errors import MeshError
 from mesh.protocol.events import Event
 
@@ -39,7 +39,7 @@ class Watch:
     """`stream` for each viewer, `snapshot` for one answer; `end`, and `close`, which waits."""
 
     def __init__(self, client: AsyncMeshClient, *, interval_s: float = INTERVAL_S) -> None:
-        self.board = Board()
+        self.read_model = MeshReadModel()
         self.viewers = 0
         self.looks = 0
         self._client = client
@@ -88,11 +88,11 @@ class Watch:
             self._start()
             while not self._document and not self._ended:  # the first look brings what happened before
                 await self._round.wait()
-            yield _sse("history", orjson.dumps(self.board.history()))
-            sent, said = b"", self.board.event_number
+            yield _sse("history", orjson.dumps(self.read_model.history()))
+            sent, said = b"", self.read_model.event_number
             while not self._ended:
                 following = self._round
-                for number, event in list(self.board.events):
+                for number, event in list(self.read_model.events):
                     if number > said:
                         said = number
                         yield _sse("event", orjson.dumps(event))
@@ -134,17 +134,19 @@ class Watch:
                     self._subscription = await self._client.watch_events(self._on_event)
                     await self._remember()
                 status, stats = await asyncio.gather(self._client.status(), self._client.shard_stats())
-            self.board.look(status, stats, now=time.monotonic(), unix_s=time.time())
+            self.read_model.look(status, stats, now=time.monotonic(), unix_s=time.time())
             self._broken = False
         except (MeshError, TimeoutError) as error:
             reason = str(error) if isinstance(error, MeshError) else str(_unreachable())
-            self.board.failed(reason, now=time.monotonic(), unix_s=time.time())
+            self.read_model.failed(reason, now=time.monotonic(), unix_s=time.time())
         except Exception:  # a defect here must not end the picture for everyone
             if not self._broken:  # once, not each second
                 log.exception("looking at the mesh")
             self._broken = True
-            self.board.failed("The gateway could not read the mesh's state; its log says why.", now=time.monotonic(), unix_s=time.time())
-        self._document = orjson.dumps(self.board.snapshot())
+            self.read_model.failed(
+                "The gateway could not read the mesh's state; its log says why.", now=time.monotonic(), unix_s=time.time()
+            )
+        self._document = orjson.dumps(self.read_model.snapshot())
         self._wake()
 
     async def _remember(self) -> None:
@@ -152,12 +154,12 @@ class Watch:
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S / 2):
                 for event in [event async for event in self._client.events(last=REMEMBERED)]:
-                    self.board.happened(event)
+                    self.read_model.happened(event)
         except (MeshError, TimeoutError) as error:
             log.info("no events of the past: %s", error)
 
     def _on_event(self, event: Event) -> None:
-        self.board.happened(event)
+        self.read_model.happened(event)
         self._soon.set()
         self._wake()
 

@@ -20,7 +20,7 @@ from mesh.client.results import CoordinatorStatus, MeshStatus
 from mesh.protocol.events import Event
 from mesh.protocol.status import SessionReport, ShardLease, ShardStats
 
-__all__ = ["Board", "Point"]
+__all__ = ["MeshReadModel", "Point"]
 
 GHOST_S = 30.0
 SUSPECTED_S = 6.0
@@ -50,7 +50,7 @@ class _Ghost:
     orderly: bool
 
 
-class Board:
+class MeshReadModel:
     """See the module's docstring. `now` is any clock of seconds that never goes back."""
 
     def __init__(self) -> None:
