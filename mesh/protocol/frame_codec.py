@@ -1,11 +1,11 @@
-"""Frames: what travels between coordinator and shards on the token path. Binary, little-endian, one message a frame.
+"""Frames on the wire, between coordinator and shards. Binary, little-endian, one message for each frame.
 
 A step is a frame that visits every stage of its route and comes back:
 
     coordinator --PREFILL/DECODE, token ids--> stage 0 --the same, hidden state--> stage 1 ... last stage --TOKENS/ACK--> coordinator
 
-It carries its route, so a stage knows the next subject from the frame alone; and a row of the table for each session in it.
-A stage that cannot take some of the rows leaves them out and tells the coordinator with a NACK frame.
+A frame carries its route, so a stage knows the next subject from the frame alone. It also carries a table with one row for each session.
+A stage that cannot compute some of the rows leaves them out and reports them to the coordinator in a NACK frame.
 
     header     magic "SMsh", version u8, kind u8, flags u16, model hash 8 bytes, batch u32, step u64, hop u8, hops u8,
                reason u8, tensors u8, rows u16, timings u8, route length u16, coordinator length u8, tokens u32
@@ -16,7 +16,7 @@ A stage that cannot take some of the rows leaves them out and tells the coordina
     tensors    for each: dtype u8, rank u8, dimensions u32, stored bytes u32; then their bytes, each 16-byte aligned
     checksum   CRC-32 of all before it
 
-Reading never trusts a length: whatever is wrong is a FrameRejected whose `reason` is one of REASONS.
+`decode` trusts no length. Anything wrong raises FrameRejected, whose `reason` is one of REASONS.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 
 VERSION: Final = 1
 MAGIC: Final = b"SMsh"
-MAX_FRAME_BYTES: Final = 64 * 1024 * 1024  # NATS's own largest max_payload; also the most a compressed frame may unfold to
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024  # the largest max_payload of NATS; also the limit of a frame after decompression
 MAX_ROWS: Final = 4096
 MAX_HOPS: Final = 64
 MAX_TENSORS: Final = 4
@@ -71,7 +71,7 @@ REASONS: Final = (
     "too_large",
     "input",
 )
-"""Everything a rejected frame is counted under."""
+"""The names under which rejected frames are counted."""
 
 _HEADER = struct.Struct("<4sBBH8sIQBBBBHBHBI")
 _COUNTS = struct.Struct("<BHBBBBHBHBI")  # kind and flags, then what follows the step
@@ -81,18 +81,18 @@ _TENSOR = struct.Struct("<BB")
 _TENSOR_OF = tuple(struct.Struct(f"<BB{rank}II") for rank in range(5))  # by rank
 _CRC = struct.Struct("<I")
 _SUMMED: Final = 0x2144DF1C
-"""The CRC-32 of whatever ends with its own."""
+"""The CRC-32 of any message that ends with its own CRC-32."""
 _MOST_US: Final = 2**32 - 1
 _TRACE = struct.Struct("<B16s8sB")
 _STEP = struct.Struct("<IQ")
 _ALIGN = 16
 _PADDING = bytes(_ALIGN)
-_U8, _U4, _I4 = (np.dtype(name) for name in ("<u8", "<u4", "<i4"))  # by name numpy looks them up in every call
+_U8, _U4, _I4 = (np.dtype(name) for name in ("<u8", "<u4", "<i4"))  # made once: numpy looks a name up in every call
 _KIND_AT, _HASH_AT, _BATCH_AT, _HOP_AT, _TENSORS_AT, _TIMINGS_AT = 5, 8, 16, 28, 31, 34
-"""In the header."""
+"""Offsets in the header."""
 
 _ALL_FLAGS: Final = sum(Flags)
-_FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))  # making a member anew is slow
+_FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))  # made once: making a member is slow
 _BF16, _ZSTD, _TRACED, _FINAL = (int(flag) for flag in (Flags.BF16, Flags.ZSTD, Flags.TRACED, Flags.FINAL))
 _KINDS: Final = {int(kind): kind for kind in Kind}
 _NACKS: Final = {int(nack): nack for nack in Nack}
@@ -107,7 +107,7 @@ def reject(reason: str, message: str) -> FrameRejected:
 
 
 def encode(frame: Frame) -> bytes:
-    """The frame as one message. A ValueError is a frame that was put together wrongly, never the network's fault."""
+    """The frame as one message. ValueError: the caller put the frame together wrongly; the network is never the cause."""
     parts = _next_hop(frame) if frame.came_as else _table(frame)
     if frame.tensors:
         _append_tensors(parts, frame.tensors, int(frame.flags))
@@ -145,7 +145,7 @@ def _table(frame: Frame) -> list[Any]:
 
 
 def _next_hop(frame: Frame) -> list[Any]:
-    """The same of a frame that came and goes on: as it came, but for the hop and one more timing."""
+    """The same for a frame that is passed on: its bytes as they arrived, with the next hop and one more timing."""
     before = bytearray(frame.came_as)
     before[_HOP_AT], before[_TENSORS_AT], before[_TIMINGS_AT] = frame.hop, len(frame.tensors), len(frame.timings)
     return [before, _timing(frame.timings[-1])]
@@ -184,7 +184,7 @@ def _encode_trace(traceparent: str) -> bytes:
 
 
 def overhead_bytes(rows: int, tokens: int, hops: int) -> int:
-    """An upper bound of a frame's size without its tensors' bytes: what sizes a prefill chunk to max_payload."""
+    """An upper bound of a frame's size without the bytes of its tensors. Prefill chunks are sized to max_payload with it."""
     fixed = _HEADER.size + _TRACE.size + subjects.MAX_TOKEN + _CRC.size
     return (
         fixed
@@ -199,7 +199,8 @@ def overhead_bytes(rows: int, tokens: int, hops: int) -> int:
 
 
 def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
-    """The frame in `data`; FrameRejected otherwise. `model_hash`: refuse every other model's. Arrays share `data`'s memory."""
+    """The frame in `data`. FrameRejected: there is none. `model_hash`: frames of other models are rejected. The arrays share the memory
+    of `data`."""
     size = len(data)
     if size < _HEADER.size + _CRC.size:
         raise reject("truncated", f"{size} bytes are less than a header")
@@ -253,7 +254,7 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
 
 
 class _Layout(NamedTuple):
-    """What the counts of a header say, and where in a message that puts what."""
+    """The counts of a header, and the offsets in the message that follow from them."""
 
     kind: Kind
     flags: Flags
@@ -275,7 +276,7 @@ class _Layout(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _layout(counts: bytes) -> _Layout:
-    """Of a header's counts, which are the same for frame after frame."""
+    """The layout for a header's counts. Cached, because they are the same for frame after frame."""
     kind_, flags_, hop, hops, reason_, tensors, n, timings, route_length, name_length, m = _COUNTS.unpack(counts)
     kind, reason = _KINDS.get(kind_), _NACKS.get(reason_)
     if kind is None or reason is None:
@@ -296,7 +297,7 @@ def _layout(counts: bytes) -> _Layout:
 
 
 def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int, flags: Flags, reason: Nack) -> tuple[str, str] | None:
-    """(reason, what is wrong) of counts that cannot be."""
+    """(reason, what is wrong) if the counts contradict each other."""
     if not 1 <= hops <= MAX_HOPS or hop >= hops:
         return "route", f"hop {hop} of {hops}"
     if not 1 <= n <= MAX_ROWS:
@@ -325,7 +326,7 @@ def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int
 
 @lru_cache(maxsize=256)
 def _read_names(data: bytes, hops: int, name_length: int) -> tuple[tuple[Hop, ...], str]:
-    """(route, coordinator), which are the same for frame after frame."""
+    """(route, coordinator). Cached, because they are the same for frame after frame."""
     route: list[Hop] = []
     at, end = 0, len(data) - name_length
     for _ in range(hops):
@@ -389,6 +390,6 @@ def _read_tensors(data: bytes, at: int, body: int, layout: _Layout) -> tuple[tup
 
 @lru_cache(maxsize=256)
 def _tensor(entry: bytes) -> tuple[int, tuple[int, ...], int]:
-    """(type, shape, stored bytes) of an entry of the tensors' table, which is the same for frame after frame."""
+    """(type, shape, stored bytes) of an entry of the tensors' table. Cached, because it is the same for frame after frame."""
     code, _, *shape, stored = _TENSOR_OF[entry[1]].unpack(entry)
     return code, tuple(shape), stored

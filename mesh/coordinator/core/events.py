@@ -52,7 +52,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class CancelSession:
-    """The client wants no more. `gone`: it does not listen any more; if it does after all, it may ask again."""
+    """The client cancels. `gone`: the client has stopped listening; if it listens after all, it may send the request again."""
 
     session: str
     gone: bool = False
@@ -72,7 +72,7 @@ class ReplicaSeen:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaGone:
-    """The shard's lease ended, or nobody listens on its subject."""
+    """The shard's lease ended, or no process listens on its subject."""
 
     shard: str
 
@@ -145,12 +145,12 @@ class ProbeAnswered:
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """Some connection to the server has ended: it may have been a shard's."""
+    """A connection to the NATS server has ended. It may have been a shard's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """This coordinator's own connection was lost, or is back. Without it, silence says nothing about anyone."""
+    """This coordinator's own connection was lost, or is back. Without it, silence says nothing about shards or other coordinators."""
 
     online: bool
 
@@ -206,7 +206,7 @@ class CloseRow:
 @dataclass(frozen=True, slots=True)
 class Probe:
     """Find out whether `shard` lives and which steps it has. What follows is a ProbeAnswered with the same `asked_at`, a ReplicaGone if
-    nobody listens there, or nothing."""
+    no process listens there, or nothing."""
 
     shard: str
     asked_at: float

@@ -84,7 +84,7 @@ class Core:
         self._count = 0
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """What follows from `event`; to be carried out in order. `now`: seconds of any one clock."""
+        """The effects of `event`, to be carried out in order. `now`: seconds on any one clock."""
         state = self._state
         state.now = now
         state.effects = []
