@@ -1,8 +1,8 @@
-"""Whether a token can be generated now: not whether processes answer.
+"""Whether the mesh can generate a token now. That its processes answer is not enough.
 
-A model is ready when its coordinators know a whole chain of ranges with a replica that is ready, and a step came back from the last
-stage within `fresh_s`; when the last one is older, because nobody asked for anything, two tokens are generated to see. What was
-found serves whoever asks within half a second, and one look serves all that ask at once.
+A model is ready when its coordinators know a ready replica for every layer range, and a step came back from the last stage within
+`fresh_s`. If the last step is older, because there was no request, two tokens are generated as a check. A report is reused for half a
+second, and requests that come at the same time share one check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STATUS_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RangeReport:
-    """A layer range as `A-B`, the shards that are ready for it, and those that are there and are not."""
+    """A layer range as `A-B`, the shards that are ready for it, and its other shards."""
 
     layers: str
     ready: tuple[str, ...]
@@ -34,7 +34,7 @@ class RangeReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """last_step_s: how long ago a step came back, None where none has. probed: two tokens were generated to see."""
+    """last_step_s: how long ago a step came back; None: none has. probed: two tokens were generated as a check."""
 
     model: str
     ready: bool
@@ -59,7 +59,7 @@ class HealthReport:
 
 
 class HealthMonitor:
-    """See the module's docstring. `default`: the model that must be there."""
+    """See the module's docstring. `default`: the model that must be served."""
 
     def __init__(
         self, client: AsyncMeshClient, models: KnownModels, *, default: str | None, fresh_s: float = 2.0, probe_timeout_s: float = 5.0
@@ -74,7 +74,7 @@ class HealthMonitor:
         self._looking: asyncio.Task[HealthReport] | None = None
 
     async def check(self) -> HealthReport:
-        """Never raises for a mesh that is not well: that is the report."""
+        """The report. It never raises because of the mesh: what is wrong with the mesh stands in the report."""
         if self._report is not None and time.monotonic() - self._looked_at < _CACHED_S:
             return self._report
         if self._looking is None:
@@ -118,7 +118,7 @@ class HealthMonitor:
         return ModelReport(model, not reason, reason, last_step_s if reason else 0.0, True, ranges)
 
     async def _probe(self, model: str) -> str:
-        """Generate two tokens; why it failed, or nothing."""
+        """Generate two tokens. Returns why that failed, or an empty text."""
         try:
             await self._client.generate(
                 tokens=[0], max_tokens=2, ignore_eos=True, temperature=0.0, model=model, timeout_s=self._probe_timeout_s
@@ -152,7 +152,7 @@ def _ranges(leases: Sequence[ShardLease]) -> tuple[RangeReport, ...]:
 
 
 def _what_lacks(leases: Sequence[ShardLease]) -> str:
-    """The first layers that no shard which is ready holds, for people."""
+    """A sentence that names the first layers without a ready shard."""
     if not leases:
         return "there is no shard"
     total = leases[0].total_layers

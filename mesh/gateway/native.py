@@ -50,7 +50,7 @@ async def inference(body: InferenceRequest, request: Request, gateway: Gateway =
 
 @admin.get("/api/v1/stats", response_model=StatsResponse)
 async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """Figures of the shards, the coordinators and this gateway."""
+    """The statistics of the shards, the coordinators and this gateway."""
     status = await gateway.client.status()
     return _json(
         {
@@ -76,7 +76,7 @@ async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceI
 
 
 def _most(gateway: Gateway, item: InferenceItem) -> int:
-    """Tokens it may generate."""
+    """The most tokens that the request may generate."""
     return item.max_tokens or gateway.settings.limits.default_max_tokens
 
 

@@ -1,4 +1,4 @@
-"""The documents of OpenAI's API, as far as a mesh can do what they ask. What it cannot is refused by name, not passed over."""
+"""The documents of OpenAI's API, as far as a mesh supports them. A field that it does not support is refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 class StreamOptions(RequestBody):
     include_usage: bool = False
-    include_obfuscation: bool = False  # nothing is added to hide the length of tokens either way
+    include_obfuscation: bool = False  # accepted, but nothing is ever added to hide the length of tokens
 
 
 class TextPart(RequestBody):
@@ -35,7 +35,7 @@ class TextPart(RequestBody):
 
 
 class ChatMessage(RequestBody):
-    """`content` is a text or parts of one. A developer's message is a system's."""
+    """`content` is a text or parts of one. The role developer means system."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -65,10 +65,10 @@ def _describe(schema: dict[str, Any]) -> None:
 
 
 class Common(SamplingFields, RequestBody):
-    """What both kinds of completion have. A sampling parameter that is null has its default.
+    """The fields of both kinds of completion. A sampling parameter that is null has its default.
 
-    The sampling parameters that OpenAI does not have, and ignore_eos, are additions. Where OpenAI's range or default is another one,
-    OpenAI's holds.
+    ignore_eos and the sampling parameters that OpenAI does not have are additions. Where OpenAI's range or default differs from the
+    mesh's, OpenAI's holds.
     """
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -95,8 +95,8 @@ class Common(SamplingFields, RequestBody):
         return {name: value for name, value in values.items() if value is not None or name not in SamplingFields.model_fields}
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of mesh.protocol.generation.Generate that were given, and the temperature; without seed and logprobs, which are
-        written in another way here."""
+        """The fields of mesh.protocol.generation.Generate that the request has, and the temperature. Without seed and logprobs, which
+        have another form in OpenAI's API."""
         names = {*SamplingFields.model_fields, "ignore_eos"} - {"seed", "logprobs"}
         given = self.model_dump(include=names & self.model_fields_set | {"temperature"}, exclude_none=True)
         if self.stop:
@@ -104,7 +104,7 @@ class Common(SamplingFields, RequestBody):
         return given
 
     def seed_of(self, choice: int) -> int | None:
-        """Choices of one request differ, and are the same again for the same seed."""
+        """The seed of one choice. Choices of one request differ; the same seed makes the same choices again."""
         return None if self.seed is None else (self.seed + choice) % 2**63
 
 
@@ -135,7 +135,7 @@ class ChatRequest(Common):
 
 
 class CompletionRequest(Common):
-    """`prompt`: a text, several, token ids, or several of these. It goes as it is, without a chat template."""
+    """`prompt`: a text, several texts, token ids, or several lists of token ids. It is used as it is, without a chat template."""
 
     prompt: str | list[str] | list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | list[list[Annotated[int, Field(ge=0, le=_MAX_INT)]]]
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -149,7 +149,7 @@ class CompletionRequest(Common):
         return self
 
     def prompts(self) -> list[dict[str, Any]]:
-        """Each as the field of mesh.protocol.generation.Generate that it is."""
+        """Each prompt as fields of mesh.protocol.generation.Generate."""
         if isinstance(self.prompt, str):
             return [{"prompt": self.prompt, "raw": True}]
         if all(isinstance(part, int) for part in self.prompt):

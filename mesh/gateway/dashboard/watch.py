@@ -1,7 +1,7 @@
-"""One look at the mesh for all viewers: it is looked at while someone views the page, once a second, however many they are.
+"""One look at the mesh for all viewers: once a second while the page has viewers, however many there are.
 
-Viewers wait on a shared round; each takes the newest snapshot and the events it has not seen, so a slow one misses snapshots and
-holds nothing back. An event is passed on at once, and followed by a look.
+Viewers wait for a shared round. Each takes the newest snapshot and the events that it has not seen. So a slow viewer misses snapshots and
+delays no other. An event is passed on at once, and a look follows it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ log = logging.getLogger("mesh.dashboard")
 
 INTERVAL_S = 1.0
 LINGER_S = 5.0
-"""A page that is loaded again finds the look still going, and the series without a gap."""
+"""The looks go on for this time after the last viewer left, so that a page that is reloaded has a series without a gap."""
 SETTLE_S = 0.15
-"""From an event to the look that follows it: events come in bunches."""
+"""The time from an event to the look that follows it; events come in bunches."""
 LOOK_TIMEOUT_S = 5.0
 REMEMBERED = 30
-"""Events of before that a page begins with."""
+"""The number of past events that a page begins with."""
 VIEWERS = 64
 
 
 class Watch:
-    """`stream` for each viewer, `snapshot` for one answer; `end`, and `close`, which waits."""
+    """`stream` serves one viewer, `snapshot` one request. `end` ends all streams; `close` also waits for the look to stop."""
 
     def __init__(self, client: AsyncMeshClient, *, interval_s: float = INTERVAL_S) -> None:
         self.read_model = MeshReadModel()
@@ -54,7 +54,7 @@ class Watch:
         self._ended = False
 
     def end(self) -> None:
-        """Let every viewer go: a page that is watched must not hold up who wants to stop."""
+        """End every viewer's stream, so that an open page does not keep the process from stopping."""
         self._ended = True
         self._wake()
 
@@ -71,22 +71,22 @@ class Watch:
 
     @property
     def full(self) -> bool:
-        """More viewers are not taken."""
+        """Whether there are as many viewers as are allowed."""
         return self.viewers >= VIEWERS
 
     async def snapshot(self) -> bytes:
-        """The newest one; at most two intervals old."""
+        """The newest snapshot; at most two intervals old."""
         self._start()
         while self._document == b"":
             await self._round.wait()
         return self._document
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events: `history` once, then `snapshot` after each look and `event` as they come. Not to be begun while `full`."""
+        """Server-sent events: `history` once, then `snapshot` after each look, and each `event` as it comes. Not while `full`."""
         self.viewers += 1
         try:
             self._start()
-            while not self._document and not self._ended:  # the first look brings what happened before
+            while not self._document and not self._ended:  # the first look also fetches the past events
                 await self._round.wait()
             yield _sse("history", orjson.dumps(self.read_model.history()))
             sent, said = b"", self.read_model.event_number
@@ -109,7 +109,7 @@ class Watch:
     def _start(self) -> None:
         self._idle_since = time.monotonic()
         if self._task is None or self._task.done():
-            self._document = b""  # what was seen long ago is no news
+            self._document = b""  # the last snapshot is old
             self._task = asyncio.get_running_loop().create_task(self._run(), name="dashboard")
 
     async def _run(self) -> None:
@@ -139,7 +139,7 @@ class Watch:
         except (MeshError, TimeoutError) as error:
             reason = str(error) if isinstance(error, MeshError) else str(_unreachable())
             self.read_model.failed(reason, now=time.monotonic(), unix_s=time.time())
-        except Exception:  # a defect here must not end the picture for everyone
+        except Exception:  # a defect here must not end the page for all viewers
             if not self._broken:  # once, not each second
                 log.exception("looking at the mesh")
             self._broken = True
@@ -150,7 +150,7 @@ class Watch:
         self._wake()
 
     async def _remember(self) -> None:
-        """What happened before anybody looked. Where it is not kept, what happens from now on is all there is."""
+        """Fetch the past events. If the mesh keeps none, the page shows only new ones."""
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S / 2):
                 for event in [event async for event in self._client.events(last=REMEMBERED)]:
