@@ -32,6 +32,7 @@ ONE_THING = {"BatchResult", "ChatMessage", "Timing", "TokenLogprob", "Usage"}
 
 FOLDERS = ("mesh", "tests", "bench", "docs", "nats")
 PATH = re.compile(rf"(?<![\w./:*-])(?:{'|'.join(FOLDERS)})/[\w./*{{}}<>-]*(?:\.[a-z]+\b|/)(?![\w*])")
+BELOW_TESTS = re.compile(r"`((?:unit|component|system)/[\w./*]+)`")
 DOTTED = re.compile(r"(?<![\w./$:@-])mesh(?:\.\w+)+(?![\w/*-]|\.\*)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SUBJECT = re.compile(r"mesh\.v\d")
@@ -130,6 +131,13 @@ def test_every_path_in_prose_exists(path: Path) -> None:
         if not PLACEHOLDER.search(found) and not (ROOT / found).exists()
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("path", PROSE, ids=label)
+def test_every_path_below_tests_exists(path: Path) -> None:
+    """A page that names many tests leaves out the folder `tests`."""
+    named = [(line, found) for line, text in said(path) for found in BELOW_TESTS.findall(text)]
+    assert not [f"{label(path)}:{line}: {found}" for line, found in named if not list((ROOT / "tests").glob(found))]
 
 
 @pytest.mark.parametrize("path", PROSE, ids=label)
