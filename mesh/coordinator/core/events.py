@@ -8,6 +8,7 @@ from typing import Any, Literal
 from mesh.coordinator.core.routing import Replica, Route
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import MeshError
+from mesh.protocol.events import EventKind
 from mesh.types import LayerRange
 
 __all__ = [
@@ -214,9 +215,9 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """An event of the mesh (messages.Event), for people and monitors. who: the shard that it is about."""
+    """An event of the mesh (mesh/protocol/events.py), for people and monitors. who: the shard that it is about."""
 
-    kind: Literal["suspected", "failed_over"]
+    kind: EventKind
     who: str
     detail: str
 
