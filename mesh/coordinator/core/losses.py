@@ -1,4 +1,4 @@
-"""What goes wrong, and how a session goes on.
+"""How the core answers losses: of a shard, a frame or a row. It decides how the sessions go on.
 
     a shard is gone, is another process, is suspected or drains  -> the sessions with rows there go another way
     a frame, or some of its rows, will not come back             -> the sessions in it go another way, or fail
