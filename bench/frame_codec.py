@@ -25,8 +25,8 @@ from mesh.protocol.frame import Frame, Hop, Kind, StageTiming
 from mesh.types import LayerRange
 
 WIDTH = 576
-ARRAYS = ("sessions", "epochs", "positions", "slots", "tokens")
-DTYPES = {"sessions": "<u8", "epochs": "<u4", "positions": "<u4", "slots": "<u4", "tokens": "<i4"}
+ARRAYS = ("sessions", "epochs", "positions", "stage_rows", "tokens")
+DTYPES = {"sessions": "<u8", "epochs": "<u4", "positions": "<u4", "stage_rows": "<u4", "tokens": "<i4"}
 
 
 def frame(rows: int, tokens: int) -> Frame:

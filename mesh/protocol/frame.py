@@ -68,7 +68,7 @@ class Frame:
     """A frame with n rows and m tokens. A frame is never changed. The class is not frozen, because making a frozen object takes three
     times as long, and three frames are made at every hop.
 
-    sessions [n] uint64; epochs [n] uint32; positions [n] uint32: the position of each row's first token; slots [hops, n] uint32: the
+    sessions [n] uint64; epochs [n] uint32; positions [n] uint32: the position of each row's first token; stage_rows [hops, n] uint32: the
     row of each session on each stage; tokens [m] int32: m == n, except PREFILL (n == 1 <= m), ACK and NACK (m == 0).
     tensors: in PREFILL and DECODE the hidden state [m, D], except on the way to the first stage; in TOKENS with log-probabilities
     (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN for a row that did not ask). Otherwise there are none.
@@ -82,7 +82,7 @@ class Frame:
     sessions: np.ndarray
     epochs: np.ndarray
     positions: np.ndarray
-    slots: np.ndarray
+    stage_rows: np.ndarray
     tokens: np.ndarray
     batch: int = 0
     step: int = 0
@@ -119,7 +119,7 @@ class Frame:
             self.sessions,
             self.epochs,
             self.positions,
-            self.slots,
+            self.stage_rows,
             self.tokens,
             self.batch,
             self.step,
@@ -160,7 +160,7 @@ class Frame:
             sessions=self.sessions[chosen],
             epochs=self.epochs[chosen],
             positions=self.positions[chosen] if positions is None else np.asarray(positions, np.uint32),
-            slots=self.slots[:, chosen],
+            stage_rows=self.stage_rows[:, chosen],
             tokens=np.zeros(0, np.int32),
             tensors=(),
             flags=self.flags & Flags.TRACED,
@@ -176,7 +176,7 @@ class Frame:
             sessions=self.sessions[rows],
             epochs=self.epochs[rows],
             positions=self.positions[rows],
-            slots=self.slots[:, rows],
+            stage_rows=self.stage_rows[:, rows],
             tokens=self.tokens[rows],
             tensors=tuple(tensor[rows] for tensor in self.tensors),
         )

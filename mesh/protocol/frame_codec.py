@@ -11,7 +11,7 @@ A stage that cannot compute some of the rows leaves them out and reports them to
                reason u8, tensors u8, rows u16, timings u8, route length u16, coordinator length u8, tokens u32
     route      for each hop: start u16, stop u16, name length u8, name
     coordinator, traceparent (26 bytes, when flag TRACED)
-    rows       session u64 [n], epoch u32 [n], position u32 [n], slot u32 [hops, n], tokens i32 [m]
+    rows       session u64 [n], epoch u32 [n], position u32 [n], row at each stage u32 [hops, n], tokens i32 [m]
     timings    for each stage passed: queue, compute, codec, in microseconds, u32 each
     tensors    for each: dtype u8, rank u8, dimensions u32, stored bytes u32; then their bytes, each 16-byte aligned
     checksum   CRC-32 of all before it
@@ -121,8 +121,10 @@ def _table(frame: Frame) -> list[Any]:
     problem = _shape_problem(frame.kind, n, m, hops, frame.hop, len(frame.tensors), frame.flags, frame.reason)
     if problem is not None:
         raise ValueError(problem[1])
-    if len(frame.epochs) != n or len(frame.positions) != n or frame.slots.shape != (hops, n):
-        raise ValueError(f"row table of {n} sessions, {len(frame.epochs)} epochs, {len(frame.positions)} positions, {frame.slots.shape}")
+    if len(frame.epochs) != n or len(frame.positions) != n or frame.stage_rows.shape != (hops, n):
+        raise ValueError(
+            f"row table of {n} sessions, {len(frame.epochs)} epochs, {len(frame.positions)} positions, {frame.stage_rows.shape}"
+        )
     flags = int(frame.flags) & ~_TRACED | (_TRACED if frame.traceparent else 0)
     name = subjects.check_token(frame.coordinator, "coordinator").encode()
     route = _encode_route(frame.route)
@@ -136,7 +138,7 @@ def _table(frame: Frame) -> list[Any]:
         (frame.sessions, _U8),
         (frame.epochs, _U4),
         (frame.positions, _U4),
-        (frame.slots, _U4),
+        (frame.stage_rows, _U4),
         (frame.tokens, _I4),
     ):
         parts.append((array if array.dtype == dtype else array.astype(dtype)).tobytes())

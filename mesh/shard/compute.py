@@ -69,7 +69,7 @@ def run_step(stage: Engine, frame: Frame, timing: Callable[[float], StageTiming]
     """Compute `frame` on `stage`. Returns the frame for the next stage, with the hidden state; on the last stage the answer, with the
     sampled tokens (or an ACK for a prefill chunk that is not the prompt's last). `timing(compute_s)` makes the record that the stage
     adds to the frame."""
-    rows = frame.slots[frame.hop]
+    rows = frame.stage_rows[frame.hop]
     hidden = frame.tensors[0] if frame.tensors else None
     began = time.perf_counter()
     result: Any

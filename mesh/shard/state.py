@@ -226,14 +226,14 @@ class ShardState:
         if self.queued >= self.shape.queue_limit:
             return self._refuse(frame, Nack.OVERLOADED)
         count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
-        slots = frame.slots[frame.hop].tolist()
+        here = frame.stage_rows[frame.hop].tolist()
         kept: list[int] = []
         refused: dict[Nack, list[tuple[int, int]]] = {}  # why -> (index, where to go on)
         for index, (session, epoch, start) in enumerate(
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
             reservation = self._reservations.get(session)
-            why = self._why_not(reservation, frame.coordinator, epoch, start, count, slots[index])
+            why = self._why_not(reservation, frame.coordinator, epoch, start, count, here[index])
             if why is Nack.NONE:
                 assert reservation is not None
                 kept.append(index)
@@ -257,7 +257,7 @@ class ShardState:
         nothing to compute."""
         self._check(frame, mine=False)
         kept: list[int] = []
-        slots: list[int] = []
+        rows: list[int] = []
         count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
         room = self.queued < self.shape.queue_limit
         for index, (session, epoch, start) in enumerate(
@@ -272,16 +272,16 @@ class ShardState:
                 self.missed += reservation is not None
                 continue
             kept.append(index)
-            slots.append(reservation.row)
+            rows.append(reservation.row)
             reservation.fill(frame.kind, start, count)
         if not kept:
             return None
         self.queued += 1
         self.followed += len(kept)
         mine = frame.only(np.array(kept, np.intp))
-        table = mine.slots.copy()
-        table[frame.hop] = slots
-        return replace(mine, slots=table)
+        table = mine.stage_rows.copy()
+        table[frame.hop] = rows
+        return replace(mine, stage_rows=table)
 
     def done(self) -> None:
         """An admitted or followed frame has been computed."""
@@ -311,12 +311,12 @@ class ShardState:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _why_not(self, reservation: Reservation | None, coordinator: str, epoch: int, start: int, count: int, slot: int) -> Nack:
+    def _why_not(self, reservation: Reservation | None, coordinator: str, epoch: int, start: int, count: int, row: int) -> Nack:
         if reservation is None or epoch > reservation.epoch:
             return Nack.UNKNOWN_SESSION
         if epoch < reservation.epoch:
             return Nack.STALE_EPOCH
-        if reservation.coordinator != coordinator or reservation.row != slot or start + count > self.shape.context:
+        if reservation.coordinator != coordinator or reservation.row != row or start + count > self.shape.context:
             return Nack.BAD_INPUT
         return Nack.HOLE if start > reservation.filled else Nack.NONE
 

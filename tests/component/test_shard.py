@@ -150,7 +150,9 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
                     versioned = bytearray(data)
                     versioned[4] = 9
                     other_shard = replace(base, route=tuple(replace(h, shard="nobody") for h in base.route))
-                    short_route = replace(base, route=base.route[hop : hop + 1], slots=base.slots[hop : hop + 1], hop=0, tensors=())
+                    short_route = replace(
+                        base, route=base.route[hop : hop + 1], stage_rows=base.stage_rows[hop : hop + 1], hop=0, tensors=()
+                    )
                     bad = [bytes(flipped), bytes(versioned), data[:-3], b"", random.bytes(200), b'{"session": 1}']
                     bad += [frame_codec.encode(replace(base, model_hash="f" * 16)), frame_codec.encode(other_shard)]
                     bad += [frame_codec.encode(short_route), frame_codec.encode(replace(base, tokens=np.array([10**6], np.int32)))]

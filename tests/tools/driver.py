@@ -68,7 +68,7 @@ class Driver:
         return [await self.bus.request(topics.CLOSE.at(hop.shard), message, timeout_s=10) for hop in self.route]
 
     def frame(self, kind: Kind, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int], **fields: Any) -> Frame:
-        slots = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
+        stage_rows = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
         return Frame(
             kind,
             self.manifest.model_hash,
@@ -77,7 +77,7 @@ class Driver:
             np.array(sessions, np.uint64),
             np.array([self.rows[session][0].epoch for session in sessions], np.uint32),
             np.array(positions, np.uint32),
-            np.array(slots, np.uint32),
+            np.array(stage_rows, np.uint32),
             np.array(tokens, np.int32),
             step=next(self._step),
             **{"flags": self.flags, **fields},

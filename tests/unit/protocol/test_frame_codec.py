@@ -69,7 +69,7 @@ def any_frame(draw: st.DrawFn) -> Frame:
 def same(one: Frame, other: Frame, *, bf16: bool = False) -> None:
     for name in ("kind", "model_hash", "coordinator", "route", "batch", "step", "hop", "reason", "timings", "traceparent"):
         assert getattr(one, name) == getattr(other, name), name
-    for name in ("sessions", "epochs", "positions", "slots", "tokens"):
+    for name in ("sessions", "epochs", "positions", "stage_rows", "tokens"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert len(one.tensors) == len(other.tensors)
     for a, b in zip(one.tensors, other.tensors, strict=True):
@@ -125,7 +125,7 @@ def test_a_lie_with_a_right_checksum_is_rejected_or_read_never_another_exception
     except FrameRejected as error:
         assert error.reason in frame_codec.REASONS
         return
-    assert len(read.sessions) == len(read.epochs) == len(read.positions) == read.slots.shape[1]
+    assert len(read.sessions) == len(read.epochs) == len(read.positions) == read.stage_rows.shape[1]
     assert all(tensor.nbytes <= frame_codec.MAX_FRAME_BYTES for tensor in read.tensors)
 
 
@@ -147,8 +147,8 @@ def test_another_version_is_rejected_as_such() -> None:
 def _decode_frame(rows: int = 3) -> Frame:
     route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 5), "b"))
     index = np.arange(rows, dtype=np.uint32)
-    slots = np.stack([index, index + 7])
-    return Frame(Kind.DECODE, HASH, "c", route, (index + 1).astype(np.uint64), index, index + 10, slots, index.astype(np.int32))
+    stage_rows = np.stack([index, index + 7])
+    return Frame(Kind.DECODE, HASH, "c", route, (index + 1).astype(np.uint64), index, index + 10, stage_rows, index.astype(np.int32))
 
 
 def test_a_frame_goes_forward_and_answers() -> None:

@@ -161,7 +161,7 @@ class Machine(RuleBasedStateMachine):
             assert mine is None
             return
         assert mine is not None
-        assert mine.slots[0].tolist() == [self.open[rows[index][0]][2] for index in good]
+        assert mine.stage_rows[0].tolist() == [self.open[rows[index][0]][2] for index in good]
         for index in good:
             self.open[rows[index][0]][3] += 1
         self.queued += 1
