@@ -21,12 +21,12 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # type: ignore[import-untyped, unused-ignore]
 
 from mesh.protocol import frame_codec
-from mesh.protocol.frame import Frame, Hop, Kind, Timing
+from mesh.protocol.frame import Frame, Hop, Kind, StageTiming
 from mesh.types import LayerRange
 
 WIDTH = 576
-ARRAYS = ("sessions", "epochs", "positions", "slots", "tokens")
-DTYPES = {"sessions": "<u8", "epochs": "<u4", "positions": "<u4", "slots": "<u4", "tokens": "<i4"}
+ARRAYS = ("sessions", "epochs", "positions", "stage_rows", "tokens")
+DTYPES = {"sessions": "<u8", "epochs": "<u4", "positions": "<u4", "stage_rows": "<u4", "tokens": "<i4"}
 
 
 def frame(rows: int, tokens: int) -> Frame:
@@ -42,18 +42,18 @@ def frame(rows: int, tokens: int) -> Frame:
         np.arange(rows, dtype=np.uint32),
         np.tile(np.arange(rows, dtype=np.uint32), (3, 1)),
         np.arange(tokens, dtype=np.int32),
-        wave=1,
+        batch=1,
         step=7,
         hop=1,
         tensors=(rng.standard_normal((tokens, WIDTH)).astype(np.float32),),
-        timings=(Timing(10, 2000, 30),),
+        timings=(StageTiming(10, 2000, 30),),
     )
 
 
 def by_msgpack() -> tuple[Callable[[Frame], bytes], Callable[[bytes], Any]]:
     def encode(f: Frame) -> bytes:
         document = {
-            "kind": int(f.kind), "hash": f.model_hash, "coordinator": f.coordinator, "wave": f.wave, "step": f.step, "hop": f.hop,
+            "kind": int(f.kind), "hash": f.model_hash, "coordinator": f.coordinator, "batch": f.batch, "step": f.step, "hop": f.hop,
             "flags": int(f.flags), "reason": int(f.reason), "timings": f.timings,
             "route": [(hop.layers.start, hop.layers.stop, hop.shard) for hop in f.route],
             **{name: getattr(f, name).tobytes() for name in ARRAYS},
@@ -88,7 +88,7 @@ def by_protobuf() -> tuple[Callable[[Frame], bytes], Callable[[bytes], Any]]:
     message("Tensor", ("dtype", text, one, None), ("shape", u32, many, None), ("body", raw, one, None))
     message(
         "Frame",
-        *((name, u32, one, None) for name in ("kind", "wave", "hop", "flags", "reason")),
+        *((name, u32, one, None) for name in ("kind", "batch", "hop", "flags", "reason")),
         ("step", u64, one, None), ("hash", text, one, None), ("coordinator", text, one, None),
         *((name, raw, one, None) for name in ARRAYS),
         ("route", sub, many, ".bench.Hop"), ("timings", sub, many, ".bench.Timing"), ("tensors", sub, many, ".bench.Tensor"),
@@ -99,7 +99,7 @@ def by_protobuf() -> tuple[Callable[[Frame], bytes], Callable[[bytes], Any]]:
 
     def encode(f: Frame) -> bytes:
         made: Any = kind(
-            kind=int(f.kind), wave=f.wave, hop=f.hop, flags=int(f.flags), reason=int(f.reason), step=f.step, hash=f.model_hash,
+            kind=int(f.kind), batch=f.batch, hop=f.hop, flags=int(f.flags), reason=int(f.reason), step=f.step, hash=f.model_hash,
             coordinator=f.coordinator, **{name: getattr(f, name).tobytes() for name in ARRAYS},
         )  # fmt: skip
         for hop in f.route:
@@ -116,7 +116,7 @@ def by_protobuf() -> tuple[Callable[[Frame], bytes], Callable[[bytes], Any]]:
         found: Any = kind.FromString(data[:-4])
         arrays = [np.frombuffer(getattr(found, name), DTYPES[name]) for name in ARRAYS]
         route = tuple(Hop(LayerRange(hop.start, hop.stop), hop.shard) for hop in found.route)
-        timings = tuple(Timing(timing.queue, timing.compute, timing.codec) for timing in found.timings)
+        timings = tuple(StageTiming(timing.queue, timing.compute, timing.codec) for timing in found.timings)
         return found, arrays, route, timings, [np.frombuffer(t.body, t.dtype).reshape(tuple(t.shape)) for t in found.tensors]
 
     return encode, decode
@@ -145,7 +145,7 @@ def main() -> None:
             encoding, decoding = microseconds(lambda: encode(made), rounds), microseconds(lambda: decode(data), rounds)  # noqa: B023
             print(f"  {codec:<9} encode {encoding:6.1f} us  decode {decoding:6.1f} us  {len(data):,} bytes")
         came = frame_codec.decode(frame_codec.encode(made))
-        onward = came.forward(made.tensors[0], Timing(10, 2000, 30))
+        onward = came.forward(made.tensors[0], StageTiming(10, 2000, 30))
         crc = frame_codec.encode(made)
         print(f"  ours      next hop {microseconds(lambda: frame_codec.encode(onward), rounds):4.1f} us", end="")  # noqa: B023
         print(f"  (a CRC-32 of the frame alone {microseconds(lambda: zlib.crc32(crc), rounds):.1f} us)")  # noqa: B023

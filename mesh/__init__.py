@@ -19,6 +19,7 @@ From the top down; a package imports only those below it (docs/architecture.md, 
     host            the machine: processes, signals, folders
     settings        configuration
     telemetry       logs
+    dtypes          the names of element types
     types, errors   shared by all
 """
 

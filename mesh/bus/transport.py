@@ -47,13 +47,13 @@ class DirectTransport(nats.aio.transport.Transport):
         self.unheard: dict[bytes, Callable[[str], None]] = {}
         self._socket: asyncio.Transport | None = None
         self._protocol: _Protocol | None = None
-        self._short: _Short | None = None  # past the socket's own buffer; None under TLS
+        self._short: _Short | None = None  # writes past the transport's buffer; None under TLS
 
-    # -- the short way -------------------------------------------------------------------------------------------------
+    # -- the short path ------------------------------------------------------------------------------------------------
 
     def send(self, head: bytes, data: bytes) -> bool:
-        """Write a protocol line and what belongs to it with all else that this turn of the loop writes; False where the socket is
-        behind or not there. In the loop's thread."""
+        """Write a protocol line and its payload, together with everything else that this turn of the loop writes. False: there is no
+        socket, or it has too much to write. Call it in the loop's thread."""
         socket = self._socket
         if socket is None or socket.is_closing() or socket.get_write_buffer_size() > _WRITE_AHEAD:
             return False
@@ -61,7 +61,7 @@ class DirectTransport(nats.aio.transport.Transport):
         return True
 
     def send_now(self, head: bytes, data: bytes) -> bool:
-        """The same before anything else, in any thread; False where something is still to be written, or the connection is secured."""
+        """The same, but written at once. Any thread may call it. False: other bytes are still to be written, or the connection uses TLS."""
         short = self._short
         return short is not None and short.send((head, data, _CRLF))
 
@@ -89,7 +89,7 @@ class DirectTransport(nats.aio.transport.Transport):
         except BaseException as error:
             assert plain is not None
             self._socket.abort()
-            plain.connection_lost(error if isinstance(error, OSError) else None)  # nothing else would report it
+            plain.connection_lost(error if isinstance(error, OSError) else None)  # no other code reports it
             raise
         protocol.connection_made(secured)
         self._socket, self._protocol = secured, protocol
@@ -137,7 +137,7 @@ class DirectTransport(nats.aio.transport.Transport):
 
 class _Short:
     """Writes to the socket of an asyncio transport directly, past its buffer, if that buffer is empty. Messages stay whole: a writer holds
-    the lock, and what the socket did not take of a message goes before anything written later."""
+    the lock, and the rest of a message that the socket took only in part is written before anything later."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
@@ -148,7 +148,7 @@ class _Short:
         self._descriptor = os.dup(transport.get_extra_info("socket").fileno())
 
     def send(self, parts: Sequence[bytes]) -> bool:
-        """In any thread. False: nothing was written."""
+        """Write `parts` now. Any thread may call it. False: nothing was written."""
         with self._lock:
             if self._descriptor < 0 or self._left or self._transport.get_write_buffer_size():
                 return False
@@ -163,7 +163,7 @@ class _Short:
         return True
 
     def write(self, parts: Sequence[bytes]) -> None:
-        """Through the transport, in the loop's thread."""
+        """Write through the transport. Call it in the loop's thread."""
         with self._lock:
             if self._left:
                 left, self._left = bytes(self._left), bytearray()
@@ -179,7 +179,7 @@ class _Short:
 
 
 class _Protocol(asyncio.Protocol):
-    """One connection: hands direct messages on as they arrive, and keeps everything else until nats-py reads it."""
+    """One connection. It hands direct messages on as they arrive, and keeps everything else until nats-py reads it."""
 
     def __init__(self, direct: dict[bytes, Callable[[bytes], None]], unheard: dict[bytes, Callable[[str], None]]) -> None:
         self.closed = asyncio.Event()
@@ -249,7 +249,7 @@ class _Protocol(asyncio.Protocol):
         return self._ended and not self._rest
 
     async def read(self) -> bytes:
-        """What there is of the rest; nothing at the end."""
+        """The bytes that are not direct messages and have not been read; b"" at the end of the connection."""
         while not self._rest and not self._ended:
             self._arrived.clear()
             await self._arrived.wait()
@@ -260,7 +260,7 @@ class _Protocol(asyncio.Protocol):
         return taken
 
     async def readline(self) -> bytes:
-        """A line of the rest; what there is of it at the end."""
+        """One line of those bytes; an incomplete line at the end of the connection."""
         while (end := self._rest.find(_CRLF)) < 0 and not self._ended:
             self._arrived.clear()
             await self._arrived.wait()
@@ -285,7 +285,7 @@ class _Protocol(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _split(self, data: bytes) -> int:
-        """Hand over what is whole of `data`; where the first line or message begins that is not."""
+        """Hand over the whole lines and messages in `data`. Returns where the first incomplete one begins."""
         at = 0
         self._wanted = 0
         while (end := data.find(_CRLF, at)) >= 0:

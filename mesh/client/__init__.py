@@ -7,7 +7,13 @@
         for chunk in mesh.stream("Tell me a story."):
             print(chunk.text, end="", flush=True)
 
-AsyncMeshClient is the same for asyncio. It speaks to coordinators over NATS and needs neither a model nor JAX.
+AsyncMeshClient is the same for asyncio. Both speak to coordinators over NATS and need neither a model nor JAX.
+
+aio          AsyncMeshClient
+sync         MeshClient
+stream       one generation request: sending it, repeating it, ordering its answers
+results      what both clients return
+read_model   the picture of a mesh for the dashboard, `mesh top` and `mesh status`
 """
 
 from mesh.client.aio import AsyncMeshClient

@@ -40,9 +40,9 @@ class AsyncMeshClient:
                 async for chunk in stream:
                     print(chunk.text, end="", flush=True)
 
-    model: whose; None: the only one there. timeout_s: for each request, None for no limit. retries: how often a request is asked
-    again where that can help; retry_busy: also where the mesh was full. Errors are those of mesh.errors: BadRequest, PromptTooLong,
-    Busy, Unavailable, DeadlineExceeded ...
+    model: the model to ask; None: the only model that is served. timeout_s: the limit of each request; None: no limit. retries: how
+    often a request is sent again after an error that a retry can help. retry_busy: whether it is also sent again when the mesh was
+    full. Errors are those of mesh.errors: BadRequest, PromptTooLong, Busy, Unavailable, DeadlineExceeded ...
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AsyncMeshClient:
         self._bus: Bus | None = None
 
     async def connect(self, *, timeout_s: float = 10.0) -> None:
-        """Idempotent; Unavailable where no server answers, Denied where it refuses."""
+        """Connect to the NATS servers. Idempotent. Unavailable: no server answers. Denied: a server refuses the connection."""
         if self._bus is None:
             self._bus = await Bus.connect(self._options, name="mesh-client", timeout_s=timeout_s)
 
@@ -83,12 +83,12 @@ class AsyncMeshClient:
     # -- generating ----------------------------------------------------------------------------------------------------
 
     async def open_stream(self, prompt: str | None = None, **request: Any) -> Stream:
-        """As `stream`, where the model is still to be found out: the stream, nothing of it read yet."""
+        """Like `stream`, but it also finds out the model. Returns the stream before anything of it is read."""
         model = request.pop("model", None) or self._model or await self._only_model()
         return self.stream(prompt, model=model, **request)
 
     def stream(self, prompt: str | None = None, *, model: str | None = None, timeout_s: float | None = None, **request: Any) -> Stream:
-        """A generation token by token. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
+        """Generate token by token. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
         prompt, max_tokens, stop, raw, session, and the sampling parameters of mesh.protocol.sampling."""
         name = model or self._model
         if name is None:
@@ -97,7 +97,7 @@ class AsyncMeshClient:
         return Stream(self._connected, name, message, timeout_s=timeout_s or self._timeout_s, retry=self._retry)
 
     async def generate(self, prompt: str | None = None, **request: Any) -> Completion:
-        """A whole generation; the arguments of `stream`. Cancelling the task cancels the generation."""
+        """Generate, and return the whole answer. The arguments are those of `stream`. Cancelling the task cancels the generation."""
         async with await self.open_stream(prompt, **request) as stream:
             async for _ in stream:
                 pass
@@ -105,14 +105,14 @@ class AsyncMeshClient:
         return stream.completion
 
     async def chat(self, messages: Iterable[Mapping[str, str]], **request: Any) -> Completion:
-        """The assistant's next message after `messages` ({"role", "content"})."""
+        """Generate the assistant's next message after `messages` ({"role", "content"})."""
         return await self.generate(messages=list(messages), **request)
 
     async def batch(
         self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Any
     ) -> list[Completion | MeshError]:
-        """Many generations, `concurrency` at a time; for each request, in order, its completion or its error. A request is a prompt
-        or a mapping of the arguments of `generate`; `common` are those of all."""
+        """Generate for many requests, `concurrency` at a time. Returns the completion or the error of each request, in order. A request
+        is a prompt, or a mapping of arguments of `generate`; `common` holds the arguments that all requests share."""
         if concurrency < 1:
             raise BadRequest(f"concurrency is {concurrency}: give at least 1", field="concurrency")
         gate = asyncio.Semaphore(concurrency)
@@ -132,9 +132,9 @@ class AsyncMeshClient:
     async def submit_batch(
         self, requests: Iterable[str | Mapping[str, Any]], *, id: str | None = None, model: str | None = None, **common: Any
     ) -> BatchStatus:
-        """Requests to be answered some time, each once, whatever dies meanwhile; `requests` and `common` as of `batch`. Returns when
-        the server has them: no coordinator need be there. The same `id` with the same requests is the same batch, so that a submission
-        that was interrupted is made again.
+        """Submit requests that are answered later, each once, whichever processes die meanwhile. `requests` and `common` are those of
+        `batch`. Returns when the NATS server has stored them; no coordinator has to run. The same `id` with the same requests is the
+        same batch, so an interrupted submission can be repeated.
 
         Errors: BadRequest, PayloadTooLarge, Busy (the queue is full).
         """
@@ -150,16 +150,17 @@ class AsyncMeshClient:
         return await BatchStore(self._connected).submit(name, made, id=id)
 
     async def batch_status(self, id: str) -> BatchStatus:
-        """How far a batch is: state queued, running, done or failed, and counts. BadRequest: there is no such batch."""
+        """The progress of a batch: its state (queued, running, done or failed) and counts. BadRequest: there is no such batch."""
         return await BatchStore(self._connected).status(id)
 
     async def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
-        """Of its requests from `offset` on, `limit` of them, those that have ended, in order. BadRequest: there is no such batch."""
+        """The results of a batch, in order: of the `limit` requests from `offset` on, those that have ended. BadRequest: there is no
+        such batch."""
         items = await BatchStore(self._connected).results(id, offset=offset, limit=limit)
         return [BatchResult.of(item) for item in items]
 
     async def wait_batch(self, id: str, *, timeout_s: float | None = None, poll_s: float = 0.5) -> BatchStatus:
-        """Until every request of it has ended. DeadlineExceeded: not within `timeout_s`, and it goes on."""
+        """Wait until every request of a batch has ended. DeadlineExceeded: `timeout_s` is over; the batch goes on."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             status = await self.batch_status(id)
@@ -177,18 +178,18 @@ class AsyncMeshClient:
         return sorted({coordinator.model for coordinator in await self.coordinators()})
 
     async def coordinators(self) -> tuple[CoordinatorStatus, ...]:
-        """Those that answer, by model and name."""
+        """The coordinators that answer, sorted by model and name."""
         found = []
         for answer in await self._gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
             try:
                 data = next(endpoint["data"] for endpoint in orjson.loads(answer.data)["endpoints"] if endpoint["name"] == "generate")
                 found.append(CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(data))))
             except (MessageRejected, LookupError, TypeError, ValueError, StopIteration):
-                continue  # of another version, or of another service
+                continue  # the answer of another version, or of another service
         return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
     async def status(self) -> MeshStatus:
-        """Shards and coordinators, as they say themselves."""
+        """Every shard and every coordinator, as it describes itself."""
         entries = await Bucket(self._connected, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S).entries()
         shards = []
         for entry in entries:
@@ -214,7 +215,7 @@ class AsyncMeshClient:
         return Health(True, "", serving.model)
 
     async def shard_stats(self) -> list[ShardStats]:
-        """Counts of every shard that answers."""
+        """The counts of every shard that answers."""
         found = []
         for answer in await self._gather(f"$SRV.STATS.{SHARD_SERVICE}"):
             try:
@@ -224,8 +225,8 @@ class AsyncMeshClient:
         return found
 
     async def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
-        """Where the time of a generation went, running or among the last that ended (docs/client.md has the keys); None where no
-        coordinator remembers it."""
+        """Where the time of a generation went; docs/client.md has the keys. The generation runs, or is one of the last that ended.
+        None: no coordinator remembers it."""
         name = model or self._model
         question = TraceRequest(request=request)
         for coordinator in await self.coordinators():
@@ -240,13 +241,13 @@ class AsyncMeshClient:
         return None
 
     async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
-        """What has happened, oldest first: the `last` so many, or since a time, else all of a week. `follow`: and then what happens,
-        for ever. Unavailable where nothing is kept."""
+        """The events of the mesh, oldest first: the `last` ones, or those since a time, otherwise all of the last week. `follow`: then
+        also each new event, without end. Unavailable: the mesh keeps no events."""
         async for event in EventLog(self._connected).events(last=last, since_unix_s=since_unix_s, follow=follow):
             yield event
 
     async def watch_events(self, call: Callable[[Event], None]) -> Subscription:
-        """`call` with everything the mesh says has happened, from now until the subscription is stopped."""
+        """Call `call` with each new event of the mesh until the subscription is stopped."""
 
         async def on_message(received: Received) -> None:
             call(Event.parse(received.data))
@@ -255,7 +256,7 @@ class AsyncMeshClient:
 
     @property
     def connected(self) -> bool:
-        """Whether the NATS server is there now; it is looked for again for ever where it is not."""
+        """Whether the client is connected to a NATS server now. While it is not, it keeps trying to reconnect."""
         return self._bus is not None and self._bus.connected
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ class AsyncMeshClient:
         raise Unavailable("no coordinator answers: start one, or see `mesh status`")
 
     async def _gather(self, subject: str) -> list[Received]:
-        """Every answer to a question to nobody in particular: until it has been quiet for a while."""
+        """Every answer to a request that all services get. It ends when no answer has come for a while."""
         bus = self._connected
         answers: asyncio.Queue[Received] = asyncio.Queue()
         inbox = bus.new_inbox()
@@ -298,7 +299,7 @@ class AsyncMeshClient:
 
 
 def _message(prompt: str | None, request: Mapping[str, Any]) -> Generate:
-    """Through JSON, so that lists and tuples, numbers of either kind are taken as they would be from any other client."""
+    """Convert through JSON, so that a tuple passes as a list and an integer as a float, as from any other client."""
     values = {"prompt": prompt, **request}
     try:
         return Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))

@@ -1,4 +1,4 @@
-"""What a client is given: typed, frozen, and the same from both clients."""
+"""The results that both clients return: frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Completion(Answer):
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """A request of a batch that has ended: its completion, or its error. `index`: its place in the batch, from 0."""
+    """The result of one request of a batch: its completion, or its error. `index`: its place in the batch, from 0."""
 
     index: int
     completion: Completion | None
@@ -50,7 +50,7 @@ class BatchResult:
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStatus:
-    """One coordinator that answered, and what it reports."""
+    """One coordinator that answered, with its report."""
 
     stats: CoordinatorStats
 
@@ -81,7 +81,7 @@ class CoordinatorStatus:
 
 @dataclass(frozen=True, slots=True)
 class MeshStatus:
-    """Who is there: every shard's lease (by model, layers and name), every coordinator that answered."""
+    """The processes of a mesh: every shard's lease (sorted by model, layers and name), and every coordinator that answered."""
 
     shards: tuple[ShardLease, ...]
     coordinators: tuple[CoordinatorStatus, ...]

@@ -1,11 +1,16 @@
-"""One request on its way: asking, asking again, putting the answers in order.
+"""One generation request: it is sent, sent again where needed, and its answers are put in order.
 
-A request has a name and a seed of its own, so that asking again is harmless: whoever answers draws the same tokens, and what
-was told already is known by its index. Asked again is when nobody listened, when the mesh was busy (after the time it named), when
-nothing was heard for a while, when a token is missing, and after an error that says it can be retried. With the question go the
-tokens that have come: whoever has the session, or takes it over, goes on after them.
+A request has a name and a seed of its own, so sending it again is harmless: every coordinator draws the same tokens, and the index of a
+token shows whether it was delivered before. The request is sent again
 
-A coordinator that lost the session to another may still speak: its documents have a lower epoch than the other's, and are not read.
+- when no coordinator listened, or the mesh was busy (after the time that the error names),
+- when no message came for a while,
+- when a token is missing,
+- after an error that says it can be retried.
+
+A repeated request carries the tokens that have arrived. The coordinator that has the session, or takes it over, goes on after them.
+
+A coordinator that lost the session to another one may still send documents. They have a lower epoch and are ignored.
 """
 
 from __future__ import annotations
@@ -30,14 +35,13 @@ __all__ = ["Retry", "Stream"]
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 5.0
 _SILENCE_S = 2.0  # between tokens
-_WAITING_SILENCE_S = 4.0  # before the first one: who waits in the queue hears of it every 3 s
+_WAITING_SILENCE_S = 4.0  # before the first one: a request in the queue gets a Waiting document every 3 s
 _LONGEST_SILENCE_S = 16.0
 
 
 class Retry:
-    """attempts: how often a request is asked again after an error without having brought a token, at most. stall_s: how long an
-    answer may stand still, with whatever is tried meanwhile. busy: whether a mesh that was full is asked again, or that is left to the
-    caller."""
+    """When a request is sent again. attempts: how often at most after errors, counted from the last token. stall_s: how long no message
+    may arrive in spite of the attempts. busy: whether the request is sent again after Busy; otherwise the caller gets the error."""
 
     def __init__(self, attempts: int = 5, stall_s: float = 60.0, *, busy: bool = True) -> None:
         self.busy = busy
@@ -46,35 +50,35 @@ class Retry:
 
 
 class _NobodyError(Unavailable):
-    """The server said that nobody listens."""
+    """The NATS server said that no coordinator listens."""
 
 
 class Stream:
-    """Chunks of one generation, in order, each once: `async for chunk in stream`. Afterwards `completion` is set.
+    """The chunks of one generation, in order, each once: `async for chunk in stream`. Afterwards `completion` is set.
 
-    Leaving the loop early cancels the generation when the stream is closed: use it as `async with`, or call `aclose`.
-    Errors: those of the coordinator, Unavailable, Busy, DeadlineExceeded (`timeout_s`, of the whole request).
+    Closing the stream before its end cancels the generation: use `async with`, or call `aclose`.
+    Errors: those of the coordinator, Unavailable, Busy, DeadlineExceeded (`timeout_s`, the limit of the whole request).
     """
 
     def __init__(self, bus: Bus, model: str, message: Generate, *, timeout_s: float | None, retry: Retry) -> None:
         seed = secrets.randbits(62) if message.seed is None else message.seed
         session = message.session or secrets.token_hex(12)
-        self._named = message.session is not None  # perhaps others ask for it too
+        self._named = message.session is not None  # another client may ask for it too
         self._message = message.model_copy(update={"seed": seed, "session": session, "stream": True})
         self._bus = bus
         self._model = model
         self._retry = retry
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._timeout_s = timeout_s
-        self._inbox: asyncio.Queue[Received] = asyncio.Queue()  # bounded by the request's own max_tokens
+        self._inbox: asyncio.Queue[Received] = asyncio.Queue()  # bounded by the request's max_tokens
         self._subscription: Subscription | None = None
         self._subject = ""
         self._cancel: topics.Address[Cancel, None] | None = None
         self._given: list[Token] = []
-        self._text = 0  # characters given out
+        self._text = 0  # characters delivered
         self._epoch = 0
-        self._asked = 0  # times
-        self._tries = 0  # of these, since the last token
+        self._asked = 0  # how often the request was sent
+        self._tries = 0  # how often it was sent since the last token
         self._errors = 0  # since the last token
         self._began = False
         self._heard_at = time.monotonic()
@@ -114,7 +118,7 @@ class Stream:
             raise
 
     async def aclose(self) -> None:
-        """End it; a generation that is not finished is cancelled. Idempotent."""
+        """Close the stream. A generation that is not finished is cancelled. Idempotent."""
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
@@ -141,7 +145,7 @@ class Stream:
         await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
 
     async def _receive(self) -> Received | None:
-        """The next message; None where it is time to ask whether anybody is there."""
+        """The next message. None: there was none for so long that the request should be sent again."""
         silence_s = min((_SILENCE_S if self._given else _WAITING_SILENCE_S) * 2**self._tries, _LONGEST_SILENCE_S)
         left_s = self._heard_at + self._retry.stall_s - time.monotonic()
         if self._deadline is not None:
@@ -158,7 +162,7 @@ class Stream:
             return None
 
     async def _read(self, received: Received) -> None:
-        """Take what a message says that is new; its error, raised."""
+        """Take what is new in a message. Raises the error that it carries."""
         if received.headers.get("Status") == "503":
             raise _NobodyError(f"no coordinator serves {self._model}: start one, or see `mesh status`")
         if int(received.headers.get(EPOCH_HEADER, self._epoch)) < self._epoch:
@@ -183,7 +187,7 @@ class Stream:
                 self._finish(document, now)
 
     def _finish(self, document: Finished, now: float) -> None:
-        """The last document has everything: what did not come before comes now."""
+        """Deliver what did not come before: the last document has the whole answer."""
         completion = Completion.of(document.answer)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
         for token in tokens[len(self._given) :]:
@@ -199,12 +203,12 @@ class Stream:
         self._text += len(text)
 
     async def _again(self, error: MeshError) -> None:
-        """Wait and ask again after an error that allows it; raise it otherwise."""
+        """Wait and send the request again after an error that allows it. Any other error is raised."""
         if not isinstance(error, ServiceError) or not error.retryable or self._stalled:
             raise error
         if isinstance(error, Busy) and not self._retry.busy:
             raise error
-        if not (self._began and isinstance(error, _NobodyError)):  # who was there will be replaced
+        if not (self._began and isinstance(error, _NobodyError)):  # another coordinator will replace the one that answered
             if self._errors >= self._retry.attempts:
                 raise error
             self._errors += 1

@@ -1,4 +1,4 @@
-"""The client for programs without asyncio: the same client, run by a thread of its own."""
+"""The client for programs without asyncio: it runs an AsyncMeshClient in a thread of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class SyncStream:
-    """Chunks of one generation: `for chunk in stream`. Afterwards `completion` is set. Leaving `with` early cancels it."""
+    """The chunks of one generation: `for chunk in stream`. Afterwards `completion` is set. Leaving `with` early cancels it."""
 
     def __init__(self, client: MeshClient, stream: Stream) -> None:
         self._client = client
@@ -58,7 +58,7 @@ class SyncStream:
 
 
 class MeshClient:
-    """A connection to a mesh, for any thread.
+    """A connection to a mesh. Any thread may use it.
 
         with MeshClient("nats://127.0.0.1:4222") as mesh:
             print(mesh.generate("What is rain?", max_tokens=50).text)
@@ -153,7 +153,7 @@ class MeshClient:
         return self._run(self._client.trace(request, model=model))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """`work` in the client's thread. An interruption (Ctrl-C) cancels it there too."""
+        """Run `work` in the client's thread and return its result. An interruption (Ctrl-C) cancels it there too."""
         if self._loop is None:
             work.close()
             raise Unavailable("not connected: use `with MeshClient(...)`, or call connect() first")

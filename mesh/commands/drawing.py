@@ -1,4 +1,4 @@
-"""A mesh in a terminal: what `mesh status` and `mesh top` share. Arguments are parts of a board's snapshot (mesh.client.board)."""
+"""A mesh in a terminal: what `mesh status` and `mesh top` share. Arguments are parts of a snapshot of mesh.client.read_model."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import orjson
 from rich.console import Console
 
 from mesh.client import MeshClient
-from mesh.client.board import Board
+from mesh.client.read_model import MeshReadModel
 from mesh.commands.drawing import coordinator_table, headline, shard_table
 from mesh.commands.generate import add_mesh_arguments, mesh_options
 
@@ -40,10 +40,10 @@ def run_command(args: argparse.Namespace) -> int:
         }
         sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
         return 0 if health.ready else 1
-    board = Board()
-    board.look(status, stats, now=time.monotonic(), unix_s=time.time())
+    read_model = MeshReadModel()
+    read_model.look(status, stats, now=time.monotonic(), unix_s=time.time())
     console = Console()
-    for model in board.snapshot()["models"]:
+    for model in read_model.snapshot()["models"]:
         if args.model in (None, model["name"]):
             console.print(headline(model))
             if model["shards"]:

@@ -1,4 +1,4 @@
-"""`mesh token`: issue and inspect the tokens that HTTP asks for."""
+"""`mesh token`: issue and inspect bearer tokens for HTTP."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mesh.client import MeshClient
-from mesh.client.board import Board
+from mesh.client.read_model import MeshReadModel
 from mesh.commands.drawing import headline, session_table, shard_table
 from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.errors import BadRequest, MeshError
@@ -38,20 +38,20 @@ def run_command(args: argparse.Namespace) -> int:
         raise BadRequest(f"--interval {args.interval:g}: give more than 0 seconds", field="interval")
     if not sys.stdout.isatty():
         raise BadRequest("mesh top draws on a terminal: elsewhere use `mesh status --json`", field="stdout")
-    board = Board()
+    read_model = MeshReadModel()
     with MeshClient(options=mesh_options(args)) as client, Live(screen=True, auto_refresh=False) as live:
         while True:
             try:
                 status, stats = client.status(), client.shard_stats()
-                board.look(status, stats, now=time.monotonic(), unix_s=time.time())
+                read_model.look(status, stats, now=time.monotonic(), unix_s=time.time())
             except MeshError as error:  # a server that restarts: it is shown as soon as it is back
-                board.failed(str(error), now=time.monotonic(), unix_s=time.time())
-            live.update(render(board.snapshot(), args.model), refresh=True)
+                read_model.failed(str(error), now=time.monotonic(), unix_s=time.time())
+            live.update(render(read_model.snapshot(), args.model), refresh=True)
             time.sleep(args.interval)
 
 
 def render(snapshot: Mapping[str, Any], name: str | None = None) -> RenderableType:
-    """Draw a board's snapshot; `name`: of one model only."""
+    """Draw a read model's snapshot; `name`: of one model only."""
     parts: list[RenderableType] = []
     if snapshot["error"]:
         seen = "" if snapshot["seen_s"] is None else f" What is shown was seen {format_seconds(snapshot['seen_s'])} ago."

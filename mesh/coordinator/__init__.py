@@ -31,6 +31,7 @@ The files:
     shards.py        leases, rows and probes of shards
     outbox.py        what goes out, in order
     requests.py      a request is checked, and its prompt made tokens
+    prompt_pool.py   the processes that make tokens of prompts; prompt_process.py is what one of them runs
     replies.py       the documents that a client gets
     translate.py     frames and leases to the core's values, and back
     records.py       sessions are written down, so that another coordinator can go on with them
@@ -40,18 +41,5 @@ The files:
     trace.py         where the time of each request went
     description.py   the manifest and the tokenizer of the model
 
-    core/machine.py       events in, effects out; the rest of core/ is its parts, and pure as well
-    core/state.py         what the core knows
-    core/events.py        the events and the effects
-    core/session.py       the states of one generation
-    core/admission.py     which requests wait
-    core/routing.py       which shards a session goes through
-    core/rows.py          rows asked for, open, given back
-    core/scheduler.py     which frame goes out next
-    core/pace.py          how large a prefill chunk is
-    core/watch.py         when a frame has been away for too long
-    core/losses.py        what goes wrong, and how a session goes on
-    core/ends.py          how a session ends
-    core/peers.py         which other coordinators live
-    core/expectations.py  which shards the configuration asks for
+    core/            the decisions: pure, no await, no clock
 """

@@ -24,7 +24,7 @@ from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
 from mesh.protocol import topics
 from mesh.protocol.events import EventKind
 from mesh.protocol.generation import Generate
-from mesh.protocol.status import Alive, Beat
+from mesh.protocol.status import Alive, Heartbeat
 
 __all__ = ["Announce", "Continuity", "Host"]
 
@@ -98,7 +98,7 @@ class Continuity:
     async def start(self) -> None:
         self._subscriptions = [
             await self.bus.subscribe(topics.ALIVE.at(self._model, self.instance), self._on_liveness_question),
-            await self.bus.subscribe(topics.BEATS.at(self._model), self._on_heartbeat),
+            await self.bus.subscribe(topics.HEARTBEATS.at(self._model), self._on_heartbeat),
             await self.bus.subscribe(f"{self._inbox}.*", self._on_probed),
         ]
         self.recorder.start()
@@ -113,8 +113,8 @@ class Continuity:
             await subscription.stop()
         return released
 
-    def heartbeat(self, *, leaving: bool = False) -> Beat:
-        return Beat(coordinator=self.name, ttl_s=self._heartbeat_ttl_s, instance=self.instance, leaving=leaving)
+    def heartbeat(self, *, leaving: bool = False) -> Heartbeat:
+        return Heartbeat(coordinator=self.name, ttl_s=self._heartbeat_ttl_s, instance=self.instance, leaving=leaving)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Continuity:
         self._heard(heartbeat)
         return True
 
-    def _heard(self, heartbeat: Beat) -> bool:
+    def _heard(self, heartbeat: Heartbeat) -> bool:
         """True where it was not known that this coordinator lives."""
         if heartbeat.instance is None or not self.peers.heard(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
             return False
@@ -278,20 +278,20 @@ class Continuity:
         await self.bus.respond(received, self.heartbeat())
 
     async def _on_heartbeat(self, received: Received) -> None:
-        heartbeat = topics.BEATS.parse(received.data)
+        heartbeat = topics.HEARTBEATS.parse(received.data)
         if heartbeat.instance is None or heartbeat.instance == self.instance:
             return
         if heartbeat.leaving:
             self.peers.left(heartbeat.instance)
             await self._adopt(lambda owner: owner is None)
         elif self._heard(heartbeat):  # it is new, and has not heard this coordinator's last heartbeat
-            await self.bus.send(topics.BEATS.at(self._model), self.heartbeat())
+            await self.bus.send(topics.HEARTBEATS.at(self._model), self.heartbeat())
 
     async def _on_probed(self, received: Received) -> None:
         if received.headers.get("Status") == "503":
             self.peers.missing(received.subject.rpartition(".")[2], time.monotonic())
         else:
-            self._heard(Beat.parse(received.data))
+            self._heard(Heartbeat.parse(received.data))
 
     def _on_connection(self, connected: bool) -> None:
         if connected:

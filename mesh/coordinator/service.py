@@ -37,7 +37,7 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
-from mesh.protocol.status import Beat, CoordinatorStats, Hops
+from mesh.protocol.status import CoordinatorStats, Heartbeat, Hops
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
@@ -235,7 +235,7 @@ class Coordinator:
         await self.outbox.send()
         if self.bus.connected:
             await self.shards.close_all(self.name)
-            await self.bus.send(topics.BEATS.at(self.manifest.name), self.continuity.heartbeat(leaving=True))
+            await self.bus.send(topics.HEARTBEATS.at(self.manifest.name), self.continuity.heartbeat(leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         self.driver.stop()
         await self.shards.stop()
@@ -250,13 +250,13 @@ class Coordinator:
                     if job is not None and job.message.stream:
                         self.outbox.document(job, job.waiting(place))
                 await self.outbox.send()
-                await self.bus.send(topics.BEATS.at(self.manifest.name), self._heartbeat())
+                await self.bus.send(topics.HEARTBEATS.at(self.manifest.name), self._heartbeat())
             except MeshError as error:
                 log.warning("%s", error)
             self.shards.report_lacking()
             await asyncio.sleep(self.options.health_check_interval_s)
 
-    def _heartbeat(self) -> Beat:
+    def _heartbeat(self) -> Heartbeat:
         """With the keys of the sessions that hold rows: shards close what is missing twice."""
         keys = self.core.session_keys()
         return self.continuity.heartbeat().model_copy(update={"sessions": keys if len(keys) <= _HEARTBEAT_SESSIONS else None})

@@ -9,7 +9,7 @@ import logging
 
 from mesh.bus import Bucket, Bus, LeaseTable
 from mesh.coordinator.continuity import Announce
-from mesh.coordinator.core.events import CloseRow, Event, Opened, OpenRefused, OpenRow, Probe, ProbeAnswered, ReplicaGone, ReplicaSeen
+from mesh.coordinator.core.events import CloseRow, Event, OpenRefused, OpenRow, Probe, ProbeAnswered, ReplicaGone, ReplicaSeen, RowOpened
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.driver import CoreDriver
@@ -122,7 +122,7 @@ class Shards:
         event: Event
         try:
             opened = await self._bus.request(to, message, timeout_s=self._open_timeout_s)
-            event = Opened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
+            event = RowOpened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
                 await self._gone(effect.shard)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from mesh.coordinator.core.events import Ended, FrameOut
 from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import SessionView
-from mesh.protocol.frame_codec import Timing
+from mesh.protocol.frame_codec import StageTiming
 from mesh.protocol.status import SessionReport
 
 __all__ = ["SHOWN_SESSIONS", "Trace", "Traces"]
@@ -34,7 +34,7 @@ class _Step(NamedTuple):
     at: float
     wall_s: float
     tokens: int
-    timings: tuple[Timing, ...]
+    timings: tuple[StageTiming, ...]
     leg: int = 0
 
 
@@ -46,7 +46,7 @@ class _Sum:
     wall_s: float = 0.0
     stages: list[list[int]] = field(default_factory=list)
 
-    def add(self, wall_s: float, timings: Sequence[Timing]) -> None:
+    def add(self, wall_s: float, timings: Sequence[StageTiming]) -> None:
         if not self.steps:
             self.stages = [[0, 0, 0] for _ in timings]
         self.steps += 1
@@ -155,7 +155,7 @@ class Traces:
     def begin(self, id: str, prompt_tokens: int, max_tokens: int, *, now: float, unix_s: float) -> None:
         self._running[id] = Trace(id, now, unix_s, prompt_tokens, max_tokens)
 
-    def step(self, out: FrameOut, sessions: Iterable[str], *, at: float, wall_s: float, timings: tuple[Timing, ...]) -> None:
+    def step(self, out: FrameOut, sessions: Iterable[str], *, at: float, wall_s: float, timings: tuple[StageTiming, ...]) -> None:
         """The frame `out` of these sessions came back."""
         step = _Step(at, wall_s, len(out.rows[0].tokens) if out.kind == "prefill" else len(out.rows), timings)
         for session in sessions:

@@ -32,7 +32,7 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         sessions=sessions,
         epochs=np.array([row.epoch for row in out.rows], np.uint32),
         positions=np.array([row.start for row in out.rows], np.uint32),
-        slots=np.array([row.rows for row in out.rows], np.uint32).T,
+        stage_rows=np.array([row.rows for row in out.rows], np.uint32).T,
         tokens=np.array([token for row in out.rows for token in row.tokens], np.int32),
         step=out.frame,
         flags=flags,

@@ -1,10 +1,20 @@
-"""HTTP at the edge of a mesh: its own API, OpenAI's, health. It knows the mesh through mesh.client alone.
+"""HTTP at the edge of a mesh: the mesh's own API, OpenAI's API, health, the dashboard. It knows the mesh through mesh.client alone.
 
-    app          the application: routes, errors, middleware
-    serving      an application on a listener, with a client of its own: what a process runs
-    settings     what it is told
-
-A request's life is drawn in app.py.
+app             the application: routes, errors, middleware; the life of a request is drawn there
+serving         an application on a listener, with a client of its own: what a process runs
+settings        the values that a gateway is made with; from_config makes them from a configuration file
+middleware      what every request passes: request id, bounds, headers, log
+auth, guard     tokens and their limits; routes that need a scope
+context, known  what every route gets; which models the mesh serves
+native, batch_routes, schema                  the mesh's own API and its documents
+openai_routes, openai_shapes, openai_schema   OpenAI's API and its documents
+bodies          what the documents of both APIs have in common
+generation      one generation for an HTTP request
+health, health_routes                         whether the mesh can generate now
+events          server-sent events
+errors          errors as HTTP responses
+openapi         the OpenAPI description
+dashboard       the page at `/`
 """
 
 from mesh.gateway.app import create_app

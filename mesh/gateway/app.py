@@ -40,13 +40,13 @@ __all__ = ["create_app"]
 
 
 def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: Iterable[BaseRoute] = ()) -> ASGIApp:
-    """The application of `client`, which is connected and closed by the caller. `routes`: more of them, such as a dashboard's;
-    these find everything at `request.app.state.gateway` (mesh.gateway.context.Gateway)."""
+    """The application of `client`; the caller connects and closes it. `routes`: further routes, such as a dashboard's. They find
+    everything at `request.app.state.gateway` (mesh.gateway.context.Gateway)."""
     app = FastAPI(
         title="stagemesh",
         version=__version__,
         description="A language model served by a mesh of layer shards.",
-        docs_url=None,  # these load scripts from other hosts
+        docs_url=None,  # FastAPI's documentation pages load scripts from other hosts
         redoc_url=None,
         openapi_url="/openapi.json",
         redirect_slashes=False,
@@ -79,12 +79,12 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
-    """For the log and the counts: it is sent to no one."""
+    """The response after the client has left. It is not sent; the log and the counts use its status."""
     return Response(status_code=499)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    """Any error, in the shape that belongs to its path."""
+    """The response to any error, in the shape of the API that the path belongs to."""
     if isinstance(error, MeshError):
         ours = error
     elif isinstance(error, HTTPException):
@@ -97,7 +97,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 def _wrong_field(error: RequestValidationError) -> MeshError:
-    """The first problem, unknown keys first: a key that is spelt wrongly is often also missing."""
+    """The first problem. Unknown keys come first, because a key that is spelt wrongly is often also missing."""
     first: dict[str, Any] = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     field = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "json_invalid":

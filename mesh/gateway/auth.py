@@ -1,6 +1,7 @@
-"""Who may ask for what, and how often: bearer tokens at the edge, each with buckets of its own.
+"""Which requests a bearer token permits, and how often: each token has token buckets of its own.
 
-Checked before a body is read. Limits are kept by each gateway for itself: behind a load balancer a token has them at each.
+Tokens are checked before a body is read. Each gateway keeps the limits for itself: behind a load balancer, a token has them at each
+gateway.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from mesh.http.tokens import Claims, Verifier
 __all__ = ["Caller", "Gate", "NotAuthenticated"]
 
 _REMEMBERED = 10_000
-"""Tokens whose buckets are kept; of one that was forgotten they are full again, which takes that many others."""
+"""The number of tokens whose buckets are kept. A forgotten token has full buckets again, but only after this many other tokens came."""
 
 
 class NotAuthenticated(Denied):
-    """There is no token, or it is not one of ours: 401, where Denied alone is 403."""
+    """The request has no token, or the token is not valid: status 401. Any other Denied has status 403."""
 
     code = "not_authenticated"
 
 
 class _Bucket:
-    """`level` of `size`, refilled within a minute. Below nothing is debt, which the refill pays first."""
+    """A token bucket: `level` of `size`, refilled within a minute. A negative level is a debt, which the refill pays first."""
 
     def __init__(self, size: int, now: float) -> None:
         self.size = size
@@ -39,7 +40,7 @@ class _Bucket:
         self._at = now
 
     def wait_s(self, needed: float) -> float:
-        """Seconds until `needed` are there."""
+        """Seconds until the bucket holds `needed`."""
         return max((needed - self.level) * 60 / self.size, 0.0)
 
 
@@ -50,7 +51,7 @@ class _Buckets:
 
 
 class Caller:
-    """Who asks. `charge` before a generation, `settle` after it."""
+    """The sender of a request. Call `charge` before a generation and `settle` after it."""
 
     def __init__(self, claims: Claims | None, buckets: _Buckets | None, clock: Callable[[], float]) -> None:
         self.claims = claims
@@ -65,7 +66,7 @@ class Caller:
         return self.claims is None or self.claims.allows(scope)
 
     def charge(self, tokens: int, *, requests: int = 1) -> int:
-        """Take `requests` and set `tokens` aside; Busy, with nothing taken, where the token has used up its limits."""
+        """Take `requests` and set `tokens` aside. Busy: the token has used up its limits, and nothing is taken."""
         if self._buckets is None:
             return 0
         now = self._clock()
@@ -87,13 +88,13 @@ class Caller:
         return tokens
 
     def settle(self, charged: int, used: int) -> None:
-        """A generation that was charged `charged` tokens has used `used`, those of the prompt included."""
+        """Correct the charge of a generation: it was charged `charged` tokens and has used `used`, with those of the prompt."""
         if self._buckets is not None and self._buckets.tokens is not None:
             self._buckets.tokens.level += charged - used
 
 
 class Gate:
-    """Lets callers in. Without a verifier everyone may do everything."""
+    """Checks callers. Without a verifier, every caller may do everything."""
 
     def __init__(self, verifier: Verifier | None, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._verifier = verifier
@@ -106,7 +107,7 @@ class Gate:
         return self._verifier is None
 
     def admit(self, authorization: str | None, scope: str) -> Caller:
-        """The caller behind an Authorization header. NotAuthenticated: no valid token. Denied: it has not the scope."""
+        """The caller behind an Authorization header. NotAuthenticated: no valid token. Denied: the token lacks the scope."""
         if self._verifier is None:
             return Caller(None, None, self._clock)
         claims = self._identify(self._verifier, authorization)
@@ -115,7 +116,7 @@ class Gate:
         return Caller(claims, self._buckets_of(claims), self._clock)
 
     def identify(self, authorization: str | None) -> Caller | None:
-        """Who it is, None for nobody we know."""
+        """The caller behind an Authorization header. None: there is no valid token."""
         if self._verifier is None:
             return Caller(None, None, self._clock)
         try:

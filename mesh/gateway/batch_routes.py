@@ -1,7 +1,7 @@
-"""Batches: answered while the caller waits, or kept in the mesh until they are asked for.
+"""Batches: answered while the caller waits, or kept in the mesh until the caller asks for the results.
 
-A batch that is kept is its submitter's: where tokens are asked for its id begins with a mark of who that is, and others are told that there
-is no such batch.
+A batch that is kept belongs to its submitter. Where tokens are required, its id begins with a mark of the submitter, and other callers
+get the answer that there is no such batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import HttpError, error_body
 from mesh.gateway.events import until_gone
-from mesh.gateway.generation import Bill, Generation, check_length, paying
+from mesh.gateway.generation import Bill, HttpGeneration, check_length, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.native import answer_document, check_input
 from mesh.gateway.schema import BatchJob, BatchProgress, BatchRequest, BatchResponse, ErrorResponse, InferenceItem
@@ -40,7 +40,7 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "desc
 @batch.post("/api/v1/batch", response_model=BatchResponse, responses=_ACCEPTED)
 async def submit(body: BatchRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """Generate for many requests. Each has its result or its error, in its place. With `async` the answer is an id, at once, and the
-    batch outlives whatever dies meanwhile."""
+    batch survives the end of any process of the mesh."""
     names = {}
     for item in body.requests:
         if item.model not in names:
@@ -62,7 +62,7 @@ async def progress(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     gateway: Gateway = Depends(gateway_of),  # noqa: B008
 ) -> Response:
-    """How far a batch is, and of its requests from `offset` on, at most `limit`, the results of those that have ended."""
+    """The progress of a batch, and the results of those requests that have ended, among at most `limit` from `offset` on."""
     mark = _mark(caller_of(request))
     unknown = HttpError(f"there is no batch {id[:64]}", status=404, code="batch_not_found")
     if not id.startswith(mark):
@@ -132,11 +132,11 @@ async def _all(work: list[Any]) -> list[Any]:
 
 
 async def _patiently(gateway: Gateway, bill: Bill, model: str, item: InferenceItem) -> Completion:
-    """As a batch can be: it waits where a single request would be told that the mesh is busy."""
+    """Generate for one request of a batch. It waits where a single request would get the error that the mesh is busy."""
     until = time.monotonic() + gateway.settings.limits.request_timeout_s
     while True:
         try:
-            return await Generation(gateway, bill, model, item.generate_fields()).complete()
+            return await HttpGeneration(gateway, bill, model, item.generate_fields()).complete()
         except Busy as error:
             if time.monotonic() + error.retry_after_s >= until:
                 raise
@@ -144,7 +144,7 @@ async def _patiently(gateway: Gateway, bill: Bill, model: str, item: InferenceIt
 
 
 def _mark(caller: Caller) -> str:
-    """What the ids of a caller's batches begin with. Admins see them all; so does everyone where no token is asked for."""
+    """The beginning of the ids of a caller's batches. Admins see all batches; so does every caller where no token is required."""
     if caller.claims is None or caller.may("admin"):
         return ""
     return hashlib.sha256(caller.name.encode()).hexdigest()[:12] + "-"

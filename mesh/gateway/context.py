@@ -1,4 +1,4 @@
-"""What every route is given: the client, the settings, who may ask, what is known of the mesh. At `request.app.state.gateway`."""
+"""What every route gets at `request.app.state.gateway`: the client, the settings, the check of tokens, the known models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Gateway", "gateway_of"]
 
 @dataclass(frozen=True)
 class Gateway:
-    """One HTTP edge. `client` is connected by whoever made it."""
+    """One HTTP edge. The code that made `client` connects and closes it."""
 
     client: AsyncMeshClient
     settings: GatewaySettings
@@ -27,6 +27,6 @@ class Gateway:
 
 
 def gateway_of(request: Request) -> Gateway:
-    """A dependency of routes."""
+    """The Gateway of a request; a dependency of routes."""
     gateway: Gateway = request.app.state.gateway
     return gateway

@@ -51,7 +51,7 @@ _OPENAI_CODE = {
 
 
 class HttpError(MeshError):
-    """What only HTTP can get wrong: a path, a method, a content type."""
+    """An error that only HTTP has: a wrong path, method or content type."""
 
     code = "http"
 
@@ -64,7 +64,7 @@ class HttpError(MeshError):
 
 
 class BodyRefused(HTTPException):
-    """An HttpError on its way through code that lets only starlette's exceptions pass."""
+    """Carries an HttpError through code that lets only starlette's exceptions pass."""
 
     def __init__(self, error: HttpError) -> None:
         super().__init__(error.status, str(error))
@@ -72,7 +72,7 @@ class BodyRefused(HTTPException):
 
 
 def from_http(error: HTTPException) -> HttpError:
-    """Starlette's own errors: no such path, no such method."""
+    """The HttpError of an error that starlette raised: no such path, no such method."""
     if isinstance(error, BodyRefused):
         return error.error
     known: dict[int, tuple[str, str]] = {
@@ -93,7 +93,7 @@ def status_of(error: MeshError) -> int:
 
 
 def _headers(error: MeshError) -> dict[str, str]:
-    """Retry-After where it helps, WWW-Authenticate where a token is missing."""
+    """The headers of an error: Retry-After if a retry can help, WWW-Authenticate if a token is missing."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, Busy):
         headers["retry-after"] = str(max(math.ceil(error.retry_after_s), 1))
@@ -129,6 +129,6 @@ def openai_document(error: MeshError) -> dict[str, Any]:
 
 
 def error_response(error: MeshError, path: str, request_id: str) -> Response:
-    """The answer to a request for `path`, in the shape that belongs there."""
+    """The response with `error` to a request for `path`, in the shape of the API that the path belongs to."""
     document = openai_document(error) if path.startswith("/v1/") else error_document(error, request_id)
     return Response(orjson.dumps(document), status_of(error), _headers(error), media_type="application/json")

@@ -1,7 +1,7 @@
-"""Server-sent events: each sent when it exists, in a response that ends when the client does.
+"""Server-sent events. Each is sent as soon as it exists. The response ends when the client leaves.
 
-Until the first event nothing is sent, so that an error that comes before it has a status of its own; but a client is not kept
-waiting for a sign of life: after `keep_alive_s` without an event the response begins, with a comment.
+Nothing is sent before the first event, so that an error before it still has a status of its own. But after `keep_alive_s` without an
+event the response begins all the same, with a comment, so that the client sees that the gateway lives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def event(data: Any) -> bytes:
 
 
 class EventStream(Response):
-    """`events`: whole events, as `event` makes them. `failed` makes the event that an error after the first one becomes."""
+    """`events`: whole events, as `event` makes them. `failed` makes the event for an error that comes after the first one."""
 
     media_type = "text/event-stream"
 
@@ -41,7 +41,7 @@ class EventStream(Response):
         keep_alive_s: float,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(headers={"x-accel-buffering": "no"})  # nginx: do not collect it
+        super().__init__(headers={"x-accel-buffering": "no"})  # tells nginx not to buffer the response
         del self.headers["content-length"]
         self._events = events
         self._failed = failed
@@ -91,11 +91,11 @@ class EventStream(Response):
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has left, so no one waits for the answer."""
 
 
 async def until_gone(receive: Receive, work: Any) -> Any:
-    """The result of the coroutine `work`, which is cancelled, and ClientGone raised, when the client leaves before."""
+    """The result of the coroutine `work`. ClientGone: the client left before, and `work` was cancelled."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.create_task(_gone(receive))
     try:
@@ -110,7 +110,7 @@ async def until_gone(receive: Receive, work: Any) -> Any:
 
 
 async def _gone(receive: Receive) -> None:
-    """Until the client has left. The body has been read before."""
+    """Wait until the client has left. The body must have been read."""
     while True:
         message: Message = await receive()
         if message["type"] == "http.disconnect":

@@ -13,8 +13,8 @@ __all__ = ["gateway_settings"]
 def gateway_settings(
     section: HttpSection, tls: TlsSection | None, authentication: AuthenticationSection, *, model: str | None
 ) -> GatewaySettings:
-    """The settings that these sections describe. ConfigError: other machines reach the listener, and the file does not say who may
-    ask."""
+    """The settings that these sections describe. ConfigError: other machines can reach the listener, and the file does not set
+    authentication."""
     listener = ListenerOptions(
         host=section.listen_host,
         port=section.listen_port,

@@ -1,4 +1,4 @@
-"""A generation that an HTTP request asked for: paid for by its caller, ended with its client."""
+"""A generation for an HTTP request: its tokens count against the caller's limits, and it is cancelled when the client leaves."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
 from mesh.gateway.settings import Limits
 
-__all__ = ["Bill", "Generation", "check_length", "paying"]
+__all__ = ["Bill", "HttpGeneration", "check_length", "paying"]
 
 
 class Bill:
-    """Tokens a request has used so far."""
+    """The number of tokens that a request has used so far."""
 
     used = 0
 
 
 @contextmanager
 def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
-    """Set `tokens` aside for a request, Busy where its token has none left; afterwards what it did not use is given back."""
+    """Set `tokens` aside for a request, and give back afterwards what it did not use. Busy: the caller's token has none left."""
     charged = caller.charge(tokens, requests=requests)
     bill = Bill()
     try:
@@ -32,11 +32,12 @@ def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
         caller.settle(charged, bill.used)
 
 
-class Generation:
-    """`fields` are those of mesh.protocol.generation.Generate; without max_tokens it is the gateway's default, or what the context leaves.
+class HttpGeneration:
+    """`fields` are those of mesh.protocol.generation.Generate. Without max_tokens, the gateway's default holds, or what the context
+    leaves if that is less.
 
-    Iterate over `chunks`; with the last one, which has no token, `completion` is set. Closing the iterator early cancels the
-    generation. `request`: its name in the mesh, once it has begun.
+    Iterate over `chunks`. The last chunk has no token; when it comes, `completion` is set. Closing the iterator early cancels the
+    generation. `request`: the name of the generation in the mesh, once it has begun.
     """
 
     def __init__(self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any]) -> None:
@@ -95,13 +96,13 @@ class Generation:
             self._bill.used += given if completion is None else completion.usage.total_tokens
 
     async def _left(self, error: PromptTooLong) -> int | None:
-        """How many tokens the context leaves after the prompt; None: none."""
+        """How many tokens the context leaves after the prompt. None: it leaves none, or it is not known."""
         context = await self._gateway.models.context(self._model)
         return context - error.tokens if context is not None and context > error.tokens else None
 
 
 def check_length(fields: Mapping[str, Any], limits: Limits) -> None:
-    """A bound on what the coordinators are given to tokenize; the context, in tokens, is theirs to check."""
+    """Refuse a prompt with more characters than a coordinator should tokenize. The coordinator itself checks the context, in tokens."""
     for name in ("prompt", "messages", "tokens"):
         value = fields.get(name)
         if value is None:

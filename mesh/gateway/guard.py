@@ -1,4 +1,4 @@
-"""Routes that ask for a scope, before anything of the request's body is read."""
+"""Routes that need a scope. It is checked before the request's body is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mesh.gateway.context import gateway_of
 __all__ = ["SCOPE_KEY", "caller_of", "guarded"]
 
 SCOPE_KEY = "x-scope"
-"""Under which an operation's description says the scope it needs."""
+"""The key in an operation's OpenAPI description that names the scope it needs."""
 
 
 class Guarded(APIRoute):
@@ -41,12 +41,12 @@ class Guarded(APIRoute):
 
 
 def guarded(scope: str, **options: Any) -> APIRouter:
-    """A router of which every route needs `scope`."""
+    """A router whose routes all need `scope`."""
     route = type("Guarded", (Guarded,), {"scope": scope})
     return APIRouter(route_class=route, **options)
 
 
 def caller_of(request: Request) -> Caller:
-    """Who asks, in a guarded route."""
+    """The caller of a guarded route; a dependency of routes."""
     caller: Caller = request.state.caller
     return caller

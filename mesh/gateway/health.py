@@ -1,8 +1,8 @@
-"""Whether a token can be generated now: not whether processes answer.
+"""Whether the mesh can generate a token now. That its processes answer is not enough.
 
-A model is ready when its coordinators know a whole chain of ranges with a replica that is ready, and a step came back from the last
-stage within `fresh_s`; when the last one is older, because nobody asked for anything, two tokens are generated to see. What was
-found serves whoever asks within half a second, and one look serves all that ask at once.
+A model is ready when its coordinators know a ready replica for every layer range, and a step came back from the last stage within
+`fresh_s`. If the last step is older, because there was no request, two tokens are generated as a check. A report is reused for half a
+second, and requests that come at the same time share one check.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mesh.errors import Busy, DeadlineExceeded, MeshError
 from mesh.gateway.known import KnownModels
 from mesh.protocol.status import ShardLease
 
-__all__ = ["HealthMonitor", "HealthReport", "ModelHealth", "RangeHealth"]
+__all__ = ["HealthMonitor", "HealthReport", "ModelReport", "RangeReport"]
 
 _CACHED_S = 0.5
 _STATUS_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class RangeHealth:
-    """A layer range as `A-B`, the shards that are ready for it, and those that are there and are not."""
+class RangeReport:
+    """A layer range as `A-B`, the shards that are ready for it, and its other shards."""
 
     layers: str
     ready: tuple[str, ...]
@@ -33,22 +33,22 @@ class RangeHealth:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelHealth:
-    """last_step_s: how long ago a step came back, None where none has. probed: two tokens were generated to see."""
+class ModelReport:
+    """last_step_s: how long ago a step came back; None: none has. probed: two tokens were generated as a check."""
 
     model: str
     ready: bool
     reason: str
     last_step_s: float | None
     probed: bool
-    ranges: tuple[RangeHealth, ...]
+    ranges: tuple[RangeReport, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
     ready: bool
     reason: str
-    models: tuple[ModelHealth, ...]
+    models: tuple[ModelReport, ...]
 
     def of(self, model: str) -> HealthReport:
         """The part about one model."""
@@ -59,7 +59,7 @@ class HealthReport:
 
 
 class HealthMonitor:
-    """See the module's docstring. `default`: the model that must be there."""
+    """See the module's docstring. `default`: the model that must be served."""
 
     def __init__(
         self, client: AsyncMeshClient, models: KnownModels, *, default: str | None, fresh_s: float = 2.0, probe_timeout_s: float = 5.0
@@ -74,7 +74,7 @@ class HealthMonitor:
         self._looking: asyncio.Task[HealthReport] | None = None
 
     async def check(self) -> HealthReport:
-        """Never raises for a mesh that is not well: that is the report."""
+        """The report. It never raises because of the mesh: what is wrong with the mesh stands in the report."""
         if self._report is not None and time.monotonic() - self._looked_at < _CACHED_S:
             return self._report
         if self._looking is None:
@@ -103,22 +103,22 @@ class HealthMonitor:
         bad = next((health for health in models if not health.ready), None)
         return HealthReport(bad is None, "" if bad is None else bad.reason, models)
 
-    async def _look_at(self, model: str, status: MeshStatus) -> ModelHealth:
+    async def _look_at(self, model: str, status: MeshStatus) -> ModelReport:
         coordinators = [c for c in status.coordinators if c.model == model]
         leases = [lease for lease in status.shards if lease.model == model]
         ranges = _ranges(leases)
         last_step_s = _last_step_s(coordinators)
         if not coordinators:
-            return ModelHealth(model, False, f"no coordinator serves {model}", None, False, ranges)
+            return ModelReport(model, False, f"no coordinator serves {model}", None, False, ranges)
         if not any(c.serving for c in coordinators):
-            return ModelHealth(model, False, _what_lacks(leases), last_step_s, False, ranges)
+            return ModelReport(model, False, _what_lacks(leases), last_step_s, False, ranges)
         if last_step_s is not None and last_step_s <= self._fresh_s:
-            return ModelHealth(model, True, "", last_step_s, False, ranges)
+            return ModelReport(model, True, "", last_step_s, False, ranges)
         reason = await self._probe(model)
-        return ModelHealth(model, not reason, reason, last_step_s if reason else 0.0, True, ranges)
+        return ModelReport(model, not reason, reason, last_step_s if reason else 0.0, True, ranges)
 
     async def _probe(self, model: str) -> str:
-        """Generate two tokens; why it failed, or nothing."""
+        """Generate two tokens. Returns why that failed, or an empty text."""
         try:
             await self._client.generate(
                 tokens=[0], max_tokens=2, ignore_eos=True, temperature=0.0, model=model, timeout_s=self._probe_timeout_s
@@ -137,12 +137,12 @@ def _last_step_s(coordinators: Sequence[CoordinatorStatus]) -> float | None:
     return min(ages, default=None)
 
 
-def _ranges(leases: Sequence[ShardLease]) -> tuple[RangeHealth, ...]:
+def _ranges(leases: Sequence[ShardLease]) -> tuple[RangeReport, ...]:
     found: dict[tuple[int, int], list[ShardLease]] = {}
     for lease in leases:
         found.setdefault((lease.layers_start, lease.layers_end), []).append(lease)
     return tuple(
-        RangeHealth(
+        RangeReport(
             f"{start}-{end}",
             tuple(lease.shard for lease in those if lease.state == "ready"),
             tuple(lease.shard for lease in those if lease.state != "ready"),
@@ -152,7 +152,7 @@ def _ranges(leases: Sequence[ShardLease]) -> tuple[RangeHealth, ...]:
 
 
 def _what_lacks(leases: Sequence[ShardLease]) -> str:
-    """The first layers that no shard which is ready holds, for people."""
+    """A sentence that names the first layers without a ready shard."""
     if not leases:
         return "there is no shard"
     total = leases[0].total_layers

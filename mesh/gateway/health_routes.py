@@ -1,4 +1,4 @@
-"""Liveness, readiness, and what is the matter. Open to all: load balancers have no token; who is where is for admins."""
+"""Liveness and readiness. They need no token, because load balancers have none; only admins see which shards serve which layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["health"]
 health = APIRouter(tags=["health"])
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorResponse, "description": "Nobody serves that model"},
+    404: {"model": ErrorResponse, "description": "No coordinator serves that model"},
     503: {"model": HealthResponse, "description": "No token can be generated now"},
 }
 
@@ -28,7 +28,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
 @health.get("/api/v1/health/ready", response_model=HealthResponse, responses=_NOT_READY)
 @health.get("/health/ready", include_in_schema=False)
 async def ready(request: Request, model: str | None = None, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """Whether a token can be generated now: 200, or 503 with the reason. `model`: of that one; otherwise of all."""
+    """Whether a token can be generated now: 200, or 503 with the reason. `model`: only that model; otherwise all models."""
     report = await gateway.health.check()
     if model is not None:
         if report.models and not any(entry.model == model for entry in report.models):
@@ -42,7 +42,7 @@ async def ready(request: Request, model: str | None = None, gateway: Gateway = D
 @health.get("/api/v1/health/live", response_model=LiveResponse)
 @health.get("/health/live", include_in_schema=False)
 async def live() -> Response:
-    """This process answers; whether the mesh does is /api/v1/health/ready."""
+    """This process answers. /api/v1/health/ready says whether the mesh does."""
     return Response(b'{"status":"live"}', media_type="application/json")
 
 

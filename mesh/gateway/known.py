@@ -1,5 +1,5 @@
-"""Which models the mesh serves, as its coordinators said last. Asking them takes a fraction of a second, so it is asked only for a
-name that is not known yet, at most once a second, and by one request for all that wait."""
+"""Which models the mesh serves, as its coordinators last said. Asking them takes a fraction of a second. So they are asked only about a
+name that is not known yet, at most once a second, and all requests that wait share one question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LIST_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """context: the most positions a session may have now; None: no chain of shards is complete."""
+    """context: the most positions that a session may have now. None: some layer range has no shard."""
 
     name: str
     context: int | None
@@ -26,7 +26,7 @@ class KnownModel:
 
 
 class KnownModels:
-    """`default`: what a request without a name means; None: the only one there."""
+    """`default`: the model of a request without a model's name; None: the only model that is served."""
 
     def __init__(self, client: AsyncMeshClient, default: str | None = None) -> None:
         self._client = client
@@ -36,7 +36,7 @@ class KnownModels:
         self._asking: asyncio.Task[None] | None = None
 
     async def resolve(self, name: str | None) -> str:
-        """The model that `name` means. ModelNotFound: nobody serves it. Unavailable: nobody serves anything."""
+        """The model that `name` means. ModelNotFound: no coordinator serves it. Unavailable: no coordinator serves any model."""
         wanted = name or self._default
         if wanted is not None and (wanted in self._known or (name is None and wanted == self._default)):
             return wanted
@@ -65,7 +65,7 @@ class KnownModels:
         return sorted(self._known.values(), key=lambda model: model.name)
 
     def take(self, coordinators: tuple[CoordinatorStatus, ...]) -> None:
-        """What the coordinators say now."""
+        """Take what the coordinators say now."""
         now = time.time()
         known: dict[str, KnownModel] = {}
         for coordinator in coordinators:
@@ -92,4 +92,4 @@ class KnownModels:
     def _asked_now(self, task: asyncio.Task[None]) -> None:
         self._asking = None
         if not task.cancelled():
-            task.exception()  # seen by those who wait, if any does
+            task.exception()  # the requests that wait get the error, if there are any

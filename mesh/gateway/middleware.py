@@ -1,6 +1,6 @@
-"""What every request goes through: a name, bounds on its body, headers for browsers, errors as documents, a line in the log.
+"""What every request passes: a request id, bounds on its body, headers for browsers, errors as documents, a line in the log.
 
-Plain ASGI: nothing of it is called once a token except two counters.
+It is plain ASGI, so a token of a stream costs no more than two counters.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CSP = "default-src 'none'; frame-ancestors 'none'"
 
 @dataclass(slots=True)
 class Counters:
-    """Requests since the start, by status (499: the client left), and those under way."""
+    """Counts of requests since the start, by status (499: the client left), and of those under way."""
 
     active: int = 0
     requests: Counter[str] = field(default_factory=Counter)
@@ -44,8 +44,8 @@ class Counters:
 
 
 class Edge:
-    """The outermost part. `secure`: the listener speaks TLS. `plain_names_only`: it answers only to addresses and to names without a
-    dot, which no page of another host can have taken over to reach what listens on a visitor's own machine."""
+    """The outermost part. `secure`: the listener uses TLS. `plain_names_only`: requests are answered only if their Host is an address
+    or a name without a dot. A web page of another host could otherwise rebind its name to reach a listener on its visitor's machine."""
 
     def __init__(self, app: ASGIApp, limits: Limits, *, secure: bool, plain_names_only: bool = False) -> None:
         self._app = app
@@ -95,7 +95,7 @@ class Edge:
             status = status or 499
         except Exception:
             log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
-            if status:  # it is out: all that is left is to end the connection
+            if status:  # the response has begun, so only its connection can be ended
                 raise
             await error_response(internal_error(), scope["path"], request_id)(scope, receive, answer)
         finally:
@@ -114,7 +114,7 @@ class Edge:
             )
 
     def _refusal(self, headers: Headers) -> HttpError | None:
-        """What is wrong with a request before any of its body is read."""
+        """The error of a request that is wrong before its body is read. None: nothing is wrong."""
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._limits.max_body_bytes:
             return _too_large(self._limits)
@@ -132,7 +132,7 @@ _DROP_S = 1.0
 
 
 class _Body:
-    """Receives a body with a bound on its size and on the time it takes; afterwards, without any, whatever comes."""
+    """Receives a body with a bound on its size and on its time. What comes after the body has no bounds."""
 
     def __init__(self, receive: Receive, limits: Limits) -> None:
         self._receive = receive
@@ -162,7 +162,8 @@ class _Body:
         return message
 
     async def drop(self) -> None:
-        """Read a little of what nobody wants: a connection that is closed on a client that still sends is reset, and the answer with it."""
+        """Read and drop a little more of the body. If the gateway closed the connection while the client still sends, the connection would
+        be reset, and the client would lose the answer."""
         dropped = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DROP_S):
@@ -173,7 +174,7 @@ class _Body:
 
 
 def _is_plain(host: str) -> bool:
-    """Of a Host header: an address, or a name without a dot."""
+    """Whether a Host header is an address, or a name without a dot."""
     name = host.rpartition(":")[0] if re.search(r":\d*$", host) and not host.endswith("]") else host
     if "." not in name:
         return True

@@ -17,7 +17,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import error_document
 from mesh.gateway.events import EventStream, event, until_gone
-from mesh.gateway.generation import Generation, paying
+from mesh.gateway.generation import HttpGeneration, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.schema import InferenceItem, InferenceRequest, InferenceResponse, StatsResponse
 
@@ -43,14 +43,14 @@ async def inference(body: InferenceRequest, request: Request, gateway: Gateway =
             keep_alive_s=gateway.settings.limits.keep_alive_s,
         )
     with paying(caller, _most(gateway, body)) as bill:
-        generation = Generation(gateway, bill, model, body.generate_fields())
+        generation = HttpGeneration(gateway, bill, model, body.generate_fields())
         completion = await until_gone(request.receive, generation.complete())
     return _json(answer_document(completion, model))
 
 
 @admin.get("/api/v1/stats", response_model=StatsResponse)
 async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """Figures of the shards, the coordinators and this gateway."""
+    """The statistics of the shards, the coordinators and this gateway."""
     status = await gateway.client.status()
     return _json(
         {
@@ -63,7 +63,7 @@ async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Res
 
 async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceItem) -> AsyncGenerator[bytes, None]:
     with paying(caller, _most(gateway, body)) as bill:
-        generation = Generation(gateway, bill, model, body.generate_fields())
+        generation = HttpGeneration(gateway, bill, model, body.generate_fields())
         rest = ""
         async with aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:
@@ -76,7 +76,7 @@ async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceI
 
 
 def _most(gateway: Gateway, item: InferenceItem) -> int:
-    """Tokens it may generate."""
+    """The most tokens that the request may generate."""
     return item.max_tokens or gateway.settings.limits.default_max_tokens
 
 

@@ -1,6 +1,6 @@
-"""OpenAI's API: models, chat completions, completions. mesh.gateway.openai_schema says which of it.
+"""OpenAI's API: models, chat completions, completions. mesh.gateway.openai_schema says which fields are supported.
 
-Both kinds are the same work: one generation for each prompt and choice, its chunks given to a Shape, which knows the documents.
+Both kinds of completion are the same work: one generation for each prompt and choice. A Shape makes the documents from its chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import openai_document
 from mesh.gateway.events import EventStream, event, until_gone
-from mesh.gateway.generation import Generation, paying
+from mesh.gateway.generation import HttpGeneration, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
 from mesh.gateway.openai_shapes import ChatShape, Shape, TextShape
@@ -34,7 +34,7 @@ openai = guarded("generate", tags=["openai"])
 
 _DONE = b"data: [DONE]\n\n"
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-_COMPLETION_TOKENS = 16  # what OpenAI's completions give where max_tokens is not given
+_COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 
 @openai.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
@@ -51,7 +51,7 @@ async def chat_completions(body: ChatRequest, request: Request, gateway: Gateway
 
 @openai.post("/v1/completions", response_model=TextCompletion, responses=_STREAM)
 async def completions(body: CompletionRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """What follows after a text."""
+    """The continuation of a text."""
     common = {"max_tokens": body.max_tokens or _COMPLETION_TOKENS, **body.sampling()}
     if body.logprobs is not None:
         common["logprobs"] = body.logprobs
@@ -66,7 +66,7 @@ async def models(gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B
 
 @openai.get("/v1/models/{model}", response_model=ModelCard)
 async def model(model: str, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """One of them."""
+    """One model."""
     for known in await gateway.models.all():
         if known.name == model:
             return _json(_card(known.name, known.first_seen_unix_s))
@@ -85,13 +85,13 @@ class _Work:
 
     @property
     def most(self) -> int:
-        """Tokens it may generate."""
+        """The most tokens that the request may generate."""
         default = self.gateway.settings.limits.default_max_tokens
         return sum(request.get("max_tokens", default) for request in self.requests)
 
     async def complete(self) -> dict[str, Any]:
         with paying(self.caller, self.most) as bill:
-            tasks = [Generation(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
+            tasks = [HttpGeneration(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
             completions = await _together(tasks)
         self.shape.name(completions[0].request)
         return self.shape.whole(completions)
@@ -99,7 +99,7 @@ class _Work:
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape = self.shape
         with paying(self.caller, self.most) as bill:
-            generations = [Generation(self.gateway, bill, shape.model, request) for request in self.requests]
+            generations = [HttpGeneration(self.gateway, bill, shape.model, request) for request in self.requests]
             async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
                 async for index, chunk in chunks:
                     shape.name(generations[0].request)
@@ -134,7 +134,7 @@ async def _answer(gateway: Gateway, request: Request, body: Common, prompts: lis
 
 
 async def _together(work: Sequence[Any]) -> list[Completion]:
-    """All or none: the first error cancels the others."""
+    """The results of all. The first error cancels the others and is raised."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
@@ -144,14 +144,14 @@ async def _together(work: Sequence[Any]) -> list[Completion]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _numbered(generation: Generation) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def _numbered(generation: HttpGeneration) -> AsyncGenerator[tuple[int, Chunk], None]:
     async with aclosing(generation.chunks()) as chunks:
         async for chunk in chunks:
             yield 0, chunk
 
 
-async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Chunks of all as they come; the first error ends them all."""
+async def _merged(generations: Sequence[HttpGeneration]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """The chunks of all generations as they come. The first error cancels the others and is raised."""
     queue: asyncio.Queue[tuple[int, Chunk | MeshError | BaseException | None]] = asyncio.Queue(maxsize=64)
 
     async def pump(index: int) -> None:

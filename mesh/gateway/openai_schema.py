@@ -1,11 +1,12 @@
-"""The documents of OpenAI's API, as far as a mesh can do what they ask. What it cannot is refused by name, not passed over."""
+"""The documents of OpenAI's API, as far as a mesh supports them. A field that it does not support is refused by name."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from mesh.gateway.bodies import RequestBody, ResponseBody, Usage
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 
 __all__ = [
@@ -23,26 +24,18 @@ Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Request(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class StreamOptions(Request):
+class StreamOptions(RequestBody):
     include_usage: bool = False
-    include_obfuscation: bool = False  # nothing is added to hide the length of tokens either way
+    include_obfuscation: bool = False  # accepted, but nothing is ever added to hide the length of tokens
 
 
-class TextPart(Request):
+class TextPart(RequestBody):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Request):
-    """`content` is a text or parts of one. A developer's message is a system's."""
+class ChatMessage(RequestBody):
+    """`content` is a text or parts of one. The role developer means system."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -57,7 +50,7 @@ class ChatMessage(Request):
         return self.content or ""
 
 
-class ResponseFormat(Request):
+class ResponseFormat(RequestBody):
     type: Literal["text"]
 
 
@@ -71,11 +64,11 @@ def _describe(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [value, {"type": "null"}], **outer}
 
 
-class Common(SamplingFields, Request):
-    """What both kinds of completion have. A sampling parameter that is null has its default.
+class Common(SamplingFields, RequestBody):
+    """The fields of both kinds of completion. A sampling parameter that is null has its default.
 
-    The sampling parameters that OpenAI does not have, and ignore_eos, are additions. Where OpenAI's range or default is another one,
-    OpenAI's holds.
+    ignore_eos and the sampling parameters that OpenAI does not have are additions. Where OpenAI's range or default differs from the
+    mesh's, OpenAI's holds.
     """
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -102,8 +95,8 @@ class Common(SamplingFields, Request):
         return {name: value for name, value in values.items() if value is not None or name not in SamplingFields.model_fields}
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of mesh.protocol.generation.Generate that were given, and the temperature; without seed and logprobs, which are
-        written in another way here."""
+        """The fields of mesh.protocol.generation.Generate that the request has, and the temperature. Without seed and logprobs, which
+        have another form in OpenAI's API."""
         names = {*SamplingFields.model_fields, "ignore_eos"} - {"seed", "logprobs"}
         given = self.model_dump(include=names & self.model_fields_set | {"temperature"}, exclude_none=True)
         if self.stop:
@@ -111,7 +104,7 @@ class Common(SamplingFields, Request):
         return given
 
     def seed_of(self, choice: int) -> int | None:
-        """Choices of one request differ, and are the same again for the same seed."""
+        """The seed of one choice. Choices of one request differ; the same seed makes the same choices again."""
         return None if self.seed is None else (self.seed + choice) % 2**63
 
 
@@ -142,7 +135,7 @@ class ChatRequest(Common):
 
 
 class CompletionRequest(Common):
-    """`prompt`: a text, several, token ids, or several of these. It goes as it is, without a chat template."""
+    """`prompt`: a text, several texts, token ids, or several lists of token ids. It is used as it is, without a chat template."""
 
     prompt: str | list[str] | list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | list[list[Annotated[int, Field(ge=0, le=_MAX_INT)]]]
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -156,7 +149,7 @@ class CompletionRequest(Common):
         return self
 
     def prompts(self) -> list[dict[str, Any]]:
-        """Each as the field of mesh.protocol.generation.Generate that it is."""
+        """Each prompt as fields of mesh.protocol.generation.Generate."""
         if isinstance(self.prompt, str):
             return [{"prompt": self.prompt, "raw": True}]
         if all(isinstance(part, int) for part in self.prompt):
@@ -164,13 +157,7 @@ class CompletionRequest(Common):
         return [{"prompt": part, "raw": True} if isinstance(part, str) else {"tokens": part} for part in self.prompt]
 
 
-class Usage(Answer):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TopLogprob(Answer):
+class TopLogprob(ResponseBody):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -180,25 +167,25 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(ResponseBody):
     content: list[TokenLogprob]
     refusal: None = None
 
 
-class AssistantMessage(Answer):
+class AssistantMessage(ResponseBody):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseBody):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(ResponseBody):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -208,21 +195,21 @@ class ChatCompletion(Answer):
     system_fingerprint: str | None = None
 
 
-class TextLogprobs(Answer):
+class TextLogprobs(ResponseBody):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class TextChoice(Answer):
+class TextChoice(ResponseBody):
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class TextCompletion(Answer):
+class TextCompletion(ResponseBody):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -232,24 +219,24 @@ class TextCompletion(Answer):
     system_fingerprint: str | None = None
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseBody):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
 
 
-class ModelList(Answer):
+class ModelList(ResponseBody):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class OpenAIErrorBody(Answer):
+class OpenAIErrorBody(ResponseBody):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class OpenAIError(Answer):
+class OpenAIError(ResponseBody):
     error: OpenAIErrorBody

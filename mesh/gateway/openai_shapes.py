@@ -1,4 +1,4 @@
-"""Completions in OpenAI's documents: whole, or in parts as they come."""
+"""Makes OpenAI's documents from generations: one whole document, or a part for each chunk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _REPLACEMENT = "\ufffd"  # a token that is part of a character has no text of it
 
 
 class Shape(Protocol):
-    """Documents of one request, which is named as its first generation is named in the mesh. `part`: those that say what a chunk of
-    choice `index` brought; `reason` is set with its last."""
+    """The documents of one request. Its id is the name of its first generation in the mesh. `part`: the documents for one chunk of
+    choice `index`; `reason` is set with the last chunk."""
 
     model: str
 
@@ -121,7 +121,7 @@ class TextShape(_Documents):
 
 
 def _usage(completions: Sequence[Completion]) -> dict[str, int]:
-    """A prompt with several choices is read once for each, and counted so."""
+    """The usage of all choices. A prompt with several choices is processed, and counted, once for each choice."""
     prompt = sum(completion.usage.prompt_tokens for completion in completions)
     given = sum(completion.usage.completion_tokens for completion in completions)
     return {"prompt_tokens": prompt, "completion_tokens": given, "total_tokens": prompt + given}

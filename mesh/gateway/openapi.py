@@ -1,4 +1,4 @@
-"""The OpenAPI description: what FastAPI makes of the routes, with the errors and the tokens that every route has."""
+"""The OpenAPI description: FastAPI's description of the routes, with the errors and the tokens that all routes share."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["describe"]
 _ERRORS = {
     "400": "A field is wrong; `field` says which",
     "401": "There is no valid token",
-    "403": "The token has not the scope",
-    "404": "Nobody serves that model, or there is no such thing",
+    "403": "The token lacks the scope",
+    "404": "No coordinator serves that model, or there is no such thing",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
-    "429": "The mesh, or the token's allowance, is used up; Retry-After says when to come back",
+    "429": "The mesh is full, or the token has used up its limits; Retry-After says when to try again",
     "500": "An error of the gateway itself",
     "503": "The mesh cannot serve it now",
-    "504": "No answer within the request's time",
+    "504": "There was no answer within the request's time",
 }
 _COMMON = "#/components/schemas/ErrorResponse"
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """Made once."""
+    """The OpenAPI document of `app`; made once."""
     if app.openapi_schema:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)

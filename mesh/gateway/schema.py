@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from mesh.gateway.bodies import RequestBody, ResponseBody, Usage
 from mesh.protocol.sampling import SamplingFields
 
 __all__ = [
@@ -26,22 +27,12 @@ __all__ = [
 _MAX_INT = 2**31 - 1
 
 
-class Request(BaseModel):
-    """Strict: a number is not a text, and a key that is not there is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class ChatMessage(Request):
+class ChatMessage(RequestBody):
     role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
-class Sampling(SamplingFields, Request):
+class Sampling(SamplingFields, RequestBody):
     """How tokens are chosen, and when the answer ends."""
 
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_INT)] | None = None
@@ -69,20 +60,14 @@ class InferenceRequest(InferenceItem):
     stream: bool = False
 
 
-class BatchRequest(Request):
+class BatchRequest(RequestBody):
     """Many requests, answered together, in their order; with `async` kept in the mesh, and answered when they are asked for."""
 
     requests: Annotated[list[InferenceItem], Field(min_length=1, max_length=10_000)]
     kept: Annotated[bool, Field(alias="async")] = False
 
 
-class Usage(Answer):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Timing(Answer):
+class Timing(ResponseBody):
     """Seconds, as the coordinator measured them; `hops`: where a mean decode step went."""
 
     queue_s: float
@@ -96,13 +81,13 @@ class Timing(Answer):
     hops: dict[str, float]
 
 
-class TopToken(Answer):
+class TopToken(ResponseBody):
     token: int
     piece: str | None
     logprob: float
 
 
-class TokenLogprob(Answer):
+class TokenLogprob(ResponseBody):
     """`piece`: the token's own text."""
 
     token: int
@@ -111,7 +96,7 @@ class TokenLogprob(Answer):
     top: list[TopToken]
 
 
-class InferenceResponse(Answer):
+class InferenceResponse(ResponseBody):
     id: str
     model: str
     text: str | None
@@ -122,7 +107,7 @@ class InferenceResponse(Answer):
     logprobs: list[TokenLogprob] | None = None
 
 
-class ErrorBody(Answer):
+class ErrorBody(ResponseBody):
     """`code` is stable; `field` the key that is wrong; `retryable`: the same request can succeed later."""
 
     code: str
@@ -132,12 +117,12 @@ class ErrorBody(Answer):
     retry_after_s: float | None
 
 
-class ErrorResponse(Answer):
+class ErrorResponse(ResponseBody):
     error: ErrorBody
     request_id: str
 
 
-class BatchResult(Answer):
+class BatchResult(ResponseBody):
     """Of one request: `result`, or `error`."""
 
     index: int
@@ -145,12 +130,12 @@ class BatchResult(Answer):
     error: ErrorBody | None = None
 
 
-class BatchResponse(Answer):
+class BatchResponse(ResponseBody):
     results: list[BatchResult]
     usage: Usage
 
 
-class BatchJob(Answer):
+class BatchJob(ResponseBody):
     """A batch that is kept. `total` = waiting + `running` + `done` + `failed`."""
 
     id: str
@@ -170,7 +155,7 @@ class BatchProgress(BatchJob):
     next: int | None
 
 
-class RangeHealth(Answer):
+class RangeHealth(ResponseBody):
     """A layer range as `A-B`; the shards that are ready for it, and the others there."""
 
     layers: str
@@ -178,7 +163,7 @@ class RangeHealth(Answer):
     others: list[str]
 
 
-class ModelHealth(Answer):
+class ModelHealth(ResponseBody):
     """`last_step_s`: how long ago a step came back. `probed`: two tokens were generated to see. `ranges`: for callers with the
     scope admin."""
 
@@ -190,7 +175,7 @@ class ModelHealth(Answer):
     ranges: list[RangeHealth] | None = None
 
 
-class HealthResponse(Answer):
+class HealthResponse(ResponseBody):
     """`status` ready: a token can be generated now."""
 
     status: Literal["ready", "not_ready"]
@@ -198,11 +183,11 @@ class HealthResponse(Answer):
     models: list[ModelHealth]
 
 
-class LiveResponse(Answer):
+class LiveResponse(ResponseBody):
     status: Literal["live"] = "live"
 
 
-class StatsResponse(Answer):
+class StatsResponse(ResponseBody):
     """What shards and coordinators say of themselves, and what this gateway has done since its start."""
 
     shards: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""An HTTP edge as a process has it: a client, an application, a listener, in the event loop that is there."""
+"""An HTTP edge inside a process: a client, an application and a listener, in the event loop of the process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SPARE_FILES = 256
 
 
 class HttpEdge:
-    """`bind` takes the port, so that it fails before anything else is begun; `serve` is its life, until `stop`."""
+    """`bind` takes the port, so that a taken port is an error before anything else starts. `serve` then runs until `stop`."""
 
     def __init__(self, listener: Listener, settings: GatewaySettings) -> None:
         self.settings = settings
@@ -31,17 +31,17 @@ class HttpEdge:
 
     @classmethod
     def bind(cls, settings: GatewaySettings, *, or_free: bool = False) -> HttpEdge:
-        """ConfigError where the port is taken (unless `or_free`: then any) or TLS files are wrong."""
+        """Take the port; with `or_free`, any free port if it is taken. ConfigError: the port is taken, or TLS files are wrong."""
         _allow_files(settings.listener.max_connections + _SPARE_FILES)
         return cls(Listener.bind(settings.listener, or_free=or_free), settings)
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds it."""
+        """The URL for a client on this machine."""
         return self._listener.url
 
     async def serve(self, options: BusOptions, *, model: str | None = None) -> None:
-        """Connect to the mesh and answer until `stop`. `model`: over the settings'."""
+        """Connect to the mesh and answer requests until `stop`. `model` overrides the model of the settings."""
         settings = self.settings if model is None else replace(self.settings, model=model)
         client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
         await client.connect()
@@ -56,14 +56,14 @@ class HttpEdge:
             await client.close()
 
     def stop(self, *, now: bool = False) -> None:
-        """Take no new requests; those under way may end, unless `now`."""
+        """Take no new requests. Requests under way may finish, unless `now`."""
         if self._watch is not None:
             self._watch.end()
         self._listener.stop(now=now)
 
 
 def _allow_files(wanted: int) -> None:
-    """A connection is an open file, of which a process may often have 1024: as many more as this user may have."""
+    """Raise the limit of open files to this user's maximum. Each connection is an open file, and the usual limit is 1024."""
     if sys.platform == "win32":
         return
     import resource

@@ -1,4 +1,4 @@
-"""What an HTTP edge is told when it is made. mesh.settings reads it from files; here it is values."""
+"""The values that an HTTP edge is made with. mesh/gateway/from_config.py makes them from a configuration file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["GatewaySettings", "Limits"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one request. requests_per_minute, tokens_per_minute: of a token that names none itself (None: no limit).
+    """Bounds of one request. requests_per_minute, tokens_per_minute: for bearer tokens without limits of their own (None: no limit).
 
-    body_timeout_s: for a whole body to arrive; request_timeout_s: for the whole of a generation; keep_alive_s: a stream that says
-    nothing for so long says that it waits.
+    body_timeout_s: the time for a whole body to arrive. request_timeout_s: the time for a whole generation. keep_alive_s: after this
+    time without an event, a stream sends a comment.
     """
 
     max_body_bytes: int = 4 * 1024 * 1024
@@ -33,8 +33,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """model: what a request without a model's name means (None: the only one there). verifier None: whoever reaches the listener
-    may ask. health_fresh_s: a probe is made when the last step is older. cors_origins: whose pages may call, none by default."""
+    """model: the model of a request without a model's name (None: the only one that is served). verifier None: every caller that can
+    reach the listener may do everything. health_fresh_s: a probe is made if the last step is older. cors_origins: the origins whose pages
+    may call; none by default."""
 
     model: str | None = None
     listener: ListenerOptions = field(default_factory=ListenerOptions)

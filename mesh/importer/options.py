@@ -1,4 +1,4 @@
-"""What a user chooses at import."""
+"""The options of `mesh import`: the type of the arithmetic, and the width of the stored weights."""
 
 from __future__ import annotations
 

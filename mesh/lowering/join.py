@@ -22,7 +22,7 @@ import numpy as np
 
 from mesh.lowering import registry
 from mesh.lowering.lower import Lowered
-from mesh.lowering.prepare import Graph, Node, with_last_use
+from mesh.lowering.prepare import Graph, GraphNode, with_last_use
 from mesh.model.onnx_form import OPSET
 
 __all__ = ["join_products"]
@@ -34,7 +34,7 @@ class _Product:
 
     index: int
     weight: str
-    through: Node | None
+    through: GraphNode | None
 
 
 def join_products(lowered: Lowered, packable: Set[str]) -> tuple[Graph, dict[str, tuple[str, ...]]]:
@@ -63,7 +63,7 @@ def _shape(lowered: Lowered, name: str) -> tuple[int, ...]:
     return tuple((lowered.weights[name] if name in lowered.weights else lowered.graph.constants[name]).shape)
 
 
-def _kind(lowered: Lowered, weight: str, through: Node | None, uses: Mapping[str, int]) -> Any:
+def _kind(lowered: Lowered, weight: str, through: GraphNode | None, uses: Mapping[str, int]) -> Any:
     """What two products must have in common to be joined: everything but the left operand and the number of outputs. None: not joined."""
     depth, out = _shape(lowered, weight)
     stored = (depth, lowered.weights[weight].dtype, lowered.packed[weight].signed if weight in lowered.packed else None)
@@ -85,7 +85,7 @@ def _rewrite(lowered: Lowered, groups: list[list[_Product]]) -> tuple[Graph, dic
     constants = dict(graph.constants)
     parts: dict[str, tuple[str, ...]] = {}
     dropped: set[int] = set()
-    placed: dict[int, tuple[Node, ...]] = {}
+    placed: dict[int, tuple[GraphNode, ...]] = {}
     place = {id(node): index for index, node in enumerate(graph.nodes)}
 
     def side_by_side(names: tuple[str, ...]) -> str:
@@ -101,7 +101,7 @@ def _rewrite(lowered: Lowered, groups: list[list[_Product]]) -> tuple[Graph, dic
         weights = tuple(product.weight for product in products)
         outputs = tuple(node.outputs[0] for node in nodes)
         right = side_by_side(weights)
-        before: tuple[Node, ...] = ()
+        before: tuple[GraphNode, ...] = ()
         throughs = [product.through for product in products if product.through is not None]
         if throughs:
             extras = (side_by_side(names) for names in zip(*(node.inputs[1:] for node in throughs), strict=True))
@@ -113,7 +113,7 @@ def _rewrite(lowered: Lowered, groups: list[list[_Product]]) -> tuple[Graph, dic
         placed[products[0].index] = (
             *before,
             replace(nodes[0], inputs=(nodes[0].inputs[0], right), outputs=(product,)),
-            Node("", split, (product, sizes), outputs, {"axis": -1}, "Split"),
+            GraphNode("", split, (product, sizes), outputs, {"axis": -1}, "Split"),
         )
         dropped.update(product.index for product in products)
     kept = (placed.get(index, () if index in dropped else (node,)) for index, node in enumerate(graph.nodes))

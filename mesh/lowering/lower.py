@@ -20,7 +20,7 @@ import onnx
 
 from mesh.errors import UnsupportedModel
 from mesh.lowering import static
-from mesh.lowering.prepare import Graph, Node, prepare
+from mesh.lowering.prepare import Graph, GraphNode, prepare
 from mesh.lowering.registry import Op
 from mesh.lowering.tensors import PackedFormat, unpack
 
@@ -112,7 +112,7 @@ def interpret(graph: Graph, env: dict[str, Any], last_use: Mapping[int, tuple[st
             env.pop(name, None)
 
 
-def evaluate(node: Node, args: Sequence[Any], scope: Scope | None = None) -> tuple[Any, ...]:
+def evaluate(node: GraphNode, args: Sequence[Any], scope: Scope | None = None) -> tuple[Any, ...]:
     """The outputs of one node.
 
     An argument with a method `__lower_op__(op_type, args, attributes)` is asked first (as numpy asks `__array_function__`):

@@ -18,7 +18,7 @@ from mesh.lowering import ops, registry
 from mesh.lowering.registry import Op
 from mesh.lowering.tensors import PackedFormat, TensorReader
 
-__all__ = ["WEIGHT_ELEMENTS", "Graph", "Node", "Prepared", "prepare", "with_last_use"]
+__all__ = ["WEIGHT_ELEMENTS", "Graph", "GraphNode", "Prepared", "prepare", "with_last_use"]
 
 WEIGHT_ELEMENTS = 1024  # initializers of at least this many elements are arguments of the compiled code, not constants in it
 
@@ -26,7 +26,7 @@ _MOST_FUNCTION_LEVELS = 16
 
 
 @dataclass(frozen=True)
-class Node:
+class GraphNode:
     """One node, ready to evaluate. Subgraph attributes are Graphs, tensors are numpy, strings are str."""
 
     name: str
@@ -47,7 +47,7 @@ class Graph:
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    nodes: tuple[Node, ...]
+    nodes: tuple[GraphNode, ...]
     constants: Mapping[str, np.ndarray]
     last_use: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
@@ -201,7 +201,7 @@ def _graph(proto: GraphProto, opsets: Mapping[str, int], reader: TensorReader, s
         }
         name = node.name or (node.output[0] if node.output else node.op_type)
         label = f"{domain}.{node.op_type}" if domain else node.op_type
-        nodes.append(Node(name, op, tuple(node.input), tuple(node.output), attributes, label))
+        nodes.append(GraphNode(name, op, tuple(node.input), tuple(node.output), attributes, label))
     initialized = {tensor.name for tensor in proto.initializer}
     inputs = tuple(value.name for value in proto.input if value.name not in initialized)
     return Graph(inputs, tuple(value.name for value in proto.output), tuple(nodes), held)
@@ -247,7 +247,7 @@ def with_last_use(graph: Graph) -> Graph:
     return replace(graph, last_use=result)
 
 
-def _uses(node: Node) -> set[str]:
+def _uses(node: GraphNode) -> set[str]:
     """Names a node reads, its subgraphs' captures included."""
     return {*node.inputs} | node.captured()
 

@@ -10,6 +10,7 @@ control       what coordinators and operators ask of a shard
 status        what shards and coordinators report about themselves
 events        what has happened, for people and monitors
 batches       durable batches
+headers       names of NATS headers
 failures      errors on the wire
 frame         Frame: the tensors or tokens of one step, and their acknowledgements
 frame_codec   a Frame to bytes and back

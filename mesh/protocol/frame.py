@@ -1,4 +1,4 @@
-"""A frame in memory: one step of some rows, on its way through the stages. mesh/protocol/frame_codec.py is what it is on the wire."""
+"""A frame in memory: one step of some rows, on its way through the stages. mesh/protocol/frame_codec.py has its bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from mesh.protocol import subjects
 from mesh.types import LayerRange
 
-__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "Timing"]
+__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming"]
 
 
 class Kind(IntEnum):
@@ -20,7 +20,7 @@ class Kind(IntEnum):
     DECODE = 2  # one token for each of several sessions
     TOKENS = 3  # the tokens sampled after `positions`
     ACK = 4  # a prefill chunk that was not the prompt's last went through every stage
-    NACK = 5  # these rows were not computed; `reason` says why, `positions` what was expected
+    NACK = 5  # these rows were not computed; `reason` says why, `positions` where the stage would go on
 
 
 class Flags(IntFlag):
@@ -34,17 +34,17 @@ NO_FLAGS: Final = Flags(0)
 
 
 class Nack(IntEnum):
-    """Why a stage did not compute rows. NONE in every other frame."""
+    """Why a stage did not compute rows. A frame of any other kind has NONE."""
 
     NONE = 0
-    UNKNOWN_SESSION = 1  # not open here (any more): open it again and replay
+    UNKNOWN_SESSION = 1  # the session is not open here (any more): open it again and replay
     STALE_EPOCH = 2  # fenced: a later route exists
     HOLE = 3  # positions before this one are missing; the frame's `positions` are where to go on from
     DRAINING = 4
-    OVERLOADED = 5  # more frames than its queue holds: the credits were ignored
-    BAD_INPUT = 6  # the stage refused it
+    OVERLOADED = 5  # more frames than the shard's queue holds: the coordinator ignored its credits
+    BAD_INPUT = 6  # the stage refused the frame
     FAILED = 7  # the computation failed; the shard is going away
-    TOO_LARGE = 8  # its output is more than the connection takes
+    TOO_LARGE = 8  # the stage's output is larger than a message may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Hop:
     shard: str
 
 
-class Timing(NamedTuple):
-    """Of one stage, microseconds: waiting for the compute thread, in it, and reading and writing the frame."""
+class StageTiming(NamedTuple):
+    """Microseconds of one stage: waiting for the compute thread, computing, and decoding and encoding the frame."""
 
     queue_us: int = 0
     compute_us: int = 0
@@ -65,14 +65,14 @@ class Timing(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Frame:
-    """A frame; n rows, m tokens. Nobody changes one; it is not frozen because making a frozen one takes three times as long, and
-    three are made at every hop.
+    """A frame with n rows and m tokens. A frame is never changed. The class is not frozen, because making a frozen object takes three
+    times as long, and three frames are made at every hop.
 
-    sessions [n] uint64; epochs [n] uint32; positions [n] uint32, of each row's first token; slots [hops, n] uint32, the row each
-    session has on each stage; tokens [m] int32: m == n, but PREFILL n == 1 <= m, ACK and NACK m == 0.
-    tensors: PREFILL and DECODE the hidden state [m, D], none towards the first stage; TOKENS with log-probabilities
-    (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN where a row did not ask), else none.
-    `hop` is the stage it goes to; in an answer, the one it came from.
+    sessions [n] uint64; epochs [n] uint32; positions [n] uint32: the position of each row's first token; stage_rows [hops, n] uint32: the
+    row of each session on each stage; tokens [m] int32: m == n, except PREFILL (n == 1 <= m), ACK and NACK (m == 0).
+    tensors: in PREFILL and DECODE the hidden state [m, D], except on the way to the first stage; in TOKENS with log-probabilities
+    (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN for a row that did not ask). Otherwise there are none.
+    hop: the stage that the frame goes to; in an answer, the stage that it came from. batch: the decode batch.
     """
 
     kind: Kind
@@ -82,19 +82,19 @@ class Frame:
     sessions: np.ndarray
     epochs: np.ndarray
     positions: np.ndarray
-    slots: np.ndarray
+    stage_rows: np.ndarray
     tokens: np.ndarray
-    wave: int = 0
+    batch: int = 0
     step: int = 0
     hop: int = 0
     flags: Flags = NO_FLAGS
     reason: Nack = Nack.NONE
     tensors: tuple[np.ndarray, ...] = ()
-    timings: tuple[Timing, ...] = ()
+    timings: tuple[StageTiming, ...] = ()
     traceparent: str | None = None
-    # what reading it found, not sent
+    # the size of the message that the frame was decoded from; not sent
     stored_bytes: int = field(default=0, repr=False)
-    # Its bytes before its tensors, and those of the frame that `forward` was called on. What `replace` makes has neither.
+    # The bytes before the tensors, of this frame and of the frame that `forward` was called on. A frame made by `replace` has neither.
     head: bytes = field(default=b"", init=False, repr=False)
     came_as: bytes = field(default=b"", init=False, repr=False)
 
@@ -103,13 +103,13 @@ class Frame:
         return len(self.sessions)
 
     def subject(self, model: str) -> str:
-        """Where the frame goes now: its hop's shard, or for an answer the coordinator."""
+        """The subject that the frame goes to now: that of its hop's shard, or for an answer that of the coordinator."""
         if self.kind in (Kind.PREFILL, Kind.DECODE):
             hop = self.route[self.hop]
             return subjects.frames(model, hop.layers, hop.shard)
         return subjects.tokens(model, self.coordinator)
 
-    def forward(self, hidden: np.ndarray, timing: Timing) -> Frame:
+    def forward(self, hidden: np.ndarray, timing: StageTiming) -> Frame:
         """The same step on its way to the next stage, with hidden state [m, D]."""
         following = Frame(
             self.kind,
@@ -119,9 +119,9 @@ class Frame:
             self.sessions,
             self.epochs,
             self.positions,
-            self.slots,
+            self.stage_rows,
             self.tokens,
-            self.wave,
+            self.batch,
             self.step,
             self.hop + 1,
             self.flags,
@@ -133,8 +133,8 @@ class Frame:
         following.came_as = self.head
         return following
 
-    def answer(self, kind: Kind, timing: Timing, *, tokens: np.ndarray | None = None, tensors: tuple[np.ndarray, ...] = ()) -> Frame:
-        """What the last stage tells the coordinator: TOKENS, with their positions, or ACK."""
+    def answer(self, kind: Kind, timing: StageTiming, *, tokens: np.ndarray | None = None, tensors: tuple[np.ndarray, ...] = ()) -> Frame:
+        """The last stage's answer to the coordinator: TOKENS with their positions, or ACK."""
         positions = self.positions
         if self.kind is Kind.PREFILL:
             positions = positions + np.uint32(len(self.tokens) - 1)
@@ -151,7 +151,7 @@ class Frame:
         )
 
     def nack(self, reason: Nack, rows: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> Frame:
-        """NACK for these rows (indices); `positions` [len(rows)] where the stage would go on, else what was asked."""
+        """The NACK for these rows (indices). `positions` [len(rows)]: where the stage would go on; None: the positions of this frame."""
         chosen = np.asarray(rows, np.intp)
         return replace(
             self,
@@ -160,7 +160,7 @@ class Frame:
             sessions=self.sessions[chosen],
             epochs=self.epochs[chosen],
             positions=self.positions[chosen] if positions is None else np.asarray(positions, np.uint32),
-            slots=self.slots[:, chosen],
+            stage_rows=self.stage_rows[:, chosen],
             tokens=np.zeros(0, np.int32),
             tensors=(),
             flags=self.flags & Flags.TRACED,
@@ -168,7 +168,7 @@ class Frame:
         )
 
     def only(self, rows: np.ndarray) -> Frame:
-        """A DECODE frame with just these rows (indices, ascending); itself where that is all of them."""
+        """A DECODE frame with only these rows (indices, ascending). All rows: this frame itself."""
         if len(rows) == self.rows:
             return self
         return replace(
@@ -176,7 +176,7 @@ class Frame:
             sessions=self.sessions[rows],
             epochs=self.epochs[rows],
             positions=self.positions[rows],
-            slots=self.slots[:, rows],
+            stage_rows=self.stage_rows[:, rows],
             tokens=self.tokens[rows],
             tensors=tuple(tensor[rows] for tensor in self.tensors),
         )

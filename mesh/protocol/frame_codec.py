@@ -1,22 +1,22 @@
-"""Frames: what travels between coordinator and shards on the token path. Binary, little-endian, one message a frame.
+"""Frames on the wire, between coordinator and shards. Binary, little-endian, one message for each frame.
 
 A step is a frame that visits every stage of its route and comes back:
 
     coordinator --PREFILL/DECODE, token ids--> stage 0 --the same, hidden state--> stage 1 ... last stage --TOKENS/ACK--> coordinator
 
-It carries its route, so a stage knows the next subject from the frame alone; and a row of the table for each session in it.
-A stage that cannot take some of the rows leaves them out and tells the coordinator with a NACK frame.
+A frame carries its route, so a stage knows the next subject from the frame alone. It also carries a table with one row for each session.
+A stage that cannot compute some of the rows leaves them out and reports them to the coordinator in a NACK frame.
 
-    header     magic "SMsh", version u8, kind u8, flags u16, model hash 8 bytes, wave u32, step u64, hop u8, hops u8,
+    header     magic "SMsh", version u8, kind u8, flags u16, model hash 8 bytes, batch u32, step u64, hop u8, hops u8,
                reason u8, tensors u8, rows u16, timings u8, route length u16, coordinator length u8, tokens u32
     route      for each hop: start u16, stop u16, name length u8, name
     coordinator, traceparent (26 bytes, when flag TRACED)
-    rows       session u64 [n], epoch u32 [n], position u32 [n], slot u32 [hops, n], tokens i32 [m]
+    rows       session u64 [n], epoch u32 [n], position u32 [n], row at each stage u32 [hops, n], tokens i32 [m]
     timings    for each stage passed: queue, compute, codec, in microseconds, u32 each
     tensors    for each: dtype u8, rank u8, dimensions u32, stored bytes u32; then their bytes, each 16-byte aligned
     checksum   CRC-32 of all before it
 
-Reading never trusts a length: whatever is wrong is a FrameRejected whose `reason` is one of REASONS.
+`decode` trusts no length. Anything wrong raises FrameRejected, whose `reason` is one of REASONS.
 """
 
 from __future__ import annotations
@@ -31,14 +31,27 @@ import numpy as np
 
 from mesh.errors import FrameRejected
 from mesh.protocol import subjects, tensor_codec
-from mesh.protocol.frame import Flags, Frame, Hop, Kind, Nack, Timing
+from mesh.protocol.frame import Flags, Frame, Hop, Kind, Nack, StageTiming
 from mesh.types import LayerRange
 
-__all__ = ["MAX_FRAME_BYTES", "REASONS", "VERSION", "Flags", "Frame", "Hop", "Kind", "Nack", "Timing", "decode", "encode", "overhead_bytes"]
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "REASONS",
+    "VERSION",
+    "Flags",
+    "Frame",
+    "Hop",
+    "Kind",
+    "Nack",
+    "StageTiming",
+    "decode",
+    "encode",
+    "overhead_bytes",
+]
 
 VERSION: Final = 1
 MAGIC: Final = b"SMsh"
-MAX_FRAME_BYTES: Final = 64 * 1024 * 1024  # NATS's own largest max_payload; also the most a compressed frame may unfold to
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024  # the largest max_payload of NATS; also the limit of a frame after decompression
 MAX_ROWS: Final = 4096
 MAX_HOPS: Final = 64
 MAX_TENSORS: Final = 4
@@ -58,7 +71,7 @@ REASONS: Final = (
     "too_large",
     "input",
 )
-"""Everything a rejected frame is counted under."""
+"""The names under which rejected frames are counted."""
 
 _HEADER = struct.Struct("<4sBBH8sIQBBBBHBHBI")
 _COUNTS = struct.Struct("<BHBBBBHBHBI")  # kind and flags, then what follows the step
@@ -68,18 +81,18 @@ _TENSOR = struct.Struct("<BB")
 _TENSOR_OF = tuple(struct.Struct(f"<BB{rank}II") for rank in range(5))  # by rank
 _CRC = struct.Struct("<I")
 _SUMMED: Final = 0x2144DF1C
-"""The CRC-32 of whatever ends with its own."""
+"""The CRC-32 of any message that ends with its own CRC-32."""
 _MOST_US: Final = 2**32 - 1
 _TRACE = struct.Struct("<B16s8sB")
 _STEP = struct.Struct("<IQ")
 _ALIGN = 16
 _PADDING = bytes(_ALIGN)
-_U8, _U4, _I4 = (np.dtype(name) for name in ("<u8", "<u4", "<i4"))  # by name numpy looks them up in every call
-_KIND_AT, _HASH_AT, _WAVE_AT, _HOP_AT, _TENSORS_AT, _TIMINGS_AT = 5, 8, 16, 28, 31, 34
-"""In the header."""
+_U8, _U4, _I4 = (np.dtype(name) for name in ("<u8", "<u4", "<i4"))  # made once: numpy looks a name up in every call
+_KIND_AT, _HASH_AT, _BATCH_AT, _HOP_AT, _TENSORS_AT, _TIMINGS_AT = 5, 8, 16, 28, 31, 34
+"""Offsets in the header."""
 
 _ALL_FLAGS: Final = sum(Flags)
-_FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))  # making a member anew is slow
+_FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))  # made once: making a member is slow
 _BF16, _ZSTD, _TRACED, _FINAL = (int(flag) for flag in (Flags.BF16, Flags.ZSTD, Flags.TRACED, Flags.FINAL))
 _KINDS: Final = {int(kind): kind for kind in Kind}
 _NACKS: Final = {int(nack): nack for nack in Nack}
@@ -94,7 +107,7 @@ def reject(reason: str, message: str) -> FrameRejected:
 
 
 def encode(frame: Frame) -> bytes:
-    """The frame as one message. A ValueError is a frame that was put together wrongly, never the network's fault."""
+    """The frame as one message. ValueError: the caller put the frame together wrongly; the network is never the cause."""
     parts = _next_hop(frame) if frame.came_as else _table(frame)
     if frame.tensors:
         _append_tensors(parts, frame.tensors, int(frame.flags))
@@ -108,14 +121,16 @@ def _table(frame: Frame) -> list[Any]:
     problem = _shape_problem(frame.kind, n, m, hops, frame.hop, len(frame.tensors), frame.flags, frame.reason)
     if problem is not None:
         raise ValueError(problem[1])
-    if len(frame.epochs) != n or len(frame.positions) != n or frame.slots.shape != (hops, n):
-        raise ValueError(f"row table of {n} sessions, {len(frame.epochs)} epochs, {len(frame.positions)} positions, {frame.slots.shape}")
+    if len(frame.epochs) != n or len(frame.positions) != n or frame.stage_rows.shape != (hops, n):
+        raise ValueError(
+            f"row table of {n} sessions, {len(frame.epochs)} epochs, {len(frame.positions)} positions, {frame.stage_rows.shape}"
+        )
     flags = int(frame.flags) & ~_TRACED | (_TRACED if frame.traceparent else 0)
     name = subjects.check_token(frame.coordinator, "coordinator").encode()
     route = _encode_route(frame.route)
     counts = (frame.hop, len(frame.route), frame.reason, len(frame.tensors), frame.rows, len(frame.timings))
     lengths = (len(route), len(name), len(frame.tokens))
-    header = _HEADER.pack(MAGIC, VERSION, frame.kind, flags, bytes.fromhex(frame.model_hash), frame.wave, frame.step, *counts, *lengths)
+    header = _HEADER.pack(MAGIC, VERSION, frame.kind, flags, bytes.fromhex(frame.model_hash), frame.batch, frame.step, *counts, *lengths)
     parts: list[Any] = [header, route, name]
     if frame.traceparent:
         parts.append(_encode_trace(frame.traceparent))
@@ -123,7 +138,7 @@ def _table(frame: Frame) -> list[Any]:
         (frame.sessions, _U8),
         (frame.epochs, _U4),
         (frame.positions, _U4),
-        (frame.slots, _U4),
+        (frame.stage_rows, _U4),
         (frame.tokens, _I4),
     ):
         parts.append((array if array.dtype == dtype else array.astype(dtype)).tobytes())
@@ -132,13 +147,13 @@ def _table(frame: Frame) -> list[Any]:
 
 
 def _next_hop(frame: Frame) -> list[Any]:
-    """The same of a frame that came and goes on: as it came, but for the hop and one more timing."""
+    """The same for a frame that is passed on: its bytes as they arrived, with the next hop and one more timing."""
     before = bytearray(frame.came_as)
     before[_HOP_AT], before[_TENSORS_AT], before[_TIMINGS_AT] = frame.hop, len(frame.tensors), len(frame.timings)
     return [before, _timing(frame.timings[-1])]
 
 
-def _timing(timing: Timing) -> bytes:
+def _timing(timing: StageTiming) -> bytes:
     queue_us, compute_us, codec_us = timing
     return _TIMING.pack(min(queue_us, _MOST_US), min(compute_us, _MOST_US), min(codec_us, _MOST_US))
 
@@ -171,7 +186,7 @@ def _encode_trace(traceparent: str) -> bytes:
 
 
 def overhead_bytes(rows: int, tokens: int, hops: int) -> int:
-    """An upper bound of a frame's size without its tensors' bytes: what sizes a prefill chunk to max_payload."""
+    """An upper bound of a frame's size without the bytes of its tensors. Prefill chunks are sized to max_payload with it."""
     fixed = _HEADER.size + _TRACE.size + subjects.MAX_TOKEN + _CRC.size
     return (
         fixed
@@ -186,7 +201,8 @@ def overhead_bytes(rows: int, tokens: int, hops: int) -> int:
 
 
 def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
-    """The frame in `data`; FrameRejected otherwise. `model_hash`: refuse every other model's. Arrays share `data`'s memory."""
+    """The frame in `data`. FrameRejected: there is none. `model_hash`: frames of other models are rejected. The arrays share the memory
+    of `data`."""
     size = len(data)
     if size < _HEADER.size + _CRC.size:
         raise reject("truncated", f"{size} bytes are less than a header")
@@ -199,17 +215,17 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
     body = size - _CRC.size
     if zlib.crc32(data) != _SUMMED:
         raise reject("checksum", "its checksum is wrong")
-    hash_ = data[_HASH_AT:_WAVE_AT].hex()
+    hash_ = data[_HASH_AT:_BATCH_AT].hex()
     if model_hash is not None and hash_ != model_hash:
         raise reject("model", f"it is of model {hash_}, and here is {model_hash}")
     layout = _layout(data[_KIND_AT:_HASH_AT] + data[_HOP_AT : _HEADER.size])
     if layout.tensors_at > body:
         raise reject("length", f"{layout.tensors_at:,} bytes are announced where {body:,} are left")
-    wave, step = _STEP.unpack_from(data, _WAVE_AT)
+    batch, step = _STEP.unpack_from(data, _BATCH_AT)
     route, coordinator = _read_names(data[_HEADER.size : layout.trace_at], layout.hops, layout.name_length)
     n, at = layout.rows, layout.sessions_at
     end = layout.tensors_at
-    timings = tuple(map(Timing._make, _TIMING.iter_unpack(data[layout.timings_at : end])))
+    timings = tuple(map(StageTiming._make, _TIMING.iter_unpack(data[layout.timings_at : end])))
     tensors: tuple[np.ndarray, ...] = ()
     if layout.tensors:
         tensors, end = _read_tensors(data, end, body, layout)
@@ -225,7 +241,7 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
         np.frombuffer(data, _U4, n, at + 12 * n),
         np.frombuffer(data, _U4, layout.hops * n, at + 16 * n).reshape(layout.hops, n),
         np.frombuffer(data, _I4, layout.tokens, at + (16 + 4 * layout.hops) * n),
-        wave,
+        batch,
         step,
         layout.hop,
         layout.flags,
@@ -240,7 +256,7 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
 
 
 class _Layout(NamedTuple):
-    """What the counts of a header say, and where in a message that puts what."""
+    """The counts of a header, and the offsets in the message that follow from them."""
 
     kind: Kind
     flags: Flags
@@ -262,7 +278,7 @@ class _Layout(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _layout(counts: bytes) -> _Layout:
-    """Of a header's counts, which are the same for frame after frame."""
+    """The layout for a header's counts. Cached, because they are the same for frame after frame."""
     kind_, flags_, hop, hops, reason_, tensors, n, timings, route_length, name_length, m = _COUNTS.unpack(counts)
     kind, reason = _KINDS.get(kind_), _NACKS.get(reason_)
     if kind is None or reason is None:
@@ -283,7 +299,7 @@ def _layout(counts: bytes) -> _Layout:
 
 
 def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int, flags: Flags, reason: Nack) -> tuple[str, str] | None:
-    """(reason, what is wrong) of counts that cannot be."""
+    """(reason, what is wrong) if the counts contradict each other."""
     if not 1 <= hops <= MAX_HOPS or hop >= hops:
         return "route", f"hop {hop} of {hops}"
     if not 1 <= n <= MAX_ROWS:
@@ -312,7 +328,7 @@ def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int
 
 @lru_cache(maxsize=256)
 def _read_names(data: bytes, hops: int, name_length: int) -> tuple[tuple[Hop, ...], str]:
-    """(route, coordinator), which are the same for frame after frame."""
+    """(route, coordinator). Cached, because they are the same for frame after frame."""
     route: list[Hop] = []
     at, end = 0, len(data) - name_length
     for _ in range(hops):
@@ -376,6 +392,6 @@ def _read_tensors(data: bytes, at: int, body: int, layout: _Layout) -> tuple[tup
 
 @lru_cache(maxsize=256)
 def _tensor(entry: bytes) -> tuple[int, tuple[int, ...], int]:
-    """(type, shape, stored bytes) of an entry of the tensors' table, which is the same for frame after frame."""
+    """(type, shape, stored bytes) of an entry of the tensors' table. Cached, because it is the same for frame after frame."""
     code, _, *shape, stored = _TENSOR_OF[entry[1]].unpack(entry)
     return code, tuple(shape), stored

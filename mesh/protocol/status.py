@@ -9,10 +9,10 @@ from pydantic import ConfigDict, Field
 from mesh.protocol.message import Message, Natural, SessionId, Token
 from mesh.types import LayerRange
 
-__all__ = ["Alive", "Beat", "CoordinatorStats", "Hops", "SessionReport", "ShardLease", "ShardStats", "StatsRequest"]
+__all__ = ["Alive", "CoordinatorStats", "Heartbeat", "Hops", "SessionReport", "ShardLease", "ShardStats", "StatsRequest"]
 
 
-class Beat(Message):
+class Heartbeat(Message):
     """A coordinator says that it lives. Shards free its rows after `ttl_s` seconds of silence. They also free the row of a session that is
     missing from `sessions` twice in a row, because an Opened or a Close may be lost (None: the coordinator does not list its sessions).
     `instance`: the coordinator's process. `leaving`: it is ending in order, and other coordinators may take over its sessions."""
@@ -25,7 +25,7 @@ class Beat(Message):
 
 
 class Alive(Message):
-    """Ask a coordinator whether it lives. It answers with a Beat."""
+    """Ask a coordinator whether it lives. It answers with a Heartbeat."""
 
 
 class StatsRequest(Message):

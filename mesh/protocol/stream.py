@@ -1,14 +1,14 @@
 """The documents with which a coordinator answers a generation request: their types, and `dump` and `parse` for the wire.
 
-    stream, first    Accepted        {"request", "cancel", "model", "next", "done": false}    the name to cancel it by, and the subject
+    stream, first    Accepted        {"request", "cancel", "model", "next", "done": false}    its name, and the subject that cancels it
     stream, waiting  Waiting         {"waiting": n, "done": false}                            every few seconds: n others come first
-    stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" where asked for
+    stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" if asked for
     last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
-Every document has an "epoch" (an error: the header EPOCH_HEADER): that of the coordinator which answers. It grows when another
-coordinator takes over the session. Documents of a lower epoch than one seen before are late: they change nothing. "next" is the index
-of the first token document that follows; after another coordinator took over, it may be lower than what was delivered before.
+Every document has the "epoch" of the coordinator that answers; an error has it in a header (headers.py). It grows when another
+coordinator takes over the session. A document whose epoch is lower than one seen before is late and is ignored. "next" is the index of
+the first token document that follows. After a take-over, "next" may be the index of a token that was delivered before.
 
 The "text" of the token documents and the "rest" of the last one, joined, are the whole text.
 """
@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from mesh.errors import MessageRejected
 
 __all__ = [
-    "EPOCH_HEADER",
     "Accepted",
     "Answer",
     "Document",
@@ -38,13 +37,11 @@ __all__ = [
     "parse",
 ]
 
-EPOCH_HEADER: Final = "Mesh-Epoch"
-
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token. All but the id only where log-probabilities were asked for: `top` is (token, logprob), likeliest first; `piece`
-    and `top_pieces` are the texts of these tokens by themselves (None: the model has no tokenizer)."""
+    """A generated token. Only the id is set unless log-probabilities were asked for. `top`: (token, logprob) pairs, likeliest first.
+    `piece`, `top_pieces`: the texts of these tokens by themselves (None: the model has no tokenizer)."""
 
     id: int
     logprob: float | None = None
@@ -110,7 +107,7 @@ class Answer:
     logprobs: tuple[Token, ...] | None = None
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it; the key logprobs is there only if they were asked for."""
+        """The answer as JSON. The key logprobs exists only if log-probabilities were asked for."""
         usage = self.usage
         document: dict[str, Any] = {
             "request": self.request,

@@ -48,11 +48,11 @@ STREAM_BATCH: Final = "mesh_batch"
 STREAM_EVENTS: Final = "mesh_events"
 
 LEASE_TTL_S: Final = 5.0
-"""How long a lease counts that is not renewed: the TTL of KV_SHARDS, the same for everyone who opens it."""
+"""How long a lease counts that is not renewed: the TTL of KV_SHARDS. Every process that opens the bucket uses the same one."""
 
 MAX_TOKEN = 64
 DISCONNECTS: Final = "$SYS.ACCOUNT.*.DISCONNECT"
-"""Connections that have ended, as the server tells those whom its system account lets hear it (nats/advisories.conf)."""
+"""The server's reports of connections that have ended. nats/advisories.conf lets coordinators hear them."""
 
 _TOKEN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}")
 
@@ -62,7 +62,7 @@ def is_token(text: str) -> bool:
 
 
 def token(name: str) -> str:
-    """`name` as one token of a subject: what else it holds than letters, digits, - and _ becomes _."""
+    """`name` as one token of a subject: every character except letters, digits, - and _ becomes _."""
     made = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_TOKEN]
     if not made:
         raise BadRequest("a name is empty: give letters, digits, - and _", field="name")
@@ -70,7 +70,7 @@ def token(name: str) -> str:
 
 
 def check_token(text: str, field: str) -> str:
-    """`text` itself, or BadRequest naming `field`: nothing a caller writes may reach into another subject."""
+    """`text` itself if it is a token. BadRequest names `field`. So no text of a caller can reach into another subject."""
     if not is_token(text):
         raise BadRequest(f"{field} is {text!r}: give letters, digits, - and _, at most {MAX_TOKEN}", field=field)
     return text
@@ -82,7 +82,7 @@ def frames(model: str, held: LayerRange, shard: str) -> str:
 
 
 def all_frames(model: str, held: LayerRange) -> str:
-    """The frames of every replica of a range: what a shard in mirror mode follows."""
+    """The subject of the frames of every replica of a range. A shard in mirror mode follows it."""
     return f"mesh.{VERSION}.{token(model)}.layers.{held}.*"
 
 

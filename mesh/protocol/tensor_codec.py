@@ -1,9 +1,9 @@
-"""Tensors on the wire: types by number, and the two ways to make them smaller.
+"""Tensors on the wire: types by number, and two ways to make them smaller.
 
-    BF16    float32 rounded to the nearest bfloat16, ties to even: half the bytes, 3 significant digits; not what was computed
-    ZSTD    the bytes of equal significance together (all signs and exponents, then ...), then zstd: exact
+    BF16    float32 rounded to the nearest bfloat16, ties to even: half the bytes, 3 significant digits, so not exact
+    ZSTD    bytes of equal significance are put together (all signs and exponents, then ...) and compressed with zstd: exact
 
-Neither changes integers' values; BF16 leaves whatever is not float32 alone.
+Neither changes the values of integers. BF16 changes only float32 tensors.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["WireError", "pack", "unpack"]
 
 _FLOATS: Final = (NUMPY_DTYPES["float32"], NUMPY_DTYPES["bfloat16"], NUMPY_DTYPES["float16"])
 _TYPES: Final[tuple[Any, ...]] = (*_FLOATS, np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.int64))
-_CODES: Final = {dtype.num: code for code, dtype in enumerate(_TYPES)}  # a type's own hash is slow
+_CODES: Final = {dtype.num: code for code, dtype in enumerate(_TYPES)}  # by number, because hashing a numpy type is slow
 _FLOAT32: Final = 0
 _BFLOAT16: Final = NUMPY_DTYPES["bfloat16"]
 _LEVEL = 1
-_SMALL = 65536  # bytes: a copy takes less than making a view
+_SMALL = 65536  # bytes: below this, copying is faster than making a view
 
 
 class WireError(ValueError):
-    """A tensor that cannot be what its table says."""
+    """A tensor contradicts its entry in the table."""
 
 
 def pack(tensor: np.ndarray, *, bf16: bool, zstd: bool) -> tuple[int, Any]:
-    """(type number of the tensor itself, bytes-like body)."""
+    """(type number of the tensor before BF16, bytes-like body)."""
     dtype = tensor.dtype
     code = _CODES.get(dtype.num)
     if code is None or not dtype.isnative:
@@ -45,12 +45,12 @@ def pack(tensor: np.ndarray, *, bf16: bool, zstd: bool) -> tuple[int, Any]:
     if not zstd:
         return code, tensor.tobytes() if tensor.nbytes <= _SMALL else tensor.reshape(-1).view(np.uint8).data
     planes = tensor.reshape(-1).view(np.uint8).reshape(-1, tensor.dtype.itemsize).T if tensor.size else tensor
-    # A compressor is no object of two threads, and making one costs less than what it compresses.
+    # Two threads must not share a compressor, and making one costs less than compressing.
     return code, zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(np.ascontiguousarray(planes).tobytes())
 
 
 def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int, *, bf16: bool, zstd: bool, limit_bytes: int) -> np.ndarray:
-    """The tensor of `shape` in data[at : at + stored]; WireError where it is not one. Read-only where it shares `data`'s memory."""
+    """The tensor of `shape` in data[at : at + stored]. WireError: there is none. It is read-only if it shares the memory of `data`."""
     dtype, travels, count, expected = _as_sent(code, shape, bf16)
     if expected > limit_bytes:
         raise WireError(f"a tensor of {expected:,} bytes, where {limit_bytes:,} are the most")
@@ -67,7 +67,7 @@ def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int,
 
 @lru_cache(maxsize=256)
 def _as_sent(code: int, shape: tuple[int, ...], bf16: bool) -> tuple[Any, Any, int, int]:
-    """(type, type it travels as, elements, bytes they are sent as), which are the same for frame after frame."""
+    """(type, type on the wire, elements, bytes on the wire). Cached, because they are the same for frame after frame."""
     if code >= len(_TYPES):
         raise WireError(f"tensor type {code}")
     travels = _BFLOAT16 if bf16 and code == _FLOAT32 else _TYPES[code]
@@ -77,7 +77,7 @@ def _as_sent(code: int, shape: tuple[int, ...], bf16: bool) -> tuple[Any, Any, i
 
 def _inflate(body: memoryview, expected: int, dtype: Any) -> np.ndarray:
     try:
-        if zstandard.frame_content_size(body) != expected:  # never unfold more than the table says
+        if zstandard.frame_content_size(body) != expected:  # never decompress more than the table says
             raise WireError("a compressed tensor of another size than its shape's")
         raw = zstandard.ZstdDecompressor().decompress(body, max_output_size=expected) if expected else b""
     except zstandard.ZstdError as error:

@@ -19,7 +19,7 @@ from mesh.protocol.events import Event
 from mesh.protocol.frame import Frame
 from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
 from mesh.protocol.message import Message
-from mesh.protocol.status import Alive, Beat, ShardStats, StatsRequest
+from mesh.protocol.status import Alive, Heartbeat, ShardStats, StatsRequest
 from mesh.types import LayerRange
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "BATCH_RESULT",
     "BATCH_STATUS",
     "BATCH_SUBMIT",
-    "BEATS",
     "CANCEL",
     "CLOSE",
     "DRAIN",
@@ -36,6 +35,7 @@ __all__ = [
     "FRAMES",
     "GENERATE",
     "GENERATE_AT",
+    "HEARTBEATS",
     "LOAD",
     "OPEN",
     "OPEN_ANY",
@@ -134,11 +134,11 @@ CANCEL: Topic[Cancel, None] = Topic("mesh.v1.MODEL.cancel.COORDINATOR", Cancel, 
 TRACE: Topic[TraceRequest, TraceReply] = Topic(
     "mesh.v1.MODEL.trace.COORDINATOR", TraceRequest, TraceReply, "say where the time of a generation went", "that coordinator"
 )
-ALIVE: Topic[Alive, Beat] = Topic(
-    "mesh.v1.MODEL.alive.INSTANCE", Alive, Beat, "ask a coordinator whether it lives", "that coordinator's process"
+ALIVE: Topic[Alive, Heartbeat] = Topic(
+    "mesh.v1.MODEL.alive.INSTANCE", Alive, Heartbeat, "ask a coordinator whether it lives", "that coordinator's process"
 )
-BEATS: Topic[Beat, None] = Topic(
-    "mesh.v1.MODEL.coordinators", Beat, None, "a coordinator says that it lives", "every shard and coordinator of the model"
+HEARTBEATS: Topic[Heartbeat, None] = Topic(
+    "mesh.v1.MODEL.coordinators", Heartbeat, None, "a coordinator says that it lives", "every shard and coordinator of the model"
 )
 OPEN_ANY: Topic[Open, Opened] = Topic(
     "mesh.v1.MODEL.layers.A-B", Open, Opened, "open a session on layers [A, B)", queue=subjects.REPLICAS_QUEUE
@@ -184,7 +184,7 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     CANCEL,
     TRACE,
     ALIVE,
-    BEATS,
+    HEARTBEATS,
     OPEN_ANY,
     FRAMES,
     TOKENS,

@@ -24,11 +24,11 @@ import numpy as np
 __all__ = ["SLACK", "CacheView", "attend", "in_blocks"]
 
 SLACK = 16
-"""Slots a row has beyond its context; also the smallest prefill chunk."""
+"""Positions that a row has beyond its context; also the smallest prefill chunk."""
 
 COARSE, FINE = 1024, 128
-"""Slots that attention reads at a time: blocks of as many as the first as long as they are full, then of the second. A block of few
-slots wastes little, one of many takes fewer turns."""
+"""Positions that attention reads at a time: coarse blocks as long as they are full, then fine ones. A small block wastes little; large
+blocks take fewer iterations."""
 _BLOCK_BYTES = 3 << 20
 """The most a coarse block of keys should take, so that its copy stays in the processor's caches."""
 _HIDDEN = -1e30  # finite, so that a row that sees nothing stays finite
@@ -63,13 +63,13 @@ class CacheView:
         return self.array.dtype
 
     def read(self, start: Any, size: int) -> jax.Array:
-        """Slots start .. start + size - 1 as float32 [rows, Hkv, size, D]; a copy of just that, where XLA does not fuse it into its
+        """Positions start .. start + size - 1 as float32 [rows, Hkv, size, D]; a copy of just that, where XLA does not fuse it into its
         reader."""
         rows, heads, _, dim = self.shape
         return jax.lax.dynamic_slice(self.array, (self.row, 0, start, 0), (rows, heads, size, dim)).astype(jnp.float32)
 
     def write(self, update: jax.Array, indices: jax.Array) -> CacheView:
-        """update [rows, Hkv, T, D] at slots indices[b] .. indices[b] + T - 1."""
+        """Write update [rows, Hkv, T, D] at positions indices[b] .. indices[b] + T - 1."""
         update = jnp.nan_to_num(update.astype(self.array.dtype))  # a weight of 0 does not remove a NaN
         if update.shape[2] > 1:
             if self.rows > 1:
@@ -117,7 +117,7 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
     mask = jnp.broadcast_to(mask, (*mask.shape[:3], length))
 
     def block(begin: Any, size: int, before: _Sums) -> _Sums:
-        """The sums with slots begin .. begin + size - 1, as far as they exist."""
+        """The sums with positions begin .. begin + size - 1, as far as they exist."""
         start = jnp.minimum(begin, length - size)
         bias = _bias(jax.lax.dynamic_slice_in_dim(mask, start, size, axis=3), heads, group)  # [B or 1, Hkv or 1, G or 1, T, size]
         seen = (bias > _HIDDEN) & (start + jnp.arange(size) >= begin)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mesh.lowering import Lowered
-from mesh.lowering.prepare import Graph, Node
+from mesh.lowering.prepare import Graph, GraphNode
 
 __all__ = ["canonical"]
 
@@ -75,5 +75,5 @@ def _signature(lowered: Lowered) -> str:
     return digest.hexdigest()
 
 
-def _attributes(node: Node) -> dict[str, Any]:
+def _attributes(node: GraphNode) -> dict[str, Any]:
     return dict(node.attributes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mesh.protocol.frame_codec import Flags, Frame, Kind, Timing
+from mesh.protocol.frame_codec import Flags, Frame, Kind, StageTiming
 from mesh.runtime.engine import Engine, SampledToken
 from mesh.runtime.sampling import MAX_LOGPROBS
 
@@ -65,11 +65,11 @@ class ComputeThread:
             del item, work, done, result, error  # hold no arrays while waiting
 
 
-def run_step(stage: Engine, frame: Frame, timing: Callable[[float], Timing]) -> Frame:
+def run_step(stage: Engine, frame: Frame, timing: Callable[[float], StageTiming]) -> Frame:
     """Compute `frame` on `stage`. Returns the frame for the next stage, with the hidden state; on the last stage the answer, with the
     sampled tokens (or an ACK for a prefill chunk that is not the prompt's last). `timing(compute_s)` makes the record that the stage
     adds to the frame."""
-    rows = frame.slots[frame.hop]
+    rows = frame.stage_rows[frame.hop]
     hidden = frame.tensors[0] if frame.tensors else None
     began = time.perf_counter()
     result: Any

@@ -29,7 +29,7 @@ from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
 from mesh.protocol.events import EventKind
-from mesh.protocol.frame_codec import Frame, Kind, Nack, Timing
+from mesh.protocol.frame_codec import Frame, Kind, Nack, StageTiming
 from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
 from mesh.runtime.device import processor
 from mesh.runtime.engine import Engine
@@ -190,21 +190,21 @@ class Shard:
         message = topics.OPEN.parse(received.data)
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
-        seat = self.state.open(message, time.monotonic())
+        reservation = self.state.open(message, time.monotonic())
         self.idle.clear()
         shape = self.state.shape
         if shape.last:
-            set_row = partial(self.stage.open, seat.row, message.sampling, prompt_length=message.prompt_length)
+            set_row = partial(self.stage.open, reservation.row, message.sampling, prompt_length=message.prompt_length)
             self._compute.submit(set_row, self._after_open)
         return Opened(
-            session=seat.session,
-            epoch=seat.epoch,
+            session=reservation.session,
+            epoch=reservation.epoch,
             shard=shape.shard,
             instance=self.instance,
             layers_start=shape.layers.start,
             layers_end=shape.layers.stop,
-            row=seat.row,
-            filled=seat.filled,
+            row=reservation.row,
+            filled=reservation.filled,
             context=shape.context,
             chunk=self.options.chunk,
         )
@@ -233,9 +233,9 @@ class Shard:
         pending = self.state.pending(topics.PING.parse(received.data).coordinator)
         return Pong(shard=self.options.name, instance=self.instance, pending=pending)
 
-    async def on_beat(self, received: Received) -> None:
+    async def on_heartbeat(self, received: Received) -> None:
         try:
-            closed = self.state.beat(topics.BEATS.parse(received.data), time.monotonic())
+            closed = self.state.heartbeat(topics.HEARTBEATS.parse(received.data), time.monotonic())
         except MessageRejected:
             self.meter.rejected["beat"] += 1
             raise
@@ -305,7 +305,7 @@ class Shard:
         if mine is None:
             return
         assert self.stage is not None and self._compute is not None
-        work = partial(run_step, self.stage, mine, lambda compute_s: Timing())
+        work = partial(run_step, self.stage, mine, lambda compute_s: StageTiming())
         self._compute.submit(work, partial(self._followed, mine))
 
     def _followed(self, frame: Frame, result: Frame | None, error: BaseException | None) -> None:
@@ -318,8 +318,8 @@ class Shard:
         codec_s = decode_s + self._encode_s[frame.kind]
         wait_s = time.perf_counter() - queued
 
-        def timing(compute_s: float) -> Timing:
-            return Timing(int(wait_s * 1e6), int(compute_s * 1e6), int(codec_s * 1e6))
+        def timing(compute_s: float) -> StageTiming:
+            return StageTiming(int(wait_s * 1e6), int(compute_s * 1e6), int(codec_s * 1e6))
 
         out = run_step(stage, frame, timing)
         began = time.perf_counter()
@@ -350,7 +350,11 @@ class Shard:
         """A step that the stage refused changed nothing. Any other failure may have damaged the caches, so the shard ends."""
         refused = isinstance(error, MeshError)
         log.error(
-            "step %d of decode batch %d: %s", frame.step, frame.wave, error if refused else repr(error), exc_info=None if refused else error
+            "step %d of decode batch %d: %s",
+            frame.step,
+            frame.batch,
+            error if refused else repr(error),
+            exc_info=None if refused else error,
         )
         if not followed:
             self.state.gone_on(frame)
@@ -483,7 +487,7 @@ class Shard:
         name, model, shape = self.options.name, self.manifest.name, self.state.shape
         follow = subjects.all_frames(model, shape.layers) if self.options.mirror else subjects.frames(model, shape.layers, name)
         self._subscriptions.append(await self.bus.subscribe_direct(follow, self.on_frame))
-        self._subscriptions.append(await self.bus.subscribe(topics.BEATS.at(model), self.on_beat))
+        self._subscriptions.append(await self.bus.subscribe(topics.HEARTBEATS.at(model), self.on_heartbeat))
         await self._service.add(Endpoint("open", topics.OPEN.at(name), self.on_open))
         await self._service.add(Endpoint("open-any", topics.OPEN_ANY.at(model, shape.layers), self.on_open))
         await self.bus.flush()

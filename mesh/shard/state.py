@@ -15,7 +15,7 @@ count as done because the compute thread takes steps in the order in which they 
     frame row, lower epoch there                    NACK stale_epoch
     frame row              none, or a higher epoch  NACK unknown_session
     close, expiry          there                    row free, unless it has a later epoch than the one that is closed
-    beat without it        there, twice in a row    row free: the coordinator does not know the session
+    heartbeat without it   there, twice in a row    row free: the coordinator does not know the session
     drain                  any                      no new sessions; open ones continue
 
 A mirror is an ordinary shard that also follows the frames of the other replicas of its range. It computes those rows whose sessions are
@@ -38,10 +38,10 @@ import numpy as np
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
 from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Frame, Kind, Nack
-from mesh.protocol.status import Beat
+from mesh.protocol.status import Heartbeat
 from mesh.types import LayerRange
 
-__all__ = ["Admission", "Seat", "ShardShape", "ShardState"]
+__all__ = ["Admission", "Reservation", "ShardShape", "ShardState"]
 
 DEFAULT_TTL_S = 10.0
 """How long a coordinator may be silent if it gave no time itself."""
@@ -75,7 +75,7 @@ class ShardShape:
 
 
 @dataclass(slots=True)
-class Seat:
+class Reservation:
     """The row that a session has here."""
 
     session: int
@@ -112,7 +112,7 @@ class ShardState:
     followed: int = 0  # rows computed as a mirror
     missed: int = 0  # rows a mirror could not compute: it is behind
     gaps: Counter[str] = field(default_factory=Counter)  # rows, by why they were not computed
-    _seats: dict[int, Seat] = field(default_factory=dict)  # by session
+    _reservations: dict[int, Reservation] = field(default_factory=dict)  # by session
     _free: list[int] = field(default_factory=list)  # heap
     _pending: dict[tuple[str, int], int] = field(default_factory=dict)  # (coordinator, step) that has not gone on yet
     _heard: dict[str, tuple[float, float]] = field(default_factory=dict)  # coordinator -> (silent since, allowed for)
@@ -126,14 +126,14 @@ class ShardState:
 
     @property
     def sessions(self) -> int:
-        return len(self._seats)
+        return len(self._reservations)
 
-    def seat(self, session: int) -> Seat | None:
-        return self._seats.get(session)
+    def reservation(self, session: int) -> Reservation | None:
+        return self._reservations.get(session)
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
-    def open(self, message: Open, now: float) -> Seat:
+    def open(self, message: Open, now: float) -> Reservation:
         """Open a session. Busy: no row is free. Unavailable: the shard drains. PromptTooLong: the context is shorter than the prompt.
         MessageRejected: wrong model, or an epoch that is over."""
         if message.model_hash != self.shape.model_hash:
@@ -146,17 +146,17 @@ class ShardState:
                 tokens=message.prompt_length,
                 limit=self.shape.context,
             )
-        seat = self._seats.get(message.session)
-        if seat is not None:
-            if message.epoch < seat.epoch:
-                raise MessageRejected(f"epoch: {message.epoch} is over, the session is at {seat.epoch}", field="epoch")
-            if message.epoch > seat.epoch:
-                seat.filled = min(seat.filled, message.keep)
-                seat.epoch = message.epoch
-                seat.coordinator = message.coordinator
-            seat.missing = False
+        reservation = self._reservations.get(message.session)
+        if reservation is not None:
+            if message.epoch < reservation.epoch:
+                raise MessageRejected(f"epoch: {message.epoch} is over, the session is at {reservation.epoch}", field="epoch")
+            if message.epoch > reservation.epoch:
+                reservation.filled = min(reservation.filled, message.keep)
+                reservation.epoch = message.epoch
+                reservation.coordinator = message.coordinator
+            reservation.missing = False
             self._hear(message.coordinator, now)
-            return seat
+            return reservation
         if self.draining:
             raise Unavailable(f"shard {self.shape.shard} is draining: open the session on another replica of layers {self.shape.layers}")
         if not self._free:
@@ -164,25 +164,27 @@ class ShardState:
                 f"all {self.shape.rows} rows of shard {self.shape.shard} (layers {self.shape.layers}) are taken",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        seat = Seat(message.session, message.epoch, message.coordinator, heapq.heappop(self._free), 0)
-        self._seats[message.session] = seat
+        reservation = Reservation(message.session, message.epoch, message.coordinator, heapq.heappop(self._free), 0)
+        self._reservations[message.session] = reservation
         self._hear(message.coordinator, now)
-        return seat
+        return reservation
 
     def close(self, message: Close, now: float) -> int:
         """Close sessions of a coordinator. Returns how many were closed."""
         self._hear(message.coordinator, now)
-        wanted = tuple(self._seats) if message.all else message.sessions
+        wanted = tuple(self._reservations) if message.all else message.sessions
         mine = [
-            seat
+            reservation
             for s in wanted
-            if (seat := self._seats.get(s)) is not None and seat.coordinator == message.coordinator and seat.epoch <= message.epoch
+            if (reservation := self._reservations.get(s)) is not None
+            and reservation.coordinator == message.coordinator
+            and reservation.epoch <= message.epoch
         ]
-        for seat in mine:
-            self._leave(seat)
+        for reservation in mine:
+            self._leave(reservation)
         return len(mine)
 
-    def beat(self, message: Beat, now: float) -> list[int]:
+    def heartbeat(self, message: Heartbeat, now: float) -> list[int]:
         """Take in a coordinator's heartbeat, which says how long the coordinator may be silent. Returns the sessions that were closed
         because two heartbeats in a row did not name them."""
         if message.coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
@@ -191,14 +193,14 @@ class ShardState:
             return []
         named = frozenset(message.sessions)
         gone = []
-        for seat in [seat for seat in self._seats.values() if seat.coordinator == message.coordinator]:
-            if seat.session in named:
-                seat.missing = False
-            elif seat.missing:
-                self._leave(seat)
-                gone.append(seat.session)
+        for reservation in [reservation for reservation in self._reservations.values() if reservation.coordinator == message.coordinator]:
+            if reservation.session in named:
+                reservation.missing = False
+            elif reservation.missing:
+                self._leave(reservation)
+                gone.append(reservation.session)
             else:
-                seat.missing = True
+                reservation.missing = True
         return gone
 
     def expire(self, now: float) -> list[int]:
@@ -206,10 +208,10 @@ class ShardState:
         silent = {name for name, (since, ttl_s) in self._heard.items() if now - since > ttl_s}
         for name in silent:
             del self._heard[name]
-        gone = [seat for seat in self._seats.values() if seat.coordinator in silent]
-        for seat in gone:
-            self._leave(seat)
-        return [seat.session for seat in gone]
+        gone = [reservation for reservation in self._reservations.values() if reservation.coordinator in silent]
+        for reservation in gone:
+            self._leave(reservation)
+        return [reservation.session for reservation in gone]
 
     def drain(self) -> int:
         """Take no new sessions from now on. Returns how many are open."""
@@ -224,20 +226,20 @@ class ShardState:
         if self.queued >= self.shape.queue_limit:
             return self._refuse(frame, Nack.OVERLOADED)
         count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
-        slots = frame.slots[frame.hop].tolist()
+        here = frame.stage_rows[frame.hop].tolist()
         kept: list[int] = []
         refused: dict[Nack, list[tuple[int, int]]] = {}  # why -> (index, where to go on)
         for index, (session, epoch, start) in enumerate(
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
-            seat = self._seats.get(session)
-            why = self._why_not(seat, frame.coordinator, epoch, start, count, slots[index])
+            reservation = self._reservations.get(session)
+            why = self._why_not(reservation, frame.coordinator, epoch, start, count, here[index])
             if why is Nack.NONE:
-                assert seat is not None
+                assert reservation is not None
                 kept.append(index)
-                seat.fill(frame.kind, start, count)
+                reservation.fill(frame.kind, start, count)
             else:
-                go_on = seat.filled if why is Nack.HOLE and seat is not None else start
+                go_on = reservation.filled if why is Nack.HOLE and reservation is not None else start
                 refused.setdefault(why, []).append((index, go_on))
         if kept:
             self._hear(frame.coordinator, now)
@@ -255,27 +257,31 @@ class ShardState:
         nothing to compute."""
         self._check(frame, mine=False)
         kept: list[int] = []
-        slots: list[int] = []
+        rows: list[int] = []
         count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
         room = self.queued < self.shape.queue_limit
         for index, (session, epoch, start) in enumerate(
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
-            seat = self._seats.get(session)
-            if seat is None or self._why_not(seat, frame.coordinator, epoch, start, count, seat.row) is not Nack.NONE or not room:
-                self.missed += seat is not None
+            reservation = self._reservations.get(session)
+            if (
+                reservation is None
+                or self._why_not(reservation, frame.coordinator, epoch, start, count, reservation.row) is not Nack.NONE
+                or not room
+            ):
+                self.missed += reservation is not None
                 continue
             kept.append(index)
-            slots.append(seat.row)
-            seat.fill(frame.kind, start, count)
+            rows.append(reservation.row)
+            reservation.fill(frame.kind, start, count)
         if not kept:
             return None
         self.queued += 1
         self.followed += len(kept)
         mine = frame.only(np.array(kept, np.intp))
-        table = mine.slots.copy()
-        table[frame.hop] = slots
-        return replace(mine, slots=table)
+        table = mine.stage_rows.copy()
+        table[frame.hop] = rows
+        return replace(mine, stage_rows=table)
 
     def done(self) -> None:
         """An admitted or followed frame has been computed."""
@@ -295,24 +301,24 @@ class ShardState:
 
     def check(self) -> None:
         """Assert the invariants: every row is free or has exactly one session, and so on. For tests."""
-        taken = [seat.row for seat in self._seats.values()]
+        taken = [reservation.row for reservation in self._reservations.values()]
         assert sorted(taken + self._free) == list(range(self.shape.rows)), (taken, self._free)
-        assert all(session == seat.session for session, seat in self._seats.items())
-        assert all(0 <= seat.filled <= self.shape.context for seat in self._seats.values())
-        assert all(seat.coordinator in self._heard for seat in self._seats.values())
+        assert all(session == reservation.session for session, reservation in self._reservations.items())
+        assert all(0 <= reservation.filled <= self.shape.context for reservation in self._reservations.values())
+        assert all(reservation.coordinator in self._heard for reservation in self._reservations.values())
         assert self.queued >= 0
         assert all(count > 0 for count in self._pending.values())
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _why_not(self, seat: Seat | None, coordinator: str, epoch: int, start: int, count: int, slot: int) -> Nack:
-        if seat is None or epoch > seat.epoch:
+    def _why_not(self, reservation: Reservation | None, coordinator: str, epoch: int, start: int, count: int, row: int) -> Nack:
+        if reservation is None or epoch > reservation.epoch:
             return Nack.UNKNOWN_SESSION
-        if epoch < seat.epoch:
+        if epoch < reservation.epoch:
             return Nack.STALE_EPOCH
-        if seat.coordinator != coordinator or seat.row != slot or start + count > self.shape.context:
+        if reservation.coordinator != coordinator or reservation.row != row or start + count > self.shape.context:
             return Nack.BAD_INPUT
-        return Nack.HOLE if start > seat.filled else Nack.NONE
+        return Nack.HOLE if start > reservation.filled else Nack.NONE
 
     def _refuse(self, frame: Frame, why: Nack) -> Admission:
         self.gaps[why.name.lower()] += frame.rows
@@ -349,6 +355,6 @@ class ShardState:
         _, ttl_s = self._heard.get(coordinator, (now, DEFAULT_TTL_S))
         self._heard[coordinator] = (now, ttl_s)
 
-    def _leave(self, seat: Seat) -> None:
-        del self._seats[seat.session]
-        heapq.heappush(self._free, seat.row)
+    def _leave(self, reservation: Reservation) -> None:
+        del self._reservations[reservation.session]
+        heapq.heappush(self._free, reservation.row)

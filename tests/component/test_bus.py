@@ -29,7 +29,7 @@ from mesh.errors import (
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import MAX_MANIFEST_BYTES, Manifest
 from mesh.protocol import subjects
-from mesh.protocol.status import Beat, StatsRequest
+from mesh.protocol.status import Heartbeat, StatsRequest
 from mesh.protocol.topics import Topic
 from mesh.types import LayerRange
 
@@ -101,7 +101,7 @@ def test_no_answer_in_time_is_deadline_exceeded(run: Run, server: NatsServer) ->
 
             await bus.subscribe("silent", silent)
             with pytest.raises(DeadlineExceeded, match="silent"):
-                await bus.request(Topic("silent", StatsRequest, Beat, "keep silent").at(), StatsRequest(), timeout_s=0.1)
+                await bus.request(Topic("silent", StatsRequest, Heartbeat, "keep silent").at(), StatsRequest(), timeout_s=0.1)
 
     run(work())
 
@@ -113,7 +113,7 @@ def test_a_handler_that_fails_ends_nothing(run: Run, server: NatsServer) -> None
 
             async def handler(received: Received) -> None:
                 if received.data == b"bad":
-                    Beat.parse(received.data)
+                    Heartbeat.parse(received.data)
                 if received.data == b"worse":
                     raise KeyError("x")
                 got.set()
@@ -130,25 +130,26 @@ def test_a_handler_that_fails_ends_nothing(run: Run, server: NatsServer) -> None
 def test_leases_appear_change_and_vanish(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
-            changes: asyncio.Queue[tuple[str, Beat | None]] = asyncio.Queue()
+            changes: asyncio.Queue[tuple[str, Heartbeat | None]] = asyncio.Queue()
             bucket = Bucket(bus, "leases_test", ttl_s=0.5)
-            await bucket.put("there", Beat(coordinator="there").to_bytes())
-            table = LeaseTable(bucket, Beat, lambda key, lease: changes.put_nowait((key, lease)))
+            await bucket.put("there", Heartbeat(coordinator="there").to_bytes())
+            table = LeaseTable(bucket, Heartbeat, lambda key, lease: changes.put_nowait((key, lease)))
             await table.start()
             assert set(table.leases) == {"there"}
 
             async def renew() -> None:
                 while True:
-                    await bucket.put("kept", Beat(coordinator="kept").to_bytes())
+                    await bucket.put("kept", Heartbeat(coordinator="kept").to_bytes())
                     await asyncio.sleep(0.1)  # the period of the lease, well below its life of 0.5 s
 
             keeping = asyncio.create_task(renew())
             seen = [await asyncio.wait_for(changes.get(), 10) for _ in range(3)]
             assert [(key, lease is None) for key, lease in seen] == [("there", False), ("kept", False), ("there", True)]
             await bucket.put("junk", b"\xff")
-            await bucket.put("gone", Beat(coordinator="gone").to_bytes())
+            await bucket.put("gone", Heartbeat(coordinator="gone").to_bytes())
             await bucket.delete("gone")
-            assert [await asyncio.wait_for(changes.get(), 10) for _ in range(2)] == [("gone", Beat(coordinator="gone")), ("gone", None)]
+            left = [await asyncio.wait_for(changes.get(), 10) for _ in range(2)]
+            assert left == [("gone", Heartbeat(coordinator="gone")), ("gone", None)]
             assert table.rejected == 1 and set(table.leases) == {"kept"}
             keeping.cancel()
             assert (await asyncio.wait_for(changes.get(), 10)) == ("kept", None)
@@ -193,19 +194,19 @@ def test_the_bus_reconnects_to_a_server_that_restarted_without_its_memory(run: R
         async with await connect(first) as bus:
             back = asyncio.Event()
             bus.on_change(lambda connected: back.set() if connected else None)
-            changes: asyncio.Queue[tuple[str, Beat | None]] = asyncio.Queue()
+            changes: asyncio.Queue[tuple[str, Heartbeat | None]] = asyncio.Queue()
             bucket = Bucket(bus, "leases_test", ttl_s=1.0)
-            table = LeaseTable(bucket, Beat, lambda key, lease: changes.put_nowait((key, lease)))
+            table = LeaseTable(bucket, Heartbeat, lambda key, lease: changes.put_nowait((key, lease)))
             await table.start()
-            await bucket.put("a", Beat(coordinator="a").to_bytes())
+            await bucket.put("a", Heartbeat(coordinator="a").to_bytes())
             assert (await asyncio.wait_for(changes.get(), 10))[0] == "a"
             first.kill()
             second = NatsServer.start(directory=tmp_path, port=first.port)
             await asyncio.wait_for(back.wait(), 20)
             async with asyncio.timeout(30):
                 wanted = None
-                while wanted != ("b", Beat(coordinator="b")):
-                    await bucket.put("b", Beat(coordinator="b").to_bytes())
+                while wanted != ("b", Heartbeat(coordinator="b")):
+                    await bucket.put("b", Heartbeat(coordinator="b").to_bytes())
                     try:
                         wanted = await asyncio.wait_for(changes.get(), 0.3)
                     except TimeoutError:

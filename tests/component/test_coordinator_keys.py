@@ -18,7 +18,7 @@ from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.errors import Busy
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import topics
-from mesh.protocol.status import Beat
+from mesh.protocol.status import Heartbeat
 from mesh.types import even_ranges
 
 
@@ -39,20 +39,20 @@ def test_requests_over_the_pool_are_answered_busy(server: NatsServer, model: Pat
 
 
 def test_beats_come_as_often_as_health_check_interval_says(server: NatsServer, model: Path, run: Run) -> None:
-    async def beats(interval_s: float, wanted: int) -> int:
+    async def heartbeats(interval_s: float, wanted: int) -> int:
         """How many there have been, from the start until `wanted` came and a question was answered."""
         count = 0
         enough = asyncio.Event()
         async with await Bus.connect(BusOptions((server.url,)), name="t") as bus, AsyncMeshClient(server.url, model="tiny") as client:
 
-            async def beat(received: Received) -> None:
+            async def on_heartbeat(received: Received) -> None:
                 nonlocal count
-                Beat.parse(received.data)
+                Heartbeat.parse(received.data)
                 count += 1
                 if count == wanted:
                     enough.set()
 
-            await bus.subscribe(topics.BEATS.at("tiny"), beat)
+            await bus.subscribe(topics.HEARTBEATS.at("tiny"), on_heartbeat)
             await bus.flush()
             async with coordinator(server.url, model, health_check_interval_s=interval_s):
                 await asyncio.wait_for(enough.wait(), 60)
@@ -60,8 +60,8 @@ def test_beats_come_as_often_as_health_check_interval_says(server: NatsServer, m
                 return count
 
     async def work() -> None:
-        assert await beats(600.0, 1) == 1
-        assert await beats(0.02, 5) >= 5
+        assert await heartbeats(600.0, 1) == 1
+        assert await heartbeats(0.02, 5) >= 5
 
     run(work())
 

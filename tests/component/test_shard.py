@@ -20,7 +20,7 @@ from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Close, Drain, Open
 from mesh.protocol.events import Event
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
-from mesh.protocol.status import Beat, ShardLease
+from mesh.protocol.status import Heartbeat, ShardLease
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
@@ -56,7 +56,7 @@ def test_tokens_equal_those_of_one_process(count: int, run: Run, server: NatsSer
     run(work())
 
 
-def test_sessions_of_one_wave_join_and_leave(run: Run, server: NatsServer, model: Path, pipeline: Pipeline) -> None:
+def test_sessions_of_one_decode_batch_join_and_leave(run: Run, server: NatsServer, model: Path, pipeline: Pipeline) -> None:
     """Rows of different lengths step together, in any order and company."""
 
     async def work() -> None:
@@ -121,9 +121,9 @@ def test_timings_of_every_stage_and_the_trace_come_back(run: Run, server: NatsSe
         async with shards(server.url, model, ranges(3)) as running, Driver.on(server.url, model, running) as driver:
             await driver.open(1, 1)
             trace = "00-" + "5" * 32 + "-" + "6" * 16 + "-01"
-            await driver.send(driver.frame(Kind.PREFILL, [1], [0], [3], flags=Flags.FINAL, traceparent=trace, wave=9))
+            await driver.send(driver.frame(Kind.PREFILL, [1], [0], [3], flags=Flags.FINAL, traceparent=trace, batch=9))
             answer = await driver.answer()
-            assert answer.traceparent == trace and answer.wave == 9
+            assert answer.traceparent == trace and answer.batch == 9
             assert len(answer.timings) == 3 and all(timing.compute_us > 0 for timing in answer.timings)
 
     run(work())
@@ -141,7 +141,7 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
             sent = 0
             while len(tokens) < 10:
                 good = driver.frame(Kind.DECODE, [1], [len(prompt) + len(tokens) - 1], tokens[-1:])
-                second = good.forward(random.standard_normal((1, 32), np.float32), frame_codec.Timing())
+                second = good.forward(random.standard_normal((1, 32), np.float32), frame_codec.StageTiming())
                 for hop, base in enumerate((good, second)):
                     subject = base.subject("tiny")
                     data = frame_codec.encode(base)
@@ -150,11 +150,13 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
                     versioned = bytearray(data)
                     versioned[4] = 9
                     other_shard = replace(base, route=tuple(replace(h, shard="nobody") for h in base.route))
-                    short_route = replace(base, route=base.route[hop : hop + 1], slots=base.slots[hop : hop + 1], hop=0, tensors=())
+                    short_route = replace(
+                        base, route=base.route[hop : hop + 1], stage_rows=base.stage_rows[hop : hop + 1], hop=0, tensors=()
+                    )
                     bad = [bytes(flipped), bytes(versioned), data[:-3], b"", random.bytes(200), b'{"session": 1}']
                     bad += [frame_codec.encode(replace(base, model_hash="f" * 16)), frame_codec.encode(other_shard)]
                     bad += [frame_codec.encode(short_route), frame_codec.encode(replace(base, tokens=np.array([10**6], np.int32)))]
-                    bad += [frame_codec.encode(base.answer(Kind.TOKENS, frame_codec.Timing(), tokens=base.tokens))]
+                    bad += [frame_codec.encode(base.answer(Kind.TOKENS, frame_codec.StageTiming(), tokens=base.tokens))]
                     if hop:
                         bad += [frame_codec.encode(replace(base, tensors=(np.zeros((1, 31), np.float32),)))]
                         bad += [frame_codec.encode(replace(base, tensors=(np.zeros((1, 32), np.float16),)))]
@@ -164,7 +166,7 @@ def test_damage_is_rejected_and_counted_and_disturbs_nothing(run: Run, server: N
                 for topic in (topics.OPEN, topics.CLOSE, topics.DRAIN, topics.STATS):
                     with pytest.raises(MessageRejected):
                         await driver.bus.ask(topic.at(driver.route[0].shard).subject, random.bytes(20), timeout_s=5)
-                await driver.bus.publish(topics.BEATS.at("tiny").subject, b"\xff")
+                await driver.bus.publish(topics.HEARTBEATS.at("tiny").subject, b"\xff")
                 await driver.send(good)
                 answer = await driver.answer()
                 assert answer.kind is Kind.TOKENS
@@ -296,7 +298,7 @@ def test_sessions_of_a_coordinator_that_falls_silent_are_closed(run: Run, server
             opened = asyncio.Event()
             table = LeaseTable(bucket, ShardLease, changed)
             await table.start()
-            await driver.bus.send(topics.BEATS.at("tiny"), Beat(coordinator=driver.name, ttl_s=0.3))
+            await driver.bus.send(topics.HEARTBEATS.at("tiny"), Heartbeat(coordinator=driver.name, ttl_s=0.3))
             await driver.open(1, 1)
             opened.set()
             await asyncio.wait_for(seen.wait(), 20)

@@ -18,7 +18,7 @@ from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Close, Closed, Open, Opened
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
 from mesh.protocol.sampling import SamplingParams
-from mesh.protocol.status import Beat, ShardStats, StatsRequest
+from mesh.protocol.status import Heartbeat, ShardStats, StatsRequest
 from mesh.shard.service import Shard
 from mesh.types import LayerRange, even_ranges
 
@@ -43,7 +43,7 @@ class Driver:
             driver = cls(bus, Manifest.load(model), running)
             await bus.subscribe(subjects.tokens(driver.manifest.name, driver.name), driver._take)
             # the first use of a program compiles it, which on a busy machine takes longer than a coordinator may be silent
-            await bus.send(topics.BEATS.at(driver.manifest.name), Beat(coordinator=driver.name, ttl_s=600))
+            await bus.send(topics.HEARTBEATS.at(driver.manifest.name), Heartbeat(coordinator=driver.name, ttl_s=600))
             yield driver
 
     async def _take(self, received: Received) -> None:
@@ -68,7 +68,7 @@ class Driver:
         return [await self.bus.request(topics.CLOSE.at(hop.shard), message, timeout_s=10) for hop in self.route]
 
     def frame(self, kind: Kind, sessions: Sequence[int], positions: Sequence[int], tokens: Sequence[int], **fields: Any) -> Frame:
-        slots = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
+        stage_rows = [[self.rows[session][hop].row for session in sessions] for hop in range(len(self.route))]
         return Frame(
             kind,
             self.manifest.model_hash,
@@ -77,7 +77,7 @@ class Driver:
             np.array(sessions, np.uint64),
             np.array([self.rows[session][0].epoch for session in sessions], np.uint32),
             np.array(positions, np.uint32),
-            np.array(slots, np.uint32),
+            np.array(stage_rows, np.uint32),
             np.array(tokens, np.int32),
             step=next(self._step),
             **{"flags": self.flags, **fields},

@@ -22,7 +22,6 @@ from mesh.coordinator.core.events import (
     FrameLost,
     FrameOut,
     FrameRow,
-    Opened,
     OpenRefused,
     OpenRow,
     Probe,
@@ -32,6 +31,7 @@ from mesh.coordinator.core.events import (
     ReplicaSeen,
     Result,
     ResultRow,
+    RowOpened,
     Submit,
 )
 from mesh.coordinator.core.machine import Core
@@ -180,7 +180,7 @@ class FakeMesh:
         pair = random.choice(pairs)
         message = self.boxes[pair].popleft()
         if pair[1] == "core":
-            assert isinstance(message, (Opened, OpenRefused, Result, FrameLost, ProbeAnswered, ReplicaGone))
+            assert isinstance(message, (RowOpened, OpenRefused, Result, FrameLost, ProbeAnswered, ReplicaGone))
             self.event(message)
         elif pair[1] in self.shards:
             self._arrive(self.shards[pair[1]], message)
@@ -219,7 +219,7 @@ class FakeMesh:
         return name in self.shards and self.shards[name].stopped
 
     def _vanish(self, message: object) -> None:
-        if isinstance(message, OpenRow | Opened | OpenRefused):  # the requester's time runs out
+        if isinstance(message, OpenRow | RowOpened | OpenRefused):  # the requester's time runs out
             refused = OpenRefused(message.key, message.epoch, message.stage, message.shard, False, Unavailable("no answer"))
             self._send("nobody", "core", refused)
 
@@ -277,7 +277,7 @@ class FakeMesh:
                     reservation = shard.reservations[key] = Reservation(row, epoch)
                     shard.cache[row] = {}
                 reservation.missing = False
-                self._send(name, "core", Opened(key, epoch, stage, name, reservation.row, reservation.filled))
+                self._send(name, "core", RowOpened(key, epoch, stage, name, reservation.row, reservation.filled))
             case CloseRow(key=key, epoch=epoch):
                 reservation = shard.reservations.get(key)
                 if reservation is not None and reservation.epoch <= epoch:

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 from mesh.coordinator.core.session import Session, State
 
-__all__ = ["Admission"]
+__all__ = ["AdmissionQueue"]
 
 SHORTEST_RETRY_S = 0.5
 LONGEST_RETRY_S = 60.0
 _SMOOTHING = 0.1
 
 
-class Admission:
+class AdmissionQueue:
     """`limit`: sessions that may wait. Sessions that were admitted and lost their route do not count."""
 
     def __init__(self, limit: int) -> None:

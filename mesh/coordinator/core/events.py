@@ -8,6 +8,7 @@ from typing import Any, Literal
 from mesh.coordinator.core.routing import Replica, Route
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import MeshError
+from mesh.protocol.events import EventKind
 from mesh.types import LayerRange
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "FrameRow",
     "OpenRefused",
     "OpenRow",
-    "Opened",
     "Probe",
     "ProbeAnswered",
     "Rejected",
@@ -35,6 +35,7 @@ __all__ = [
     "ReplicaSeen",
     "Result",
     "ResultRow",
+    "RowOpened",
     "Submit",
     "Suspicion",
     "Tick",
@@ -52,7 +53,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class CancelSession:
-    """The client wants no more. `gone`: it does not listen any more; if it does after all, it may ask again."""
+    """The client cancels. `gone`: the client has stopped listening; if it listens after all, it may send the request again."""
 
     session: str
     gone: bool = False
@@ -72,13 +73,13 @@ class ReplicaSeen:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaGone:
-    """The shard's lease ended, or nobody listens on its subject."""
+    """The shard's lease ended, or no process listens on its subject."""
 
     shard: str
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class RowOpened:
     """`shard` opened row `row` for epoch `epoch` of the session `key`, as stage `stage` of its route or as that stage's mirror. `filled`:
     the positions that the row holds already."""
 
@@ -145,12 +146,12 @@ class ProbeAnswered:
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """Some connection to the server has ended: it may have been a shard's."""
+    """A connection to the NATS server has ended. It may have been a shard's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """This coordinator's own connection was lost, or is back. Without it, silence says nothing about anyone."""
+    """This coordinator's own connection was lost, or is back. Without it, silence says nothing about shards or other coordinators."""
 
     online: bool
 
@@ -166,7 +167,7 @@ Event = (
     | FinishSession
     | ReplicaSeen
     | ReplicaGone
-    | Opened
+    | RowOpened
     | OpenRefused
     | Result
     | FrameLost
@@ -181,7 +182,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class OpenRow:
-    """Ask `shard` (None: the queue group of `layers`) for a row. What follows is an Opened or an OpenRefused. `keep`: a shard
+    """Ask `shard` (None: the queue group of `layers`) for a row. What follows is a RowOpened or an OpenRefused. `keep`: a shard
     that has a row of the session already may keep so many positions of it. `mirror`: the shard is to follow the frames of the stage."""
 
     key: int
@@ -206,7 +207,7 @@ class CloseRow:
 @dataclass(frozen=True, slots=True)
 class Probe:
     """Find out whether `shard` lives and which steps it has. What follows is a ProbeAnswered with the same `asked_at`, a ReplicaGone if
-    nobody listens there, or nothing."""
+    no process listens there, or nothing."""
 
     shard: str
     asked_at: float
@@ -214,9 +215,9 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """An event of the mesh (messages.Event), for people and monitors. who: the shard that it is about."""
+    """An event of the mesh (mesh/protocol/events.py), for people and monitors. who: the shard that it is about."""
 
-    kind: Literal["suspected", "failed_over"]
+    kind: EventKind
     who: str
     detail: str
 

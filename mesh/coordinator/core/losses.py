@@ -1,14 +1,14 @@
-"""What goes wrong, and how a session goes on.
+"""How the core answers losses: of a shard, a frame or a row. It decides how the sessions go on.
 
     a shard is gone, is another process, is suspected or drains  -> the sessions with rows there go another way
     a frame, or some of its rows, will not come back             -> the sessions in it go another way, or fail
-    a row is refused                                             -> the session goes another way; a mirror is done without
+    a row is refused                                             -> the session goes another way; it does without a mirror
     a frame is away for too long (watch.py)                      -> its shards are probed, suspected; it is sent again or given up
     nothing has helped for `failover_timeout_s`                  -> the session fails
 
-To lose a session is always the same: it leaves the scheduler, its frames are dropped, and it goes to the front of the queue, for the
-rest of the turn with the rows that it has (`lose`). At the end of the turn it goes on with those stages that are well (`go_on`), or
-gives its rows back and waits (`mend_torn`).
+A lost session always takes the same way. It leaves the scheduler, its frames are dropped, and it goes to the front of the queue; for the
+rest of the turn it keeps its rows (`lose`). At the end of the turn it goes on with the stages that are well (`go_on`), or it gives its
+rows back and waits (`mend_torn`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ STUBBORN = 3
 
 
 def lose_shard(state: CoreState, shard: str) -> None:
-    """A shard's rows are gone, or must not be used. Its frames are given up, and every session with a row there, or asking for one,
-    goes another way. A session that it only mirrors does without the mirror."""
+    """A shard's rows are gone, or must not be used. Its frames are given up. Every session that has a row there, or asks for one, goes
+    another way. A session that the shard only mirrors does without the mirror."""
     for number, flight in list(state.scheduler.flights.items()):
         if any(hop.shard == shard for hop in flight.out.route):
             lose_frame(state, number)
@@ -105,7 +105,7 @@ def row_refused(state: CoreState, event: OpenRefused) -> None:
 
 
 def lose_frame(state: CoreState, number: int, keys: frozenset[int] | None = None, error: MeshError | None = None) -> None:
-    """A frame will not come back, or those of its rows that belong to `keys`. With `error`, the sessions in it fail."""
+    """A frame will not come back, or its rows that belong to `keys` will not. With `error`, the sessions of these rows fail."""
     flight = state.scheduler.flights.get(number)
     if flight is None:
         state.counters.late += 1
@@ -121,7 +121,7 @@ def lose_frame(state: CoreState, number: int, keys: frozenset[int] | None = None
 
 
 def _drop(state: CoreState, number: int, keys: frozenset[int]) -> list[Session]:
-    """Wait no more for these rows of a frame: their sessions."""
+    """Stop waiting for these rows of a frame. Returns their sessions."""
     dropped = state.scheduler.drop(number, keys)
     if number not in state.scheduler.flights:
         state.watch.dropped(number)
@@ -153,8 +153,8 @@ def look_after_frames(state: CoreState) -> None:
 
 
 def lose(state: CoreState, session: Session, *, blame: bool = True) -> None:
-    """Back to the front of the queue, for the rest of the turn with its rows. `blame`: something went wrong, so the time until the
-    session fails runs. It does not run where another session merely took a row first."""
+    """Put a session back to the front of the queue; it keeps its rows for the rest of the turn. `blame`: something went wrong, so the
+    time until the session fails runs. It does not run if another session merely took a row first."""
     if session.choices is None or session.state is State.QUEUED:  # another of its frames was lost before
         return
     if blame:
@@ -186,7 +186,7 @@ def mend_torn(state: CoreState) -> None:
 
 
 def _go_on(state: CoreState, session: Session) -> bool:
-    """Open a route that keeps the stages that are well and replaces the others. False: there is none."""
+    """Open a route that keeps the healthy stages and replaces the others. False: there is no such route."""
     assert session.choices is not None
     before = session.shards
     mended = state.replicas.mend(session.key, session.choices, session.mirrors, session.positions, state.now)
@@ -218,7 +218,7 @@ def _go_on(state: CoreState, session: Session) -> bool:
 
 
 def connection_changed(state: CoreState, online: bool) -> None:
-    """Nobody is blamed for the time without a connection."""
+    """The time without a connection does not count against any session."""
     state.online = online
     state.watch.connection(online, state.now)
     if online:

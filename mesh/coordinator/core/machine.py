@@ -3,11 +3,11 @@
 Every turn is the same: the event changes what is known; sessions that were lost in it go on; sessions in the queue that now fit are
 started; frames that may go out go out. `deadline()` says when the core wants to be called with a Tick although nothing happens.
 
-    Submit        -> queued, or Rejected at once (longer than any row, queue full)
-    queue moves   -> OpenRow for each stage of a route
-    Opened x all  -> FrameOut(prefill) for each chunk of the history
-    Result(last)  -> Emit; from then on FrameOut(decode), in decode batches
-    Ended         -> CloseRow for each stage, once no frame names the session any more
+    Submit           -> queued, or Rejected at once (longer than any row, queue full)
+    queue moves      -> OpenRow for each stage of a route
+    RowOpened x all  -> FrameOut(prefill) for each chunk of the history
+    Result(last)     -> Emit; from then on FrameOut(decode), in decode batches
+    Ended            -> CloseRow for each stage, once no frame names the session any more
 
 A loss (a refused row, FrameLost, ReplicaGone, what watch.py finds) sends the session through the queue again: see losses.py.
 
@@ -21,7 +21,7 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 from mesh.coordinator.core import ends, losses, rows
-from mesh.coordinator.core.admission import Admission
+from mesh.coordinator.core.admission import AdmissionQueue
 from mesh.coordinator.core.events import (
     Admitted,
     CancelSession,
@@ -33,13 +33,13 @@ from mesh.coordinator.core.events import (
     FinishSession,
     FrameLost,
     FrameOut,
-    Opened,
     OpenRefused,
     ProbeAnswered,
     Rejected,
     ReplicaGone,
     ReplicaSeen,
     Result,
+    RowOpened,
     Submit,
     Suspicion,
     Tick,
@@ -51,12 +51,12 @@ from mesh.coordinator.core.state import CoreConfig, CoreCounters, CoreState, Pau
 from mesh.coordinator.core.watch import FrameWatch
 from mesh.errors import BadRequest, Busy, Cancelled, MeshError, PromptTooLong, Unavailable
 
-__all__ = ["Core", "CoreConfig", "Load"]
+__all__ = ["Core", "CoreConfig", "CoreLoad"]
 
 _BASE_BITS, _COUNTER_BITS = 38, 24
 
 
-class Load(NamedTuple):
+class CoreLoad(NamedTuple):
     """live: sessions that have not ended, of which `queued` wait. capacity: sessions that fit at once; free: those that would find rows
     now. context: the most positions that a session can have, None while no chain of shards is complete."""
 
@@ -75,7 +75,7 @@ class Core:
         self._state = CoreState(
             config,
             replicas,
-            Admission(config.queue_limit),
+            AdmissionQueue(config.queue_limit),
             Scheduler(replicas.chunk_of, replicas.processors_of),
             FrameWatch(config.step_timeout_s),
             mirrors=config.strategy != "queue_group",  # NATS would have to name a second shard
@@ -84,7 +84,7 @@ class Core:
         self._count = 0
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """What follows from `event`; to be carried out in order. `now`: seconds of any one clock."""
+        """The effects of `event`, to be carried out in order. `now`: seconds on any one clock."""
         state = self._state
         state.now = now
         state.effects = []
@@ -110,7 +110,7 @@ class Core:
                 state.watch.forget(shard)
                 losses.note_chain(state)
                 losses.lose_shard(state, shard)
-            case Opened():
+            case RowOpened():
                 self._opened(event)
             case OpenRefused():
                 losses.row_refused(state, event)
@@ -167,9 +167,11 @@ class Core:
         """The counters, by name."""
         return self._state.counters.as_dict()
 
-    def load(self, now: float) -> Load:
+    def load(self, now: float) -> CoreLoad:
         state = self._state
-        return Load(len(state.by_id), len(state.admission), state.replicas.capacity(), state.replicas.free(now), state.replicas.longest())
+        return CoreLoad(
+            len(state.by_id), len(state.admission), state.replicas.capacity(), state.replicas.free(now), state.replicas.longest()
+        )
 
     def waiting(self) -> tuple[str, ...]:
         """The sessions in the queue, the next one first."""
@@ -286,7 +288,7 @@ class Core:
             session.mirrors = state.replicas.mirrors(choices, session.positions, state.now) if state.mirrors else {}
             rows.open_rows(state, session)
 
-    def _opened(self, event: Opened) -> None:
+    def _opened(self, event: RowOpened) -> None:
         state = self._state
         session = state.by_key.get(event.key)
         if session is None or session.state is not State.OPENING or session.choices is None or event.epoch != session.epoch:

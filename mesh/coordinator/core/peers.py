@@ -1,12 +1,12 @@
 """Which other coordinators of the model live. It only decides: what was heard, and when, is passed in.
 
-A coordinator sends a heartbeat every few seconds. It is also probed several times a second, on a subject that only its process listens
-on. When nobody listens there any more, the server says so at once. So a process that died is noticed within GONE_S; one that was merely
-cut off from its server for a moment, which looks the same, is not given up. A process that listens and does not answer, because it is
-suspended or cut off, is given up after SILENT_S. To give up a coordinator that lives costs only work: session records are written by
-compare and set, so it loses the sessions that others took, and keeps the rest.
+A coordinator sends a heartbeat every few seconds. It is also probed several times a second, on a subject of its process alone. When that
+process no longer listens, the server says so at once. So a dead process is noticed within GONE_S. A process that was merely cut off from
+its server for a moment looks the same, but it is back before that time and is not given up. A process that listens and does not answer,
+because it is suspended or cut off, is given up after SILENT_S. Giving up a coordinator that lives costs only work: session records are
+written by compare and set, so it loses the sessions that others took, and keeps the rest.
 
-A coordinator that was itself suspended or cut off has heard nobody. That says nothing about the others: see `excuse`.
+A coordinator that was itself suspended or cut off has heard no other. That says nothing about the others: see `excuse`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Peers:
         return new
 
     def missing(self, instance: str, now: float) -> None:
-        """Nobody listens on a peer's subject."""
+        """No process listens on a peer's subject."""
         peer = self._peers.get(instance)
         if peer is not None and peer.missing_since is None:
             peer.missing_since = now

@@ -7,7 +7,7 @@ a free row is taken. Among the replicas of a range the strategy chooses:
     least_loaded   of two drawn at random, the one with the larger share of free rows. That is almost as good as the best of all
                    (Mitzenmacher 2001), and coordinators that all know equally little do not all choose the same one
     round_robin    in turn
-    queue_group    none is named: the range's queue group answers, so NATS chooses
+    queue_group    the coordinator names no shard: the range's queue group answers, so NATS chooses
 
 Free rows are an estimate between leases: other coordinators open rows too. A shard that refuses is believed at once.
 """
@@ -27,7 +27,7 @@ __all__ = ["Choice", "Choices", "Hop", "Replica", "Replicas", "Route", "Strategy
 Strategy = Literal["least_loaded", "round_robin", "queue_group"]
 
 REFUSAL_REST_S = 1.0
-"""How long a shard is left alone that refused although it has a free row."""
+"""A shard that refused although it has a free row is left alone for this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ Route = tuple[Hop, ...]
 
 
 def complete(choices: Choices) -> Route | None:
-    """The route, where every stage has its shard."""
+    """The route, if every stage has its shard."""
     route = tuple([Hop(choice.layers, choice.shard) for choice in choices if choice.shard is not None])
     return route if len(route) == len(choices) else None
 

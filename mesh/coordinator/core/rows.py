@@ -1,4 +1,4 @@
-"""The rows of a session: asked for, open, given back."""
+"""Asks shards for the rows of a session, notes which ones are open, and gives them back."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, fields
 
-from mesh.coordinator.core.admission import Admission
+from mesh.coordinator.core.admission import AdmissionQueue
 from mesh.coordinator.core.events import Effect
 from mesh.coordinator.core.routing import Replicas, Strategy
 from mesh.coordinator.core.scheduler import Scheduler
@@ -68,7 +68,7 @@ class CoreState:
 
     config: CoreConfig
     replicas: Replicas
-    admission: Admission
+    admission: AdmissionQueue
     scheduler: Scheduler
     watch: FrameWatch
     counters: CoreCounters = field(default_factory=CoreCounters)

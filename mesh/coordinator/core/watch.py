@@ -3,7 +3,7 @@
 How long a step takes is observed, for each route and kind. A frame that is away for twice the median is overdue. That proves nothing,
 so its shards are probed (Ping), again and again while the frame stays away:
 
-    nobody listens on a shard's subject          the shard is dead; the core learns that at once (ReplicaGone)
+    no process listens on a shard's subject      the shard is dead; the core learns that at once (ReplicaGone)
     a shard does not answer                      it is suspected after four times the route's p99, in [SUSPECT_FLOOR_S, ceiling]: its
                                                  sessions go another way. It may only be slow, so its rows are fenced; it is not ended
     all answer, some shard still has the step    the step is slow: nothing is done

@@ -1,12 +1,12 @@
-"""The dashboard's routes: a page of static files, and what it shows.
+"""The dashboard's routes: a page of static files, and the data that it shows.
 
     GET /                               the page
     GET /dashboard/static/NAME          its parts
     GET /dashboard/snapshot             the mesh now, as JSON
-    GET /dashboard/events               the same as server-sent events, for as long as someone looks
+    GET /dashboard/events               the same as server-sent events, for as long as the page is open
     GET /dashboard/trace/REQUEST        where the time of a request went
 
-The page and its parts hold nothing of the mesh and are for everyone; the other three need the scope `admin` where tokens are asked for.
+The page and its parts hold nothing of the mesh and need no token. The other three need the scope `admin` where tokens are required.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _File:
 
 
 def routes(watch: Watch) -> list[Route]:
-    """For create_app; `watch` is ended and closed by whoever made it."""
+    """The routes for create_app. The caller ends and closes `watch`."""
     files = _read_files()
 
     async def page(request: Request) -> Response:
@@ -94,7 +94,7 @@ def _admitted(request: Request) -> Gateway:
 
 
 def _read_files() -> dict[str, _File]:
-    """Once, into memory: there are few, and no path from outside is ever joined."""
+    """Read all static files into memory, once. There are few. So a path from outside never reaches the file system."""
     found = {}
     for entry in resources.files(__package__).joinpath("static").iterdir():
         suffix = entry.name[entry.name.rfind(".") :]
@@ -107,7 +107,7 @@ def _read_files() -> dict[str, _File]:
 def _answer(request: Request, file: _File) -> Response:
     headers = {
         "ETag": file.etag,
-        "Cache-Control": "no-cache",  # kept, and asked for again each time: an upgrade is seen at once
+        "Cache-Control": "no-cache",  # the browser asks each time whether its copy is current, so an upgrade shows at once
         "Content-Security-Policy": POLICY,
     }
     if request.headers.get("if-none-match") == file.etag:

@@ -1,7 +1,7 @@
-"""One look at the mesh for all viewers: it is looked at while someone views the page, once a second, however many they are.
+"""One look at the mesh for all viewers: once a second while the page has viewers, however many there are.
 
-Viewers wait on a shared round; each takes the newest snapshot and the events it has not seen, so a slow one misses snapshots and
-holds nothing back. An event is passed on at once, and followed by a look.
+Viewers wait for a shared round. Each takes the newest snapshot and the events that it has not seen. So a slow viewer misses snapshots and
+delays no other. An event is passed on at once, and a look follows it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import orjson
 
 from mesh.bus import Subscription
 from mesh.client import AsyncMeshClient
-from mesh.client.board import Board
+from mesh.client.read_model import MeshReadModel
 from mesh.errors import MeshError
 from mesh.protocol.events import Event
 
@@ -26,20 +26,20 @@ log = logging.getLogger("mesh.dashboard")
 
 INTERVAL_S = 1.0
 LINGER_S = 5.0
-"""A page that is loaded again finds the look still going, and the series without a gap."""
+"""The looks go on for this time after the last viewer left, so that a page that is reloaded has a series without a gap."""
 SETTLE_S = 0.15
-"""From an event to the look that follows it: events come in bunches."""
+"""The time from an event to the look that follows it; events come in bunches."""
 LOOK_TIMEOUT_S = 5.0
 REMEMBERED = 30
-"""Events of before that a page begins with."""
+"""The number of past events that a page begins with."""
 VIEWERS = 64
 
 
 class Watch:
-    """`stream` for each viewer, `snapshot` for one answer; `end`, and `close`, which waits."""
+    """`stream` serves one viewer, `snapshot` one request. `end` ends all streams; `close` also waits for the look to stop."""
 
     def __init__(self, client: AsyncMeshClient, *, interval_s: float = INTERVAL_S) -> None:
-        self.board = Board()
+        self.read_model = MeshReadModel()
         self.viewers = 0
         self.looks = 0
         self._client = client
@@ -54,7 +54,7 @@ class Watch:
         self._ended = False
 
     def end(self) -> None:
-        """Let every viewer go: a page that is watched must not hold up who wants to stop."""
+        """End every viewer's stream, so that an open page does not keep the process from stopping."""
         self._ended = True
         self._wake()
 
@@ -71,28 +71,28 @@ class Watch:
 
     @property
     def full(self) -> bool:
-        """More viewers are not taken."""
+        """Whether there are as many viewers as are allowed."""
         return self.viewers >= VIEWERS
 
     async def snapshot(self) -> bytes:
-        """The newest one; at most two intervals old."""
+        """The newest snapshot; at most two intervals old."""
         self._start()
         while self._document == b"":
             await self._round.wait()
         return self._document
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events: `history` once, then `snapshot` after each look and `event` as they come. Not to be begun while `full`."""
+        """Server-sent events: `history` once, then `snapshot` after each look, and each `event` as it comes. Not while `full`."""
         self.viewers += 1
         try:
             self._start()
-            while not self._document and not self._ended:  # the first look brings what happened before
+            while not self._document and not self._ended:  # the first look also fetches the past events
                 await self._round.wait()
-            yield _sse("history", orjson.dumps(self.board.history()))
-            sent, said = b"", self.board.event_number
+            yield _sse("history", orjson.dumps(self.read_model.history()))
+            sent, said = b"", self.read_model.event_number
             while not self._ended:
                 following = self._round
-                for number, event in list(self.board.events):
+                for number, event in list(self.read_model.events):
                     if number > said:
                         said = number
                         yield _sse("event", orjson.dumps(event))
@@ -109,7 +109,7 @@ class Watch:
     def _start(self) -> None:
         self._idle_since = time.monotonic()
         if self._task is None or self._task.done():
-            self._document = b""  # what was seen long ago is no news
+            self._document = b""  # the last snapshot is old
             self._task = asyncio.get_running_loop().create_task(self._run(), name="dashboard")
 
     async def _run(self) -> None:
@@ -134,30 +134,32 @@ class Watch:
                     self._subscription = await self._client.watch_events(self._on_event)
                     await self._remember()
                 status, stats = await asyncio.gather(self._client.status(), self._client.shard_stats())
-            self.board.look(status, stats, now=time.monotonic(), unix_s=time.time())
+            self.read_model.look(status, stats, now=time.monotonic(), unix_s=time.time())
             self._broken = False
         except (MeshError, TimeoutError) as error:
             reason = str(error) if isinstance(error, MeshError) else str(_unreachable())
-            self.board.failed(reason, now=time.monotonic(), unix_s=time.time())
-        except Exception:  # a defect here must not end the picture for everyone
+            self.read_model.failed(reason, now=time.monotonic(), unix_s=time.time())
+        except Exception:  # a defect here must not end the page for all viewers
             if not self._broken:  # once, not each second
                 log.exception("looking at the mesh")
             self._broken = True
-            self.board.failed("The gateway could not read the mesh's state; its log says why.", now=time.monotonic(), unix_s=time.time())
-        self._document = orjson.dumps(self.board.snapshot())
+            self.read_model.failed(
+                "The gateway could not read the mesh's state; its log says why.", now=time.monotonic(), unix_s=time.time()
+            )
+        self._document = orjson.dumps(self.read_model.snapshot())
         self._wake()
 
     async def _remember(self) -> None:
-        """What happened before anybody looked. Where it is not kept, what happens from now on is all there is."""
+        """Fetch the past events. If the mesh keeps none, the page shows only new ones."""
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S / 2):
                 for event in [event async for event in self._client.events(last=REMEMBERED)]:
-                    self.board.happened(event)
+                    self.read_model.happened(event)
         except (MeshError, TimeoutError) as error:
             log.info("no events of the past: %s", error)
 
     def _on_event(self, event: Event) -> None:
-        self.board.happened(event)
+        self.read_model.happened(event)
         self._soon.set()
         self._wake()
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from mesh.errors import UnsupportedModel
 from mesh.importer.analysis.layout import Operand, find_operand
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, attribute, input_of, producer
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 from mesh.importer.passes.contrib_attention import WINDOW
 
 __all__ = ["AttentionPattern", "find_attention"]
@@ -54,7 +54,7 @@ BATCH, CHUNK, PAST = 2, 3, 5
 
 # (probe, scores [B, H, T, S] before scaling) -> what the softmax sees, same shape; where the heads are an axis of their own,
 # scores [B, 1, T, S] may stand for those of every head
-Scores = Callable[[Probe, Array], Array]
+Scores = Callable[[GraphProbe, Array], Array]
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class AttentionPattern:
 
 def find_attention(graph: DecoderGraph) -> list[AttentionPattern]:
     """Every attention in the order of the layers. UnsupportedModel if there is none, or one of a form that is not known."""
-    probe = Probe(graph, BATCH, CHUNK, PAST if graph.has_past else 0)
+    probe = GraphProbe(graph, BATCH, CHUNK, PAST if graph.has_past else 0)
     patterns: list[AttentionPattern] = []
     for node in graph.nodes:
         if node.domain != "" or graph.dependence(node.outputs[0]) is not Dependence.TOKENS:
@@ -108,7 +108,7 @@ def find_attention(graph: DecoderGraph) -> list[AttentionPattern]:
 # --- softmax(q @ k.T) @ v -----------------------------------------------------------------------------------------------
 
 
-def _softmax_pattern(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number: int) -> AttentionPattern | None:
+def _softmax_pattern(graph: DecoderGraph, probe: GraphProbe, softmax: ir.Node, number: int) -> AttentionPattern | None:
     product = _scores_product(graph, input_of(softmax, 0))
     if product is None:
         return None
@@ -130,7 +130,7 @@ def _softmax_pattern(graph: DecoderGraph, probe: Probe, softmax: ir.Node, number
         raise UnsupportedModel(f"attention {number}: values are scaled by {v.scale} after the cache: this form is not supported")
     rank, into = len(shape), input_of(softmax, 0)
 
-    def scores(at: Probe, values: Array) -> Array:
+    def scores(at: GraphProbe, values: Array) -> Array:
         rows, _, chunk, total = values.shape
         given = values if rank == 4 else np.broadcast_to(values, (rows, heads, chunk, total)).reshape(at.shape(raw))
         return np.reshape(at.derive({raw: given}).value(into), (rows, -1, chunk, total))
@@ -188,7 +188,7 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
     return found
 
 
-def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: int) -> None:
+def _check_weights(probe: GraphProbe, softmax: ir.Node, weighted: ir.Node, number: int) -> None:
     """Check that the values are multiplied by the softmax itself."""
     shape = probe.shape(softmax.outputs[0])
     weights = np.random.default_rng(0).random(shape, np.float32)
@@ -201,7 +201,7 @@ def _check_weights(probe: Probe, softmax: ir.Node, weighted: ir.Node, number: in
 # --- the Attention operator ---------------------------------------------------------------------------------------------
 
 
-def _operator_pattern(graph: DecoderGraph, probe: Probe, node: ir.Node, number: int) -> AttentionPattern:
+def _operator_pattern(graph: DecoderGraph, probe: GraphProbe, node: ir.Node, number: int) -> AttentionPattern:
     inputs = [*node.inputs, *([None] * (7 - len(node.inputs)))]
     query, key, value = (input_of(node, place) for place in range(3))
     mask, past_key = inputs[3:5]
@@ -227,7 +227,7 @@ def _operator_pattern(graph: DecoderGraph, probe: Probe, node: ir.Node, number: 
     offset = past_key is not None
     window = int(node.meta.get(WINDOW, 0))
 
-    def scores(at: Probe, values: Array) -> Array:
+    def scores(at: GraphProbe, values: Array) -> Array:
         result = values * scale
         if softcap:
             result = np.tanh(result / softcap) * softcap

@@ -17,7 +17,7 @@ from mesh.errors import UnsupportedModel
 from mesh.importer.analysis.attention import AttentionPattern
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, Role, producer
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 
 __all__ = ["Cut", "DataPath", "find_cuts"]
 
@@ -74,7 +74,7 @@ class DataPath:
         return sorted(needed, key=self.place)
 
 
-def find_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probe: Probe) -> Cut:
+def find_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probe: GraphProbe) -> Cut:
     """Cuts for every layer. UnsupportedModel where two layers share more than the hidden state."""
     graph = path.graph
     order = path.between(graph.logits, None)
@@ -123,7 +123,7 @@ def _articulations(path: DataPath, order: Sequence[ir.Value]) -> Iterator[ir.Val
             yield value
 
 
-def _is_hidden(probe: Probe, value: ir.Value) -> bool:
+def _is_hidden(probe: GraphProbe, value: ir.Value) -> bool:
     try:
         shape = probe.shape(value)
     except NotConcrete:

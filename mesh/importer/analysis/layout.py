@@ -19,7 +19,7 @@ import onnx_ir as ir
 from mesh.errors import UnsupportedModel
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, producer, scalar
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 
 __all__ = ["Layout", "Operand", "find_operand"]
 
@@ -56,7 +56,7 @@ class Operand:
 
 def find_operand(
     graph: DecoderGraph,
-    probe: Probe,
+    probe: GraphProbe,
     operand: ir.Value,
     leading: tuple[int, ...] | None,
     heads: int,
@@ -90,7 +90,7 @@ def find_operand(
     return best[1]
 
 
-def _walk(graph: DecoderGraph, probe: Probe, value: ir.Value) -> Iterator[tuple[ir.Value, float, ir.Value | None]]:
+def _walk(graph: DecoderGraph, probe: GraphProbe, value: ir.Value) -> Iterator[tuple[ir.Value, float, ir.Value | None]]:
     """`value`, and the values that it only rearranges or scales, nearest first.
 
     Each comes with the factor between it and `value`, and with the cache that it was joined to in this step (None: not joined).
@@ -124,7 +124,7 @@ def _walk(graph: DecoderGraph, probe: Probe, value: ir.Value) -> Iterator[tuple[
         yield value, scale, past
 
 
-def _scalar(probe: Probe, value: ir.Value) -> float | None:
+def _scalar(probe: GraphProbe, value: ir.Value) -> float | None:
     number = scalar(value)
     if number is None and probe.graph.dependence(value) is Dependence.SHAPE:
         try:
@@ -136,7 +136,7 @@ def _scalar(probe: Probe, value: ir.Value) -> float | None:
 
 
 def _layout(
-    probe: Probe,
+    probe: GraphProbe,
     operand: ir.Value,
     value: ir.Value,
     scale: float,
@@ -191,7 +191,7 @@ def _caches(graph: DecoderGraph, operand: ir.Value, value: ir.Value) -> Iterator
         current = next(v for v in data if graph.dependence(v) is Dependence.TOKENS)
 
 
-def _match(probe: Probe, numbers: Array, wanted: Array) -> Layout | None:
+def _match(probe: GraphProbe, numbers: Array, wanted: Array) -> Layout | None:
     """The cheapest split and transposition that take `numbers` to `wanted` [B, H, T, D]."""
     best: Layout | None = None
     for split in _splits(numbers.shape, wanted.shape):

@@ -17,7 +17,7 @@ from mesh.errors import UnsupportedModel
 from mesh.importer.analysis.attention import AttentionPattern
 from mesh.importer.graph.decoder import DecoderGraph
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 
 __all__ = ["MaskReader", "ScoreRule"]
 
@@ -42,7 +42,7 @@ class MaskReader:
 
     def __init__(self, graph: DecoderGraph, context_length: int) -> None:
         self.graph, self.context_length = graph, context_length
-        self._probes: dict[tuple[int, int, int], Probe] = {}
+        self._probes: dict[tuple[int, int, int], GraphProbe] = {}
         self._windows: dict[frozenset[Any], int | None] = {}
 
     def read(self, pattern: AttentionPattern) -> ScoreRule:
@@ -60,13 +60,13 @@ class MaskReader:
             self._windows[key] = self._window(pattern, slopes, where)
         return ScoreRule(scale, softcap, self._windows[key], slopes)
 
-    def _probe(self, batch: int, chunk: int, past: int) -> Probe:
+    def _probe(self, batch: int, chunk: int, past: int) -> GraphProbe:
         key = batch, chunk, past
         if key not in self._probes:
-            self._probes[key] = Probe(self.graph, *key)
+            self._probes[key] = GraphProbe(self.graph, *key)
         return self._probes[key]
 
-    def _scores(self, pattern: AttentionPattern, probe: Probe, value: float | Array = 0.0) -> Array:
+    def _scores(self, pattern: AttentionPattern, probe: GraphProbe, value: float | Array = 0.0) -> Array:
         shape = (probe.batch, pattern.heads, probe.chunk, probe.total)
         try:
             with np.errstate(all="ignore"):
@@ -75,7 +75,7 @@ class MaskReader:
         except NotConcrete as error:
             raise UnsupportedModel(f"the mask of attention {pattern.number} ({pattern.node.name}) cannot be evaluated: {error}") from None
 
-    def _scale(self, pattern: AttentionPattern, probe: Probe, at_zero: Array, visible: Array, where: str) -> tuple[float, float]:
+    def _scale(self, pattern: AttentionPattern, probe: GraphProbe, at_zero: Array, visible: Array, where: str) -> tuple[float, float]:
         def response(value: float) -> Array:
             return self._scores(pattern, probe, value)[visible] - at_zero[visible]
 
@@ -102,7 +102,7 @@ class MaskReader:
             probes = [(size, 0) for size in sorted({min(size, limit) for size in sizes if size <= LONGEST_SQUARE or size >= limit})]
         for chunk, past in probes:
             # squares are large: not kept for other patterns
-            probe = self._probe(1, chunk, past) if past else Probe(self.graph, 1, chunk, past)
+            probe = self._probe(1, chunk, past) if past else GraphProbe(self.graph, 1, chunk, past)
             last = self._last_row(pattern, probe)
             if slopes is not None:
                 last = last - np.asarray(slopes)[None, :, None] * (np.arange(probe.total) - probe.total + 1)
@@ -117,7 +117,7 @@ class MaskReader:
                 return count
         return None
 
-    def _last_row(self, pattern: AttentionPattern, probe: Probe) -> Array:
+    def _last_row(self, pattern: AttentionPattern, probe: GraphProbe) -> Array:
         """Scores [1, H or 1, S] of the last position for raw scores of zero."""
         one = np.zeros((1, 1, probe.chunk, probe.total), np.float32)
         try:
@@ -143,7 +143,7 @@ class MaskReader:
         return sorted(found)
 
 
-def _positions(probe: Probe) -> tuple[Array, Array]:
+def _positions(probe: GraphProbe) -> tuple[Array, Array]:
     return np.arange(probe.past, probe.total)[:, None], np.arange(probe.total)[None, :]
 
 

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from mesh.errors import UnsupportedModel
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, attribute, input_of
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 
 __all__ = ["Computed", "Constant", "Description", "InputParts", "Positions", "Sizes", "Table", "context_limit"]
 
@@ -86,9 +86,9 @@ class InputParts:
         self.graph, self.context_length = graph, context_length
         past = [4, 7, 9, 4, 2, 11] if graph.has_past else [0] * 6
         sizes = [(2, 3), (3, 5), (1, 4), (2, 6), (4, 3), (3, 2)]
-        self.probes = [Probe(graph, b, t, p) for (b, t), p in zip(sizes, past, strict=True) if p + t <= context_length]
+        self.probes = [GraphProbe(graph, b, t, p) for (b, t), p in zip(sizes, past, strict=True) if p + t <= context_length]
         if graph.has_past and context_length > 16:
-            self.probes.append(Probe(graph, 1, 2, context_length - 2))
+            self.probes.append(GraphProbe(graph, 1, 2, context_length - 2))
         self._leaves: dict[ir.Value, Constant | Sizes | Positions | None] = {}
         self._described: dict[ir.Value, Description] = {}
 
@@ -215,8 +215,8 @@ class InputParts:
     def _at(self, value: ir.Value, start: int, chunk: int, token: int) -> Array:
         """`value` for one row of `chunk` tokens from position `start` on."""
         if self.graph.has_past:
-            return Probe(self.graph, 1, chunk, start).value(value)
-        return np.take(Probe(self.graph, 1, start + chunk, 0).value(value), np.arange(start, start + chunk), axis=token)
+            return GraphProbe(self.graph, 1, chunk, start).value(value)
+        return np.take(GraphProbe(self.graph, 1, start + chunk, 0).value(value), np.arange(start, start + chunk), axis=token)
 
     def _check(self, value: ir.Value, leaves: dict[ir.Value, Constant | Sizes | Positions], token: int, batch: int) -> Computed | None:
         """Run two rows, one early and one late in the context, through the source's nodes. Each must equal what the source has there."""
@@ -227,7 +227,7 @@ class InputParts:
             expected = [self._at(value, start, chunk, token) for start in starts]
             rows = np.stack([np.arange(start, start + chunk) for start in starts])
             given = {v: self._stand_in(v, leaf, rows) for v, leaf in leaves.items()}
-            probe = Probe(self.graph, 2, chunk, 4 if self.graph.has_past else 0, given)
+            probe = GraphProbe(self.graph, 2, chunk, 4 if self.graph.has_past else 0, given)
             got = probe.value(value)
         except NotConcrete:
             return None
@@ -293,7 +293,7 @@ def context_limit(graph: DecoderGraph) -> int | None:
     """The number of positions that the graph's own tables have, None if it has no table of positions."""
     limit: int | None = None
     past = 4 if graph.has_past else 0
-    near, far = Probe(graph, 1, 3, past), Probe(graph, 1, 5, past)
+    near, far = GraphProbe(graph, 1, 3, past), GraphProbe(graph, 1, 5, past)
     for node in graph.nodes:
         if node.op_type not in POSITION_READERS:
             continue
@@ -306,7 +306,7 @@ def context_limit(graph: DecoderGraph) -> int | None:
     return limit
 
 
-def _table_rows(graph: DecoderGraph, node: ir.Node, near: Probe, far: Probe) -> int | None:
+def _table_rows(graph: DecoderGraph, node: ir.Node, near: GraphProbe, far: GraphProbe) -> int | None:
     """How many positions the table has that `node` reads by position; None if it reads no such table.
 
     A table is read by position if one more token in the sequence makes the node read one row further.

@@ -1,4 +1,4 @@
-"""Named tensors of a source, read when a block is written, and the small reshapings that their weights need before that."""
+"""The named tensors of a checkpoint. Each is read only when its block is written, and reshaped then as the block needs it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Run the parts of a graph that depend on shapes and positions only, on concrete sizes, to see what they compute.
 
-A Probe is one choice of (batch, chunk, past). It computes the shape of any value on demand, and also the numbers of a value
+A GraphProbe is one choice of (batch, chunk, past). It computes the shape of any value on demand, and also the numbers of a value
 that depends neither on the tokens nor on the cache. Masks, positions and shape arithmetic are recognised by these results,
 whatever nodes an exporter wrote them with.
 """
@@ -24,7 +24,7 @@ from mesh.lowering import ops
 from mesh.lowering.registry import find, op_types
 from mesh.model.onnx_form import OPSET
 
-__all__ = ["Probe"]
+__all__ = ["GraphProbe"]
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +41,7 @@ def shape_inputs(node: ir.Node) -> tuple[int, ...]:
     return () if op is None or op.same_shape or op.takes_scope else op.static
 
 
-class Probe:
+class GraphProbe:
     """`batch` rows of `chunk` new tokens after `past` cached ones; the attention mask is all ones.
 
     overrides: numbers to use for some values in place of what the graph computes.
@@ -54,7 +54,7 @@ class Probe:
         chunk: int,
         past: int,
         overrides: Mapping[ir.Value, Array] | None = None,
-        parent: Probe | None = None,
+        parent: GraphProbe | None = None,
     ) -> None:
         self.graph, self.batch, self.chunk, self.past = graph, batch, chunk, past
         self._parent = parent
@@ -62,9 +62,9 @@ class Probe:
         self._shapes: dict[ir.Value, tuple[int, ...]] = {}
         self._dtypes: dict[ir.Value, int] = {}
 
-    def derive(self, overrides: Mapping[ir.Value, Array]) -> Probe:
+    def derive(self, overrides: Mapping[ir.Value, Array]) -> GraphProbe:
         """A probe of the same sizes, with given numbers for some values of the data path. It shares what depends on shapes only."""
-        return Probe(self.graph, self.batch, self.chunk, self.past, overrides, self)
+        return GraphProbe(self.graph, self.batch, self.chunk, self.past, overrides, self)
 
     @property
     def total(self) -> int:
@@ -114,7 +114,7 @@ class Probe:
             else:
                 self._infer(node)
 
-    def _inherit(self, parent: Probe, value: ir.Value, numbers: bool) -> None:
+    def _inherit(self, parent: GraphProbe, value: ir.Value, numbers: bool) -> None:
         parent._need(value, numbers)
         if value in parent._values:
             self._values[value] = parent._values[value]

@@ -6,7 +6,7 @@ from mesh.errors import UnsupportedModel
 from mesh.importer.graph.decoder import Draft, input_of
 from mesh.importer.graph.edit import inline_branch
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 from mesh.importer.passes.inputs import CACHE_BRANCH
 
 __all__ = ["inline_one_branch", "take_cache_branch"]
@@ -32,7 +32,7 @@ def inline_one_branch(draft: Draft) -> bool:
     graph = draft.analysed()
     branches = [node for node in graph.nodes if node.op_type == "If" and node.domain == ""]
     past = (4, 7, 9) if graph.has_past else (0, 0, 0)
-    probes = [Probe(graph, rows, chunk, before) for (rows, chunk), before in zip(((2, 3), (3, 5), (1, 4)), past, strict=True)]
+    probes = [GraphProbe(graph, rows, chunk, before) for (rows, chunk), before in zip(((2, 3), (3, 5), (1, 4)), past, strict=True)]
     for node in branches:
         try:
             taken = {bool(probe.value(input_of(node, 0)).reshape(-1)[0]) for probe in probes}

@@ -19,7 +19,7 @@ from mesh.errors import UnsupportedModel
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, Draft, attribute, constant, input_of, producer
 from mesh.importer.graph.edit import insert, new_constant
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 
 __all__ = ["make_experts_static", "mask_chosen_rows"]
 
@@ -31,7 +31,7 @@ def make_experts_static(draft: Draft) -> bool:
     """Replace every NonZero of data by all indices of its input, unless another NonZero has chosen that input."""
     graph = draft.analysed()
     past = (4, 7) if graph.has_past else (0, 0)
-    probes = [Probe(graph, rows, chunk, before) for (rows, chunk), before in zip(((2, 3), (3, 5)), past, strict=True)]
+    probes = [GraphProbe(graph, rows, chunk, before) for (rows, chunk), before in zip(((2, 3), (3, 5)), past, strict=True)]
     found, blocked = False, ""
     for node in graph.nodes:
         if node.op_type != "NonZero" or node.domain != "" or graph.dependence(input_of(node, 0)) is not Dependence.TOKENS:
@@ -91,7 +91,7 @@ def _all_indices(graph: DecoderGraph, at: ir.Node, mask: ir.Value, rank: int) ->
 def mask_chosen_rows(draft: Draft) -> bool:
     """Multiply by the mask what is added for the rows that make_experts_static chose."""
     graph = draft.analysed()
-    probe = Probe(graph, 2, 3, 4 if graph.has_past else 0)
+    probe = GraphProbe(graph, 2, 3, 4 if graph.has_past else 0)
     found = False
     for node in graph.nodes:
         mask = node.meta.pop(MASK, None)
@@ -131,7 +131,7 @@ def _scatters(graph: DecoderGraph, start: ir.Node) -> Iterator[ir.Node]:
         raise UnsupportedModel(f"the rows chosen by node {start.name} are not added back: experts of this form are not supported")
 
 
-def _check_adds(graph: DecoderGraph, probe: Probe, scatter: ir.Node) -> None:
+def _check_adds(graph: DecoderGraph, probe: GraphProbe, scatter: ir.Node) -> None:
     """A row may be chosen twice, so the scatter must add. One that replaces may write into zeros only, where adding is the same."""
     if attribute(scatter, "reduction", "none") == "add":
         return

@@ -1,4 +1,4 @@
-"""GGUF decoders: llama (Mixtral's experts too), qwen2, qwen3 and gemma3."""
+"""The source for GGUF files: decoders of the kinds llama (Mixtral's experts too), qwen2, qwen3 and gemma3."""
 
 from __future__ import annotations
 

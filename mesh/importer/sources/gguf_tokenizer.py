@@ -1,4 +1,4 @@
-"""tokenizer.json from the vocabulary of a GGUF file: byte-level BPE ("gpt2") and SentencePiece BPE ("llama")."""
+"""Makes tokenizer.json from the vocabulary of a GGUF file: byte-level BPE ("gpt2") and SentencePiece BPE ("llama")."""
 
 from __future__ import annotations
 

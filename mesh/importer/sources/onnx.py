@@ -21,7 +21,7 @@ from mesh.importer.analysis.mask import MaskReader, ScoreRule
 from mesh.importer.analysis.positions import InputParts, context_limit
 from mesh.importer.graph.decoder import DecoderGraph
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import Probe
+from mesh.importer.graph.probe import GraphProbe
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx_file import load
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder
@@ -63,7 +63,7 @@ class OnnxSource:
         self._config = _read_config(file)
         self.patterns: list[AttentionPattern] = find_attention(self.graph)
         self._path = DataPath(self.graph, self.patterns)
-        probe = Probe(self.graph, BATCH, CHUNK, PAST if self.graph.has_past else 0)
+        probe = GraphProbe(self.graph, BATCH, CHUNK, PAST if self.graph.has_past else 0)
         self.context_length = self._context_length()
         reader = MaskReader(self.graph, self.context_length)
         self.rules: list[ScoreRule] = [reader.read(pattern) for pattern in self.patterns]

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json and safetensors files, one or several with an index."""
+"""The source for Hugging Face directories: config.json and safetensors files, one or several with an index."""
 
 from __future__ import annotations
 

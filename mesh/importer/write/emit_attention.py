@@ -1,4 +1,5 @@
-"""Emit an attention pattern as a block has it: cache writes, one Attention, and the layouts of the source around them."""
+"""Write an attention pattern of an exported graph in the form of a block: two cache writes, one Attention, and the source's layouts
+around them."""
 
 from __future__ import annotations
 

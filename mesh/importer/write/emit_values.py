@@ -22,7 +22,7 @@ from mesh.errors import UnsupportedModel
 from mesh.importer.analysis.positions import Computed, Constant, InputParts, Positions, Sizes, Table
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, input_of, producer
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import BROADCAST, Probe
+from mesh.importer.graph.probe import BROADCAST, GraphProbe
 from mesh.importer.write.blocks import GraphBuilder, Weight
 
 __all__ = ["Values", "attributes_of"]
@@ -332,7 +332,7 @@ class Values:
     def fold(self, value: ir.Value) -> Array:
         if value.const_value is not None:
             return value.const_value.numpy()
-        return Probe(self.graph, 1, 1, 1 if self.graph.has_past else 0).value(value)
+        return GraphProbe(self.graph, 1, 1, 1 if self.graph.has_past else 0).value(value)
 
     def fresh_name(self, name: str) -> str:
         name = name or "weight"

@@ -1,4 +1,11 @@
-"""The ops, by family. Importing a module of this package registers its ops; `load` imports them all."""
+"""The ops, by family. Importing a module of this package registers its ops; `load` imports them all.
+
+activation, elementwise, norm, matmul                arithmetic
+attention, recurrent, recurrent_attention, contrib   attention, recurrences, onnxruntime's own ops
+cast, quant                                          types and quantization
+indexing, shape, reduce, control                     gathers, shapes, reductions, control flow
+conv, pool, resize, signal, random                   images, signals, Dropout
+"""
 
 from __future__ import annotations
 

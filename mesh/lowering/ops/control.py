@@ -1,4 +1,4 @@
-"""Control flow. What decides which code runs, or how often, must be known when the graph is compiled; then it is unrolled."""
+"""The control-flow ops. A condition or a trip count must be known when the graph is compiled; the branch or the loop is then unrolled."""
 
 from __future__ import annotations
 

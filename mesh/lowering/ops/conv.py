@@ -1,4 +1,4 @@
-"""Convolutions. X [N, C, ...spatial], W [M, C / group, ...kernel]; any number of spatial axes."""
+"""The convolution ops. X [N, C, ...spatial], W [M, C / group, ...kernel]; any number of spatial axes."""
 
 from __future__ import annotations
 

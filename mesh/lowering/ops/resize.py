@@ -1,4 +1,4 @@
-"""Resize: along one axis after the other, each a product with a small matrix that follows from the sizes alone."""
+"""The op Resize: one axis after the other, each as a product with a small matrix that follows from the sizes alone."""
 
 from __future__ import annotations
 

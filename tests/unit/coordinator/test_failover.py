@@ -34,6 +34,7 @@ def begin(mesh: FakeMesh, random: Random, *, prompt: int = 40, most: int = 60, u
 
 
 def route(mesh: FakeMesh) -> list[str]:
+    """The shard of each stage, also while rows are only asked for."""
     session = session_of(mesh, "r")
     assert session.choices is not None
     return [str(choice.shard) for choice in session.choices]

@@ -10,12 +10,12 @@ from mesh.coordinator.core.events import Ended, FrameOut, FrameRow
 from mesh.coordinator.core.routing import Hop, Route
 from mesh.coordinator.core.session import GenerationRequest, Session, SessionView
 from mesh.coordinator.trace import Traces
-from mesh.protocol.frame_codec import Timing
+from mesh.protocol.frame_codec import StageTiming
 from mesh.types import LayerRange
 
 ROUTE: Route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "b"))
 OTHER: Route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "c"))
-TIMINGS = (Timing(1000, 2000, 500), Timing(0, 4000, 500))  # 8 ms in the stages
+TIMINGS = (StageTiming(1000, 2000, 500), StageTiming(0, 4000, 500))  # 8 ms in the stages
 
 
 def session(id: str = "s", now: float = 2.0) -> SessionView:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
-from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack, Timing, decode, encode
+from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack, StageTiming, decode, encode
 from mesh.types import LayerRange
 
 HASH = "0123456789abcdef"
@@ -55,21 +55,21 @@ def any_frame(draw: st.DrawFn) -> Frame:
         np.array(draw(st.lists(u32, min_size=n, max_size=n)), np.uint32),
         random.integers(0, 64, (len(route), n)).astype(np.uint32),
         random.integers(0, 2**31, m).astype(np.int32),
-        wave=draw(u32),
+        batch=draw(u32),
         step=draw(st.integers(0, 2**64 - 1)),
         hop=hop,
         flags=flags,
         reason=draw(st.sampled_from([nack for nack in Nack if nack])) if kind is Kind.NACK else Nack.NONE,
         tensors=tensors,
-        timings=tuple(Timing(*draw(st.tuples(u32, u32, u32))) for _ in range(draw(st.integers(0, 3)))),
+        timings=tuple(StageTiming(*draw(st.tuples(u32, u32, u32))) for _ in range(draw(st.integers(0, 3)))),
         traceparent=traceparent,
     )
 
 
 def same(one: Frame, other: Frame, *, bf16: bool = False) -> None:
-    for name in ("kind", "model_hash", "coordinator", "route", "wave", "step", "hop", "reason", "timings", "traceparent"):
+    for name in ("kind", "model_hash", "coordinator", "route", "batch", "step", "hop", "reason", "timings", "traceparent"):
         assert getattr(one, name) == getattr(other, name), name
-    for name in ("sessions", "epochs", "positions", "slots", "tokens"):
+    for name in ("sessions", "epochs", "positions", "stage_rows", "tokens"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert len(one.tensors) == len(other.tensors)
     for a, b in zip(one.tensors, other.tensors, strict=True):
@@ -125,7 +125,7 @@ def test_a_lie_with_a_right_checksum_is_rejected_or_read_never_another_exception
     except FrameRejected as error:
         assert error.reason in frame_codec.REASONS
         return
-    assert len(read.sessions) == len(read.epochs) == len(read.positions) == read.slots.shape[1]
+    assert len(read.sessions) == len(read.epochs) == len(read.positions) == read.stage_rows.shape[1]
     assert all(tensor.nbytes <= frame_codec.MAX_FRAME_BYTES for tensor in read.tensors)
 
 
@@ -147,24 +147,24 @@ def test_another_version_is_rejected_as_such() -> None:
 def _decode_frame(rows: int = 3) -> Frame:
     route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 5), "b"))
     index = np.arange(rows, dtype=np.uint32)
-    slots = np.stack([index, index + 7])
-    return Frame(Kind.DECODE, HASH, "c", route, (index + 1).astype(np.uint64), index, index + 10, slots, index.astype(np.int32))
+    stage_rows = np.stack([index, index + 7])
+    return Frame(Kind.DECODE, HASH, "c", route, (index + 1).astype(np.uint64), index, index + 10, stage_rows, index.astype(np.int32))
 
 
 def test_a_frame_goes_forward_and_answers() -> None:
     frame = _decode_frame()
     assert frame.subject("m") == "mesh.v1.m.layers.0-2.a"
     hidden = np.zeros((3, 4), np.float32)
-    second = frame.forward(hidden, Timing(1, 2, 3))
+    second = frame.forward(hidden, StageTiming(1, 2, 3))
     assert second.subject("m") == "mesh.v1.m.layers.2-5.b"
     same(second, decode(encode(second)))
-    answer = second.answer(Kind.TOKENS, Timing(4, 5, 6), tokens=np.array([7, 8, 9], np.int32))
+    answer = second.answer(Kind.TOKENS, StageTiming(4, 5, 6), tokens=np.array([7, 8, 9], np.int32))
     assert answer.subject("m") == "mesh.v1.m.tokens.c"
     assert [t.compute_us for t in decode(encode(answer)).timings] == [2, 5]
 
 
 def test_rows_are_left_out_and_reported() -> None:
-    frame = _decode_frame().forward(np.arange(12, dtype=np.float32).reshape(3, 4), Timing())
+    frame = _decode_frame().forward(np.arange(12, dtype=np.float32).reshape(3, 4), StageTiming())
     kept = frame.only(np.array([0, 2]))
     same(kept, decode(encode(kept)))
     np.testing.assert_array_equal(kept.tensors[0][1], [8, 9, 10, 11])
@@ -179,12 +179,12 @@ def test_a_prefill_answers_with_its_last_position() -> None:
     chunk = Frame(
         Kind.PREFILL, HASH, "c", route, one.astype(np.uint64), one, one * 8, one[None], np.arange(4, dtype=np.int32), flags=Flags.FINAL
     )
-    answer = chunk.answer(Kind.TOKENS, Timing(), tokens=np.array([5], np.int32))
+    answer = chunk.answer(Kind.TOKENS, StageTiming(), tokens=np.array([5], np.int32))
     assert answer.positions.tolist() == [11] and not answer.flags
 
 
 def test_compression_that_would_unfold_beyond_the_limit_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    frame = replace(_decode_frame().forward(np.zeros((3, 4000), np.float32), Timing()), flags=Flags.ZSTD)
+    frame = replace(_decode_frame().forward(np.zeros((3, 4000), np.float32), StageTiming()), flags=Flags.ZSTD)
     data = encode(frame)
     assert len(data) < 1000
     monkeypatch.setattr(frame_codec, "MAX_FRAME_BYTES", 1000)

@@ -61,7 +61,7 @@ def test_the_last_positions_of_the_context_can_be_used(llama: Path) -> None:
     assert len(wide.ids) == 6
 
 
-def test_rows_join_and_leave_a_wave_without_touching_each_other(pipeline: Pipeline) -> None:
+def test_rows_join_and_leave_a_decode_batch_without_touching_each_other(pipeline: Pipeline) -> None:
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 131, length).tolist() for length in (3, 20, 9, 31)]
     alone = [pipeline.complete(prompt, GREEDY, max_tokens=24).ids for prompt in prompts]

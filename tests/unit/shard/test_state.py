@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
 from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack
-from mesh.protocol.status import Beat
+from mesh.protocol.status import Heartbeat
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
 
@@ -50,7 +50,7 @@ def frame(kind: Kind, rows: list[tuple[int, int, int, int]], tokens: list[int], 
 
 
 class Machine(RuleBasedStateMachine):
-    """The model: session -> [epoch, coordinator, row, filled]; `missing`: those the last beat of their coordinator did not name."""
+    """The model: session -> [epoch, coordinator, row, filled]; `missing`: those the last heartbeat of their coordinator did not name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,13 +82,13 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(Busy):
                 self.state.open(message, self.now)
             return
-        seat = self.state.open(message, self.now)
+        reservation = self.state.open(message, self.now)
         if there is None:
-            taken = {seat[2] for seat in self.open.values()}
+            taken = {reservation[2] for reservation in self.open.values()}
             there = self.open[session] = [epoch, coordinator, min(set(range(ROWS)) - taken), 0]
         elif epoch > there[0]:
             there[:] = [epoch, coordinator, there[2], min(there[3], keep)]
-        assert [seat.epoch, seat.coordinator, seat.row, seat.filled] == there
+        assert [reservation.epoch, reservation.coordinator, reservation.row, reservation.filled] == there
         self.hear(coordinator)
         self.missing.discard(session)
 
@@ -161,7 +161,7 @@ class Machine(RuleBasedStateMachine):
             assert mine is None
             return
         assert mine is not None
-        assert mine.slots[0].tolist() == [self.open[rows[index][0]][2] for index in good]
+        assert mine.stage_rows[0].tolist() == [self.open[rows[index][0]][2] for index in good]
         for index in good:
             self.open[rows[index][0]][3] += 1
         self.queued += 1
@@ -169,7 +169,11 @@ class Machine(RuleBasedStateMachine):
     @rule(chosen=st.sets(sessions), coordinator=names, everything=st.booleans(), epoch=epochs)
     def closes(self, chosen: set[int], coordinator: str, everything: bool, epoch: int) -> None:
         message = Close(coordinator=coordinator, sessions=tuple(chosen), all=everything, epoch=epoch)
-        gone = [s for s, seat in self.open.items() if seat[1] == coordinator and (everything or s in chosen) and seat[0] <= epoch]
+        gone = [
+            s
+            for s, reservation in self.open.items()
+            if reservation[1] == coordinator and (everything or s in chosen) and reservation[0] <= epoch
+        ]
         assert self.state.close(message, self.now) == len(gone)
         for session in gone:
             self.forget(session)
@@ -180,12 +184,12 @@ class Machine(RuleBasedStateMachine):
         self.missing.discard(session)
 
     @rule(coordinator=names, ttl_s=st.sampled_from([1.0, 20.0]), named=st.none() | st.sets(sessions))
-    def beats(self, coordinator: str, ttl_s: float, named: set[int] | None) -> None:
-        message = Beat(coordinator=coordinator, ttl_s=ttl_s, sessions=None if named is None else tuple(named))
-        closed = self.state.beat(message, self.now)
+    def heartbeats(self, coordinator: str, ttl_s: float, named: set[int] | None) -> None:
+        message = Heartbeat(coordinator=coordinator, ttl_s=ttl_s, sessions=None if named is None else tuple(named))
+        closed = self.state.heartbeat(message, self.now)
         self.hear(coordinator)
         self.ttl[coordinator] = ttl_s
-        mine = {session for session, seat in self.open.items() if seat[1] == coordinator}
+        mine = {session for session, reservation in self.open.items() if reservation[1] == coordinator}
         if named is None:
             assert closed == []
             return
@@ -198,7 +202,7 @@ class Machine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         silent = {name for name, since in self.heard.items() if self.now - since > self.ttl[name]}
-        gone = [session for session, seat in self.open.items() if seat[1] in silent]
+        gone = [session for session, reservation in self.open.items() if reservation[1] in silent]
         assert sorted(self.state.expire(self.now)) == sorted(gone)
         for session in gone:
             self.forget(session)
@@ -214,8 +218,13 @@ class Machine(RuleBasedStateMachine):
         self.state.check()
         assert self.state.sessions == len(self.open) and self.state.free_rows == ROWS - len(self.open)
         for session, (epoch, coordinator, row, filled) in self.open.items():
-            seat = self.state.seat(session)
-            assert seat is not None and (seat.epoch, seat.coordinator, seat.row, seat.filled) == (epoch, coordinator, row, filled)
+            reservation = self.state.reservation(session)
+            assert reservation is not None and (reservation.epoch, reservation.coordinator, reservation.row, reservation.filled) == (
+                epoch,
+                coordinator,
+                row,
+                filled,
+            )
 
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
@@ -242,7 +251,7 @@ def test_a_frame_for_another_shard_is_refused_whole(change: dict[str, Any], reas
     with pytest.raises(FrameRejected) as caught:
         state.admit(replace(good, **change), 0.0)
     assert caught.value.reason == reason
-    assert state.queued == 0 and all(seat.filled == 0 for s in (1, 2) if (seat := state.seat(s)) is not None)
+    assert state.queued == 0 and all(reservation.filled == 0 for s in (1, 2) if (reservation := state.reservation(s)) is not None)
     assert state.admit(good, 0.0).rows is None
     state.check()
 
@@ -258,7 +267,7 @@ def test_positions_after_a_prefill_chunk_no_longer_count_as_filled() -> None:
         (Kind.DECODE, 3, 1, 4),
     ):
         assert state.admit(frame(kind, [(1, 1, start, 0)], [1] * count), 0.0).rows is None
-        assert (seat := state.seat(1)) is not None and seat.filled == filled
+        assert (reservation := state.reservation(1)) is not None and reservation.filled == filled
         state.done()
     state.check()
 

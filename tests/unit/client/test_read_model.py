@@ -8,8 +8,8 @@ import orjson
 import pytest
 
 from mesh.client import CoordinatorStatus, MeshStatus
-from mesh.client import board as module
-from mesh.client.board import Board
+from mesh.client import read_model as module
+from mesh.client.read_model import MeshReadModel
 from mesh.protocol.events import Event
 from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
 
@@ -42,38 +42,38 @@ def coordinator(name: str = "c", *, serving: bool = True, **counters: Any) -> Co
 BOTH = (lease("a", 0, 2), lease("b", 2, 4))
 
 
-def only(board: Board) -> dict[str, Any]:
-    document = orjson.loads(orjson.dumps(board.snapshot()))
+def only(read_model: MeshReadModel) -> dict[str, Any]:
+    document = orjson.loads(orjson.dumps(read_model.snapshot()))
     (model,) = document["models"]
     return model
 
 
 def test_before_the_first_look_nothing_is_known() -> None:
-    document = Board().snapshot()
+    document = MeshReadModel().snapshot()
     assert document["models"] == [] and document["error"] and document["seen_s"] is None
 
 
 def test_rates_are_between_two_looks() -> None:
-    board = Board()
+    read_model = MeshReadModel()
     hops = {"steps": 10, "step_s": 0.03, "compute_s": 0.02, "queue_s": 0.001, "codec_s": 0.001}
-    board.look(MeshStatus(BOTH, (coordinator(tokens=100, hops=hops),)), [stats("a", bytes_out=1000)], now=10.0, unix_s=100.0)
-    assert only(board)["step"] is None and only(board)["point"][1] == 0
+    read_model.look(MeshStatus(BOTH, (coordinator(tokens=100, hops=hops),)), [stats("a", bytes_out=1000)], now=10.0, unix_s=100.0)
+    assert only(read_model)["step"] is None and only(read_model)["point"][1] == 0
     hops = {"steps": 30, "step_s": 0.04, "compute_s": 0.03, "queue_s": 0.001, "codec_s": 0.001}
-    board.look(MeshStatus(BOTH, (coordinator(tokens=160, hops=hops),)), [stats("a", bytes_out=4000)], now=12.0, unix_s=102.0)
-    model = only(board)
+    read_model.look(MeshStatus(BOTH, (coordinator(tokens=160, hops=hops),)), [stats("a", bytes_out=4000)], now=12.0, unix_s=102.0)
+    model = only(read_model)
     assert model["point"][:2] == [102.0, 30.0]
     assert model["step"]["step_s"] == pytest.approx((30 * 0.04 - 10 * 0.03) / 20)  # the mean of the 20 new ones
     assert model["step"]["hops_s"] == pytest.approx(model["step"]["step_s"] - model["step"]["compute_s"] - 0.002)
     assert model["shards"][0]["out_bytes_per_s"] == 1500 and model["shards"][0]["used"] == 2
     assert model["point"][4:] == [1.0, 1.0]  # one session of two runs, one waits
-    assert len(board.history()["series"]["m"]) == 2
+    assert len(read_model.history()["series"]["m"]) == 2
 
 
 def test_a_process_that_began_anew_has_no_rate_yet() -> None:
-    board = Board()
-    board.look(MeshStatus(BOTH, (coordinator(tokens=1000),)), [stats("a", bytes_out=9000)], now=1.0, unix_s=1.0)
-    board.look(MeshStatus(BOTH, (coordinator(tokens=5),)), [stats("a", "2", bytes_out=9500)], now=2.0, unix_s=2.0)
-    assert only(board)["point"][1] == 0 and only(board)["shards"][0]["out_bytes_per_s"] == 0
+    read_model = MeshReadModel()
+    read_model.look(MeshStatus(BOTH, (coordinator(tokens=1000),)), [stats("a", bytes_out=9000)], now=1.0, unix_s=1.0)
+    read_model.look(MeshStatus(BOTH, (coordinator(tokens=5),)), [stats("a", "2", bytes_out=9500)], now=2.0, unix_s=2.0)
+    assert only(read_model)["point"][1] == 0 and only(read_model)["shards"][0]["out_bytes_per_s"] == 0
 
 
 @pytest.mark.parametrize(
@@ -91,33 +91,33 @@ def test_a_process_that_began_anew_has_no_rate_yet() -> None:
 def test_how_a_mesh_stands_and_why(
     shards: tuple[ShardLease, ...], coordinators: tuple[CoordinatorStatus, ...], state: str, words: str
 ) -> None:
-    board = Board()
-    board.look(MeshStatus(shards, coordinators), [], now=1.0, unix_s=1.0)
-    model = only(board)
+    read_model = MeshReadModel()
+    read_model.look(MeshStatus(shards, coordinators), [], now=1.0, unix_s=1.0)
+    model = only(read_model)
     assert (model["state"], words in model["reason"]) == (state, True), model["reason"]
 
 
 def test_a_lost_shard_is_shown_for_a_while_and_a_shard_that_left_is_no_loss() -> None:
-    board = Board()
+    read_model = MeshReadModel()
     three = (*BOTH, lease("b2", 2, 4), lease("b3", 2, 4))
-    board.look(MeshStatus(three, (coordinator(),)), [], now=0.0, unix_s=0.0)
-    board.happened(Event(kind="left", who="b3", model="m", at_unix_s=1.0))
-    board.look(MeshStatus(BOTH, (coordinator(),)), [], now=1.0, unix_s=1.0)
-    model = only(board)
+    read_model.look(MeshStatus(three, (coordinator(),)), [], now=0.0, unix_s=0.0)
+    read_model.happened(Event(kind="left", who="b3", model="m", at_unix_s=1.0))
+    read_model.look(MeshStatus(BOTH, (coordinator(),)), [], now=1.0, unix_s=1.0)
+    model = only(read_model)
     assert {shard["name"]: shard["state"] for shard in model["shards"]} == {"a": "ready", "b": "ready", "b2": "lost", "b3": "left"}
     assert model["state"] == "degraded" and "b2 is lost" in model["reason"] and "b3" not in model["reason"]
-    board.look(MeshStatus((*BOTH, three[2]), (coordinator(),)), [], now=2.0, unix_s=2.0)  # it came back
-    assert {shard["name"] for shard in only(board)["shards"]} == {"a", "b", "b2", "b3"} and only(board)["state"] == "ready"
-    board.look(MeshStatus(BOTH, (coordinator(),)), [], now=3.0, unix_s=3.0)
-    board.look(MeshStatus(BOTH, (coordinator(),)), [], now=4.0 + module.GHOST_S, unix_s=0.0)
-    assert {shard["name"] for shard in only(board)["shards"]} == {"a", "b"}
+    read_model.look(MeshStatus((*BOTH, three[2]), (coordinator(),)), [], now=2.0, unix_s=2.0)  # it came back
+    assert {shard["name"] for shard in only(read_model)["shards"]} == {"a", "b", "b2", "b3"} and only(read_model)["state"] == "ready"
+    read_model.look(MeshStatus(BOTH, (coordinator(),)), [], now=3.0, unix_s=3.0)
+    read_model.look(MeshStatus(BOTH, (coordinator(),)), [], now=4.0 + module.GHOST_S, unix_s=0.0)
+    assert {shard["name"] for shard in only(read_model)["shards"]} == {"a", "b"}
 
 
 def test_a_mesh_that_does_not_answer_keeps_what_was_seen() -> None:
-    board = Board()
-    board.look(MeshStatus(BOTH, (coordinator(),)), [], now=1.0, unix_s=1.0)
-    board.failed("gone", now=5.0, unix_s=5.0)
-    document = board.snapshot()
+    read_model = MeshReadModel()
+    read_model.look(MeshStatus(BOTH, (coordinator(),)), [], now=1.0, unix_s=1.0)
+    read_model.failed("gone", now=5.0, unix_s=5.0)
+    document = read_model.snapshot()
     assert document["error"] == "gone" and document["seen_s"] == 4.0 and len(document["models"][0]["shards"]) == 2
 
 
@@ -125,45 +125,45 @@ def test_latency_is_of_requests_that_ended_lately() -> None:
     def line(ended: float, first_s: float | None) -> dict[str, Any]:
         return {"request": "r", "began_unix_s": ended - 1.0, "total_s": 1.0, "first_token_s": first_s, "tokens": 11}
 
-    board = Board()
+    read_model = MeshReadModel()
     recent = [line(1000.0, 0.1), line(999.0, 0.3), line(998.0, 0.2), line(997.0, None), line(1000.0 - module.FRESH_S - 5, 9.0)]
-    board.look(MeshStatus(BOTH, (coordinator(recent=recent),)), [], now=1.0, unix_s=1000.0)
-    latency = only(board)["latency"]
+    read_model.look(MeshStatus(BOTH, (coordinator(recent=recent),)), [], now=1.0, unix_s=1000.0)
+    latency = only(read_model)["latency"]
     assert (latency["requests"], latency["first_token_s"], latency["worst_s"]) == (3, 0.2, 0.3)
     assert latency["token_s"] == pytest.approx(0.08)
 
 
 def test_a_shard_that_is_suspected_is_shown_before_its_lease_ends_and_no_longer_when_it_is_renewed() -> None:
-    board = Board()
+    read_model = MeshReadModel()
     three = MeshStatus((*BOTH, lease("b2", 2, 4)), (coordinator(),))
-    board.look(three, [], now=1.0, unix_s=101.0)
-    board.happened(Event(kind="suspected", who="b2", model="m", at_unix_s=101.5))
-    model = only(board)
+    read_model.look(three, [], now=1.0, unix_s=101.0)
+    read_model.happened(Event(kind="suspected", who="b2", model="m", at_unix_s=101.5))
+    model = only(read_model)
     assert model["shards"][2]["state"] == "suspected" and model["state"] == "degraded" and "b2 does not answer" in model["reason"]
-    board.look(three, [], now=2.0, unix_s=102.0)
-    assert only(board)["shards"][2]["state"] == "suspected"
-    board.happened(Event(kind="ready", who="b2", model="m", at_unix_s=102.5))
-    assert only(board)["shards"][2]["state"] == "ready"
-    board.happened(Event(kind="suspected", who="b2", model="m", at_unix_s=103.0))
-    board.look(three, [], now=20.0, unix_s=120.0)
-    assert only(board)["shards"][2]["state"] == "ready"
+    read_model.look(three, [], now=2.0, unix_s=102.0)
+    assert only(read_model)["shards"][2]["state"] == "suspected"
+    read_model.happened(Event(kind="ready", who="b2", model="m", at_unix_s=102.5))
+    assert only(read_model)["shards"][2]["state"] == "ready"
+    read_model.happened(Event(kind="suspected", who="b2", model="m", at_unix_s=103.0))
+    read_model.look(three, [], now=20.0, unix_s=120.0)
+    assert only(read_model)["shards"][2]["state"] == "ready"
 
 
 def test_an_event_that_was_stored_and_received_is_shown_once() -> None:
-    board = Board()
+    read_model = MeshReadModel()
     event = Event(kind="ready", who="a", model="m", at_unix_s=1.5, data={"layers": "0-2"})
     for one in (event, event.model_copy(), event.model_copy(update={"at_unix_s": 2.5})):
-        board.happened(one)
-    assert [said["at_unix_s"] for said in board.history()["events"]] == [1.5, 2.5]
+        read_model.happened(one)
+    assert [said["at_unix_s"] for said in read_model.history()["events"]] == [1.5, 2.5]
 
 
 def test_series_and_events_are_bounded() -> None:
-    board = Board()
+    read_model = MeshReadModel()
     for second in range(module.POINTS + 50):
-        board.look(MeshStatus(BOTH, (coordinator(),)), [], now=float(second), unix_s=float(second))
-        board.happened(Event(kind="ready", who="a", model="m", at_unix_s=float(second)))
-    history = board.history()
+        read_model.look(MeshStatus(BOTH, (coordinator(),)), [], now=float(second), unix_s=float(second))
+        read_model.happened(Event(kind="ready", who="a", model="m", at_unix_s=float(second)))
+    history = read_model.history()
     assert len(history["series"]["m"]) == module.POINTS and len(history["events"]) == module.EVENTS
-    board.look(MeshStatus((), ()), [], now=1000.0, unix_s=1000.0)
-    board.look(MeshStatus((), ()), [], now=1000.0 + module.GHOST_S + 1, unix_s=2000.0)
-    assert board.history()["series"] == {} and board.snapshot()["models"] == []
+    read_model.look(MeshStatus((), ()), [], now=1000.0, unix_s=1000.0)
+    read_model.look(MeshStatus((), ()), [], now=1000.0 + module.GHOST_S + 1, unix_s=2000.0)
+    assert read_model.history()["series"] == {} and read_model.snapshot()["models"] == []

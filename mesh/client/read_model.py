@@ -1,11 +1,11 @@
-"""What who watches a mesh sees (the dashboard, `mesh top`), from what the mesh says of itself: pure, clocks passed in.
+"""The read model: the picture of a mesh that the dashboard, `mesh top` and `mesh status` show. It does no I/O; times are passed in.
 
-    look(status, stats)    once a second while someone looks: leases, coordinators' and shards' counts since their start
-    failed(reason)         a look that brought nothing: what was seen last stays, and is said to be old
-    happened(event)        an event of the mesh, at once
-    snapshot()             the document; seconds, bytes, and rates between the last two looks
+    look(status, stats)    called once a second while there is a viewer: leases, and the counts of coordinators and shards
+    failed(reason)         called when a look failed: the last picture stays, with the reason and its age
+    happened(event)        called at once when an event of the mesh arrives
+    snapshot()             the picture as a JSON document: seconds, bytes, and rates between the last two looks
 
-A shard whose lease is gone stays for GHOST_S, so that a viewer sees what was lost and what took its place.
+A shard whose lease is gone stays in the picture for GHOST_S, so that a viewer sees what was lost and what took its place.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mesh.client.results import CoordinatorStatus, MeshStatus
 from mesh.protocol.events import Event
 from mesh.protocol.status import SessionReport, ShardLease, ShardStats
 
-__all__ = ["Board", "Point"]
+__all__ = ["MeshReadModel", "Point"]
 
 GHOST_S = 30.0
 SUSPECTED_S = 6.0
-"""A lease that is still there so long after its shard was suspected was renewed since."""
+"""After this time a suspicion is dropped: a lease that still exists then has been renewed since."""
 FRESH_S = 120.0
-"""How long a request that ended counts for the latency that is shown."""
+"""The latency that is shown covers the requests that ended within this time."""
 POINTS = 180
 EVENTS = 100
 
@@ -36,7 +36,7 @@ Point = list[float | None]
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """A process's counts at a look, by `owner`: another owner began again at zero."""
+    """The counts of one process at one look. `owner` is the instance: a new instance counts from zero."""
 
     at: float
     owner: str
@@ -50,16 +50,16 @@ class _Ghost:
     orderly: bool
 
 
-class Board:
+class MeshReadModel:
     """See the module's docstring. `now` is any clock of seconds that never goes back."""
 
     def __init__(self) -> None:
-        self.events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=EVENTS)  # numbered, for who has seen which
+        self.events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=EVENTS)  # numbered, so that a viewer gets only what it has not seen
         self.event_number = 0
         self._leases: dict[str, ShardLease] = {}
         self._ghosts: dict[str, _Ghost] = {}
-        self._left: set[str] = set()  # who said goodbye since the last look
-        self._suspected: dict[str, float] = {}  # who does not answer, since when (unix): known before the lease ends
+        self._left: set[str] = set()  # shards that ended in order since the last look
+        self._suspected: dict[str, float] = {}  # shard -> unix time of the event; known before its lease ends
         self._counts: dict[str, _Counts] = {}
         self._rates: dict[str, dict[str, float]] = {}
         self._series: dict[str, deque[Point]] = {}
@@ -105,7 +105,7 @@ class Board:
         self._now, self._unix_s, self._error = now, unix_s, reason
 
     def happened(self, event: Event) -> None:
-        """Known ones are no news: what was kept and what is heard may be the same."""
+        """Take one event. An event that is known already is ignored, because a stored event can also arrive live."""
         said = event.model_dump(mode="json")
         if any(said.items() <= known.items() for _, known in self.events):
             return
@@ -130,7 +130,7 @@ class Board:
         }
 
     def history(self) -> dict[str, Any]:
-        """What a viewer who has just come is told besides: the points so far, and the last events, the oldest first."""
+        """What a new viewer gets beside the snapshot: the points so far, and the last events, oldest first."""
         return {
             "series": {model: list(points) for model, points in self._series.items()},
             "events": [event for _, event in self.events],
@@ -205,7 +205,7 @@ class Board:
         }
 
     def _step(self, coordinators: Sequence[CoordinatorStatus]) -> dict[str, float] | None:
-        """A mean decode step since the look before, and its parts; None where there was none."""
+        """The mean decode step since the previous look, and its parts. None: there was no step."""
         total = dict.fromkeys(("steps", "step_s", "compute_s", "queue_s", "codec_s"), 0.0)
         for coordinator in coordinators:
             rates = self._rates.get(f"coordinator {coordinator.name}", {})
@@ -244,7 +244,7 @@ def _shard_counts(stats: ShardStats) -> tuple[str, str, dict[str, float]]:
 
 
 def _rate(before: _Counts | None, after: _Counts) -> dict[str, float]:
-    """Per second; nothing for a process that has begun anew."""
+    """The counts per second between two looks. Empty if the process was restarted between them."""
     if before is None or before.owner != after.owner or after.at <= before.at:
         return {}
     if any(after.values[name] < before.values.get(name, 0.0) - 1e-9 for name in ("tokens", "bytes_in") if name in after.values):
@@ -253,7 +253,7 @@ def _rate(before: _Counts | None, after: _Counts) -> dict[str, float]:
 
 
 def _uncovered(layers: int, shards: Sequence[ShardLease]) -> list[tuple[int, int]]:
-    """Layers that no shard holds, as ranges."""
+    """The layers that no shard holds, as ranges."""
     held = {layer for lease in shards for layer in range(lease.layers_start, lease.layers_end)}
     found: list[tuple[int, int]] = []
     for layer in range(layers):
@@ -307,7 +307,7 @@ def _recent(coordinators: Sequence[CoordinatorStatus]) -> list[tuple[SessionRepo
 
 
 def _latency(coordinators: Sequence[CoordinatorStatus], unix_s: float) -> dict[str, float] | None:
-    """Over the requests that run or ended lately: median and worst time to the first token, median seconds a token after it."""
+    """Latency of the requests that run or ended lately: median and worst time to the first token, median seconds for each later one."""
     running = [session for c in coordinators for session in c.stats.sessions]
     ended = [session for session, _ in _recent(coordinators) if session.began_unix_s + session.total_s > unix_s - FRESH_S]
     timed = [(session, session.first_token_s) for session in running + ended if session.first_token_s is not None]
