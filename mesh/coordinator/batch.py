@@ -67,10 +67,7 @@ class BatchWorker:
 
     async def start(self) -> None:
         self._subscription = await self.bus.subscribe(f"{self._inbox}.*", self._on_answer)
-        try:
-            await self._store.open()
-        except MeshError as error:  # only batches need it
-            log.warning("durable batches: %s", error)
+        self.bus.spawn(self._store.open(), "durable batches")  # only batches need it, so nothing waits for it
         self._taker = self.bus.spawn(self._take(), "taking requests of batches")
 
     async def stop(self) -> None:

@@ -59,7 +59,7 @@ class Host(Protocol):
 
 
 class Continuity:
-    """See the module's docstring. `close_rows(name)` frees what a coordinator holds at the shards. `instance` is different for each
+    """See the module's docstring. `close_rows(instance)` frees what a coordinator holds at the shards. `instance` is different for each
     process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone."""
 
     def __init__(
@@ -225,8 +225,7 @@ class Continuity:
         log.warning("coordinator %s (%s) is gone: taking over what it was generating", peer.name or "?", peer.instance)
         if peer.name:
             self._announce("suspected", peer.name, "the coordinator does not answer")
-            if peer.name != self.name and not self.peers.named(peer.name):
-                await self._close_rows(peer.name)
+        await self._close_rows(peer.instance)
         await self._adopt(lambda owner: owner == peer.instance)
 
     async def _adopt(self, whose: Callable[[str | None], bool]) -> None:

@@ -87,7 +87,7 @@ class Intake:
         model = self._manifest.name
         self._subscriptions = [
             await self._bus.subscribe(topics.GENERATE_AT.at(model, self._continuity.instance), self._on_passed_on),
-            await self._bus.subscribe_direct(subjects.tokens(model, self._name), self._on_answer),
+            await self._bus.subscribe_direct(subjects.tokens(model, self._continuity.instance), self._on_answer),
             await self._bus.subscribe_direct(topics.CANCEL.at(model, self._name), self._on_cancel),
             await self._bus.subscribe(topics.TRACE.at(model, self._name), self._on_trace),
             await self._bus.subscribe_unheard(f"{self._outbox.unheard}.*", self._on_unheard),

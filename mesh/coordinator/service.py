@@ -37,6 +37,7 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
+from mesh.protocol.instance import new_instance
 from mesh.protocol.status import Beat, CoordinatorStats, Hops
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
@@ -90,6 +91,7 @@ class Coordinator:
         model, model_hash = self.manifest.name, self.manifest.model_hash
         config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
         self.core = Core(config, Random(secrets.randbits(64)))
+        instance = new_instance()
         jobs: dict[str, Job] = {}
         self.traces = Traces()
         self.meter = StepMeter(self.traces, jobs.get)
@@ -97,7 +99,8 @@ class Coordinator:
             bus,
             model=model,
             model_hash=model_hash,
-            coordinator=self.name,
+            name=self.name,
+            instance=instance,
             flags=options.flags,
             clock=self.meter,
             frame_lost=lambda frame: self.driver.handle_soon(FrameLost(frame), "frame lost"),
@@ -120,7 +123,7 @@ class Coordinator:
             self._announce_soon,
             model=model,
             model_hash=model_hash,
-            coordinator=self.name,
+            coordinator=instance,
             expected=options.expected,
             open_timeout_s=options.open_timeout_s,
         )
@@ -131,7 +134,7 @@ class Coordinator:
             model=model,
             model_hash=model_hash,
             name=self.name,
-            instance=secrets.token_hex(6),
+            instance=instance,
             heartbeat_ttl_s=min(max(_HEARTBEAT_TTL_S, _HEARTBEATS_MISSED * options.health_check_interval_s), _LONGEST_TTL_S),
             random=Random(secrets.randbits(64)),
             announce=self._announce_soon,
@@ -234,7 +237,7 @@ class Coordinator:
             self.outbox.error(job.reply, gone, job.epoch)
         await self.outbox.send()
         if self.bus.connected:
-            await self.shards.close_all(self.name)
+            await self.shards.close_all(self.continuity.instance)
             await self.bus.send(topics.BEATS.at(self.manifest.name), self.continuity.heartbeat(leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         self.driver.stop()

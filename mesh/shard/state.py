@@ -13,7 +13,7 @@ count as done because the compute thread takes steps in the order in which they 
     prefill, its epoch     there, start <= filled   computed; filled = start + count: its padding is written over what follows
     frame row, its epoch   there, start > filled    NACK hole, from `filled` on: a step was lost
     frame row, lower epoch there                    NACK stale_epoch
-    frame row              none, or a higher epoch  NACK unknown_session
+    frame row              none, or a higher epoch  NACK unknown_session; nothing at all if its slot is another instance's
     close, expiry          there                    row free, unless it has a later epoch than the one that is closed
     beat without it        there, twice in a row    row free: the coordinator does not know the session
     drain                  any                      no new sessions; open ones continue
@@ -22,6 +22,9 @@ A mirror is an ordinary shard that also follows the frames of the other replicas
 open here too, in the rows that these have here, and sends neither a result nor a NACK. If it missed frames, `filled` shows that when the
 session is opened again.
 
+A slot is a row with the tag of the shard's instance above it. Two processes may have the name of the shard for a while
+(mesh/shard/lease.py), and both hear its frames. The one whose tag a slot does not carry leaves the slot to the other.
+
 A frame that cannot be meant for this shard (wrong route, shapes or types) is rejected as a whole. Repeating a step changes nothing up to
 its last position (mesh/runtime/engine.py), so a row that was computed before is simply computed again: recovery is replay.
 """
@@ -29,25 +32,34 @@ its last position (mesh/runtime/engine.py), so a row that was computed before is
 from __future__ import annotations
 
 import heapq
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
+from mesh.errors import BadRequest, Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
 from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Frame, Kind, Nack
 from mesh.protocol.status import Beat
 from mesh.types import LayerRange
 
-__all__ = ["Admission", "Seat", "ShardShape", "ShardState"]
+__all__ = ["ROW_MASK", "Admission", "Seat", "ShardShape", "ShardState", "tag_of"]
 
 DEFAULT_TTL_S = 10.0
 """How long a coordinator may be silent if it gave no time itself."""
 
 _RETRY_AFTER_S = 0.5
 _MAX_COORDINATORS = 1024
+_ROW_BITS = 16
+ROW_MASK: Final = (1 << _ROW_BITS) - 1
+"""The bits of a slot that are the row."""
+
+
+def tag_of(instance: str) -> int:
+    """The tag that an instance's slots carry; another instance has another one, but for one case in 65,536."""
+    return zlib.crc32(instance.encode()) & 0xFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,7 @@ class ShardShape:
     hidden_size: int
     hidden_dtype: Any  # numpy dtype
     queue_limit: int  # the most frames that may be admitted and not yet computed
+    tag: int = 0  # of the instance
 
     @property
     def first(self) -> bool:
@@ -76,12 +89,13 @@ class ShardShape:
 
 @dataclass(slots=True)
 class Seat:
-    """The row that a session has here."""
+    """The row that a session has here, and the slot by which frames name it."""
 
     session: int
     epoch: int
     coordinator: str
     row: int
+    slot: int
     filled: int
     missing: bool = False  # from the last heartbeat of its coordinator
 
@@ -118,6 +132,8 @@ class ShardState:
     _heard: dict[str, tuple[float, float]] = field(default_factory=dict)  # coordinator -> (silent since, allowed for)
 
     def __post_init__(self) -> None:
+        if self.shape.rows > 1 << _ROW_BITS:
+            raise BadRequest(f"{self.shape.rows} rows: give {1 << _ROW_BITS} at most", field="rows")
         self._free = list(range(self.shape.rows))
 
     @property
@@ -164,7 +180,8 @@ class ShardState:
                 f"all {self.shape.rows} rows of shard {self.shape.shard} (layers {self.shape.layers}) are taken",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        seat = Seat(message.session, message.epoch, message.coordinator, heapq.heappop(self._free), 0)
+        row = heapq.heappop(self._free)
+        seat = Seat(message.session, message.epoch, message.coordinator, row, self.shape.tag << _ROW_BITS | row, 0)
         self._seats[message.session] = seat
         self._hear(message.coordinator, now)
         return seat
@@ -185,13 +202,14 @@ class ShardState:
     def beat(self, message: Beat, now: float) -> list[int]:
         """Take in a coordinator's heartbeat, which says how long the coordinator may be silent. Returns the sessions that were closed
         because two heartbeats in a row did not name them."""
-        if message.coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
-            self._heard[message.coordinator] = (now, message.ttl_s)
+        coordinator = message.instance or message.coordinator
+        if coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
+            self._heard[coordinator] = (now, message.ttl_s)
         if message.sessions is None:
             return []
         named = frozenset(message.sessions)
         gone = []
-        for seat in [seat for seat in self._seats.values() if seat.coordinator == message.coordinator]:
+        for seat in [seat for seat in self._seats.values() if seat.coordinator == coordinator]:
             if seat.session in named:
                 seat.missing = False
             elif seat.missing:
@@ -237,6 +255,9 @@ class ShardState:
                 kept.append(index)
                 seat.fill(frame.kind, start, count)
             else:
+                if slots[index] >> _ROW_BITS != self.shape.tag:
+                    self.gaps["other_instance"] += 1
+                    continue
                 go_on = seat.filled if why is Nack.HOLE and seat is not None else start
                 refused.setdefault(why, []).append((index, go_on))
         if kept:
@@ -262,11 +283,11 @@ class ShardState:
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
             seat = self._seats.get(session)
-            if seat is None or self._why_not(seat, frame.coordinator, epoch, start, count, seat.row) is not Nack.NONE or not room:
+            if seat is None or self._why_not(seat, frame.coordinator, epoch, start, count, seat.slot) is not Nack.NONE or not room:
                 self.missed += seat is not None
                 continue
             kept.append(index)
-            slots.append(seat.row)
+            slots.append(seat.slot)
             seat.fill(frame.kind, start, count)
         if not kept:
             return None
@@ -310,7 +331,9 @@ class ShardState:
             return Nack.UNKNOWN_SESSION
         if epoch < seat.epoch:
             return Nack.STALE_EPOCH
-        if seat.coordinator != coordinator or seat.row != slot or start + count > self.shape.context:
+        if seat.coordinator != coordinator or seat.slot != slot:
+            return Nack.UNKNOWN_SESSION
+        if start + count > self.shape.context:
             return Nack.BAD_INPUT
         return Nack.HOLE if start > seat.filled else Nack.NONE
 

@@ -105,7 +105,7 @@ def test_a_ghost_is_forgotten_and_one_that_lives_is_not(run: Run, server: NatsSe
                 await forget(bus, name)
             with pytest.raises(BadRequest, match="nothing is known"):
                 await forget(bus, "nobody")
-            ghost = running[0]._lease(0.0).model_copy(update={"shard": "ghost"})
+            ghost = running[0].lease(0.0).model_copy(update={"shard": "ghost"})
             await leases.put("ghost", ghost.to_bytes())
             claims = [RangeClaim(shard=shard, layers_start=0, layers_end=1, at_unix_s=1.0) for shard in ("ghost", "other")]
             await placement.put("claims.tiny", RangeClaims(claims=tuple(claims)).to_bytes())

@@ -95,7 +95,3 @@ class Peers:
     def watched(self) -> list[str]:
         """The instances to probe. Those that were given up too: a suspended process may go on."""
         return list(self._peers)
-
-    def named(self, name: str) -> bool:
-        """Whether any peer that lives has this name."""
-        return any(peer.name == name and not peer.given_up for peer in self._peers.values())

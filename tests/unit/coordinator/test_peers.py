@@ -52,9 +52,7 @@ def test_one_that_left_or_is_oneself_is_not_watched() -> None:
     peers.heard("a", "same-name", 0.0)
     peers.heard("b", "same-name", 0.0)
     peers.left("a")
-    assert peers.watched() == ["b"] and peers.named("same-name") and not peers.known("a") and peers.known("me")
-    peers.left("b")
-    assert not peers.named("same-name")
+    assert peers.watched() == ["b"] and not peers.known("a") and peers.known("me")
 
 
 def test_coordinators_that_left_long_ago_are_forgotten() -> None:
