@@ -21,6 +21,7 @@ import nats.js.errors
 import nats.js.kv
 
 from mesh.bus.connection import Bus, end_tasks
+from mesh.bus.losses import LossWatch
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError
@@ -74,14 +75,24 @@ class Bucket:
         self._durable = durable
         self._max_value_bytes = max_value_bytes
         self._max_bytes = max_bytes
-        self.remade = 0
+        self._losses = LossWatch(f"the bucket {name}")
         self._kv: nats.js.kv.KeyValue | None = None
-        self._created: object = None  # when the stream was made, as the server says
         self._opening = asyncio.Lock()
+
+    @property
+    def remade(self) -> int:
+        """How often the bucket was lost and made again."""
+        return self._losses.remade
 
     async def open(self) -> None:
         """Create the bucket if it does not exist."""
         with mapped(f"opening {self.name}"):
+            await self._open()
+
+    async def check(self) -> None:
+        """Find out whether the bucket is still there, and make it again if it was lost."""
+        with mapped(f"looking for {self.name}"):
+            self._kv = None
             await self._open()
 
     async def put(self, key: str, value: bytes) -> int:
@@ -180,11 +191,7 @@ class Bucket:
             )
         else:
             await spread(self.bus, f"KV_{self.name}")
-        created = (await js.stream_info(f"KV_{self.name}")).created
-        if self._created not in (None, created):
-            self.remade += 1
-            log.warning("the bucket %s was lost with everything in it, and has been made again", self.name)
-        self._created = created
+        self._losses.found((await js.stream_info(f"KV_{self.name}")).created)
         return kv
 
     async def _watch(self, keys: str = ">") -> AsyncIterator[Entry | None]:

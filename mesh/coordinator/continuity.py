@@ -25,6 +25,7 @@ from mesh.protocol import topics
 from mesh.protocol.events import EventKind
 from mesh.protocol.generation import Generate
 from mesh.protocol.status import Alive, Beat
+from mesh.protocol.stream import with_epoch
 
 __all__ = ["Announce", "Continuity", "Host"]
 
@@ -170,14 +171,14 @@ class Continuity:
             if record.digest != digest or record.model_hash != self._model_hash:
                 raise BadRequest(f"session {session} was another request: give this one its own name", field="session")
             if record.answer is not None:
-                await self.bus.publish(reply, record.answer.encode())
+                await self.bus.publish(reply, with_epoch(record.answer.encode(), asked.epoch))
                 return True
             if record.owner not in (None, self.instance) and not direct and await self._lives(str(record.owner)):
                 await self.bus.send(topics.GENERATE_AT.at(self._model, str(record.owner)), asked, reply=reply)
                 return True
             if self._host.has(session):
                 return False
-            taken = await self.recorder.take_over(record, revision, epoch=(asked.attempt or 0) + 1)
+            taken = await self.recorder.take_over(record, revision, seen=asked.epoch)
             if taken is not None:
                 await self._resume(*taken, asked, reply)
                 self._announce("resumed", self.name, "1 session of another coordinator, whose client asked again")

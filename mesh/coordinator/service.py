@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from mesh import __version__
-from mesh.bus import Bus, Endpoint, Service, announce, end_tasks, keep_events
+from mesh.bus import Bus, Endpoint, EventLog, Service, announce, end_tasks, keep_events
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core.events import FrameLost
@@ -54,6 +54,8 @@ _HEARTBEAT_TTL_S = 12.0
 _HEARTBEATS_MISSED = 2.4
 """Two heartbeats in a row may be lost before a coordinator is taken to be gone."""
 _LONGEST_TTL_S = 3600.0
+_CHECK_S = 30.0
+"""How often it is looked whether the stream of events is still there."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class Coordinator:
             tokenizer=self.tokenizer,
             most_preparing=options.queue_limit,
         )
+        self._events = EventLog(bus)
         self.batches = BatchWorker(bus, self.core, model, self.continuity.instance)
         bus.on_change(self._on_connection)
 
@@ -165,7 +168,7 @@ class Coordinator:
         try:
             await self.intake.start()
             await self.shards.start()
-            await keep_events(self.bus)
+            await keep_events(self._events)
             await self.continuity.start()
             heartbeats = self.bus.spawn(self._send_heartbeats(), "heartbeats")  # not before: the others answer them
             self._service = await Service.start(
@@ -218,6 +221,7 @@ class Coordinator:
             resumed=self.continuity.resumed,
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
+            remade={"sessions": self.continuity.recorder.bucket.remade, "events": self._events.remade, "batches": self.batches.remade},
             expected=None if expected is None else expected.as_dict(self.core.replicas()),
             hops=Hops.model_validate(self.meter.hops.as_dict()),
             sessions=sessions,
@@ -246,6 +250,7 @@ class Coordinator:
 
     async def _send_heartbeats(self) -> None:
         """By these, shards know whose rows to keep. A client whose request waits is told so, which also shows whether it still listens."""
+        checked_at = time.monotonic()
         while True:
             try:
                 for place, session in enumerate(self.core.waiting()):
@@ -257,6 +262,9 @@ class Coordinator:
             except MeshError as error:
                 log.warning("%s", error)
             self.shards.report_lacking()
+            if time.monotonic() - checked_at >= _CHECK_S and self.bus.connected:
+                checked_at = time.monotonic()
+                self.bus.spawn(keep_events(self._events), "events")
             await asyncio.sleep(self.options.health_check_interval_s)
 
     def _heartbeat(self) -> Beat:
@@ -266,7 +274,7 @@ class Coordinator:
 
     def _on_connection(self, connected: bool) -> None:
         if connected:
-            self.bus.spawn(keep_events(self.bus), "events")  # the server may have lost them
+            self.bus.spawn(keep_events(self._events), "events")  # the server may have lost them
 
     async def _announce(self, kind: events.EventKind, who: str, detail: str) -> None:
         await announce(self.bus, kind, who, model=self.manifest.name, detail=detail, coordinator=self.name)

@@ -168,6 +168,7 @@ class CoordinatorStats(_Reported):
     every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
     answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    `remade`: what was lost in JetStream and made again, and how often.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -202,6 +203,7 @@ class CoordinatorStats(_Reported):
     rejected_frames: dict[str, int] = Field(default_factory=dict)
     records: dict[str, int] = Field(default_factory=dict)
     batches: dict[str, int] = Field(default_factory=dict)
+    remade: dict[str, int] = Field(default_factory=dict)
     expected: dict[str, Any] | None = None
     hops: Hops = Hops()
     sessions: tuple[SessionReport, ...] = ()

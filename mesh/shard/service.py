@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from mesh import __version__
-from mesh.bus import Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
+from mesh.bus import Bus, Endpoint, EventLog, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import (
     ConfigError,
@@ -146,7 +146,7 @@ class Shard:
         try:
             await self._lease.start()
             await self._listen_control()
-            await keep_events(self.bus)
+            await keep_events(EventLog(self.bus))
             await self._announce("joined", f"layers {shape.layers} of {model}")
             log.info("loading layers %s of %s", shape.layers, model)
             self.stage = await self.in_thread(self._load)

@@ -30,8 +30,8 @@ def test_events_are_kept_and_read_again(run: Run, tmp_path: Path) -> None:
             log = EventLog(bus)
             with pytest.raises(Unavailable, match="no events are kept"):
                 await read(log)
-            await keep_events(bus)
-            await keep_events(bus)
+            await keep_events(EventLog(bus))
+            await keep_events(EventLog(bus))
             assert await read(log) == []
             for number in range(5):
                 await announce(bus, "joined", f"s{number}", model="m", detail=str(number), layers="0-1")
@@ -55,7 +55,7 @@ def test_a_follower_misses_no_event_when_the_server_restarts(run: Run, tmp_path:
 
     async def work() -> NatsServer:
         async with await connect(first) as bus:
-            await keep_events(bus)
+            await keep_events(EventLog(bus))
             await announce(bus, "joined", "s", detail="before")
             seen: asyncio.Queue[str] = asyncio.Queue()
 
