@@ -34,7 +34,7 @@ from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
 from mesh.protocol import subjects
 from mesh.protocol.generation import Generate
-from mesh.protocol.message import Epoch, Message, Natural, Token, TokenId
+from mesh.protocol.message import Epoch, Label, Message, Natural, Subject, Token, TokenIds
 
 __all__ = ["Recorder", "SessionRecord", "digest_of", "sessions_bucket"]
 
@@ -51,6 +51,7 @@ WRITERS: Final = 8
 WAITING: Final = 8192
 _TTL_S: Final = 150.0
 _MAX_BYTES: Final = 256 * 1024 * 1024
+_MAX_RECORD: Final = 1024 * 1024  # bytes
 _HEADERS_BYTES: Final = 1024
 _PAUSE_S: Final = 1.0  # after a write that failed
 
@@ -60,18 +61,18 @@ class SessionRecord(Message):
     coordinator that has the session; None: any coordinator may take it. given: the tokens generated so far. told: how many of them were
     delivered. answer: the last document of a session that has ended."""
 
-    limit_bytes: ClassVar[int] = 1024 * 1024
+    limit_bytes: ClassVar[int] = _MAX_RECORD
 
     session: Token
     model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     owner: Token | None
     epoch: Epoch
-    digest: str
+    digest: Label
     message: Generate
-    reply: str
-    given: tuple[TokenId, ...] = ()
+    reply: Subject
+    given: TokenIds = ()
     told: Natural = 0
-    answer: str | None = None
+    answer: Annotated[str, Field(max_length=_MAX_RECORD)] | None = None
 
 
 def sessions_bucket(bus: Bus) -> Bucket:

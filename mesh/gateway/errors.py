@@ -64,14 +64,14 @@ class HttpError(MeshError):
 
 
 class BodyRefused(HTTPException):
-    """An HttpError on its way through code that lets only starlette's exceptions pass."""
+    """An error of a body on its way through code that lets only starlette's exceptions pass."""
 
-    def __init__(self, error: HttpError) -> None:
-        super().__init__(error.status, str(error))
+    def __init__(self, error: MeshError) -> None:
+        super().__init__(status_of(error), str(error))
         self.error = error
 
 
-def from_http(error: HTTPException) -> HttpError:
+def from_http(error: HTTPException) -> MeshError:
     """Starlette's own errors: no such path, no such method."""
     if isinstance(error, BodyRefused):
         return error.error
