@@ -59,6 +59,7 @@ __all__ = [
     "Unavailable",
     "UnsupportedModel",
     "VerificationFailed",
+    "internal_error",
 ]
 
 
@@ -68,6 +69,13 @@ class MeshError(Exception):
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 2
+
+
+def internal_error(cause: Exception) -> MeshError:
+    """What the caller hears of a defect. The log says more; `__cause__` is for it."""
+    error = MeshError("an internal error; the log of the coordinator says more")
+    error.__cause__ = cause
+    return error
 
 
 class ModelError(MeshError):

@@ -71,7 +71,7 @@ class BatchWorker:
             await self._store.open()
         except MeshError as error:  # only batches need it
             log.warning("durable batches: %s", error)
-        self._taker = self.bus.spawn(self._take(), "taking requests of batches")
+        self._taker = self.bus.keep(self._take, "taking requests of batches")
 
     async def stop(self) -> None:
         """Give back the requests that are being worked on. The next coordinator to take one finds its generation under its name."""

@@ -35,10 +35,12 @@ from mesh.errors import MeshError, MessageRejected
 from mesh.protocol import subjects
 from mesh.protocol.generation import Generate
 from mesh.protocol.message import Epoch, Label, Message, Natural, Subject, Token, TokenIds
+from mesh.telemetry.seldom import Seldom
 
 __all__ = ["Recorder", "SessionRecord", "digest_of", "sessions_bucket"]
 
 log = logging.getLogger("mesh.coordinator")
+seldom = Seldom(log)
 
 EVERY_S: Final = 0.5
 RECORDS_PER_S: Final = 32
@@ -119,7 +121,7 @@ class Recorder:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = self.bucket.bus.spawn(self._run(), "session records")
+        self._task = self.bucket.bus.keep(self._run, "session records")
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -183,6 +185,8 @@ class Recorder:
                     written.add(session)
             except MeshError as error:
                 log.warning("handing over session %s: %s", session, error)
+            except Exception as error:  # the others are handed over all the same
+                seldom.error(f"handing over session {session}", error)
 
         try:
             async with asyncio.timeout(timeout_s):
@@ -246,6 +250,11 @@ class Recorder:
             log.debug("session record %s: %s", session, error)
             pending.dirty = True
             self._paused_until = time.monotonic() + _PAUSE_S
+        except Exception as error:  # a defect, of this session alone: it goes on, and its record is tried again rarely
+            self.counters["failed"] += 1
+            pending.written_at = time.monotonic()
+            pending.dirty, pending.due_at = True, pending.written_at + REFRESH_S
+            seldom.error(f"session record {session}", error)
         finally:
             pending.writing = False
             self._slots.release()

@@ -100,7 +100,7 @@ class Coordinator:
             coordinator=self.name,
             flags=options.flags,
             clock=self.meter,
-            frame_lost=lambda frame: self.driver.handle_soon(FrameLost(frame), "frame lost"),
+            frame_lost=lambda frame, error: self.driver.handle_soon(FrameLost(frame, error=error), "frame lost"),
         )
         self.driver = CoreDriver(bus, self.core, self.outbox)
         self.jobs = Jobs(
@@ -136,8 +136,8 @@ class Coordinator:
             random=Random(secrets.randbits(64)),
             announce=self._announce_soon,
         )
-        effects = Effects(bus, self.jobs, self.outbox, self.shards, self.continuity, self.traces, self._announce_soon)
-        self.driver.carry_out = effects.carry_out
+        self.effects = Effects(bus, self.jobs, self.outbox, self.shards, self.continuity, self.traces, self._announce_soon)
+        self.driver.carry_out = self.effects.carry_out
         self.intake = Intake(
             bus,
             self.core,
@@ -164,7 +164,7 @@ class Coordinator:
             await self.shards.start()
             await keep_events(self.bus)
             await self.continuity.start()
-            heartbeats = self.bus.spawn(self._send_heartbeats(), "heartbeats")  # not before: the others answer them
+            heartbeats = self.bus.keep(self._send_heartbeats, "heartbeats")  # not before: the others answer them
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
@@ -215,12 +215,19 @@ class Coordinator:
             resumed=self.continuity.resumed,
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
+            errors=self._errors(),
             expected=None if expected is None else expected.as_dict(self.core.replicas()),
             hops=Hops.model_validate(self.meter.hops.as_dict()),
             sessions=sessions,
             recent=recent,
             **self.core.counts(),
         )
+
+    def _errors(self) -> dict[str, int]:
+        """What failed unexpectedly, by where."""
+        bus = self.bus.counters
+        counts = {"tasks": bus["task_failures"], "handlers": bus["handler_errors"], "outbox": self.outbox.failed}
+        return counts | self.effects.counters | self.driver.counters
 
     async def _leave(self) -> None:
         if self._service is not None:

@@ -39,7 +39,7 @@ class Opened(Message):
     instance: Token
     layers_start: Natural
     layers_end: Natural
-    row: Natural
+    row: Annotated[int, Field(ge=0, lt=2**32)]
     filled: Natural
     context: Positive
     chunk: Positive

@@ -164,6 +164,7 @@ class CoordinatorStats(_Reported):
     every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
     answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -186,6 +187,7 @@ class CoordinatorStats(_Reported):
     finished: Natural = 0
     failed: Natural = 0
     cancelled: Natural = 0
+    defects: Natural = 0
     restarts: Natural = 0
     suspected: Natural = 0
     failovers: Natural = 0
@@ -198,6 +200,7 @@ class CoordinatorStats(_Reported):
     rejected_frames: Counts = Field(default_factory=dict)
     records: Counts = Field(default_factory=dict)
     batches: Counts = Field(default_factory=dict)
+    errors: Counts = Field(default_factory=dict)
     expected: Annotated[dict[Label, Any], Field(max_length=256)] | None = None
     hops: Hops = Hops()
     sessions: SessionReports = ()

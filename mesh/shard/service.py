@@ -127,7 +127,8 @@ class Shard:
         await self._require_alone()
         loop = asyncio.get_running_loop()
         self._compute = ComputeThread(loop.call_soon_threadsafe)
-        leases = self.bus.spawn(self._keep_lease(), "lease")
+        self.bus.on_change(lambda connected: self._renew.set())
+        leases = self.bus.keep(self._keep_lease, "lease")
         try:
             await keep_events(self.bus)
             await self._announce("joined", f"layers {shape.layers} of {model}")
@@ -499,7 +500,6 @@ class Shard:
 
     async def _keep_lease(self) -> None:
         name = self.options.name
-        self.bus.on_change(lambda connected: self._renew.set())
         while True:
             now = time.monotonic()
             expired = self.state.expire(now)
