@@ -20,6 +20,9 @@ from mesh.model.manifest import Manifest, TokenizerInfo
 
 __all__ = ["TextStream", "Tokenizer"]
 
+_WINDOW = 8
+"""Tokens whose text is waited for. A character takes at most 4 tokens, since it takes at most 4 bytes."""
+_CHARACTER_TOKENS = 4
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character, or none yet
 
 
@@ -110,7 +113,8 @@ class Tokenizer:
 class TextStream:
     """Decodes tokens as they come. What `push` and `finish` return, joined, is the text; no character is ever split.
 
-    Tokens are decoded together with the few before them, because a token's text can depend on these (leading spaces).
+    Tokens are decoded together with the few before them, because a token's text can depend on these (leading spaces). The work for a
+    token is bounded: where _WINDOW tokens have brought no text, all but the last few are taken as they are.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -123,15 +127,27 @@ class TextStream:
         """The text that `id` completes; empty while a character is incomplete."""
         self._ids.append(id)
         text = self._text(self._ids)
-        if text.endswith(REPLACEMENT):
-            return ""
-        return self._emit(text)
+        fresh = "" if text.endswith(REPLACEMENT) else self._emit(text, len(self._ids))
+        if len(self._ids) - self._context > _WINDOW:
+            fresh = self._shorten(text)
+        return fresh
 
     def finish(self) -> str:
         """The text that is left at the end: incomplete bytes become U+FFFD."""
-        return self._emit(self._text(self._ids))
+        return self._emit(self._text(self._ids), len(self._ids))
 
-    def _emit(self, text: str) -> str:
+    def _shorten(self, text: str) -> str:
+        """Give out the text of the oldest tokens, up to where no character can go on; drop them where they have none."""
+        ids, most = self._ids, len(self._ids)
+        cuts = range(most - _CHARACTER_TOKENS, most)
+        cut = next((at for at in cuts if self._text(ids[:at]) + self._text(ids[at:]) == text), most)
+        fresh = self._emit(self._text(ids[:cut]), cut)
+        if not fresh:
+            del ids[self._context : cut]
+        return fresh
+
+    def _emit(self, text: str, end: int) -> str:
+        """The text that the tokens before `end` have brought. `text` is theirs and the context's."""
         before = self._text(self._ids[: self._context])
         if not text.startswith(before):  # a decoder that rewrites what precedes: nothing of it can be taken back
             before = text[: len(before)]
@@ -139,7 +155,7 @@ class TextStream:
         if fresh:
             # what has been given out becomes the context, and the context before that is no longer needed
             self._ids = self._ids[self._context :]
-            self._context = len(self._ids)
+            self._context = end - self._context
         return fresh
 
     def _text(self, ids: list[int]) -> str:
