@@ -29,7 +29,9 @@ from mesh.coordinator.intake import Intake
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.outbox import Outbox
+from mesh.coordinator.prompt_pool import PromptPool
 from mesh.coordinator.replies import Job
+from mesh.coordinator.requests import Requests
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import SHOWN_SESSIONS, Traces
 from mesh.errors import MeshError, Unavailable
@@ -83,6 +85,7 @@ class Coordinator:
         self.name = subjects.check_token(options.name or f"c-{secrets.token_hex(4)}", "name")
         self.manifest = Manifest.load(options.model)
         self.tokenizer = Tokenizer.load(options.model) if self.manifest.tokenizer is not None else None
+        self.prompts = PromptPool(options.model) if self.tokenizer is not None else None
         self.ready = asyncio.Event()
         self.http_url: str | None = None
         self._stop = asyncio.Event()
@@ -90,6 +93,9 @@ class Coordinator:
         model, model_hash = self.manifest.name, self.manifest.model_hash
         config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
         self.core = Core(config, Random(secrets.randbits(64)))
+        self.requests = Requests(
+            self.manifest, self.tokenizer, self.prompts, context=self._context, most_preparing=max(options.queue_limit, 1)
+        )
         jobs: dict[str, Job] = {}
         self.traces = Traces()
         self.meter = StepMeter(self.traces, jobs.get)
@@ -110,6 +116,7 @@ class Coordinator:
             self.outbox,
             manifest=self.manifest,
             tokenizer=self.tokenizer,
+            requests=self.requests,
             pool_bytes=options.pool_bytes,
         )
         self.shards = Shards(
@@ -150,7 +157,7 @@ class Coordinator:
             name=self.name,
             manifest=self.manifest,
             tokenizer=self.tokenizer,
-            most_preparing=options.queue_limit,
+            requests=self.requests,
         )
         self.batches = BatchWorker(bus, self.core, model, self.continuity.instance)
         bus.on_change(self._on_connection)
@@ -160,6 +167,8 @@ class Coordinator:
         model = self.manifest.name
         heartbeats: asyncio.Task[Any] | None = None
         try:
+            if self.prompts is not None:
+                await self.prompts.start()
             await self.intake.start()
             await self.shards.start()
             await keep_events(self.bus)
@@ -205,6 +214,7 @@ class Coordinator:
             model=self.manifest.name,
             vocab_size=self.manifest.vocab_size,
             context=load.context,
+            max_prompt_characters=self.requests.max_prompt_characters,
             live=load.live,
             queued=load.queued,
             capacity=load.capacity,
@@ -216,12 +226,16 @@ class Coordinator:
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
             errors=self._errors(),
+            prompts={} if self.prompts is None else dict(self.prompts.counters),
             expected=None if expected is None else expected.as_dict(self.core.replicas()),
             hops=Hops.model_validate(self.meter.hops.as_dict()),
             sessions=sessions,
             recent=recent,
             **self.core.counts(),
         )
+
+    def _context(self) -> int | None:
+        return self.core.load(time.monotonic()).context
 
     def _errors(self) -> dict[str, int]:
         """What failed unexpectedly, by where."""
@@ -247,6 +261,8 @@ class Coordinator:
         self.driver.stop()
         await self.shards.stop()
         await self.intake.stop()
+        if self.prompts is not None:
+            await self.prompts.stop()
 
     async def _send_heartbeats(self) -> None:
         """By these, shards know whose rows to keep. A client whose request waits is told so, which also shows whether it still listens."""

@@ -20,6 +20,7 @@ from mesh.model.manifest import Manifest, TokenizerInfo
 
 __all__ = ["TextStream", "Tokenizer"]
 
+_NORMALIZED = 4
 _WINDOW = 8
 """Tokens whose text is waited for. A character takes at most 4 tokens, since it takes at most 4 bytes."""
 _CHARACTER_TOKENS = 4
@@ -33,6 +34,7 @@ class Tokenizer:
         self._backend = backend
         self.info = info
         self._template = _compile(chat_template) if chat_template else None
+        self._longest = max(map(len, backend.get_vocab()), default=1)
         self._anchor = self.encode("a", add_special=False)[-1:]  # some token: a text's first one may be decoded differently
 
     @classmethod
@@ -55,6 +57,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size())
+
+    @property
+    def characters_per_token(self) -> int:
+        """The most characters of a text that one token can stand for. What normalizes text may drop or join some of them."""
+        return self._longest * (1 if self._backend.normalizer is None else _NORMALIZED)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of `text`. `add_special`: with a leading bos where the model wants one (a chat prompt already has one)."""

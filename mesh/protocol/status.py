@@ -161,10 +161,12 @@ class CoordinatorStats(_Reported):
     """What a coordinator reports in $SRV.STATS: its load, counts since its start, and its sessions.
 
     `live`: sessions it has, `queued` of them without rows. `capacity`: the sessions that its shards have rows for. `serving`: whether
-    every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
+    every layer range has a shard. `context`: the longest context that a session can have. `max_prompt_characters`: a longer
+    prompt cannot fit. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
     answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
-    `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where.
+    `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where. `prompts`: how
+    many were tokenized, and of these late and died, whose process was ended for its time or its memory.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -180,6 +182,7 @@ class CoordinatorStats(_Reported):
     http: Line | None = None
     vocab_size: Natural = 0
     context: Natural | None = None
+    max_prompt_characters: Natural | None = None
     last_step_s: float | None = None
     resumed: Natural = 0
     submitted: Natural = 0
@@ -201,6 +204,7 @@ class CoordinatorStats(_Reported):
     records: Counts = Field(default_factory=dict)
     batches: Counts = Field(default_factory=dict)
     errors: Counts = Field(default_factory=dict)
+    prompts: Counts = Field(default_factory=dict)
     expected: Annotated[dict[Label, Any], Field(max_length=256)] | None = None
     hops: Hops = Hops()
     sessions: SessionReports = ()
