@@ -110,7 +110,16 @@ class Tokenizer:
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise BadRequest(f"the chat template refuses these messages: {error}", field="messages") from None
 
     def _text_of(self, id: int | None) -> str:
