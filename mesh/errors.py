@@ -33,6 +33,8 @@ arise. The message is one line that names what is wrong and what would be right;
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 __all__ = [
@@ -61,6 +63,8 @@ __all__ = [
     "Unavailable",
     "UnsupportedModel",
     "VerificationFailed",
+    "decoding",
+    "internal_error",
 ]
 
 
@@ -70,6 +74,26 @@ class MeshError(Exception):
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 2
+
+
+def internal_error(cause: Exception) -> MeshError:
+    """What the caller hears of a defect. The log says more; `__cause__` is for it."""
+    error = MeshError("an internal error; the log of the coordinator says more")
+    error.__cause__ = cause
+    return error
+
+
+@contextmanager
+def decoding(kind: Callable[[str], MeshError], what: str) -> Iterator[None]:
+    """What goes wrong while `what`, a file or text from elsewhere, is decoded is a `kind`, whatever the decoder raises. Errors of the tree
+    pass as they are."""
+    try:
+        yield
+    except MeshError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise kind(f"{what} does not read ({type(error).__name__}: {why})") from error
 
 
 class ModelError(MeshError):

@@ -36,7 +36,7 @@ from mesh.protocol import subjects, topics
 from mesh.protocol.batches import MAX_BATCH, BatchItem, BatchState, BatchStatus
 from mesh.protocol.failures import ErrorReply
 from mesh.protocol.generation import Generate
-from mesh.protocol.message import Message
+from mesh.protocol.message import Label, Message, Natural
 from mesh.settings.units import format_bytes
 
 __all__ = ["BatchQueue", "BatchStore", "Work"]
@@ -59,15 +59,15 @@ class _Batch(Message):
 
     limit_bytes: ClassVar[int] = 4096
 
-    model: str
-    total: int
-    digest: str
+    model: Label
+    total: Natural
+    digest: Label
     complete: bool
     submitted_unix_s: float
 
 
 class _Running(Message):
-    starts: int = 0
+    starts: Natural = 0
 
 
 class BatchStore:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -31,10 +32,12 @@ from mesh.protocol.failures import ErrorReply
 from mesh.protocol.message import Message
 from mesh.protocol.topics import Address
 from mesh.settings.units import format_bytes
+from mesh.telemetry.seldom import Seldom
 
 __all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "Received", "Subscription", "end_tasks", "reply_error"]
 
 log = logging.getLogger("mesh.bus")
+seldom = Seldom(log)
 
 ERROR_HEADER = "Nats-Service-Error"
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
@@ -45,6 +48,8 @@ T = TypeVar("T")
 
 _PENDING_BYTES = 8 * 1024 * 1024  # so much is kept to be sent after a reconnection; beyond that publishing is Unavailable
 _RECONNECT_WAIT_S = 0.25
+_FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
 _PING_INTERVAL_S = 5  # a connection that leaves two of these unanswered is closed
 _LISTEN_S = 0.5
 _SILENT_PINGS = 4
@@ -140,7 +145,8 @@ class _Client(nats.aio.client.Client):
 class Bus:
     """A connection. Its methods raise errors of mesh/errors.py: Unavailable, DeadlineExceeded, Denied, PayloadTooLarge, ...
 
-    `counters`: reconnects, dropped (messages that came faster than they were handled), handler_errors, and rejected.
+    `counters`: reconnects, dropped (messages that came faster than they were handled), handler_errors, task_failures (of tasks that
+    `keep` began again), and rejected.
     """
 
     def __init__(self, client: nats.aio.client.Client, direct: DirectTransport | None = None) -> None:
@@ -417,14 +423,34 @@ class Bus:
             except MeshError as error:
                 self.counters["handler_errors"] += 1
                 log.warning("%s: %s", name, error)
-            except Exception:
+            except Exception as error:
                 self.counters["handler_errors"] += 1
-                log.exception("%s", name)
+                seldom.error(name, error)
 
         task = asyncio.get_running_loop().create_task(run(), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def keep(self, work: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[Any]:
+        """Run `work`, which is meant to go on for ever, as `spawn` does. Where it fails unexpectedly it is begun again, after a pause that
+        doubles up to LONGEST_PAUSE_S. It ends where `work` returns."""
+
+        async def run() -> None:
+            pause_s = _FIRST_PAUSE_S
+            while True:
+                began = time.monotonic()
+                try:
+                    return await work()
+                except Exception as error:
+                    self.counters["task_failures"] += 1
+                    seldom.error(f"{name} failed, and is begun again", error)
+                if time.monotonic() - began > LONGEST_PAUSE_S:  # it has worked meanwhile
+                    pause_s = _FIRST_PAUSE_S
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+        return self.spawn(run(), name)
 
     async def close(self) -> None:
         """Send what is left, then end. Never raises because of a server that is gone."""
@@ -462,7 +488,7 @@ class Bus:
         if isinstance(error, MeshError):
             log.warning("%s: %s", subject, error)
         else:
-            log.error("handling a message on %s", subject, exc_info=error)
+            seldom.error(f"handling a message on {subject}", error)
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):

@@ -26,7 +26,9 @@ from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
 from mesh.protocol import subjects, topics
+from mesh.protocol.documents import short
 from mesh.protocol.events import Event, EventKind
+from mesh.protocol.message import MAX_LINE
 
 __all__ = ["EventLog", "announce", "keep_events"]
 
@@ -41,7 +43,7 @@ _RETRY_S: Final = 0.5
 
 async def announce(bus: Bus, kind: EventKind, who: str, *, model: str = "", detail: str = "", **data: Any) -> None:
     """Publish an event. Never raises: a lost event must not disturb the work that it is about."""
-    event = Event(kind=kind, who=who, model=model, at_unix_s=time.time(), detail=detail, data=data)
+    event = Event(kind=kind, who=who, model=model, at_unix_s=time.time(), detail=short(detail, MAX_LINE), data=data)
     try:
         await bus.send(topics.EVENTS.at(kind), event)
     except MeshError as error:

@@ -278,8 +278,8 @@ class LeaseTable(Generic[M]):
     async def start(self, *, timeout_s: float = 10.0) -> None:
         """Follow the bucket; returns once the present leases are known. Unavailable or DeadlineExceeded: it cannot be watched."""
         self._tasks = [
-            self._bucket.bus.spawn(self._follow(), f"watching {self._bucket.name}"),
-            self._bucket.bus.spawn(self._expire(), f"expiring {self._bucket.name}"),
+            self._bucket.bus.keep(self._follow, f"watching {self._bucket.name}"),
+            self._bucket.bus.keep(self._expire, f"expiring {self._bucket.name}"),
         ]
         try:
             with mapped(f"reading {self._bucket.name}"):

@@ -15,10 +15,12 @@ from mesh.bus.connection import Bus, Received, reply_error
 from mesh.bus.mapping import mapped
 from mesh.errors import MeshError
 from mesh.protocol.topics import Address
+from mesh.telemetry.seldom import Seldom
 
 __all__ = ["Endpoint", "Service"]
 
 log = logging.getLogger("mesh.bus")
+seldom = Seldom(log)
 
 R = TypeVar("R")
 
@@ -116,8 +118,9 @@ class Service:
             reply = await endpoint.handler(received)
         except MeshError as error:
             await self._fail(endpoint, received, error)
-        except Exception:
-            log.exception("answering %s", received.subject)
+        except Exception as error:
+            self._bus.counters["handler_errors"] += 1
+            seldom.error(f"answering {received.subject}", error)
             await self._fail(endpoint, received, _INTERNAL)
         else:
             if reply is not None and received.reply:

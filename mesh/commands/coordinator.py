@@ -49,7 +49,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.coordinator.core.expectations import ExpectedShards
     from mesh.coordinator.description import find_model
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
-    from mesh.host.process import settle
+    from mesh.host.process import give_memory_back, settle
     from mesh.host.signals import on_signals, run_loop
     from mesh.protocol.frame_codec import Flags
     from mesh.settings.schema import CoordinatorConfig, load_config
@@ -83,6 +83,7 @@ def run_command(args: argparse.Namespace) -> int:
         bus = await Bus.connect(connection, name="mesh-coordinator")
         async with bus:
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)))
+            give_memory_back()
             settle()
             if edge is None:
                 on_signals(coordinator.stop)

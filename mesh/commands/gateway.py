@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
 def run_command(args: argparse.Namespace) -> int:
     from mesh.gateway import HttpEdge
     from mesh.gateway.from_config import gateway_settings
+    from mesh.host.process import give_memory_back
     from mesh.host.signals import on_signals, run_loop
     from mesh.settings.files import load_environment
     from mesh.settings.schema import GatewayConfig, load_config
@@ -46,6 +47,8 @@ def run_command(args: argparse.Namespace) -> int:
     settings = gateway_settings(section, config.tls, config.authentication, model=section.model)
     options = bus_options(args, config.nats if args.config is not None else None)
     edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set)
+
+    give_memory_back()
 
     async def serve() -> None:
         on_signals(edge.stop, partial(edge.stop, now=True))

@@ -33,6 +33,7 @@ The files:
     requests.py      a request is checked, and its prompt made tokens
     prompt_pool.py   the processes that make tokens of prompts; prompt_process.py is what one of them runs
     replies.py       the documents that a client gets
+    stops.py         stop texts, found as the text comes
     translate.py     frames and leases to the core's values, and back
     records.py       sessions are written down, so that another coordinator can go on with them
     continuity.py    other coordinators are watched, and what they leave is taken over

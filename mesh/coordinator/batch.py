@@ -68,7 +68,7 @@ class BatchWorker:
     async def start(self) -> None:
         self._subscription = await self.bus.subscribe(f"{self._inbox}.*", self._on_answer)
         self.bus.spawn(self._store.open(), "durable batches")  # only batches need it, so nothing waits for it
-        self._taker = self.bus.spawn(self._take(), "taking requests of batches")
+        self._taker = self.bus.keep(self._take, "taking requests of batches")
 
     async def stop(self) -> None:
         """Give back the requests that are being worked on. The next coordinator to take one finds its generation under its name."""

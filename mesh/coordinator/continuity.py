@@ -103,7 +103,7 @@ class Continuity:
             await self.bus.subscribe(f"{self._inbox}.*", self._on_probed),
         ]
         self.recorder.start()
-        self._watcher = self.bus.spawn(self._watch(), "watching coordinators")
+        self._watcher = self.bus.keep(self._watch, "watching coordinators")
 
     async def hand_over(self) -> set[str]:
         """Leave every session to any coordinator that takes it. Returns the sessions whose records say so."""

@@ -7,27 +7,40 @@ when its deadline is due, and tells it whether this coordinator is connected.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from mesh.bus import Bus
-from mesh.coordinator.core.events import Connection, Effect, Event, FinishSession, FrameOut, Tick
+from mesh.coordinator.core.events import CancelSession, Connection, Effect, Event, FinishSession, FrameOut, Tick
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.outbox import Outbox
+from mesh.telemetry.seldom import Seldom
 
 __all__ = ["CoreDriver"]
 
+seldom = Seldom(logging.getLogger("mesh.coordinator"))
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+
 
 class CoreDriver:
-    """`carry_out(effects)` does what the core wants done, other than sending frames, and returns the sessions that a stop text has
-    ended; it is set (effects.py) before the first event."""
+    """`carry_out(effects)` does what the core wants done, other than sending frames, and returns the events that follow from it; it is
+    set (effects.py) before the first event. `counters`: `core`, the turns of the core that failed unexpectedly.
+
+    A turn that fails ends the session that it is about, if it is about one. The core goes on with the next event.
+    """
 
     def __init__(self, bus: Bus, core: Core, outbox: Outbox) -> None:
-        self.carry_out: Callable[[list[Effect]], list[str]]
+        self.carry_out: Callable[[list[Effect]], list[CancelSession | FinishSession]]
+        self.counters: Counter[str] = Counter()
         self._bus = bus
         self._core = core
         self._outbox = outbox
         self._frozen = False
+        self._pause_s = 0.0  # before the next tick, after turns that failed
         self._timer: asyncio.Handle | None = None
         self._timer_at = 0.0
         self._connected_at = float("-inf")
@@ -66,20 +79,29 @@ class CoreDriver:
         if self._frozen:
             return
         now = time.monotonic()
-        effects = self._core.handle(event, now)
+        try:
+            effects = self._core.handle(event, now)
+            self._pause_s = 0.0
+        except Exception as error:
+            self.counters["core"] += 1
+            seldom.error(f"a defect of the core at {type(event).__name__}", error)
+            self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            effects = self._core.after_defect(event, error)
         self._outbox.frames(effect for effect in effects if isinstance(effect, FrameOut))
         self._outbox.send_now()
         if frames_sent is not None:
             frames_sent()
-        stopped = self.carry_out(effects)
+        following = self.carry_out(effects)
         self._arm(now)
         self._outbox.send_now()
-        for session in stopped:
-            self._apply(FinishSession(session))
+        for each in following:
+            self._apply(each)
 
     def _arm(self, now: float) -> None:
         """Have the core called at its deadline. A timer that is too early is left as it is: the core then gives a new deadline."""
         due = self._core.deadline()
+        if due is not None:
+            due = max(due, now + self._pause_s)
         if due is None or (self._timer is not None and self._timer_at <= due):
             return
         if self._timer is not None:

@@ -27,10 +27,10 @@ from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.records import digest_of, new_epoch
 from mesh.coordinator.replies import Job
-from mesh.coordinator.requests import prepare
+from mesh.coordinator.requests import Requests
 from mesh.coordinator.trace import Traces
 from mesh.coordinator.translate import event_of
-from mesh.errors import BadRequest, Busy, FrameRejected, MeshError
+from mesh.errors import BadRequest, FrameRejected, MeshError
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import frame_codec, generation, subjects, topics
@@ -48,8 +48,7 @@ reconnecting too."""
 
 
 class Intake:
-    """`name` is this coordinator's. `most_preparing`: requests that may be tokenized or looked up at once. `rejected` counts the answer
-    frames that were refused, by reason."""
+    """`name` is this coordinator's. `rejected` counts the answer frames that were refused, by reason."""
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class Intake:
         name: str,
         manifest: Manifest,
         tokenizer: Tokenizer | None,
-        most_preparing: int,
+        requests: Requests,
     ) -> None:
         self.rejected: Counter[str] = Counter()
         self._bus = bus
@@ -79,8 +78,7 @@ class Intake:
         self._name = name
         self._manifest = manifest
         self._tokenizer = tokenizer
-        self._most_preparing = most_preparing
-        self._preparing = 0
+        self._requests = requests
         self._subscriptions: list[Subscription] = []
 
     async def start(self) -> None:
@@ -104,22 +102,21 @@ class Intake:
     async def on_generate(self, received: Received, *, direct: bool = False) -> None:
         """Take a request. Its answer comes later, from outbox.py; an error that is raised here is the answer. `direct`: another
         coordinator passed it on, which believes that the session is here."""
-        message = topics.GENERATE.parse(received.data)
+        message = self._requests.parse(received.data)
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
         id, digest = message.session or secrets.token_hex(12), digest_of(message)
         if await self._known(id, digest, message, received.reply):
             return
-        if self._preparing >= self._most_preparing:
-            raise Busy("too many requests arrive at once: try again in 1 s", retry_after_s=1.0)
-        self._preparing += 1
+        size = len(received.data)
+        self._requests.enter(size)
         try:
             may_be_known = message.session is not None and message.attempt != 0
             if may_be_known and await self._continuity.find(id, digest, message, received.reply, direct=direct):
                 return
-            request = await prepare(message, id, self._manifest, self._tokenizer)
+            request = await self._requests.prepare(message, id)
         finally:
-            self._preparing -= 1
+            self._requests.leave(size)
         if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster
             return
         self._jobs.require_room(request)

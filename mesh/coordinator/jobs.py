@@ -15,7 +15,7 @@ from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.records import SessionRecord
 from mesh.coordinator.replies import Job
-from mesh.coordinator.requests import prepare
+from mesh.coordinator.requests import Requests
 from mesh.errors import Busy, MeshError
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ class Jobs:
         *,
         manifest: Manifest,
         tokenizer: Tokenizer | None,
+        requests: Requests,
         pool_bytes: int | None,
     ) -> None:
         self.table = table
@@ -50,6 +51,7 @@ class Jobs:
         self._outbox = outbox
         self._manifest = manifest
         self._tokenizer = tokenizer
+        self._requests = requests
         self._pool_bytes = pool_bytes
         self._answers: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # session -> (digest, last document)
 
@@ -102,7 +104,7 @@ class Jobs:
                 given = asked.given
         message = message.model_copy(update={"given": given, "session": record.session})
         try:
-            request = await prepare(message, record.session, self._manifest, self._tokenizer)
+            request = await self._requests.prepare(message, record.session)
         except MeshError as error:
             self._outbox.error(reply, error, record.epoch)
             await self._outbox.send()

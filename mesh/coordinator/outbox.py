@@ -24,14 +24,16 @@ from mesh.bus.connection import reply_error
 from mesh.coordinator.core.events import FrameOut
 from mesh.coordinator.replies import Job
 from mesh.coordinator.translate import frame_of
-from mesh.errors import MeshError
+from mesh.errors import MeshError, internal_error
 from mesh.protocol import frame_codec, topics
 from mesh.protocol.frame_codec import Flags
 from mesh.protocol.headers import EPOCH_HEADER
+from mesh.telemetry.seldom import Seldom
 
 __all__ = ["Outbox"]
 
 log = logging.getLogger("mesh.coordinator")
+seldom = Seldom(log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ class _Clock(Protocol):
 class Outbox:
     """`name` is this coordinator's name, `instance` its process: shards know it by that alone, so that two coordinators of one name do not
     meet there. `flags`: how hidden states travel. `clock.sent` is called just before a frame is written.
-    `frame_lost` is called with the number of a frame that could not be sent."""
+    `frame_lost` is called with the number of a frame that could not be sent, and with the error that its sessions end with, if they do.
+    `failed`: messages and frames that could not be made."""
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Outbox:
         instance: str,
         flags: Flags,
         clock: _Clock,
-        frame_lost: Callable[[int], None],
+        frame_lost: Callable[[int, MeshError | None], None],
     ) -> None:
         self.bus = bus
         self.unheard = bus.new_inbox()
@@ -76,6 +79,7 @@ class Outbox:
         self._frame_lost = frame_lost
         self._queue: deque[_Outgoing | FrameOut] = deque()
         self._sending = False
+        self.failed = 0
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -117,7 +121,7 @@ class Outbox:
                 if not written and (headers is not None or not self.bus.post(subject, data, reply=reply)):
                     self._queue.appendleft(item)
                     return
-            except MeshError as error:
+            except Exception as error:
                 self._not_sent(item, error)
             else:
                 self._sent(item)
@@ -133,7 +137,7 @@ class Outbox:
                 try:
                     subject, data, reply, headers = self._encoded(item)
                     await self.bus.publish(subject, data, reply=reply, headers=headers)
-                except MeshError as error:
+                except Exception as error:
                     self._not_sent(item, error)
                 else:
                     self._sent(item)
@@ -155,7 +159,14 @@ class Outbox:
             if index == job.delivered:
                 job.delivered += 1
 
-    def _not_sent(self, item: _Outgoing | FrameOut, error: MeshError) -> None:
-        log.warning("%s", error)
+    def _not_sent(self, item: _Outgoing | FrameOut, error: Exception) -> None:
+        """A message that could not be sent is dropped, and a frame is lost. A frame that cannot be made ends its sessions: made again, it
+        would fail again."""
+        expected = isinstance(error, MeshError)
+        if expected:
+            log.warning("%s", error)
+        else:
+            self.failed += 1
+            seldom.error("sending", error)
         if isinstance(item, FrameOut):
-            self._frame_lost(item.frame)
+            self._frame_lost(item.frame, None if expected else internal_error(error))

@@ -30,6 +30,7 @@ log = logging.getLogger("mesh.coordinator")
 
 SHORT_CHARACTERS: Final = 4000
 """A prompt of up to so many characters takes the first lane: a few milliseconds."""
+_LONG_NICE: Final = 10
 _START_S: Final = 60.0
 _MEMORY_BYTES: Final = 2 * 1024**3
 """Of address space; a tokenizer of 150,000 tokens takes some 300 MB of it."""
@@ -38,12 +39,14 @@ _MEMORY_BYTES: Final = 2 * 1024**3
 class PromptPool:
     """Start it with `start`, end it with `stop`. `counters`: prompts, late (ended for their time), died.
 
-    timeout_s: for one prompt. queue_limit: prompts that may wait in each lane.
+    timeout_s: for one prompt. queue_limit, long_limit: short and long prompts that may wait. Long prompts give way to everything else
+    on the machine's processors.
     """
 
-    def __init__(self, directory: Path, *, timeout_s: float = 5.0, queue_limit: int = 256) -> None:
+    def __init__(self, directory: Path, *, timeout_s: float = 5.0, queue_limit: int = 256, long_limit: int = 16) -> None:
         self.counters: Counter[str] = Counter()
-        self._lanes = tuple(_Lane(directory, timeout_s, queue_limit, self.counters) for _ in range(2))
+        short = _Lane(directory, timeout_s, queue_limit, self.counters, nice=0)
+        self._lanes = (short, _Lane(directory, timeout_s, long_limit, self.counters, nice=_LONG_NICE))
 
     async def start(self) -> None:
         """CorruptModel where the tokenizer cannot be read within its limits of time and memory. The lane of long prompts starts with
@@ -64,11 +67,12 @@ class PromptPool:
 class _Lane:
     """One process, and the prompts that wait for it."""
 
-    def __init__(self, directory: Path, timeout_s: float, queue_limit: int, counters: Counter[str]) -> None:
+    def __init__(self, directory: Path, timeout_s: float, queue_limit: int, counters: Counter[str], *, nice: int) -> None:
         self._directory = directory
         self._timeout_s = timeout_s
         self._queue_limit = queue_limit
         self._counters = counters
+        self._nice = nice
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -76,7 +80,7 @@ class _Lane:
         self._waiting = 0
 
     async def start(self) -> None:
-        command = [sys.executable, "-m", "mesh.coordinator.prompt_process", str(self._directory), str(_MEMORY_BYTES)]
+        command = [sys.executable, "-m", "mesh.coordinator.prompt_process", str(self._directory), str(_MEMORY_BYTES), str(self._nice)]
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # threads of its own gain nothing for one text
         ours, theirs = socket.socketpair()
         with theirs:

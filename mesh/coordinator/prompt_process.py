@@ -3,7 +3,7 @@
 A chat template is a program, and a tokenizer.json can ask for any amount of work: both come with the model. In a process of its own
 such work has limits of time and memory, and the coordinator's event loop, which carries everyone's tokens, never waits for it.
 
-    mesh.coordinator.prompt_pool starts it as   python -m mesh.coordinator.prompt_process MODEL_DIR MEMORY_BYTES
+    mesh.coordinator.prompt_pool starts it as   python -m mesh.coordinator.prompt_process MODEL_DIR MEMORY_BYTES NICE
 
 On stdin and stdout, each message is a little-endian uint32 length and that many bytes. The first answer says whether the tokenizer
 was read. Then each request (JSON: prompt, messages, raw) has one answer: one byte, TOKENS followed by int32 ids, or ERROR followed by
@@ -12,6 +12,7 @@ the JSON of a protocol ErrorReply.
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from collections.abc import Mapping
@@ -92,6 +93,8 @@ def main() -> int:
     """Answer until stdin ends."""
     die_with_parent()
     directory, limit_bytes = Path(sys.argv[1]), int(sys.argv[2])
+    if hasattr(os, "nice"):
+        os.nice(int(sys.argv[3]))
     _limit_memory(limit_bytes)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:

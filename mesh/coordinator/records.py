@@ -34,11 +34,13 @@ from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
 from mesh.protocol import subjects
 from mesh.protocol.generation import Generate
-from mesh.protocol.message import AnswerEpoch, Message, Natural, Token, TokenId
+from mesh.protocol.message import AnswerEpoch, Label, Message, Natural, Subject, Token, TokenIds
+from mesh.telemetry.seldom import Seldom
 
 __all__ = ["Recorder", "SessionRecord", "digest_of", "new_epoch", "sessions_bucket"]
 
 log = logging.getLogger("mesh.coordinator")
+seldom = Seldom(log)
 
 EVERY_S: Final = 0.5
 RECORDS_PER_S: Final = 32
@@ -52,6 +54,7 @@ WRITERS: Final = 8
 WAITING: Final = 8192
 _TTL_S: Final = 150.0
 _MAX_BYTES: Final = 256 * 1024 * 1024
+_MAX_RECORD: Final = 1024 * 1024  # bytes
 _HEADERS_BYTES: Final = 1024
 _PAUSE_S: Final = 1.0  # after a write that failed
 
@@ -61,18 +64,18 @@ class SessionRecord(Message):
     coordinator that has the session; None: any coordinator may take it. given: the tokens generated so far. told: how many of them were
     delivered. answer: the last document of a session that has ended."""
 
-    limit_bytes: ClassVar[int] = 1024 * 1024
+    limit_bytes: ClassVar[int] = _MAX_RECORD
 
     session: Token
     model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     owner: Token | None
     epoch: AnswerEpoch
-    digest: str
+    digest: Label
     message: Generate
-    reply: str
-    given: tuple[TokenId, ...] = ()
+    reply: Subject
+    given: TokenIds = ()
     told: Natural = 0
-    answer: str | None = None
+    answer: Annotated[str, Field(max_length=_MAX_RECORD)] | None = None
 
 
 def sessions_bucket(bus: Bus) -> Bucket:
@@ -127,7 +130,7 @@ class Recorder:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = self.bucket.bus.spawn(self._run(), "session records")
+        self._task = self.bucket.bus.keep(self._run, "session records")
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -191,6 +194,8 @@ class Recorder:
                     written.add(session)
             except MeshError as error:
                 log.warning("handing over session %s: %s", session, error)
+            except Exception as error:  # the others are handed over all the same
+                seldom.error(f"handing over session {session}", error)
 
         try:
             async with asyncio.timeout(timeout_s):
@@ -274,6 +279,11 @@ class Recorder:
                 log.warning("sessions cannot be written down, and are lost if this coordinator dies before they can: %s", error)
             pending.dirty = True
             self._paused_until = time.monotonic() + _PAUSE_S
+        except Exception as error:  # a defect, of this session alone: it goes on, and its record is tried again rarely
+            self.counters["failed"] += 1
+            pending.written_at = time.monotonic()
+            pending.dirty, pending.due_at = True, pending.written_at + REFRESH_S
+            seldom.error(f"session record {session}", error)
         finally:
             pending.writing = False
             self._slots.release()

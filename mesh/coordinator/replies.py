@@ -1,7 +1,4 @@
-"""What one client is told: the documents of its generation (mesh/protocol/stream.py), the text as it becomes whole, stop texts.
-
-A text that might be the beginning of a stop text is held back until it is known not to be.
-"""
+"""What one client is told: the documents of its generation (mesh/protocol/stream.py), the text as it becomes whole."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 
 from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import GenerationRequest
+from mesh.coordinator.stops import StopTexts
 from mesh.model.tokenizer import TextStream, Tokenizer
 from mesh.protocol.generation import Generate
 from mesh.protocol.stream import Accepted, Answer, Finished, Timing, Token, TokenDocument, Usage, Waiting, dump
@@ -70,9 +68,11 @@ class Job:
     tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text each token made readable
-    held: str = ""  # text that may be the beginning of a stop text
-    stopped: bool = False  # a stop text was met
     hops: HopMeter = field(default_factory=HopMeter)
+    stops: StopTexts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stops = StopTexts(self.message.stop)
 
     @classmethod
     def of(
@@ -110,7 +110,7 @@ class Job:
 
     def finished(self, ended: Ended) -> dict[str, Any]:
         """The last document of a stream, and the only one of any other request."""
-        rest = self._release("" if self.text is None else self.text.finish(), end=True)
+        rest = self.stops.push("" if self.text is None else self.text.finish(), end=True)
         self.pieces.append(rest)
         prompt, count = len(self.request.prompt), len(self.tokens)
         steps = [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
@@ -138,13 +138,18 @@ class Job:
         return Finished(answer, rest, self.epoch).document()
 
     @property
+    def stopped(self) -> bool:
+        """Whether a stop text was met."""
+        return self.stops.found
+
+    @property
     def detailed(self) -> bool:
         """Whether log-probabilities were asked for."""
         return self.message.logprobs is not None
 
     def _take(self, token: Token) -> None:
         self.tokens.append(token)
-        self.pieces.append(self._release("" if self.text is None else self.text.push(token.id)))
+        self.pieces.append(self.stops.push("" if self.text is None else self.text.push(token.id)))
 
     def _document(self, index: int) -> bytes:
         token = self.tokens[index]
@@ -158,25 +163,3 @@ class Job:
             return token
         piece = self.tokenizer.piece
         return replace(token, piece=piece(token.id), top_pieces=tuple([piece(id) for id, _ in token.top]))
-
-    def _release(self, piece: str, *, end: bool = False) -> str:
-        """The text that may go to the client now that `piece` has come."""
-        if self.stopped:
-            return ""
-        stops = self.message.stop
-        text = self.held + piece
-        if stops:
-            cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-            if cut is not None:
-                self.stopped, self.held = True, ""
-                text = text[:cut]
-            elif not end:
-                keep = max((_overlap(text, stop) for stop in stops), default=0)
-                self.held = text[len(text) - keep :]
-                text = text[: len(text) - keep]
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`. All of `stop` does not count."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,69 +1,135 @@
-"""A request as it arrives becomes what the core takes: every field is checked, and the prompt is made tokens."""
+"""A request as it arrives becomes what the core takes: every field is checked, and the prompt is made tokens.
+
+What cannot fit into the context is refused before it costs anything: by the size of its message before that is parsed, then by the
+number of its characters, messages or tokens before the prompt is tokenized. The rest is tokenized by prompt_pool.py.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
+from collections.abc import Callable
+from typing import Final
 
 from mesh.coordinator.core.session import GenerationRequest
-from mesh.errors import BadRequest, PromptTooLong
+from mesh.coordinator.prompt_pool import PromptPool
+from mesh.errors import BadRequest, Busy, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
+from mesh.protocol import topics
 from mesh.protocol.generation import Generate
+from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
 
-__all__ = ["prepare"]
+__all__ = ["Requests"]
 
-_INLINE_CHARACTERS = 2000
-"""Longer texts are tokenized in a thread, because the event loop carries the tokens of every client."""
+_CHARACTER_BYTES: Final = 12
+"""Of JSON, at most for a character: two \\uXXXX."""
+_TOKEN_BYTES: Final = 12
+_MESSAGE_BYTES: Final = 64  # beside its content
+_OTHER_BYTES: Final = 64 * 1024 + MAX_STOPS * MAX_STOP_CHARACTERS * _CHARACTER_BYTES
+_MOST_BYTES: Final = 64 * 1024 * 1024
+"""Of all requests that are prepared at once."""
 
 
-async def prepare(message: Generate, id: str, manifest: Manifest, tokenizer: Tokenizer | None) -> GenerationRequest:
-    """Raises BadRequest, with the field, or PromptTooLong. The shard that samples checks the ranges of the sampling fields."""
-    if message.tokens is not None:
-        tokens, field = list(message.tokens), "tokens"
-    else:
-        field = "prompt" if message.prompt is not None else "messages"
-        if tokenizer is None:
-            raise BadRequest(f"{manifest.name} has no tokenizer: send token ids as `tokens`", field=field)
-        size = len(message.prompt or "") + sum(len(part.content) for part in message.messages or ())
-        if size > _INLINE_CHARACTERS:
-            tokens = await asyncio.to_thread(_tokenize, message, tokenizer)
+class Requests:
+    """`context()`: the most positions that a session can have now; None: as many as the model has. `most_preparing`: requests that may be
+    prepared at once."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer | None,
+        pool: PromptPool | None,
+        *,
+        context: Callable[[], int | None] = lambda: None,
+        most_preparing: int = 256,
+    ) -> None:
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._pool = pool
+        self._context = context
+        self._most_preparing = most_preparing
+        self._preparing = 0
+        self._preparing_bytes = 0
+
+    @property
+    def context(self) -> int:
+        now = self._context()
+        return self._manifest.context_length if now is None else min(now, self._manifest.context_length)
+
+    @property
+    def max_prompt_characters(self) -> int | None:
+        """A longer prompt does not fit, whatever it says. None: the model has no tokenizer."""
+        return None if self._tokenizer is None else self.context * self._tokenizer.characters_per_token
+
+    def parse(self, data: bytes) -> Generate:
+        """The request in `data`. PromptTooLong where it cannot fit, unread where its size alone says so."""
+        context, characters = self.context, self.max_prompt_characters or 0
+        most = _OTHER_BYTES + characters * _CHARACTER_BYTES + context * (2 * _TOKEN_BYTES + _MESSAGE_BYTES)
+        if most < len(data) <= Generate.limit_bytes:
+            raise _too_long(f"the request has {len(data):,} bytes", f"no request that fits has more than {most:,}", context)
+        message = topics.GENERATE.parse(data)
+        if message.tokens is not None:
+            self._require_tokens(len(message.tokens), message.max_tokens)
+        elif self._tokenizer is not None:
+            size = len(message.prompt or "") + sum(len(part.content) for part in message.messages or ())
+            if size > characters:
+                raise _too_long(f"the prompt has {size:,} characters", f"no prompt that fits has more than {characters:,}", context)
+            if len(message.messages or ()) > context:
+                raise _too_long(f"there are {len(message.messages or ()):,} messages", "each takes a token at least", context)
+        return message
+
+    def enter(self, size_bytes: int) -> None:
+        """Count a request of so many bytes among those that are prepared, until `leave`. Busy: there are too many."""
+        if self._preparing >= self._most_preparing or (self._preparing and self._preparing_bytes + size_bytes > _MOST_BYTES):
+            raise Busy("too many requests arrive at once: try again in 1 s", retry_after_s=1.0)
+        self._preparing += 1
+        self._preparing_bytes += size_bytes
+
+    def leave(self, size_bytes: int) -> None:
+        self._preparing -= 1
+        self._preparing_bytes -= size_bytes
+
+    async def prepare(self, message: Generate, id: str) -> GenerationRequest:
+        """Raises BadRequest, with the field, PromptTooLong, or Busy. The shard that samples checks the ranges of the sampling fields."""
+        manifest, tokenizer = self._manifest, self._tokenizer
+        if message.tokens is not None:
+            tokens, field = list(message.tokens), "tokens"
         else:
-            tokens = _tokenize(message, tokenizer)
-    if not tokens:
-        raise BadRequest("the prompt is empty: give at least one token", field=field)
-    bad = next((token for token in tokens if token >= manifest.vocab_size), None)
-    if bad is not None:
-        raise BadRequest(f"token {bad} is not in the vocabulary: ids are 0 to {manifest.vocab_size - 1}", field=field)
-    if len(tokens) + message.max_tokens > manifest.context_length:
-        raise PromptTooLong(
-            f"the prompt has {len(tokens)} tokens and {message.max_tokens} more are asked for, but the context is "
-            f"{manifest.context_length}: shorten the prompt or ask for fewer with max_tokens",
-            tokens=len(tokens),
-            limit=max(manifest.context_length - message.max_tokens, 0),
-        )
-    if len(message.given) > message.max_tokens or any(token >= manifest.vocab_size for token in message.given):
-        raise BadRequest(
-            "given is not a beginning of this request's answer: give the tokens that it was answered with, or none", field="given"
-        )
-    if message.stop and tokenizer is None:
-        raise BadRequest("stop texts need a tokenizer, and this model has none", field="stop")
-    if any(not text for text in message.stop):
-        raise BadRequest("a stop text is empty: give at least one character, or leave it out", field="stop")
-    stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
-    sampling = message.sampling(seed=secrets.randbits(62))
-    # the log probabilities of a prefix are not known, so with them everything is computed again
-    prefix = message.given if message.logprobs is None else ()
-    return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix)
+            field = "prompt" if message.prompt is not None else "messages"
+            if self._pool is None:
+                raise BadRequest(f"{manifest.name} has no tokenizer: send token ids as `tokens`", field=field)
+            messages = None if message.messages is None else [part.model_dump() for part in message.messages]
+            tokens = await self._pool.tokenize(prompt=message.prompt, messages=messages, raw=message.raw)
+        if not tokens:
+            raise BadRequest("the prompt is empty: give at least one token", field=field)
+        if max(tokens) >= manifest.vocab_size:
+            bad = next(token for token in tokens if token >= manifest.vocab_size)
+            raise BadRequest(f"token {bad} is not in the vocabulary: ids are 0 to {manifest.vocab_size - 1}", field=field)
+        self._require_tokens(len(tokens), message.max_tokens)
+        if len(message.given) > message.max_tokens or max(message.given, default=0) >= manifest.vocab_size:
+            raise BadRequest(
+                "given is not a beginning of this request's answer: give the tokens that it was answered with, or none", field="given"
+            )
+        if message.stop and tokenizer is None:
+            raise BadRequest("stop texts need a tokenizer, and this model has none", field="stop")
+        if any(not text for text in message.stop):
+            raise BadRequest("a stop text is empty: give at least one character, or leave it out", field="stop")
+        stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
+        sampling = message.sampling(seed=secrets.randbits(62))
+        # the log probabilities of a prefix are not known, so with them everything is computed again
+        prefix = message.given if message.logprobs is None else ()
+        return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix)
+
+    def _require_tokens(self, count: int, max_tokens: int) -> None:
+        context = self._manifest.context_length
+        if count + max_tokens > context:
+            raise PromptTooLong(
+                f"the prompt has {count} tokens and {max_tokens} more are asked for, but the context is "
+                f"{context}: shorten the prompt or ask for fewer with max_tokens",
+                tokens=count,
+                limit=max(context - max_tokens, 0),
+            )
 
 
-def _tokenize(message: Generate, tokenizer: Tokenizer) -> list[int]:
-    if message.messages is not None:
-        if not message.messages:
-            raise BadRequest("messages is empty: give at least one", field="messages")
-        chat = [part.model_dump() for part in message.messages]
-        return tokenizer.encode(tokenizer.apply_chat_template(chat), add_special=False)
-    assert message.prompt is not None
-    if tokenizer.has_chat_template and not message.raw:
-        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": message.prompt}]), add_special=False)
-    return tokenizer.encode(message.prompt)
+def _too_long(what: str, most: str, context: int) -> PromptTooLong:
+    return PromptTooLong(f"{what}, but the context is {context} tokens, and {most}: shorten it", tokens=context + 1, limit=context)

@@ -29,7 +29,9 @@ from mesh.coordinator.intake import Intake
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.outbox import Outbox
+from mesh.coordinator.prompt_pool import PromptPool
 from mesh.coordinator.replies import Job
+from mesh.coordinator.requests import Requests
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import SHOWN_SESSIONS, Traces
 from mesh.errors import MeshError, Unavailable
@@ -86,6 +88,7 @@ class Coordinator:
         self.name = subjects.check_token(options.name or f"c-{secrets.token_hex(4)}", "name")
         self.manifest = Manifest.load(options.model)
         self.tokenizer = Tokenizer.load(options.model) if self.manifest.tokenizer is not None else None
+        self.prompts = PromptPool(options.model) if self.tokenizer is not None else None
         self.ready = asyncio.Event()
         self.http_url: str | None = None
         self._stop = asyncio.Event()
@@ -94,6 +97,9 @@ class Coordinator:
         config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
         self.core = Core(config, Random(secrets.randbits(64)))
         instance = new_instance()
+        self.requests = Requests(
+            self.manifest, self.tokenizer, self.prompts, context=self._context, most_preparing=max(options.queue_limit, 1)
+        )
         jobs: dict[str, Job] = {}
         self.traces = Traces()
         self.meter = StepMeter(self.traces, jobs.get)
@@ -105,7 +111,7 @@ class Coordinator:
             instance=instance,
             flags=options.flags,
             clock=self.meter,
-            frame_lost=lambda frame: self.driver.handle_soon(FrameLost(frame), "frame lost"),
+            frame_lost=lambda frame, error: self.driver.handle_soon(FrameLost(frame, error=error), "frame lost"),
         )
         self.driver = CoreDriver(bus, self.core, self.outbox)
         self.jobs = Jobs(
@@ -115,6 +121,7 @@ class Coordinator:
             self.outbox,
             manifest=self.manifest,
             tokenizer=self.tokenizer,
+            requests=self.requests,
             pool_bytes=options.pool_bytes,
         )
         self.shards = Shards(
@@ -141,8 +148,8 @@ class Coordinator:
             random=Random(secrets.randbits(64)),
             announce=self._announce_soon,
         )
-        effects = Effects(bus, self.jobs, self.outbox, self.shards, self.continuity, self.traces, self._announce_soon)
-        self.driver.carry_out = effects.carry_out
+        self.effects = Effects(bus, self.jobs, self.outbox, self.shards, self.continuity, self.traces, self._announce_soon)
+        self.driver.carry_out = self.effects.carry_out
         self.intake = Intake(
             bus,
             self.core,
@@ -155,7 +162,7 @@ class Coordinator:
             name=self.name,
             manifest=self.manifest,
             tokenizer=self.tokenizer,
-            most_preparing=options.queue_limit,
+            requests=self.requests,
         )
         self._events = EventLog(bus)
         self.batches = BatchWorker(bus, self.core, model, self.continuity.instance)
@@ -166,11 +173,13 @@ class Coordinator:
         model = self.manifest.name
         heartbeats: asyncio.Task[Any] | None = None
         try:
+            if self.prompts is not None:
+                await self.prompts.start()
             await self.intake.start()
             await self.shards.start()
             await keep_events(self._events)
             await self.continuity.start()
-            heartbeats = self.bus.spawn(self._send_heartbeats(), "heartbeats")  # not before: the others answer them
+            heartbeats = self.bus.keep(self._send_heartbeats, "heartbeats")  # not before: the others answer them
             self._service = await Service.start(
                 self.bus,
                 name=SERVICE_NAME,
@@ -211,6 +220,7 @@ class Coordinator:
             model=self.manifest.name,
             vocab_size=self.manifest.vocab_size,
             context=load.context,
+            max_prompt_characters=self.requests.max_prompt_characters,
             live=load.live,
             queued=load.queued,
             capacity=load.capacity,
@@ -222,12 +232,23 @@ class Coordinator:
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
             remade={"sessions": self.continuity.recorder.bucket.remade, "events": self._events.remade, "batches": self.batches.remade},
+            errors=self._errors(),
+            prompts={} if self.prompts is None else dict(self.prompts.counters),
             expected=None if expected is None else expected.as_dict(self.core.replicas()),
             hops=Hops.model_validate(self.meter.hops.as_dict()),
             sessions=sessions,
             recent=recent,
             **self.core.counts(),
         )
+
+    def _context(self) -> int | None:
+        return self.core.load(time.monotonic()).context
+
+    def _errors(self) -> dict[str, int]:
+        """What failed unexpectedly, by where."""
+        bus = self.bus.counters
+        counts = {"tasks": bus["task_failures"], "handlers": bus["handler_errors"], "outbox": self.outbox.failed}
+        return counts | self.effects.counters | self.driver.counters
 
     async def _leave(self) -> None:
         if self._service is not None:
@@ -247,6 +268,8 @@ class Coordinator:
         self.driver.stop()
         await self.shards.stop()
         await self.intake.stop()
+        if self.prompts is not None:
+            await self.prompts.stop()
 
     async def _send_heartbeats(self) -> None:
         """By these, shards know whose rows to keep. A client whose request waits is told so, which also shows whether it still listens."""

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 from mesh.coordinator.core.events import Ended, FrameOut
 from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import SessionView
+from mesh.protocol.documents import short
 from mesh.protocol.frame_codec import StageTiming
+from mesh.protocol.message import MAX_LINE
 from mesh.protocol.status import SessionReport
 
 __all__ = ["SHOWN_SESSIONS", "Trace", "Traces"]
@@ -228,5 +230,5 @@ def _over(trace: Trace) -> SessionReport:
         total_s=ended.total_s,
         restarts=ended.restarts,
         began_unix_s=trace.began_unix_s,
-        error=None if ended.error is None else str(ended.error),
+        error=None if ended.error is None else short(str(ended.error), MAX_LINE),
     )

@@ -85,14 +85,14 @@ async def progress(
 async def _submit(gateway: Gateway, caller: Caller, body: BatchRequest, models: set[str]) -> BatchStatus:
     if len(models) > 1:
         raise BadRequest(f"requests are for {', '.join(sorted(models))}: a batch that is kept is for one model", field="requests")
-    made = []
+    model, made = models.pop(), []
     for item in body.requests:
         fields = item.generate_fields()
         fields.setdefault("max_tokens", _KEPT_MAX_TOKENS)
-        check_length(fields, gateway.settings.limits)
+        check_length(fields, gateway.settings.limits, gateway.models.max_prompt_characters(model))
         made.append(fields)
     caller.charge(sum(fields["max_tokens"] for fields in made), requests=len(made))
-    return await gateway.client.submit_batch(made, id=_mark(caller) + secrets.token_hex(12), model=models.pop())
+    return await gateway.client.submit_batch(made, id=_mark(caller) + secrets.token_hex(12), model=model)
 
 
 async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, models: list[str], request: Request) -> Response:

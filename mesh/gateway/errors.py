@@ -64,15 +64,15 @@ class HttpError(MeshError):
 
 
 class BodyRefused(HTTPException):
-    """Carries an HttpError through code that lets only starlette's exceptions pass."""
+    """Carries an error of a body through code that lets only starlette's exceptions pass."""
 
-    def __init__(self, error: HttpError) -> None:
-        super().__init__(error.status, str(error))
+    def __init__(self, error: MeshError) -> None:
+        super().__init__(status_of(error), str(error))
         self.error = error
 
 
-def from_http(error: HTTPException) -> HttpError:
-    """The HttpError of an error that starlette raised: no such path, no such method."""
+def from_http(error: HTTPException) -> MeshError:
+    """Our error for one that starlette raised: no such path, no such method."""
     if isinstance(error, BodyRefused):
         return error.error
     known: dict[int, tuple[str, str]] = {

@@ -48,7 +48,7 @@ class HttpGeneration:
         self._given = fields.get("max_tokens") is not None
         if not self._given:
             self._fields["max_tokens"] = gateway.settings.limits.default_max_tokens
-        check_length(self._fields, gateway.settings.limits)
+        check_length(self._fields, gateway.settings.limits, gateway.models.max_prompt_characters(model))
         self.request = ""
         self.completion: Completion | None = None
 
@@ -101,8 +101,9 @@ class HttpGeneration:
         return context - error.tokens if context is not None and context > error.tokens else None
 
 
-def check_length(fields: Mapping[str, Any], limits: Limits) -> None:
-    """Refuse a prompt with more characters than a coordinator should tokenize. The coordinator itself checks the context, in tokens."""
+def check_length(fields: Mapping[str, Any], limits: Limits, most_characters: int | None) -> None:
+    """Refuse a prompt with more characters than a coordinator should tokenize. The coordinator itself checks the context, in tokens.
+    PromptTooLong: the prompt has more than `most_characters`, which is the most that can fit."""
     for name in ("prompt", "messages", "tokens"):
         value = fields.get(name)
         if value is None:
@@ -111,3 +112,9 @@ def check_length(fields: Mapping[str, Any], limits: Limits) -> None:
         if size > limits.max_prompt_chars:
             unit = "ids" if name == "tokens" else "characters"
             raise BadRequest(f"{name} has {size:,} {unit}: at most {limits.max_prompt_chars:,} are taken", field=name)
+        if most_characters is not None and name != "tokens" and size > most_characters:
+            raise PromptTooLong(
+                f"{name} has {size:,} characters: no prompt of more than {most_characters:,} fits the model's context: shorten it",
+                tokens=size,
+                limit=most_characters,
+            )

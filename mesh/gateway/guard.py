@@ -1,4 +1,5 @@
-"""Routes that need a scope. It is checked before the request's body is read."""
+"""Routes that need a scope, which is checked before the request's body is read, and bodies that are read within bounds
+(mesh/protocol/documents.py)."""
 
 from __future__ import annotations
 
@@ -7,16 +8,33 @@ from typing import Any, ClassVar
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mesh.errors import BadRequest, MessageRejected
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import gateway_of
+from mesh.gateway.errors import BodyRefused
+from mesh.protocol import documents
 
 __all__ = ["SCOPE_KEY", "caller_of", "guarded"]
 
 SCOPE_KEY = "x-scope"
 """The key in an operation's OpenAPI description that names the scope it needs."""
+
+
+class _Bounded(Request):
+    """A request whose JSON is bounded before FastAPI checks it: keys, lengths of lists, parts."""
+
+    model: type[BaseModel]
+
+    async def json(self) -> Any:
+        data = await self.body()
+        try:
+            return documents.read(self.model, data, limit_bytes=len(data))  # the edge has bounded the bytes
+        except MessageRejected as error:
+            raise BodyRefused(BadRequest(str(error), field=error.field)) from None
 
 
 class Guarded(APIRoute):
@@ -35,6 +53,10 @@ class Guarded(APIRoute):
             request.state.caller = caller
             if not gate.open:
                 request.state.note = f" {caller.name!r}"
+            model = None if self.body_field is None else self.body_field.field_info.annotation
+            if isinstance(model, type) and issubclass(model, BaseModel):
+                request = _Bounded(request.scope, request.receive)
+                request.model = model
             return await inner(request)
 
         return handle

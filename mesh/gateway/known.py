@@ -18,10 +18,12 @@ _LIST_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """context: the most positions that a session may have now. None: some layer range has no shard."""
+    """context: the most positions that a session may have now. None: some layer range has no shard. max_prompt_characters: a longer prompt
+    does not fit. None: not known."""
 
     name: str
     context: int | None
+    max_prompt_characters: int | None
     first_seen_unix_s: float
 
 
@@ -60,6 +62,11 @@ class KnownModels:
         known = self._known.get(name)
         return None if known is None else known.context
 
+    def max_prompt_characters(self, name: str) -> int | None:
+        """A longer prompt does not fit, as the coordinators said last; None: not known."""
+        known = self._known.get(name)
+        return None if known is None else known.max_prompt_characters
+
     async def all(self) -> list[KnownModel]:
         await self._refresh(_LIST_S)
         return sorted(self._known.values(), key=lambda model: model.name)
@@ -69,12 +76,15 @@ class KnownModels:
         now = time.time()
         known: dict[str, KnownModel] = {}
         for coordinator in coordinators:
-            name, context = coordinator.model, coordinator.stats.context
+            name, context, characters = coordinator.model, coordinator.stats.context, coordinator.stats.max_prompt_characters
             before = known.get(name)
             if before is not None and before.context is not None:
                 context = max(before.context, context or 0)
+            if before is not None:
+                both = (before.max_prompt_characters, characters)
+                characters = None if None in both else max(each for each in both if each is not None)
             first = self._known[name].first_seen_unix_s if name in self._known else now
-            known[name] = KnownModel(name, context, first)
+            known[name] = KnownModel(name, context, characters, first)
         self._known = known
         self._asked = time.monotonic()
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from mesh.gateway.bodies import RequestBody, ResponseBody, Usage
+from mesh.protocol.generation import MAX_MESSAGES, Text
+from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
 ]
 
 _MAX_INT = 2**31 - 1
+MAX_PROMPTS = 2048  # of one completion request, as OpenAI has it; max_choices is a tighter bound
 Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
-Text = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_INT)]], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class StreamOptions(RequestBody):
@@ -31,17 +35,17 @@ class StreamOptions(RequestBody):
 
 class TextPart(RequestBody):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(RequestBody):
     """`content` is a text or parts of one. The role developer means system."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    tool_call_id: str | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    name: Label | None = None
+    refusal: Text | None = None
+    tool_call_id: Label | None = None
 
     @property
     def text(self) -> str:
@@ -77,14 +81,14 @@ class Common(SamplingFields, RequestBody):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    model: str
+    model: Label
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
     max_tokens: Positive | None = None
-    user: str | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: Label | None = None
+    logit_bias: Annotated[dict[Label, float], Field(max_length=0)] | None = None
     ignore_eos: bool | None = None
 
     @model_validator(mode="before")
@@ -109,19 +113,19 @@ class Common(SamplingFields, RequestBody):
 
 
 class ChatRequest(Common):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[Label, Annotated[str, Field(max_length=1000)]], Field(max_length=64)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    reasoning_effort: str | None = None
-    modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Label | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=16, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
@@ -137,7 +141,12 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     """`prompt`: a text, several texts, token ids, or several lists of token ids. It is used as it is, without a chat template."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | list[list[Annotated[int, Field(ge=0, le=_MAX_INT)]]]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    )
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: Literal[False] | None = None
     suffix: None = None

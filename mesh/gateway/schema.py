@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mesh.gateway.bodies import RequestBody, ResponseBody, Usage
+from mesh.protocol.batches import MAX_BATCH
+from mesh.protocol.generation import MAX_MESSAGES, Text
+from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOKENS, Label
 from mesh.protocol.sampling import SamplingFields
 
 __all__ = [
@@ -25,29 +28,31 @@ __all__ = [
 ]
 
 _MAX_INT = 2**31 - 1
+TokenId = Annotated[int, Field(ge=0, le=_MAX_INT)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class ChatMessage(RequestBody):
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: Text
 
 
 class Sampling(SamplingFields, RequestBody):
     """How tokens are chosen, and when the answer ends."""
 
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_INT)] | None = None
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
+    stop: list[StopText] = Field(default_factory=list, max_length=MAX_STOPS, fail_fast=True)
     ignore_eos: bool = False
 
 
 class InferenceItem(Sampling):
     """Exactly one of prompt, messages and tokens. `raw`: no chat template around the prompt."""
 
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)] | None = None
     raw: bool = False
-    model: str | None = None
+    model: Label | None = None
 
     def generate_fields(self) -> dict[str, Any]:
         """For mesh.client."""
@@ -63,7 +68,7 @@ class InferenceRequest(InferenceItem):
 class BatchRequest(RequestBody):
     """Many requests, answered together, in their order; with `async` kept in the mesh, and answered when they are asked for."""
 
-    requests: Annotated[list[InferenceItem], Field(min_length=1, max_length=10_000)]
+    requests: Annotated[list[InferenceItem], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
     kept: Annotated[bool, Field(alias="async")] = False
 
 

@@ -20,6 +20,10 @@ from mesh.model.manifest import Manifest, TokenizerInfo
 
 __all__ = ["TextStream", "Tokenizer"]
 
+_NORMALIZED = 4
+_WINDOW = 8
+"""Tokens whose text is waited for. A character takes at most 4 tokens, since it takes at most 4 bytes."""
+_CHARACTER_TOKENS = 4
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character, or none yet
 
 
@@ -30,6 +34,7 @@ class Tokenizer:
         self._backend = backend
         self.info = info
         self._template = _compile(chat_template) if chat_template else None
+        self._longest = max(map(len, backend.get_vocab()), default=1)
         self._anchor = self.encode("a", add_special=False)[-1:]  # some token: a text's first one may be decoded differently
 
     @classmethod
@@ -52,6 +57,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size())
+
+    @property
+    def characters_per_token(self) -> int:
+        """The most characters of a text that one token can stand for. What normalizes text may drop or join some of them."""
+        return self._longest * (1 if self._backend.normalizer is None else _NORMALIZED)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of `text`. `add_special`: with a leading bos where the model wants one (a chat prompt already has one)."""
@@ -100,7 +110,11 @@ class Tokenizer:
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except MemoryError:
+            raise BadRequest("the chat template needs too much memory for these messages", field="messages") from None
+        except RecursionError:
+            raise BadRequest("the chat template nests too deeply for these messages", field="messages") from None
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise BadRequest(f"the chat template refuses these messages: {error}", field="messages") from None
 
     def _text_of(self, id: int | None) -> str:
@@ -110,7 +124,8 @@ class Tokenizer:
 class TextStream:
     """Decodes tokens as they come. What `push` and `finish` return, joined, is the text; no character is ever split.
 
-    Tokens are decoded together with the few before them, because a token's text can depend on these (leading spaces).
+    Tokens are decoded together with the few before them, because a token's text can depend on these (leading spaces). The work for a
+    token is bounded: where _WINDOW tokens have brought no text, all but the last few are taken as they are.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -123,15 +138,27 @@ class TextStream:
         """The text that `id` completes; empty while a character is incomplete."""
         self._ids.append(id)
         text = self._text(self._ids)
-        if text.endswith(REPLACEMENT):
-            return ""
-        return self._emit(text)
+        fresh = "" if text.endswith(REPLACEMENT) else self._emit(text, len(self._ids))
+        if len(self._ids) - self._context > _WINDOW:
+            fresh = self._shorten(text)
+        return fresh
 
     def finish(self) -> str:
         """The text that is left at the end: incomplete bytes become U+FFFD."""
-        return self._emit(self._text(self._ids))
+        return self._emit(self._text(self._ids), len(self._ids))
 
-    def _emit(self, text: str) -> str:
+    def _shorten(self, text: str) -> str:
+        """Give out the text of the oldest tokens, up to where no character can go on; drop them where they have none."""
+        ids, most = self._ids, len(self._ids)
+        cuts = range(most - _CHARACTER_TOKENS, most)
+        cut = next((at for at in cuts if self._text(ids[:at]) + self._text(ids[at:]) == text), most)
+        fresh = self._emit(self._text(ids[:cut]), cut)
+        if not fresh:
+            del ids[self._context : cut]
+        return fresh
+
+    def _emit(self, text: str, end: int) -> str:
+        """The text that the tokens before `end` have brought. `text` is theirs and the context's."""
         before = self._text(self._ids[: self._context])
         if not text.startswith(before):  # a decoder that rewrites what precedes: nothing of it can be taken back
             before = text[: len(before)]
@@ -139,7 +166,7 @@ class TextStream:
         if fresh:
             # what has been given out becomes the context, and the context before that is no longer needed
             self._ids = self._ids[self._context :]
-            self._context = len(self._ids)
+            self._context = end - self._context
         return fresh
 
     def _text(self, ids: list[int]) -> str:

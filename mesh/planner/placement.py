@@ -14,6 +14,7 @@ from mesh.types import LayerRange
 
 __all__ = ["Node", "PlacedRange", "PlacedShard", "Placement", "Remedy", "Strategy"]
 
+_MOST_BYTES = 16 * 1024 * 1024
 Strategy = Literal["even", "explicit", "weighted"]
 
 
@@ -153,10 +154,14 @@ class Placement(_Strict):
     def load(cls, path: Path) -> Placement:
         """Read `placement.json`. ConfigError: it is missing or wrong."""
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            with Path(path).open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
+            if len(data) > _MOST_BYTES:
+                raise ConfigError(f"{path} has more than {_MOST_BYTES:,} bytes, which no placement needs")
+            return cls.model_validate_json(data)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}: make it with `mesh shard-model --config distributed_config.json`") from None
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the document"
             raise ConfigError(f"{path}: {where}: {first['msg']}; make it again with `mesh shard-model`") from None

@@ -2,6 +2,7 @@
 
 subjects      names: versions, tokens, buckets, streams, queue groups
 topics        which subject carries which message, and who listens
+documents     JSON from outside, bounded before it is checked
 message       Message, the base of all JSON messages, and the types that several share
 sampling      the sampling parameters, stated once for every API
 generation    what a client asks of a coordinator

@@ -8,11 +8,12 @@ from pydantic import Field
 
 from mesh.protocol.failures import ErrorReply
 from mesh.protocol.generation import Generate
-from mesh.protocol.message import Message, Natural
+from mesh.protocol.message import Label, Message, Natural
 
 __all__ = ["MAX_BATCH", "BatchId", "BatchItem", "BatchQuery", "BatchResults", "BatchState", "BatchStatus", "BatchSubmit"]
 
 MAX_BATCH = 10_000
+MAX_RESULTS = 1000
 BatchId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")]
 BatchState = Literal["queued", "running", "done", "failed"]
 
@@ -22,7 +23,7 @@ class BatchSubmit(Message):
 
     limit_bytes: ClassVar[int] = 8 * 1024 * 1024
 
-    requests: Annotated[tuple[Generate, ...], Field(min_length=1, max_length=MAX_BATCH)]
+    requests: Annotated[tuple[Generate, ...], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
     id: BatchId | None = None
 
 
@@ -31,14 +32,14 @@ class BatchQuery(Message):
 
     id: BatchId
     offset: Natural = 0
-    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    limit: Annotated[int, Field(ge=1, le=MAX_RESULTS)] = 100
 
 
 class BatchStatus(Message):
     """`total` = waiting + `running` + `done` + `failed`. `state`: done when all have ended, failed if all have failed."""
 
     id: BatchId
-    model: str
+    model: Label
     state: BatchState
     total: Natural
     running: Natural
@@ -54,7 +55,7 @@ class BatchItem(Message):
 
     index: Natural
     state: Literal["done", "failed"]
-    answer: dict[str, Any] | None = None
+    answer: Annotated[dict[Label, Any], Field(max_length=64)] | None = None
     error: ErrorReply | None = None
 
 
@@ -64,5 +65,5 @@ class BatchResults(Message):
     limit_bytes: ClassVar[int] = 8 * 1024 * 1024
 
     id: BatchId
-    items: tuple[BatchItem, ...]
+    items: Annotated[tuple[BatchItem, ...], Field(max_length=MAX_RESULTS, fail_fast=True)]
     next: Natural | None

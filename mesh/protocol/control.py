@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mesh.protocol.message import Epoch, Message, Natural, SessionId, Token
+from mesh.protocol.message import Epoch, Message, Natural, Positive, SessionId, Token
 from mesh.protocol.sampling import SamplingParams
 from mesh.types import LayerRange
 
@@ -42,10 +42,10 @@ class Opened(Message):
     instance: Token
     layers_start: Natural
     layers_end: Natural
-    row: Natural
+    row: Annotated[int, Field(ge=0, lt=2**32)]
     filled: Natural
-    context: Annotated[int, Field(ge=1)]
-    chunk: Annotated[int, Field(ge=1)]
+    context: Positive
+    chunk: Positive
 
     @property
     def layers(self) -> LayerRange:
@@ -57,7 +57,7 @@ class Close(Message):
     A session that was opened with a later epoch than `epoch` stays open, because this message may be an old one."""
 
     coordinator: Token
-    sessions: Annotated[tuple[SessionId, ...], Field(max_length=4096)] = ()
+    sessions: Annotated[tuple[SessionId, ...], Field(max_length=4096, fail_fast=True)] = ()
     all: bool = False
     epoch: Epoch = 2**32 - 1
 
@@ -80,7 +80,7 @@ class Pong(Message):
 
     shard: Token
     instance: Token
-    pending: tuple[Natural, ...] = ()
+    pending: Annotated[tuple[Natural, ...], Field(max_length=65536, fail_fast=True)] = ()
 
 
 class Drain(Message):
@@ -101,7 +101,7 @@ class Load(Message):
     """Serve another range within the layers that the shard holds. Open sessions may run on for `timeout_s` seconds; then they move."""
 
     layers_start: Natural
-    layers_end: Annotated[int, Field(ge=1)]
+    layers_end: Positive
     timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
 
 

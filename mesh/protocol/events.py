@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mesh.protocol.message import Message, Token
+from mesh.protocol.message import Label, Line, Message, Token
 
 __all__ = ["Event", "EventKind"]
 
@@ -31,7 +31,7 @@ class Event(Message):
 
     kind: EventKind
     who: Token
-    model: str = ""
+    model: Label = ""
     at_unix_s: float
-    detail: str = ""
-    data: dict[str, Any] = Field(default_factory=dict)
+    detail: Line = ""
+    data: dict[Label, Any] = Field(default_factory=dict, max_length=256)

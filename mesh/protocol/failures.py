@@ -14,7 +14,8 @@ from mesh.errors import (
     PromptTooLong,
     Unavailable,
 )
-from mesh.protocol.message import Message
+from mesh.protocol.documents import short
+from mesh.protocol.message import MAX_LINE, Label, Line, Message, Natural
 
 __all__ = ["ErrorReply"]
 
@@ -35,13 +36,13 @@ _STATUS: dict[str, int] = {  # the header Nats-Service-Error-Code: HTTP status c
 class ErrorReply(Message):
     """The body of an error reply, beside the Nats-Service-Error headers. The caller makes the same error from it."""
 
-    code: str
-    message: str
+    code: Label
+    message: Line
     retryable: bool = False
-    field: str | None = None
+    field: Label | None = None
     retry_after_s: float | None = None
-    tokens: int | None = None
-    limit: int | None = None
+    tokens: Natural | None = None
+    limit: Natural | None = None
 
     @property
     def status(self) -> int:
@@ -51,7 +52,9 @@ class ErrorReply(Message):
     def of(cls, error: MeshError) -> ErrorReply:
         """The reply that carries `error`."""
         values = {name: getattr(error, name, None) for name in ("field", "retry_after_s", "tokens", "limit")}
-        return cls(code=error.code, message=str(error), retryable=error.retryable, **values)
+        if values["field"] is not None:
+            values["field"] = short(values["field"], 256)
+        return cls(code=error.code, message=short(str(error), MAX_LINE), retryable=error.retryable, **values)
 
     def error(self) -> MeshError:
         """The error that this reply was made from. An unknown code becomes a plain MeshError."""

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mesh.protocol.message import AnswerEpoch, Message, Natural, Token, TokenId
+from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Token, TokenIds
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 
-__all__ = ["Cancel", "ChatMessage", "Generate", "TraceReply", "TraceRequest"]
+__all__ = ["MAX_CHARACTERS", "MAX_MESSAGES", "Cancel", "ChatMessage", "Generate", "TraceReply", "TraceRequest"]
+
+MAX_CHARACTERS: Final = 4 * 1024 * 1024
+"""Of a prompt or a message, and bytes of a whole request."""
+MAX_MESSAGES: Final = 10_000
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
+StopText = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 class ChatMessage(Message):
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: Text
 
 
 class Input(Message):
     """What a generation continues, and how far: exactly one of prompt, messages and tokens."""
 
-    prompt: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
-    tokens: tuple[TokenId, ...] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] = 128
+    prompt: Text | None = None
+    messages: Annotated[tuple[ChatMessage, ...], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tokens: TokenIds | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 128
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
@@ -42,15 +48,15 @@ class Generate(SamplingFields, Input):
     continues after them. `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
     """
 
-    limit_bytes: ClassVar[int] = 4 * 1024 * 1024
+    limit_bytes: ClassVar[int] = MAX_CHARACTERS
 
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[StopText, ...], Field(max_length=MAX_STOPS, fail_fast=True)] = ()
     ignore_eos: bool = False
     raw: bool = False
     stream: bool = False
     session: Token | None = None
-    attempt: Natural | None = None
-    given: tuple[TokenId, ...] = ()
+    attempt: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    given: TokenIds = ()
     epoch: AnswerEpoch | None = None
 
     def sampling(self, *, seed: int) -> SamplingParams:
@@ -77,4 +83,4 @@ class TraceReply(Message):
     model_config = ConfigDict(extra="ignore")
     limit_bytes: ClassVar[int] = 8 * 1024 * 1024
 
-    trace: dict[str, Any] | None
+    trace: Annotated[dict[Label, Any], Field(max_length=256)] | None

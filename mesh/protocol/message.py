@@ -6,15 +6,44 @@ token from shard to shard.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, Final, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mesh.errors import MessageRejected
-from mesh.protocol import subjects
+from mesh.protocol import documents, subjects
 
-__all__ = ["AnswerEpoch", "Epoch", "Message", "Natural", "SessionId", "Token", "TokenId"]
+__all__ = [
+    "MAX_INT",
+    "MAX_LINE",
+    "MAX_STOPS",
+    "MAX_STOP_CHARACTERS",
+    "MAX_TOKENS",
+    "AnswerEpoch",
+    "Counts",
+    "Epoch",
+    "Integer",
+    "Label",
+    "Line",
+    "Message",
+    "Natural",
+    "Positive",
+    "SessionId",
+    "Subject",
+    "Token",
+    "TokenId",
+    "TokenIds",
+]
+
+MAX_INT: Final = 2**63 - 1
+"""The largest integer of a message: JSON libraries and the numbers of a frame hold 64 bits."""
+MAX_TOKENS: Final = 1_000_000
+"""The most token ids in one message; the context is a tighter bound, which the coordinator knows."""
+MAX_STOPS: Final = 16
+MAX_STOP_CHARACTERS: Final = 1000
+MAX_LINE: Final = 4096
+"""The longest text for people, such as an error."""
 
 M = TypeVar("M", bound="Message")
 Token = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_-]{{1,{subjects.MAX_TOKEN}}}$")]
@@ -23,12 +52,23 @@ Epoch = Annotated[int, Field(ge=0, lt=2**32)]
 """Of a session's route."""
 AnswerEpoch = Annotated[int, Field(ge=0, lt=2**53)]
 """Of the documents of an answer: milliseconds since 1970 when its coordinator began with it, or more."""
-Natural = Annotated[int, Field(ge=0)]
+Integer = Annotated[int, Field(ge=-MAX_INT - 1, le=MAX_INT)]
+Natural = Annotated[int, Field(ge=0, le=MAX_INT)]
+Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=MAX_TOKENS, fail_fast=True)]
+Label = Annotated[str, Field(max_length=256)]
+Line = Annotated[str, Field(max_length=MAX_LINE)]
+Subject = Annotated[str, Field(max_length=4096)]  # a server takes no longer line
+Counts = Annotated[dict[Label, Natural], Field(max_length=1024)]
 
 
 class Message(BaseModel):
-    """The base class. `to_bytes` and `parse` are inverse. `parse` raises MessageRejected, which names the key that is wrong."""
+    """The base class. `to_bytes` and `parse` are inverse. `parse` raises MessageRejected, which names the key that is wrong.
+
+    Every integer, text, list and dict of a message has a bound, and every list ends at its first wrong entry
+    (tests/unit/protocol/test_bounds.py).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     limit_bytes: ClassVar[int] = 64 * 1024  # longer messages of this type are refused unread
@@ -37,17 +77,11 @@ class Message(BaseModel):
         return orjson.dumps(self.model_dump(mode="json"))
 
     @classmethod
-    def parse(cls: type[M], data: bytes) -> M:
-        if len(data) > cls.limit_bytes:
-            raise MessageRejected(f"a {cls.__name__} of {len(data):,} bytes: at most {cls.limit_bytes:,} are read")
+    def parse(cls: type[M], data: bytes, *, limit_bytes: int | None = None) -> M:
+        """The message in `data`. `limit_bytes`: refuse more than this unread, where the reader knows a tighter bound than the type's."""
+        documents.read(cls, data, limit_bytes=cls.limit_bytes if limit_bytes is None else min(limit_bytes, cls.limit_bytes))
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            first = min(error.errors(include_url=False, include_context=False), key=lambda problem: problem["type"] != "extra_forbidden")
-            field = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-            if first["type"] == "json_invalid":
-                message = "this is not JSON: send one JSON object"
-            elif first["type"] == "extra_forbidden":
-                message = f"is not a key here: there are {', '.join(cls.model_fields)}"
+            field, _, message = documents.problem(error)
             raise MessageRejected(f"{field}: {message}" if field else message, field=field) from None

@@ -22,6 +22,7 @@ MAX_LOGPROBS: Final = 20
 T = TypeVar("T", bound=BaseModel)
 
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_Any64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _Count = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -69,11 +70,17 @@ class SamplingParams(SamplingFields):
 
 
 def without_ranges(model: type[T]) -> type[T]:
-    """`model`, a subclass of SamplingFields, whose numbers are not compared with their ranges when it is parsed.
+    """`model`, a subclass of SamplingFields, whose numbers are not compared with their ranges when it is parsed, only with what 64 bits
+    hold.
 
     A request is checked when its SamplingParams are made. So one bad request does not spoil the batch it came with.
     """
     for name in SamplingFields.model_fields:
-        model.model_fields[name].metadata = []  # the table has no other metadata than ranges
+        field = model.model_fields[name]
+        field.metadata = []  # the table has no other metadata than ranges
+        if field.annotation is int:
+            field.annotation = _Any64
+        elif field.annotation in (_Seed | None, _Count | None):
+            field.annotation = _Any64 | None
     model.model_rebuild(force=True)
     return model

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from mesh.protocol.message import Message, Natural, SessionId, Token
+from mesh.protocol.message import Counts, Label, Line, Message, Natural, Positive, SessionId, Token
 from mesh.types import LayerRange
 
 __all__ = [
@@ -29,7 +29,7 @@ class Heartbeat(Message):
 
     coordinator: Token
     ttl_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    sessions: Annotated[tuple[SessionId, ...], Field(max_length=2048)] | None = None
+    sessions: Annotated[tuple[SessionId, ...], Field(max_length=2048, fail_fast=True)] | None = None
     instance: Token | None = None
     leaving: bool = False
 
@@ -52,8 +52,8 @@ class ShardStats(Message):
 
     shard: Token
     instance: Token
-    model: str
-    state: str
+    model: Label
+    state: Label
     uptime_s: float
     rows: Natural
     free_rows: Natural
@@ -71,10 +71,10 @@ class ShardStats(Message):
     frames_out: Natural
     bytes_in: Natural
     bytes_out: Natural
-    gaps: dict[str, int]
-    rejected: dict[str, int]
+    gaps: Counts
+    rejected: Counts
     memory_bytes: Natural
-    storage: dict[str, int] = Field(default_factory=dict)
+    storage: Counts = Field(default_factory=dict)
 
 
 class ShardLease(Message):
@@ -90,20 +90,20 @@ class ShardLease(Message):
 
     shard: Token
     instance: Token  # changes when the process restarts, and with it every row is lost
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1, max_length=256)]
     model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     layers_start: Natural
-    layers_end: Annotated[int, Field(ge=1)]
-    total_layers: Annotated[int, Field(ge=1)]
+    layers_end: Positive
+    total_layers: Positive
     state: Literal["loading", "warming", "ready", "draining", "left"]
-    rows: Annotated[int, Field(ge=1)]
+    rows: Positive
     free_rows: Natural
-    context: Annotated[int, Field(ge=1)]
-    chunk: Annotated[int, Field(ge=1)]
-    hidden_size: Annotated[int, Field(ge=1)]
+    context: Positive
+    chunk: Positive
+    hidden_size: Positive
     hidden_itemsize: Literal[2, 4]
-    max_frame_bytes: Annotated[int, Field(ge=1)]
-    queue_limit: Annotated[int, Field(ge=1)]  # frames it queues before it answers with gaps: a coordinator's credits
+    max_frame_bytes: Positive
+    queue_limit: Positive  # frames it queues before it answers with gaps: a coordinator's credits
     queue_frames: Natural = 0
     mirrors: bool = False  # follows the frames of its range's other replicas for sessions that are open here too
     load: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -111,12 +111,12 @@ class ShardLease(Message):
     memory_bytes: Natural = 0
     weights_bytes: Natural = 0
     frame_version: Natural
-    version: str = ""
-    host: str = ""
-    processor: str = ""  # the name of the processor that computes for it; shards that share a processor have the same name
+    version: Label = ""
+    host: Label = ""
+    processor: Label = ""  # the name of the processor that computes for it; shards that share a processor have the same name
     pid: Natural = 0
     started_unix_s: float = 0.0
-    http: str = ""  # the address of its health page
+    http: Line = ""  # the address of its health page
 
     @property
     def layers(self) -> LayerRange:
@@ -156,9 +156,9 @@ class SessionReport(_Reported):
     """One session that runs, or one that ended lately: `began_unix_s` and `error` are of one that ended, `prefilled` of one that
     runs. `route`: the shard of each layer range, None where it is not known yet."""
 
-    request: str
-    state: str = ""
-    route: tuple[str | None, ...] = ()
+    request: Label
+    state: Label = ""
+    route: Annotated[tuple[Label | None, ...], Field(max_length=4096, fail_fast=True)] = ()
     prompt_tokens: Natural = 0
     max_tokens: Natural = 0
     tokens: Natural = 0
@@ -168,32 +168,39 @@ class SessionReport(_Reported):
     total_s: float = 0.0
     restarts: Natural = 0
     began_unix_s: float = 0.0
-    error: str | None = None
+    error: Line | None = None
+
+
+SessionReports = Annotated[tuple[SessionReport, ...], Field(max_length=4096, fail_fast=True)]
 
 
 class CoordinatorStats(_Reported):
     """What a coordinator reports in $SRV.STATS: its load, counts since its start, and its sessions.
 
     `live`: sessions it has, `queued` of them without rows. `capacity`: the sessions that its shards have rows for. `serving`: whether
-    every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
+    every layer range has a shard. `context`: the longest context that a session can have. `max_prompt_characters`: a longer
+    prompt cannot fit. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
     answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where. `prompts`: how
+    many were tokenized, and of these late and died, whose process was ended for its time or its memory.
     `remade`: what was lost in JetStream and made again, and how often.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
 
-    coordinator: str
-    model: str
+    coordinator: Label
+    model: Label
     live: Natural
     queued: Natural
     capacity: Natural
     serving: bool
-    instance: str = ""
+    instance: Label = ""
     pid: Natural = 0
-    http: str | None = None
+    http: Line | None = None
     vocab_size: Natural = 0
     context: Natural | None = None
+    max_prompt_characters: Natural | None = None
     last_step_s: float | None = None
     resumed: Natural = 0
     submitted: Natural = 0
@@ -201,6 +208,7 @@ class CoordinatorStats(_Reported):
     finished: Natural = 0
     failed: Natural = 0
     cancelled: Natural = 0
+    defects: Natural = 0
     restarts: Natural = 0
     suspected: Natural = 0
     failovers: Natural = 0
@@ -210,11 +218,13 @@ class CoordinatorStats(_Reported):
     decode_frames: Natural = 0
     prefill_frames: Natural = 0
     late: Natural = 0
-    rejected_frames: dict[str, int] = Field(default_factory=dict)
-    records: dict[str, int] = Field(default_factory=dict)
-    batches: dict[str, int] = Field(default_factory=dict)
-    remade: dict[str, int] = Field(default_factory=dict)
-    expected: dict[str, Any] | None = None
+    rejected_frames: Counts = Field(default_factory=dict)
+    records: Counts = Field(default_factory=dict)
+    batches: Counts = Field(default_factory=dict)
+    errors: Counts = Field(default_factory=dict)
+    prompts: Counts = Field(default_factory=dict)
+    expected: Annotated[dict[Label, Any], Field(max_length=256)] | None = None
+    remade: Counts = Field(default_factory=dict)
     hops: Hops = Hops()
-    sessions: tuple[SessionReport, ...] = ()
-    recent: tuple[SessionReport, ...] = ()
+    sessions: SessionReports = ()
+    recent: SessionReports = ()

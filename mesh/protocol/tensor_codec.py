@@ -51,9 +51,9 @@ def pack(tensor: np.ndarray, *, bf16: bool, zstd: bool) -> tuple[int, Any]:
 
 def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int, *, bf16: bool, zstd: bool, limit_bytes: int) -> np.ndarray:
     """The tensor of `shape` in data[at : at + stored]. WireError: there is none. It is read-only if it shares the memory of `data`."""
-    dtype, travels, count, expected = _as_sent(code, shape, bf16)
-    if expected > limit_bytes:
-        raise WireError(f"a tensor of {expected:,} bytes, where {limit_bytes:,} are the most")
+    dtype, travels, count, expected, extent = _as_sent(code, shape, bf16)
+    if extent > limit_bytes:
+        raise WireError(f"a tensor {shape} of {travels}, where {limit_bytes:,} bytes are the most")
     if not zstd:
         if stored != expected:
             raise WireError(f"{stored:,} bytes for a tensor {shape} of {travels}")
@@ -66,13 +66,15 @@ def unpack(code: int, shape: tuple[int, ...], data: bytes, at: int, stored: int,
 
 
 @lru_cache(maxsize=256)
-def _as_sent(code: int, shape: tuple[int, ...], bf16: bool) -> tuple[Any, Any, int, int]:
-    """(type, type on the wire, elements, bytes on the wire). Cached, because they are the same for frame after frame."""
+def _as_sent(code: int, shape: tuple[int, ...], bf16: bool) -> tuple[Any, Any, int, int, int]:
+    """(type, type on the wire, elements, bytes on the wire, the same without sizes of zero). Cached, because they are the same for frame
+    after frame."""
     if code >= len(_TYPES):
         raise WireError(f"tensor type {code}")
     travels = _BFLOAT16 if bf16 and code == _FLOAT32 else _TYPES[code]
     count = math.prod(shape)
-    return _TYPES[code], travels, count, count * travels.itemsize
+    extent = math.prod([max(size, 1) for size in shape]) * travels.itemsize
+    return _TYPES[code], travels, count, count * travels.itemsize, extent
 
 
 def _inflate(body: memoryview, expected: int, dtype: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, decoding
 
 __all__ = ["ENV_PREFIX", "ConfigFile", "Section", "load_config", "load_environment"]
 
@@ -58,6 +59,8 @@ class ConfigFile(BaseSettings):
         return _Environment(settings_cls), init_settings
 
 
+_MOST_CHARACTERS = 4 * 1024 * 1024
+_MOST_VALUES = 100_000
 File = TypeVar("File", bound=ConfigFile)
 
 
@@ -85,12 +88,20 @@ def _made(model: type[File], data: dict[str, Any], where: str) -> File:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file, with `${NAME}` filled in. ConfigError: it is no mapping, or has a key twice."""
+    with decoding(ConfigError, str(path)):
+        return _read_mapping(path)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give the path of a configuration file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file: give a YAML or JSON configuration file") from None
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError(f"{path} has more than {_MOST_CHARACTERS:,} characters, which no configuration needs")
     try:
         data = json.loads(text, object_pairs_hook=_pairs) if path.suffix == ".json" else yaml.load(text, _UniqueKeyLoader)
     except json.JSONDecodeError as error:
@@ -105,7 +116,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: nested too deeply: write sections with keys") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{path}: should be sections with keys, as in the examples of the documentation")
-    return {key: _resolve(value, f"{path}: {key}") for key, value in data.items()}
+    values = count(1)
+    return {key: _resolve(value, f"{path}: {key}", values) for key, value in data.items()}
 
 
 class _Environment(PydanticBaseSettingsSource):
@@ -195,11 +207,14 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _resolve(value: Any, where: str) -> Any:
+def _resolve(value: Any, where: str, values: Iterator[int]) -> Any:
+    """`value` with its `${NAME}` filled in. `values` counts: a few YAML aliases can stand for any number of values."""
+    if next(values) > _MOST_VALUES:
+        raise ConfigError(f"{where}: more than {_MOST_VALUES:,} values, which no configuration needs")
     if isinstance(value, dict):
-        return {key: _resolve(inner, f"{where}.{key}") for key, inner in value.items()}
+        return {key: _resolve(inner, f"{where}.{key}", values) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_resolve(inner, where) for inner in value]
+        return [_resolve(inner, where, values) for inner in value]
     if not isinstance(value, str):
         return value
 

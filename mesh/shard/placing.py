@@ -18,7 +18,7 @@ from mesh.errors import BadRequest, MessageRejected, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, predict
 from mesh.protocol import subjects
-from mesh.protocol.message import Message
+from mesh.protocol.message import Label, Message, Natural, Positive
 from mesh.protocol.status import ShardLease
 from mesh.shard.join import Held, choose_range
 from mesh.shard.options import ShardOptions
@@ -33,14 +33,14 @@ _DEFAULT_CONTEXT = 2048
 
 
 class RangeClaim(Message):
-    shard: str
-    layers_start: Annotated[int, Field(ge=0)]
-    layers_end: Annotated[int, Field(ge=1)]
+    shard: Label
+    layers_start: Natural
+    layers_end: Positive
     at_unix_s: float
 
 
 class RangeClaims(Message):
-    claims: tuple[RangeClaim, ...] = ()
+    claims: Annotated[tuple[RangeClaim, ...], Field(max_length=4096, fail_fast=True)] = ()
 
 
 async def place(

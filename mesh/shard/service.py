@@ -142,7 +142,7 @@ class Shard:
         await self._require_alone()
         loop = asyncio.get_running_loop()
         self._compute = ComputeThread(loop.call_soon_threadsafe)
-        expiring = self.bus.spawn(self._expire(), "closing the sessions of coordinators that are gone")
+        expiring = self.bus.keep(self._expire, "closing the sessions of coordinators that are gone")
         try:
             await self._lease.start()
             await self._listen_control()

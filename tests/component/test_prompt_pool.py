@@ -11,13 +11,16 @@ from typing import Any
 import orjson
 import pytest
 import tokenizers
+from running import Run
+from serving import connect, coordinator
 
 from mesh.coordinator.prompt_pool import SHORT_CHARACTERS, PromptPool
-from mesh.errors import BadRequest, Busy, CorruptModel
+from mesh.errors import BadRequest, Busy, CorruptModel, PromptTooLong
+from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import FileInfo, Manifest, TokenizerInfo, file_info
 from mesh.model.tokenizer import Tokenizer
+from mesh.protocol import topics
 
-Run = Callable[[Any], Any]
 PLAIN = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 
@@ -123,7 +126,7 @@ def test_a_long_prompt_does_not_keep_short_ones_waiting(run: Run, directory: Cal
     model = directory("{% if messages[0].content | length > 5000 %}" + ENDLESS + "{% endif %}ok")
 
     async def work() -> None:
-        pool = PromptPool(model, timeout_s=3.0, queue_limit=2)
+        pool = PromptPool(model, timeout_s=3.0, long_limit=2)
         await pool.start()
         try:
             slow = [asyncio.create_task(pool.tokenize(**chat("a" * 6000))) for _ in range(2)]
@@ -166,5 +169,49 @@ def test_a_tokenizer_that_does_not_read_is_an_error_at_the_start(run: Run, direc
     async def work() -> None:
         with pytest.raises(CorruptModel):
             await PromptPool(model).start()
+
+    run(work())
+
+
+def test_what_cannot_fit_is_refused_unread(server: NatsServer, run: Run, directory: Callable[[str], Path]) -> None:
+    """The context is 64 tokens, and a token of this vocabulary is one character."""
+    model = directory(PLAIN)
+
+    async def work() -> None:
+        async with coordinator(server.url, model) as serving, await connect(server) as bus:
+            assert serving.stats().max_prompt_characters == 64
+            bodies: list[dict[str, Any]] = [
+                {"prompt": "a" * 65},
+                {"prompt": "a" * 900_000},
+                {"messages": [{"role": "user", "content": "a" * 65}]},
+                {"messages": [{"role": "user", "content": ""}] * 65},
+                {"tokens": [1] * 65},
+                {"tokens": [1] * 600_000},
+            ]
+            for body in bodies:
+                with pytest.raises(PromptTooLong, match="context"):
+                    await bus.ask(topics.GENERATE.at("m").subject, orjson.dumps(body), timeout_s=10)
+            assert serving.prompts is not None and not serving.prompts.counters["prompts"]
+
+    run(work())
+
+
+def test_a_coordinator_refuses_the_prompt_whose_template_goes_wild_and_takes_the_next(
+    server: NatsServer, run: Run, directory: Callable[[str], Path]
+) -> None:
+    model = directory("{% if messages[0].content == 'hi' %}" + ENDLESS + "{% endif %}ok")
+
+    async def work() -> None:
+        async with coordinator(server.url, model, idle=False) as serving, await connect(server) as bus:
+            subject = topics.GENERATE.at("m").subject
+            wild = asyncio.create_task(bus.ask(subject, orjson.dumps({"prompt": "hi"}), timeout_s=30))
+            with pytest.raises(PromptTooLong):  # answered at once: the loop is free
+                await bus.ask(subject, orjson.dumps({"prompt": "a" * 65}), timeout_s=3)
+            with pytest.raises(BadRequest, match="longer than"):
+                await wild
+            await bus.publish(subject, orjson.dumps({"prompt": "hello", "max_tokens": 1}), reply=bus.new_inbox())
+            while not serving.core.load(0.0).live:
+                await asyncio.sleep(0.01)  # the prompt is made tokens in another process
+            assert serving.stats().prompts == {"prompts": 2, "late": 1}
 
     run(work())

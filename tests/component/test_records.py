@@ -223,12 +223,12 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
 
 @pytest.mark.parametrize("given", [(99999,), tuple(range(41))])
 def test_generated_tokens_that_are_impossible_are_refused(run: Run, server: NatsServer, model: Path, given: tuple[int, ...]) -> None:
-    from mesh.coordinator.requests import prepare
+    from mesh.coordinator.requests import Requests
     from mesh.errors import BadRequest
     from mesh.model.manifest import Manifest
 
     with pytest.raises(BadRequest) as caught:
-        run(prepare(Generate(**{**LONG, "tokens": (1,), "given": given}), "r", Manifest.load(model), None))
+        run(Requests(Manifest.load(model), None, None).prepare(Generate(**{**LONG, "tokens": (1,), "given": given}), "r"))
     assert caught.value.field == "given"
 
 

@@ -141,6 +141,18 @@ def test_invalid_json_is_400(http: httpx.Client, content: bytes) -> None:
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
+def test_a_large_wrong_body_gets_a_short_answer_that_names_the_key(http: httpx.Client) -> None:
+    unknown = {f"key{index}": index for index in range(100_000)}
+    for path, body in (
+        ("/api/v1/inference", {"prompt": "a", **unknown}),
+        ("/api/v1/batch", {"requests": [{"prompt": "a", **unknown}]}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a", **unknown}]}),
+    ):
+        response = http.post(path, json=body)
+        assert response.status_code == 400 and len(response.content) < 2000
+        assert "key0 is not a key here: there are" in response.json()["error"]["message"]
+
+
 def test_a_batch_has_each_result_or_error_in_its_place(http: httpx.Client) -> None:
     requests = [{"prompt": "a", "max_tokens": 3}, {"tokens": [96], "max_tokens": 3}, *({"tokens": [n], "max_tokens": 9} for n in range(20))]
     results = http.post("/api/v1/batch", json={"requests": requests}).json()["results"]

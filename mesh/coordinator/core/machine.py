@@ -50,7 +50,7 @@ from mesh.coordinator.core.scheduler import Flight, Scheduler
 from mesh.coordinator.core.session import Act, GenerationRequest, Session, SessionView, State
 from mesh.coordinator.core.state import CoreConfig, CoreCounters, CoreState, Pause
 from mesh.coordinator.core.watch import FrameWatch
-from mesh.errors import BadRequest, Busy, Cancelled, MeshError, PromptTooLong, Unavailable
+from mesh.errors import BadRequest, Busy, Cancelled, MeshError, PromptTooLong, Unavailable, internal_error
 
 __all__ = ["Core", "CoreConfig", "CoreLoad"]
 
@@ -141,6 +141,33 @@ class Core:
             state.effects.append(out)
         effects, state.effects = state.effects, []
         return effects
+
+    def after_defect(self, event: Event, error: Exception) -> list[Effect]:
+        """What is left to do where `handle` has raised: the effects that it had decided before, and the end of the session that the event
+        is about, if it is about one."""
+        state = self._state
+        match event:
+            case Submit(request):
+                if request.id not in state.by_id:
+                    state.effects.append(Rejected(request.id, internal_error(error)))
+                self._give_up(request.id, error)
+            case CancelSession(session) | FinishSession(session):
+                self._give_up(session, error)
+        effects, state.effects = state.effects, []
+        return effects
+
+    def _give_up(self, id: str, error: Exception) -> None:
+        """End a session over a defect, as far as its state allows."""
+        state = self._state
+        state.counters.defects += 1
+        session = state.by_id.get(id)
+        if session is None:
+            return
+        try:
+            ends.end(state, session, Act.FAIL, "error", internal_error(error))
+        except Exception:  # its state does not allow an end: its client hears of it, and it is not scheduled again
+            state.by_id.pop(id, None)
+            state.effects.append(Rejected(id, internal_error(error)))
 
     def deadline(self) -> float | None:
         """When a Tick is due at the latest; None: never."""
@@ -338,7 +365,10 @@ class Core:
             if answer is None or answer.position != position:
                 losses.lose(state, session)
                 continue
-            self._token(session, answer.token)
+            try:
+                self._token(session, answer.token)
+            except Exception as error:  # a defect: it ends this session, and the other sessions of the step have their tokens
+                self._give_up(session.id, error)
 
     def _token(self, session: Session, token: Any) -> None:
         state = self._state

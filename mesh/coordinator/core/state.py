@@ -40,7 +40,8 @@ class Pause:
 
 @dataclass(slots=True)
 class CoreCounters:
-    """Since the start. late: answers for frames or sessions that were no longer waited for. suspected: shards that did not answer.
+    """Since the start. late: answers for frames or sessions that were no longer waited for. defects: errors that
+    nobody expected, each of which has ended a session. suspected: shards that did not answer.
     failovers: sessions that lost a shard in the middle and went on. asked: probes of shards."""
 
     submitted: int = 0
@@ -48,6 +49,7 @@ class CoreCounters:
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    defects: int = 0
     restarts: int = 0
     suspected: int = 0
     failovers: int = 0

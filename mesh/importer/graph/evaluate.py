@@ -5,6 +5,7 @@ docs/adr/0007-evaluating-nodes.md says why the common operators are written here
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from mesh.errors import UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.graph.decoder import attribute
 from mesh.lowering import ops
 from mesh.lowering.registry import find
@@ -25,6 +26,9 @@ ops.load()  # the lowerings that take numpy arrays compute most nodes
 
 Array = npt.NDArray[Any]
 TENSOR = ir.AttributeType.TENSOR
+MOST_ELEMENTS = 1 << 27
+_COMPARISONS = ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Where")
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Mod", "Pow", "Max", "Min", *_COMPARISONS})
 HELP = "export with the standard ONNX operators, or with onnxruntime-genai's"
 
 
@@ -34,6 +38,7 @@ class NotConcrete(Exception):
 
 def evaluate(node: ir.Node, inputs: list[Array | None]) -> list[Array]:
     """The outputs of `node`. NotConcrete if these inputs do not fit it, UnsupportedModel if the operator is not known."""
+    _require_small(node, inputs)
     with np.errstate(all="ignore"):
         try:
             if node.domain == "" and node.op_type in _OWN:
@@ -43,6 +48,32 @@ def evaluate(node: ir.Node, inputs: list[Array | None]) -> list[Array]:
         except (IndexError, ValueError, TypeError) as error:
             raise NotConcrete(f"{node.op_type} {node.name}: {error}") from None
     return [np.asarray(result) for result in results]
+
+
+def _require_small(node: ir.Node, inputs: list[Array | None]) -> None:
+    """CorruptModel where the result would be larger than anything that shape, position and mask arithmetic needs."""
+    shapes = [() if array is None else array.shape for array in inputs]
+    numbers = [None if array is None else array.reshape(-1) for array in inputs]
+    try:
+        match node.op_type, numbers:
+            case "ConstantOfShape", [sizes] if sizes is not None:
+                size = math.prod(map(int, sizes))
+            case "Expand", [array, sizes, *_] if array is not None and sizes is not None:
+                size = math.prod(np.broadcast_shapes(shapes[0], tuple(map(int, sizes))))
+            case "Tile", [array, repeats, *_] if array is not None and repeats is not None:
+                size = array.size * math.prod(map(int, repeats))
+            case "OneHot", [array, depth, *_] if array is not None and depth is not None:
+                size = array.size * int(depth[0])
+            case "Range", [start, limit, step] if start is not None and limit is not None and step is not None:
+                size = math.ceil(float(limit[0] - start[0]) / float(step[0]))
+            case op, _ if op in _ELEMENTWISE:
+                size = math.prod(np.broadcast_shapes(*shapes))
+            case _, _:
+                return
+    except (ArithmeticError, IndexError, ValueError):
+        return  # the operator says what is wrong
+    if size > MOST_ELEMENTS:
+        raise CorruptModel(f"{node.op_type} {node.name} would make {size:,} numbers, where at most {MOST_ELEMENTS:,} are made")
 
 
 def _lowered(node: ir.Node, inputs: list[Array | None]) -> Sequence[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel, decoding
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.families.rotary import rotary_from_config
 from mesh.importer.families.spec import DecoderSpec, EmbedWeights, Experts, HeadWeights, LayerWeights, Linear, Rotary
@@ -39,6 +39,11 @@ def open_source(path: Path) -> DecoderSource:
     if find_spec("gguf") is None:
         raise UnsupportedModel(f"reading {path} needs the import extra: pip install 'stagemesh[import]'")
     checkpoint = GgufCheckpoint(path)
+    with decoding(CorruptModel, str(path)):
+        return _open(path, checkpoint)
+
+
+def _open(path: Path, checkpoint: GgufCheckpoint) -> DecoderSource:
     metadata = _Metadata(checkpoint)
     spec = _spec(metadata, checkpoint)
     tensors = Tensors(checkpoint)

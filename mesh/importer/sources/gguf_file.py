@@ -18,12 +18,18 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 
 __all__ = ["GgufCheckpoint"]
 
 MAGIC = b"GGUF"
 SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
+# Bounds of what a header can say: far above any model, far below what would hurt to hold.
+MOST_PAIRS = MOST_TENSORS = 100_000
+MOST_DIMENSIONS = 8
+MOST_ITEMS = 16_000_000  # of all arrays of metadata together; the merges of a large vocabulary are 500,000
+MOST_NESTING = 4
+MOST_PARTS = 10_000
 DEQUANTIZE_ELEMENTS = 4 << 20  # at a time: the float32 working copies stay small
 
 # value types of metadata: struct format of the fixed-size ones
@@ -49,10 +55,16 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         """Read the headers. ModelNotFound, CorruptModel (truncated or inconsistent), UnsupportedModel (version, tensor type)."""
         self.path = Path(path)
+        with decoding(CorruptModel, str(path)):
+            self._open()
+
+    def _open(self) -> None:
         first = _File(self.path)
         self.metadata = first.metadata
         self._files = [first]
         count = int(first.metadata.get("split.count", 1))
+        if count > MOST_PARTS:
+            raise CorruptModel(f"{self.path} says that it has {count} parts, which no model has; fetch it again")
         if count > 1:
             match = SPLIT_NAME.match(self.path.name)
             if match is None or match[2] != "00001":
@@ -74,10 +86,11 @@ class GgufCheckpoint:
         """The tensor: a view of the file for unquantized types, float32 for quantized ones."""
         entry = self._entry(name)
         dtype = PLAIN.get(entry.kind)
-        if dtype is not None:
-            count = math.prod(entry.shape)
-            return np.frombuffer(entry.file.map, dtype, count, entry.offset).reshape(entry.shape)
-        return _dequantize(entry, name)
+        with decoding(CorruptModel, f"{entry.file.path}: tensor {name}"):
+            if dtype is not None:
+                count = math.prod(entry.shape)
+                return np.frombuffer(entry.file.map, dtype, count, entry.offset).reshape(entry.shape)
+            return _dequantize(entry, name)
 
     def release(self) -> None:
         """Let go of the pages that reading brought in; the next read brings them back."""
@@ -104,6 +117,7 @@ class _File:
         except (FileNotFoundError, IsADirectoryError):
             raise ModelNotFound(f"{path} is not a file: give a GGUF file") from None
         self._at = 4
+        self._items = 0
         try:
             self._read()
         except (struct.error, UnicodeDecodeError, OverflowError, MemoryError):
@@ -116,16 +130,21 @@ class _File:
         if version not in (2, 3):
             raise UnsupportedModel(f"{self.path} is GGUF version {version} (or big-endian): only 2 and 3, little-endian, are supported")
         tensors, pairs = self._scalar("Q"), self._scalar("Q")
+        self._require(tensors <= MOST_TENSORS and pairs <= MOST_PAIRS, f"{tensors:,} tensors and {pairs:,} pairs of metadata")
         self.metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self._string()
             self.metadata[key] = self._value(self._scalar("I"))
         table = []
         for _ in range(tensors):
-            name = self._string()
-            dims = [self._scalar("Q") for _ in range(self._scalar("I"))]
+            name, rank = self._string(), self._scalar("I")
+            self._require(rank <= MOST_DIMENSIONS, f"a tensor of {rank:,} dimensions")
+            dims = [self._scalar("Q") for _ in range(rank)]
+            self._require(all(dims), f"a tensor {name} of size zero")
             table.append((name, tuple(reversed(dims)), self._scalar("I"), self._scalar("Q")))
-        alignment = int(self.metadata.get("general.alignment", 32))
+        alignment = self.metadata.get("general.alignment", 32)
+        good = isinstance(alignment, int) and 0 < alignment <= 1 << 20 and alignment & (alignment - 1) == 0
+        self._require(good, f"the alignment {alignment!r}")
         start = -(-self._at // alignment) * alignment
         self.entries = {
             name: _Entry(self, kind, shape, start + offset, _nbytes(self.path, name, kind, shape)) for name, shape, kind, offset in table
@@ -133,6 +152,11 @@ class _File:
         needed = max((entry.offset + entry.nbytes for entry in self.entries.values()), default=0)
         if needed > self.size:
             raise CorruptModel(f"{self.path} is truncated: it has {self.size:,} bytes where its header needs {needed:,}; fetch it again")
+
+    def _require(self, good: bool, what: str) -> None:
+        """CorruptModel, naming `what` the header says, unless it is `good`."""
+        if not good:
+            raise CorruptModel(f"{self.path}: its header says {what[:200]}, which no model has; fetch it again")
 
     def _scalar(self, layout: str) -> Any:
         value = struct.unpack_from("<" + layout, self.map, self._at)[0]
@@ -147,7 +171,7 @@ class _File:
         self._at += length
         return raw.decode("utf-8", errors="surrogateescape")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind in SCALARS:
             return self._scalar(SCALARS[kind])
         if kind == STRING:
@@ -155,11 +179,13 @@ class _File:
         if kind != ARRAY:
             raise struct.error
         item, count = self._scalar("I"), self._scalar("Q")
+        self._items += count
+        self._require(self._items <= MOST_ITEMS and depth < MOST_NESTING, f"an array of {count:,} items at depth {depth}")
         if item in SCALARS:
             values = list(struct.unpack_from(f"<{count}{SCALARS[item]}", self.map, self._at))
             self._at += struct.calcsize(f"<{count}{SCALARS[item]}")
             return values
-        return [self._value(item) for _ in range(count)]
+        return [self._value(item, depth + 1) for _ in range(count)]
 
 
 def _nbytes(path: Path, name: str, kind: int, shape: tuple[int, ...]) -> int:
@@ -169,6 +195,8 @@ def _nbytes(path: Path, name: str, kind: int, shape: tuple[int, ...]) -> int:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
         raise UnsupportedModel(f"{path}: tensor {name} has type {kind}, which is not known") from None
+    if block > 1 and (not shape or shape[-1] % block):
+        raise CorruptModel(f"{path}: tensor {name} {shape} is not made of blocks of {block}; fetch it again")
     return math.prod(shape) // block * size
 
 

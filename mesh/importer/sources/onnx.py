@@ -14,7 +14,7 @@ import onnx_ir as ir
 import orjson
 from onnx import TensorProto
 
-from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, AttentionPattern, find_attention
 from mesh.importer.analysis.cut import DataPath, find_cuts
 from mesh.importer.analysis.mask import MaskReader, ScoreRule
@@ -51,7 +51,8 @@ class OnnxSource:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            self._analyse(file)
+            with decoding(CorruptModel, str(file)):
+                self._analyse(file)
         except NotConcrete as error:
             raise UnsupportedModel(
                 f"{file}: {error} depends on the tokens: export without data-dependent shapes (experts as batched products, "

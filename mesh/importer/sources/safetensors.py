@@ -12,13 +12,15 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.families.registry import open_decoder
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 
 __all__ = ["SafetensorsCheckpoint", "open_source"]
 
+MOST_JSON_BYTES = 64 * 1024 * 1024  # of config.json or an index
+MOST_HEADER_BYTES = 64 * 1024 * 1024
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -36,12 +38,15 @@ def open_source(path: Path) -> DecoderSource:
         raise ModelNotFound(f"{directory} has no config.json: give a Hugging Face model directory")
     config = read_json(config_path)
     checkpoint = SafetensorsCheckpoint.open(directory)
-    spec, weights = open_decoder(config, str(config_path), checkpoint, checkpoint)
+    with decoding(CorruptModel, str(config_path)):
+        spec, weights = open_decoder(config, str(config_path), checkpoint, checkpoint)
     return DecoderSource("safetensors", directory.resolve().name, spec, weights, lambda out: write_huggingface_tokenizer(directory, out))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise CorruptModel(f"{path} has {path.stat().st_size:,} bytes, where at most {MOST_JSON_BYTES:,} are read: fetch it again")
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CorruptModel(f"{path} is not JSON ({error}): fetch it again") from None
@@ -67,6 +72,11 @@ class SafetensorsCheckpoint:
     @classmethod
     def open(cls, directory: Path) -> SafetensorsCheckpoint:
         """Read the headers. CorruptModel: a file is missing, truncated or inconsistent. ModelNotFound: no weights at all."""
+        with decoding(CorruptModel, f"{directory}: the list of weights"):
+            return cls._open(directory)
+
+    @classmethod
+    def _open(cls, directory: Path) -> SafetensorsCheckpoint:
         index_path = directory / INDEX
         entries: dict[str, _Entry] = {}
         if (directory / SINGLE).is_file():
@@ -99,7 +109,7 @@ class SafetensorsCheckpoint:
         entry = self._entry(name)
         if entry.dtype not in DTYPES:
             raise UnsupportedModel(f"{entry.path}: tensor {name} has type {entry.dtype}: only {', '.join(DTYPES)} are supported")
-        with _opened(entry.path) as file:
+        with _opened(entry.path) as file, decoding(CorruptModel, f"{entry.path}: tensor {name}"):
             return np.asarray(file.get_tensor(name), DTYPES[entry.dtype])
 
     def release(self) -> None:
@@ -124,6 +134,13 @@ def _opened(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise UnsupportedModel(f"reading {path} needs the import extra: pip install 'stagemesh[import]'") from None
+    with path.open("rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+    if size > MOST_HEADER_BYTES:
+        raise CorruptModel(
+            f"{path} is not a whole safetensors file: its header has {size:,} bytes, "
+            f"where {MOST_HEADER_BYTES:,} are the most; fetch it again"
+        )
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:

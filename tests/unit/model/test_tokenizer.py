@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,30 @@ def test_bytes_that_end_inside_a_character_come_out_at_the_end(smollm: Tokenizer
     assert "".join(stream.push(id) for id in ids).rstrip() == "ok"
     assert "\ufffd" in stream.finish()
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("skip_special", [True, False])
+def test_tokens_without_text_cost_as_much_as_others(smollm: Tokenizer, skip_special: bool) -> None:
+    """End tokens where they are ignored, and bytes that are no character."""
+    lone = smollm.encode("🤯")[0]
+    assert smollm.decode([lone]) == "\ufffd"
+    for ids in ([smollm.info.eos_ids[0]] * 8000, [lone] * 8000, [lone, smollm.info.eos_ids[0]] * 4000):
+        stream = smollm.stream(skip_special=skip_special)
+        began = time.process_time()
+        text = "".join([stream.push(id) for id in ids]) + stream.finish()
+        assert time.process_time() - began < 3.0  # 0.3 s; 8 to 21 s where every token was decoded again
+        assert text == smollm.decode(ids, skip_special=skip_special)
+
+
+@given(st.data())
+def test_the_text_goes_on_rightly_after_tokens_without_text(smollm: Tokenizer, data: st.DataObject) -> None:
+    bytes_ = [id for character in "é🤯語" for id in smollm.encode(character)]
+    parts = st.sampled_from([*bytes_, smollm.info.eos_ids[0], *smollm.encode(" the 🤯 end"), *smollm.encode("a語")])
+    ids = data.draw(st.lists(parts, max_size=60))
+    for skip_special in (True, False):
+        stream = smollm.stream(skip_special=skip_special)
+        text = "".join([stream.push(id) for id in ids]) + stream.finish()
+        assert text == smollm.decode(ids, skip_special=skip_special)
 
 
 SPM_PIECES = [*"▁abcdehlorw", "▁w", "he", "ll", "hell", "lo", "hello", "▁hello", "or", "ld", "▁wor", "▁world"]
