@@ -22,6 +22,7 @@ arise. The message is one line that names what is wrong and what would be right;
         ├── Unavailable                 not served now: no server, no replica of a layer range, a shard that left
         │   └── NobodyListens           the server says so: the subject has no subscriber
         ├── DeadlineExceeded            no answer in time
+        ├── Replaced                    a later process of this name serves in this one's place
         ├── Cancelled                   the caller took it back
         ├── Denied                      the server's accounts, or a token, do not allow it
         └── ProtocolError               what came over the wire is not what the subject carries
@@ -54,6 +55,7 @@ __all__ = [
     "PlanError",
     "PromptTooLong",
     "ProtocolError",
+    "Replaced",
     "RequestError",
     "ServiceError",
     "Unavailable",
@@ -170,6 +172,13 @@ class NobodyListens(Unavailable):
 
 class DeadlineExceeded(ServiceError):
     code = "deadline_exceeded"
+
+
+class Replaced(ServiceError):
+    """For the process that ends because of it. A supervisor sees by the exit code that starting it again would not help."""
+
+    code = "replaced"
+    exit_code = 3
 
 
 class Cancelled(ServiceError):

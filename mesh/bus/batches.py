@@ -28,6 +28,7 @@ import orjson
 
 from mesh.bus.connection import Bus
 from mesh.bus.kv import Bucket
+from mesh.bus.losses import LossWatch
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, Busy, PayloadTooLarge
@@ -75,6 +76,11 @@ class BatchStore:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._bucket = Bucket(bus, subjects.KV_BATCHES, ttl_s=KEPT_S, durable=True, max_value_bytes=_MAX_VALUE, max_bytes=STORE_BYTES)
+
+    @property
+    def remade(self) -> int:
+        """How often the bucket was lost and made again."""
+        return self._bucket.remade
 
     async def open(self) -> None:
         """Create the queue and the store if they do not exist. Clients may lack the permission to."""
@@ -181,7 +187,7 @@ class BatchStore:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _body(self, index: int, request: Generate) -> bytes:
-        for field in ("session", "attempt", "given"):
+        for field in ("session", "attempt", "given", "epoch"):
             if getattr(request, field):
                 raise BadRequest(
                     f"requests.{index}.{field}: a request of a batch has none: leave it out", field=f"requests.{index}.{field}"
@@ -259,16 +265,22 @@ class BatchQueue:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._pull: nats.js.client.JetStreamContext.PullSubscription | None = None
+        self._losses = LossWatch(f"the stream {subjects.STREAM_BATCH}")
         self.counters: Counter[str] = Counter()
+
+    @property
+    def remade(self) -> int:
+        """How often the stream was lost and made again."""
+        return self._losses.remade
 
     async def open(self) -> None:
         """Create the queue if it does not exist."""
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         with mapped(f"opening {subjects.STREAM_BATCH}"):
             try:
-                await js.stream_info(subjects.STREAM_BATCH)
+                info = await js.stream_info(subjects.STREAM_BATCH)
             except nats.js.errors.NotFoundError:
-                await replicated(
+                info = await replicated(
                     self._bus,
                     lambda replicas: js.add_stream(
                         name=subjects.STREAM_BATCH,
@@ -282,8 +294,9 @@ class BatchQueue:
                         num_replicas=replicas,
                     ),
                 )
-                return
-        await spread(self._bus, subjects.STREAM_BATCH)
+            else:
+                await spread(self._bus, subjects.STREAM_BATCH)
+            self._losses.found(info.created)
 
     async def take(self, model: str, *, wait_s: float) -> Work | None:
         """The next request for a model; None if none comes within `wait_s`."""

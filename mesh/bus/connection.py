@@ -46,6 +46,11 @@ T = TypeVar("T")
 _PENDING_BYTES = 8 * 1024 * 1024  # so much is kept to be sent after a reconnection; beyond that publishing is Unavailable
 _RECONNECT_WAIT_S = 0.25
 _PING_INTERVAL_S = 5  # a connection that leaves two of these unanswered is closed
+_LISTEN_S = 0.5
+_SILENT_PINGS = 4
+"""A connection on which nothing at all arrived for so many intervals of _LISTEN_S is closed, although the server was asked for a sign of
+life in each: the server stands still, or the network brings nothing from it any more. What is still written there would look like life
+to others."""
 _SUBJECT = re.compile(r"[!-~]+")
 
 
@@ -91,7 +96,34 @@ class Subscription:
 
 class _Client(nats.aio.client.Client):
     """nats-py's client with two faults repaired. It stops reading when the answer to a flush arrives that was given up meanwhile. And its
-    pings overtake messages that were sent before: a flush would report a subscription that the server does not have yet."""
+    pings overtake messages that were sent before: a flush would report a subscription that the server does not have yet.
+
+    It also closes a connection that is silent, much sooner than by the answers to its pings alone: those wait behind whatever the server
+    sends, so that a slow network needs patience. A connection on which anything arrives is not silent."""
+
+    async def _ping_interval(self) -> None:
+        direct = self._transport if isinstance(self._transport, DirectTransport) else None
+        ticks = silent = 0
+        read = -1
+        while True:
+            await asyncio.sleep(_LISTEN_S if direct is not None else _PING_INTERVAL_S)
+            if not self.is_connected:
+                continue
+            ticks += 1
+            due = direct is None or ticks % round(_PING_INTERVAL_S / _LISTEN_S) == 0
+            if direct is not None:
+                silent, read = (silent + 1 if direct.reads == read and not direct.holding else 0), direct.reads
+            self._pings_outstanding += due
+            if silent > _SILENT_PINGS or self._pings_outstanding > self.options["max_outstanding_pings"]:
+                if direct is not None:
+                    direct.abort()  # nothing that is still to be written would ever be taken
+                await self._process_op_err(nats.errors.StaleConnectionError())
+                return
+            try:
+                if due or silent:
+                    await self._send_ping()
+            except (RuntimeError, AttributeError):  # it ends; nats-py does the same
+                return
 
     async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
         if self.is_connected and self._transport and self._pending_data_size:
@@ -254,6 +286,26 @@ class Bus:
         received = _received(message)
         raise_error(received)
         return received
+
+    async def gather(self, subject: str, data: bytes = b"", *, first_s: float = 1.0, quiet_s: float = 0.15) -> list[Received]:
+        """Every answer to a question that any number of processes hear: until none came for `quiet_s`, or for `first_s` in all."""
+        answers: asyncio.Queue[Received] = asyncio.Queue()
+        inbox = self.new_inbox()
+        subscription = await self.subscribe(inbox, answers.put)
+        found: list[Received] = []
+        try:
+            await self.publish(subject, data, reply=inbox)
+            while True:
+                async with asyncio.timeout(quiet_s if found else first_s):
+                    answer = await answers.get()
+                if answer.headers.get("Status") == "503":
+                    break
+                found.append(answer)
+        except TimeoutError:
+            pass
+        finally:
+            await subscription.stop()
+        return found
 
     async def flush(self, timeout_s: float = 5.0) -> None:
         """Wait until the server has everything that was sent."""

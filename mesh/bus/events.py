@@ -21,6 +21,7 @@ import nats.js.errors
 
 from mesh.bus.connection import Bus
 from mesh.bus.kv import WATCH_IDLE_S, anything_sent
+from mesh.bus.losses import LossWatch
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
@@ -47,10 +48,10 @@ async def announce(bus: Bus, kind: EventKind, who: str, *, model: str = "", deta
         log.debug("an event could not be published: %s", error)
 
 
-async def keep_events(bus: Bus) -> None:
+async def keep_events(events: EventLog) -> None:
     """Create the stream if it does not exist. Never raises: without JetStream there is no history."""
     try:
-        await EventLog(bus).open()
+        await events.open()
     except MeshError as error:
         log.warning("%s", error)
 
@@ -60,17 +61,23 @@ class EventLog:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+        self._losses = LossWatch(f"the stream {subjects.STREAM_EVENTS}")
+
+    @property
+    def remade(self) -> int:
+        """How often the stream was lost and made again."""
+        return self._losses.remade
 
     async def open(self) -> None:
         """Create the stream if it does not exist."""
-        js = self._js
         with mapped(f"opening {subjects.STREAM_EVENTS}"):
             try:
-                await js.stream_info(subjects.STREAM_EVENTS)
+                info = await self._js.stream_info(subjects.STREAM_EVENTS)
             except nats.js.errors.NotFoundError:
-                await replicated(self._bus, self._make)
-                return
-        await spread(self._bus, subjects.STREAM_EVENTS)
+                info = await replicated(self._bus, self._make)
+            else:
+                await spread(self._bus, subjects.STREAM_EVENTS)
+            self._losses.found(info.created)
 
     async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
         """The events that are kept, oldest first: the `last` so many, or those since a time, or all. `follow`: then also new ones, for
@@ -132,8 +139,8 @@ class EventLog:
     def _js(self) -> nats.js.client.JetStreamContext:
         return self._bus.client.jetstream(timeout=_TIMEOUT_S)
 
-    async def _make(self, replicas: int) -> None:
-        await self._js.add_stream(
+    async def _make(self, replicas: int) -> nats.js.api.StreamInfo:
+        return await self._js.add_stream(
             name=subjects.STREAM_EVENTS,
             subjects=[topics.EVENTS.any().subject],
             max_age=MAX_AGE_S,

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import nats.errors
 import nats.js.api
 import nats.js.errors
 import nats.js.kv
 
 from mesh.bus.connection import Bus, end_tasks
+from mesh.bus.losses import LossWatch
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import MeshError, MessageRejected, ServiceError
@@ -30,7 +32,9 @@ __all__ = ["Bucket", "Entry", "LeaseTable"]
 log = logging.getLogger("mesh.bus")
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
+_NO_STREAM = 10059
 WRONG_REVISION = (10071, 10164)  # the server's codes for a compare and set that came too late
 _WATCH_RETRY_S = 0.5
 _TIMEOUT_S = 2.0  # for one request: a lease that is not renewed within its TTL is lost
@@ -49,7 +53,11 @@ class Entry:
 
 
 class Bucket:
-    """A key-value bucket, created if it does not exist. It is in the server's memory unless `durable`; in a cluster on three servers."""
+    """A key-value bucket, created if it does not exist. It is in the server's memory unless `durable`; in a cluster on three servers.
+
+    A bucket that was lost (deleted, or with its server's storage) is created again by whatever is done with it next. That is logged, and
+    counted in `remade`, by every process that meets it.
+    """
 
     def __init__(
         self,
@@ -67,28 +75,35 @@ class Bucket:
         self._durable = durable
         self._max_value_bytes = max_value_bytes
         self._max_bytes = max_bytes
+        self._losses = LossWatch(f"the bucket {name}")
         self._kv: nats.js.kv.KeyValue | None = None
+        self._opening = asyncio.Lock()
+
+    @property
+    def remade(self) -> int:
+        """How often the bucket was lost and made again."""
+        return self._losses.remade
 
     async def open(self) -> None:
         """Create the bucket if it does not exist."""
         with mapped(f"opening {self.name}"):
             await self._open()
 
+    async def check(self) -> None:
+        """Find out whether the bucket is still there, and make it again if it was lost."""
+        with mapped(f"looking for {self.name}"):
+            self._kv = None
+            await self._open()
+
     async def put(self, key: str, value: bytes) -> int:
-        """Write a value; returns the new revision. A bucket that was lost with its server is created again."""
-        try:
-            with mapped(f"{self.name}/{key}"):
-                return await (await self._open()).put(key, value)
-        except MeshError:
-            self._kv = None  # the server may have been restarted without its memory: try once more with a new bucket
-            with mapped(f"{self.name}/{key}"):
-                return await (await self._open()).put(key, value)
+        """Write a value; returns the new revision."""
+        return await self._do(key, lambda kv: kv.put(key, value))
 
     async def update(self, key: str, value: bytes, *, revision: int) -> int | None:
         """Compare and set: write if the revision of the key is still `revision` (0: there is no such key). Returns the new revision, or
         None if it is not."""
-        with mapped(f"{self.name}/{key}"):
-            kv = await self._open()
+
+        async def write(kv: nats.js.kv.KeyValue) -> int | None:
             try:
                 return await (kv.update(key, value, last=revision) if revision else kv.create(key, value))
             except nats.js.errors.KeyWrongLastSequenceError:
@@ -98,24 +113,33 @@ class Bucket:
                     return None
                 raise
 
+        return await self._do(key, write)
+
     async def get(self, key: str) -> Entry | None:
-        with mapped(f"{self.name}/{key}"):
+        async def read(kv: nats.js.kv.KeyValue) -> Entry | None:
             try:
-                entry = await (await self._open()).get(key)
-            except nats.js.errors.NotFoundError:
+                entry = await kv.get(key)
+            except nats.js.errors.NotFoundError as error:
+                if _is_lost(error):
+                    raise
                 return None
-        return Entry(key, entry.value, entry.revision or 0)
+            return Entry(key, entry.value, entry.revision or 0)
+
+        return await self._do(key, read)
 
     async def delete(self, key: str, *, revision: int | None = None) -> bool:
         """Delete a key. False: its revision is no longer `revision`, and it stays (None: delete any revision)."""
-        with mapped(f"{self.name}/{key}"):
+
+        async def remove(kv: nats.js.kv.KeyValue) -> bool:
             try:
-                await (await self._open()).delete(key, last=revision)
+                await kv.delete(key, last=revision)
             except nats.js.errors.APIError as error:
                 if error.err_code in WRONG_REVISION:
                     return False
                 raise
-        return True
+            return True
+
+        return await self._do(key, remove)
 
     async def entries(self, keys: str = ">") -> list[Entry]:
         """All entries whose keys match a NATS pattern."""
@@ -127,35 +151,61 @@ class Bucket:
                 found.append(entry)
         return found
 
-    async def _open(self) -> nats.js.kv.KeyValue:
-        if self._kv is None:
-            js = self.bus.client.jetstream(timeout=_TIMEOUT_S)
+    async def _do(self, key: str, work: Callable[[nats.js.kv.KeyValue], Awaitable[T]]) -> T:
+        """Do something with the bucket; once more, with a new bucket, where the old one was lost."""
+        with mapped(f"{self.name}/{key}"):
+            kv = await self._open()
             try:
-                self._kv = await js.key_value(self.name)
-            except nats.js.errors.NotFoundError:
-                storage = nats.js.api.StorageType.FILE if self._durable else nats.js.api.StorageType.MEMORY
-                # a second process finds the same configuration, which is no error
-                self._kv = await replicated(
-                    self.bus,
-                    lambda replicas: js.create_key_value(
-                        bucket=self.name,
-                        ttl=self.ttl_s,
-                        history=1,
-                        storage=storage,
-                        replicas=replicas,
-                        max_value_size=self._max_value_bytes,
-                        max_bytes=self._max_bytes,
-                    ),
-                )
-            else:
-                await spread(self.bus, f"KV_{self.name}")
-        return self._kv
+                return await work(kv)
+            except Exception as error:
+                if not _is_lost(error):
+                    raise
+                if self._kv is kv:  # no other task has opened it again
+                    self._kv = None
+                return await work(await self._open())
+
+    async def _open(self) -> nats.js.kv.KeyValue:
+        async with self._opening:
+            if self._kv is None:
+                self._kv = await self._find_or_make()
+            return self._kv
+
+    async def _find_or_make(self) -> nats.js.kv.KeyValue:
+        js = self.bus.client.jetstream(timeout=_TIMEOUT_S)
+        try:
+            kv = await js.key_value(self.name)
+        except nats.js.errors.NotFoundError:
+            storage = nats.js.api.StorageType.FILE if self._durable else nats.js.api.StorageType.MEMORY
+            # a second process finds the same configuration, which is no error
+            kv = await replicated(
+                self.bus,
+                lambda replicas: js.create_key_value(
+                    bucket=self.name,
+                    ttl=self.ttl_s,
+                    history=1,
+                    storage=storage,
+                    replicas=replicas,
+                    max_value_size=self._max_value_bytes,
+                    max_bytes=self._max_bytes,
+                ),
+            )
+        else:
+            await spread(self.bus, f"KV_{self.name}")
+        self._losses.found((await js.stream_info(f"KV_{self.name}")).created)
+        return kv
 
     async def _watch(self, keys: str = ">") -> AsyncIterator[Entry | None]:
         """The present entries, then None, then entries as they change. Ends with an error when the server is lost."""
         with mapped(f"watching {self.name}"):
             kv = await self._open()
-            watcher = await kv.watch(keys, inactive_threshold=WATCH_IDLE_S)
+            try:
+                watcher = await kv.watch(keys, inactive_threshold=WATCH_IDLE_S)
+            except Exception as error:
+                if not _is_lost(error):
+                    raise
+                if self._kv is kv:
+                    self._kv = None
+                watcher = await (await self._open()).watch(keys, inactive_threshold=WATCH_IDLE_S)
         begun = early = False
         try:
             while True:
@@ -186,6 +236,14 @@ class Bucket:
         with mapped(f"watching {self.name}"):
             info = await watcher._sub.consumer_info()  # type: ignore[union-attr]  # set since it was made
         return anything_sent(info)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether the bucket's stream is not there any more, as far as the server's answer tells."""
+    if isinstance(error, (nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError)):
+        return True
+    # nats-py says of a key without a stream that the key is not found, and why only in the error before
+    return any(getattr(each, "err_code", None) == _NO_STREAM for each in (error, error.__context__))
 
 
 def anything_sent(info: nats.js.api.ConsumerInfo) -> bool:

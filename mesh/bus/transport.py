@@ -49,7 +49,22 @@ class DirectTransport(nats.aio.transport.Transport):
         self._protocol: _Protocol | None = None
         self._short: _Short | None = None  # writes past the transport's buffer; None under TLS
 
-    # -- the short path ------------------------------------------------------------------------------------------------
+    @property
+    def reads(self) -> int:
+        """How often bytes have arrived on the present connection."""
+        return 0 if self._protocol is None else self._protocol.reads
+
+    @property
+    def holding(self) -> bool:
+        """Whether nothing is read at present, because nats-py has not taken yet what arrived."""
+        return self._protocol is not None and self._protocol.held
+
+    def abort(self) -> None:
+        """Close the connection at once: what is still to be written is dropped."""
+        if self._socket is not None:
+            self._socket.abort()
+
+    # -- the short path -------------------------------------------------------------------------------------------------
 
     def send(self, head: bytes, data: bytes) -> bool:
         """Write a protocol line and its payload, together with everything else that this turn of the loop writes. False: there is no
@@ -183,6 +198,7 @@ class _Protocol(asyncio.Protocol):
 
     def __init__(self, direct: dict[bytes, Callable[[bytes], None]], unheard: dict[bytes, Callable[[str], None]]) -> None:
         self.closed = asyncio.Event()
+        self.reads = 0
         self._direct = direct
         self._unheard = unheard
         self._transport: asyncio.Transport | None = None
@@ -194,7 +210,7 @@ class _Protocol(asyncio.Protocol):
         self._writable.set()
         self._ended = False
         self._error: Exception | None = None
-        self._held = False
+        self.held = False
         self.short: _Short | None = None  # ends with the connection
 
     # -- asyncio's side ------------------------------------------------------------------------------------------------
@@ -203,6 +219,7 @@ class _Protocol(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self.reads += 1
         if self._partial:
             self._partial += data
             if len(self._partial) < self._wanted:
@@ -219,8 +236,8 @@ class _Protocol(asyncio.Protocol):
             self._partial += memoryview(data)[left:]
         if self._rest:
             self._arrived.set()
-            if len(self._rest) > _READ_AHEAD and not self._held and self._transport is not None:
-                self._held = True
+            if len(self._rest) > _READ_AHEAD and not self.held and self._transport is not None:
+                self.held = True
                 self._transport.pause_reading()
 
     def eof_received(self) -> bool:
@@ -280,8 +297,8 @@ class _Protocol(asyncio.Protocol):
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
-        if self._held and self._transport is not None and not self._transport.is_closing():
-            self._held = False
+        if self.held and self._transport is not None and not self._transport.is_closing():
+            self.held = False
             self._transport.resume_reading()
 
     def _split(self, data: bytes) -> int:

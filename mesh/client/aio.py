@@ -25,8 +25,8 @@ __all__ = ["AsyncMeshClient"]
 
 COORDINATOR_SERVICE = "mesh-coordinator"
 SHARD_SERVICE = "mesh-shard"
-_GATHER_S = 1.0
-_QUIET_S = 0.15
+_KEPT_S = 1.0
+"""How long the copies of the leases in JetStream are waited for; the shards themselves answer without it."""
 _TRACE_S = 2.0
 
 
@@ -180,7 +180,7 @@ class AsyncMeshClient:
     async def coordinators(self) -> tuple[CoordinatorStatus, ...]:
         """The coordinators that answer, sorted by model and name."""
         found = []
-        for answer in await self._gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
+        for answer in await self._connected.gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
             try:
                 data = next(endpoint["data"] for endpoint in orjson.loads(answer.data)["endpoints"] if endpoint["name"] == "generate")
                 found.append(CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(data))))
@@ -189,16 +189,22 @@ class AsyncMeshClient:
         return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
     async def status(self) -> MeshStatus:
-        """Every shard and every coordinator, as it describes itself."""
-        entries = await Bucket(self._connected, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S).entries()
-        shards = []
-        for entry in entries:
+        """Shards and coordinators, as they say themselves. A shard that does not answer now, and whose lease has not ended, is there as
+        its lease says. Without JetStream there are no such leases."""
+        coordinators, answers, kept = await asyncio.gather(
+            self.coordinators(), self._connected.gather(topics.LEASES.at().subject), self._kept_leases()
+        )
+        found: dict[str, ShardLease] = {}
+        for data in (*(kept or ()), *(answer.data for answer in answers)):
             try:
-                shards.append(ShardLease.parse(entry.value or b""))
+                lease = ShardLease.parse(data)
             except MessageRejected:
                 continue  # another version's
-        shards.sort(key=lambda shard: (shard.model, shard.layers, shard.shard))
-        return MeshStatus(tuple(shards), await self.coordinators())
+            before = found.get(lease.shard)
+            if before is None or lease.instance >= before.instance:
+                found[lease.shard] = lease
+        shards = sorted(found.values(), key=lambda shard: (shard.model, shard.layers, shard.shard))
+        return MeshStatus(tuple(shards), coordinators, jetstream=kept is not None)
 
     async def health(self, model: str | None = None) -> Health:
         """Whether a request would be generated now."""
@@ -217,7 +223,7 @@ class AsyncMeshClient:
     async def shard_stats(self) -> list[ShardStats]:
         """The counts of every shard that answers."""
         found = []
-        for answer in await self._gather(f"$SRV.STATS.{SHARD_SERVICE}"):
+        for answer in await self._connected.gather(f"$SRV.STATS.{SHARD_SERVICE}"):
             try:
                 found.append(ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
             except (MessageRejected, LookupError, TypeError):
@@ -276,26 +282,14 @@ class AsyncMeshClient:
             raise BadRequest(f"there are several models, {', '.join(models)}: say which with model=", field="model")
         raise Unavailable("no coordinator answers: start one, or see `mesh status`")
 
-    async def _gather(self, subject: str) -> list[Received]:
-        """Every answer to a request that all services get. It ends when no answer has come for a while."""
-        bus = self._connected
-        answers: asyncio.Queue[Received] = asyncio.Queue()
-        inbox = bus.new_inbox()
-        subscription = await bus.subscribe(inbox, answers.put)
-        found: list[Received] = []
+    async def _kept_leases(self) -> list[bytes] | None:
+        """The leases that JetStream keeps; None: it does not answer."""
+        bucket = Bucket(self._connected, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
         try:
-            await bus.publish(subject, b"", reply=inbox)
-            while True:
-                async with asyncio.timeout(_QUIET_S if found else _GATHER_S):
-                    answer = await answers.get()
-                if answer.headers.get("Status") == "503":
-                    break
-                found.append(answer)
-        except TimeoutError:
-            pass
-        finally:
-            await subscription.stop()
-        return found
+            async with asyncio.timeout(_KEPT_S):
+                return [entry.value or b"" for entry in await bucket.entries()]
+        except (MeshError, TimeoutError):
+            return None
 
 
 def _message(prompt: str | None, request: Mapping[str, Any]) -> Generate:

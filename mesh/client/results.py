@@ -81,10 +81,12 @@ class CoordinatorStatus:
 
 @dataclass(frozen=True, slots=True)
 class MeshStatus:
-    """The processes of a mesh: every shard's lease (sorted by model, layers and name), and every coordinator that answered."""
+    """The processes of a mesh: every shard's lease (sorted by model, layers and name), and every coordinator that answered. `jetstream`:
+    whether JetStream answered too; tokens flow without it."""
 
     shards: tuple[ShardLease, ...]
     coordinators: tuple[CoordinatorStatus, ...]
+    jetstream: bool = True
 
     @property
     def models(self) -> tuple[str, ...]:

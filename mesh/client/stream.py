@@ -140,7 +140,7 @@ class Stream:
             self._subscription = await self._bus.subscribe(self._subject, self._inbox.put)
         attempt = self._asked if self._asked or not self._named else None
         self._asked += 1
-        update = {"attempt": attempt, "given": tuple(token.id for token in self._given)}
+        update = {"attempt": attempt, "given": tuple(token.id for token in self._given), "epoch": self._epoch or None}
         message = self._message.model_copy(update=update)
         await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
 

@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
         "status", help="shards and coordinators of a mesh", description="Show the shards and coordinators of a mesh."
     )
     add_mesh_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one object {ready, shards, coordinators}")
+    parser.add_argument("--json", action="store_true", help="print one object {ready, reason, jetstream, shards, coordinators}")
     parser.set_defaults(run=run_command)
 
 
@@ -35,6 +35,7 @@ def run_command(args: argparse.Namespace) -> int:
         answer = {
             "ready": health.ready,
             "reason": health.reason,
+            "jetstream": status.jetstream,
             "shards": [shard.model_dump(mode="json") for shard in status.shards if args.model in (None, shard.model)],
             "coordinators": [c.stats.document() for c in status.coordinators if args.model in (None, c.model)],
         }
@@ -52,5 +53,7 @@ def run_command(args: argparse.Namespace) -> int:
                 console.print()
                 console.print(coordinator_table(model["coordinators"]))
             console.print()
+    if not status.jetstream:
+        console.print("JetStream does not answer: tokens flow, but sessions are not written down and batches wait")
     console.print("ready" if health.ready else f"not ready: {health.reason}")
     return 0 if health.ready else 1

@@ -67,10 +67,7 @@ class BatchWorker:
 
     async def start(self) -> None:
         self._subscription = await self.bus.subscribe(f"{self._inbox}.*", self._on_answer)
-        try:
-            await self._store.open()
-        except MeshError as error:  # only batches need it
-            log.warning("durable batches: %s", error)
+        self.bus.spawn(self._store.open(), "durable batches")  # only batches need it, so nothing waits for it
         self._taker = self.bus.spawn(self._take(), "taking requests of batches")
 
     async def stop(self) -> None:
@@ -115,6 +112,11 @@ class BatchWorker:
             at = min(query.offset + query.limit, total)
         return BatchResults(id=query.id, items=tuple(items), next=at if at < total else None)
 
+    @property
+    def remade(self) -> int:
+        """How often the queue or the store was lost and made again."""
+        return self._queue.remade + self._store.remade
+
     # -- the work ------------------------------------------------------------------------------------------------------
 
     def has_room(self, working: int) -> bool:
@@ -124,6 +126,7 @@ class BatchWorker:
         return working < load.capacity and not load.queued and load.free > load.capacity // 4
 
     async def _take(self) -> None:
+        failing = False
         while True:
             try:
                 if not self.bus.connected or not self.has_room(len(self._working)):
@@ -131,9 +134,13 @@ class BatchWorker:
                     continue
                 work = await self._queue.take(self._model, wait_s=_TAKE_S)
             except ServiceError as error:
-                log.debug("%s; trying again", error)
+                self.counters["failed_takes"] += 1
+                if not failing:
+                    failing = True
+                    log.warning("batches wait until this can be done again: %s", error)
                 await asyncio.sleep(_FAILED_S)
                 continue
+            failing = False
             if work is not None:
                 task = self.bus.spawn(self._do(work), f"request {work.index} of batch {work.id}")
                 self._working[task] = work

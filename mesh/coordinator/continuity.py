@@ -25,6 +25,7 @@ from mesh.protocol import topics
 from mesh.protocol.events import EventKind
 from mesh.protocol.generation import Generate
 from mesh.protocol.status import Alive, Heartbeat
+from mesh.protocol.stream import with_epoch
 
 __all__ = ["Announce", "Continuity", "Host"]
 
@@ -59,7 +60,7 @@ class Host(Protocol):
 
 
 class Continuity:
-    """See the module's docstring. `close_rows(name)` frees what a coordinator holds at the shards. `instance` is different for each
+    """See the module's docstring. `close_rows(instance)` frees what a coordinator holds at the shards. `instance` is different for each
     process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone."""
 
     def __init__(
@@ -170,14 +171,14 @@ class Continuity:
             if record.digest != digest or record.model_hash != self._model_hash:
                 raise BadRequest(f"session {session} was another request: give this one its own name", field="session")
             if record.answer is not None:
-                await self.bus.publish(reply, record.answer.encode())
+                await self.bus.publish(reply, with_epoch(record.answer.encode(), asked.epoch))
                 return True
             if record.owner not in (None, self.instance) and not direct and await self._lives(str(record.owner)):
                 await self.bus.send(topics.GENERATE_AT.at(self._model, str(record.owner)), asked, reply=reply)
                 return True
             if self._host.has(session):
                 return False
-            taken = await self.recorder.take_over(record, revision, epoch=(asked.attempt or 0) + 1)
+            taken = await self.recorder.take_over(record, revision, seen=asked.epoch)
             if taken is not None:
                 await self._resume(*taken, asked, reply)
                 self._announce("resumed", self.name, "1 session of another coordinator, whose client asked again")
@@ -225,8 +226,7 @@ class Continuity:
         log.warning("coordinator %s (%s) is gone: taking over what it was generating", peer.name or "?", peer.instance)
         if peer.name:
             self._announce("suspected", peer.name, "the coordinator does not answer")
-            if peer.name != self.name and not self.peers.named(peer.name):
-                await self._close_rows(peer.name)
+        await self._close_rows(peer.instance)
         await self._adopt(lambda owner: owner == peer.instance)
 
     async def _adopt(self, whose: Callable[[str | None], bool]) -> None:
@@ -261,15 +261,13 @@ class Continuity:
             heartbeat = await self.bus.request(topics.ALIVE.at(self._model, instance), Alive(), timeout_s=_ASK_S)
         except (Unavailable, DeadlineExceeded):
             return False
-        self._heard(heartbeat)
+        self._answered(heartbeat)
         return True
 
-    def _heard(self, heartbeat: Heartbeat) -> bool:
-        """True where it was not known that this coordinator lives."""
-        if heartbeat.instance is None or not self.peers.heard(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
-            return False
-        log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
-        return True
+    def _answered(self, heartbeat: Heartbeat) -> None:
+        """A coordinator has answered a probe."""
+        if heartbeat.instance is not None and self.peers.answered(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
+            log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
@@ -284,14 +282,16 @@ class Continuity:
         if heartbeat.leaving:
             self.peers.left(heartbeat.instance)
             await self._adopt(lambda owner: owner is None)
-        elif self._heard(heartbeat):  # it is new, and has not heard this coordinator's last heartbeat
+        elif self.peers.heard(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
+            # it is new, and has not heard this coordinator's last heartbeat
+            log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
             await self.bus.send(topics.HEARTBEATS.at(self._model), self.heartbeat())
 
     async def _on_probed(self, received: Received) -> None:
         if received.headers.get("Status") == "503":
             self.peers.missing(received.subject.rpartition(".")[2], time.monotonic())
         else:
-            self._heard(Heartbeat.parse(received.data))
+            self._answered(Heartbeat.parse(received.data))
 
     def _on_connection(self, connected: bool) -> None:
         if connected:

@@ -25,7 +25,7 @@ from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.outbox import Outbox
-from mesh.coordinator.records import digest_of
+from mesh.coordinator.records import digest_of, new_epoch
 from mesh.coordinator.replies import Job
 from mesh.coordinator.requests import prepare
 from mesh.coordinator.trace import Traces
@@ -34,6 +34,7 @@ from mesh.errors import BadRequest, Busy, FrameRejected, MeshError
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import frame_codec, generation, subjects, topics
+from mesh.protocol.stream import with_epoch
 
 __all__ = ["Intake"]
 
@@ -87,7 +88,7 @@ class Intake:
         model = self._manifest.name
         self._subscriptions = [
             await self._bus.subscribe(topics.GENERATE_AT.at(model, self._continuity.instance), self._on_passed_on),
-            await self._bus.subscribe_direct(subjects.tokens(model, self._name), self._on_answer),
+            await self._bus.subscribe_direct(subjects.tokens(model, self._continuity.instance), self._on_answer),
             await self._bus.subscribe_direct(topics.CANCEL.at(model, self._name), self._on_cancel),
             await self._bus.subscribe(topics.TRACE.at(model, self._name), self._on_trace),
             await self._bus.subscribe_unheard(f"{self._outbox.unheard}.*", self._on_unheard),
@@ -122,7 +123,7 @@ class Intake:
         if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster
             return
         self._jobs.require_room(request)
-        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=(message.attempt or 0) + 1)
+        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch))
         job.start = job.delivered = len(message.given)
         await self._jobs.begin(job)
 
@@ -143,7 +144,7 @@ class Intake:
         if digest != (answer[0] if answer is not None else job.digest if job is not None else ""):
             raise BadRequest(f"session {id} was another request: give this one its own name", field="session")
         if answer is not None:
-            await self._bus.publish(reply, answer[1])
+            await self._bus.publish(reply, with_epoch(answer[1], message.epoch))
         elif job is not None:
             has = len(message.given)
             if message.logprobs is None and tuple(token.id for token in job.tokens[:has]) != message.given:
@@ -151,7 +152,7 @@ class Intake:
                 return False
             job.message = job.message.model_copy(update={"stream": message.stream})
             job.reply, job.start, job.delivered = reply, has, has
-            job.epoch = max(job.epoch, (message.attempt or 0) + 1)
+            job.epoch = max(job.epoch, message.epoch or 0)
             self._continuity.recorder.touch(id)
             if message.stream:
                 self._outbox.accepted(job)

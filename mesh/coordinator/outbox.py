@@ -48,18 +48,29 @@ class _Clock(Protocol):
 
 
 class Outbox:
-    """`coordinator` is this coordinator's name. `flags`: how hidden states travel. `clock.sent` is called just before a frame is written.
+    """`name` is this coordinator's name, `instance` its process: shards know it by that alone, so that two coordinators of one name do not
+    meet there. `flags`: how hidden states travel. `clock.sent` is called just before a frame is written.
     `frame_lost` is called with the number of a frame that could not be sent."""
 
     def __init__(
-        self, bus: Bus, *, model: str, model_hash: str, coordinator: str, flags: Flags, clock: _Clock, frame_lost: Callable[[int], None]
+        self,
+        bus: Bus,
+        *,
+        model: str,
+        model_hash: str,
+        name: str,
+        instance: str,
+        flags: Flags,
+        clock: _Clock,
+        frame_lost: Callable[[int], None],
     ) -> None:
         self.bus = bus
         self.unheard = bus.new_inbox()
         """UNHEARD.SESSION is where the server says that the client of a session no longer listens."""
         self._model = model
         self._model_hash = model_hash
-        self._coordinator = coordinator
+        self._name = name
+        self._instance = instance
         self._flags = flags
         self._clock = clock
         self._frame_lost = frame_lost
@@ -80,7 +91,7 @@ class Outbox:
 
     def accepted(self, job: Job) -> None:
         """Tell the client of a stream which coordinator has its request, and send the token documents that it does not have yet."""
-        self.document(job, job.accepted(self._model, topics.CANCEL.at(self._model, self._coordinator).subject))
+        self.document(job, job.accepted(self._model, topics.CANCEL.at(self._model, self._name).subject))
         for index, document in job.documents():
             self.document(job, document, index)
 
@@ -133,7 +144,7 @@ class Outbox:
         """(subject, data, reply, headers)"""
         if isinstance(item, _Outgoing):
             return item.subject, item.data, item.reply, item.headers
-        frame = frame_of(item, model_hash=self._model_hash, coordinator=self._coordinator, flags=self._flags)
+        frame = frame_of(item, model_hash=self._model_hash, coordinator=self._instance, flags=self._flags)
         data = frame_codec.encode(frame)
         self._clock.sent(item.frame)
         return frame.subject(self._model), data, "", None

@@ -34,9 +34,9 @@ from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
 from mesh.protocol import subjects
 from mesh.protocol.generation import Generate
-from mesh.protocol.message import Epoch, Message, Natural, Token, TokenId
+from mesh.protocol.message import AnswerEpoch, Message, Natural, Token, TokenId
 
-__all__ = ["Recorder", "SessionRecord", "digest_of", "sessions_bucket"]
+__all__ = ["Recorder", "SessionRecord", "digest_of", "new_epoch", "sessions_bucket"]
 
 log = logging.getLogger("mesh.coordinator")
 
@@ -45,6 +45,7 @@ RECORDS_PER_S: Final = 32
 RARELY_S: Final = 2.0
 BYTES_PER_S: Final = 128 * 1024  # of one session's record
 REFRESH_S: Final = 40.0  # a record that does not change is written again, or the bucket would forget it
+CHECK_S: Final = 5.0  # so often it is looked whether the bucket is still there, while sessions are written down
 KEPT_S: Final = 60.0
 KEPT: Final = 256
 WRITERS: Final = 8
@@ -65,7 +66,7 @@ class SessionRecord(Message):
     session: Token
     model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     owner: Token | None
-    epoch: Epoch
+    epoch: AnswerEpoch
     digest: str
     message: Generate
     reply: str
@@ -80,8 +81,14 @@ def sessions_bucket(bus: Bus) -> Bucket:
 
 def digest_of(message: Generate) -> str:
     """The same for two requests that ask for the same generation, whichever attempt they are and whatever tokens they have already."""
-    values = message.model_dump(mode="json", exclude={"attempt", "given", "stream"})
+    values = message.model_dump(mode="json", exclude={"attempt", "given", "stream", "epoch"})
     return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
+
+
+def new_epoch(*seen: int | None) -> int:
+    """An epoch for a session that this coordinator begins or takes over: later than those `seen`, and than any before it of which nothing
+    is known any more. A client drops the documents of lower epochs than it has seen."""
+    return max(time.time_ns() // 1_000_000, *(epoch + 1 for epoch in seen if epoch is not None), 0)
 
 
 @dataclass(slots=True)
@@ -101,7 +108,7 @@ class PendingWrite:
 class Recorder:
     """Writes the records of one coordinator's sessions. `on_lost(session, record)` is called where another coordinator has the session now.
 
-    counters: written, failed, too_large, lost.
+    counters: written, failed, too_large, lost, remade (the bucket was lost and made again).
     """
 
     def __init__(self, bucket: Bucket, model: str, instance: str, on_lost: Callable[[str, SessionRecord], None]) -> None:
@@ -115,6 +122,8 @@ class Recorder:
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITERS)
         self._paused_until = 0.0
+        self._failing = False
+        self._remade = 0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -204,18 +213,23 @@ class Recorder:
         found = [_parse(entry.value, entry.revision) for entry in await self.bucket.entries(f"{self._prefix}.>")]
         return [item for item in found if item is not None]
 
-    async def take_over(self, record: SessionRecord, revision: int, *, epoch: int = 0) -> tuple[SessionRecord, int] | None:
-        """Make the session this coordinator's, with a later epoch: (record, revision). None where another coordinator was faster."""
-        mine = record.model_copy(update={"owner": self.instance, "epoch": max(record.epoch + 1, epoch)})
+    async def take_over(self, record: SessionRecord, revision: int, *, seen: int | None = None) -> tuple[SessionRecord, int] | None:
+        """Make the session this coordinator's, with a later epoch, also later than the one that its client has `seen`: (record, revision).
+        None where another coordinator was faster."""
+        mine = record.model_copy(update={"owner": self.instance, "epoch": new_epoch(record.epoch, seen)})
         now = await self.bucket.update(self.key(record.session), mine.to_bytes(), revision=revision)
         return None if now is None else (mine, now)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        check_at = 0.0
         while True:
             now = time.monotonic()
-            wait_s = REFRESH_S
+            wait_s = CHECK_S if self._pending else REFRESH_S
+            if self._pending and now >= check_at:
+                check_at = now + CHECK_S
+                self.bucket.bus.spawn(self._check(), "looking for the session records")
             if now >= self._paused_until:
                 for session, pending in list(self._pending.items()):
                     due_at = pending.due_at if pending.dirty else pending.written_at + REFRESH_S
@@ -231,18 +245,33 @@ class Recorder:
                 wait_s = self._paused_until - now
             await self._clear_finished(now)
             self._wake.clear()
+            if self.bucket.remade != self._remade:  # with the bucket every record was lost
+                self._remade = self.counters["remade"] = self.bucket.remade
+                self.touch_all()
             try:
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
             except TimeoutError:
                 continue
 
+    async def _check(self) -> None:
+        try:
+            await self.bucket.check()
+        except MeshError as error:  # what cannot be written says so
+            log.debug("%s", error)
+        self._wake.set()
+
     async def _write(self, session: str, pending: PendingWrite) -> None:
         try:
             await self._write_once(session, pending)
+            if self._failing:
+                self._failing = False
+                log.info("sessions are written down again")
         except MeshError as error:
             self.counters["failed"] += 1
-            log.debug("session record %s: %s", session, error)
+            if not self._failing:
+                self._failing = True
+                log.warning("sessions cannot be written down, and are lost if this coordinator dies before they can: %s", error)
             pending.dirty = True
             self._paused_until = time.monotonic() + _PAUSE_S
         finally:

@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from mesh import __version__
-from mesh.bus import Bus, Endpoint, Service, announce, end_tasks, keep_events
+from mesh.bus import Bus, Endpoint, EventLog, Service, announce, end_tasks, keep_events
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core.events import FrameLost
@@ -37,6 +37,7 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
+from mesh.protocol.instance import new_instance
 from mesh.protocol.status import CoordinatorStats, Heartbeat, Hops
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
@@ -53,6 +54,8 @@ _HEARTBEAT_TTL_S = 12.0
 _HEARTBEATS_MISSED = 2.4
 """Two heartbeats in a row may be lost before a coordinator is taken to be gone."""
 _LONGEST_TTL_S = 3600.0
+_CHECK_S = 30.0
+"""How often it is looked whether the stream of events is still there."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Coordinator:
         model, model_hash = self.manifest.name, self.manifest.model_hash
         config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
         self.core = Core(config, Random(secrets.randbits(64)))
+        instance = new_instance()
         jobs: dict[str, Job] = {}
         self.traces = Traces()
         self.meter = StepMeter(self.traces, jobs.get)
@@ -97,7 +101,8 @@ class Coordinator:
             bus,
             model=model,
             model_hash=model_hash,
-            coordinator=self.name,
+            name=self.name,
+            instance=instance,
             flags=options.flags,
             clock=self.meter,
             frame_lost=lambda frame: self.driver.handle_soon(FrameLost(frame), "frame lost"),
@@ -120,7 +125,7 @@ class Coordinator:
             self._announce_soon,
             model=model,
             model_hash=model_hash,
-            coordinator=self.name,
+            coordinator=instance,
             expected=options.expected,
             open_timeout_s=options.open_timeout_s,
         )
@@ -131,7 +136,7 @@ class Coordinator:
             model=model,
             model_hash=model_hash,
             name=self.name,
-            instance=secrets.token_hex(6),
+            instance=instance,
             heartbeat_ttl_s=min(max(_HEARTBEAT_TTL_S, _HEARTBEATS_MISSED * options.health_check_interval_s), _LONGEST_TTL_S),
             random=Random(secrets.randbits(64)),
             announce=self._announce_soon,
@@ -152,6 +157,7 @@ class Coordinator:
             tokenizer=self.tokenizer,
             most_preparing=options.queue_limit,
         )
+        self._events = EventLog(bus)
         self.batches = BatchWorker(bus, self.core, model, self.continuity.instance)
         bus.on_change(self._on_connection)
 
@@ -162,7 +168,7 @@ class Coordinator:
         try:
             await self.intake.start()
             await self.shards.start()
-            await keep_events(self.bus)
+            await keep_events(self._events)
             await self.continuity.start()
             heartbeats = self.bus.spawn(self._send_heartbeats(), "heartbeats")  # not before: the others answer them
             self._service = await Service.start(
@@ -215,6 +221,7 @@ class Coordinator:
             resumed=self.continuity.resumed,
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
+            remade={"sessions": self.continuity.recorder.bucket.remade, "events": self._events.remade, "batches": self.batches.remade},
             expected=None if expected is None else expected.as_dict(self.core.replicas()),
             hops=Hops.model_validate(self.meter.hops.as_dict()),
             sessions=sessions,
@@ -234,7 +241,7 @@ class Coordinator:
             self.outbox.error(job.reply, gone, job.epoch)
         await self.outbox.send()
         if self.bus.connected:
-            await self.shards.close_all(self.name)
+            await self.shards.close_all(self.continuity.instance)
             await self.bus.send(topics.HEARTBEATS.at(self.manifest.name), self.continuity.heartbeat(leaving=True))
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         self.driver.stop()
@@ -243,6 +250,7 @@ class Coordinator:
 
     async def _send_heartbeats(self) -> None:
         """By these, shards know whose rows to keep. A client whose request waits is told so, which also shows whether it still listens."""
+        checked_at = time.monotonic()
         while True:
             try:
                 for place, session in enumerate(self.core.waiting()):
@@ -254,6 +262,9 @@ class Coordinator:
             except MeshError as error:
                 log.warning("%s", error)
             self.shards.report_lacking()
+            if time.monotonic() - checked_at >= _CHECK_S and self.bus.connected:
+                checked_at = time.monotonic()
+                self.bus.spawn(keep_events(self._events), "events")
             await asyncio.sleep(self.options.health_check_interval_s)
 
     def _heartbeat(self) -> Heartbeat:
@@ -263,7 +274,7 @@ class Coordinator:
 
     def _on_connection(self, connected: bool) -> None:
         if connected:
-            self.bus.spawn(keep_events(self.bus), "events")  # the server may have lost them
+            self.bus.spawn(keep_events(self._events), "events")  # the server may have lost them
 
     async def _announce(self, kind: events.EventKind, who: str, detail: str) -> None:
         await announce(self.bus, kind, who, model=self.manifest.name, detail=detail, coordinator=self.name)

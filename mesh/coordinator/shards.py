@@ -5,18 +5,22 @@ Whatever comes of a lease, an answer or a silence is an event for the core.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
+from typing import Any
 
-from mesh.bus import Bucket, Bus, LeaseTable
+from mesh.bus import Bus, Received, Subscription, end_tasks
 from mesh.coordinator.continuity import Announce
 from mesh.coordinator.core.events import CloseRow, Event, OpenRefused, OpenRow, Probe, ProbeAnswered, ReplicaGone, ReplicaSeen, RowOpened
 from mesh.coordinator.core.expectations import ExpectedShards
+from mesh.coordinator.core.leases import ANSWER_S, Leases
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.translate import replica_of
-from mesh.errors import Busy, DeadlineExceeded, MeshError, NobodyListens, Unavailable
-from mesh.protocol import control, frame_codec, subjects, topics
+from mesh.errors import Busy, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, Unavailable
+from mesh.protocol import control, frame_codec, topics
 from mesh.protocol.status import ShardLease
 
 __all__ = ["Shards"]
@@ -26,12 +30,15 @@ log = logging.getLogger("mesh.coordinator")
 _SETTLING_S = 3.0
 """Seconds after this coordinator's reconnection in which a subject without a listener proves nothing: the shard may still be
 reconnecting too."""
-_ANSWER_S = 1.0
+_LOOK_S = 0.5
+"""How often it is looked for shards that have been silent for too long."""
+_STALL_S = 1.5
+"""After a pause of this loop that was longer, the silence of the shards does not count."""
 _MOST_REFUSED = 256
 
 
 class Shards:
-    """`coordinator` is this coordinator's name. `expected`: the shards that the configuration asks for. `open_timeout_s`: how long a
+    """`coordinator` is this coordinator's process. `expected`: the shards that the configuration asks for. `open_timeout_s`: how long a
     shard may take to open a row."""
 
     def __init__(
@@ -58,24 +65,73 @@ class Shards:
         self._coordinator = coordinator
         self._expected = expected
         self._open_timeout_s = open_timeout_s
-        self._leases = LeaseTable(Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S), ShardLease, self._on_lease)
+        self._leases = Leases()
+        self._subscription: Subscription | None = None
+        self._watcher: asyncio.Task[Any] | None = None
         self._refused: dict[str, str] = {}  # shard -> its instance that cannot take part, and was reported
         self._lacking = ""
 
     async def start(self) -> None:
-        await self._leases.start()
+        """Hear the leases from now on, and ask every shard for its lease."""
+        self._subscription = await self._bus.subscribe(topics.LEASE.any(self._model), self._on_lease)
+        await self._ask_all()
+        self._watcher = self._bus.spawn(self._watch(), "watching shards")
+        self._bus.on_change(self._on_connection)
 
     async def stop(self) -> None:
-        await self._leases.stop()
+        if self._watcher is not None:
+            await end_tasks(self._watcher)
+        if self._subscription is not None:
+            await self._subscription.stop()
 
     # -- leases --------------------------------------------------------------------------------------------------------
 
-    def _on_lease(self, shard: str, lease: ShardLease | None) -> None:
-        if lease is not None and lease.state in ("ready", "draining") and self._compatible(lease):
-            self._driver.handle_soon(ReplicaSeen(replica_of(lease)), "lease")
-        elif self._core.knows(shard):
-            log.info("shard %s is gone", shard)
-            self._driver.handle_soon(ReplicaGone(shard), "lease")
+    async def _ask_all(self) -> None:
+        for answer in await self._bus.gather(topics.LEASES.at().subject):
+            try:
+                lease = ShardLease.parse(answer.data)
+            except MessageRejected as error:
+                log.warning("a lease that cannot be read: %s", error)
+                continue
+            if lease.model == self._model:
+                await self._take(lease)
+
+    async def _on_lease(self, received: Received) -> None:
+        await self._take(topics.LEASE.parse(received.data))
+
+    async def _take(self, lease: ShardLease) -> None:
+        shard = lease.shard
+        if not self._leases.heard(shard, lease.instance, time.monotonic()):
+            return
+        if lease.state in ("ready", "draining") and self._compatible(lease):
+            await self._driver.handle(ReplicaSeen(replica_of(lease)))
+            return
+        if lease.state == "left":
+            self._leases.gone(shard)
+        if self._core.knows(shard):
+            log.info("shard %s is %s", shard, "gone" if lease.state == "left" else lease.state)
+            await self._driver.handle(ReplicaGone(shard))
+
+    async def _watch(self) -> None:
+        before = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now - before > _STALL_S or not self._bus.connected:
+                self._leases.excuse(now)
+            before = now
+            silent, gone = self._leases.check(now)
+            for shard in gone:
+                if self._core.knows(shard):
+                    log.info("shard %s is gone: neither its lease nor an answer came", shard)
+                    await self._driver.handle(ReplicaGone(shard))
+            for shard in silent:
+                self._bus.spawn(self.probe(Probe(shard, now)), "probing a shard")
+            await asyncio.sleep(_LOOK_S)
+
+    def _on_connection(self, connected: bool) -> None:
+        self._leases.excuse(time.monotonic())
+        if connected:
+            self._bus.spawn(self._ask_all(), "asking for leases")
 
     def _compatible(self, lease: ShardLease) -> bool:
         """Whether the shard can take part. A shard of another model is ignored; one of this model with another cut or another frame
@@ -114,6 +170,7 @@ class Shards:
             prompt_length=len(request.prompt),
             keep=effect.keep,
             sampling=request.sampling,
+            instance=None if effect.shard is None else self._leases.instance(effect.shard),
         )
         if effect.shard is None:
             to = topics.OPEN_ANY.at(self._model, effect.layers)
@@ -122,6 +179,9 @@ class Shards:
         event: Event
         try:
             opened = await self._bus.request(to, message, timeout_s=self._open_timeout_s)
+            if opened.instance != self._leases.instance(opened.shard):  # one that was replaced, in a queue group
+                self.close(CloseRow(key, effect.epoch, opened.shard))
+                raise Unavailable(f"shard {opened.shard} is another process now")
             event = RowOpened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
@@ -148,20 +208,26 @@ class Shards:
 
     async def probe(self, effect: Probe) -> None:
         """Find out whether a shard lives, and which steps it has. Where nothing is answered the core asks again."""
-        ping = control.Ping(coordinator=self._coordinator)
+        instance = self._leases.instance(effect.shard)
+        ping = control.Ping(coordinator=self._coordinator, instance=instance)
         try:
-            pong = await self._bus.request(topics.PING.at(effect.shard), ping, timeout_s=_ANSWER_S)
+            pong = await self._bus.request(topics.PING.at(effect.shard), ping, timeout_s=ANSWER_S)
         except NobodyListens:
             await self._gone(effect.shard)
         except (DeadlineExceeded, Unavailable) as error:
             log.debug("asking %s: %s", effect.shard, error)
         else:
+            if pong.instance != self._leases.instance(effect.shard):
+                return
+            self._leases.answered(effect.shard, time.monotonic())
             await self._driver.handle(ProbeAnswered(effect.shard, effect.asked_at, frozenset(pong.pending)))
 
     async def _gone(self, shard: str) -> None:
         """No process listens on a shard's subject: the shard is gone, unless this coordinator has only just reconnected."""
-        if not self._bus.connected or self._driver.connected_for_s() < _SETTLING_S or not self._core.knows(shard):
+        if not self._bus.connected or self._driver.connected_for_s() < _SETTLING_S:
+            return
+        self._leases.gone(shard)
+        if not self._core.knows(shard):
             return
         log.info("no process listens on the subject of shard %s", shard)
-        self._leases.forget(shard)
         await self._driver.handle(ReplicaGone(shard))

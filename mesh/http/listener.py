@@ -7,7 +7,7 @@ anything), the size of a request's head, and the time that a connection may spen
     before a request, or within its head                   head_timeout_s
     a request under way                                    the application: it bounds the body's time and its own work
     the client does not read its answer                    write_timeout_s
-    answered before the whole body came                    _LINGER_S; it no longer counts as a connection
+    answered before the whole body came                    _LINGER_S, in which the rest may come; it does not count as a connection
     between requests                                       idle_timeout_s
     between requests, and bytes that begin no request      head_timeout_s
 
@@ -39,6 +39,7 @@ __all__ = ["Listener", "ListenerOptions", "Tls", "is_loopback"]
 log = logging.getLogger("mesh.http")
 
 _LINGER_S = 2.0  # how long a refused connection may take to read why
+_DRAIN_BYTES = 256 * 1024  # of a body that is not wanted
 _LINGERING = 256  # so many refused connections may take that long at once; further ones are closed without a word
 _BACKLOG = 2048
 _SHORTEST_GRACE_S = 0.3  # for connections without a request to close
@@ -194,6 +195,7 @@ class _Connection(HttpToolsProtocol):
     _refused = False  # then it never was one of uvicorn's connections
     _lingers = False
     _ended = False  # further data is not read
+    _draining = False  # the request is answered, and the rest of its body is read and thrown away
     _body_due = False  # the head of a request has come, and not yet all of its body
     _head_bytes = 0
     _fed_bytes = 0  # since a head was expected
@@ -213,7 +215,12 @@ class _Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
-        if self._head_timer is not None:  # the parser does not report a header before it is whole
+        if self._draining:
+            self._fed_bytes += len(data)
+            if self._fed_bytes > _DRAIN_BYTES:
+                self._linger()
+                return
+        elif self._head_timer is not None:  # the parser does not report a header before it is whole
             self._fed_bytes += len(data)
             if self._fed_bytes > 4 * self._options.max_head_bytes:
                 self._head_too_large()
@@ -244,20 +251,18 @@ class _Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._body_due = False
         super().on_message_complete()
+        if self._draining:
+            self._drained()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._body_due and self._answered and not self.transport.is_closing():
-            # The rest of the body is not wanted, and may never come.
-            self._unset_keepalive_if_required()
-            self.connections.discard(self)
-            self._linger()
+            self._drain()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_arrived()
         self._taken()
-        if self._lingers:
-            self.server_state.lingering -= 1  # type: ignore[attr-defined]
+        self._give_lingering()
         if self._refused:
             self.parser = None  # type: ignore[assignment]
             return
@@ -322,18 +327,50 @@ class _Connection(HttpToolsProtocol):
         self.transport.write(_document(status, body, headers))
         self._linger()
 
+    def _drain(self) -> None:
+        """A request was answered before its body came. A client that sends the rest at once may use the connection again."""
+        self._unset_keepalive_if_required()
+        self.connections.discard(self)
+        if not self._take_lingering():
+            self.transport.close()
+            return
+        self._draining = True
+        self._fed_bytes = 0
+        self._head_timer = self.loop.call_later(_LINGER_S, self._head_late)
+
+    def _drained(self) -> None:
+        """The whole body has come after all."""
+        self._draining = False
+        self._head_arrived()
+        self._give_lingering()
+        if len(self.connections) >= self._options.max_connections:
+            self.transport.close()
+        else:
+            self.connections.add(self)
+
     def _linger(self) -> None:
         """Send no more, read what comes without looking at it, and close when the client does, or after _LINGER_S."""
         self._ended = True
-        state: Any = self.server_state
-        if state.lingering >= _LINGERING:
+        self._head_arrived()
+        if not self._take_lingering():
             self.transport.close()
             return
-        state.lingering += 1
-        self._lingers = True
         if self.transport.can_write_eof():  # not over TLS: there the answer's length tells the client where it ends
             self.transport.write_eof()
         self._head_timer = self.loop.call_later(_LINGER_S, self._head_late)
+
+    def _take_lingering(self) -> bool:
+        """Whether this connection may stay a little though it does not count as one; only so many may at once."""
+        state: Any = self.server_state
+        if not self._lingers and state.lingering < _LINGERING:
+            state.lingering += 1
+            self._lingers = True
+        return self._lingers
+
+    def _give_lingering(self) -> None:
+        if self._lingers:
+            self.server_state.lingering -= 1  # type: ignore[attr-defined]
+            self._lingers = False
 
 
 def _document(status: bytes, body: bytes, headers: bytes = b"") -> bytes:

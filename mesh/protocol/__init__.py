@@ -10,6 +10,7 @@ control       what coordinators and operators ask of a shard
 status        what shards and coordinators report about themselves
 events        what has happened, for people and monitors
 batches       durable batches
+instance      one life of a process, and which of two of a name is the later
 headers       names of NATS headers
 failures      errors on the wire
 frame         Frame: the tensors or tokens of one step, and their acknowledgements

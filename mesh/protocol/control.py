@@ -18,7 +18,8 @@ class Open(Message):
 
     After an Open with a higher epoch, frames of lower epochs are refused. An Open with a lower epoch is refused too
     (MessageRejected, field epoch). `keep`: how many positions of the row's cache stay valid where the session was open here before.
-    These positions were computed from the same tokens.
+    These positions were computed from the same tokens. `instance`: the one that is meant; another process of the shard's name opens
+    nothing (None: any).
     """
 
     session: SessionId
@@ -28,10 +29,12 @@ class Open(Message):
     prompt_length: Natural  # penalties count from here on
     keep: Natural = 0
     sampling: SamplingParams = SamplingParams()  # used by the last stage
+    instance: Token | None = None
 
 
 class Opened(Message):
-    """The replica that opened the session, its row, and the positions its cache already holds (0 unless the session was here before)."""
+    """The replica that opened the session, its row, and the positions its cache already holds (0 unless the session was here before).
+    `row` goes into the frames' slots as it is: it also says which instance of the shard is meant."""
 
     session: SessionId
     epoch: Epoch
@@ -65,9 +68,11 @@ class Closed(Message):
 
 
 class Ping(Message):
-    """Ask a shard whether it lives and which steps of this coordinator it has. Its event loop answers, even during a long step."""
+    """Ask a shard whether it lives and which steps of this coordinator it has. Its event loop answers, even during a long step.
+    `instance`: the one that is asked (None: any)."""
 
     coordinator: Token
+    instance: Token | None = None
 
 
 class Pong(Message):

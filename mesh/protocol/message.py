@@ -14,12 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mesh.errors import MessageRejected
 from mesh.protocol import subjects
 
-__all__ = ["Epoch", "Message", "Natural", "SessionId", "Token", "TokenId"]
+__all__ = ["AnswerEpoch", "Epoch", "Message", "Natural", "SessionId", "Token", "TokenId"]
 
 M = TypeVar("M", bound="Message")
 Token = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_-]{{1,{subjects.MAX_TOKEN}}}$")]
 SessionId = Annotated[int, Field(ge=1, lt=2**63)]
 Epoch = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of a session's route."""
+AnswerEpoch = Annotated[int, Field(ge=0, lt=2**53)]
+"""Of the documents of an answer: milliseconds since 1970 when its coordinator began with it, or more."""
 Natural = Annotated[int, Field(ge=0)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 

@@ -9,7 +9,17 @@ from pydantic import ConfigDict, Field
 from mesh.protocol.message import Message, Natural, SessionId, Token
 from mesh.types import LayerRange
 
-__all__ = ["Alive", "CoordinatorStats", "Heartbeat", "Hops", "SessionReport", "ShardLease", "ShardStats", "StatsRequest"]
+__all__ = [
+    "Alive",
+    "CoordinatorStats",
+    "Heartbeat",
+    "Hops",
+    "LeaseQuery",
+    "SessionReport",
+    "ShardLease",
+    "ShardStats",
+    "StatsRequest",
+]
 
 
 class Heartbeat(Message):
@@ -32,8 +42,13 @@ class StatsRequest(Message):
     """Ask a shard for its ShardStats. It has no fields."""
 
 
+class LeaseQuery(Message):
+    """Ask every shard for its lease. It has no fields."""
+
+
 class ShardStats(Message):
-    """A shard's counts and seconds since its start. `rejected`: refused frames and messages, by reason."""
+    """A shard's counts and seconds since its start. `rejected`: refused frames and messages, by reason. `storage`: writes of its lease to
+    JetStream that failed, and buckets that were lost and made again."""
 
     shard: Token
     instance: Token
@@ -59,10 +74,12 @@ class ShardStats(Message):
     gaps: dict[str, int]
     rejected: dict[str, int]
     memory_bytes: Natural
+    storage: dict[str, int] = Field(default_factory=dict)
 
 
 class ShardLease(Message):
-    """A shard's description of itself in the bucket `mesh_shards`, under its own name. It is renewed well within the bucket's TTL.
+    """A shard's description of itself. The shard says it every RENEW_S seconds over plain NATS, and keeps a copy in the bucket
+    `mesh_shards`, under its own name, which it renews well within the bucket's TTL. `state` "left": the shard has ended in order.
 
     `load`: share of the last seconds spent computing, 0 to 1. `step_s`: median of recent decode steps in seconds, 0 before any.
     `max_frame_bytes`: the largest frame its connection takes. `weights_bytes`: of the layers it holds. Fields that a later version
@@ -78,7 +95,7 @@ class ShardLease(Message):
     layers_start: Natural
     layers_end: Annotated[int, Field(ge=1)]
     total_layers: Annotated[int, Field(ge=1)]
-    state: Literal["loading", "warming", "ready", "draining"]
+    state: Literal["loading", "warming", "ready", "draining", "left"]
     rows: Annotated[int, Field(ge=1)]
     free_rows: Natural
     context: Annotated[int, Field(ge=1)]
@@ -161,6 +178,7 @@ class CoordinatorStats(_Reported):
     every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
     answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    `remade`: what was lost in JetStream and made again, and how often.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -195,6 +213,7 @@ class CoordinatorStats(_Reported):
     rejected_frames: dict[str, int] = Field(default_factory=dict)
     records: dict[str, int] = Field(default_factory=dict)
     batches: dict[str, int] = Field(default_factory=dict)
+    remade: dict[str, int] = Field(default_factory=dict)
     expected: dict[str, Any] | None = None
     hops: Hops = Hops()
     sessions: tuple[SessionReport, ...] = ()

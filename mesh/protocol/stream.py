@@ -6,9 +6,10 @@
     last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
-Every document has the "epoch" of the coordinator that answers; an error has it in a header (headers.py). It grows when another
-coordinator takes over the session. A document whose epoch is lower than one seen before is late and is ignored. "next" is the index of
-the first token document that follows. After a take-over, "next" may be the index of a token that was delivered before.
+Every document has an "epoch" (an error: the header EPOCH_HEADER): when the coordinator which answers began with the session, in
+milliseconds since 1970. It grows when another coordinator takes over the session, also where nothing is known of the one before.
+Documents of a lower epoch than one seen before are late: they change nothing. "next" is the index of the first token document that
+follows; after another coordinator took over, it may be lower than what was delivered before.
 
 The "text" of the token documents and the "rest" of the last one, joined, are the whole text.
 """
@@ -35,6 +36,7 @@ __all__ = [
     "Waiting",
     "dump",
     "parse",
+    "with_epoch",
 ]
 
 
@@ -192,6 +194,14 @@ def parse(data: bytes) -> Document:
         return Waiting(document.get("waiting", 0), epoch)
     except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
         raise MessageRejected(f"this is no document of a generation: {error!r}") from None
+
+
+def with_epoch(answer: bytes, seen: int | None) -> bytes:
+    """A last document that was kept, for a client that has seen the epoch `seen`: never of a lower one."""
+    if seen is None:
+        return answer
+    document = orjson.loads(answer)
+    return orjson.dumps(document | {"epoch": max(document.get("epoch") or 0, seen)})
 
 
 def answer_of(document: Mapping[str, Any]) -> Answer:

@@ -23,6 +23,7 @@ __all__ = [
     "KV_SHARDS",
     "LEASE_TTL_S",
     "OBJECTS_MODELS",
+    "RENEW_S",
     "REPLICAS_QUEUE",
     "STREAM_BATCH",
     "STREAM_EVENTS",
@@ -47,6 +48,8 @@ KV_BATCHES: Final = "mesh_batches"
 STREAM_BATCH: Final = "mesh_batch"
 STREAM_EVENTS: Final = "mesh_events"
 
+RENEW_S: Final = 1.5
+"""How often a shard says its lease."""
 LEASE_TTL_S: Final = 5.0
 """How long a lease counts that is not renewed: the TTL of KV_SHARDS. Every process that opens the bucket uses the same one."""
 

@@ -19,7 +19,7 @@ from mesh.protocol.events import Event
 from mesh.protocol.frame import Frame
 from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
 from mesh.protocol.message import Message
-from mesh.protocol.status import Alive, Heartbeat, ShardStats, StatsRequest
+from mesh.protocol.status import Alive, Heartbeat, LeaseQuery, ShardLease, ShardStats, StatsRequest
 from mesh.types import LayerRange
 
 __all__ = [
@@ -36,6 +36,8 @@ __all__ = [
     "GENERATE",
     "GENERATE_AT",
     "HEARTBEATS",
+    "LEASE",
+    "LEASES",
     "LOAD",
     "OPEN",
     "OPEN_ANY",
@@ -140,6 +142,10 @@ ALIVE: Topic[Alive, Heartbeat] = Topic(
 HEARTBEATS: Topic[Heartbeat, None] = Topic(
     "mesh.v1.MODEL.coordinators", Heartbeat, None, "a coordinator says that it lives", "every shard and coordinator of the model"
 )
+LEASE: Topic[ShardLease, None] = Topic(
+    "mesh.v1.MODEL.shards.SHARD", ShardLease, None, "a shard says what it serves", "every coordinator of the model"
+)
+LEASES: Topic[LeaseQuery, ShardLease] = Topic("mesh.v1.shards", LeaseQuery, ShardLease, "ask what every shard serves", "every shard")
 OPEN_ANY: Topic[Open, Opened] = Topic(
     "mesh.v1.MODEL.layers.A-B", Open, Opened, "open a session on layers [A, B)", queue=subjects.REPLICAS_QUEUE
 )
@@ -185,6 +191,8 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     TRACE,
     ALIVE,
     HEARTBEATS,
+    LEASE,
+    LEASES,
     OPEN_ANY,
     FRAMES,
     TOKENS,

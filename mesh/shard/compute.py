@@ -15,6 +15,7 @@ import numpy as np
 from mesh.protocol.frame_codec import Flags, Frame, Kind, StageTiming
 from mesh.runtime.engine import Engine, SampledToken
 from mesh.runtime.sampling import MAX_LOGPROBS
+from mesh.shard.state import ROW_MASK
 
 __all__ = ["ComputeThread", "run_step"]
 
@@ -69,7 +70,7 @@ def run_step(stage: Engine, frame: Frame, timing: Callable[[float], StageTiming]
     """Compute `frame` on `stage`. Returns the frame for the next stage, with the hidden state; on the last stage the answer, with the
     sampled tokens (or an ACK for a prefill chunk that is not the prompt's last). `timing(compute_s)` makes the record that the stage
     adds to the frame."""
-    rows = frame.stage_rows[frame.hop]
+    rows = frame.stage_rows[frame.hop] & ROW_MASK
     hidden = frame.tensors[0] if frame.tensors else None
     began = time.perf_counter()
     result: Any

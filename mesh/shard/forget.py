@@ -40,6 +40,8 @@ async def forget(bus: Bus, shard: str, *, force: bool = False) -> Forgotten:
         with suppress(MessageRejected):  # written by another version: it is removed as well
             lease = ShardLease.parse(entry.value or b"")
         await leases.delete(shard)
+        if lease is not None:  # coordinators go by what is said
+            await bus.send(topics.LEASE.at(lease.model, shard), lease.model_copy(update={"state": "left"}))
     claims = await _drop_claims(bus, shard)
     if entry is None and not claims:
         raise BadRequest(f"nothing is known of a shard {shard}: `mesh status` shows those there are", field="shard")

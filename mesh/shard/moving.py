@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +20,10 @@ from mesh.bus import Bus, announce
 from mesh.errors import BadRequest, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.protocol.control import Load, Loaded
+from mesh.protocol.instance import new_instance
 from mesh.runtime.engine import Engine
 from mesh.shard.options import ShardOptions, Status
-from mesh.shard.state import ShardState
+from mesh.shard.state import ShardState, tag_of
 from mesh.types import LayerRange
 
 __all__ = ["MovableShard", "move"]
@@ -82,8 +82,8 @@ async def move(shard: MovableShard, message: Load) -> Loaded:
     sessions = old.sessions
     await shard.stop_listening()
     await shard.in_thread(partial(stage.serve, layers))  # after what is queued
-    shard.state = ShardState(replace(old.shape, layers=layers))
-    shard.instance = secrets.token_hex(6)
+    shard.instance = new_instance(after=shard.instance)
+    shard.state = ShardState(replace(old.shape, layers=layers, tag=tag_of(shard.instance)))
     shard.idle.set()
     await shard.open_doors()
     took_s = time.perf_counter() - began

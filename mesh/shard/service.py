@@ -13,23 +13,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from mesh import __version__
-from mesh.bus import Bucket, Bus, Endpoint, Received, Service, Subscription, announce, end_tasks, keep_events
+from mesh.bus import Bus, Endpoint, EventLog, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.dtypes import NUMPY_DTYPES
-from mesh.errors import ConfigError, DeadlineExceeded, FrameRejected, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
+from mesh.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    FrameRejected,
+    MeshError,
+    MessageRejected,
+    NobodyListens,
+    PayloadTooLarge,
+    Replaced,
+    ServiceError,
+    Unavailable,
+)
 from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
 from mesh.protocol.events import EventKind
 from mesh.protocol.frame_codec import Frame, Kind, Nack, StageTiming
+from mesh.protocol.instance import new_instance
 from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
 from mesh.runtime.device import processor
 from mesh.runtime.engine import Engine
@@ -38,17 +49,19 @@ from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import ComputeThread, run_step
+from mesh.shard.lease import LeaseKeeper
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
-from mesh.shard.state import ShardShape, ShardState
+from mesh.shard.state import ShardShape, ShardState, tag_of
 from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
 
 log = logging.getLogger("mesh.shard")
 
-_RENEW_S = 1.5
+_EXPIRE_S = 1.5
+"""How often the sessions of coordinators that are gone are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ class Shard:
         """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread."""
         self.bus = bus
         self.options = options
-        self.instance = secrets.token_hex(6)
+        self.instance = new_instance()
         self.manifest = Manifest.load(options.directory)
         self.meter = Meter()
         self.ready = asyncio.Event()
@@ -101,18 +114,20 @@ class Shard:
                 hidden_dtype=NUMPY_DTYPES[self.manifest.hidden.dtype],
                 # A session has one decode step or prefill chunk in flight. More than twice that is a coordinator's mistake.
                 queue_limit=2 * options.rows + 8,
+                tag=tag_of(self.instance),
             )
         )
         self.stage: Engine | None = None
         self._compute: ComputeThread | None = None
         self._service: Service | None = None
         self._subscriptions: list[Subscription] = []
-        self._leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=options.lease_ttl_s)
+        self._lease = LeaseKeeper(
+            bus, options.name, self.manifest.name, options.lease_ttl_s, lambda: self.lease(time.monotonic()), self._replaced_by
+        )
         self._status: Status = "loading"
         self._stop = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
-        self._renew = asyncio.Event()
         self._failure: BaseException | None = None
         self._moving = asyncio.Lock()
         self._drainer: asyncio.Task[Any] | None = None
@@ -127,11 +142,12 @@ class Shard:
         await self._require_alone()
         loop = asyncio.get_running_loop()
         self._compute = ComputeThread(loop.call_soon_threadsafe)
-        leases = self.bus.spawn(self._keep_lease(), "lease")
+        expiring = self.bus.spawn(self._expire(), "closing the sessions of coordinators that are gone")
         try:
-            await keep_events(self.bus)
-            await self._announce("joined", f"layers {shape.layers} of {model}")
+            await self._lease.start()
             await self._listen_control()
+            await keep_events(EventLog(self.bus))
+            await self._announce("joined", f"layers {shape.layers} of {model}")
             log.info("loading layers %s of %s", shape.layers, model)
             self.stage = await self.in_thread(self._load)
             if self.options.warm_up:
@@ -142,9 +158,13 @@ class Shard:
             await self.open_doors()
             log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
             await self._stop.wait()
+            if isinstance(self._failure, Replaced):
+                raise self._failure
             if self._failure is not None:
                 raise ServiceError(f"the computation failed ({self._failure!r}): the shard ends, start it again") from self._failure
         except _StoppedError:
+            if isinstance(self._failure, Replaced):
+                raise self._failure from None
             log.info("told to stop before it was ready")
         except Exception as error:
             if self._failure is not None or not isinstance(error, MeshError):
@@ -152,7 +172,7 @@ class Shard:
             raise
         finally:
             self.ready.clear()
-            await end_tasks(leases)
+            await end_tasks(expiring)
             await self._leave()
 
     @property
@@ -186,8 +206,10 @@ class Shard:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    async def on_open(self, received: Received) -> Opened:
+    async def on_open(self, received: Received) -> Opened | None:
         message = topics.OPEN.parse(received.data)
+        if not self._is_meant(message.instance):
+            return None
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
         reservation = self.state.open(message, time.monotonic())
@@ -203,7 +225,7 @@ class Shard:
             instance=self.instance,
             layers_start=shape.layers.start,
             layers_end=shape.layers.stop,
-            row=reservation.row,
+            row=reservation.slot,
             filled=reservation.filled,
             context=shape.context,
             chunk=self.options.chunk,
@@ -229,9 +251,15 @@ class Shard:
         topics.STATS.parse(received.data)
         return self.stats()
 
-    async def on_ping(self, received: Received) -> Pong:
-        pending = self.state.pending(topics.PING.parse(received.data).coordinator)
-        return Pong(shard=self.options.name, instance=self.instance, pending=pending)
+    async def on_ping(self, received: Received) -> Pong | None:
+        message = topics.PING.parse(received.data)
+        if not self._is_meant(message.instance):
+            return None
+        return Pong(shard=self.options.name, instance=self.instance, pending=self.state.pending(message.coordinator))
+
+    async def on_lease_query(self, received: Received) -> ShardLease:
+        topics.LEASES.parse(received.data)
+        return self.lease(time.monotonic())
 
     async def on_heartbeat(self, received: Received) -> None:
         try:
@@ -270,6 +298,7 @@ class Shard:
             gaps=dict(state.gaps),
             rejected=dict(meter.rejected),
             memory_bytes=resident_bytes(),
+            storage=dict(self._lease.counters) | {"remade": self._lease.bucket.remade},
         )
 
     # -- frames --------------------------------------------------------------------------------------------------------
@@ -456,6 +485,7 @@ class Shard:
                 Endpoint("load", topics.LOAD.at(name), self.on_load, concurrent=True),
                 Endpoint("ping", topics.PING.at(name), self.on_ping),
                 Endpoint("stats", topics.STATS.at(name), self.on_stats),
+                Endpoint("lease", topics.LEASES.at(), self.on_lease_query),
             ],
         )
 
@@ -493,35 +523,31 @@ class Shard:
         await self.bus.flush()
 
     async def _require_alone(self) -> None:
-        """ConfigError if a shard of this name answers: two of them would answer each other's frames."""
+        """ConfigError if a shard of this name answers. One that does not answer is replaced: this instance is later than it."""
         name = self.options.name
         try:
             other = await self.bus.request(topics.STATS.at(name), StatsRequest(), timeout_s=1.0)
-        except (Unavailable, DeadlineExceeded):
-            return
-        raise ConfigError(f"shard {name} runs already (instance {other.instance}): give this one another shard_id")
+        except (Unavailable, DeadlineExceeded) as error:
+            if not isinstance(error, NobodyListens):
+                log.warning("a process that does not answer has the name %s: this one takes its place", name)
+        else:
+            raise ConfigError(f"shard {name} runs already (instance {other.instance}): give this one another shard_id")
+        former = await self._lease.former()
+        if former >= self.instance:  # its machine's clock is ahead
+            self.instance = new_instance(after=former)
+            self.state = ShardState(replace(self.state.shape, tag=tag_of(self.instance)))
 
-    async def _keep_lease(self) -> None:
-        name = self.options.name
-        self.bus.on_change(lambda connected: self._renew.set())
+    async def _expire(self) -> None:
         while True:
-            now = time.monotonic()
-            expired = self.state.expire(now)
+            expired = self.state.expire(time.monotonic())
             if expired:
                 log.info("closed %d sessions of a coordinator that is gone", len(expired))
                 self._note_sessions()
-            try:
-                if self.bus.connected:  # otherwise the lease is renewed at once when the connection is back
-                    await self._leases.put(name, self._lease(now).to_bytes())
-            except MeshError as error:
-                log.warning("renewing the lease: %s", error)
-            try:
-                await asyncio.wait_for(self._renew.wait(), min(_RENEW_S, self.options.lease_ttl_s / 3))
-            except TimeoutError:
-                continue
-            self._renew.clear()
+                self._lease.renew()
+            await asyncio.sleep(min(_EXPIRE_S, self.options.lease_ttl_s / 3))
 
-    def _lease(self, now: float) -> ShardLease:
+    def lease(self, now: float) -> ShardLease:
+        """What it says of itself now; `now` is of time.monotonic."""
         shape, busy_s = self.state.shape, self._compute.busy_s if self._compute else 0.0
         return ShardLease(
             shard=self.options.name,
@@ -555,9 +581,31 @@ class Shard:
             http=self.http_url,
         )
 
+    def _is_meant(self, instance: str | None) -> bool:
+        """Whether a request that names `instance` is for this process. Unavailable: it is for an earlier process of this name. False: it
+        is for a later one, which answers it; this process ends."""
+        if instance is None or instance == self.instance:
+            return True
+        if instance < self.instance:
+            raise Unavailable(f"shard {self.options.name} is another process now (instance {self.instance}): ask again")
+        self._replaced_by(None)
+        return False
+
+    def _replaced_by(self, lease: ShardLease | None) -> None:
+        """A later process of this name serves: end."""
+        if self._failure is None:
+            name = self.options.name
+            where = "" if lease is None else f" (instance {lease.instance}, process {lease.pid} on {lease.host})"
+            self._failure = Replaced(
+                f"another process serves as shard {name} now{where}, so this one (instance {self.instance}) ends: it was suspended or cut "
+                "off, and was replaced. If both are wanted, give one of them another shard_id"
+            )
+            log.error("%s", self._failure)
+            self._stop.set()
+
     def _set_status(self, status: Status) -> None:
         self._status = status
-        self._renew.set()
+        self._lease.renew()
 
     def _note_sessions(self) -> None:
         if self.state.sessions == 0:
@@ -581,12 +629,9 @@ class Shard:
             compute = self._compute
             if not await asyncio.to_thread(compute.stop):
                 log.warning("the compute thread is still busy; it ends with the process")
+        await self._lease.stop()
         if self.bus.connected:
-            try:
-                await self._leases.delete(self.options.name)
-                await self._announce("left", "")
-            except MeshError as error:
-                log.warning("leaving: %s", error)
+            await self._announce("left", "")
 
     async def _announce(self, kind: EventKind, detail: str) -> None:
         await announce(self.bus, kind, self.options.name, model=self.manifest.name, detail=detail, layers=str(self.state.shape.layers))

@@ -13,7 +13,7 @@ count as done because the compute thread takes steps in the order in which they 
     prefill, its epoch     there, start <= filled   computed; filled = start + count: its padding is written over what follows
     frame row, its epoch   there, start > filled    NACK hole, from `filled` on: a step was lost
     frame row, lower epoch there                    NACK stale_epoch
-    frame row              none, or a higher epoch  NACK unknown_session
+    frame row              none, or a higher epoch  NACK unknown_session; nothing at all if its slot is another instance's
     close, expiry          there                    row free, unless it has a later epoch than the one that is closed
     heartbeat without it   there, twice in a row    row free: the coordinator does not know the session
     drain                  any                      no new sessions; open ones continue
@@ -22,6 +22,9 @@ A mirror is an ordinary shard that also follows the frames of the other replicas
 open here too, in the rows that these have here, and sends neither a result nor a NACK. If it missed frames, `filled` shows that when the
 session is opened again.
 
+A slot is a row with the tag of the shard's instance above it. Two processes may have the name of the shard for a while
+(mesh/shard/lease.py), and both hear its frames. The one whose tag a slot does not carry leaves the slot to the other.
+
 A frame that cannot be meant for this shard (wrong route, shapes or types) is rejected as a whole. Repeating a step changes nothing up to
 its last position (mesh/runtime/engine.py), so a row that was computed before is simply computed again: recovery is replay.
 """
@@ -29,25 +32,34 @@ its last position (mesh/runtime/engine.py), so a row that was computed before is
 from __future__ import annotations
 
 import heapq
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
+from mesh.errors import BadRequest, Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
 from mesh.protocol.control import Close, Open
 from mesh.protocol.frame_codec import Frame, Kind, Nack
 from mesh.protocol.status import Heartbeat
 from mesh.types import LayerRange
 
-__all__ = ["Admission", "Reservation", "ShardShape", "ShardState"]
+__all__ = ["ROW_MASK", "Admission", "Reservation", "ShardShape", "ShardState", "tag_of"]
 
 DEFAULT_TTL_S = 10.0
 """How long a coordinator may be silent if it gave no time itself."""
 
 _RETRY_AFTER_S = 0.5
 _MAX_COORDINATORS = 1024
+_ROW_BITS = 16
+ROW_MASK: Final = (1 << _ROW_BITS) - 1
+"""The bits of a slot that are the row."""
+
+
+def tag_of(instance: str) -> int:
+    """The tag that an instance's slots carry; another instance has another one, but for one case in 65,536."""
+    return zlib.crc32(instance.encode()) & 0xFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,7 @@ class ShardShape:
     hidden_size: int
     hidden_dtype: Any  # numpy dtype
     queue_limit: int  # the most frames that may be admitted and not yet computed
+    tag: int = 0  # of the instance
 
     @property
     def first(self) -> bool:
@@ -76,12 +89,13 @@ class ShardShape:
 
 @dataclass(slots=True)
 class Reservation:
-    """The row that a session has here."""
+    """The row that a session has here, and the slot by which frames name it."""
 
     session: int
     epoch: int
     coordinator: str
     row: int
+    slot: int
     filled: int
     missing: bool = False  # from the last heartbeat of its coordinator
 
@@ -118,6 +132,8 @@ class ShardState:
     _heard: dict[str, tuple[float, float]] = field(default_factory=dict)  # coordinator -> (silent since, allowed for)
 
     def __post_init__(self) -> None:
+        if self.shape.rows > 1 << _ROW_BITS:
+            raise BadRequest(f"{self.shape.rows} rows: give {1 << _ROW_BITS} at most", field="rows")
         self._free = list(range(self.shape.rows))
 
     @property
@@ -164,7 +180,8 @@ class ShardState:
                 f"all {self.shape.rows} rows of shard {self.shape.shard} (layers {self.shape.layers}) are taken",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        reservation = Reservation(message.session, message.epoch, message.coordinator, heapq.heappop(self._free), 0)
+        row = heapq.heappop(self._free)
+        reservation = Reservation(message.session, message.epoch, message.coordinator, row, self.shape.tag << _ROW_BITS | row, 0)
         self._reservations[message.session] = reservation
         self._hear(message.coordinator, now)
         return reservation
@@ -187,13 +204,14 @@ class ShardState:
     def heartbeat(self, message: Heartbeat, now: float) -> list[int]:
         """Take in a coordinator's heartbeat, which says how long the coordinator may be silent. Returns the sessions that were closed
         because two heartbeats in a row did not name them."""
-        if message.coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
-            self._heard[message.coordinator] = (now, message.ttl_s)
+        coordinator = message.instance or message.coordinator
+        if coordinator in self._heard or len(self._heard) < _MAX_COORDINATORS:
+            self._heard[coordinator] = (now, message.ttl_s)
         if message.sessions is None:
             return []
         named = frozenset(message.sessions)
         gone = []
-        for reservation in [reservation for reservation in self._reservations.values() if reservation.coordinator == message.coordinator]:
+        for reservation in [reservation for reservation in self._reservations.values() if reservation.coordinator == coordinator]:
             if reservation.session in named:
                 reservation.missing = False
             elif reservation.missing:
@@ -239,6 +257,9 @@ class ShardState:
                 kept.append(index)
                 reservation.fill(frame.kind, start, count)
             else:
+                if here[index] >> _ROW_BITS != self.shape.tag:
+                    self.gaps["other_instance"] += 1
+                    continue
                 go_on = reservation.filled if why is Nack.HOLE and reservation is not None else start
                 refused.setdefault(why, []).append((index, go_on))
         if kept:
@@ -266,13 +287,13 @@ class ShardState:
             reservation = self._reservations.get(session)
             if (
                 reservation is None
-                or self._why_not(reservation, frame.coordinator, epoch, start, count, reservation.row) is not Nack.NONE
+                or self._why_not(reservation, frame.coordinator, epoch, start, count, reservation.slot) is not Nack.NONE
                 or not room
             ):
                 self.missed += reservation is not None
                 continue
             kept.append(index)
-            rows.append(reservation.row)
+            rows.append(reservation.slot)
             reservation.fill(frame.kind, start, count)
         if not kept:
             return None
@@ -311,12 +332,14 @@ class ShardState:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _why_not(self, reservation: Reservation | None, coordinator: str, epoch: int, start: int, count: int, row: int) -> Nack:
+    def _why_not(self, reservation: Reservation | None, coordinator: str, epoch: int, start: int, count: int, slot: int) -> Nack:
         if reservation is None or epoch > reservation.epoch:
             return Nack.UNKNOWN_SESSION
         if epoch < reservation.epoch:
             return Nack.STALE_EPOCH
-        if reservation.coordinator != coordinator or reservation.row != row or start + count > self.shape.context:
+        if reservation.coordinator != coordinator or reservation.slot != slot:
+            return Nack.UNKNOWN_SESSION
+        if start + count > self.shape.context:
             return Nack.BAD_INPUT
         return Nack.HOLE if start > reservation.filled else Nack.NONE
 

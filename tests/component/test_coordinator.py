@@ -40,7 +40,7 @@ def test_damage_on_the_coordinators_subjects_is_counted_and_changes_nothing(
         ranges = even_ranges(3, count)
         async with shards(server.url, model, ranges), coordinator(server.url, model) as running, AsyncMeshClient(server.url) as client:
             name = running.manifest.name
-            answers, cancels = subjects.tokens(name, running.name), topics.CANCEL.at(name, running.name).subject
+            answers, cancels = subjects.tokens(name, running.continuity.instance), topics.CANCEL.at(name, running.name).subject
             one = np.ones(1)
             route = tuple(Hop(layers, "s") for layers in ranges)
             stranger = Frame(
@@ -84,7 +84,7 @@ def test_a_shard_that_lost_its_rows_is_asked_again_and_no_token_is_lost(
                         tokens.append(chunk.token.id)
                     if chunk.index == 10 and chunk.token is not None:
                         (key,) = serving.core.session_keys()
-                        close = Close(coordinator=serving.name, sessions=(key,))
+                        close = Close(coordinator=serving.continuity.instance, sessions=(key,))
                         await serving.bus.send(topics.CLOSE.at(running[1].options.name), close)
             assert tokens == expected
             assert serving.core.counters.restarts >= 1

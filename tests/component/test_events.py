@@ -30,8 +30,8 @@ def test_events_are_kept_and_read_again(run: Run, tmp_path: Path) -> None:
             log = EventLog(bus)
             with pytest.raises(Unavailable, match="no events are kept"):
                 await read(log)
-            await keep_events(bus)
-            await keep_events(bus)
+            await keep_events(EventLog(bus))
+            await keep_events(EventLog(bus))
             assert await read(log) == []
             for number in range(5):
                 await announce(bus, "joined", f"s{number}", model="m", detail=str(number), layers="0-1")
@@ -55,7 +55,7 @@ def test_a_follower_misses_no_event_when_the_server_restarts(run: Run, tmp_path:
 
     async def work() -> NatsServer:
         async with await connect(first) as bus:
-            await keep_events(bus)
+            await keep_events(EventLog(bus))
             await announce(bus, "joined", "s", detail="before")
             seen: asyncio.Queue[str] = asyncio.Queue()
 
@@ -105,7 +105,7 @@ def test_a_ghost_is_forgotten_and_one_that_lives_is_not(run: Run, server: NatsSe
                 await forget(bus, name)
             with pytest.raises(BadRequest, match="nothing is known"):
                 await forget(bus, "nobody")
-            ghost = running[0]._lease(0.0).model_copy(update={"shard": "ghost"})
+            ghost = running[0].lease(0.0).model_copy(update={"shard": "ghost"})
             await leases.put("ghost", ghost.to_bytes())
             claims = [RangeClaim(shard=shard, layers_start=0, layers_end=1, at_unix_s=1.0) for shard in ("ghost", "other")]
             await placement.put("claims.tiny", RangeClaims(claims=tuple(claims)).to_bytes())

@@ -109,3 +109,16 @@ def test_connections_that_were_answered_early_do_not_count(run: Run) -> None:
             writer.close()
 
     run(listening(SHORT, work))
+
+
+def test_a_client_that_sends_its_body_after_the_answer_uses_the_connection_again(run: Run) -> None:
+    async def work(listener: Listener) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        for _ in range(3):
+            writer.write(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 404")
+            assert await reader.readexactly(2) == b"no"
+            writer.write(b"hello")
+        writer.close()
+
+    run(listening(SHORT, work))

@@ -91,9 +91,9 @@ def test_a_session_that_is_taken_over_has_one_owner_and_the_former_owner_learns_
             found = await b.recorder.read("s")
             assert found is not None
             taken = await b.recorder.take_over(*found)
-            assert taken is not None and taken[0].owner == "b" and taken[0].epoch == 2
+            assert taken is not None and taken[0].owner == "b" and taken[0].epoch > record.epoch
             assert await b.recorder.take_over(*found) is None, "taken twice"
-            b.tokens, b.epoch = list(record.given), 2
+            b.tokens, b.epoch = list(record.given), taken[0].epoch
             b.recorder.keep("s", b.record, revision=taken[1])
             a.tokens.append(7)
             a.recorder.touch("s")

@@ -239,7 +239,7 @@ def test_a_shard_of_another_frame_version_is_refused_and_reported(pairs: LocalMe
             leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
             lease = ShardLease.parse((await leases.entries())[0].value or b"")
             later = lease.model_copy(update={"shard": "later", "instance": "later", "frame_version": lease.frame_version + 1})
-            await leases.put("later", later.to_bytes())
+            await bus.send(topics.LEASE.at(later.model, later.shard), later)
             event = Event.parse((await asyncio.wait_for(told.get(), 60)).data)
             assert event.who == "later" and f"frame version {lease.frame_version + 1}" in event.detail
             async with AsyncMeshClient(pairs.url, model="tiny") as client:

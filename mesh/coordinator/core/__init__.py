@@ -12,6 +12,7 @@ rows.py          rows asked for, open, given back
 scheduler.py     which frame goes out next
 pace.py          how large a prefill chunk is
 watch.py         when a frame has been away for too long
+leases.py        which shards live, by what was heard of them
 losses.py        how the core answers losses, and how a session goes on
 ends.py          how a session ends
 peers.py         which other coordinators live

@@ -34,6 +34,7 @@ from mesh.coordinator.core.events import (
     FrameLost,
     FrameOut,
     OpenRefused,
+    Probe,
     ProbeAnswered,
     Rejected,
     ReplicaGone,
@@ -108,6 +109,8 @@ class Core:
                     losses.lose_shard(state, replica.shard)
                 if replica.draining:
                     losses.move_away(state, replica.shard)
+                if state.replicas.on_trial(replica.shard, now):
+                    state.effects.append(Probe(replica.shard, now))
                 losses.note_chain(state)
             case ReplicaGone(shard):
                 state.replicas.gone(shard)
@@ -124,6 +127,7 @@ class Core:
                 losses.lose_frame(state, frame, keys, error)
             case ProbeAnswered(shard, asked_at, pending):
                 state.watch.answered(shard, asked_at, pending)
+                state.replicas.answered(shard, asked_at)
             case Suspicion():
                 state.watch.hurry(now)
             case Connection(online):

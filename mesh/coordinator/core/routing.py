@@ -73,6 +73,7 @@ class _Entry:
     full: bool = False  # it had no free row, and none of this coordinator's rows there has been closed since
     rest_until: float = 0.0
     suspected: bool = False  # a step through it did not come back
+    probed_at: float | None = None  # suspected, and probed since, because it has said a lease
 
     def free(self, now: float) -> int:
         if self.replica.draining or self.full or now < self.rest_until:
@@ -108,16 +109,35 @@ class Replicas:
             return entry is not None
         entry.replica = replica
         entry.held_at_lease = len(entry.held)
-        entry.full = entry.suspected = False
+        entry.full = False
         return False
+
+    def on_trial(self, shard: str, now: float) -> bool:
+        """Whether to probe the shard, which has said a lease. A lease shows that a suspected shard can speak; only an answer shows that it
+        hears."""
+        entry = self._entries.get(shard)
+        if entry is None or not entry.suspected:
+            return False
+        entry.probed_at = now
+        return True
+
+    def answered(self, shard: str, asked_at: float) -> None:
+        """The shard has answered the probe of `asked_at`."""
+        entry = self._entries.get(shard)
+        if entry is not None and entry.probed_at is not None and asked_at >= entry.probed_at:
+            entry.suspected, entry.probed_at = False, None
 
     def gone(self, shard: str) -> None:
         self._entries.pop(shard, None)
 
     def suspect(self, shard: str) -> bool:
-        """A step through the shard did not come back: others are preferred until its next lease. True where it was not suspected yet."""
+        """A step through the shard did not come back: others are preferred until it has said its lease again and answered a probe. True
+        where it was not suspected yet."""
         entry = self._entries.get(shard)
-        if entry is None or entry.suspected:
+        if entry is None:
+            return False
+        entry.probed_at = None
+        if entry.suspected:
             return False
         entry.suspected = True
         return True
@@ -143,7 +163,7 @@ class Replicas:
             entry.full = True
         else:
             entry.rest_until = now + REFUSAL_REST_S
-            entry.suspected = True
+            entry.suspected, entry.probed_at = True, None
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
