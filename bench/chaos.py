@@ -3,13 +3,13 @@
     python bench/chaos.py [--kills 100] [--stops 20] [--server-restarts 5] [--mode balance|mirror] [--seed 1] [--out result.json]
 
 A mesh of real processes: 3 ranges x 2 replicas, 2 coordinators, an embedded nats-server; 8 sessions at a time, greedy and sampled. The
-disturbances come one after the other in a seeded order: SIGKILL of a shard or a coordinator, which is started again after a random
-delay; SIGSTOP, and SIGCONT after a random time; SIGKILL of the nats-server, which is started again with its store. A coordinator is
-left alone while the other one is away, so that there is always somebody to ask; shards are not.
+disturbances come one after the other in a seeded order: SIGKILL of a shard or a coordinator, which is restarted after a random delay;
+SIGSTOP, and SIGCONT after a random time; SIGKILL of the nats-server, which is restarted with its store. A coordinator is left
+alone while the other one is away, so that one always answers. Shards are disturbed at any time.
 
-The model is a tiny one with random weights, made from the tests' exports, so that what is measured is the mesh. A pause is the time
-between two tokens of a session around a disturbance, for every session that was generating then, whether it was hit or not.
-Exit code 1 where a token was lost, repeated or wrong, or a generation failed.
+The model is a tiny one with random weights, made from the tests' exports, so that the mesh is measured, not the model. A pause is the time
+between two tokens of a session around a disturbance, for every session that was generating then, whether the disturbance hit it or not.
+The exit code is 1 if a token was lost, repeated or wrong, or a generation failed.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ CONTEXT, ROWS = 256, 16
 PROMPTS = 24
 VOCABULARY = 96
 AWAY_MOST = 3
-"""Shards that are down or suspended at a time: the machine has to start them again meanwhile."""
+"""The most shards that are down or suspended at the same time, because the machine has to restart them meanwhile."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of what. gap_s: between two disturbances; away_s: until a process is started again, or goes on."""
+    """The extent of a run. gap_s: the time between two disturbances. away_s: the time until a process is restarted, or goes on."""
 
     kills: int = 100
     stops: int = 20
@@ -59,7 +59,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wish:
-    """A request and what it has to give."""
+    """A request and its right answer."""
 
     tokens: list[int]
     max_tokens: int
@@ -114,7 +114,7 @@ class Report:
 
 
 def make_wishes(model: Path, plan: Plan, seed: int) -> list[Wish]:
-    """Requests and their answers by one process that nobody disturbs."""
+    """The requests, with the answers of one process that is not disturbed."""
     from mesh.runtime.generate import Pipeline
 
     random = Random(seed)
@@ -132,7 +132,7 @@ def make_wishes(model: Path, plan: Plan, seed: int) -> list[Wish]:
 
 
 class Chaos:
-    """One run. Everything that is drawn comes from `seed`; the machine's own timing does not."""
+    """One run. All random choices come from `seed`; only the machine's timing does not."""
 
     def __init__(self, mesh: LocalMesh, wishes: Sequence[Wish], plan: Plan, seed: int) -> None:
         self.mesh = mesh
@@ -151,7 +151,7 @@ class Chaos:
         async with asyncio.timeout(self.plan.longest_s), AsyncMeshClient(self.mesh.url, model=self.mesh.manifest.name) as client:
             sessions = [asyncio.create_task(self._session(client, Random(self.random.random()))) for _ in range(self.plan.sessions)]
             try:
-                await asyncio.sleep(1.0)  # everybody has begun, or soon will
+                await asyncio.sleep(1.0)  # every session has begun, or soon will
                 await self._disturb()
                 self._over = True
                 await asyncio.gather(*sessions)
@@ -239,7 +239,7 @@ class Chaos:
             await asyncio.sleep(0.05)
 
     def _check_coming(self) -> None:
-        """Raise what went wrong with bringing a process back."""
+        """Raise the error of a process that could not be brought back."""
         for task in [task for task in self._coming if task.done()]:
             self._coming.discard(task)
             task.result()
@@ -271,7 +271,7 @@ class Chaos:
         server.revive()
 
     async def _wait_there(self, name: str) -> None:
-        """Until the process of this name says that it serves. Asked with a connection of its own: the others may be in trouble."""
+        """Wait until the process of this name says that it serves. The check has a connection of its own, because others may be broken."""
         while True:
             pid = self.mesh.processes[name].pid
             try:
@@ -288,7 +288,7 @@ class Chaos:
             await asyncio.sleep(0.3)
 
     async def _wait_whole(self, client: AsyncMeshClient) -> None:
-        """Until every row is free again: nothing leaked."""
+        """Wait until every row is free again, which shows that no row leaked."""
         while True:
             leases = (await client.status()).shards
             if len(leases) == self.mesh.shard_count and all(lease.free_rows == lease.rows for lease in leases):

@@ -26,16 +26,16 @@ import numpy as np
 
 PROMPT = list(range(100, 116))
 STEPS = 64
-SLOTS = 128
+POSITIONS = 128
 
 
 def tokens(rows: int) -> np.ndarray:
-    """The same tokens for every engine [STEPS, rows]; what they are does not matter to the time."""
+    """The tokens [STEPS, rows], the same for every engine. Their values do not affect the time."""
     return np.random.default_rng(7).integers(100, 4000, (STEPS, rows)).astype(np.int32)
 
 
 def measure(step: Callable[[int, np.ndarray], object], rows: int, steps: int = STEPS) -> float:
-    """Median seconds of a step (position, tokens [rows]) over the first `steps` of the 64."""
+    """The median seconds of `step(position, tokens [rows])` over the first `steps` of the 64."""
     seconds = []
     for index, column in enumerate(tokens(rows)[:steps]):
         began = time.perf_counter()
@@ -50,7 +50,7 @@ def ours(model: Path, rows: list[int]) -> dict[int, float]:
     from mesh.runtime.sampling import SamplingParams
 
     prepare()
-    pipeline = Pipeline.load(model, rows=max(rows), context=SLOTS)
+    pipeline = Pipeline.load(model, rows=max(rows), context=POSITIONS)
 
     def step(live: np.ndarray, at: int, column: np.ndarray) -> object:
         return pipeline.decode(live, np.full(len(live), at), column)
@@ -86,7 +86,7 @@ def llama_cpp(gguf: Path, rows: list[int]) -> dict[int, float]:
     result = {}
     for count in rows:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_seq_max = SLOTS * count, 512, count
+        params.n_ctx, params.n_batch, params.n_seq_max = POSITIONS * count, 512, count
         params.n_threads = params.n_threads_batch = os.cpu_count()
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         context = llama_cpp.llama_init_from_model(model, params)
@@ -120,7 +120,7 @@ def transformers(source: Path, rows: list[int]) -> dict[int, float]:
 
 
 def onnxruntime(model: Path, rows: list[int]) -> dict[int, float]:
-    """The blocks themselves, a session each. It copies each layer's cache in every step, so many rows take fewer steps."""
+    """onnxruntime on the blocks, one session for each block. It copies each layer's cache in every step, so many rows take fewer steps."""
     import onnxruntime as ort
 
     from mesh.model.manifest import Manifest
@@ -151,7 +151,7 @@ def onnxruntime(model: Path, rows: list[int]) -> dict[int, float]:
     result = {}
     for count in rows:
         past = [
-            [np.zeros((count, info.kv_heads, SLOTS, width), np.float32) for width in (info.key_dim, info.value_dim)]
+            [np.zeros((count, info.kv_heads, POSITIONS, width), np.float32) for width in (info.key_dim, info.value_dim)]
             for info in manifest.cache
         ]
         for position, token in enumerate(PROMPT):
@@ -164,7 +164,7 @@ ENGINES = {"ours": ours, "llama.cpp": llama_cpp, "transformers": transformers, "
 
 
 def bandwidth() -> float:
-    """Bytes a second that all cores together read from memory, best of several."""
+    """The bytes a second that all cores together read from memory; the best of several measurements."""
     import jax
     import jax.numpy as jnp
 
@@ -180,7 +180,7 @@ def bandwidth() -> float:
 
 
 def dequantize_gguf(source: Path, out: Path) -> None:
-    """The same GGUF with every tensor at float32."""
+    """A copy of the GGUF file with every tensor at float32."""
     import gguf
 
     reader = gguf.GGUFReader(source)

@@ -2,10 +2,10 @@
 
     python bench/failover.py MODEL_DIR [--mode mirror|balance] [--rounds 6] [--sessions 1] [--prompt 64] [--out result.json]
 
-A mesh of 3 ranges x 2 replicas. In each round sessions generate, a shard that one of them goes through is killed with SIGKILL at a
-random moment, first, middle and last stage in turn, and started again before the next round. Reported: for each round the longest
-gap between two tokens of a session that was hit, beside the median gap before the kill and, in balance mode, the time that the
-prefill of the same history took in an undisturbed run at the end.
+A mesh of 3 ranges x 2 replicas. In each round, sessions generate, and a shard on the route of one of them is killed with SIGKILL at a
+random moment (of the first, middle and last stage in turn). It is restarted before the next round. The report has, for each round, the
+longest gap between two tokens of a session that was hit, the median gap before the kill, and in balance mode the time that the prefill of
+the same history took in an undisturbed run at the end.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from mesh.protocol import topics
 from mesh.protocol.status import StatsRequest
 
 BEFORE, AFTER = 40, 40
-"""Tokens before the kill, at least, and afterwards."""
+"""The least number of tokens before the kill, and the number after it."""
 
 
 async def generate(client: AsyncMeshClient, prompt: list[int], count: int, at: list[float]) -> tuple[list[int], float, int]:
-    """Tokens, seconds to the first one, and how often the route was changed; their times go to `at`."""
+    """The tokens, the seconds to the first one, and how often the route changed. The times of the tokens are appended to `at`."""
     tokens = []
     began = time.perf_counter()
     async with client.stream(tokens=prompt, max_tokens=count, temperature=0.0, ignore_eos=True) as stream:

@@ -4,8 +4,8 @@
 
 A decode frame has 32 rows, a prefill frame one row of 256 tokens; both carry a hidden state [tokens, 576] of float32 over a route of
 three stages. Every codec returns the same fields as numpy arrays. `next hop` encodes a frame that was decoded before and goes on to the
-next stage, which is what a shard does. A figure is the mean of twenty calls, in the fastest of many rounds: other work on the machine only
-adds to it. msgpack must be installed.
+next stage, as a shard does. A figure is the mean of twenty calls in the fastest of many rounds, because other work on the machine can only
+add to it. msgpack must be installed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What HTTP costs: the same generations through the Python client and through HTTP, in turn, on one mesh; and with idle connections.
 
     python bench/gateway.py MODEL_DIR [--shards 3] [--rounds 40] [--tokens 64] [--idle 990] [--json]
-    python bench/gateway.py --nats URL --http URL [...]          on a mesh that is there
+    python bench/gateway.py --nats URL --http URL [...]          on a mesh that runs already
 
-Rounds alternate between the ways, so that whatever else this machine does meets both. Times are those of the caller: from the call to
-the first token, and from token to token. "http" is a bare HTTP/1.1 client on one connection, "openai" OpenAI's own.
+Rounds alternate between the ways, so that other work on this machine affects both. Times are those of the caller: from the call to the
+first token, and from token to token. "http" is a bare HTTP/1.1 client on one connection, "openai" is OpenAI's own client.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Way = Callable[[int], Awaitable[Times]]
 
 
 class Bare:
-    """One connection, kept; reads server-sent events as they come."""
+    """A client that keeps one connection and reads server-sent events as they come."""
 
     def __init__(self, url: str) -> None:
         self._host, self._port = str(urlsplit(url).hostname), int(urlsplit(url).port or 80)
@@ -88,7 +88,7 @@ async def one_after_the_other(ways: dict[str, Way], rounds: int) -> dict[str, di
 
 
 async def at_once(url: str, streams: int, tokens: int) -> dict[str, float]:
-    """So many streams at a time, each on a connection of its own."""
+    """Run this many streams at the same time, each on a connection of its own."""
     clients = [Bare(url) for _ in range(streams)]
     began = time.perf_counter()
     try:
@@ -103,7 +103,7 @@ async def at_once(url: str, streams: int, tokens: int) -> dict[str, float]:
 
 
 async def ten_at_once(client: AsyncMeshClient, model: str, url: str, tokens: int) -> dict[str, float]:
-    """Tokens a second of 10 generations at a time, both ways in turn, the best of three of each."""
+    """The tokens a second of 10 generations at a time, both ways in turn, the best of three of each."""
 
     async def sdk() -> float:
         began = time.perf_counter()
@@ -124,7 +124,7 @@ async def ten_at_once(client: AsyncMeshClient, model: str, url: str, tokens: int
 
 
 async def with_idle(url: str, idle: int, tokens: int) -> dict[str, object]:
-    """10 streams with and without `idle` connections beside them, in turn; and what one connection more is told."""
+    """Run 10 streams with and without `idle` connections beside them, in turn; and note the answer to one connection more."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     without, beside = [], []
     told = ""

@@ -2,9 +2,9 @@
 
     python bench/hostile.py MODEL_DIR [--shards 1] [--seconds 8] [--only NAME,...] [--json]
 
-Two bystanders stream all the time, one over HTTP and one over NATS, from a process of their own. Each hostile caller is another
-process that repeats one call for some seconds. A row says: the bystanders' longest gap before and during it, how many of their
-generations went wrong, the answers that the caller had, and the coordinator's memory before, at its most, and afterwards.
+Two bystanders stream all the time, one over HTTP and one over NATS, from a process of their own. Each hostile caller is another process
+that repeats one call for some seconds. A line has the bystanders' longest gap before and during the call, how many of their generations
+went wrong, the answers that the caller got, and the memory of the coordinator before, at its most, and afterwards.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ async def call_nats(url: str, model: str, body: bytes, until: float, answers: Co
 
 
 async def held_connections(url: str, until: float, answers: Counter[str]) -> None:
-    """Heads whose bodies never come, each answered early."""
+    """Send heads whose bodies never come. Each is answered early."""
     parts = urlsplit(url)
     head = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n"
     writers: list[asyncio.StreamWriter] = []
@@ -166,7 +166,7 @@ PATHS = {"http": "/api/v1/inference", "openai": "/v1/chat/completions", "batch":
 
 
 def hostile(name: str, http: str, nats: str, model: str, seconds: float) -> None:
-    """The process of a hostile caller; prints the answers that it had."""
+    """The process of a hostile caller. It prints the answers that it got."""
     answers: Counter[str] = Counter()
     until = time.monotonic() + seconds
     if name in OTHERS:
@@ -188,7 +188,7 @@ def hostile(name: str, http: str, nats: str, model: str, seconds: float) -> None
 
 @dataclass
 class Bystander:
-    """When its tokens came, and what went wrong."""
+    """The times of a bystander's tokens, and its errors."""
 
     times: list[float] = field(default_factory=list)
     done: int = 0

@@ -3,8 +3,8 @@
     python bench/listener.py [--rounds 3]
 
 Each server runs in a process of its own; this process is the client, over connections that stay open. Both use uvloop and httptools.
-Figures are medians of the rounds. The second part opens more connections than are allowed and says nothing on them, then opens some
-that send half a request head, and counts those that the server still holds after a while.
+Figures are medians of the rounds. The second part opens more connections than are allowed and sends nothing on them. Then it opens some
+that send half a request head. It counts the connections that the server still holds after a while.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ async def requests_a_second(port: int) -> float:
 
 
 async def still_open(port: int, count: int, says: bytes) -> tuple[int, int]:
-    """Of `count` connections that send `says`: those that were told 503, and those that are open after a while."""
+    """Open `count` connections that send `says`. Returns how many were answered 503, and how many are open after a while."""
     opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
     for _, writer in opened:
         if says:

@@ -1,4 +1,4 @@
-"""A mesh under more load than it has rows for: is every answer right, does anybody starve, is memory kept.
+"""A mesh under more load than it has rows for: whether every answer is right, whether any client starves, whether memory stays constant.
 
     python bench/load.py [--model MODEL_DIR] [--shards 3] [--rows 16] [--parts crowd,arrival,leave,overload] [--seed 1] [--out FILE]
 
@@ -10,11 +10,11 @@ A whole mesh of real processes (nats-server, coordinator, shards) and its client
                the longest chunk of that prompt, and how many chunks were sent between two steps of the same session
     leave      a client cancels, or its connection is cut, in the middle: how many more steps are begun for its session, and how long
                until its rows are given back
-    overload   every row taken and the queue full: how soon the answer `busy` comes, and what the accepted sessions see of it
+    overload   every row is taken and the queue is full: how soon the answer `busy` comes, and whether the accepted sessions are slowed
 
-Without --model it is a tiny one with random weights, made from the tests' exports, and prompts are random tokens; a model with a
-tokenizer gets text of this repository. --distinct bounds how many different requests there are, for each is computed alone first.
-Exit code 1 where an answer was wrong or a request failed that should not have.
+Without --model, the model is a tiny one with random weights, made from the tests' exports, and prompts are random tokens. A model with a
+tokenizer gets text of this repository. --distinct bounds the number of different requests, because each is first computed alone.
+The exit code is 1 if an answer was wrong, or if a request failed that should not have failed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PARTS = ("crowd", "arrival", "leave", "overload")
 
 
 def make_prompts(model: Path, lengths: Sequence[int], random: Random) -> list[list[int]]:
-    """One prompt of each length: text of this repository where the model has a tokenizer, random tokens otherwise."""
+    """One prompt of each length: text of this repository if the model has a tokenizer, random tokens otherwise."""
     manifest = Manifest.load(model)
     if manifest.tokenizer is None:
         return [[random.randrange(manifest.vocab_size - 1) for _ in range(length)] for length in lengths]
@@ -70,7 +70,7 @@ class Work:
 
 
 def make_work(model: Path, args: argparse.Namespace, random: Random) -> Work:
-    """Requests, and their answers by one process that serves nobody else."""
+    """The requests, with the answers of one process that serves no other request."""
     from mesh.runtime.generate import Pipeline
     from mesh.runtime.sampling import SamplingParams
 
@@ -92,7 +92,7 @@ def make_work(model: Path, args: argparse.Namespace, random: Random) -> Work:
 
 
 async def crowd(mesh: LocalMesh, work: Work, args: argparse.Namespace, random: Random) -> dict[str, Any]:
-    """--clients connections that take the next of --requests as soon as they are through with one."""
+    """Run --clients connections. Each takes the next of --requests as soon as its last one has ended."""
     wishes = work.crowd
     todo = [Outcome(wish) for wish in (*wishes, *random.choices(wishes, k=args.requests - len(wishes)))]
     random.shuffle(todo)
@@ -138,7 +138,7 @@ async def crowd(mesh: LocalMesh, work: Work, args: argparse.Namespace, random: R
 
 
 async def arrival(mesh: LocalMesh, work: Work, args: argparse.Namespace, random: Random) -> dict[str, Any]:
-    """--rounds times a prompt of the greatest length beside --others that decode."""
+    """Send a prompt of the greatest length --rounds times beside --others that decode."""
     rounds = []
     model = mesh.manifest.name
     async with AsyncMeshClient(mesh.url, model=model) as client, await Bus.connect(mesh.bus, name="bench") as bus:
@@ -190,7 +190,7 @@ def chunks_between_steps(tap: Tap, known: set[int], began: float) -> int:
 
 
 async def leave(mesh: LocalMesh, work: Work, args: argparse.Namespace, random: Random) -> dict[str, Any]:
-    """--rounds times each: one of --others closes its stream, or its connection, in the middle."""
+    """Let one of --others close its stream, or its connection, in the middle; --rounds times each."""
     found: dict[str, list[dict[str, float]]] = {"cancelled": [], "connection cut": []}
     model, wrong = mesh.manifest.name, 0
     async with await Bus.connect(mesh.bus, name="bench") as bus, AsyncMeshClient(mesh.url, model=model) as client:
@@ -239,7 +239,7 @@ async def leave(mesh: LocalMesh, work: Work, args: argparse.Namespace, random: R
 
 
 async def overload(mesh: LocalMesh, work: Work, args: argparse.Namespace, random: Random) -> dict[str, Any]:
-    """Rows and queue are filled; then --refusals more ask, one after the other, and do not ask again."""
+    """Fill rows and queue. Then send --refusals more requests, one after the other, and none of them again."""
     model = mesh.manifest.name
     async with AsyncMeshClient(mesh.url, model=model, stall_timeout_s=600.0) as client:
         accepted = [Outcome(work.long) for _ in range(args.rows + args.queue)]
@@ -286,7 +286,7 @@ async def overload(mesh: LocalMesh, work: Work, args: argparse.Namespace, random
 
 
 async def measure(mesh: LocalMesh, work: Work, args: argparse.Namespace) -> dict[str, Any]:
-    async with AsyncMeshClient(mesh.url, model=mesh.manifest.name) as client:  # what is new the first time is not measured
+    async with AsyncMeshClient(mesh.url, model=mesh.manifest.name) as client:  # the first run is not measured
         outcomes = [Outcome(work.long) for _ in range(args.rows)]
         await asyncio.gather(*(stream(client, outcome) for outcome in outcomes))
         await wait_idle(client)

@@ -1,4 +1,4 @@
-"""What the load bench watches with: clients that note their tokens, the frames on the bus, memory."""
+"""What bench/load.py measures with: clients that note their tokens, a view of the frames on the bus, the memory of processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLE_S = 0.5
 
 @dataclass(frozen=True)
 class Wish:
-    """A greedy request and what it has to give."""
+    """A greedy request and its right answer."""
 
     tokens: list[int]
     max_tokens: int
@@ -38,7 +38,7 @@ class Wish:
 
 @dataclass
 class Outcome:
-    """perf_counter times of sending and of each token."""
+    """The perf_counter times of sending and of each token."""
 
     wish: Wish
     sent_s: float = 0.0
@@ -52,7 +52,7 @@ class Outcome:
 
     @property
     def wrong_so_far(self) -> bool:
-        """Of one that was ended early."""
+        """Whether a request that was ended early got a wrong token."""
         return self.tokens != self.wish.expected[: len(self.tokens)]
 
     @property
@@ -61,7 +61,7 @@ class Outcome:
 
 
 async def stream(client: AsyncMeshClient, outcome: Outcome, **options: Any) -> Outcome:
-    """Generate what `outcome` is of, noting each token when it comes."""
+    """Send the request of `outcome`, and note each token when it comes."""
     wish = outcome.wish
     outcome.sent_s = time.perf_counter()
     try:
@@ -76,7 +76,7 @@ async def stream(client: AsyncMeshClient, outcome: Outcome, **options: Any) -> O
 
 
 async def until_token(outcomes: Iterable[Outcome], count: int, tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Until each has `count` tokens; raises what a task raised."""
+    """Wait until each has `count` tokens. Raises the error of a task."""
     while any(len(outcome.tokens) < count and outcome.error is None for outcome in outcomes):
         await asyncio.sleep(0.002)
         for task in tasks:
@@ -99,7 +99,7 @@ def milliseconds(values: Sequence[float]) -> dict[str, float] | None:
 
 
 class Tap:
-    """What a coordinator sends to the first stage and which rows it gives back, as anyone on the bus can see it."""
+    """Watches on the bus what a coordinator sends to the first stage, and which rows it gives back."""
 
     def __init__(self, mesh: LocalMesh, bus: Bus) -> None:
         self._mesh, self._bus = mesh, bus
@@ -144,7 +144,7 @@ def resident_bytes(pid: int) -> int:
 
 
 class Memory:
-    """Resident bytes of every process of the mesh, every SAMPLE_S."""
+    """The resident bytes of every process of the mesh, every SAMPLE_S."""
 
     def __init__(self, mesh: LocalMesh) -> None:
         assert mesh.server is not None
@@ -160,7 +160,7 @@ class Memory:
             await asyncio.sleep(SAMPLE_S)
 
     def as_dict(self) -> dict[str, list[float]]:
-        """MB of each at a tenth of the time, half of it, the end, and the most there was."""
+        """The MB of each process at a tenth of the time, at half of it, at the end, and at most."""
         last = len(self.samples) - 1
         points = [self.samples[index] for index in (last // 10, last // 2, last)]
         return {
@@ -175,6 +175,6 @@ async def counters(client: AsyncMeshClient) -> Counter[str]:
 
 
 async def wait_idle(client: AsyncMeshClient) -> None:
-    """Until every row is free again, as the leases say."""
+    """Wait until every row is free again, as the leases say."""
     while not all(lease.free_rows == lease.rows for lease in (await client.status()).shards):
         await asyncio.sleep(0.2)

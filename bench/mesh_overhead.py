@@ -2,10 +2,10 @@
 
     python bench/mesh_overhead.py MODEL_DIR [--shards 3] [--sessions 1,32] [--rounds 5] [--out results.json]
 
-A whole mesh (nats-server, coordinator, shards) and a process with the stages are both up; they take turns, a round each, so that a slow
-minute of the machine slows both. A round's figure is the median time of a step once every session decodes; the ratio is that of the
-medians over the rounds. Also the time of a hop beyond computing, as the frames measured it, against bare nats-py hops of the same size:
-between two connections that do nothing besides, and between processes that read as much as a stage before they send.
+A whole mesh (nats-server, coordinator, shards) and a process with the stages both run. They take turns, a round each, so that a slow minute
+of the machine slows both. The figure of a round is the median time of a step once every session decodes; the ratio is that of the medians
+over the rounds. The report also compares the time of a hop beyond computing, as the frames measured it, with bare nats-py hops of the same
+size: between two connections that do nothing else, and between processes that read as much memory as a stage before they send.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def prompt(index: int) -> list[int]:
 
 
 def in_one_process(model: Path, shards: int, rows: int) -> None:
-    """Answers each line `sessions` on stdin with the median seconds of a step of that many rows."""
+    """Answer each line `sessions` on stdin with the median seconds of a step of that many rows."""
     from mesh.runtime.device import prepare
     from mesh.runtime.generate import Pipeline
     from mesh.runtime.sampling import SamplingParams

@@ -1,4 +1,4 @@
-"""A llama of a given size with random weights, as a Hugging Face directory: to measure what does not depend on what a model says.
+"""Make a llama of a given size with random weights, as a Hugging Face directory, for measurements that do not depend on the answers.
 
     python bench/random_llama.py OUT [--layers 22] [--hidden 2048] [--inner 5632] [--heads 32] [--kv-heads 4] [--vocabulary 32000]
     mesh import OUT models/random

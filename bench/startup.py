@@ -1,4 +1,4 @@
-"""How long one shard takes from its start as a process until it serves, with an empty and with a filled compilation cache.
+"""The time from the start of a shard's process until it serves, with an empty and with a filled compilation cache.
 
 python bench/startup.py models/smollm2 [--ranges 0-10,10-20,20-30] [--rows 8] [--context TOKENS]
 """

@@ -19,7 +19,7 @@ arise. The message is one line that names what is wrong and what would be right;
     │   └── PromptTooLong               longer than the context
     └── ServiceError                    a request that is right and was not served; the same one can succeed later
         ├── Busy                        every row and the queue are taken; says when to come back
-        ├── Unavailable                 nobody serves it: no server, no replica of a layer range, a shard that left
+        ├── Unavailable                 not served now: no server, no replica of a layer range, a shard that left
         │   └── NobodyListens           the server says so: the subject has no subscriber
         ├── DeadlineExceeded            no answer in time
         ├── Replaced                    a later process of this name serves in this one's place

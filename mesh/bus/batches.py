@@ -45,7 +45,7 @@ KEPT_S: Final = 7 * 86400.0
 QUEUE_BYTES: Final = 512 * 1024 * 1024
 STORE_BYTES: Final = 1024 * 1024 * 1024
 ACK_WAIT_S: Final = 15.0
-"""Whoever works on a request says so more often than this, or it is given to another."""
+"""A coordinator that works on a request says so more often than this; otherwise the request is given to another one."""
 _DUPLICATES_S: Final = 600.0
 _MAX_VALUE: Final = 8 * 1024 * 1024
 _HEADERS_BYTES: Final = 1024

@@ -246,7 +246,7 @@ class Bus:
         return direct is not None and direct.send(_line(subject, reply, len(data)), data)
 
     def post_now(self, subject: str, data: bytes) -> bool:
-        """Write one message at once, from any thread; for messages that somebody waits for. Returns False as `post` does, and under TLS:
+        """Write one message at once, from any thread; for urgent messages. Returns False as `post` does, and under TLS:
         call `post` then."""
         direct = self._short_way(subject, data, "")
         return direct is not None and direct.send_now(_line(subject, "", len(data)), data)

@@ -7,7 +7,7 @@ The records' rule: a token counts as delivered only once its document has been h
 connection, and a session's record is written after that. So a coordinator that takes the session over may repeat a document, but never
 skips one.
 
-Every token document carries a reply subject that nobody uses. When the client's own subject has no subscriber any more, the server
+Every token document carries a reply subject that no process uses. When the client's own subject has no subscriber any more, the server
 answers on that reply subject, and the coordinator cancels the request (intake.py).
 """
 
@@ -90,7 +90,7 @@ class Outbox:
         self._queue.extend(frames)
 
     def message(self, subject: str, data: bytes) -> None:
-        """A message to which nobody answers."""
+        """Send a message that no process answers."""
         self._queue.append(_Outgoing(subject, data))
 
     def accepted(self, job: Job) -> None:

@@ -223,11 +223,11 @@ class Shards:
             await self._driver.handle(ProbeAnswered(effect.shard, effect.asked_at, frozenset(pong.pending)))
 
     async def _gone(self, shard: str) -> None:
-        """Nobody listens on a shard's subject: the shard is gone, unless this coordinator has only just reconnected."""
+        """No process listens on a shard's subject: the shard is gone, unless this coordinator has only just reconnected."""
         if not self._bus.connected or self._driver.connected_for_s() < _SETTLING_S:
             return
         self._leases.gone(shard)
         if not self._core.knows(shard):
             return
-        log.info("nobody listens where shard %s was", shard)
+        log.info("no process listens on the subject of shard %s", shard)
         await self._driver.handle(ReplicaGone(shard))

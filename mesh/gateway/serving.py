@@ -48,7 +48,7 @@ class HttpEdge:
         watch = self._watch = dashboard.Watch(client)
         try:
             if settings.verifier is None and not is_loopback(settings.listener.host):
-                log.warning("whoever reaches %s may ask: authentication.enabled is false", self.url)
+                log.warning("every caller that reaches %s may send requests: authentication.enabled is false", self.url)
             log.info("HTTP on %s", self.url)
             await self._listener.serve(create_app(client, settings, routes=dashboard.routes(watch)))
         finally:

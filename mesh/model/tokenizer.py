@@ -65,7 +65,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of `text`. `add_special`: with a leading bos where the model wants one (a chat prompt already has one)."""
-        # This form lets other threads run meanwhile, and leaves out offsets that nobody asks for: 2.7 times as fast as `encode`.
+        # This form lets other threads run meanwhile, and leaves out offsets, which are not used: 2.7 times as fast as `encode`.
         ids = list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         if add_special and self.info.add_bos and self.info.bos_id is not None and ids[:1] != [self.info.bos_id]:
             ids.insert(0, self.info.bos_id)

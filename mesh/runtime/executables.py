@@ -9,7 +9,7 @@ and XLA's options.
 
 A program that is damaged or cannot be loaded here is compiled again. If a file cannot be written, the program is just not kept. After a
 failed computation, the files that were loaded are removed (`forget_loaded`), so that the next process does not fail in the same way.
-Whoever can write to the cache directory can run code in the processes that read it: it belongs to one user.
+A user who can write to the cache directory can run code in the processes that read it. So it belongs to one user.
 """
 
 from __future__ import annotations

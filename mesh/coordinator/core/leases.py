@@ -3,14 +3,14 @@
 A shard says its lease every RENEW_S seconds over plain NATS. Silence proves nothing: messages can be lost, and what carries them can
 stand still. So a shard that has been silent for OVERDUE_S is probed, again and again:
 
-    nobody listens on its subject                              it is gone at once (not decided here)
+    no process listens on its subject                          it is gone at once (not decided here)
     it answers                                                 it stays, with the last lease that is known
     neither lease nor answer for GONE_S, and a probe waited    it is gone; its next lease brings it back
     for ANSWER_S
 
 Of two processes of one name the later instance counts. A lease of the earlier one is ignored while the later one is heard.
 
-A coordinator that was itself suspended or cut off has heard nobody. That says nothing about the shards: see `excuse`.
+A coordinator that was itself suspended or cut off has heard no shard. That says nothing about the shards: see `excuse`.
 """
 
 from __future__ import annotations

@@ -95,7 +95,11 @@ class Core:
             case Submit(request):
                 self._submit(request)
             case CancelSession(session, gone):
-                error = Unavailable("nobody listened to the answer: ask again to go on") if gone else Cancelled("the request was cancelled")
+                error = (
+                    Unavailable("the client no longer listened to the answer: send the request again to go on")
+                    if gone
+                    else Cancelled("the request was cancelled")
+                )
                 self._end_by_id(session, Act.CANCEL, "cancelled", error)
             case FinishSession(session):
                 self._end_by_id(session, Act.FINISH, "stop", None)

@@ -29,7 +29,7 @@ class Peer:
     instance: str
     name: str
     heard_at: float
-    missing_since: float | None = None  # since when nobody listens on its subject
+    missing_since: float | None = None  # since when no process listens on its subject
     given_up: bool = False
 
 
