@@ -261,15 +261,13 @@ class Continuity:
             heartbeat = await self.bus.request(topics.ALIVE.at(self._model, instance), Alive(), timeout_s=_ASK_S)
         except (Unavailable, DeadlineExceeded):
             return False
-        self._heard(heartbeat)
+        self._answered(heartbeat)
         return True
 
-    def _heard(self, heartbeat: Beat) -> bool:
-        """True where it was not known that this coordinator lives."""
-        if heartbeat.instance is None or not self.peers.heard(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
-            return False
-        log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
-        return True
+    def _answered(self, heartbeat: Beat) -> None:
+        """A coordinator has answered a probe."""
+        if heartbeat.instance is not None and self.peers.answered(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
+            log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
 
     # -- what arrives --------------------------------------------------------------------------------------------------
 
@@ -284,14 +282,16 @@ class Continuity:
         if heartbeat.leaving:
             self.peers.left(heartbeat.instance)
             await self._adopt(lambda owner: owner is None)
-        elif self._heard(heartbeat):  # it is new, and has not heard this coordinator's last heartbeat
+        elif self.peers.heard(heartbeat.instance, heartbeat.coordinator, time.monotonic()):
+            # it is new, and has not heard this coordinator's last heartbeat
+            log.info("coordinator %s (%s) is there", heartbeat.coordinator, heartbeat.instance)
             await self.bus.send(topics.BEATS.at(self._model), self.heartbeat())
 
     async def _on_probed(self, received: Received) -> None:
         if received.headers.get("Status") == "503":
             self.peers.missing(received.subject.rpartition(".")[2], time.monotonic())
         else:
-            self._heard(Beat.parse(received.data))
+            self._answered(Beat.parse(received.data))
 
     def _on_connection(self, connected: bool) -> None:
         if connected:

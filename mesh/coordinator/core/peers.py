@@ -1,10 +1,11 @@
 """Which other coordinators of the model live. It only decides: what was heard, and when, is passed in.
 
-A coordinator sends a heartbeat every few seconds. It is also probed several times a second, on a subject that only its process listens
-on. When nobody listens there any more, the server says so at once. So a process that died is noticed within GONE_S; one that was merely
-cut off from its server for a moment, which looks the same, is not given up. A process that listens and does not answer, because it is
-suspended or cut off, is given up after SILENT_S. To give up a coordinator that lives costs only work: session records are written by
-compare and set, so it loses the sessions that others took, and keeps the rest.
+A coordinator sends a heartbeat every few seconds, by which the others learn that it is there. It is probed several times a second, on a
+subject that only its process listens on, and lives by its answers alone: one that sends heartbeats and hears nothing does no work. When
+nobody listens there any more, the server says so at once. So a process that died is noticed within GONE_S; one that was merely cut off
+from its server for a moment, which looks the same, is not given up. A process that listens and does not answer, because it is suspended
+or cut off in one direction or both, is given up after SILENT_S. To give up a coordinator that lives costs only work: session records are
+written by compare and set, so it loses the sessions that others took, and keeps the rest.
 
 A coordinator that was itself suspended or cut off has heard nobody. That says nothing about the others: see `excuse`.
 """
@@ -17,7 +18,7 @@ from typing import Final
 __all__ = ["GONE_S", "SILENT_S", "Peer", "Peers"]
 
 GONE_S: Final = 0.5
-SILENT_S: Final = 4.0
+SILENT_S: Final = 2.0
 _FORGET_S: Final = 60.0
 
 
@@ -38,7 +39,14 @@ class Peers:
         self._peers: dict[str, Peer] = {}
 
     def heard(self, instance: str, name: str, now: float) -> bool:
-        """A peer lives. True where that is news."""
+        """A peer has sent a heartbeat. True where nothing was known of it; otherwise that proves nothing."""
+        if instance == self._instance or instance in self._peers:
+            return False
+        self._peers[instance] = Peer(instance, name, now)
+        return True
+
+    def answered(self, instance: str, name: str, now: float) -> bool:
+        """A peer has answered a probe. True where it was not known that it lives."""
         if instance == self._instance:
             return False
         peer = self._peers.get(instance)

@@ -22,7 +22,7 @@ def test_one_that_reconnects_meanwhile_is_not() -> None:
     peers = Peers("me")
     peers.heard("a", "c-a", 0.0)
     peers.missing("a", 1.0)
-    assert not peers.heard("a", "c-a", 1.0 + GONE_S / 2)
+    assert not peers.answered("a", "c-a", 1.0 + GONE_S / 2)
     assert names(peers, 1.0 + GONE_S) == []
 
 
@@ -32,7 +32,15 @@ def test_a_coordinator_that_listens_without_answering_is_given_up_later_and_may_
     assert names(peers, SILENT_S - 0.1) == []
     assert names(peers, SILENT_S) == ["a"]
     assert "a" in peers.watched()
-    assert peers.heard("a", "c-a", SILENT_S + 1) and peers.lives("a")
+    assert not peers.heard("a", "c-a", SILENT_S + 1) and not peers.lives("a"), "only an answer shows that it hears"
+    assert peers.answered("a", "c-a", SILENT_S + 1) and peers.lives("a")
+
+
+def test_heartbeats_alone_do_not_show_that_a_coordinator_hears() -> None:
+    peers = Peers("me")
+    for tenth in range(10 * round(SILENT_S)):
+        peers.heard("a", "c-a", tenth / 10)
+    assert names(peers, SILENT_S) == ["a"]
 
 
 def test_no_peer_is_given_up_for_a_time_in_which_this_side_was_deaf() -> None:
