@@ -8,6 +8,7 @@ kv           leases and other small shared state: Bucket, LeaseTable
 events       announcements of what happened, and the stream that keeps them
 batches      durable batches: the queue and the results
 replicas     how many servers of a cluster keep a stream
+losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums
 mapping      from nats-py's errors to ours
 """

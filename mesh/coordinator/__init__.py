@@ -52,6 +52,7 @@ The files:
     core/watch.py         when a frame has been away for too long
     core/losses.py        what goes wrong, and how a session goes on
     core/ends.py          how a session ends
+    core/leases.py        which shards live
     core/peers.py         which other coordinators live
     core/expectations.py  which shards the configuration asks for
 """

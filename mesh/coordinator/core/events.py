@@ -72,7 +72,7 @@ class ReplicaSeen:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaGone:
-    """The shard's lease ended, or nobody listens on its subject."""
+    """Nobody listens on the shard's subject, or neither its lease nor an answer came."""
 
     shard: str
 
