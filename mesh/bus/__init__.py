@@ -9,6 +9,7 @@ events       announcements of what happened, and the stream that keeps them
 batches      durable batches: the queue and the results
 losses       whether a stream or bucket is still the one that was there
 replicas     how many servers of a cluster keep a stream
+losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums
 mapping      from nats-py's errors to ours
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from mesh.bus import BusOptions
     from mesh.settings.schema import NatsSection
 
-__all__ = ["add_connection_arguments", "bus_options"]
+__all__ = ["add_connection_arguments", "bus_options", "repeated_flags"]
 
 # flag -> key of the nats section
 _FLAGS = {
@@ -85,6 +86,12 @@ def bus_options(args: argparse.Namespace, section: NatsSection | None = None) ->
         tls_key=_path(made.tls_key_file),
         inbox_prefix=made.inbox_prefix,
     )
+
+
+def repeated_flags(args: argparse.Namespace) -> str:
+    """The connection flags that were given, to be written behind another command; they begin with a blank."""
+    given = [(flag, getattr(args, flag)) for flag in _FLAGS if getattr(args, flag, None)]
+    return "".join(f" --{flag.replace('_', '-')} {shlex.quote(str(value))}" for flag, value in given)
 
 
 def _path(path: str | None) -> str | None:

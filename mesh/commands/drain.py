@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.connection import add_connection_arguments, bus_options, repeated_flags
 from mesh.settings.units import parse_seconds
 
 __all__ = ["add_drain_parser", "add_load_parser"]
@@ -18,6 +20,7 @@ def add_drain_parser(subparsers: Any) -> None:
     parser.add_argument("shard", metavar="SHARD", help="its name, such as shard-1, or its shard_id")
     parser.add_argument("--timeout", default="30s", metavar="TIME", help="stop after this time even if sessions are open (default 30s)")
     parser.add_argument("--keep", action="store_true", help="leave it running when it is empty")
+    parser.add_argument("--force", action="store_true", help="also if it is the only shard of its layers: requests then wait for another")
     add_connection_arguments(parser)
     parser.set_defaults(run=drain_command)
 
@@ -28,13 +31,14 @@ def drain_command(args: argparse.Namespace) -> int:
     from mesh.protocol.control import Drain
 
     name = _name(args.shard)
-    message = Drain(timeout_s=parse_seconds(args.timeout), stop=not args.keep)
+    message = Drain(timeout_s=parse_seconds(args.timeout), stop=not args.keep, force=args.force)
 
     async def work() -> None:
         async with await Bus.connect(bus_options(args), name="mesh-drain") as bus:
-            drained = await bus.request(topics.DRAIN.at(name), message, timeout_s=10)
+            with _advising(args):
+                drained = await bus.request(topics.DRAIN.at(name), message, timeout_s=10)
         then = "it stays" if args.keep else "then it stops"
-        print(f"{drained.shard} is draining {drained.sessions} sessions, for {args.timeout} at most; {then}")
+        print(f"{drained.shard} is draining {drained.sessions} sessions, for {args.timeout} at most; {then}{_left(drained.gap)}")
 
     asyncio.run(work())
     return 0
@@ -47,6 +51,7 @@ compiled; sessions that are open may end first, the rest go on on other replicas
     parser.add_argument("shard", metavar="SHARD", help="its name, such as shard-1, or its shard_id")
     parser.add_argument("--layers", required=True, metavar="A-B", help="half-open range, such as 0-12")
     parser.add_argument("--timeout", default="30s", metavar="TIME", help="how long open sessions may take to end (default 30s)")
+    parser.add_argument("--force", action="store_true", help="also if it is the only shard of its layers: requests then wait for another")
     add_connection_arguments(parser)
     parser.set_defaults(run=load_command)
 
@@ -62,16 +67,36 @@ def load_command(args: argparse.Namespace) -> int:
     if len(ranges) != 1:
         raise ConfigError(f"--layers {args.layers}: give one half-open range, such as 0-12")
     timeout_s = parse_seconds(args.timeout)
-    message = Load(layers_start=ranges[0].start, layers_end=ranges[0].stop, timeout_s=timeout_s)
+    message = Load(layers_start=ranges[0].start, layers_end=ranges[0].stop, timeout_s=timeout_s, force=args.force)
 
     async def work() -> None:
         async with await Bus.connect(bus_options(args), name="mesh-load") as bus:
-            loaded = await bus.request(topics.LOAD.at(_name(args.shard)), message, timeout_s=timeout_s + 30)
+            with _advising(args):
+                loaded = await bus.request(topics.LOAD.at(_name(args.shard)), message, timeout_s=timeout_s + 30)
         moved = f"; {loaded.sessions} sessions go on elsewhere" if loaded.sessions else ""
-        print(f"{loaded.shard} serves layers {ranges[0]} after {loaded.took_s * 1e3:.0f} ms{moved}")
+        print(f"{loaded.shard} serves layers {ranges[0]} after {loaded.took_s * 1e3:.0f} ms{moved}{_left(loaded.gap)}")
 
     asyncio.run(work())
     return 0
+
+
+@contextmanager
+def _advising(args: argparse.Namespace) -> Iterator[None]:
+    """A refusal advises other commands: they are given this command's connection, so that they work as they stand."""
+    from mesh.errors import BadRequest
+
+    try:
+        yield
+    except BadRequest as error:
+        flags = repeated_flags(args)
+        text = str(error)
+        for command in ("mesh join", "mesh load", "mesh push MODEL_DIR"):
+            text = text.replace(f"`{command}", f"`{command}{flags}")
+        raise BadRequest(text, field=error.field) from None
+
+
+def _left(gap: str) -> str:
+    return f"; layers {gap} have no shard that is ready now, and requests wait until one joins" if gap else ""
 
 
 def _name(shard: str) -> str:

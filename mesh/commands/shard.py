@@ -50,6 +50,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("join", help="serve what the mesh lacks most", description=_JOIN)
     add_connection_arguments(parser)
     parser.add_argument("--model", metavar="NAME", help="default: the only one that was pushed")
+    parser.add_argument("--layers", metavar="A-B", help="half-open range, such as 0-12 (default: what the mesh lacks most)")
     parser.add_argument("--name", help="name of this shard (default: a random one)")
     parser.add_argument("--memory", metavar="SIZE", help="the most memory to use, such as 8GB (default: 80 %% of what is free)")
     parser.add_argument("--rows", type=int, metavar="N", help="sessions at once (default: as the other shards, or 8)")
@@ -133,6 +134,13 @@ def join_command(args: argparse.Namespace) -> int:
     http = ShardHttp(
         Listener.bind(options, or_free=args.http_port is None), check_interval_s=health.check_interval, timeout_s=health.timeout
     )
+    layers = None
+    if args.layers:
+        from mesh.planner.from_config import parse_ranges
+
+        layers, *more = parse_ranges(args.layers)
+        if more:
+            raise ConfigError(f"--layers {args.layers}: give one half-open range, such as 0-12")
     memory = parse_bytes(args.memory) if args.memory else round(0.8 * _free_memory())
     name = args.name or f"join-{secrets.token_hex(4)}"
     with progress_bar(quiet=args.quiet) as progress:
@@ -149,6 +157,7 @@ def join_command(args: argparse.Namespace) -> int:
                 context=args.context,
                 mirror=None if args.mode is None else args.mode == "mirror",
                 directory=args.dir,
+                layers=layers,
                 progress=progress,
             )
 

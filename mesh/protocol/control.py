@@ -84,32 +84,40 @@ class Pong(Message):
 
 
 class Drain(Message):
-    """Take no new sessions, wait up to `timeout_s` seconds until the open ones are moved or finished, then stop the process if `stop`."""
+    """Take no new sessions, wait up to `timeout_s` seconds until the open ones are moved or finished, then stop the process if `stop`.
+    Refused (BadRequest, field force) where no other shard can take this one's place, unless `force`."""
 
     timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
     stop: bool = True
+    force: bool = False
 
 
 class Drained(Message):
-    """Draining has begun. `sessions`: how many are still open."""
+    """Draining has begun. `sessions`: how many are still open. `gap`: the layers that no shard that is ready serves from now on, as
+    `A-B`; empty where others do."""
 
     shard: Token
     sessions: Natural
+    gap: str = ""
 
 
 class Load(Message):
-    """Serve another range within the layers that the shard holds. Open sessions may run on for `timeout_s` seconds; then they move."""
+    """Serve another range within the layers that the shard holds. Open sessions may run on for `timeout_s` seconds; then they move.
+    Refused (BadRequest, field force) where no other shard can take this one's place in its present range, unless `force`."""
 
     layers_start: Natural
     layers_end: Positive
     timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    force: bool = False
 
 
 class Loaded(Message):
-    """The new range is served. `sessions`: how many open ones had to move. `took_s`: seconds since the last session left."""
+    """The new range is served. `sessions`: how many open ones had to move. `took_s`: seconds since the last session left. `gap`: as of
+    Drained."""
 
     shard: Token
     layers_start: Natural
     layers_end: Natural
     sessions: Natural
     took_s: float
+    gap: str = ""

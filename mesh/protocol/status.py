@@ -94,6 +94,8 @@ class ShardLease(Message):
     model_hash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     layers_start: Natural
     layers_end: Positive
+    held_start: Natural = 0  # the layers it holds, and could serve (`mesh load`)
+    held_end: Natural = 0
     total_layers: Positive
     state: Literal["loading", "warming", "ready", "draining", "left"]
     rows: Positive

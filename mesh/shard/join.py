@@ -13,7 +13,7 @@ from mesh.errors import DoesNotFit
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
 
-__all__ = ["Held", "choose_range"]
+__all__ = ["Held", "choose_range", "too_big"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def choose_range(total_layers: int, held: Sequence[Held], needed_bytes: Callable
         best = _longest_prefix(gap, needed_bytes, memory_bytes)
         if best is None:
             one = LayerRange(gap.start, gap.start + 1)
-            raise _too_big(one, needed_bytes(one), memory_bytes)
+            raise too_big(f"the mesh lacks layers {one}, which", needed_bytes(one), memory_bytes)
         return best
     ranges = {item.layers for item in held}
 
@@ -43,7 +43,7 @@ def choose_range(total_layers: int, held: Sequence[Held], needed_bytes: Callable
     fitting = [layers for layers in ranges if needed_bytes(layers) <= memory_bytes]
     if not fitting:
         smallest = min(ranges, key=needed_bytes)
-        raise _too_big(smallest, needed_bytes(smallest), memory_bytes)
+        raise too_big(f"the mesh lacks layers {smallest}, which", needed_bytes(smallest), memory_bytes)
     return min(fitting, key=rank)
 
 
@@ -66,9 +66,10 @@ def _longest_prefix(gap: LayerRange, needed_bytes: Callable[[LayerRange], int], 
     return None
 
 
-def _too_big(layers: LayerRange, needed: int, memory: int) -> DoesNotFit:
+def too_big(what: str, needed: int, memory: int) -> DoesNotFit:
+    """The error for a range that needs more bytes than are allowed; `what` begins the sentence."""
     return DoesNotFit(
-        f"the mesh lacks layers {layers}, which need {format_bytes(needed)}, and {format_bytes(memory)} are allowed: "
+        f"{what} need {format_bytes(needed)}, and {format_bytes(memory)} are allowed: "
         "give more with --memory, or fewer --rows or a shorter --context",
         needed_bytes=needed,
         allowed_bytes=memory,

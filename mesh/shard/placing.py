@@ -8,6 +8,7 @@ key is the epoch of the placement: a shard that decided on an older revision is 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from mesh.model.memory import DEFAULT_CHUNK, predict
 from mesh.protocol import subjects
 from mesh.protocol.message import Label, Message, Natural, Positive
 from mesh.protocol.status import ShardLease
-from mesh.shard.join import Held, choose_range
+from mesh.shard.join import Held, choose_range, too_big
 from mesh.shard.options import ShardOptions
 from mesh.types import LayerRange, Progress
 
@@ -53,10 +54,11 @@ async def place(
     context: int | None,
     mirror: bool | None = None,
     directory: Path | None,
+    layers: LayerRange | None = None,
     progress: Progress,
 ) -> ShardOptions:
-    """Choose a range, claim it and fetch its blocks. ModelNotFound: no such model was pushed. DoesNotFit: no range that the mesh needs
-    fits in `memory_bytes`."""
+    """Choose a range (unless `layers` gives it), claim it and fetch its blocks. ModelNotFound: no such model was pushed. DoesNotFit: no
+    range that the mesh needs, or not the one that was given, fits in `memory_bytes`."""
     subjects.check_token(name, "name")
     store = ModelStore(bus)
     model = model or await store.only_name()
@@ -66,7 +68,7 @@ async def place(
         raise BadRequest(f"a shard {name} is there already: give another --name", field="name")
     rows = rows or max((lease.rows for lease in leases), default=_DEFAULT_ROWS)
     context = min(context or max((lease.context for lease in leases), default=_DEFAULT_CONTEXT), manifest.context_length)
-    layers = await _claim(bus, name, manifest, rows=rows, context=context, memory_bytes=memory_bytes)
+    layers = await _claim(bus, name, manifest, layers, rows=rows, context=context, memory_bytes=memory_bytes)
     kept = directory or kept_at(manifest)
     await store.pull(model, kept, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
     mirror = any(lease.mirrors for lease in leases) if mirror is None else mirror
@@ -85,7 +87,9 @@ async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:
     return found
 
 
-async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context: int, memory_bytes: int) -> LayerRange:
+async def _claim(
+    bus: Bus, name: str, manifest: Manifest, wanted: LayerRange | None, *, rows: int, context: int, memory_bytes: int
+) -> LayerRange:
     bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True)
     key = f"claims.{subjects.token(manifest.name)}"
 
@@ -102,7 +106,11 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
         claims = [claim for claim in claims if claim.shard not in there]
         held = [Held(lease.shard, lease.layers, lease.load if lease.state == "ready" else 0.0) for lease in leases]
         held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
-        layers = choose_range(manifest.layers, held, needed, memory_bytes)
+        layers = (
+            choose_range(manifest.layers, held, needed, memory_bytes)
+            if wanted is None
+            else _checked(manifest, wanted, needed, memory_bytes)
+        )
         mine = RangeClaim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
         epoch = await bucket.update(key, RangeClaims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
         if epoch is not None:
@@ -110,6 +118,14 @@ async def _claim(bus: Bus, name: str, manifest: Manifest, *, rows: int, context:
             await announce(bus, "plan_changed", name, model=manifest.name, detail=detail, layers=str(layers), epoch=epoch)
             return layers
     raise Unavailable("other shards keep joining at the same moment: try again")
+
+
+def _checked(manifest: Manifest, layers: LayerRange, needed: Callable[[LayerRange], int], memory_bytes: int) -> LayerRange:
+    """A range that was asked for. BadLayerRange: the model does not have it. DoesNotFit: it needs more memory."""
+    manifest.check_range(layers)
+    if needed(layers) > memory_bytes:
+        raise too_big(f"layers {layers}", needed(layers), memory_bytes)
+    return layers
 
 
 def _claims(value: bytes | None) -> tuple[RangeClaim, ...]:

@@ -49,6 +49,7 @@ from mesh.runtime.programs import Compiled
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import ComputeThread, run_step
+from mesh.shard.gaps import can_replace, others, refuse_gap
 from mesh.shard.lease import LeaseKeeper
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
@@ -238,14 +239,18 @@ class Shard:
 
     async def on_drain(self, received: Received) -> Drained:
         message = topics.DRAIN.parse(received.data)
-        return Drained(shard=self.options.name, sessions=self.drain(message.timeout_s, stop=message.stop))
+        gap = await self._gap(force=message.force, doing="drains it")
+        return Drained(shard=self.options.name, sessions=self.drain(message.timeout_s, stop=message.stop), gap=gap)
 
     async def on_load(self, received: Received) -> Loaded:
         message = topics.LOAD.parse(received.data)
         if self._moving.locked():
             raise Unavailable(f"shard {self.options.name} is about to serve another range already: ask again later")
         async with self._moving:
-            return await move(self, message)
+            shape = self.state.shape
+            same = (shape.layers.start, shape.layers.stop) == (message.layers_start, message.layers_end)
+            gap = "" if same else await self._gap(force=message.force, doing="moves it")
+            return (await move(self, message)).model_copy(update={"gap": gap})
 
     async def on_stats(self, received: Received) -> ShardStats:
         topics.STATS.parse(received.data)
@@ -556,6 +561,8 @@ class Shard:
             model_hash=shape.model_hash,
             layers_start=shape.layers.start,
             layers_end=shape.layers.stop,
+            held_start=self.stage.held.start if self.stage is not None else 0,
+            held_end=self.stage.held.stop if self.stage is not None else 0,
             total_layers=shape.total_layers,
             state=self._status,
             rows=shape.rows,
@@ -580,6 +587,18 @@ class Shard:
             started_unix_s=self._started,
             http=self.http_url,
         )
+
+    async def _gap(self, *, force: bool, doing: str) -> str:
+        """The layers that no other shard can serve in the place of this one, as `A-B`, or nothing. BadRequest, unless `force`, where there
+        are such layers."""
+        if self._status != "ready" or self.stage is None:
+            return ""
+        mine = self.lease(time.monotonic())
+        if not force:
+            await refuse_gap(self.bus, mine, self.stage.need.total_bytes, doing)
+            return ""
+        replaced = can_replace(await others(self.bus, mine), mine.layers, mine.total_layers)
+        return "" if replaced else str(mine.layers)
 
     def _is_meant(self, instance: str | None) -> bool:
         """Whether a request that names `instance` is for this process. Unavailable: it is for an earlier process of this name. False: it

@@ -33,7 +33,7 @@ def tokens(model: Path) -> list[int]:
 
 
 async def load(driver: Driver, shard: Shard, start: int, stop: int, timeout_s: float = 30.0) -> Loaded:
-    message = Load(layers_start=start, layers_end=stop, timeout_s=timeout_s)
+    message = Load(layers_start=start, layers_end=stop, timeout_s=timeout_s, force=True)
     return await driver.bus.request(topics.LOAD.at(shard.options.name), message, timeout_s=60)
 
 

@@ -321,7 +321,7 @@ def test_draining_lets_sessions_end_and_takes_no_new_ones(run: Run, server: Nats
             await driver.bus.subscribe(topics.EVENTS.any(), take)
             prompt, want = PROMPTS[0], lone(pipeline, PROMPTS[0], 4)
             await driver.open(1, len(prompt))
-            drained = await driver.bus.request(topics.DRAIN.at(driver.route[0].shard), Drain(timeout_s=60), timeout_s=5)
+            drained = await driver.bus.request(topics.DRAIN.at(driver.route[0].shard), Drain(timeout_s=60, force=True), timeout_s=5)
             assert drained.sessions == 1
             with pytest.raises(Unavailable, match="draining"):
                 await driver.open(2, 1)

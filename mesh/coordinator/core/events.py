@@ -73,7 +73,7 @@ class ReplicaSeen:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaGone:
-    """The shard's lease ended, or no process listens on its subject."""
+    """No process listens on the shard's subject, or neither its lease nor an answer came."""
 
     shard: str
 

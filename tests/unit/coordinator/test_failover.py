@@ -256,16 +256,16 @@ def test_failovers_and_suspicions_are_announced() -> None:
 def test_a_suspected_shard_that_says_its_lease_is_preferred_again_only_when_it_has_answered() -> None:
     """It may be cut off in one direction: what it says arrives, and it hears nothing."""
     mesh, random = make(replicas=2), Random(3)
-    for shard in [name for name in mesh.shards if name.endswith("-0")]:
-        mesh.core._state.replicas.suspect(shard)
-        mesh.shards[shard].stopped = True
-        mesh.lease(shard)
+    for name in [name for name in mesh.shards if name.endswith("-0")]:
+        mesh.core._state.replicas.suspect(name)
+        mesh.shards[name].stopped = True
+        mesh.lease(name)
     for number in range(4):
         mesh.submit(GenerationRequest(f"r{number}", (1, 2), 1, None))
         session = mesh.session(f"r{number}")
         assert session is not None and all(shard.endswith("-1") for shard in session.shards), "it went to a shard that is suspected"
         mesh.settle(random)
-    for stage in mesh.shards.values():
-        stage.stopped = False
+    for shard in mesh.shards.values():
+        shard.stopped = False
     mesh.settle(random)
     assert not any(entry.suspected for entry in mesh.core._state.replicas._entries.values())
