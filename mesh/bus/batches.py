@@ -27,10 +27,11 @@ import nats.js.errors
 import orjson
 
 from mesh.bus.connection import Bus
+from mesh.bus.dead import DeadList
 from mesh.bus.kv import Bucket
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
-from mesh.errors import BadRequest, Busy, PayloadTooLarge
+from mesh.errors import BadRequest, Busy, MessageRejected, PayloadTooLarge
 from mesh.protocol import subjects, topics
 from mesh.protocol.batches import MAX_BATCH, BatchItem, BatchState, BatchStatus
 from mesh.protocol.failures import ErrorReply
@@ -146,15 +147,29 @@ class BatchStore:
     async def result(self, id: str, index: int) -> BatchItem | None:
         """The result of one request; None if it has not ended."""
         entry = await self._bucket.get(f"{id}.end.{index}")
-        return None if entry is None or entry.value is None else BatchItem.parse(entry.value)
+        if entry is None or entry.value is None:
+            return None
+        try:
+            return BatchItem.parse(entry.value)
+        except MessageRejected as error:  # no coordinator wrote this
+            return BatchItem(index=index, state="failed", error=ErrorReply.of(error))
 
     # -- for the coordinators ------------------------------------------------------------------------------------------
+
+    async def require(self, id: str, index: int, model: str) -> None:
+        """BadRequest: there is no such batch of this model, or it has no such request."""
+        batch = await self._batch(id)
+        if batch.model != model or index >= batch.total:
+            raise BadRequest(f"batch {id} of {batch.model} has {batch.total} requests, and not request {index} for {model}", field="id")
 
     async def begin(self, id: str, index: int) -> int:
         """Note that a request is begun. Returns how often it was begun before by a coordinator that neither ended it nor gave it back."""
         key = f"{id}.running.{index}"
         entry = await self._bucket.get(key)
-        starts = _Running.parse(entry.value).starts if entry is not None and entry.value else 0
+        try:
+            starts = _Running.parse(entry.value).starts if entry is not None and entry.value else 0
+        except MessageRejected:  # no coordinator wrote this
+            starts = 0
         await self._bucket.put(key, _Running(starts=starts + 1).to_bytes())
         return starts
 
@@ -214,7 +229,10 @@ class BatchStore:
         entry = await self._bucket.get(f"{id}.batch")
         if entry is None or not entry.value:
             raise BadRequest(f"there is no batch {id}: it was never submitted, or more than a week ago", field="id")
-        return _Batch.parse(entry.value)
+        try:
+            return _Batch.parse(entry.value)
+        except MessageRejected as error:
+            raise BadRequest(f"batch {id} cannot be read: {error}", field="id") from None
 
     async def _progress(self, id: str) -> dict[str, list[int]]:
         """The indexes of the keys of each kind."""
@@ -231,13 +249,23 @@ class BatchStore:
 
 
 class Work:
-    """A request of a batch, taken from the queue. Call `alive` every few seconds until it is acknowledged or given back."""
+    """A message taken from the queue: a request of a batch. Call `alive` every few seconds until it is acknowledged, given back or set
+    aside. MessageRejected: its subject is not that of a request of a batch."""
 
     def __init__(self, message: Any) -> None:
         self._message = message
-        *_, self.id, index = message.subject.split(".")
+        self.subject: str = message.subject
+        topics.BATCH_ITEM.read(self.subject)
+        *_, self.id, index = self.subject.split(".")
+        if not (index.isascii() and index.isdigit() and int(index) < MAX_BATCH):
+            raise MessageRejected(f"the index of the request is {index!r}: it should be a number below {MAX_BATCH}")
         self.index = int(index)
         self.data: bytes = message.data
+
+    @property
+    def deliveries(self) -> int:
+        """How often the queue has given this message to a coordinator."""
+        return int(self._message.metadata.num_delivered)
 
     async def alive(self) -> None:
         with mapped("batch"):
@@ -252,14 +280,19 @@ class Work:
         with mapped("batch"):
             await self._message.nak(delay=delay_s or None)
 
+    async def set_aside(self, model: str, dead: DeadList, reason: str) -> None:
+        """Write the message to the dead list and remove it from the queue."""
+        await _set_aside(self._message, model, dead, reason)
+
 
 class BatchQueue:
     """The work queue, as coordinators see it."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, counters: Counter[str] | None = None) -> None:
         self._bus = bus
+        self._dead = DeadList(bus)
         self._pull: nats.js.client.JetStreamContext.PullSubscription | None = None
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter() if counters is None else counters
 
     async def open(self) -> None:
         """Create the queue if it does not exist."""
@@ -286,7 +319,8 @@ class BatchQueue:
         await spread(self._bus, subjects.STREAM_BATCH)
 
     async def take(self, model: str, *, wait_s: float) -> Work | None:
-        """The next request for a model; None if none comes within `wait_s`."""
+        """The next request for a model; None if none comes within `wait_s`. A message that is not the request of a batch is set aside,
+        and counted in `counters`."""
         name = subjects.token(model)
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         with mapped("taking a request of a batch"):
@@ -308,7 +342,12 @@ class BatchQueue:
             except Exception:
                 await self.close()  # the server may have been restarted: bind again
                 raise
-        return Work(message)
+        try:
+            return Work(message)
+        except MessageRejected as error:
+            self.counters["dead"] += 1
+            await _set_aside(message, model, self._dead, str(error))
+            return None
 
     async def close(self) -> None:
         pull, self._pull = self._pull, None
@@ -317,6 +356,12 @@ class BatchQueue:
                 await pull.unsubscribe()
             except nats.errors.Error:
                 return  # it has ended already
+
+
+async def _set_aside(message: Any, model: str, dead: DeadList, reason: str) -> None:
+    await dead.add(model, message.subject, reason, len(message.data))
+    with mapped("setting a message aside"):
+        await message.term()
 
 
 def _check_id(id: str) -> str:

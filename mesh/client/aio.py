@@ -12,11 +12,12 @@ import orjson
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.bus.batches import BatchStore
+from mesh.bus.dead import DeadList
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
 from mesh.protocol import subjects, topics
-from mesh.protocol.batches import BatchStatus
+from mesh.protocol.batches import BatchStatus, DeadMessage
 from mesh.protocol.events import Event
 from mesh.protocol.generation import Generate, TraceRequest
 from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
@@ -28,6 +29,7 @@ SHARD_SERVICE = "mesh-shard"
 _GATHER_S = 1.0
 _QUIET_S = 0.15
 _TRACE_S = 2.0
+_UNREADABLE = (MessageRejected, LookupError, TypeError, ValueError, AttributeError, StopIteration)
 
 
 class AsyncMeshClient:
@@ -170,6 +172,10 @@ class AsyncMeshClient:
                 raise DeadlineExceeded(f"batch {id} has {ended} of {status.total} requests answered after {timeout_s:g} s, and goes on")
             await asyncio.sleep(poll_s)
 
+    async def dead_messages(self, *, last: int = 100) -> list[DeadMessage]:
+        """The `last` messages of batches that no coordinator could handle, the oldest first. Operators alone may read them."""
+        return await DeadList(self._connected).entries(last=last)
+
     # -- looking -------------------------------------------------------------------------------------------------------
 
     async def models(self) -> list[str]:
@@ -183,7 +189,7 @@ class AsyncMeshClient:
             try:
                 data = next(endpoint["data"] for endpoint in orjson.loads(answer.data)["endpoints"] if endpoint["name"] == "generate")
                 found.append(CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(data))))
-            except (MessageRejected, LookupError, TypeError, ValueError, StopIteration):
+            except _UNREADABLE:
                 continue  # of another version, or of another service
         return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
@@ -219,8 +225,8 @@ class AsyncMeshClient:
         for answer in await self._gather(f"$SRV.STATS.{SHARD_SERVICE}"):
             try:
                 found.append(ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
-            except (MessageRejected, LookupError, TypeError):
-                continue  # another version's
+            except _UNREADABLE:
+                continue  # of another version, or of another service
         return found
 
     async def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:

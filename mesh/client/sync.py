@@ -13,7 +13,7 @@ from mesh.client.aio import AsyncMeshClient
 from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
-from mesh.protocol.batches import BatchStatus
+from mesh.protocol.batches import BatchStatus, DeadMessage
 from mesh.protocol.status import ShardStats
 
 __all__ = ["MeshClient", "SyncStream"]
@@ -136,6 +136,9 @@ class MeshClient:
 
     def wait_batch(self, id: str, *, timeout_s: float | None = None) -> BatchStatus:
         return self._run(self._client.wait_batch(id, timeout_s=timeout_s))
+
+    def dead_messages(self, *, last: int = 100) -> list[DeadMessage]:
+        return self._run(self._client.dead_messages(last=last))
 
     def models(self) -> list[str]:
         return self._run(self._client.models())

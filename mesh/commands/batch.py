@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ _DESCRIPTION = """\
 Durable batches: every line of a file is a request, either a JSON string (a prompt) or an object with the fields of a request (prompt,
 messages or tokens, max_tokens, temperature ...). The NATS server keeps the requests, and they are answered when rows are free, even if
 every process is restarted meanwhile. Results are kept for a week."""
+
+_DEAD = """\
+Messages of the queue that no coordinator could handle, the oldest first: where each one was, its size, and what was wrong with it. They
+are no longer in the queue. The last 1,000 of a week are kept."""
 
 
 def add_batch_parser(subparsers: Any) -> None:
@@ -39,7 +44,11 @@ def add_batch_parser(subparsers: Any) -> None:
     result = verbs.add_parser("result", help="the answers", description="The answers so far, one object a line, in the order of the file.")
     result.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
     result.add_argument("--wait", action="store_true", help="wait until all answers are there")
-    for verb, command in ((submit, _submit), (status, _status), (result, _result)):
+
+    dead = verbs.add_parser("dead", help="what was set aside", description=_DEAD)
+    dead.add_argument("--last", type=int, default=100, metavar="N", help="show the last N (default 100)")
+    dead.add_argument("--json", action="store_true", help="one object a line")
+    for verb, command in ((submit, _submit), (status, _status), (result, _result), (dead, _dead)):
         add_connection_arguments(verb)
         verb.set_defaults(run=command)
 
@@ -91,6 +100,24 @@ def _result(args: argparse.Namespace) -> int:
                 if item.error is not None:
                     line |= {"error": str(item.error), "code": item.error.code}
                 print(json.dumps(line, ensure_ascii=False))
+    return 0
+
+
+def _dead(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+    from mesh.commands.generate import mesh_options
+    from mesh.errors import BadRequest
+
+    if args.last < 1:
+        raise BadRequest(f"--last {args.last}: give 1 or more", field="last")
+    with MeshClient(options=mesh_options(args)) as client:
+        messages = client.dead_messages(last=args.last)
+    for message in messages:
+        if args.json:
+            print(message.to_bytes().decode())
+        else:
+            at = datetime.fromtimestamp(message.at_unix_s).strftime("%Y-%m-%d %H:%M:%S")
+            print(f"{at}  {message.subject}  {message.size_bytes} bytes  {message.reason}")
     return 0
 
 

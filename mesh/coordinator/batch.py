@@ -4,6 +4,9 @@ A request is taken from the queue while no client waits and more than a quarter 
 under a name of its own (BATCH-INDEX), so that a second request for the same result is the same generation. Its result is stored before
 the request is acknowledged. If a coordinator dies in between, another one does the request again, and the result that was stored first
 stays. An error that may pass (no shard, a full mesh) gives the request back to the queue. Any other error is its result.
+
+No message ends the worker. A message that is no request of a batch is set aside: it leaves the queue, and the dead list
+(mesh/bus/dead.py) keeps its subject and the reason. So does one whose handling fails in an unexpected way STARTS times.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ import orjson
 from mesh.bus import Bus, Endpoint, Received, Subscription, end_tasks
 from mesh.bus.batches import BatchQueue, BatchStore, Work
 from mesh.bus.connection import raise_error
+from mesh.bus.dead import DeadList
 from mesh.coordinator.core.machine import Core
-from mesh.errors import DeadlineExceeded, MeshError, ServiceError
+from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, ServiceError
 from mesh.protocol import topics
 from mesh.protocol.batches import BatchItem, BatchResults, BatchStatus
 from mesh.protocol.failures import ErrorReply
@@ -51,7 +55,8 @@ class BatchWorker:
         self._instance = instance
         self._core = core
         self._store = BatchStore(bus)
-        self._queue = BatchQueue(bus)
+        self._queue = BatchQueue(bus, self.counters)
+        self._dead = DeadList(bus)
         self._inbox = bus.new_inbox()
         self._answers: dict[str, asyncio.Future[Received]] = {}
         self._working: dict[asyncio.Task[Any], Work] = {}
@@ -134,13 +139,42 @@ class BatchWorker:
                 log.debug("%s; trying again", error)
                 await asyncio.sleep(_FAILED_S)
                 continue
+            except Exception:
+                self.counters["errors"] += 1
+                log.exception("taking requests of batches; trying again")
+                await asyncio.sleep(_FAILED_S)
+                continue
             if work is not None:
-                task = self.bus.spawn(self._do(work), f"request {work.index} of batch {work.id}")
+                task = self.bus.spawn(self._work(work), f"request {work.index} of batch {work.id}")
                 self._working[task] = work
                 task.add_done_callback(lambda done: self._working.pop(done, None))
                 await asyncio.wait([task], timeout=_PACE_S)  # until the request has asked for its rows
 
+    async def _work(self, work: Work) -> None:
+        """Do a request. An error that is not the request's own leaves it to the queue, which delivers it again; at the last try it is set
+        aside."""
+        try:
+            await self._do(work)
+        except Exception as error:
+            if isinstance(error, MeshError) and error.retryable:  # the server is away
+                raise
+            self.counters["errors"] += 1
+            log.exception("%s", work.subject)
+            if work.deliveries >= STARTS:
+                failed = MeshError(f"{work.deliveries} tries failed: see the logs of the coordinators")
+                await self._store.end(work.id, BatchItem(index=work.index, state="failed", error=ErrorReply.of(failed)))
+                await self._set_aside(work, f"{work.deliveries} tries failed, the last one with {error!r}")
+
+    async def _set_aside(self, work: Work, reason: str) -> None:
+        self.counters["dead"] += 1
+        await work.set_aside(self._model, self._dead, reason)
+
     async def _do(self, work: Work) -> None:
+        try:
+            await self._store.require(work.id, work.index, self._model)
+        except BadRequest as error:
+            await self._set_aside(work, str(error))
+            return
         stored = await self._store.result(work.id, work.index)
         if stored is not None:  # by a coordinator that ended before it could acknowledge the request
             await self._store.note(work.id, stored)
@@ -164,7 +198,10 @@ class BatchWorker:
             self.counters["done"] += 1
             item = BatchItem(index=work.index, state="done", answer=answer)
         await self._store.end(work.id, item)
-        await work.done()
+        if item.error is not None and item.error.code == MessageRejected.code:
+            await self._set_aside(work, item.error.message)
+        else:
+            await work.done()
 
     async def _generate(self, work: Work) -> dict[str, Any]:
         """The document of the answer, however long it takes. The request is idempotent, and is sent again while no answer comes."""

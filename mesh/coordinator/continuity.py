@@ -242,10 +242,14 @@ class Continuity:
                 or self._host.has(record.session)
             ):
                 continue
-            taken = await self.recorder.take_over(record, revision)
-            if taken is not None:
-                count += 1
-                await self._resume(*taken, None, record.reply)
+            try:
+                taken = await self.recorder.take_over(record, revision)
+                if taken is not None:
+                    count += 1
+                    await self._resume(*taken, None, record.reply)
+            except Exception as error:  # of this record: the others are taken over all the same
+                self.recorder.counters["not_resumed"] += 1
+                log.warning("taking over a session failed: %r", error)
         if count:
             self._announce("resumed", self.name, f"{count} session{'s' if count > 1 else ''} of another coordinator")
 

@@ -101,7 +101,7 @@ class PendingWrite:
 class Recorder:
     """Writes the records of one coordinator's sessions. `on_lost(session, record)` is called where another coordinator has the session now.
 
-    counters: written, failed, too_large, lost.
+    counters: written, failed, too_large, lost, not_resumed, and rejected (records that cannot be read).
     """
 
     def __init__(self, bucket: Bucket, model: str, instance: str, on_lost: Callable[[str, SessionRecord], None]) -> None:
@@ -197,11 +197,11 @@ class Recorder:
     async def read(self, session: str) -> tuple[SessionRecord, int] | None:
         """(record, revision); None where there is no record, or none that can be parsed."""
         entry = await self.bucket.get(self.key(session))
-        return None if entry is None else _parse(entry.value, entry.revision)
+        return None if entry is None else self._parse(entry.value, entry.revision)
 
     async def all(self) -> list[tuple[SessionRecord, int]]:
         """(record, revision) of every session of this model."""
-        found = [_parse(entry.value, entry.revision) for entry in await self.bucket.entries(f"{self._prefix}.>")]
+        found = [self._parse(entry.value, entry.revision) for entry in await self.bucket.entries(f"{self._prefix}.>")]
         return [item for item in found if item is not None]
 
     async def take_over(self, record: SessionRecord, revision: int, *, epoch: int = 0) -> tuple[SessionRecord, int] | None:
@@ -307,10 +307,10 @@ class Recorder:
             except MeshError as error:
                 log.debug("deleting session record %s: %s", session, error)
 
-
-def _parse(value: bytes | None, revision: int) -> tuple[SessionRecord, int] | None:
-    try:
-        return (SessionRecord.parse(value), revision) if value else None
-    except MessageRejected as error:
-        log.warning("a session record that cannot be read: %s", error)
-        return None
+    def _parse(self, value: bytes | None, revision: int) -> tuple[SessionRecord, int] | None:
+        try:
+            return (SessionRecord.parse(value), revision) if value else None
+        except MessageRejected as error:
+            self.counters["rejected"] += 1
+            log.warning("a session record that cannot be read: %s", error)
+            return None

@@ -10,7 +10,7 @@ from mesh.protocol.failures import ErrorReply
 from mesh.protocol.generation import Generate
 from mesh.protocol.message import Message, Natural
 
-__all__ = ["MAX_BATCH", "BatchId", "BatchItem", "BatchQuery", "BatchResults", "BatchState", "BatchStatus", "BatchSubmit"]
+__all__ = ["MAX_BATCH", "BatchId", "BatchItem", "BatchQuery", "BatchResults", "BatchState", "BatchStatus", "BatchSubmit", "DeadMessage"]
 
 MAX_BATCH = 10_000
 BatchId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")]
@@ -56,6 +56,15 @@ class BatchItem(Message):
     state: Literal["done", "failed"]
     answer: dict[str, Any] | None = None
     error: ErrorReply | None = None
+
+
+class DeadMessage(Message):
+    """A message of a queue that no coordinator could handle: where it was, why it was set aside, how large it was, and when."""
+
+    subject: str
+    reason: str
+    size_bytes: Natural
+    at_unix_s: float
 
 
 class BatchResults(Message):

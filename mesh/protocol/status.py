@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from mesh.protocol.message import Message, Natural, SessionId, Token
 from mesh.types import LayerRange
@@ -100,6 +100,12 @@ class ShardLease(Message):
     pid: Natural = 0
     started_unix_s: float = 0.0
     http: str = ""  # the address of its health page
+
+    @model_validator(mode="after")
+    def _is_a_range_of_the_model(self) -> Self:
+        if not self.layers_start < self.layers_end <= self.total_layers:
+            raise ValueError(f"layers {self.layers_start}-{self.layers_end} of {self.total_layers} are no range of a model")
+        return self
 
     @property
     def layers(self) -> LayerRange:

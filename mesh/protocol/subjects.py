@@ -25,6 +25,7 @@ __all__ = [
     "OBJECTS_MODELS",
     "REPLICAS_QUEUE",
     "STREAM_BATCH",
+    "STREAM_DEAD",
     "STREAM_EVENTS",
     "VERSION",
     "all_frames",
@@ -45,6 +46,7 @@ KV_SESSIONS: Final = "mesh_sessions"
 OBJECTS_MODELS: Final = "mesh_models"
 KV_BATCHES: Final = "mesh_batches"
 STREAM_BATCH: Final = "mesh_batch"
+STREAM_DEAD: Final = "mesh_dead"
 STREAM_EVENTS: Final = "mesh_events"
 
 LEASE_TTL_S: Final = 5.0

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from mesh.errors import MessageRejected
 from mesh.protocol import subjects
-from mesh.protocol.batches import BatchQuery, BatchResults, BatchStatus, BatchSubmit
+from mesh.protocol.batches import BatchQuery, BatchResults, BatchStatus, BatchSubmit, DeadMessage
 from mesh.protocol.control import Close, Closed, Drain, Drained, Load, Loaded, Open, Opened, Ping, Pong
 from mesh.protocol.events import Event
 from mesh.protocol.frame import Frame
@@ -31,6 +31,7 @@ __all__ = [
     "BEATS",
     "CANCEL",
     "CLOSE",
+    "DEAD",
     "DRAIN",
     "EVENTS",
     "FRAMES",
@@ -176,6 +177,9 @@ BATCH_RESULT: Topic[BatchQuery, BatchResults] = Topic(
 BATCH_ITEM: Topic[Generate, None] = Topic(
     "mesh.v1.batches.MODEL.BATCH.INDEX", Generate, None, "keep one request of a batch", "the stream `mesh_batch`"
 )
+DEAD: Topic[DeadMessage, None] = Topic(
+    "mesh.v1.dead.MODEL", DeadMessage, None, "say which message of a queue was set aside", "the stream `mesh_dead`"
+)
 EVENTS: Topic[Event, None] = Topic("mesh.v1.events.KIND", Event, None, "say what has happened", "anyone, and the stream `mesh_events`")
 
 TOPICS: tuple[Topic[Any, Any], ...] = (
@@ -198,6 +202,7 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     BATCH_STATUS,
     BATCH_RESULT,
     BATCH_ITEM,
+    DEAD,
     EVENTS,
 )
 

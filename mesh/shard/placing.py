@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mesh.bus import Bucket, Bus, ModelStore, announce, kept_at
 from mesh.errors import BadRequest, MessageRejected, Unavailable
@@ -37,6 +37,12 @@ class RangeClaim(Message):
     layers_start: Annotated[int, Field(ge=0)]
     layers_end: Annotated[int, Field(ge=1)]
     at_unix_s: float
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.layers_end <= self.layers_start:
+            raise ValueError(f"layers {self.layers_start}-{self.layers_end} are no range")
+        return self
 
 
 class RangeClaims(Message):
