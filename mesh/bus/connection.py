@@ -29,6 +29,7 @@ from mesh.bus.transport import DirectTransport
 from mesh.errors import DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
 from mesh.protocol.failures import ErrorReply
 from mesh.protocol.message import Message
+from mesh.protocol.subjects import is_inbox
 from mesh.protocol.topics import Address
 from mesh.settings.units import format_bytes
 
@@ -90,8 +91,28 @@ class Subscription:
 
 
 class _Client(nats.aio.client.Client):
-    """nats-py's client with two faults repaired. It stops reading when the answer to a flush arrives that was given up meanwhile. And its
-    pings overtake messages that were sent before: a flush would report a subscription that the server does not have yet."""
+    """nats-py's client, which answers to inboxes alone, with two faults repaired. It stops reading when the answer to a flush arrives that
+    was given up meanwhile. And its pings overtake messages that were sent before: a flush would report a subscription that the server
+    does not have yet.
+
+    A request whose answer would go to another subject than an inbox is dropped here, before any handler has it, and counted in
+    `refused_replies`. Messages that come to an inbox of this connection are answers, and JetStream's deliveries; these may carry any
+    reply subject.
+    """
+
+    refused_replies = 0
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        if reply and not self._may_answer(sid, reply):
+            self.refused_replies += 1
+            log.debug("dropped a request on %r, whose answer would go to %r", subject, reply)
+            return
+        await super()._process_msg(sid, subject, reply, data, headers)
+
+    def _may_answer(self, sid: int, reply: bytes) -> bool:
+        subscription = self._subs.get(sid)
+        mine = subscription is not None and subscription.subject.startswith(f"{self._inbox_prefix.decode()}.")
+        return mine or is_inbox(reply.decode("utf-8", "replace"))
 
     async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
         if self.is_connected and self._transport and self._pending_data_size:
@@ -185,6 +206,11 @@ class Bus:
     def max_payload(self) -> int:
         """The largest size of a message in bytes, headers included."""
         return self.client.max_payload
+
+    @property
+    def refused_replies(self) -> int:
+        """Requests that were dropped because their answers would have gone to another subject than an inbox."""
+        return getattr(self.client, "refused_replies", 0)
 
     def on_change(self, call: Callable[[bool], None]) -> None:
         """Call `call(connected)` whenever the connection is lost or is back."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final
 
 import orjson
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
@@ -55,6 +55,12 @@ _HEADERS_BYTES: Final = 1024
 _PAUSE_S: Final = 1.0  # after a write that failed
 
 
+def _inbox(reply: str) -> str:
+    if not subjects.is_inbox(reply):
+        raise ValueError("answers go to inboxes alone")
+    return reply
+
+
 class SessionRecord(Message):
     """message: the request, with its prompt in tokens and its seed drawn. digest: of the request as it arrived. owner: the instance of the
     coordinator that has the session; None: any coordinator may take it. given: the tokens generated so far. told: how many of them were
@@ -68,7 +74,7 @@ class SessionRecord(Message):
     epoch: Epoch
     digest: str
     message: Generate
-    reply: str
+    reply: Annotated[str, AfterValidator(_inbox)]
     given: tuple[TokenId, ...] = ()
     told: Natural = 0
     answer: str | None = None

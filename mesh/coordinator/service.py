@@ -212,6 +212,7 @@ class Coordinator:
             last_step_s=None if last_step_at is None else now - last_step_at,
             http=self.http_url,
             rejected_frames=dict(self.intake.rejected),
+            refused_replies=self.bus.refused_replies,
             resumed=self.continuity.resumed,
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),

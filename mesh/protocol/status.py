@@ -166,7 +166,8 @@ class CoordinatorStats(_Reported):
     `live`: sessions it has, `queued` of them without rows. `capacity`: the sessions that its shards have rows for. `serving`: whether
     every layer range has a shard. `context`: the longest context that a session can have. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
-    answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    answers that nothing waited for. `refused_replies`: requests whose answers would have gone to no inbox. `resumed`: sessions taken over
+    from other coordinators. `expected`: the shards it waits for.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -198,6 +199,7 @@ class CoordinatorStats(_Reported):
     decode_frames: Natural = 0
     prefill_frames: Natural = 0
     late: Natural = 0
+    refused_replies: Natural = 0
     rejected_frames: dict[str, int] = Field(default_factory=dict)
     records: dict[str, int] = Field(default_factory=dict)
     batches: dict[str, int] = Field(default_factory=dict)

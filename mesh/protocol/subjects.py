@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Final
 
 from mesh.errors import BadRequest
+from mesh.settings.defaults import INBOX_ROOT
 from mesh.types import LayerRange
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "all_frames",
     "check_token",
     "frames",
+    "is_inbox",
     "is_token",
     "token",
     "tokens",
@@ -57,6 +59,15 @@ DISCONNECTS: Final = "$SYS.ACCOUNT.*.DISCONNECT"
 """Connections that have ended, as the server tells those whom its system account lets hear it (nats/advisories.conf)."""
 
 _TOKEN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}")
+
+
+_INBOX = re.compile(rf"{INBOX_ROOT}(\.[!-)+,/-=?-~-]+)+")
+
+
+def is_inbox(subject: str) -> bool:
+    """Whether answers may go to this subject: it is below `_INBOX` or `_INBOX_NAME`. A process that answers has rights that its caller
+    lacks, so it must not write where the caller tells it to, such as into a key-value bucket."""
+    return _INBOX.fullmatch(subject) is not None
 
 
 def is_token(text: str) -> bool:
