@@ -7,7 +7,8 @@
                             BATCH.failed.INDEX    it failed
 
 Progress is read from the names of the keys alone. Everything is kept for a week. A full queue or store refuses new requests. Submitting
-needs no coordinator. A submission that was interrupted is repeated under the same id, and only what is missing is added.
+needs no coordinator, and no right to read the queue or the store: those who may read them could list the batches of others. A
+submission that was interrupted is repeated under the same id.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar, Final
 
 import nats.errors
@@ -28,7 +29,7 @@ import orjson
 
 from mesh.bus.connection import Bus
 from mesh.bus.dead import DeadList
-from mesh.bus.kv import Bucket
+from mesh.bus.kv import WRONG_REVISION, Bucket
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, Busy, MessageRejected, PayloadTooLarge
@@ -52,6 +53,9 @@ _HEADERS_BYTES: Final = 1024
 _AT_ONCE: Final = 32
 _TIMEOUT_S: Final = 5.0
 _FULL: Final = (10047, 10077)  # no room on the server, no room in the stream
+
+
+Known = Callable[[str], Awaitable[BatchStatus]]
 
 
 class _Batch(Message):
@@ -82,34 +86,42 @@ class BatchStore:
         await BatchQueue(self._bus).open()
         await self._bucket.open()
 
-    async def submit(self, model: str, requests: Sequence[Generate], *, id: str | None = None) -> BatchStatus:
+    async def submit(self, model: str, requests: Sequence[Generate], *, id: str | None = None, known: Known | None = None) -> BatchStatus:
         """Put every request into the queue; returns when the server has them. The same `id` with the same requests is the same batch.
+        `known` says what is known of the batch where there is one of this id (None: `status`).
 
         Errors: BadRequest (a request is wrong, or the id is another batch's), PayloadTooLarge, Busy (the queue is full).
         """
         if not 1 <= len(requests) <= MAX_BATCH:
             raise BadRequest(f"a batch of {len(requests)} requests: give 1 to {MAX_BATCH:,}", field="requests")
-        id = _check_id(id or f"b-{secrets.token_hex(8)}")
+        id = _check_id(id or f"b-{secrets.token_hex(16)}")
         bodies = [self._body(index, request) for index, request in enumerate(requests)]
         batch = _Batch(model=model, total=len(bodies), digest=_digest(bodies), complete=False, submitted_unix_s=time.time())
-        await BatchQueue(self._bus).open()
-        revision = await self._bucket.update(f"{id}.batch", batch.to_bytes(), revision=0)
-        if revision is None:
-            known = await self._batch(id)
-            if (known.model, known.digest) != (model, batch.digest):
+        if not await self._describe(id, batch, new=True):
+            there = await (known or self.status)(id)
+            if (there.model, there.digest) != (model, batch.digest):
                 raise BadRequest(f"batch {id} is another one: give this one its own id", field="id")
-            if known.complete:
-                return await self.status(id)
-        ended = set((await self._progress(id))["end"])
+            if there.complete:
+                return there
         gate = asyncio.Semaphore(_AT_ONCE)
 
         async def put(index: int) -> None:
             async with gate:
                 await self._enqueue(model, id, index, bodies[index])
 
-        await asyncio.gather(*(put(index) for index in range(len(bodies)) if index not in ended))
-        await self._bucket.put(f"{id}.batch", batch.model_copy(update={"complete": True}).to_bytes())
-        return await self.status(id)
+        await asyncio.gather(*(put(index) for index in range(len(bodies))))
+        await self._describe(id, batch.model_copy(update={"complete": True}), new=False)
+        return BatchStatus(
+            id=id,
+            model=model,
+            state="queued",
+            total=batch.total,
+            running=0,
+            done=0,
+            failed=0,
+            submitted_unix_s=batch.submitted_unix_s,
+            digest=batch.digest,
+        )
 
     async def status(self, id: str) -> BatchStatus:
         """The progress of a batch. BadRequest: there is no such batch."""
@@ -129,6 +141,8 @@ class BatchStore:
             done=max(ended - failed, 0),
             failed=failed,
             submitted_unix_s=batch.submitted_unix_s,
+            digest=batch.digest,
+            complete=batch.complete,
         )
 
     async def results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchItem]:
@@ -211,19 +225,38 @@ class BatchStore:
             )
         return body
 
+    async def _describe(self, id: str, batch: _Batch, *, new: bool) -> bool:
+        """Write what is known of a batch. False: it should be `new`, and there is a batch of this id."""
+        headers = {nats.js.api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"} if new else {}
+        with mapped(f"describing batch {id}"):
+            try:
+                await self._publish(f"$KV.{subjects.KV_BATCHES}.{id}.batch", batch.to_bytes(), f"KV_{subjects.KV_BATCHES}", headers)
+            except nats.js.errors.APIError as error:
+                if error.err_code in WRONG_REVISION:
+                    return False
+                if error.err_code in _FULL:
+                    raise Busy(f"the batch store is full: submit it again later, under the same id ({id})", retry_after_s=60) from None
+                raise
+        return True
+
     async def _enqueue(self, model: str, id: str, index: int, body: bytes) -> None:
-        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         headers = {nats.js.api.Header.MSG_ID.value: f"{id}.{index}"}
+        with mapped(f"queueing request {index} of batch {id}"):
+            try:
+                await self._publish(topics.BATCH_ITEM.at(model, id, index).subject, body, subjects.STREAM_BATCH, headers)
+            except nats.js.errors.APIError as error:
+                if error.err_code in _FULL:
+                    raise Busy(f"the batch queue is full: submit it again later, under the same id ({id})", retry_after_s=60) from None
+                raise
+
+    async def _publish(self, subject: str, data: bytes, stream: str, headers: dict[str, str]) -> None:
+        """Put a message into a stream. Where nobody has created the streams yet, they are created."""
+        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         try:
-            with mapped(f"queueing request {index} of batch {id}"):
-                try:
-                    await js.publish(topics.BATCH_ITEM.at(model, id, index).subject, body, stream=subjects.STREAM_BATCH, headers=headers)
-                except nats.js.errors.APIError as error:
-                    if error.err_code in _FULL:
-                        raise Busy("the batch queue is full: submit it again later, under the same id", retry_after_s=60) from None
-                    raise
-        except Busy as error:
-            raise Busy(f"{error} ({id})", retry_after_s=error.retry_after_s) from None
+            await js.publish(subject, data, stream=stream, headers=headers)
+        except nats.js.errors.NoStreamResponseError:
+            await self.open()
+            await js.publish(subject, data, stream=stream, headers=headers)
 
     async def _batch(self, id: str) -> _Batch:
         entry = await self._bucket.get(f"{id}.batch")

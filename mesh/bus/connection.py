@@ -28,6 +28,8 @@ from mesh.bus.options import BusOptions, without_password
 from mesh.bus.transport import DirectTransport
 from mesh.errors import DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
 from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import public_id
+from mesh.protocol.headers import REQUEST_HEADER, SESSION_HEADER
 from mesh.protocol.message import Message
 from mesh.protocol.subjects import is_inbox
 from mesh.protocol.topics import Address
@@ -257,9 +259,9 @@ class Bus:
                 limit_bytes=limit,
             )
 
-    async def send(self, to: Address[M, Any], message: M, *, reply: str = "") -> None:
+    async def send(self, to: Address[M, Any], message: M, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
         """Publish a message. It waits for no answer; answers go to the subject `reply`, if one is given."""
-        await self.publish(to.subject, message.to_bytes(), reply=reply)
+        await self.publish(to.subject, message.to_bytes(), reply=reply, headers=headers)
 
     async def request(self, to: Address[M, R], message: M, *, timeout_s: float) -> R:
         """Send a request and wait for its reply. An error of the other side is raised here; Unavailable: there is no listener."""
@@ -373,9 +375,11 @@ class Bus:
 
     async def respond_error(self, to: Received, error: MeshError) -> None:
         """Answer a request with an error: headers as NATS's convention has them, and a body from which the other side makes the same
-        error."""
+        error. The error of a generation names its request."""
         if to.reply:
             data, headers = reply_error(error)
+            if SESSION_HEADER in to.headers:
+                headers[REQUEST_HEADER] = public_id(to.headers[SESSION_HEADER])
             await self.publish(to.reply, data, headers=headers)
 
     # -- ending --------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -15,11 +16,11 @@ from mesh.bus.batches import BatchStore
 from mesh.bus.dead import DeadList
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
-from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
+from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, ServiceError, Unavailable
 from mesh.protocol import subjects, topics
-from mesh.protocol.batches import BatchStatus, DeadMessage
+from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStatus, DeadMessage
 from mesh.protocol.events import Event
-from mesh.protocol.generation import Generate, TraceRequest
+from mesh.protocol.generation import Generate, TraceReply, TraceRequest
 from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
 
 __all__ = ["AsyncMeshClient"]
@@ -29,6 +30,9 @@ SHARD_SERVICE = "mesh-shard"
 _GATHER_S = 1.0
 _QUIET_S = 0.15
 _TRACE_S = 2.0
+_BATCH_S = 30.0
+_PAGE = 200
+Reply = TypeVar("Reply", BatchStatus, BatchResults)
 _UNREADABLE = (MessageRejected, LookupError, TypeError, ValueError, AttributeError, StopIteration)
 
 
@@ -149,15 +153,24 @@ class AsyncMeshClient:
                 made.append(_message(own.pop("prompt", None), own))
             except BadRequest as error:
                 raise BadRequest(f"requests.{index}.{error}", field=f"requests.{index}.{error.field}") from None
-        return await BatchStore(self._connected).submit(name, made, id=id)
+        return await BatchStore(self._connected).submit(name, made, id=id, known=self.batch_status)
 
     async def batch_status(self, id: str) -> BatchStatus:
-        """How far a batch is: state queued, running, done or failed, and counts. BadRequest: there is no such batch."""
-        return await BatchStore(self._connected).status(id)
+        """How far a batch is: state queued, running, done or failed, and counts. BadRequest: there is no such batch. Whoever knows the id
+        may ask: one that you choose should be one that nobody guesses."""
+        return await self._of_batch(topics.BATCH_STATUS, BatchQuery(id=_batch_id(id)), lambda store: store.status(id))
 
     async def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
         """Of its requests from `offset` on, `limit` of them, those that have ended, in order. BadRequest: there is no such batch."""
-        items = await BatchStore(self._connected).results(id, offset=offset, limit=limit)
+        status = await self.batch_status(id)
+        stop = status.total if limit is None else min(status.total, offset + limit)
+        items: list[BatchItem] = []
+        at: int | None = offset
+        while at is not None and at < stop:
+            query = BatchQuery(id=id, offset=at, limit=min(stop - at, _PAGE))
+            page = await self._of_batch(topics.BATCH_RESULT, query, partial(_page, query=query))
+            items += page.items
+            at = page.next
         return [BatchResult.of(item) for item in items]
 
     async def wait_batch(self, id: str, *, timeout_s: float | None = None, poll_s: float = 0.5) -> BatchStatus:
@@ -229,16 +242,23 @@ class AsyncMeshClient:
                 continue  # of another version, or of another service
         return found
 
-    async def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
-        """Where the time of a generation went, running or among the last that ended (docs/client.md has the keys); None where no
-        coordinator remembers it."""
+    async def trace(self, session: str, *, model: str | None = None) -> dict[str, Any] | None:
+        """Where the time of a generation of one's own went, running or among the last that ended (docs/client.md has the keys); None where
+        no coordinator remembers it. `session`: `answer.session`, or `stream.session`."""
+        return await self._trace(topics.TRACE, session, model)
+
+    async def inspect(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
+        """The same for operators and gateways, by the public id, `answer.request`, which the stats of coordinators show too."""
+        return await self._trace(topics.INSPECT, request, model)
+
+    async def _trace(self, topic: topics.Topic[TraceRequest, TraceReply], request: str, model: str | None) -> dict[str, Any] | None:
         name = model or self._model
         question = TraceRequest(request=request)
         for coordinator in await self.coordinators():
             if name not in (None, coordinator.model):
                 continue
             try:
-                answer = await self._connected.request(topics.TRACE.at(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
+                answer = await self._connected.request(topic.at(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
             except (Unavailable, DeadlineExceeded):
                 continue  # it has gone since
             if answer.trace is not None:
@@ -263,6 +283,22 @@ class AsyncMeshClient:
     def connected(self) -> bool:
         """Whether the NATS server is there now; it is looked for again for ever where it is not."""
         return self._bus is not None and self._bus.connected
+
+    async def _of_batch(
+        self, topic: topics.Topic[BatchQuery, Reply], query: BatchQuery, read: Callable[[BatchStore], Awaitable[Reply]]
+    ) -> Reply:
+        """A coordinator's answer about a batch. Where no coordinator is there the store is read, which only operators may."""
+        bus = self._connected
+        models = [self._model] if self._model is not None else await self.models()
+        for model in models:
+            try:
+                return await bus.request(topic.at(model), query, timeout_s=_BATCH_S)
+            except NobodyListens:
+                continue
+        try:
+            return await read(BatchStore(bus))
+        except ServiceError as error:
+            raise Unavailable(f"no coordinator answers, and the batches cannot be read without one: {error}") from None
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -301,6 +337,21 @@ class AsyncMeshClient:
         finally:
             await subscription.stop()
         return found
+
+
+def _batch_id(id: str) -> str:
+    """BadRequest: no batch has such an id."""
+    try:
+        return BatchQuery(id=id).id
+    except ValueError:
+        raise BadRequest(f"id {id[:80]!r} is of no batch: it has letters, digits, - and _, at most 48", field="id") from None
+
+
+async def _page(store: BatchStore, query: BatchQuery) -> BatchResults:
+    total = (await store.status(query.id)).total
+    following = query.offset + query.limit
+    items = await store.results(query.id, offset=query.offset, limit=query.limit)
+    return BatchResults(id=query.id, items=tuple(items), next=following if following < total else None)
 
 
 def _message(prompt: str | None, request: Mapping[str, Any]) -> Generate:

@@ -152,8 +152,11 @@ class MeshClient:
     def shard_stats(self) -> list[ShardStats]:
         return self._run(self._client.shard_stats())
 
-    def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
-        return self._run(self._client.trace(request, model=model))
+    def trace(self, session: str, *, model: str | None = None) -> dict[str, Any] | None:
+        return self._run(self._client.trace(session, model=model))
+
+    def inspect(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
+        return self._run(self._client.inspect(request, model=model))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """`work` in the client's thread. An interruption (Ctrl-C) cancels it there too."""

@@ -222,7 +222,7 @@ class BatchWorker:
             raise DeadlineExceeded(f"the coordinator that had request {work.index} of batch {work.id} is gone")
         raise_error(received)
         document: dict[str, Any] = orjson.loads(received.data)
-        return {name: value for name, value in document.items() if name not in ("done", "epoch", "rest")}
+        return {name: value for name, value in document.items() if name not in ("done", "id", "epoch", "rest")}
 
     async def _on_answer(self, received: Received) -> None:
         future = self._answers.get(received.subject.rpartition(".")[2])

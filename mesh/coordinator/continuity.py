@@ -24,6 +24,7 @@ from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
 from mesh.protocol import topics
 from mesh.protocol.events import EventKind
 from mesh.protocol.generation import Generate
+from mesh.protocol.headers import SESSION_HEADER
 from mesh.protocol.status import Alive, Beat
 
 __all__ = ["Announce", "Continuity", "Host"]
@@ -173,7 +174,8 @@ class Continuity:
                 await self.bus.publish(reply, record.answer.encode())
                 return True
             if record.owner not in (None, self.instance) and not direct and await self._lives(str(record.owner)):
-                await self.bus.send(topics.GENERATE_AT.at(self._model, str(record.owner)), asked, reply=reply)
+                headers = {SESSION_HEADER: session}
+                await self.bus.send(topics.GENERATE_AT.at(self._model, str(record.owner)), asked, reply=reply, headers=headers)
                 return True
             if self._host.has(session):
                 return False

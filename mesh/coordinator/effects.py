@@ -68,7 +68,7 @@ class Effects:
                     self._admitted(effect)
                 case Rejected():
                     job = self._jobs.table.pop(effect.session)
-                    self._outbox.error(job.reply, effect.error, job.epoch)
+                    self._outbox.error(job.reply, effect.error, job.epoch, job.id)
                 case Ended():
                     self._ended(effect)
                 case _:
@@ -100,7 +100,7 @@ class Effects:
         if job is None:
             return
         if effect.error is not None:
-            self._outbox.error(job.reply, effect.error, job.epoch)
+            self._outbox.error(job.reply, effect.error, job.epoch, job.id)
             self._continuity.end(job, None)
             return
         answer = orjson.dumps(job.finished(effect))

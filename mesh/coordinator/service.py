@@ -232,7 +232,7 @@ class Coordinator:
         released = await self.continuity.hand_over()
         gone = Unavailable("the coordinator is going away: send the request again")
         for job in [job for id, job in self.jobs.table.items() if id not in released]:
-            self.outbox.error(job.reply, gone, job.epoch)
+            self.outbox.error(job.reply, gone, job.epoch, job.id)
         await self.outbox.send()
         if self.bus.connected:
             await self.shards.close_all(self.name)

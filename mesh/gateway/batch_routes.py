@@ -151,7 +151,7 @@ def _mark(caller: Caller) -> str:
 
 
 def _job(status: BatchStatus) -> dict[str, Any]:
-    return status.model_dump(mode="json")
+    return status.model_dump(mode="json", exclude={"digest", "complete"})
 
 
 def _json(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -35,7 +35,8 @@ class BatchQuery(Message):
 
 
 class BatchStatus(Message):
-    """`total` = waiting + `running` + `done` + `failed`. `state`: done when all have ended, failed if all have failed."""
+    """`total` = waiting + `running` + `done` + `failed`. `state`: done when all have ended, failed if all have failed. `digest`: of the
+    requests. `complete`: all of them are in the queue."""
 
     id: BatchId
     model: str
@@ -45,6 +46,8 @@ class BatchStatus(Message):
     done: Natural
     failed: Natural
     submitted_unix_s: float
+    digest: str = ""
+    complete: bool = True
 
 
 class BatchItem(Message):

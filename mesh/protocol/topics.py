@@ -37,6 +37,7 @@ __all__ = [
     "FRAMES",
     "GENERATE",
     "GENERATE_AT",
+    "INSPECT",
     "LOAD",
     "OPEN",
     "OPEN_ANY",
@@ -135,6 +136,9 @@ CANCEL: Topic[Cancel, None] = Topic("mesh.v1.MODEL.cancel.COORDINATOR", Cancel, 
 TRACE: Topic[TraceRequest, TraceReply] = Topic(
     "mesh.v1.MODEL.trace.COORDINATOR", TraceRequest, TraceReply, "say where the time of a generation went", "that coordinator"
 )
+INSPECT: Topic[TraceRequest, TraceReply] = Topic(
+    "mesh.v1.MODEL.inspect.COORDINATOR", TraceRequest, TraceReply, "the same by its public id, for operators", "that coordinator"
+)
 ALIVE: Topic[Alive, Beat] = Topic(
     "mesh.v1.MODEL.alive.INSTANCE", Alive, Beat, "ask a coordinator whether it lives", "that coordinator's process"
 )
@@ -187,6 +191,7 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     GENERATE_AT,
     CANCEL,
     TRACE,
+    INSPECT,
     ALIVE,
     BEATS,
     OPEN_ANY,
