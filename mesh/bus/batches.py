@@ -5,6 +5,8 @@
                             BATCH.running.INDEX   the request was begun; how often before by a coordinator that did not end it
                             BATCH.end.INDEX       its result (BatchItem), created once: a second one is not stored
                             BATCH.failed.INDEX    it failed
+                            BATCH.cancelled.INDEX it was cancelled while it ran
+                            BATCH.cancelled.batch the batch was taken back: what has not ended counts as cancelled
 
 Progress is read from the names of the keys alone. Everything is kept for a week. A full queue or store refuses new requests. Submitting
 needs no coordinator, and no right to read the queue or the store: those who may read them could list the batches of others. A
@@ -19,6 +21,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 import nats.errors
@@ -32,7 +35,7 @@ from mesh.bus.dead import DeadList
 from mesh.bus.kv import WRONG_REVISION, Bucket
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
-from mesh.errors import BadRequest, Busy, MessageRejected, PayloadTooLarge
+from mesh.errors import BadRequest, Busy, Cancelled, MessageRejected, PayloadTooLarge
 from mesh.protocol import subjects, topics
 from mesh.protocol.batches import MAX_BATCH, BatchItem, BatchState, BatchStatus
 from mesh.protocol.failures import ErrorReply
@@ -40,7 +43,7 @@ from mesh.protocol.generation import Generate
 from mesh.protocol.message import Message
 from mesh.settings.units import format_bytes
 
-__all__ = ["BatchQueue", "BatchStore", "Work"]
+__all__ = ["BatchQueue", "BatchStore", "Work", "cancelled_item"]
 
 KEPT_S: Final = 7 * 86400.0
 QUEUE_BYTES: Final = 512 * 1024 * 1024
@@ -72,6 +75,22 @@ class _Batch(Message):
 
 class _Running(Message):
     starts: int = 0
+
+
+@dataclass
+class _Progress:
+    """The indexes of the keys of each kind, and whether the batch was taken back."""
+
+    running: set[int] = field(default_factory=set)
+    end: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    cancelled: set[int] = field(default_factory=set)
+    taken_back: bool = False
+
+
+def cancelled_item(index: int) -> BatchItem:
+    """What becomes of a request of a batch that was taken back before it ended."""
+    return BatchItem(index=index, state="cancelled", error=ErrorReply.of(Cancelled("the batch was taken back")))
 
 
 class BatchStore:
@@ -126,20 +145,23 @@ class BatchStore:
     async def status(self, id: str) -> BatchStatus:
         """The progress of a batch. BadRequest: there is no such batch."""
         batch, progress = await self._batch(_check_id(id)), await self._progress(id)
-        ended, failed = len(progress["end"]), len(progress["failed"])
+        ended, failed, cancelled = len(progress.end), len(progress.failed), len(progress.cancelled)
         state: BatchState = "queued"
-        if ended >= batch.total:
+        if progress.taken_back:
+            state, cancelled = "cancelled", batch.total - ended + cancelled
+        elif ended >= batch.total:
             state = "failed" if failed >= batch.total else "done"
-        elif progress["running"]:
+        elif progress.running:
             state = "running"
         return BatchStatus(
             id=id,
             model=batch.model,
             state=state,
             total=batch.total,
-            running=len(set(progress["running"]) - set(progress["end"])),
-            done=max(ended - failed, 0),
+            running=0 if progress.taken_back else len(progress.running - progress.end),
+            done=max(ended - failed - len(progress.cancelled), 0),
             failed=failed,
+            cancelled=cancelled,
             submitted_unix_s=batch.submitted_unix_s,
             digest=batch.digest,
             complete=batch.complete,
@@ -150,13 +172,35 @@ class BatchStore:
         batch."""
         batch = await self._batch(_check_id(id))
         stop = batch.total if limit is None else min(batch.total, offset + limit)
+        taken_back = await self.is_cancelled(id)
         gate = asyncio.Semaphore(_AT_ONCE)
 
         async def one(index: int) -> BatchItem | None:
             async with gate:
-                return await self.result(id, index)
+                found = await self.result(id, index)
+            return cancelled_item(index) if found is None and taken_back else found
 
         return [item for item in await asyncio.gather(*(one(index) for index in range(offset, stop))) if item is not None]
+
+    async def cancel(self, id: str) -> BatchStatus:
+        """Take a batch back. Its requests leave the queue; the coordinators end those that run; what has ended keeps its result. A batch of
+        which all has ended stays as it is. BadRequest: there is no such batch."""
+        batch = await self._batch(_check_id(id))
+        if len((await self._progress(id)).end) >= batch.total:
+            return await self.status(id)
+        await self._bucket.put(f"{id}.cancelled.batch", b"{}")
+        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
+        with mapped(f"taking back batch {id}"):
+            await js.purge_stream(subjects.STREAM_BATCH, subject=f"{topics.BATCH_ITEM.any(batch.model, id).subject}")
+        # Whoever begins a request from now on sees that the batch was taken back; of what was begun before no second result is stored.
+        progress = await self._progress(id)
+        for index in progress.running - progress.end:
+            await self.end(id, cancelled_item(index))
+        return await self.status(id)
+
+    async def is_cancelled(self, id: str) -> bool:
+        """Whether the batch was taken back."""
+        return await self._bucket.get(f"{id}.cancelled.batch") is not None
 
     async def result(self, id: str, index: int) -> BatchItem | None:
         """The result of one request; None if it has not ended."""
@@ -204,17 +248,15 @@ class BatchStore:
 
     async def note(self, id: str, item: BatchItem) -> None:
         """Count what is counted besides a stored result."""
-        if item.state == "failed":
-            await self._bucket.put(f"{id}.failed.{item.index}", b"{}")
+        if item.state != "done":
+            await self._bucket.put(f"{id}.{item.state}.{item.index}", b"{}")
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _body(self, index: int, request: Generate) -> bytes:
-        for field in ("session", "attempt", "given"):
-            if getattr(request, field):
-                raise BadRequest(
-                    f"requests.{index}.{field}: a request of a batch has none: leave it out", field=f"requests.{index}.{field}"
-                )
+        for name in ("session", "attempt", "given"):
+            if getattr(request, name):
+                raise BadRequest(f"requests.{index}.{name}: a request of a batch has none: leave it out", field=f"requests.{index}.{name}")
         body = request.model_copy(update={"stream": False}).to_bytes()
         limit = self._bus.max_payload - _HEADERS_BYTES
         if len(body) > limit:
@@ -267,17 +309,18 @@ class BatchStore:
         except MessageRejected as error:
             raise BadRequest(f"batch {id} cannot be read: {error}", field="id") from None
 
-    async def _progress(self, id: str) -> dict[str, list[int]]:
-        """The indexes of the keys of each kind."""
+    async def _progress(self, id: str) -> _Progress:
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         prefix = f"$KV.{subjects.KV_BATCHES}.{id}."
         with mapped(f"looking at batch {id}"):
             state = (await js.stream_info(f"KV_{subjects.KV_BATCHES}", subjects_filter=f"{prefix}*.*")).state
-        found: dict[str, list[int]] = {"running": [], "end": [], "failed": []}
+        found = _Progress()
         for subject in state.subjects or ():
             kind, _, index = subject.removeprefix(prefix).partition(".")
-            if kind in found and index.isdigit():
-                found[kind].append(int(index))
+            if (kind, index) == ("cancelled", "batch"):
+                found.taken_back = True
+            elif index.isascii() and index.isdigit():
+                getattr(found, kind, set[int]()).add(int(index))
         return found
 
 

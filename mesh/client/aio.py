@@ -156,9 +156,14 @@ class AsyncMeshClient:
         return await BatchStore(self._connected).submit(name, made, id=id, known=self.batch_status)
 
     async def batch_status(self, id: str) -> BatchStatus:
-        """How far a batch is: state queued, running, done or failed, and counts. BadRequest: there is no such batch. Whoever knows the id
-        may ask: one that you choose should be one that nobody guesses."""
+        """How far a batch is: state queued, running, done, failed or cancelled, and counts. BadRequest: there is no such batch.
+        Whoever knows the id may ask: one that you choose should be one that nobody guesses."""
         return await self._of_batch(topics.BATCH_STATUS, BatchQuery(id=_batch_id(id)), lambda store: store.status(id))
+
+    async def cancel_batch(self, id: str) -> BatchStatus:
+        """Take a batch back: what has not begun is not begun, what runs is cancelled within seconds, what has ended keeps its result.
+        BadRequest: there is no such batch."""
+        return await self._of_batch(topics.BATCH_CANCEL, BatchQuery(id=_batch_id(id)), lambda store: store.cancel(id))
 
     async def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
         """Of its requests from `offset` on, `limit` of them, those that have ended, in order. BadRequest: there is no such batch."""
@@ -178,7 +183,7 @@ class AsyncMeshClient:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             status = await self.batch_status(id)
-            if status.state in ("done", "failed"):
+            if status.state in ("done", "failed", "cancelled"):
                 return status
             if deadline is not None and time.monotonic() + poll_s > deadline:
                 ended = status.done + status.failed

@@ -131,6 +131,9 @@ class MeshClient:
     def batch_status(self, id: str) -> BatchStatus:
         return self._run(self._client.batch_status(id))
 
+    def cancel_batch(self, id: str) -> BatchStatus:
+        return self._run(self._client.cancel_batch(id))
+
     def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
         return self._run(self._client.batch_results(id, offset=offset, limit=limit))
 

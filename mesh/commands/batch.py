@@ -7,9 +7,12 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments
+
+if TYPE_CHECKING:
+    from mesh.client import BatchStatus
 
 __all__ = ["add_batch_parser"]
 
@@ -18,6 +21,9 @@ Durable batches: every line of a file is a request, either a JSON string (a prom
 messages or tokens, max_tokens, temperature ...). The NATS server keeps the requests, and they are answered when rows are free, even if
 every process is restarted meanwhile. Results are kept for a week."""
 
+_CANCEL = """\
+Take a batch back. Requests that have not begun are not begun, those that run are cancelled within seconds, and what has ended keeps its
+result."""
 _DEAD = """\
 Messages of the queue that no coordinator could handle, the oldest first: where each one was, its size, and what was wrong with it. They
 are no longer in the queue. The last 1,000 of a week are kept."""
@@ -45,10 +51,14 @@ def add_batch_parser(subparsers: Any) -> None:
     result.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
     result.add_argument("--wait", action="store_true", help="wait until all answers are there")
 
+    cancel = verbs.add_parser("cancel", help="take a batch back", description=_CANCEL)
+    cancel.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
+    cancel.add_argument("--json", action="store_true", help="print one object")
+
     dead = verbs.add_parser("dead", help="what was set aside", description=_DEAD)
     dead.add_argument("--last", type=int, default=100, metavar="N", help="show the last N (default 100)")
     dead.add_argument("--json", action="store_true", help="one object a line")
-    for verb, command in ((submit, _submit), (status, _status), (result, _result), (dead, _dead)):
+    for verb, command in ((submit, _submit), (status, _status), (result, _result), (cancel, _cancel), (dead, _dead)):
         add_connection_arguments(verb)
         verb.set_defaults(run=command)
 
@@ -73,28 +83,43 @@ def _status(args: argparse.Namespace) -> int:
     from mesh.commands.generate import mesh_options
 
     with MeshClient(options=mesh_options(args)) as client:
-        status = client.batch_status(args.id)
-    if args.json:
-        print(status.model_dump_json())
-    else:
-        waiting = status.total - status.running - status.done - status.failed
-        print(
-            f"batch {status.id} of {status.model}: {status.state}, {status.done} done, {status.failed} failed, {status.running} running, "
-            f"{waiting} waiting, {status.total} in all"
-        )
+        _show(client.batch_status(args.id), as_json=args.json)
     return 0
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+    from mesh.commands.generate import mesh_options
+
+    with MeshClient(options=mesh_options(args)) as client:
+        _show(client.cancel_batch(args.id), as_json=args.json)
+    return 0
+
+
+def _show(status: BatchStatus, *, as_json: bool) -> None:
+    if as_json:
+        print(status.model_dump_json())
+        return
+    waiting = status.total - status.running - status.done - status.failed - status.cancelled
+    cancelled = f"{status.cancelled} cancelled, " if status.cancelled else ""
+    print(
+        f"batch {status.id} of {status.model}: {status.state}, {status.done} done, {status.failed} failed, {cancelled}"
+        f"{status.running} running, {waiting} waiting, {status.total} in all"
+    )
 
 
 def _result(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
     from mesh.commands.generate import mesh_options
+    from mesh.errors import Cancelled
 
     page = 200
     with MeshClient(options=mesh_options(args)) as client:
         total = (client.wait_batch(args.id) if args.wait else client.batch_status(args.id)).total
         for offset in range(0, total, page):
             for item in client.batch_results(args.id, offset=offset, limit=page):
-                line: dict[str, Any] = {"index": item.index, "state": "done" if item.error is None else "failed"}
+                failed = "cancelled" if isinstance(item.error, Cancelled) else "failed"
+                line: dict[str, Any] = {"index": item.index, "state": "done" if item.error is None else failed}
                 if item.completion is not None:
                     line |= {name: value for name, value in item.completion.document().items() if name not in ("request", "timing")}
                 if item.error is not None:

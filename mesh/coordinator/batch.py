@@ -15,16 +15,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
 import orjson
 
 from mesh.bus import Bus, Endpoint, Received, Subscription, end_tasks
-from mesh.bus.batches import BatchQueue, BatchStore, Work
+from mesh.bus.batches import BatchQueue, BatchStore, Work, cancelled_item
 from mesh.bus.connection import raise_error
 from mesh.bus.dead import DeadList
 from mesh.coordinator.core.machine import Core
-from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, ServiceError
+from mesh.errors import BadRequest, Cancelled, DeadlineExceeded, MeshError, MessageRejected, ServiceError
 from mesh.protocol import topics
 from mesh.protocol.batches import BatchItem, BatchResults, BatchStatus
 from mesh.protocol.failures import ErrorReply
@@ -46,14 +47,15 @@ _FAILED_S: Final = 1.0
 
 
 class BatchWorker:
-    """`instance`: of the coordinator that generates, whose `core` says whether there is room."""
+    """`instance`: of the coordinator that generates, whose `core` says whether there is room. `cancel(session)` ends a generation."""
 
-    def __init__(self, bus: Bus, core: Core, model: str, instance: str) -> None:
+    def __init__(self, bus: Bus, core: Core, model: str, instance: str, cancel: Callable[[str], object]) -> None:
         self.bus = bus
         self.counters: Counter[str] = Counter()
         self._model = model
         self._instance = instance
         self._core = core
+        self._cancel = cancel
         self._store = BatchStore(bus)
         self._queue = BatchQueue(bus, self.counters)
         self._dead = DeadList(bus)
@@ -67,6 +69,7 @@ class BatchWorker:
         return [
             Endpoint("batch", topics.BATCH_SUBMIT.at(self._model), self._on_submit, concurrent=True),
             Endpoint("batch-status", topics.BATCH_STATUS.at(self._model), self._on_status, concurrent=True),
+            Endpoint("batch-cancel", topics.BATCH_CANCEL.at(self._model), self._on_cancel, concurrent=True),
             Endpoint("batch-result", topics.BATCH_RESULT.at(self._model), self._on_result, concurrent=True),
         ]
 
@@ -103,14 +106,18 @@ class BatchWorker:
     async def _on_status(self, received: Received) -> BatchStatus:
         return await self._store.status(topics.BATCH_STATUS.parse(received.data).id)
 
+    async def _on_cancel(self, received: Received) -> BatchStatus:
+        return await self._store.cancel(topics.BATCH_CANCEL.parse(received.data).id)
+
     async def _on_result(self, received: Received) -> BatchResults:
         """As many results as fit in one message."""
         query = topics.BATCH_RESULT.parse(received.data)
         total = (await self._store.status(query.id)).total
+        taken_back = await self._store.is_cancelled(query.id)
         items: list[BatchItem] = []
         room, at = self.bus.max_payload * 3 // 4, query.offset
         for at in range(query.offset, min(query.offset + query.limit, total)):
-            item = await self._store.result(query.id, at)
+            item = await self._store.result(query.id, at) or (cancelled_item(at) if taken_back else None)
             if item is not None:
                 room -= len(item.to_bytes())
                 if room < 0 and items:
@@ -182,6 +189,7 @@ class BatchWorker:
             return
         starts = await self._store.begin(work.id, work.index)
         try:
+            await self._require_wanted(work)  # after `begin`: who takes a batch back looks for what was begun
             if starts >= STARTS:
                 raise MeshError(f"{starts} coordinators that generated this ended without an answer: see their logs")
             answer = await self._generate(work)
@@ -192,8 +200,9 @@ class BatchWorker:
                 await self._store.give_back(work.id, work.index, starts)
                 await work.give_back(_AGAIN_S)
                 return
-            self.counters["failed"] += 1
-            item = BatchItem(index=work.index, state="failed", error=ErrorReply.of(error))
+            state: Literal["failed", "cancelled"] = "cancelled" if isinstance(error, Cancelled) else "failed"
+            self.counters[state] += 1
+            item = BatchItem(index=work.index, state=state, error=ErrorReply.of(error))
         else:
             self.counters["done"] += 1
             item = BatchItem(index=work.index, state="done", answer=answer)
@@ -202,6 +211,16 @@ class BatchWorker:
             await self._set_aside(work, item.error.message)
         else:
             await work.done()
+
+    async def _require_wanted(self, work: Work) -> None:
+        """Cancelled: the batch was taken back. A store that does not answer now takes nothing back."""
+        try:
+            cancelled = await self._store.is_cancelled(work.id)
+        except ServiceError as error:
+            log.debug("%s", error)
+            return
+        if cancelled:
+            raise Cancelled("the batch was taken back")
 
     async def _generate(self, work: Work) -> dict[str, Any]:
         """The document of the answer, however long it takes. The request is idempotent, and is sent again while no answer comes."""
@@ -215,6 +234,10 @@ class BatchWorker:
                 if future.done():
                     break
                 await work.alive()
+                await self._require_wanted(work)
+        except Cancelled:
+            self._cancel(name)
+            raise
         finally:
             self._answers.pop(name, None)
         received: Received = future.result()

@@ -19,7 +19,7 @@ from mesh import __version__
 from mesh.bus import Bus, Endpoint, Service, announce, end_tasks, keep_events
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
-from mesh.coordinator.core.events import FrameLost
+from mesh.coordinator.core.events import CancelSession, FrameLost
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.routing import Strategy
@@ -152,7 +152,9 @@ class Coordinator:
             tokenizer=self.tokenizer,
             most_preparing=options.queue_limit,
         )
-        self.batches = BatchWorker(bus, self.core, model, self.continuity.instance)
+        self.batches = BatchWorker(
+            bus, self.core, model, self.continuity.instance, lambda session: self.driver.handle_now(CancelSession(session))
+        )
         bus.on_change(self._on_connection)
 
     async def run(self) -> None:

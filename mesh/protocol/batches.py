@@ -14,7 +14,7 @@ __all__ = ["MAX_BATCH", "BatchId", "BatchItem", "BatchQuery", "BatchResults", "B
 
 MAX_BATCH = 10_000
 BatchId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")]
-BatchState = Literal["queued", "running", "done", "failed"]
+BatchState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 class BatchSubmit(Message):
@@ -35,7 +35,8 @@ class BatchQuery(Message):
 
 
 class BatchStatus(Message):
-    """`total` = waiting + `running` + `done` + `failed`. `state`: done when all have ended, failed if all have failed. `digest`: of the
+    """`total` = waiting + `running` + `done` + `failed` + `cancelled`. `state`: done when all have ended, failed if all have failed,
+    cancelled from the moment when the batch was taken back before all had ended. `digest`: of the
     requests. `complete`: all of them are in the queue."""
 
     id: BatchId
@@ -45,18 +46,19 @@ class BatchStatus(Message):
     running: Natural
     done: Natural
     failed: Natural
+    cancelled: Natural = 0
     submitted_unix_s: float
     digest: str = ""
     complete: bool = True
 
 
 class BatchItem(Message):
-    """A request of a batch that has ended. `answer`: the last document of its generation. `error`: why it `failed`."""
+    """A request of a batch that has ended. `answer`: the last document of its generation. `error`: why it `failed`, or was cancelled."""
 
     limit_bytes: ClassVar[int] = 8 * 1024 * 1024
 
     index: Natural
-    state: Literal["done", "failed"]
+    state: Literal["done", "failed", "cancelled"]
     answer: dict[str, Any] | None = None
     error: ErrorReply | None = None
 

@@ -24,6 +24,7 @@ from mesh.types import LayerRange
 
 __all__ = [
     "ALIVE",
+    "BATCH_CANCEL",
     "BATCH_ITEM",
     "BATCH_RESULT",
     "BATCH_STATUS",
@@ -178,6 +179,9 @@ BATCH_STATUS: Topic[BatchQuery, BatchStatus] = Topic(
 BATCH_RESULT: Topic[BatchQuery, BatchResults] = Topic(
     "mesh.v1.MODEL.batch.result", BatchQuery, BatchResults, "give results of a batch", queue=subjects.COORDINATORS_QUEUE
 )
+BATCH_CANCEL: Topic[BatchQuery, BatchStatus] = Topic(
+    "mesh.v1.MODEL.batch.cancel", BatchQuery, BatchStatus, "take a batch back", queue=subjects.COORDINATORS_QUEUE
+)
 BATCH_ITEM: Topic[Generate, None] = Topic(
     "mesh.v1.batches.MODEL.BATCH.INDEX", Generate, None, "keep one request of a batch", "the stream `mesh_batch`"
 )
@@ -206,6 +210,7 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     BATCH_SUBMIT,
     BATCH_STATUS,
     BATCH_RESULT,
+    BATCH_CANCEL,
     BATCH_ITEM,
     DEAD,
     EVENTS,

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from running import Run
 from serving import CONTEXT, connect, coordinator, shards
+from waiting import until
 
 from mesh.bus.batches import BatchQueue, BatchStore, Work
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.batch import BatchWorker
-from mesh.errors import BadRequest, DeadlineExceeded
+from mesh.coordinator.core.events import Result
+from mesh.errors import BadRequest, Cancelled, DeadlineExceeded
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import topics
 from mesh.protocol.batches import BatchItem, BatchQuery, BatchSubmit
@@ -241,3 +243,86 @@ def test_a_worker_outlives_an_error_of_its_own(
             assert "unlucky" in (await client.dead_messages())[-1].reason
 
     run(work())
+
+
+def test_a_batch_is_taken_back(run: Run, server: NatsServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has ended keeps its result, what runs is cancelled, what waits is not begun; a later coordinator begins nothing of it."""
+    monkeypatch.setattr("mesh.coordinator.batch.IN_PROGRESS_S", 0.1)
+
+    async def work() -> None:
+        async with AsyncMeshClient(server.url, model="tiny") as client, await connect(server) as bus:
+            began: asyncio.Event = asyncio.Event()
+            ended: asyncio.Event = asyncio.Event()
+            generate = BatchWorker._generate
+
+            async def slow(self: BatchWorker, work: Work) -> Any:
+                """The second request is held back before its answer is taken, so that it runs when the batch is taken back."""
+                if work.index != 1:
+                    return await generate(self, work)
+                began.set()
+                try:
+                    while True:
+                        await work.alive()
+                        await self._require_wanted(work)
+                        await asyncio.sleep(0.05)  # the period at which a worker looks
+                finally:
+                    ended.set()
+
+            monkeypatch.setattr(BatchWorker, "_generate", slow)
+            monkeypatch.setattr(BatchWorker, "has_room", lambda self, working: working < 1)
+            status = await client.submit_batch([{"tokens": [5], "max_tokens": 2, "ignore_eos": True}] * 6)
+            async with shards(server.url, model, even_ranges(3, 1)), coordinator(server.url, model) as serving:
+                await began.wait()
+                taken = await client.cancel_batch(status.id)
+                assert (taken.state, taken.done, taken.cancelled, taken.running, taken.total) == ("cancelled", 1, 5, 0, 6)
+                await ended.wait()
+                results = await client.batch_results(status.id)
+                assert [result.error is None for result in results] == [True, *[False] * 5]
+                assert all(isinstance(result.error, Cancelled) for result in results[1:])
+                assert await client.wait_batch(status.id, timeout_s=10) == taken == await client.cancel_batch(status.id)
+                monkeypatch.setattr(BatchWorker, "_generate", generate)
+                # one more of it comes into the queue, as of a submission that was interrupted
+                late = Generate(tokens=(5,), max_tokens=2).to_bytes()
+                await bus.client.jetstream().publish(f"mesh.v1.batches.tiny.{status.id}.3", late)
+                after = await client.submit_batch([{"tokens": [5], "max_tokens": 2, "ignore_eos": True}])
+                assert (await client.wait_batch(after.id, timeout_s=60)).done == 1
+                assert await client.batch_status(status.id) == taken
+                assert serving.stats().batches["cancelled"] == 2
+                done = await client.cancel_batch(after.id)
+                assert (done.state, done.cancelled) == ("done", 0), "all of it had ended"
+                with pytest.raises(BadRequest, match="no batch"):
+                    await client.cancel_batch("nobody-knows")
+
+    run(work())
+
+
+def test_a_generation_of_a_batch_that_is_taken_back_ends(
+    run: Run, server: NatsServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.coordinator.batch.IN_PROGRESS_S", 0.05)
+
+    async def work() -> None:
+        async with (
+            AsyncMeshClient(server.url, model="tiny") as client,
+            shards(server.url, model, even_ranges(3, 1)),
+            coordinator(server.url, model, idle=False) as serving,
+        ):
+            held: asyncio.Event = asyncio.Event()
+            # steps come back, and are not heard: the generation lasts until it is cancelled
+            monkeypatch.setattr(serving.core, "handle", _but_results(serving.core.handle, held))
+            status = await client.submit_batch([{"tokens": [5], "max_tokens": 50, "ignore_eos": True}])
+            await held.wait()
+            assert (await client.cancel_batch(status.id)).cancelled == 1
+            await until(lambda: serving.core.counters.as_dict()["cancelled"] == 1, because="counters are counted without a word")
+
+    run(work())
+
+
+def _but_results(handle: Any, held: asyncio.Event) -> Any:
+    def other(event: Any, now: float) -> Any:
+        if isinstance(event, Result):
+            held.set()
+            return []
+        return handle(event, now)
+
+    return other
