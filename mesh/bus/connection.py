@@ -141,6 +141,8 @@ class Bus:
         self._watchers: list[Callable[[bool], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self._connected_once = False
+        self._said_last = ""
 
     @classmethod
     async def connect(cls, options: BusOptions, *, name: str, timeout_s: float | None = 10.0, direct: bool = True) -> Bus:
@@ -196,6 +198,7 @@ class Bus:
                     raise refused[0]
                 raise Unavailable(f"no NATS server answers at {where}: start one, or give its address with nats.urls or --nats")
             connecting.result()
+        bus._connected_once = True
         return bus
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -429,8 +432,9 @@ class Bus:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _changed(self, connected: bool) -> None:
-        if self._closing:
+        if self._closing or not self._connected_once:
             return
+        self._said_last = ""
         log.info("NATS %s", "connected again" if connected else "connection lost")
         for call in self._watchers:
             call(connected)
@@ -446,7 +450,10 @@ class Bus:
         if isinstance(error, nats.errors.SlowConsumerError):
             self.counters["dropped"] += 1
         ours = mapped_error(error, "NATS")
-        log.warning("%s", ours if ours is not None else repr(error))
+        said = repr(error) if ours is None else str(ours)
+        news = self._connected_once and said != self._said_last  # each attempt to connect fails in the same way
+        self._said_last = said
+        log.log(logging.WARNING if news else logging.DEBUG, "%s", said)
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:

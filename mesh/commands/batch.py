@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesh.commands.connection import add_connection_arguments
+from mesh.commands.connection import add_connection_arguments, bus_options
 
 if TYPE_CHECKING:
     from mesh.client import BatchStatus
@@ -65,11 +65,10 @@ def add_batch_parser(subparsers: Any) -> None:
 
 def _submit(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
 
     common = {} if args.max_tokens is None else {"max_tokens": args.max_tokens}
     requests = _requests(args.file)
-    with MeshClient(options=mesh_options(args), model=args.model) as client:
+    with MeshClient(options=bus_options(args), model=args.model) as client:
         status = client.submit_batch(requests, id=args.id, **common)
         if args.wait:
             print(f"batch {status.id}: waiting for {status.total} answers", file=sys.stderr)
@@ -80,18 +79,16 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
 
-    with MeshClient(options=mesh_options(args)) as client:
+    with MeshClient(options=bus_options(args)) as client:
         _show(client.batch_status(args.id), as_json=args.json)
     return 0
 
 
 def _cancel(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
 
-    with MeshClient(options=mesh_options(args)) as client:
+    with MeshClient(options=bus_options(args)) as client:
         _show(client.cancel_batch(args.id), as_json=args.json)
     return 0
 
@@ -110,11 +107,10 @@ def _show(status: BatchStatus, *, as_json: bool) -> None:
 
 def _result(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
     from mesh.errors import Cancelled
 
     page = 200
-    with MeshClient(options=mesh_options(args)) as client:
+    with MeshClient(options=bus_options(args)) as client:
         total = (client.wait_batch(args.id) if args.wait else client.batch_status(args.id)).total
         for offset in range(0, total, page):
             for item in client.batch_results(args.id, offset=offset, limit=page):
@@ -130,12 +126,11 @@ def _result(args: argparse.Namespace) -> int:
 
 def _dead(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
     from mesh.errors import BadRequest
 
     if args.last < 1:
         raise BadRequest(f"--last {args.last}: give 1 or more", field="last")
-    with MeshClient(options=mesh_options(args)) as client:
+    with MeshClient(options=bus_options(args)) as client:
         messages = client.dead_messages(last=args.last)
     for message in messages:
         if args.json:
