@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -94,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version", "version"):
         print(f"mesh {__version__}")
         return 0
+    # An error is one line at the end: what the connection logs meanwhile is for commands that set up a log.
+    logging.getLogger("mesh").addHandler(logging.NullHandler())
     try:
         parser = _parser_of(arguments[0])
         args, extra = parser.parse_known_args(arguments[1:])

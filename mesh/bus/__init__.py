@@ -7,7 +7,7 @@ service      micro services: $SRV.PING/INFO/STATS, typed requests, errors in hea
 kv           leases and other small shared state: Bucket, LeaseTable
 events       announcements of what happened, and the stream that keeps them
 batches      durable batches: the queue and the results
-losses       whether a stream or bucket is still the one that was there
+dead         messages of a queue that no process can handle
 replicas     how many servers of a cluster keep a stream
 losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums

@@ -5,9 +5,12 @@
                             BATCH.running.INDEX   the request was begun; how often before by a coordinator that did not end it
                             BATCH.end.INDEX       its result (BatchItem), created once: a second one is not stored
                             BATCH.failed.INDEX    it failed
+                            BATCH.cancelled.INDEX it was cancelled while it ran
+                            BATCH.cancelled.batch the batch was taken back: what has not ended counts as cancelled
 
 Progress is read from the names of the keys alone. Everything is kept for a week. A full queue or store refuses new requests. Submitting
-needs no coordinator. A submission that was interrupted is repeated under the same id, and only what is missing is added.
+needs no coordinator, and no right to read the queue or the store: those who may read them could list the batches of others. A
+submission that was interrupted is repeated under the same id.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import hashlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 import nats.errors
@@ -27,11 +31,12 @@ import nats.js.errors
 import orjson
 
 from mesh.bus.connection import Bus
-from mesh.bus.kv import Bucket
+from mesh.bus.dead import DeadList
+from mesh.bus.kv import WRONG_REVISION, Bucket
 from mesh.bus.losses import LossWatch
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
-from mesh.errors import BadRequest, Busy, PayloadTooLarge
+from mesh.errors import BadRequest, Busy, Cancelled, MessageRejected, PayloadTooLarge
 from mesh.protocol import subjects, topics
 from mesh.protocol.batches import MAX_BATCH, BatchItem, BatchState, BatchStatus
 from mesh.protocol.failures import ErrorReply
@@ -39,7 +44,7 @@ from mesh.protocol.generation import Generate
 from mesh.protocol.message import Label, Message, Natural
 from mesh.settings.units import format_bytes
 
-__all__ = ["BatchQueue", "BatchStore", "Work"]
+__all__ = ["BatchQueue", "BatchStore", "Work", "cancelled_item"]
 
 KEPT_S: Final = 7 * 86400.0
 QUEUE_BYTES: Final = 512 * 1024 * 1024
@@ -52,6 +57,9 @@ _HEADERS_BYTES: Final = 1024
 _AT_ONCE: Final = 32
 _TIMEOUT_S: Final = 5.0
 _FULL: Final = (10047, 10077)  # no room on the server, no room in the stream
+
+
+Known = Callable[[str], Awaitable[BatchStatus]]
 
 
 class _Batch(Message):
@@ -68,6 +76,22 @@ class _Batch(Message):
 
 class _Running(Message):
     starts: Natural = 0
+
+
+@dataclass
+class _Progress:
+    """The indexes of the keys of each kind, and whether the batch was taken back."""
+
+    running: set[int] = field(default_factory=set)
+    end: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    cancelled: set[int] = field(default_factory=set)
+    taken_back: bool = False
+
+
+def cancelled_item(index: int) -> BatchItem:
+    """What becomes of a request of a batch that was taken back before it ended."""
+    return BatchItem(index=index, state="cancelled", error=ErrorReply.of(Cancelled("the batch was taken back")))
 
 
 class BatchStore:
@@ -87,53 +111,66 @@ class BatchStore:
         await BatchQueue(self._bus).open()
         await self._bucket.open()
 
-    async def submit(self, model: str, requests: Sequence[Generate], *, id: str | None = None) -> BatchStatus:
+    async def submit(self, model: str, requests: Sequence[Generate], *, id: str | None = None, known: Known | None = None) -> BatchStatus:
         """Put every request into the queue; returns when the server has them. The same `id` with the same requests is the same batch.
+        `known` says what is known of the batch where there is one of this id (None: `status`).
 
         Errors: BadRequest (a request is wrong, or the id is another batch's), PayloadTooLarge, Busy (the queue is full).
         """
         if not 1 <= len(requests) <= MAX_BATCH:
             raise BadRequest(f"a batch of {len(requests)} requests: give 1 to {MAX_BATCH:,}", field="requests")
-        id = _check_id(id or f"b-{secrets.token_hex(8)}")
+        id = _check_id(id or f"b-{secrets.token_hex(16)}")
         bodies = [self._body(index, request) for index, request in enumerate(requests)]
         batch = _Batch(model=model, total=len(bodies), digest=_digest(bodies), complete=False, submitted_unix_s=time.time())
-        await BatchQueue(self._bus).open()
-        revision = await self._bucket.update(f"{id}.batch", batch.to_bytes(), revision=0)
-        if revision is None:
-            known = await self._batch(id)
-            if (known.model, known.digest) != (model, batch.digest):
+        if not await self._describe(id, batch, new=True):
+            there = await (known or self.status)(id)
+            if (there.model, there.digest) != (model, batch.digest):
                 raise BadRequest(f"batch {id} is another one: give this one its own id", field="id")
-            if known.complete:
-                return await self.status(id)
-        ended = set((await self._progress(id))["end"])
+            if there.complete:
+                return there
         gate = asyncio.Semaphore(_AT_ONCE)
 
         async def put(index: int) -> None:
             async with gate:
                 await self._enqueue(model, id, index, bodies[index])
 
-        await asyncio.gather(*(put(index) for index in range(len(bodies)) if index not in ended))
-        await self._bucket.put(f"{id}.batch", batch.model_copy(update={"complete": True}).to_bytes())
-        return await self.status(id)
+        await asyncio.gather(*(put(index) for index in range(len(bodies))))
+        await self._describe(id, batch.model_copy(update={"complete": True}), new=False)
+        return BatchStatus(
+            id=id,
+            model=model,
+            state="queued",
+            total=batch.total,
+            running=0,
+            done=0,
+            failed=0,
+            submitted_unix_s=batch.submitted_unix_s,
+            digest=batch.digest,
+        )
 
     async def status(self, id: str) -> BatchStatus:
         """The progress of a batch. BadRequest: there is no such batch."""
         batch, progress = await self._batch(_check_id(id)), await self._progress(id)
-        ended, failed = len(progress["end"]), len(progress["failed"])
+        ended, failed, cancelled = len(progress.end), len(progress.failed), len(progress.cancelled)
         state: BatchState = "queued"
-        if ended >= batch.total:
+        if progress.taken_back:
+            state, cancelled = "cancelled", batch.total - ended + cancelled
+        elif ended >= batch.total:
             state = "failed" if failed >= batch.total else "done"
-        elif progress["running"]:
+        elif progress.running:
             state = "running"
         return BatchStatus(
             id=id,
             model=batch.model,
             state=state,
             total=batch.total,
-            running=len(set(progress["running"]) - set(progress["end"])),
-            done=max(ended - failed, 0),
+            running=0 if progress.taken_back else len(progress.running - progress.end),
+            done=max(ended - failed - len(progress.cancelled), 0),
             failed=failed,
+            cancelled=cancelled,
             submitted_unix_s=batch.submitted_unix_s,
+            digest=batch.digest,
+            complete=batch.complete,
         )
 
     async def results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchItem]:
@@ -141,26 +178,62 @@ class BatchStore:
         batch."""
         batch = await self._batch(_check_id(id))
         stop = batch.total if limit is None else min(batch.total, offset + limit)
+        taken_back = await self.is_cancelled(id)
         gate = asyncio.Semaphore(_AT_ONCE)
 
         async def one(index: int) -> BatchItem | None:
             async with gate:
-                return await self.result(id, index)
+                found = await self.result(id, index)
+            return cancelled_item(index) if found is None and taken_back else found
 
         return [item for item in await asyncio.gather(*(one(index) for index in range(offset, stop))) if item is not None]
+
+    async def cancel(self, id: str) -> BatchStatus:
+        """Take a batch back. Its requests leave the queue; the coordinators end those that run; what has ended keeps its result. A batch of
+        which all has ended stays as it is. BadRequest: there is no such batch."""
+        batch = await self._batch(_check_id(id))
+        if len((await self._progress(id)).end) >= batch.total:
+            return await self.status(id)
+        await self._bucket.put(f"{id}.cancelled.batch", b"{}")
+        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
+        with mapped(f"taking back batch {id}"):
+            await js.purge_stream(subjects.STREAM_BATCH, subject=f"{topics.BATCH_ITEM.any(batch.model, id).subject}")
+        # Whoever begins a request from now on sees that the batch was taken back; of what was begun before no second result is stored.
+        progress = await self._progress(id)
+        for index in progress.running - progress.end:
+            await self.end(id, cancelled_item(index))
+        return await self.status(id)
+
+    async def is_cancelled(self, id: str) -> bool:
+        """Whether the batch was taken back."""
+        return await self._bucket.get(f"{id}.cancelled.batch") is not None
 
     async def result(self, id: str, index: int) -> BatchItem | None:
         """The result of one request; None if it has not ended."""
         entry = await self._bucket.get(f"{id}.end.{index}")
-        return None if entry is None or entry.value is None else BatchItem.parse(entry.value)
+        if entry is None or entry.value is None:
+            return None
+        try:
+            return BatchItem.parse(entry.value)
+        except MessageRejected as error:  # no coordinator wrote this
+            return BatchItem(index=index, state="failed", error=ErrorReply.of(error))
 
     # -- for the coordinators ------------------------------------------------------------------------------------------
+
+    async def require(self, id: str, index: int, model: str) -> None:
+        """BadRequest: there is no such batch of this model, or it has no such request."""
+        batch = await self._batch(id)
+        if batch.model != model or index >= batch.total:
+            raise BadRequest(f"batch {id} of {batch.model} has {batch.total} requests, and not request {index} for {model}", field="id")
 
     async def begin(self, id: str, index: int) -> int:
         """Note that a request is begun. Returns how often it was begun before by a coordinator that neither ended it nor gave it back."""
         key = f"{id}.running.{index}"
         entry = await self._bucket.get(key)
-        starts = _Running.parse(entry.value).starts if entry is not None and entry.value else 0
+        try:
+            starts = _Running.parse(entry.value).starts if entry is not None and entry.value else 0
+        except MessageRejected:  # no coordinator wrote this
+            starts = 0
         await self._bucket.put(key, _Running(starts=starts + 1).to_bytes())
         return starts
 
@@ -181,17 +254,15 @@ class BatchStore:
 
     async def note(self, id: str, item: BatchItem) -> None:
         """Count what is counted besides a stored result."""
-        if item.state == "failed":
-            await self._bucket.put(f"{id}.failed.{item.index}", b"{}")
+        if item.state != "done":
+            await self._bucket.put(f"{id}.{item.state}.{item.index}", b"{}")
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _body(self, index: int, request: Generate) -> bytes:
-        for field in ("session", "attempt", "given", "epoch"):
-            if getattr(request, field):
-                raise BadRequest(
-                    f"requests.{index}.{field}: a request of a batch has none: leave it out", field=f"requests.{index}.{field}"
-                )
+        for name in ("session", "attempt", "given", "epoch"):
+            if getattr(request, name):
+                raise BadRequest(f"requests.{index}.{name}: a request of a batch has none: leave it out", field=f"requests.{index}.{name}")
         body = request.model_copy(update={"stream": False}).to_bytes()
         limit = self._bus.max_payload - _HEADERS_BYTES
         if len(body) > limit:
@@ -202,48 +273,81 @@ class BatchStore:
             )
         return body
 
+    async def _describe(self, id: str, batch: _Batch, *, new: bool) -> bool:
+        """Write what is known of a batch. False: it should be `new`, and there is a batch of this id."""
+        headers = {nats.js.api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"} if new else {}
+        with mapped(f"describing batch {id}"):
+            try:
+                await self._publish(f"$KV.{subjects.KV_BATCHES}.{id}.batch", batch.to_bytes(), f"KV_{subjects.KV_BATCHES}", headers)
+            except nats.js.errors.APIError as error:
+                if error.err_code in WRONG_REVISION:
+                    return False
+                if error.err_code in _FULL:
+                    raise Busy(f"the batch store is full: submit it again later, under the same id ({id})", retry_after_s=60) from None
+                raise
+        return True
+
     async def _enqueue(self, model: str, id: str, index: int, body: bytes) -> None:
-        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         headers = {nats.js.api.Header.MSG_ID.value: f"{id}.{index}"}
+        with mapped(f"queueing request {index} of batch {id}"):
+            try:
+                await self._publish(topics.BATCH_ITEM.at(model, id, index).subject, body, subjects.STREAM_BATCH, headers)
+            except nats.js.errors.APIError as error:
+                if error.err_code in _FULL:
+                    raise Busy(f"the batch queue is full: submit it again later, under the same id ({id})", retry_after_s=60) from None
+                raise
+
+    async def _publish(self, subject: str, data: bytes, stream: str, headers: dict[str, str]) -> None:
+        """Put a message into a stream. Where nobody has created the streams yet, they are created."""
+        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         try:
-            with mapped(f"queueing request {index} of batch {id}"):
-                try:
-                    await js.publish(topics.BATCH_ITEM.at(model, id, index).subject, body, stream=subjects.STREAM_BATCH, headers=headers)
-                except nats.js.errors.APIError as error:
-                    if error.err_code in _FULL:
-                        raise Busy("the batch queue is full: submit it again later, under the same id", retry_after_s=60) from None
-                    raise
-        except Busy as error:
-            raise Busy(f"{error} ({id})", retry_after_s=error.retry_after_s) from None
+            await js.publish(subject, data, stream=stream, headers=headers)
+        except nats.js.errors.NoStreamResponseError:
+            await self.open()
+            await js.publish(subject, data, stream=stream, headers=headers)
 
     async def _batch(self, id: str) -> _Batch:
         entry = await self._bucket.get(f"{id}.batch")
         if entry is None or not entry.value:
             raise BadRequest(f"there is no batch {id}: it was never submitted, or more than a week ago", field="id")
-        return _Batch.parse(entry.value)
+        try:
+            return _Batch.parse(entry.value)
+        except MessageRejected as error:
+            raise BadRequest(f"batch {id} cannot be read: {error}", field="id") from None
 
-    async def _progress(self, id: str) -> dict[str, list[int]]:
-        """The indexes of the keys of each kind."""
+    async def _progress(self, id: str) -> _Progress:
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         prefix = f"$KV.{subjects.KV_BATCHES}.{id}."
         with mapped(f"looking at batch {id}"):
             state = (await js.stream_info(f"KV_{subjects.KV_BATCHES}", subjects_filter=f"{prefix}*.*")).state
-        found: dict[str, list[int]] = {"running": [], "end": [], "failed": []}
+        found = _Progress()
         for subject in state.subjects or ():
             kind, _, index = subject.removeprefix(prefix).partition(".")
-            if kind in found and index.isdigit():
-                found[kind].append(int(index))
+            if (kind, index) == ("cancelled", "batch"):
+                found.taken_back = True
+            elif index.isascii() and index.isdigit():
+                getattr(found, kind, set[int]()).add(int(index))
         return found
 
 
 class Work:
-    """A request of a batch, taken from the queue. Call `alive` every few seconds until it is acknowledged or given back."""
+    """A message taken from the queue: a request of a batch. Call `alive` every few seconds until it is acknowledged, given back or set
+    aside. MessageRejected: its subject is not that of a request of a batch."""
 
     def __init__(self, message: Any) -> None:
         self._message = message
-        *_, self.id, index = message.subject.split(".")
+        self.subject: str = message.subject
+        topics.BATCH_ITEM.read(self.subject)
+        *_, self.id, index = self.subject.split(".")
+        if not (index.isascii() and index.isdigit() and int(index) < MAX_BATCH):
+            raise MessageRejected(f"the index of the request is {index!r}: it should be a number below {MAX_BATCH}")
         self.index = int(index)
         self.data: bytes = message.data
+
+    @property
+    def deliveries(self) -> int:
+        """How often the queue has given this message to a coordinator."""
+        return int(self._message.metadata.num_delivered)
 
     async def alive(self) -> None:
         with mapped("batch"):
@@ -258,15 +362,20 @@ class Work:
         with mapped("batch"):
             await self._message.nak(delay=delay_s or None)
 
+    async def set_aside(self, model: str, dead: DeadList, reason: str) -> None:
+        """Write the message to the dead list and remove it from the queue."""
+        await _set_aside(self._message, model, dead, reason)
+
 
 class BatchQueue:
     """The work queue, as coordinators see it."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, counters: Counter[str] | None = None) -> None:
         self._bus = bus
+        self._dead = DeadList(bus)
         self._pull: nats.js.client.JetStreamContext.PullSubscription | None = None
         self._losses = LossWatch(f"the stream {subjects.STREAM_BATCH}")
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter() if counters is None else counters
 
     @property
     def remade(self) -> int:
@@ -299,7 +408,8 @@ class BatchQueue:
             self._losses.found(info.created)
 
     async def take(self, model: str, *, wait_s: float) -> Work | None:
-        """The next request for a model; None if none comes within `wait_s`."""
+        """The next request for a model; None if none comes within `wait_s`. A message that is not the request of a batch is set aside,
+        and counted in `counters`."""
         name = subjects.token(model)
         js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         with mapped("taking a request of a batch"):
@@ -321,7 +431,12 @@ class BatchQueue:
             except Exception:
                 await self.close()  # the server may have been restarted: bind again
                 raise
-        return Work(message)
+        try:
+            return Work(message)
+        except MessageRejected as error:
+            self.counters["dead"] += 1
+            await _set_aside(message, model, self._dead, str(error))
+            return None
 
     async def close(self) -> None:
         pull, self._pull = self._pull, None
@@ -330,6 +445,12 @@ class BatchQueue:
                 await pull.unsubscribe()
             except nats.errors.Error:
                 return  # it has ended already
+
+
+async def _set_aside(message: Any, model: str, dead: DeadList, reason: str) -> None:
+    await dead.add(model, message.subject, reason, len(message.data))
+    with mapped("setting a message aside"):
+        await message.term()
 
 
 def _check_id(id: str) -> str:

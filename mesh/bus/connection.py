@@ -29,7 +29,10 @@ from mesh.bus.options import BusOptions, without_password
 from mesh.bus.transport import DirectTransport
 from mesh.errors import DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
 from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import public_id
+from mesh.protocol.headers import REQUEST_HEADER, SESSION_HEADER
 from mesh.protocol.message import Message
+from mesh.protocol.subjects import is_inbox
 from mesh.protocol.topics import Address
 from mesh.settings.units import format_bytes
 from mesh.telemetry.seldom import Seldom
@@ -100,11 +103,31 @@ class Subscription:
 
 
 class _Client(nats.aio.client.Client):
-    """nats-py's client with two faults repaired. It stops reading when the answer to a flush arrives that was given up meanwhile. And its
-    pings overtake messages that were sent before: a flush would report a subscription that the server does not have yet.
+    """nats-py's client, which answers to inboxes alone, with two faults repaired. It stops reading when the answer to a flush arrives that
+    was given up meanwhile. And its pings overtake messages that were sent before: a flush would report a subscription that the server
+    does not have yet.
+
+    A request whose answer would go to another subject than an inbox is dropped here, before any handler has it, and counted in
+    `refused_replies`. Messages that come to an inbox of this connection are answers, and JetStream's deliveries; these may carry any
+    reply subject.
 
     It also closes a connection that is silent, much sooner than by the answers to its pings alone: those wait behind whatever the server
-    sends, so that a slow network needs patience. A connection on which anything arrives is not silent."""
+    sends, so that a slow network needs patience. A connection on which anything arrives is not silent.
+    """
+
+    refused_replies = 0
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        if reply and not self._may_answer(sid, reply):
+            self.refused_replies += 1
+            log.debug("dropped a request on %r, whose answer would go to %r", subject, reply)
+            return
+        await super()._process_msg(sid, subject, reply, data, headers)
+
+    def _may_answer(self, sid: int, reply: bytes) -> bool:
+        subscription = self._subs.get(sid)
+        mine = subscription is not None and subscription.subject.startswith(f"{self._inbox_prefix.decode()}.")
+        return mine or is_inbox(reply.decode("utf-8", "replace"))
 
     async def _ping_interval(self) -> None:
         direct = self._transport if isinstance(self._transport, DirectTransport) else None
@@ -156,6 +179,8 @@ class Bus:
         self._watchers: list[Callable[[bool], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self._connected_once = False
+        self._said_last = ""
 
     @classmethod
     async def connect(cls, options: BusOptions, *, name: str, timeout_s: float | None = 10.0, direct: bool = True) -> Bus:
@@ -211,6 +236,7 @@ class Bus:
                     raise refused[0]
                 raise Unavailable(f"no NATS server answers at {where}: start one, or give its address with nats.urls or --nats")
             connecting.result()
+        bus._connected_once = True
         return bus
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -223,6 +249,11 @@ class Bus:
     def max_payload(self) -> int:
         """The largest size of a message in bytes, headers included."""
         return self.client.max_payload
+
+    @property
+    def refused_replies(self) -> int:
+        """Requests that were dropped because their answers would have gone to another subject than an inbox."""
+        return getattr(self.client, "refused_replies", 0)
 
     def on_change(self, call: Callable[[bool], None]) -> None:
         """Call `call(connected)` whenever the connection is lost or is back."""
@@ -269,9 +300,9 @@ class Bus:
                 limit_bytes=limit,
             )
 
-    async def send(self, to: Address[M, Any], message: M, *, reply: str = "") -> None:
+    async def send(self, to: Address[M, Any], message: M, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
         """Publish a message. It waits for no answer; answers go to the subject `reply`, if one is given."""
-        await self.publish(to.subject, message.to_bytes(), reply=reply)
+        await self.publish(to.subject, message.to_bytes(), reply=reply, headers=headers)
 
     async def request(self, to: Address[M, R], message: M, *, timeout_s: float) -> R:
         """Send a request and wait for its reply. An error of the other side is raised here; Unavailable: there is no listener."""
@@ -405,9 +436,11 @@ class Bus:
 
     async def respond_error(self, to: Received, error: MeshError) -> None:
         """Answer a request with an error: headers as NATS's convention has them, and a body from which the other side makes the same
-        error."""
+        error. The error of a generation names its request."""
         if to.reply:
             data, headers = reply_error(error)
+            if SESSION_HEADER in to.headers:
+                headers[REQUEST_HEADER] = public_id(to.headers[SESSION_HEADER])
             await self.publish(to.reply, data, headers=headers)
 
     # -- ending --------------------------------------------------------------------------------------------------------
@@ -477,8 +510,9 @@ class Bus:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _changed(self, connected: bool) -> None:
-        if self._closing:
+        if self._closing or not self._connected_once:
             return
+        self._said_last = ""
         log.info("NATS %s", "connected again" if connected else "connection lost")
         for call in self._watchers:
             call(connected)
@@ -494,7 +528,10 @@ class Bus:
         if isinstance(error, nats.errors.SlowConsumerError):
             self.counters["dropped"] += 1
         ours = mapped_error(error, "NATS")
-        log.warning("%s", ours if ours is not None else repr(error))
+        said = repr(error) if ours is None else str(ours)
+        news = self._connected_once and said != self._said_last  # each attempt to connect fails in the same way
+        self._said_last = said
+        log.log(logging.WARNING if news else logging.DEBUG, "%s", said)
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:

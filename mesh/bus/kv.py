@@ -255,6 +255,9 @@ class LeaseTable(Generic[M]):
     """The live leases of a bucket, followed for ever. `leases` maps key to message.
 
     on_change(key, lease or None) is called in the event loop for each lease that is new, changed or gone.
+
+    No value ends the table. A value that is no lease is counted in `rejected`, and leaves the lease that was there to its own TTL. An
+    error of `on_change`, or of the watch itself, is logged and counted in `failed`.
     """
 
     def __init__(self, bucket: Bucket, kind: type[M], on_change: Callable[[str, M | None], None] = lambda key, lease: None) -> None:
@@ -270,6 +273,7 @@ class LeaseTable(Generic[M]):
         self._blind = False  # the bucket cannot be watched
         self._tasks: list[asyncio.Task[None]] = []
         self.rejected = 0
+        self.failed = 0
 
     @property
     def leases(self) -> Mapping[str, M]:
@@ -307,6 +311,9 @@ class LeaseTable(Generic[M]):
                         self._take(entry)
             except ServiceError as error:
                 log.warning("%s; trying again", error)
+            except Exception:
+                self.failed += 1
+                log.exception("watching %s; trying again", self._bucket.name)
             self._blind = True
             self._bucket._kv = None
             await asyncio.sleep(_WATCH_RETRY_S)
@@ -320,17 +327,23 @@ class LeaseTable(Generic[M]):
         except MessageRejected as error:  # written by another version or another program: not a lease
             self.rejected += 1
             log.warning("%s/%s: %s", self._bucket.name, entry.key, error)
-            self._drop(entry.key)
             return
         self._seen[entry.key] = asyncio.get_running_loop().time()
         if self._leases.get(entry.key) != lease:
             self._leases[entry.key] = lease
-            self._on_change(entry.key, lease)
+            self._tell(entry.key, lease)
 
     def _drop(self, key: str) -> None:
         self._seen.pop(key, None)
         if self._leases.pop(key, None) is not None:
-            self._on_change(key, None)
+            self._tell(key, None)
+
+    def _tell(self, key: str, lease: M | None) -> None:
+        try:
+            self._on_change(key, lease)
+        except Exception:
+            self.failed += 1
+            log.exception("%s/%s: taking note of a change", self._bucket.name, key)
 
     async def _expire(self) -> None:
         before = asyncio.get_running_loop().time()

@@ -11,7 +11,7 @@ import nats.micro
 import nats.micro.request
 import nats.micro.service
 
-from mesh.bus.connection import Bus, Received, reply_error
+from mesh.bus.connection import Bus, Received
 from mesh.bus.mapping import mapped
 from mesh.errors import MeshError
 from mesh.protocol.topics import Address
@@ -123,14 +123,12 @@ class Service:
             seldom.error(f"answering {received.subject}", error)
             await self._fail(endpoint, received, _INTERNAL)
         else:
-            if reply is not None and received.reply:
-                await self._bus.publish(received.reply, reply.to_bytes())
+            if reply is not None:
+                await self._bus.respond(received, reply)
 
     async def _fail(self, endpoint: Endpoint[Any], received: Received, error: MeshError) -> None:
         for shown in self._inner._endpoints:  # nats-py counts errors that a handler raises, but then cannot reply with a body
             if shown._subject == endpoint.to.subject:
                 shown._num_errors += 1
                 shown._last_error = f"{error.code}: {error}"
-        if received.reply:
-            data, headers = reply_error(error)
-            await self._bus.publish(received.reply, data, headers=headers)
+        await self._bus.respond_error(received, error)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.bus.batches import BatchStore
+from mesh.bus.dead import DeadList
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
-from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, Unavailable
+from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, ServiceError, Unavailable
 from mesh.protocol import subjects, topics
-from mesh.protocol.batches import BatchStatus
+from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStatus, DeadMessage
 from mesh.protocol.events import Event
-from mesh.protocol.generation import Generate, TraceRequest
+from mesh.protocol.generation import Generate, TraceReply, TraceRequest
 from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
 
 __all__ = ["AsyncMeshClient"]
@@ -28,6 +30,10 @@ SHARD_SERVICE = "mesh-shard"
 _KEPT_S = 1.0
 """How long the copies of the leases in JetStream are waited for; the shards themselves answer without it."""
 _TRACE_S = 2.0
+_BATCH_S = 30.0
+_PAGE = 200
+Reply = TypeVar("Reply", BatchStatus, BatchResults)
+_UNREADABLE = (MessageRejected, LookupError, TypeError, ValueError, AttributeError, StopIteration)
 
 
 class AsyncMeshClient:
@@ -147,16 +153,29 @@ class AsyncMeshClient:
                 made.append(_message(own.pop("prompt", None), own))
             except BadRequest as error:
                 raise BadRequest(f"requests.{index}.{error}", field=f"requests.{index}.{error.field}") from None
-        return await BatchStore(self._connected).submit(name, made, id=id)
+        return await BatchStore(self._connected).submit(name, made, id=id, known=self.batch_status)
 
     async def batch_status(self, id: str) -> BatchStatus:
-        """The progress of a batch: its state (queued, running, done or failed) and counts. BadRequest: there is no such batch."""
-        return await BatchStore(self._connected).status(id)
+        """How far a batch is: state queued, running, done, failed or cancelled, and counts. BadRequest: there is no such batch.
+        Whoever knows the id may ask: one that you choose should be one that nobody guesses."""
+        return await self._of_batch(topics.BATCH_STATUS, BatchQuery(id=_batch_id(id)), lambda store: store.status(id))
+
+    async def cancel_batch(self, id: str) -> BatchStatus:
+        """Take a batch back: what has not begun is not begun, what runs is cancelled within seconds, what has ended keeps its result.
+        BadRequest: there is no such batch."""
+        return await self._of_batch(topics.BATCH_CANCEL, BatchQuery(id=_batch_id(id)), lambda store: store.cancel(id))
 
     async def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
-        """The results of a batch, in order: of the `limit` requests from `offset` on, those that have ended. BadRequest: there is no
-        such batch."""
-        items = await BatchStore(self._connected).results(id, offset=offset, limit=limit)
+        """Of its requests from `offset` on, `limit` of them, those that have ended, in order. BadRequest: there is no such batch."""
+        status = await self.batch_status(id)
+        stop = status.total if limit is None else min(status.total, offset + limit)
+        items: list[BatchItem] = []
+        at: int | None = offset
+        while at is not None and at < stop:
+            query = BatchQuery(id=id, offset=at, limit=min(stop - at, _PAGE))
+            page = await self._of_batch(topics.BATCH_RESULT, query, partial(_page, query=query))
+            items += page.items
+            at = page.next
         return [BatchResult.of(item) for item in items]
 
     async def wait_batch(self, id: str, *, timeout_s: float | None = None, poll_s: float = 0.5) -> BatchStatus:
@@ -164,12 +183,16 @@ class AsyncMeshClient:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             status = await self.batch_status(id)
-            if status.state in ("done", "failed"):
+            if status.state in ("done", "failed", "cancelled"):
                 return status
             if deadline is not None and time.monotonic() + poll_s > deadline:
                 ended = status.done + status.failed
                 raise DeadlineExceeded(f"batch {id} has {ended} of {status.total} requests answered after {timeout_s:g} s, and goes on")
             await asyncio.sleep(poll_s)
+
+    async def dead_messages(self, *, last: int = 100) -> list[DeadMessage]:
+        """The `last` messages of batches that no coordinator could handle, the oldest first. Operators alone may read them."""
+        return await DeadList(self._connected).entries(last=last)
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -184,8 +207,8 @@ class AsyncMeshClient:
             try:
                 data = next(endpoint["data"] for endpoint in orjson.loads(answer.data)["endpoints"] if endpoint["name"] == "generate")
                 found.append(CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(data))))
-            except (MessageRejected, LookupError, TypeError, ValueError, StopIteration):
-                continue  # the answer of another version, or of another service
+            except _UNREADABLE:
+                continue  # of another version, or of another service
         return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
     async def status(self) -> MeshStatus:
@@ -226,20 +249,27 @@ class AsyncMeshClient:
         for answer in await self._connected.gather(f"$SRV.STATS.{SHARD_SERVICE}"):
             try:
                 found.append(ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
-            except (MessageRejected, LookupError, TypeError):
-                continue  # another version's
+            except _UNREADABLE:
+                continue  # of another version, or of another service
         return found
 
-    async def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
-        """Where the time of a generation went; docs/client.md has the keys. The generation runs, or is one of the last that ended.
-        None: no coordinator remembers it."""
+    async def trace(self, session: str, *, model: str | None = None) -> dict[str, Any] | None:
+        """Where the time of a generation of one's own went, running or among the last that ended (docs/client.md has the keys); None where
+        no coordinator remembers it. `session`: `answer.session`, or `stream.session`."""
+        return await self._trace(topics.TRACE, session, model)
+
+    async def inspect(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
+        """The same for operators and gateways, by the public id, `answer.request`, which the stats of coordinators show too."""
+        return await self._trace(topics.INSPECT, request, model)
+
+    async def _trace(self, topic: topics.Topic[TraceRequest, TraceReply], request: str, model: str | None) -> dict[str, Any] | None:
         name = model or self._model
         question = TraceRequest(request=request)
         for coordinator in await self.coordinators():
             if name not in (None, coordinator.model):
                 continue
             try:
-                answer = await self._connected.request(topics.TRACE.at(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
+                answer = await self._connected.request(topic.at(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
             except (Unavailable, DeadlineExceeded):
                 continue  # it has gone since
             if answer.trace is not None:
@@ -264,6 +294,22 @@ class AsyncMeshClient:
     def connected(self) -> bool:
         """Whether the client is connected to a NATS server now. While it is not, it keeps trying to reconnect."""
         return self._bus is not None and self._bus.connected
+
+    async def _of_batch(
+        self, topic: topics.Topic[BatchQuery, Reply], query: BatchQuery, read: Callable[[BatchStore], Awaitable[Reply]]
+    ) -> Reply:
+        """A coordinator's answer about a batch. Where no coordinator is there the store is read, which only operators may."""
+        bus = self._connected
+        models = [self._model] if self._model is not None else await self.models()
+        for model in models:
+            try:
+                return await bus.request(topic.at(model), query, timeout_s=_BATCH_S)
+            except NobodyListens:
+                continue
+        try:
+            return await read(BatchStore(bus))
+        except ServiceError as error:
+            raise Unavailable(f"no coordinator answers, and the batches cannot be read without one: {error}") from None
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -290,6 +336,21 @@ class AsyncMeshClient:
                 return [entry.value or b"" for entry in await bucket.entries()]
         except (MeshError, TimeoutError):
             return None
+
+
+def _batch_id(id: str) -> str:
+    """BadRequest: no batch has such an id."""
+    try:
+        return BatchQuery(id=id).id
+    except ValueError:
+        raise BadRequest(f"id {id[:80]!r} is of no batch: it has letters, digits, - and _, at most 48", field="id") from None
+
+
+async def _page(store: BatchStore, query: BatchQuery) -> BatchResults:
+    total = (await store.status(query.id)).total
+    following = query.offset + query.limit
+    items = await store.results(query.id, offset=query.offset, limit=query.limit)
+    return BatchResults(id=query.id, items=tuple(items), next=following if following < total else None)
 
 
 def _message(prompt: str | None, request: Mapping[str, Any]) -> Generate:

@@ -23,12 +23,16 @@ class Chunk:
     received_s: float
 
 
+@dataclass(frozen=True)
 class Completion(Answer):
-    """A finished generation: what the coordinator's last document says."""
+    """A finished generation: what the coordinator's last document says. `request` is its public id. `session`: the name by which its owner
+    asks for its trace; empty for a result of a batch."""
+
+    session: str = ""
 
     @classmethod
-    def of(cls, answer: Answer) -> Completion:
-        return cls(**vars(answer))
+    def of(cls, answer: Answer, session: str = "") -> Completion:
+        return cls(**vars(answer), session=session)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ token shows whether it was delivered before. The request is sent again
 A repeated request carries the tokens that have arrived. The coordinator that has the session, or takes it over, goes on after them.
 
 A coordinator that lost the session to another one may still send documents. They have a lower epoch and are ignored.
+
+The session is the proof that the generation is this stream's own. It goes to coordinators alone; documents and errors name the request
+by its public id. What does not name this request is not read, whoever sent it to this stream's inbox.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from collections import deque
 from types import TracebackType
 
 from mesh.bus import Bus, Received, Subscription
-from mesh.bus.connection import raise_error
+from mesh.bus.connection import ERROR_HEADER, raise_error
 from mesh.client.results import Chunk, Completion
-from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
+from mesh.errors import Busy, DeadlineExceeded, MeshError, MessageRejected, ServiceError, Unavailable
 from mesh.protocol import topics
-from mesh.protocol.generation import Cancel, Generate
-from mesh.protocol.headers import EPOCH_HEADER
+from mesh.protocol.generation import Cancel, Generate, public_id
+from mesh.protocol.headers import EPOCH_HEADER, REQUEST_HEADER, SESSION_HEADER
 from mesh.protocol.stream import Accepted, Finished, Token, TokenDocument, parse
 
 __all__ = ["Retry", "Stream"]
@@ -62,9 +65,15 @@ class Stream:
 
     def __init__(self, bus: Bus, model: str, message: Generate, *, timeout_s: float | None, retry: Retry) -> None:
         seed = secrets.randbits(62) if message.seed is None else message.seed
-        session = message.session or secrets.token_hex(12)
-        self._named = message.session is not None  # another client may ask for it too
+        session = message.session or secrets.token_hex(16)
+        self._named = message.session is not None  # perhaps others ask for it too
         self._message = message.model_copy(update={"seed": seed, "session": session, "stream": True})
+        self.session = session
+        """The name of the generation, by which its owner goes on with it, cancels it and asks for its trace."""
+        self.request = public_id(session)
+        """The name under which others see the request."""
+        self.foreign = 0
+        """Messages that came to this stream's inbox and were not about its request."""
         self._bus = bus
         self._model = model
         self._retry = retry
@@ -84,12 +93,6 @@ class Stream:
         self._heard_at = time.monotonic()
         self._ready: deque[Chunk] = deque()
         self.completion: Completion | None = None
-
-    @property
-    def request(self) -> str:
-        """The name of the request."""
-        assert self._message.session is not None
-        return self._message.session
 
     def __aiter__(self) -> Stream:
         return self
@@ -123,7 +126,7 @@ class Stream:
         if subscription is None:
             return
         if self.completion is None and self._cancel is not None and self._bus.connected:
-            await self._bus.send(self._cancel, Cancel(request=self.request))
+            await self._bus.send(self._cancel, Cancel(request=self.session))
         await subscription.stop()
 
     async def __aenter__(self) -> Stream:
@@ -142,7 +145,8 @@ class Stream:
         self._asked += 1
         update = {"attempt": attempt, "given": tuple(token.id for token in self._given), "epoch": self._epoch or None}
         message = self._message.model_copy(update=update)
-        await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
+        headers = {SESSION_HEADER: self.session}
+        await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject, headers=headers)
 
     async def _receive(self) -> Received | None:
         """The next message. None: there was none for so long that the request should be sent again."""
@@ -165,11 +169,22 @@ class Stream:
         """Take what is new in a message. Raises the error that it carries."""
         if received.headers.get("Status") == "503":
             raise _NobodyError(f"no coordinator serves {self._model}: start one, or see `mesh status`")
-        if int(received.headers.get(EPOCH_HEADER, self._epoch)) < self._epoch:
-            return
-        raise_error(received)
-        document = parse(received.data)
         now = time.perf_counter()
+        if ERROR_HEADER in received.headers:
+            if received.headers.get(REQUEST_HEADER) != self.request:
+                self.foreign += 1
+                return
+            if int(received.headers.get(EPOCH_HEADER, self._epoch)) >= self._epoch:
+                raise_error(received)
+            return
+        try:
+            document = parse(received.data)
+        except MessageRejected:
+            self.foreign += 1
+            return
+        if document.id != self.request:
+            self.foreign += 1
+            return
         epoch = self._epoch if document.epoch is None else document.epoch
         if epoch < self._epoch:
             return
@@ -188,7 +203,7 @@ class Stream:
 
     def _finish(self, document: Finished, now: float) -> None:
         """Deliver what did not come before: the last document has the whole answer."""
-        completion = Completion.of(document.answer)
+        completion = Completion.of(document.answer, self.session)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
         for token in tokens[len(self._given) :]:
             self._give("", token, now)

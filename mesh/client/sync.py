@@ -13,7 +13,7 @@ from mesh.client.aio import AsyncMeshClient
 from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
-from mesh.protocol.batches import BatchStatus
+from mesh.protocol.batches import BatchStatus, DeadMessage
 from mesh.protocol.status import ShardStats
 
 __all__ = ["MeshClient", "SyncStream"]
@@ -131,11 +131,17 @@ class MeshClient:
     def batch_status(self, id: str) -> BatchStatus:
         return self._run(self._client.batch_status(id))
 
+    def cancel_batch(self, id: str) -> BatchStatus:
+        return self._run(self._client.cancel_batch(id))
+
     def batch_results(self, id: str, *, offset: int = 0, limit: int | None = None) -> list[BatchResult]:
         return self._run(self._client.batch_results(id, offset=offset, limit=limit))
 
     def wait_batch(self, id: str, *, timeout_s: float | None = None) -> BatchStatus:
         return self._run(self._client.wait_batch(id, timeout_s=timeout_s))
+
+    def dead_messages(self, *, last: int = 100) -> list[DeadMessage]:
+        return self._run(self._client.dead_messages(last=last))
 
     def models(self) -> list[str]:
         return self._run(self._client.models())
@@ -149,8 +155,11 @@ class MeshClient:
     def shard_stats(self) -> list[ShardStats]:
         return self._run(self._client.shard_stats())
 
-    def trace(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
-        return self._run(self._client.trace(request, model=model))
+    def trace(self, session: str, *, model: str | None = None) -> dict[str, Any] | None:
+        return self._run(self._client.trace(session, model=model))
+
+    def inspect(self, request: str, *, model: str | None = None) -> dict[str, Any] | None:
+        return self._run(self._client.inspect(request, model=model))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` in the client's thread and return its result. An interruption (Ctrl-C) cancels it there too."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mesh.commands.connection import add_connection_arguments
+from mesh.commands.connection import add_connection_arguments, bus_options
+
+if TYPE_CHECKING:
+    from mesh.client import BatchStatus
 
 __all__ = ["add_batch_parser"]
 
@@ -16,6 +20,13 @@ _DESCRIPTION = """\
 Durable batches: every line of a file is a request, either a JSON string (a prompt) or an object with the fields of a request (prompt,
 messages or tokens, max_tokens, temperature ...). The NATS server keeps the requests, and they are answered when rows are free, even if
 every process is restarted meanwhile. Results are kept for a week."""
+
+_CANCEL = """\
+Take a batch back. Requests that have not begun are not begun, those that run are cancelled within seconds, and what has ended keeps its
+result."""
+_DEAD = """\
+Messages of the queue that no coordinator could handle, the oldest first: where each one was, its size, and what was wrong with it. They
+are no longer in the queue. The last 1,000 of a week are kept."""
 
 
 def add_batch_parser(subparsers: Any) -> None:
@@ -39,18 +50,25 @@ def add_batch_parser(subparsers: Any) -> None:
     result = verbs.add_parser("result", help="the answers", description="The answers so far, one object a line, in the order of the file.")
     result.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
     result.add_argument("--wait", action="store_true", help="wait until all answers are there")
-    for verb, command in ((submit, _submit), (status, _status), (result, _result)):
+
+    cancel = verbs.add_parser("cancel", help="take a batch back", description=_CANCEL)
+    cancel.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
+    cancel.add_argument("--json", action="store_true", help="print one object")
+
+    dead = verbs.add_parser("dead", help="what was set aside", description=_DEAD)
+    dead.add_argument("--last", type=int, default=100, metavar="N", help="show the last N (default 100)")
+    dead.add_argument("--json", action="store_true", help="one object a line")
+    for verb, command in ((submit, _submit), (status, _status), (result, _result), (cancel, _cancel), (dead, _dead)):
         add_connection_arguments(verb)
         verb.set_defaults(run=command)
 
 
 def _submit(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
 
     common = {} if args.max_tokens is None else {"max_tokens": args.max_tokens}
     requests = _requests(args.file)
-    with MeshClient(options=mesh_options(args), model=args.model) as client:
+    with MeshClient(options=bus_options(args), model=args.model) as client:
         status = client.submit_batch(requests, id=args.id, **common)
         if args.wait:
             print(f"batch {status.id}: waiting for {status.total} answers", file=sys.stderr)
@@ -61,36 +79,65 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
 
-    with MeshClient(options=mesh_options(args)) as client:
-        status = client.batch_status(args.id)
-    if args.json:
-        print(status.model_dump_json())
-    else:
-        waiting = status.total - status.running - status.done - status.failed
-        print(
-            f"batch {status.id} of {status.model}: {status.state}, {status.done} done, {status.failed} failed, {status.running} running, "
-            f"{waiting} waiting, {status.total} in all"
-        )
+    with MeshClient(options=bus_options(args)) as client:
+        _show(client.batch_status(args.id), as_json=args.json)
     return 0
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+
+    with MeshClient(options=bus_options(args)) as client:
+        _show(client.cancel_batch(args.id), as_json=args.json)
+    return 0
+
+
+def _show(status: BatchStatus, *, as_json: bool) -> None:
+    if as_json:
+        print(status.model_dump_json())
+        return
+    waiting = status.total - status.running - status.done - status.failed - status.cancelled
+    cancelled = f"{status.cancelled} cancelled, " if status.cancelled else ""
+    print(
+        f"batch {status.id} of {status.model}: {status.state}, {status.done} done, {status.failed} failed, {cancelled}"
+        f"{status.running} running, {waiting} waiting, {status.total} in all"
+    )
 
 
 def _result(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.commands.generate import mesh_options
+    from mesh.errors import Cancelled
 
     page = 200
-    with MeshClient(options=mesh_options(args)) as client:
+    with MeshClient(options=bus_options(args)) as client:
         total = (client.wait_batch(args.id) if args.wait else client.batch_status(args.id)).total
         for offset in range(0, total, page):
             for item in client.batch_results(args.id, offset=offset, limit=page):
-                line: dict[str, Any] = {"index": item.index, "state": "done" if item.error is None else "failed"}
+                failed = "cancelled" if isinstance(item.error, Cancelled) else "failed"
+                line: dict[str, Any] = {"index": item.index, "state": "done" if item.error is None else failed}
                 if item.completion is not None:
                     line |= {name: value for name, value in item.completion.document().items() if name not in ("request", "timing")}
                 if item.error is not None:
                     line |= {"error": str(item.error), "code": item.error.code}
                 print(json.dumps(line, ensure_ascii=False))
+    return 0
+
+
+def _dead(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+    from mesh.errors import BadRequest
+
+    if args.last < 1:
+        raise BadRequest(f"--last {args.last}: give 1 or more", field="last")
+    with MeshClient(options=bus_options(args)) as client:
+        messages = client.dead_messages(last=args.last)
+    for message in messages:
+        if args.json:
+            print(message.to_bytes().decode())
+        else:
+            at = datetime.fromtimestamp(message.at_unix_s).strftime("%Y-%m-%d %H:%M:%S")
+            print(f"{at}  {message.subject}  {message.size_bytes} bytes  {message.reason}")
     return 0
 
 

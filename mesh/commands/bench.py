@@ -18,7 +18,8 @@ from rich.table import Table
 from mesh.bus import BusOptions
 from mesh.client import AsyncMeshClient
 from mesh.commands.bare_hop import bare_hop_between_stages_s, bare_hop_s
-from mesh.commands.generate import add_mesh_arguments, mesh_options
+from mesh.commands.connection import bus_options
+from mesh.commands.generate import add_mesh_arguments
 from mesh.errors import BadRequest, MeshError, Unavailable
 from mesh.settings.units import format_seconds
 
@@ -64,7 +65,7 @@ def run_command(args: argparse.Namespace) -> int:
     if args.rate is not None and args.rate <= 0:
         raise BadRequest(f"--rate {args.rate}: give more than 0 requests a second", field="rate")
     prompts, answers = _span(args.prompt_tokens, "prompt-tokens"), _span(args.max_tokens, "max-tokens")
-    report = asyncio.run(_bench(args, mesh_options(args), prompts, answers))
+    report = asyncio.run(_bench(args, bus_options(args), prompts, answers))
     if args.json:
         sys.stdout.buffer.write(orjson.dumps(report) + b"\n")
     else:

@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 from mesh.client import MeshClient
-from mesh.commands.generate import add_mesh_arguments, mesh_options
+from mesh.commands.connection import bus_options
+from mesh.commands.generate import add_mesh_arguments
 from mesh.commands.run import add_sampling_arguments, sampling_of
 from mesh.errors import RequestError
 
@@ -31,7 +32,7 @@ def run_command(args: argparse.Namespace) -> int:
     history = list(beginning)
     options = {"max_tokens": args.max_tokens, **sampling_of(args)}
     terminal = sys.stdin.isatty()
-    with MeshClient(options=mesh_options(args), model=args.model) as client:
+    with MeshClient(options=bus_options(args), model=args.model) as client:
         if terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # lines can be edited, and asked again

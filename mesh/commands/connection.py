@@ -32,7 +32,9 @@ _WHO = ("credentials_file", "nkey_seed_file", "user", "password", "password_file
 
 
 def add_connection_arguments(
-    parser: argparse.ArgumentParser, *, nats: str = "NATS servers (default: $MESH_NATS_URLS, or nats://127.0.0.1:4222)"
+    parser: argparse.ArgumentParser,
+    *,
+    nats: str = "NATS servers (default: $MESH_NATS_URLS, else the `mesh up` of this machine, else nats://127.0.0.1:4222)",
 ) -> None:
     """Add --nats, with `nats` as its help, and the flags of credentials and TLS."""
     group = parser.add_argument_group("connection", "also from the environment: MESH_NATS_URLS, MESH_NATS_USER, MESH_NATS_PASSWORD ...")
@@ -49,10 +51,12 @@ def add_connection_arguments(
 
 
 def bus_options(args: argparse.Namespace, section: NatsSection | None = None) -> BusOptions:
-    """The connection that the flags give, over `section` (None: over the environment). ConfigError: they contradict each other."""
+    """The connection that the flags give, over `section` (None: over the environment). Where neither says which servers, it is the
+    `mesh up` that runs on this machine. The password of a `mesh up` is found in any case. ConfigError: they contradict each other."""
     from pydantic import ValidationError
 
     from mesh.bus import BusOptions
+    from mesh.local.running import running_mesh
     from mesh.settings.files import load_environment
     from mesh.settings.schema import ConnectionConfig, NatsSection
 
@@ -66,8 +70,14 @@ def bus_options(args: argparse.Namespace, section: NatsSection | None = None) ->
         values.pop("password", None)
     if "urls" in given:
         given["urls"] = tuple(url if "://" in url else f"nats://{url}" for part in given["urls"].split(",") if (url := part.strip()))
+    values |= given
+    if section is None and "urls" not in values and (running := running_mesh()) is not None:
+        values["urls"] = (running.url,)
+    urls = values.get("urls", ())
+    if len(urls) == 1 and not any(values.get(key) for key in _WHO) and (running := running_mesh(urls[0])) is not None:
+        values |= {"user": running.user, "password_file": running.password_file}
     try:
-        made = NatsSection(**{**values, **given})
+        made = NatsSection(**values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f".{part}" for part in first["loc"])

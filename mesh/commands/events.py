@@ -9,7 +9,7 @@ import time
 from datetime import datetime
 from typing import Any
 
-from mesh.commands.connection import add_connection_arguments
+from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.settings.units import parse_seconds
 
 __all__ = ["add_events_parser"]
@@ -31,7 +31,6 @@ def add_events_parser(subparsers: Any) -> None:
 
 def events_command(args: argparse.Namespace) -> int:
     from mesh.client import AsyncMeshClient
-    from mesh.commands.generate import mesh_options
     from mesh.errors import BadRequest
 
     if args.last < 0:
@@ -39,7 +38,7 @@ def events_command(args: argparse.Namespace) -> int:
     since = None if args.since is None else time.time() - parse_seconds(args.since)
 
     async def work() -> None:
-        async with AsyncMeshClient(options=mesh_options(args)) as client:
+        async with AsyncMeshClient(options=bus_options(args)) as client:
             async for event in client.events(last=args.last, since_unix_s=since, follow=args.follow):
                 if args.json:
                     sys.stdout.buffer.write(event.to_bytes() + b"\n")

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from typing import Any
 
-from mesh.commands.connection import add_connection_arguments
+from mesh.commands.connection import add_connection_arguments, bus_options
 
 __all__ = ["add_forget_parser"]
 
@@ -25,14 +25,13 @@ def add_forget_parser(subparsers: Any) -> None:
 
 def forget_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
-    from mesh.commands.generate import mesh_options
     from mesh.protocol.subjects import check_token
     from mesh.shard.forget import forget
 
     name = check_token(f"shard-{args.shard}" if args.shard.isdigit() else args.shard, "shard")
 
     async def work() -> None:
-        async with await Bus.connect(mesh_options(args), name="mesh-forget") as bus:
+        async with await Bus.connect(bus_options(args), name="mesh-forget") as bus:
             gone = await forget(bus, name, force=args.force)
         what = [] if gone.lease is None else [f"its lease of layers {gone.lease.layers} of {gone.lease.model}"]
         what += [f"its claim to layers of {model}" for model in gone.claims]

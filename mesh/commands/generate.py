@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +14,9 @@ from mesh.client import MeshClient
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.run import add_generation_arguments, sampling_of
 from mesh.errors import BadRequest
-from mesh.local.mesh import default_url
 from mesh.settings.units import format_seconds
 
-__all__ = ["add_mesh_arguments", "add_parser", "ask", "hop_line", "mesh_options", "request_of", "run_command"]
+__all__ = ["add_mesh_arguments", "add_parser", "ask", "hop_line", "request_of", "run_command"]
 
 _DESCRIPTION = """\
 Generate with a mesh. The options and the --json object are those of `mesh run`. If the model has a chat template, the prompt is sent as
@@ -41,20 +39,11 @@ def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="default: the only one")
 
 
-def mesh_options(args: argparse.Namespace) -> BusOptions:
-    """How to connect to the mesh: what the flags and the environment say, otherwise the `mesh up` that runs on this machine."""
-    # An error is one line at the end; the connection's own attempts are not shown on the terminal.
-    logging.getLogger("mesh").addHandler(logging.NullHandler())
-    if not args.nats:
-        args.nats = default_url()
-    return bus_options(args)
-
-
 def run_command(args: argparse.Namespace) -> int:
     request = request_of(args)
     if args.stop:
         request["stop"] = args.stop
-    return ask(mesh_options(args), args.model, request, timeout_s=args.timeout, as_json=args.json, hops=args.hops)
+    return ask(bus_options(args), args.model, request, timeout_s=args.timeout, as_json=args.json, hops=args.hops)
 
 
 def request_of(args: argparse.Namespace) -> dict[str, Any]:

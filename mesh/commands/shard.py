@@ -27,6 +27,7 @@ __all__ = ["add_join_parser", "add_shard_parser"]
 log = logging.getLogger("mesh.shard")
 
 _HTTP_CONNECTIONS = 64
+_JOIN_CONNECT_S = 10.0
 
 _SHARD = """\
 Serve one layer range of a model, as a configuration file says. If the blocks are not in the model directory model.shard_path, they are
@@ -161,7 +162,7 @@ def join_command(args: argparse.Namespace) -> int:
                 progress=progress,
             )
 
-        run(partial(serve, bus_options(args), make, progress=progress, http=http))
+        run(partial(serve, bus_options(args), make, progress=progress, http=http, connect_s=_JOIN_CONNECT_S))
     return 0
 
 

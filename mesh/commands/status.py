@@ -12,8 +12,9 @@ from rich.console import Console
 
 from mesh.client import MeshClient
 from mesh.client.read_model import MeshReadModel
+from mesh.commands.connection import bus_options
 from mesh.commands.drawing import coordinator_table, headline, shard_table
-from mesh.commands.generate import add_mesh_arguments, mesh_options
+from mesh.commands.generate import add_mesh_arguments
 
 __all__ = ["add_parser", "run_command"]
 
@@ -29,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """Exit code 0 if the mesh could answer a request now, 1 otherwise."""
-    with MeshClient(options=mesh_options(args)) as client:
+    with MeshClient(options=bus_options(args)) as client:
         status, stats, health = client.status(), client.shard_stats(), client.health(args.model)
     if args.json:
         answer = {

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from mesh.client import MeshClient
 from mesh.client.read_model import MeshReadModel
+from mesh.commands.connection import bus_options
 from mesh.commands.drawing import headline, session_table, shard_table
-from mesh.commands.generate import add_mesh_arguments, mesh_options
+from mesh.commands.generate import add_mesh_arguments
 from mesh.errors import BadRequest, MeshError
 from mesh.settings.units import format_seconds
 
@@ -39,7 +40,7 @@ def run_command(args: argparse.Namespace) -> int:
     if not sys.stdout.isatty():
         raise BadRequest("mesh top draws on a terminal: elsewhere use `mesh status --json`", field="stdout")
     read_model = MeshReadModel()
-    with MeshClient(options=mesh_options(args)) as client, Live(screen=True, auto_refresh=False) as live:
+    with MeshClient(options=bus_options(args)) as client, Live(screen=True, auto_refresh=False) as live:
         while True:
             try:
                 status, stats = client.status(), client.shard_stats()

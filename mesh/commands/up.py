@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ __all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
 Start a NATS server, a coordinator and shards as child processes on this machine, and wait until they serve. Processes that die are
-started again; Ctrl-C ends them all. `mesh generate`, `mesh chat`, `mesh status` and `mesh bench` find this mesh by themselves."""
+started again; Ctrl-C ends them all. The NATS server asks for a password, which every command of this user finds by itself."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,7 +53,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from mesh.host.signals import ignore_signals, interrupt_on_signals
-    from mesh.local.mesh import LocalMesh, LocalOptions, announced
+    from mesh.local.mesh import LocalMesh, LocalOptions
+    from mesh.local.running import announced
     from mesh.protocol import topics
 
     options = LocalOptions(
@@ -64,6 +66,7 @@ def run_command(args: argparse.Namespace) -> int:
         nats=args.nats,
         bus=bus_options(args) if args.nats else None,
         port=args.port,
+        password=None if args.nats else f"m{secrets.token_hex(24)}",  # a letter first: to nats-server, digits would be a number
         http=not args.no_http,
         http_port=args.http_port,
         rows=args.rows,
@@ -92,14 +95,18 @@ def run_command(args: argparse.Namespace) -> int:
             from mesh.commands.generate import ask
 
             return ask(mesh.bus, name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
-        with announced(mesh.url):
+        password = options.password
+        with announced(mesh.url, user=None if password is None else mesh.bus.user, password=password) as file:
             if mesh.http_urls:
                 taken = args.http_port is None and not mesh.http_urls[0].endswith(f":{DEFAULT_HTTP_PORT}")
                 print(_http_lines(mesh.http_urls, taken=taken), file=sys.stderr)
+            if password is not None and file is None:
+                print("mesh: the password's file cannot be written: commands do not find this mesh; set XDG_RUNTIME_DIR", file=sys.stderr)
+            who = "" if file is None else f'NATS_USER={mesh.bus.user} NATS_PASSWORD="$(cat {file})" '
             print(
-                f"NATS {mesh.url}\n"
+                f"NATS {mesh.url}{'' if file is None else f', user {mesh.bus.user}, password in {file}'}\n"
                 f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
-                f'  nats -s {mesh.url} req {topics.GENERATE.at(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
+                f'  {who}nats -s {mesh.url} req {topics.GENERATE.at(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
                 "Ctrl-C ends it.",
                 file=sys.stderr,
             )

@@ -4,6 +4,9 @@ A request is taken from the queue while no client waits and more than a quarter 
 under a name of its own (BATCH-INDEX), so that a second request for the same result is the same generation. Its result is stored before
 the request is acknowledged. If a coordinator dies in between, another one does the request again, and the result that was stored first
 stays. An error that may pass (no shard, a full mesh) gives the request back to the queue. Any other error is its result.
+
+No message ends the worker. A message that is no request of a batch is set aside: it leaves the queue, and the dead list
+(mesh/bus/dead.py) keeps its subject and the reason. So does one whose handling fails in an unexpected way STARTS times.
 """
 
 from __future__ import annotations
@@ -12,15 +15,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
 import orjson
 
 from mesh.bus import Bus, Endpoint, Received, Subscription, end_tasks
-from mesh.bus.batches import BatchQueue, BatchStore, Work
+from mesh.bus.batches import BatchQueue, BatchStore, Work, cancelled_item
 from mesh.bus.connection import raise_error
+from mesh.bus.dead import DeadList
 from mesh.coordinator.core.machine import Core
-from mesh.errors import DeadlineExceeded, MeshError, ServiceError
+from mesh.errors import BadRequest, Cancelled, DeadlineExceeded, MeshError, MessageRejected, ServiceError
 from mesh.protocol import topics
 from mesh.protocol.batches import BatchItem, BatchResults, BatchStatus
 from mesh.protocol.failures import ErrorReply
@@ -42,16 +47,18 @@ _FAILED_S: Final = 1.0
 
 
 class BatchWorker:
-    """`instance`: of the coordinator that generates, whose `core` says whether there is room."""
+    """`instance`: of the coordinator that generates, whose `core` says whether there is room. `cancel(session)` ends a generation."""
 
-    def __init__(self, bus: Bus, core: Core, model: str, instance: str) -> None:
+    def __init__(self, bus: Bus, core: Core, model: str, instance: str, cancel: Callable[[str], object]) -> None:
         self.bus = bus
         self.counters: Counter[str] = Counter()
         self._model = model
         self._instance = instance
         self._core = core
+        self._cancel = cancel
         self._store = BatchStore(bus)
-        self._queue = BatchQueue(bus)
+        self._queue = BatchQueue(bus, self.counters)
+        self._dead = DeadList(bus)
         self._inbox = bus.new_inbox()
         self._answers: dict[str, asyncio.Future[Received]] = {}
         self._working: dict[asyncio.Task[Any], Work] = {}
@@ -62,6 +69,7 @@ class BatchWorker:
         return [
             Endpoint("batch", topics.BATCH_SUBMIT.at(self._model), self._on_submit, concurrent=True),
             Endpoint("batch-status", topics.BATCH_STATUS.at(self._model), self._on_status, concurrent=True),
+            Endpoint("batch-cancel", topics.BATCH_CANCEL.at(self._model), self._on_cancel, concurrent=True),
             Endpoint("batch-result", topics.BATCH_RESULT.at(self._model), self._on_result, concurrent=True),
         ]
 
@@ -95,14 +103,18 @@ class BatchWorker:
     async def _on_status(self, received: Received) -> BatchStatus:
         return await self._store.status(topics.BATCH_STATUS.parse(received.data).id)
 
+    async def _on_cancel(self, received: Received) -> BatchStatus:
+        return await self._store.cancel(topics.BATCH_CANCEL.parse(received.data).id)
+
     async def _on_result(self, received: Received) -> BatchResults:
         """As many results as fit in one message."""
         query = topics.BATCH_RESULT.parse(received.data)
         total = (await self._store.status(query.id)).total
+        taken_back = await self._store.is_cancelled(query.id)
         items: list[BatchItem] = []
         room, at = self.bus.max_payload * 3 // 4, query.offset
         for at in range(query.offset, min(query.offset + query.limit, total)):
-            item = await self._store.result(query.id, at)
+            item = await self._store.result(query.id, at) or (cancelled_item(at) if taken_back else None)
             if item is not None:
                 room -= len(item.to_bytes())
                 if room < 0 and items:
@@ -140,14 +152,43 @@ class BatchWorker:
                     log.warning("batches wait until this can be done again: %s", error)
                 await asyncio.sleep(_FAILED_S)
                 continue
+            except Exception:
+                self.counters["errors"] += 1
+                log.exception("taking requests of batches; trying again")
+                await asyncio.sleep(_FAILED_S)
+                continue
             failing = False
             if work is not None:
-                task = self.bus.spawn(self._do(work), f"request {work.index} of batch {work.id}")
+                task = self.bus.spawn(self._work(work), f"request {work.index} of batch {work.id}")
                 self._working[task] = work
                 task.add_done_callback(lambda done: self._working.pop(done, None))
                 await asyncio.wait([task], timeout=_PACE_S)  # until the request has asked for its rows
 
+    async def _work(self, work: Work) -> None:
+        """Do a request. An error that is not the request's own leaves it to the queue, which delivers it again; at the last try it is set
+        aside."""
+        try:
+            await self._do(work)
+        except Exception as error:
+            if isinstance(error, MeshError) and error.retryable:  # the server is away
+                raise
+            self.counters["errors"] += 1
+            log.exception("%s", work.subject)
+            if work.deliveries >= STARTS:
+                failed = MeshError(f"{work.deliveries} tries failed: see the logs of the coordinators")
+                await self._store.end(work.id, BatchItem(index=work.index, state="failed", error=ErrorReply.of(failed)))
+                await self._set_aside(work, f"{work.deliveries} tries failed, the last one with {error!r}")
+
+    async def _set_aside(self, work: Work, reason: str) -> None:
+        self.counters["dead"] += 1
+        await work.set_aside(self._model, self._dead, reason)
+
     async def _do(self, work: Work) -> None:
+        try:
+            await self._store.require(work.id, work.index, self._model)
+        except BadRequest as error:
+            await self._set_aside(work, str(error))
+            return
         stored = await self._store.result(work.id, work.index)
         if stored is not None:  # by a coordinator that ended before it could acknowledge the request
             await self._store.note(work.id, stored)
@@ -155,6 +196,7 @@ class BatchWorker:
             return
         starts = await self._store.begin(work.id, work.index)
         try:
+            await self._require_wanted(work)  # after `begin`: who takes a batch back looks for what was begun
             if starts >= STARTS:
                 raise MeshError(f"{starts} coordinators that generated this ended without an answer: see their logs")
             answer = await self._generate(work)
@@ -165,13 +207,27 @@ class BatchWorker:
                 await self._store.give_back(work.id, work.index, starts)
                 await work.give_back(_AGAIN_S)
                 return
-            self.counters["failed"] += 1
-            item = BatchItem(index=work.index, state="failed", error=ErrorReply.of(error))
+            state: Literal["failed", "cancelled"] = "cancelled" if isinstance(error, Cancelled) else "failed"
+            self.counters[state] += 1
+            item = BatchItem(index=work.index, state=state, error=ErrorReply.of(error))
         else:
             self.counters["done"] += 1
             item = BatchItem(index=work.index, state="done", answer=answer)
         await self._store.end(work.id, item)
-        await work.done()
+        if item.error is not None and item.error.code == MessageRejected.code:
+            await self._set_aside(work, item.error.message)
+        else:
+            await work.done()
+
+    async def _require_wanted(self, work: Work) -> None:
+        """Cancelled: the batch was taken back. A store that does not answer now takes nothing back."""
+        try:
+            cancelled = await self._store.is_cancelled(work.id)
+        except ServiceError as error:
+            log.debug("%s", error)
+            return
+        if cancelled:
+            raise Cancelled("the batch was taken back")
 
     async def _generate(self, work: Work) -> dict[str, Any]:
         """The document of the answer, however long it takes. The request is idempotent, and is sent again while no answer comes."""
@@ -185,6 +241,10 @@ class BatchWorker:
                 if future.done():
                     break
                 await work.alive()
+                await self._require_wanted(work)
+        except Cancelled:
+            self._cancel(name)
+            raise
         finally:
             self._answers.pop(name, None)
         received: Received = future.result()
@@ -192,7 +252,7 @@ class BatchWorker:
             raise DeadlineExceeded(f"the coordinator that had request {work.index} of batch {work.id} is gone")
         raise_error(received)
         document: dict[str, Any] = orjson.loads(received.data)
-        return {name: value for name, value in document.items() if name not in ("done", "epoch", "rest")}
+        return {name: value for name, value in document.items() if name not in ("done", "id", "epoch", "rest")}
 
     async def _on_answer(self, received: Received) -> None:
         future = self._answers.get(received.subject.rpartition(".")[2])

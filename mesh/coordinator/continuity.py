@@ -24,6 +24,7 @@ from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
 from mesh.protocol import topics
 from mesh.protocol.events import EventKind
 from mesh.protocol.generation import Generate
+from mesh.protocol.headers import SESSION_HEADER
 from mesh.protocol.status import Alive, Heartbeat
 from mesh.protocol.stream import with_epoch
 
@@ -174,7 +175,8 @@ class Continuity:
                 await self.bus.publish(reply, with_epoch(record.answer.encode(), asked.epoch))
                 return True
             if record.owner not in (None, self.instance) and not direct and await self._lives(str(record.owner)):
-                await self.bus.send(topics.GENERATE_AT.at(self._model, str(record.owner)), asked, reply=reply)
+                headers = {SESSION_HEADER: session}
+                await self.bus.send(topics.GENERATE_AT.at(self._model, str(record.owner)), asked, reply=reply, headers=headers)
                 return True
             if self._host.has(session):
                 return False
@@ -242,10 +244,14 @@ class Continuity:
                 or self._host.has(record.session)
             ):
                 continue
-            taken = await self.recorder.take_over(record, revision)
-            if taken is not None:
-                count += 1
-                await self._resume(*taken, None, record.reply)
+            try:
+                taken = await self.recorder.take_over(record, revision)
+                if taken is not None:
+                    count += 1
+                    await self._resume(*taken, None, record.reply)
+            except Exception as error:  # of this record: the others are taken over all the same
+                self.recorder.counters["not_resumed"] += 1
+                log.warning("taking over a session failed: %r", error)
         if count:
             self._announce("resumed", self.name, f"{count} session{'s' if count > 1 else ''} of another coordinator")
 

@@ -115,7 +115,7 @@ class Effects:
         if job is None:
             return
         try:
-            self._outbox.error(job.reply, internal_error(error), job.epoch)
+            self._outbox.error(job.reply, internal_error(error), job.epoch, job.id)
             self._continuity.end(job, None)
         except Exception as another:
             seldom.error(f"giving up session {session}", another)
@@ -143,7 +143,7 @@ class Effects:
         self._note_defect(effect.error)
         job = self._jobs.table.pop(effect.session, None)
         if job is not None:
-            self._outbox.error(job.reply, effect.error, job.epoch)
+            self._outbox.error(job.reply, effect.error, job.epoch, job.id)
 
     @staticmethod
     def _note_defect(error: MeshError | None) -> None:
@@ -159,7 +159,7 @@ class Effects:
             return
         if effect.error is not None:
             del self._jobs.table[effect.session]
-            self._outbox.error(job.reply, effect.error, job.epoch)
+            self._outbox.error(job.reply, effect.error, job.epoch, job.id)
             self._continuity.end(job, None)
             return
         answer = orjson.dumps(job.finished(effect))

@@ -4,7 +4,7 @@
     an answer frame      -> Result or FrameLost
     a cancel, or the server saying that a client no longer listens    -> CancelSession
     the server saying that some connection ended                      -> Suspicion
-    a question for a trace   answered from trace.py; no event
+    a question for a trace   answered from trace.py, to its owner by the session, to operators by the public id; no event
 
 Answer frames, cancels and clients that are gone are handled where they arrive, before anything that waits in a queue. Otherwise the
 answers of several steps would come before a cancel that was sent earlier.
@@ -16,6 +16,7 @@ import logging
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.coordinator.continuity import Continuity
@@ -89,6 +90,7 @@ class Intake:
             await self._bus.subscribe_direct(subjects.tokens(model, self._continuity.instance), self._on_answer),
             await self._bus.subscribe_direct(topics.CANCEL.at(model, self._name), self._on_cancel),
             await self._bus.subscribe(topics.TRACE.at(model, self._name), self._on_trace),
+            await self._bus.subscribe(topics.INSPECT.at(model, self._name), self._on_inspect),
             await self._bus.subscribe_unheard(f"{self._outbox.unheard}.*", self._on_unheard),
             await self._bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
         ]
@@ -105,7 +107,7 @@ class Intake:
         message = self._requests.parse(received.data)
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
-        id, digest = message.session or secrets.token_hex(12), digest_of(message)
+        id, digest = message.session or secrets.token_hex(16), digest_of(message)
         if await self._known(id, digest, message, received.reply):
             return
         size = len(received.data)
@@ -182,7 +184,9 @@ class Intake:
     def _on_unheard(self, subject: str) -> None:
         """The client of a session no longer listens."""
         if self._driver.connected_for_s() > _RECONNECTED_S:
-            self._driver.handle_now(CancelSession(subject.rpartition(".")[2], gone=True))
+            session = self._jobs.session_of(subject.rpartition(".")[2])
+            if session is not None:
+                self._driver.handle_now(CancelSession(session, gone=True))
 
     async def _on_disconnect(self, received: Received) -> None:
         """A shard's connection has ended. Only a hint: the core finds out whose it was."""
@@ -192,15 +196,23 @@ class Intake:
     # -- traces --------------------------------------------------------------------------------------------------------
 
     async def _on_trace(self, received: Received) -> None:
+        """Answer the owner of a session with its trace."""
+        await self._answer_trace(received, lambda session: session)
+
+    async def _on_inspect(self, received: Received) -> None:
+        """Answer an operator, who knows the public id alone."""
+        await self._answer_trace(received, self._traces.session_of)
+
+    async def _answer_trace(self, received: Received, session_of: Callable[[str], str | None]) -> None:
         """Answer with a request's trace, or with none: another coordinator may have it, so that is not an error."""
         if not received.reply:
             return
         try:
-            id = topics.TRACE.parse(received.data).request
+            session = session_of(topics.TRACE.parse(received.data).request)
         except MeshError as error:
             await self._bus.respond_error(received, error)
             return
-        trace = self._traces.document(id, self._core.session(id, time.monotonic()))
+        trace = None if session is None else self._traces.document(session, self._core.session(session, time.monotonic()))
         if trace is not None:
             trace |= {"coordinator": self._name, "model": self._manifest.name}
         await self._bus.respond(received, generation.TraceReply(trace=trace))

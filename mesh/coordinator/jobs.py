@@ -20,6 +20,7 @@ from mesh.errors import Busy, MeshError
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import generation, topics
+from mesh.protocol.headers import SESSION_HEADER
 from mesh.settings.units import format_bytes
 
 __all__ = ["Jobs"]
@@ -57,6 +58,10 @@ class Jobs:
 
     def has(self, session: str) -> bool:
         return session in self.table
+
+    def session_of(self, id: str) -> str | None:
+        """The session of the public id, of a request that is held."""
+        return next((session for session, job in self.table.items() if job.id == id), None)
 
     def answer(self, session: str) -> tuple[str, bytes] | None:
         """(digest, last document) of a request that ended not long ago."""
@@ -102,11 +107,11 @@ class Jobs:
             message, start = message.model_copy(update={"stream": asked.stream}), len(asked.given)
             if given[:start] != asked.given:
                 given = asked.given
-        message = message.model_copy(update={"given": given, "session": record.session})
+        message = message.model_copy(update={"given": given})
         try:
             request = await self._requests.prepare(message, record.session)
         except MeshError as error:
-            self._outbox.error(reply, error, record.epoch)
+            self._outbox.error(reply, error, record.epoch, generation.public_id(record.session))
             await self._outbox.send()
             return
         job = Job.of(message, replace(request, resumed=True), reply, self._tokenizer, digest=record.digest, epoch=record.epoch)
@@ -124,4 +129,5 @@ class Jobs:
             await self._bus.publish(job.reply, record.answer.encode())
         elif record.owner is not None and record.reply != job.reply:
             asked = job.message.model_copy(update={"session": session, "given": tuple(token.id for token in job.tokens[: job.delivered])})
-            await self._bus.send(topics.GENERATE_AT.at(self._manifest.name, record.owner), asked, reply=job.reply)
+            headers = {SESSION_HEADER: session}
+            await self._bus.send(topics.GENERATE_AT.at(self._manifest.name, record.owner), asked, reply=job.reply, headers=headers)

@@ -27,7 +27,7 @@ from mesh.coordinator.translate import frame_of
 from mesh.errors import MeshError, internal_error
 from mesh.protocol import frame_codec, topics
 from mesh.protocol.frame_codec import Flags
-from mesh.protocol.headers import EPOCH_HEADER
+from mesh.protocol.headers import EPOCH_HEADER, REQUEST_HEADER
 from mesh.telemetry.seldom import Seldom
 
 __all__ = ["Outbox"]
@@ -69,7 +69,7 @@ class Outbox:
     ) -> None:
         self.bus = bus
         self.unheard = bus.new_inbox()
-        """UNHEARD.SESSION is where the server says that the client of a session no longer listens."""
+        """UNHEARD.ID is where the server says that the client of a session no longer listens. ID is the public id: clients see it."""
         self._model = model
         self._model_hash = model_hash
         self._name = name
@@ -102,12 +102,12 @@ class Outbox:
     def document(self, job: Job, document: bytes, index: int | None = None) -> None:
         """A document of a stream before the last one. `index`: it is the document of this token."""
         token_of = None if index is None else (job, index)
-        self._queue.append(_Outgoing(job.reply, document, f"{self.unheard}.{job.request.id}", token_of=token_of))
+        self._queue.append(_Outgoing(job.reply, document, f"{self.unheard}.{job.id}", token_of=token_of))
 
-    def error(self, reply: str, error: MeshError, epoch: int) -> None:
-        """An error as the last message to a client."""
+    def error(self, reply: str, error: MeshError, epoch: int, id: str) -> None:
+        """An error as the last message to a client. `id`: the public id of its request."""
         data, headers = reply_error(error)
-        self._queue.append(_Outgoing(reply, data, headers={**headers, EPOCH_HEADER: str(epoch)}))
+        self._queue.append(_Outgoing(reply, data, headers={**headers, EPOCH_HEADER: str(epoch), REQUEST_HEADER: id}))
 
     # -- sending -------------------------------------------------------------------------------------------------------
 

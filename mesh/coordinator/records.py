@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final
 
 import orjson
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
@@ -59,6 +59,12 @@ _HEADERS_BYTES: Final = 1024
 _PAUSE_S: Final = 1.0  # after a write that failed
 
 
+def _inbox(reply: str) -> str:
+    if not subjects.is_inbox(reply):
+        raise ValueError("answers go to inboxes alone")
+    return reply
+
+
 class SessionRecord(Message):
     """message: the request, with its prompt in tokens and its seed drawn. digest: of the request as it arrived. owner: the instance of the
     coordinator that has the session; None: any coordinator may take it. given: the tokens generated so far. told: how many of them were
@@ -72,7 +78,7 @@ class SessionRecord(Message):
     epoch: AnswerEpoch
     digest: Label
     message: Generate
-    reply: Subject
+    reply: Annotated[Subject, AfterValidator(_inbox)]
     given: TokenIds = ()
     told: Natural = 0
     answer: Annotated[str, Field(max_length=_MAX_RECORD)] | None = None
@@ -111,7 +117,8 @@ class PendingWrite:
 class Recorder:
     """Writes the records of one coordinator's sessions. `on_lost(session, record)` is called where another coordinator has the session now.
 
-    counters: written, failed, too_large, lost, remade (the bucket was lost and made again).
+    counters: written, failed, too_large, lost, remade (the bucket was lost and made again), not_resumed, and rejected (records that cannot
+    be read).
     """
 
     def __init__(self, bucket: Bucket, model: str, instance: str, on_lost: Callable[[str, SessionRecord], None]) -> None:
@@ -211,11 +218,11 @@ class Recorder:
     async def read(self, session: str) -> tuple[SessionRecord, int] | None:
         """(record, revision); None where there is no record, or none that can be parsed."""
         entry = await self.bucket.get(self.key(session))
-        return None if entry is None else _parse(entry.value, entry.revision)
+        return None if entry is None else self._parse(entry.value, entry.revision)
 
     async def all(self) -> list[tuple[SessionRecord, int]]:
         """(record, revision) of every session of this model."""
-        found = [_parse(entry.value, entry.revision) for entry in await self.bucket.entries(f"{self._prefix}.>")]
+        found = [self._parse(entry.value, entry.revision) for entry in await self.bucket.entries(f"{self._prefix}.>")]
         return [item for item in found if item is not None]
 
     async def take_over(self, record: SessionRecord, revision: int, *, seen: int | None = None) -> tuple[SessionRecord, int] | None:
@@ -346,10 +353,10 @@ class Recorder:
             except MeshError as error:
                 log.debug("deleting session record %s: %s", session, error)
 
-
-def _parse(value: bytes | None, revision: int) -> tuple[SessionRecord, int] | None:
-    try:
-        return (SessionRecord.parse(value), revision) if value else None
-    except MessageRejected as error:
-        log.warning("a session record that cannot be read: %s", error)
-        return None
+    def _parse(self, value: bytes | None, revision: int) -> tuple[SessionRecord, int] | None:
+        try:
+            return (SessionRecord.parse(value), revision) if value else None
+        except MessageRejected as error:
+            self.counters["rejected"] += 1
+            log.warning("a session record that cannot be read: %s", error)
+            return None

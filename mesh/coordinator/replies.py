@@ -10,7 +10,7 @@ from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.stops import StopTexts
 from mesh.model.tokenizer import TextStream, Tokenizer
-from mesh.protocol.generation import Generate
+from mesh.protocol.generation import Generate, public_id
 from mesh.protocol.stream import Accepted, Answer, Finished, Timing, Token, TokenDocument, Usage, Waiting, dump
 
 __all__ = ["HopMeter", "Job"]
@@ -59,6 +59,7 @@ class Job:
     reply: str  # where answers go
     text: TextStream | None
     tokenizer: Tokenizer | None
+    id: str  # public
     digest: str = ""
     epoch: int = 1
     start: int = 0
@@ -86,16 +87,17 @@ class Job:
         epoch: int = 1,
     ) -> Job:
         """A job that has the request's prefix, as if it had been generated here."""
-        job = cls(message, request, reply, None if tokenizer is None else tokenizer.stream(), tokenizer, digest, epoch)
+        text = None if tokenizer is None else tokenizer.stream()
+        job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch)
         for id in request.prefix:
             job._take(Token(id))
         return job
 
     def accepted(self, model: str, cancel: str) -> bytes:
-        return dump(Accepted(self.request.id, cancel, model, self.start, self.epoch))
+        return dump(Accepted(self.name, cancel, model, self.start, self.epoch, self.id))
 
     def waiting(self, place: int) -> bytes:
-        return dump(Waiting(place, self.epoch))
+        return dump(Waiting(place, self.epoch, self.id))
 
     def push(self, token: Token) -> tuple[bytes | None, bool]:
         """Take a token. Returns its document (None: the client has it already), and whether a stop text is complete with it."""
@@ -117,7 +119,7 @@ class Job:
         median = sorted(steps)[len(steps) // 2] if steps else 0.0
         first = self.token_times[0] - self.began if self.token_times else None
         answer = Answer(
-            request=self.request.id,
+            request=self.name,
             tokens=tuple([token.id for token in self.tokens]),
             text=None if self.text is None else "".join(self.pieces),
             finish_reason=ended.reason,
@@ -135,7 +137,12 @@ class Job:
             ),
             logprobs=tuple([self._named(token) for token in self.tokens]) if self.detailed else None,
         )
-        return Finished(answer, rest, self.epoch).document()
+        return Finished(answer, rest, self.epoch, self.id).document()
+
+    @property
+    def name(self) -> str:
+        """The request's name as its documents show it. A caller's own name is not repeated: others may read the answers."""
+        return self.request.id if self.message.session is None else self.id
 
     @property
     def stopped(self) -> bool:
@@ -154,8 +161,8 @@ class Job:
     def _document(self, index: int) -> bytes:
         token = self.tokens[index]
         if self.message.logprobs is None:
-            return dump(TokenDocument(index, token, self.pieces[index], self.epoch))
-        return dump(TokenDocument(index, self._named(token), self.pieces[index], self.epoch, detailed=True))
+            return dump(TokenDocument(index, token, self.pieces[index], self.epoch, self.id))
+        return dump(TokenDocument(index, self._named(token), self.pieces[index], self.epoch, self.id, detailed=True))
 
     def _named(self, token: Token) -> Token:
         """`token` with the texts of itself and its alternatives."""

@@ -19,7 +19,7 @@ from mesh import __version__
 from mesh.bus import Bus, Endpoint, EventLog, Service, announce, end_tasks, keep_events
 from mesh.coordinator.batch import BatchWorker
 from mesh.coordinator.continuity import Continuity
-from mesh.coordinator.core.events import FrameLost
+from mesh.coordinator.core.events import CancelSession, FrameLost
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.routing import Strategy
@@ -165,7 +165,9 @@ class Coordinator:
             requests=self.requests,
         )
         self._events = EventLog(bus)
-        self.batches = BatchWorker(bus, self.core, model, self.continuity.instance)
+        self.batches = BatchWorker(
+            bus, self.core, model, self.continuity.instance, lambda session: self.driver.handle_now(CancelSession(session))
+        )
         bus.on_change(self._on_connection)
 
     async def run(self) -> None:
@@ -228,6 +230,7 @@ class Coordinator:
             last_step_s=None if last_step_at is None else now - last_step_at,
             http=self.http_url,
             rejected_frames=dict(self.intake.rejected),
+            refused_replies=self.bus.refused_replies,
             resumed=self.continuity.resumed,
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
@@ -259,7 +262,7 @@ class Coordinator:
         released = await self.continuity.hand_over()
         gone = Unavailable("the coordinator is going away: send the request again")
         for job in [job for id, job in self.jobs.table.items() if id not in released]:
-            self.outbox.error(job.reply, gone, job.epoch)
+            self.outbox.error(job.reply, gone, job.epoch, job.id)
         await self.outbox.send()
         if self.bus.connected:
             await self.shards.close_all(self.continuity.instance)

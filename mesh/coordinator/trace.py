@@ -18,6 +18,7 @@ from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import SessionView
 from mesh.protocol.documents import short
 from mesh.protocol.frame_codec import StageTiming
+from mesh.protocol.generation import public_id
 from mesh.protocol.message import MAX_LINE
 from mesh.protocol.status import SessionReport
 
@@ -80,7 +81,7 @@ class _Leg:
 
 @dataclass(slots=True)
 class Trace:
-    """The trace of one request. Times are those of time.perf_counter, except `began_unix_s`."""
+    """The trace of one request. `id` is its session, which no report shows. Times are those of time.perf_counter, except `began_unix_s`."""
 
     id: str
     began: float
@@ -92,6 +93,10 @@ class Trace:
     prefills: deque[_Step] = field(default_factory=lambda: deque(maxlen=KEPT_PREFILLS))
     decodes: deque[_Step] = field(default_factory=lambda: deque(maxlen=KEPT_DECODES))
     ended: Ended | None = None
+
+    @property
+    def public_id(self) -> str:
+        return public_id(self.id)
 
     def add(self, out: FrameOut, step: _Step) -> None:
         route = out.route
@@ -119,7 +124,7 @@ class Trace:
         steps = [(step, "prefill") for step in self.prefills] + [(step, "decode") for step in self.decodes]
         steps.sort(key=lambda pair: pair[0].at)
         return {
-            "request": self.id,
+            "request": self.public_id,
             "began_unix_s": self.began_unix_s,
             "prompt_tokens": self.prompt_tokens,
             "max_tokens": self.max_tokens,
@@ -175,6 +180,10 @@ class Traces:
         while len(self._ended) > KEPT_REQUESTS:
             self._ended.popitem(last=False)
 
+    def session_of(self, id: str) -> str | None:
+        """The session of the public id, of a request that is known here."""
+        return next((trace.id for trace in (*self._running.values(), *self._ended.values()) if trace.public_id == id), None)
+
     def document(self, id: str, session: SessionView | None) -> dict[str, Any] | None:
         """The whole trace of a request, None for one that is not known. `session`: where it still runs."""
         trace = self._running.get(id)
@@ -201,7 +210,7 @@ class Traces:
 
 def _running(trace: Trace, session: SessionView) -> SessionReport:
     return SessionReport(
-        request=trace.id,
+        request=trace.public_id,
         state=session.state,
         route=session.route,
         prompt_tokens=trace.prompt_tokens,
@@ -219,7 +228,7 @@ def _over(trace: Trace) -> SessionReport:
     ended = trace.ended
     assert ended is not None
     return SessionReport(
-        request=trace.id,
+        request=trace.public_id,
         state=ended.reason,
         route=tuple(hop.shard for hop in trace.legs[-1].route) if trace.legs else (),
         prompt_tokens=trace.prompt_tokens,

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mesh.errors import Busy, Denied
+from mesh.errors import BadRequest, Busy, Denied
 from mesh.gateway.settings import Limits
 from mesh.http.tokens import Claims, Verifier
 
@@ -28,7 +28,8 @@ class NotAuthenticated(Denied):
 
 
 class _Bucket:
-    """A token bucket: `level` of `size`, refilled within a minute. A negative level is a debt, which the refill pays first."""
+    """A token bucket: `level` of `size`, refilled within a minute. A negative level is a debt, which the refill pays first. A call
+    leaves one if it used more than was set aside for it, because its prompt was longer than it looked."""
 
     def __init__(self, size: int, now: float) -> None:
         self.size = size
@@ -65,27 +66,44 @@ class Caller:
     def may(self, scope: str) -> bool:
         return self.claims is None or self.claims.allows(scope)
 
-    def charge(self, tokens: int, *, requests: int = 1) -> int:
-        """Take `requests` and set `tokens` aside. Busy: the token has used up its limits, and nothing is taken."""
+    def charge(self, tokens: int, *, requests: int = 1, prompt: int = 0) -> int:
+        """Take `requests` and set aside what a call may cost, before it begins: `tokens`, and `prompt` tokens as far as they can be
+        guessed. Returns what was set aside.
+
+        Busy, with nothing taken: not so many are left now; it says when they are. BadRequest: a minute never has so many.
+        """
         if self._buckets is None:
             return 0
         now = self._clock()
         asked, given = self._buckets.requests, self._buckets.tokens
         if asked is not None:
             asked.refill(now)
-            if asked.level < min(requests, asked.size):
-                wait_s = asked.wait_s(min(requests, asked.size))
+            if requests > asked.size:
+                raise BadRequest(
+                    f"this call counts as {requests:,} requests, and this token may ask {asked.size:,} times a minute: send fewer at once",
+                    field="requests",
+                )
+            if asked.level < requests:
+                wait_s = asked.wait_s(requests)
                 raise Busy(f"this token may ask {asked.size} times a minute: try again in {wait_s:.1f} s", retry_after_s=wait_s)
+        cost = tokens + prompt
         if given is not None:
             given.refill(now)
-            if given.level < 1:
-                wait_s = given.wait_s(1)
+            if tokens > given.size:
+                raise BadRequest(
+                    f"this call may take {tokens:,} tokens, and this token may have {given.size:,} a minute: ask for fewer with "
+                    "max_tokens, or send fewer requests at once",
+                    field="max_tokens",
+                )
+            cost = min(cost, given.size)
+            if given.level < cost:
+                wait_s = given.wait_s(cost)
                 raise Busy(f"this token may have {given.size} tokens a minute: try again in {wait_s:.1f} s", retry_after_s=wait_s)
         if asked is not None:
             asked.level -= requests
         if given is not None:
-            given.level -= tokens
-        return tokens
+            given.level -= cost
+        return cost
 
     def settle(self, charged: int, used: int) -> None:
         """Correct the charge of a generation: it was charged `charged` tokens and has used `used`, with those of the prompt."""

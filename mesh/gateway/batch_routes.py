@@ -23,7 +23,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import HttpError, error_body
 from mesh.gateway.events import until_gone
-from mesh.gateway.generation import Bill, HttpGeneration, check_length, paying
+from mesh.gateway.generation import Bill, HttpGeneration, check_length, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.native import answer_document, check_input
 from mesh.gateway.schema import BatchJob, BatchProgress, BatchRequest, BatchResponse, ErrorResponse, InferenceItem
@@ -63,15 +63,12 @@ async def progress(
     gateway: Gateway = Depends(gateway_of),  # noqa: B008
 ) -> Response:
     """The progress of a batch, and the results of those requests that have ended, among at most `limit` from `offset` on."""
-    mark = _mark(caller_of(request))
-    unknown = HttpError(f"there is no batch {id[:64]}", status=404, code="batch_not_found")
-    if not id.startswith(mark):
-        raise unknown
+    _require_own(id, caller_of(request))
     try:
         status = await gateway.client.batch_status(id)
         ended = await gateway.client.batch_results(id, offset=offset, limit=limit)
     except BadRequest:
-        raise unknown from None
+        raise _unknown(id) from None
     results: list[dict[str, Any]] = []
     for item in ended:
         if item.completion is not None:
@@ -80,6 +77,25 @@ async def progress(
             results.append({"index": item.index, "error": error_body(item.error)})
     following = offset + limit
     return _json({**_job(status), "results": results, "next": following if following < status.total else None})
+
+
+@batch.delete("/api/v1/batch/{id}", response_model=BatchJob, responses=_UNKNOWN)
+async def cancel(id: str, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
+    """Take a batch back: what has not begun is not begun, what runs is cancelled, what has ended keeps its result."""
+    _require_own(id, caller_of(request))
+    try:
+        return _json(_job(await gateway.client.cancel_batch(id)))
+    except BadRequest:
+        raise _unknown(id) from None
+
+
+def _unknown(id: str) -> HttpError:
+    return HttpError(f"there is no batch {id[:64]}", status=404, code="batch_not_found")
+
+
+def _require_own(id: str, caller: Caller) -> None:
+    if not id.startswith(_mark(caller)):
+        raise _unknown(id)
 
 
 async def _submit(gateway: Gateway, caller: Caller, body: BatchRequest, models: set[str]) -> BatchStatus:
@@ -91,7 +107,8 @@ async def _submit(gateway: Gateway, caller: Caller, body: BatchRequest, models: 
         fields.setdefault("max_tokens", _KEPT_MAX_TOKENS)
         check_length(fields, gateway.settings.limits, gateway.models.max_prompt_characters(model))
         made.append(fields)
-    caller.charge(sum(fields["max_tokens"] for fields in made), requests=len(made))
+    cost = cost_of(made, gateway.settings.limits)
+    caller.charge(cost.tokens, requests=cost.requests, prompt=cost.prompt)
     return await gateway.client.submit_batch(made, id=_mark(caller) + secrets.token_hex(12), model=model)
 
 
@@ -102,9 +119,8 @@ async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, mode
             f"requests has {len(body.requests)} entries: at most {limits.max_batch} are answered at once, send more with async: true",
             field="requests",
         )
-    tokens = sum(item.max_tokens or limits.default_max_tokens for item in body.requests)
     gate = asyncio.Semaphore(limits.batch_concurrency)
-    with paying(caller, tokens, requests=len(body.requests)) as bill:
+    with paying(caller, cost_of([item.generate_fields() for item in body.requests], limits)) as bill:
 
         async def one(index: int) -> Completion | MeshError:
             async with gate:
@@ -151,7 +167,7 @@ def _mark(caller: Caller) -> str:
 
 
 def _job(status: BatchStatus) -> dict[str, Any]:
-    return status.model_dump(mode="json")
+    return status.model_dump(mode="json", exclude={"digest", "complete"})
 
 
 def _json(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from mesh.client import Chunk, Completion
@@ -12,7 +13,9 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
 from mesh.gateway.settings import Limits
 
-__all__ = ["Bill", "HttpGeneration", "check_length", "paying"]
+__all__ = ["Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "paying"]
+
+_CHARACTERS_A_TOKEN = 4
 
 
 class Bill:
@@ -21,10 +24,32 @@ class Bill:
     used = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a call may take: its requests; the tokens that it may generate, and those of prompts that are given as ids; and a guess at the
+    tokens of prompts that are texts."""
+
+    requests: int
+    tokens: int
+    prompt: int
+
+
+def cost_of(requests: Iterable[Mapping[str, Any]], limits: Limits, *, default: int | None = None) -> Cost:
+    """The cost of a call of these requests, as mesh.client takes them. `default`: tokens where a request gives no max_tokens; None: those
+    of `limits`."""
+    count = tokens = characters = 0
+    for fields in requests:
+        count += 1
+        tokens += fields.get("max_tokens") or default or limits.default_max_tokens
+        tokens += len(fields.get("tokens") or ())
+        characters += len(fields.get("prompt") or "") + sum(len(message["content"]) for message in fields.get("messages") or ())
+    return Cost(count, tokens, characters // _CHARACTERS_A_TOKEN)
+
+
 @contextmanager
-def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
-    """Set `tokens` aside for a request, and give back afterwards what it did not use. Busy: the caller's token has none left."""
-    charged = caller.charge(tokens, requests=requests)
+def paying(caller: Caller, cost: Cost) -> Iterator[Bill]:
+    """Set aside what a call may cost; Busy or BadRequest where its token has not so much. Afterwards what it did not use is given back."""
+    charged = caller.charge(cost.tokens, requests=cost.requests, prompt=cost.prompt)
     bill = Bill()
     try:
         yield bill

@@ -17,7 +17,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import error_document
 from mesh.gateway.events import EventStream, event, until_gone
-from mesh.gateway.generation import HttpGeneration, paying
+from mesh.gateway.generation import HttpGeneration, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.schema import InferenceItem, InferenceRequest, InferenceResponse, StatsResponse
 
@@ -42,7 +42,7 @@ async def inference(body: InferenceRequest, request: Request, gateway: Gateway =
             lambda error: event({"done": True, **error_document(error, request_id)}),
             keep_alive_s=gateway.settings.limits.keep_alive_s,
         )
-    with paying(caller, _most(gateway, body)) as bill:
+    with paying(caller, cost_of([body.generate_fields()], gateway.settings.limits)) as bill:
         generation = HttpGeneration(gateway, bill, model, body.generate_fields())
         completion = await until_gone(request.receive, generation.complete())
     return _json(answer_document(completion, model))
@@ -62,7 +62,7 @@ async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Res
 
 
 async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceItem) -> AsyncGenerator[bytes, None]:
-    with paying(caller, _most(gateway, body)) as bill:
+    with paying(caller, cost_of([body.generate_fields()], gateway.settings.limits)) as bill:
         generation = HttpGeneration(gateway, bill, model, body.generate_fields())
         rest = ""
         async with aclosing(generation.chunks()) as chunks:
@@ -73,11 +73,6 @@ async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceI
                     yield event(_token(chunk))
         assert generation.completion is not None
         yield event({"done": True, "rest": rest, **answer_document(generation.completion, model)})
-
-
-def _most(gateway: Gateway, item: InferenceItem) -> int:
-    """The most tokens that the request may generate."""
-    return item.max_tokens or gateway.settings.limits.default_max_tokens
 
 
 def _token(chunk: Chunk) -> dict[str, Any]:

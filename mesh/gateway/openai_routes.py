@@ -23,7 +23,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import openai_document
 from mesh.gateway.events import EventStream, event, until_gone
-from mesh.gateway.generation import HttpGeneration, paying
+from mesh.gateway.generation import Cost, HttpGeneration, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
 from mesh.gateway.openai_shapes import ChatShape, Shape, TextShape
@@ -84,13 +84,11 @@ class _Work:
     include_usage: bool
 
     @property
-    def most(self) -> int:
-        """The most tokens that the request may generate."""
-        default = self.gateway.settings.limits.default_max_tokens
-        return sum(request.get("max_tokens", default) for request in self.requests)
+    def cost(self) -> Cost:
+        return cost_of(self.requests, self.gateway.settings.limits)
 
     async def complete(self) -> dict[str, Any]:
-        with paying(self.caller, self.most) as bill:
+        with paying(self.caller, self.cost) as bill:
             tasks = [HttpGeneration(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
             completions = await _together(tasks)
         self.shape.name(completions[0].request)
@@ -98,7 +96,7 @@ class _Work:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape = self.shape
-        with paying(self.caller, self.most) as bill:
+        with paying(self.caller, self.cost) as bill:
             generations = [HttpGeneration(self.gateway, bill, shape.model, request) for request in self.requests]
             async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
                 async for index, chunk in chunks:

@@ -141,15 +141,16 @@ class BatchResponse(ResponseBody):
 
 
 class BatchJob(ResponseBody):
-    """A batch that is kept. `total` = waiting + `running` + `done` + `failed`."""
+    """A batch that is kept. `total` = waiting + `running` + `done` + `failed` + `cancelled`."""
 
     id: str
     model: str
-    state: Literal["queued", "running", "done", "failed"]
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
     total: int
     running: int
     done: int
     failed: int
+    cancelled: int
     submitted_unix_s: float
 
 

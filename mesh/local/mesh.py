@@ -7,15 +7,13 @@ to stop, coordinators first. A child that dies is started again (mesh/local/supe
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -26,18 +24,18 @@ from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, DeadlineExceeded
 from mesh.host.process import dying_with_parent
 from mesh.host.scratch import ScratchFolder
-from mesh.local.nats_server import NatsServer
+from mesh.local.nats_server import USER, NatsServer
 from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
 from mesh.protocol.status import CoordinatorStats, ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
-from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
+from mesh.settings.defaults import DEFAULT_HTTP_PORT
 from mesh.settings.files import ENV_PREFIX
 from mesh.settings.schema import NatsSection
 from mesh.settings.units import GB
 from mesh.types import LayerRange, Progress, even_ranges, no_progress
 
-__all__ = ["LocalMesh", "LocalOptions", "announced", "default_url"]
+__all__ = ["LocalMesh", "LocalOptions"]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +48,8 @@ class LocalOptions:
     """What to start.
 
     shards: layer ranges. replicas: shards of each range. mode: how replicas stand in for each other (mesh/settings/schema.py). nats: use
-    these servers instead of starting one. port: of the server that is started (None: a free one). rows, context: of each shard (None: the
+    these servers instead of starting one. port: of the server that is started (None: a free one). password: that this server asks for
+    (None: every user of this machine may connect). rows, context: of each shard (None: the
     model's context). memory_bytes: the most that a shard may take (None: the machine's memory). http: whether each coordinator serves HTTP;
     the first one does on http_port (None: 8080, or a free port). coordinator_arguments: further arguments of `mesh coordinator`.
     """
@@ -62,6 +61,7 @@ class LocalOptions:
     coordinators: int = 1
     nats: str | None = None
     port: int | None = None
+    password: str | None = field(default=None, repr=False)
     rows: int = 8
     context: int | None = None
     memory_bytes: int | None = None
@@ -96,7 +96,9 @@ class LocalMesh:
     @property
     def bus(self) -> BusOptions:
         """How to connect to this mesh."""
-        return replace(self.options.bus or BusOptions(), urls=tuple(self.url.split(",")))
+        options = replace(self.options.bus or BusOptions(), urls=tuple(self.url.split(",")))
+        password = self.options.password
+        return options if self._server is None or password is None else replace(options, user=USER, password=password)
 
     @property
     def shard_count(self) -> int:
@@ -115,7 +117,7 @@ class LocalMesh:
         logs.mkdir(parents=True, exist_ok=True)
         try:
             if options.nats is None:
-                self._server = NatsServer.start(port=options.port)
+                self._server = NatsServer.start(port=options.port, password=options.password)
                 self._supervisor.watch("nats-server", self._server)
                 self.url = self._server.url
             else:
@@ -296,46 +298,3 @@ class LocalMesh:
 
     def _last_words(self) -> str:
         return "; ".join(f"{name}: {(child.log or ['nothing said'])[-1]}" for name, child in self._children.items())
-
-
-# -- where the last one runs -----------------------------------------------------------------------------------------------
-
-
-def default_url() -> str:
-    """The NATS address of commands that are given none: $MESH_NATS_URLS, else that of the `mesh up` that runs here, else NATS's default
-    port."""
-    given = os.environ.get("MESH_NATS_URLS")
-    if given:
-        return given
-    try:
-        with _run_path().open() as file:
-            said = json.load(file)
-        os.kill(said["pid"], 0)
-        return str(said["url"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return DEFAULT_NATS_URL
-
-
-@contextmanager
-def announced(url: str) -> Iterator[None]:
-    """While this context is open, `default_url` finds this mesh, unless a later one is announced or the file cannot be written."""
-    path = _run_path()
-    said = json.dumps({"url": url, "pid": os.getpid()})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.write_text(said)
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        try:
-            if path.read_text() == said:
-                path.unlink()
-        except OSError:
-            pass
-
-
-def _run_path() -> Path:
-    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "stagemesh" / "up.json"

@@ -16,25 +16,30 @@ from mesh.errors import ConfigError, DeadlineExceeded
 from mesh.host.process import dying_with_parent
 from mesh.host.scratch import ScratchFolder
 
-__all__ = ["NatsServer", "find_binary"]
+__all__ = ["USER", "NatsServer", "find_binary"]
+
+USER = "mesh"
+"""The user of a server that is started without a configuration."""
 
 MAX_PAYLOAD = 8 * 1024 * 1024  # as large as nats-server allows without a warning
+
+_PASSWORD_VARIABLE = "MESH_EMBEDDED_NATS_PASSWORD"
 
 _CONFIG = f"""\
 max_payload: {MAX_PAYLOAD}
 jetstream {{ store_dir: "./jetstream" }}
-# Only the mesh connects on loopback. It is told when connections end, as in nats/advisories.conf.
+# The mesh is told when connections end, as in nats/advisories.conf.
 accounts {{
   SYS {{ exports: [ {{ stream: "$SYS.ACCOUNT.*.DISCONNECT", account_token_position: 3 }} ] }}
   MESH {{
     jetstream: enabled
-    users: [ {{ user: mesh, password: mesh }} ]
+    users: [ {{ user: {USER}, password: ${_PASSWORD_VARIABLE} }} ]
     imports: [ {{ stream: {{ account: SYS, subject: "$SYS.ACCOUNT.MESH.DISCONNECT" }} }} ]
   }}
 }}
 system_account: SYS
-no_auth_user: mesh
 """
+_OPEN = f"no_auth_user: {USER}\n"
 
 _LISTENING = re.compile(r"Listening for client connections on (\S+):(\d+)")
 _MONITOR = re.compile(r"Starting http monitor on (\S+):(\d+)")
@@ -80,6 +85,7 @@ class NatsServer:
         config: Path | None = None,
         host: str = "127.0.0.1",
         port: int | None = None,
+        password: str | None = None,
         monitor: bool = False,
         directory: Path | None = None,
         arguments: Sequence[str] = (),
@@ -88,7 +94,9 @@ class NatsServer:
     ) -> NatsServer:
         """Start a server and wait until it is ready. Call it from the main thread: the server ends with the thread that started it.
 
-        config: a configuration file such as those of nats/; host and port are given beside it. port None: a free one. directory: the
+        config: a configuration file such as those of nats/; host and port are given beside it. Without one,
+        USER connects with `password`, which the server gets in its environment, where other users of the machine do not see it; password
+        None: everyone on this machine may connect. port None: a free one. directory: the
         working folder, which keeps ./jetstream; None: a temporary one, which `stop` removes. arguments: further arguments of nats-server.
         Errors: ConfigError (no program, a bad configuration), DeadlineExceeded.
         """
@@ -99,7 +107,8 @@ class NatsServer:
         directory.mkdir(parents=True, exist_ok=True)
         if config is None:
             config = directory / "embedded.conf"
-            config.write_text(_CONFIG)
+            config.write_text(_CONFIG if password is not None else _CONFIG + _OPEN)
+            environment = {**(environment or {}), _PASSWORD_VARIABLE: password or "open"}
         command = [find_binary(), "--config", str(config.absolute()), "--addr", host, "--port", str(-1 if port is None else port)]
         if monitor:
             command += ["--http_port", "-1"]

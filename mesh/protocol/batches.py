@@ -8,14 +8,14 @@ from pydantic import Field
 
 from mesh.protocol.failures import ErrorReply
 from mesh.protocol.generation import Generate
-from mesh.protocol.message import Label, Message, Natural
+from mesh.protocol.message import Label, Line, Message, Natural, Subject
 
-__all__ = ["MAX_BATCH", "BatchId", "BatchItem", "BatchQuery", "BatchResults", "BatchState", "BatchStatus", "BatchSubmit"]
+__all__ = ["MAX_BATCH", "BatchId", "BatchItem", "BatchQuery", "BatchResults", "BatchState", "BatchStatus", "BatchSubmit", "DeadMessage"]
 
 MAX_BATCH = 10_000
 MAX_RESULTS = 1000
 BatchId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")]
-BatchState = Literal["queued", "running", "done", "failed"]
+BatchState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 class BatchSubmit(Message):
@@ -36,7 +36,9 @@ class BatchQuery(Message):
 
 
 class BatchStatus(Message):
-    """`total` = waiting + `running` + `done` + `failed`. `state`: done when all have ended, failed if all have failed."""
+    """`total` = waiting + `running` + `done` + `failed` + `cancelled`. `state`: done when all have ended, failed if all have failed,
+    cancelled from the moment when the batch was taken back before all had ended. `digest`: of the
+    requests. `complete`: all of them are in the queue."""
 
     id: BatchId
     model: Label
@@ -45,18 +47,30 @@ class BatchStatus(Message):
     running: Natural
     done: Natural
     failed: Natural
+    cancelled: Natural = 0
     submitted_unix_s: float
+    digest: Label = ""
+    complete: bool = True
 
 
 class BatchItem(Message):
-    """A request of a batch that has ended. `answer`: the last document of its generation. `error`: why it `failed`."""
+    """A request of a batch that has ended. `answer`: the last document of its generation. `error`: why it `failed`, or was cancelled."""
 
     limit_bytes: ClassVar[int] = 8 * 1024 * 1024
 
     index: Natural
-    state: Literal["done", "failed"]
+    state: Literal["done", "failed", "cancelled"]
     answer: Annotated[dict[Label, Any], Field(max_length=64)] | None = None
     error: ErrorReply | None = None
+
+
+class DeadMessage(Message):
+    """A message of a queue that no coordinator could handle: where it was, why it was set aside, how large it was, and when."""
+
+    subject: Subject
+    reason: Line
+    size_bytes: Natural
+    at_unix_s: float
 
 
 class BatchResults(Message):

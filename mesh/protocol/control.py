@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mesh.protocol.message import Epoch, Message, Natural, Positive, SessionId, Token
+from mesh.protocol.message import Epoch, Line, Message, Natural, Positive, SessionId, Token
 from mesh.protocol.sampling import SamplingParams
 from mesh.types import LayerRange
 
@@ -98,7 +98,7 @@ class Drained(Message):
 
     shard: Token
     sessions: Natural
-    gap: str = ""
+    gap: Line = ""
 
 
 class Load(Message):
@@ -120,4 +120,4 @@ class Loaded(Message):
     layers_end: Natural
     sessions: Natural
     took_s: float
-    gap: str = ""
+    gap: Line = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -9,13 +10,19 @@ from pydantic import ConfigDict, Field, model_validator
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Token, TokenIds
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 
-__all__ = ["MAX_CHARACTERS", "MAX_MESSAGES", "Cancel", "ChatMessage", "Generate", "TraceReply", "TraceRequest"]
+__all__ = ["MAX_CHARACTERS", "MAX_MESSAGES", "Cancel", "ChatMessage", "Generate", "TraceReply", "TraceRequest", "public_id"]
 
 MAX_CHARACTERS: Final = 4 * 1024 * 1024
 """Of a prompt or a message, and bytes of a whole request."""
 MAX_MESSAGES: Final = 10_000
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 StopText = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+
+
+def public_id(session: str) -> str:
+    """The name under which a generation is shown: in its documents, in statistics and traces. It says which generation is meant, and gives
+    no right to it. Whoever knows the session itself may go on with the generation, cancel it and read its trace."""
+    return hashlib.sha256(session.encode()).hexdigest()[:24]
 
 
 class ChatMessage(Message):
@@ -43,9 +50,10 @@ class Generate(SamplingFields, Input):
     """A generation request: the input, the sampling parameters, and what is done with the answer.
 
     `seed` None: the coordinator draws one. `session`: the caller's own name for the request; two requests of one name are the same
-    request. `raw`: the prompt is used as it is, without the model's chat template. `attempt`: how often a named request was sent
-    before; 0 promises that this is the first time. `given`: the tokens of the answer that the caller already has; the answer
-    continues after them. `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
+    request. It is also the caller's proof that the generation is its own, so it should be one that nobody guesses. `raw`: the prompt is
+    used as it is, without the model's chat template. `attempt`: how often a named request was sent before; 0 promises that this is the
+    first time. `given`: the tokens of the answer that the caller already has; the answer continues after them.
+    `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
     """
 
     limit_bytes: ClassVar[int] = MAX_CHARACTERS
@@ -66,13 +74,14 @@ class Generate(SamplingFields, Input):
 
 
 class Cancel(Message):
-    """Stop a generation. `request`: its name, as the coordinator's first document gives it."""
+    """Stop a generation. `request`: its session; where the caller named none, the name in the coordinator's first document."""
 
     request: Token
 
 
 class TraceRequest(Message):
-    """Ask a coordinator where the time of a generation went. `request` names one that runs, or one of the last that ended."""
+    """Ask a coordinator where the time of a generation went, of one that runs or one of the last that ended. `request`: its session, or
+    its public id where the topic says so."""
 
     request: Token
 

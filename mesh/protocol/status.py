@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from mesh.protocol.message import Counts, Label, Line, Message, Natural, Positive, SessionId, Token
 from mesh.types import LayerRange
@@ -120,6 +120,12 @@ class ShardLease(Message):
     started_unix_s: float = 0.0
     http: Line = ""  # the address of its health page
 
+    @model_validator(mode="after")
+    def _is_a_range_of_the_model(self) -> Self:
+        if not self.layers_start < self.layers_end <= self.total_layers:
+            raise ValueError(f"layers {self.layers_start}-{self.layers_end} of {self.total_layers} are no range of a model")
+        return self
+
     @property
     def layers(self) -> LayerRange:
         return LayerRange(self.layers_start, self.layers_end)
@@ -183,7 +189,8 @@ class CoordinatorStats(_Reported):
     every layer range has a shard. `context`: the longest context that a session can have. `max_prompt_characters`: a longer
     prompt cannot fit. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
-    answers that nothing waited for. `resumed`: sessions taken over from other coordinators. `expected`: the shards it waits for.
+    answers that nothing waited for. `refused_replies`: requests whose answers would have gone to no inbox. `resumed`: sessions taken
+    over from other coordinators. `expected`: the shards it waits for.
     `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where. `prompts`: how
     many were tokenized, and of these late and died, whose process was ended for its time or its memory.
     `remade`: what was lost in JetStream and made again, and how often.
@@ -220,6 +227,7 @@ class CoordinatorStats(_Reported):
     decode_frames: Natural = 0
     prefill_frames: Natural = 0
     late: Natural = 0
+    refused_replies: Natural = 0
     rejected_frames: Counts = Field(default_factory=dict)
     records: Counts = Field(default_factory=dict)
     batches: Counts = Field(default_factory=dict)

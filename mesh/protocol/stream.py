@@ -11,6 +11,9 @@ milliseconds since 1970. It grows when another coordinator takes over the sessio
 Documents of a lower epoch than one seen before are late: they change nothing. "next" is the index of the first token document that
 follows; after another coordinator took over, it may be lower than what was delivered before.
 
+Every document has the "id" of its request (generation.public_id). A client reads no document of another request, whoever sent it.
+"request" in the first and the last document is the request's name, where the coordinator drew it; the caller's own name is not repeated.
+
 The "text" of the token documents and the "rest" of the last one, joined, are the whole text.
 """
 
@@ -134,6 +137,7 @@ class Accepted(NamedTuple):
     model: str
     next: int
     epoch: int | None
+    id: str
 
 
 class Waiting(NamedTuple):
@@ -141,6 +145,7 @@ class Waiting(NamedTuple):
 
     waiting: int
     epoch: int | None
+    id: str
 
 
 class TokenDocument(NamedTuple):
@@ -151,6 +156,7 @@ class TokenDocument(NamedTuple):
     token: Token
     text: str
     epoch: int | None
+    id: str
     detailed: bool = False
 
 
@@ -160,9 +166,10 @@ class Finished(NamedTuple):
     answer: Answer
     rest: str
     epoch: int | None
+    id: str
 
     def document(self) -> dict[str, Any]:
-        return {"done": True, "epoch": self.epoch, "rest": self.rest, **self.answer.document()}
+        return {"done": True, "id": self.id, "epoch": self.epoch, "rest": self.rest, **self.answer.document()}
 
 
 Document = Accepted | Waiting | TokenDocument | Finished
@@ -171,10 +178,9 @@ Document = Accepted | Waiting | TokenDocument | Finished
 def dump(document: Document) -> bytes:
     """A document as it goes to a client."""
     if type(document) is TokenDocument:
-        position, token, text, epoch, detailed = document
-        if not detailed:
-            return orjson.dumps({"index": position, "token": token.id, "text": text, "epoch": epoch, "done": False})
-        return orjson.dumps({"index": position, "token": token.id, "text": text, **token.details(), "epoch": epoch, "done": False})
+        position, token, text, epoch, id, detailed = document
+        plain = {"index": position, "token": token.id, "text": text, "epoch": epoch, "id": id, "done": False}
+        return orjson.dumps(plain | token.details() if detailed else plain)
     if isinstance(document, Finished):
         return orjson.dumps(document.document())
     return orjson.dumps({**document._asdict(), "done": False})
@@ -184,14 +190,14 @@ def parse(data: bytes) -> Document:
     """The inverse of `dump`. A document of a kind that this version does not know is a Waiting. MessageRejected: it is no document."""
     try:
         document: dict[str, Any] = orjson.loads(data)
-        epoch = document.get("epoch")
+        epoch, id = document.get("epoch"), document.get("id") or ""
         if document["done"]:
-            return Finished(answer_of(document), document.get("rest") or "", epoch)
+            return Finished(answer_of(document), document.get("rest") or "", epoch, id)
         if "index" in document:
-            return TokenDocument(document["index"], Token.of(document), document["text"], epoch, "logprob" in document)
+            return TokenDocument(document["index"], Token.of(document), document["text"], epoch, id, "logprob" in document)
         if "cancel" in document:
-            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch)
-        return Waiting(document.get("waiting", 0), epoch)
+            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch, id)
+        return Waiting(document.get("waiting", 0), epoch, id)
     except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
         raise MessageRejected(f"this is no document of a generation: {error!r}") from None
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Final
 
 from mesh.errors import BadRequest
+from mesh.settings.defaults import INBOX_ROOT
 from mesh.types import LayerRange
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "RENEW_S",
     "REPLICAS_QUEUE",
     "STREAM_BATCH",
+    "STREAM_DEAD",
     "STREAM_EVENTS",
     "VERSION",
     "all_frames",
     "check_token",
     "frames",
+    "is_inbox",
     "is_token",
     "token",
     "tokens",
@@ -46,6 +49,7 @@ KV_SESSIONS: Final = "mesh_sessions"
 OBJECTS_MODELS: Final = "mesh_models"
 KV_BATCHES: Final = "mesh_batches"
 STREAM_BATCH: Final = "mesh_batch"
+STREAM_DEAD: Final = "mesh_dead"
 STREAM_EVENTS: Final = "mesh_events"
 
 RENEW_S: Final = 1.5
@@ -58,6 +62,15 @@ DISCONNECTS: Final = "$SYS.ACCOUNT.*.DISCONNECT"
 """The server's reports of connections that have ended. nats/advisories.conf lets coordinators hear them."""
 
 _TOKEN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}")
+
+
+_INBOX = re.compile(rf"{INBOX_ROOT}(\.[!-)+,/-=?-~-]+)+")
+
+
+def is_inbox(subject: str) -> bool:
+    """Whether answers may go to this subject: it is below `_INBOX` or `_INBOX_NAME`. A process that answers has rights that its caller
+    lacks, so it must not write where the caller tells it to, such as into a key-value bucket."""
+    return _INBOX.fullmatch(subject) is not None
 
 
 def is_token(text: str) -> bool:

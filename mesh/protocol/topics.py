@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from mesh.errors import MessageRejected
 from mesh.protocol import subjects
-from mesh.protocol.batches import BatchQuery, BatchResults, BatchStatus, BatchSubmit
+from mesh.protocol.batches import BatchQuery, BatchResults, BatchStatus, BatchSubmit, DeadMessage
 from mesh.protocol.control import Close, Closed, Drain, Drained, Load, Loaded, Open, Opened, Ping, Pong
 from mesh.protocol.events import Event
 from mesh.protocol.frame import Frame
@@ -24,18 +24,21 @@ from mesh.types import LayerRange
 
 __all__ = [
     "ALIVE",
+    "BATCH_CANCEL",
     "BATCH_ITEM",
     "BATCH_RESULT",
     "BATCH_STATUS",
     "BATCH_SUBMIT",
     "CANCEL",
     "CLOSE",
+    "DEAD",
     "DRAIN",
     "EVENTS",
     "FRAMES",
     "GENERATE",
     "GENERATE_AT",
     "HEARTBEATS",
+    "INSPECT",
     "LEASE",
     "LEASES",
     "LOAD",
@@ -136,6 +139,9 @@ CANCEL: Topic[Cancel, None] = Topic("mesh.v1.MODEL.cancel.COORDINATOR", Cancel, 
 TRACE: Topic[TraceRequest, TraceReply] = Topic(
     "mesh.v1.MODEL.trace.COORDINATOR", TraceRequest, TraceReply, "say where the time of a generation went", "that coordinator"
 )
+INSPECT: Topic[TraceRequest, TraceReply] = Topic(
+    "mesh.v1.MODEL.inspect.COORDINATOR", TraceRequest, TraceReply, "the same by its public id, for operators", "that coordinator"
+)
 ALIVE: Topic[Alive, Heartbeat] = Topic(
     "mesh.v1.MODEL.alive.INSTANCE", Alive, Heartbeat, "ask a coordinator whether it lives", "that coordinator's process"
 )
@@ -158,7 +164,11 @@ FRAMES: Topic[Frame, Frame] = Topic(
     answers="to the frame's next subject",
 )
 TOKENS: Topic[Frame, None] = Topic(
-    "mesh.v1.MODEL.tokens.COORDINATOR", Frame, None, "give a coordinator sampled tokens, acknowledgements and gaps", "that coordinator"
+    "mesh.v1.MODEL.tokens.INSTANCE",
+    Frame,
+    None,
+    "give a coordinator sampled tokens, acknowledgements and nacks",
+    "that coordinator's process",
 )
 OPEN: Topic[Open, Opened] = Topic("mesh.v1.control.SHARD.open", Open, Opened, "open a session on this shard", "that shard")
 CLOSE: Topic[Close, Closed] = Topic("mesh.v1.control.SHARD.close", Close, Closed, "close sessions and free their rows", "that shard")
@@ -179,8 +189,14 @@ BATCH_STATUS: Topic[BatchQuery, BatchStatus] = Topic(
 BATCH_RESULT: Topic[BatchQuery, BatchResults] = Topic(
     "mesh.v1.MODEL.batch.result", BatchQuery, BatchResults, "give results of a batch", queue=subjects.COORDINATORS_QUEUE
 )
+BATCH_CANCEL: Topic[BatchQuery, BatchStatus] = Topic(
+    "mesh.v1.MODEL.batch.cancel", BatchQuery, BatchStatus, "take a batch back", queue=subjects.COORDINATORS_QUEUE
+)
 BATCH_ITEM: Topic[Generate, None] = Topic(
     "mesh.v1.batches.MODEL.BATCH.INDEX", Generate, None, "keep one request of a batch", "the stream `mesh_batch`"
+)
+DEAD: Topic[DeadMessage, None] = Topic(
+    "mesh.v1.dead.MODEL", DeadMessage, None, "say which message of a queue was set aside", "the stream `mesh_dead`"
 )
 EVENTS: Topic[Event, None] = Topic("mesh.v1.events.KIND", Event, None, "say what has happened", "anyone, and the stream `mesh_events`")
 
@@ -189,6 +205,7 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     GENERATE_AT,
     CANCEL,
     TRACE,
+    INSPECT,
     ALIVE,
     HEARTBEATS,
     LEASE,
@@ -205,7 +222,9 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     BATCH_SUBMIT,
     BATCH_STATUS,
     BATCH_RESULT,
+    BATCH_CANCEL,
     BATCH_ITEM,
+    DEAD,
     EVENTS,
 )
 

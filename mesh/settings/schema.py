@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from mesh.errors import ConfigError
-from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL, INBOX_ROOT
 from mesh.settings.files import ConfigFile, Section, load_config
 from mesh.settings.units import GB, MB, parse_seconds
 
@@ -108,8 +108,8 @@ class NatsSection(Section):
             raise ValueError("password and password_file say the same: keep one")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_cert_file and tls_key_file belong together: give both or neither")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", self.inbox_prefix):
-            raise ValueError(f"inbox_prefix {self.inbox_prefix!r} is no subject: give letters, digits, - and _ between dots")
+        if not re.fullmatch(rf"{INBOX_ROOT}(\.[A-Za-z0-9_-]+)*", self.inbox_prefix):
+            raise ValueError(f"inbox_prefix {self.inbox_prefix!r} is no subject of answers: give _INBOX, or _INBOX_ and a name")
         return self
 
 

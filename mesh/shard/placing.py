@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mesh.bus import Bucket, Bus, ModelStore, announce, kept_at
 from mesh.errors import BadRequest, MessageRejected, Unavailable
@@ -38,6 +38,12 @@ class RangeClaim(Message):
     layers_start: Natural
     layers_end: Positive
     at_unix_s: float
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.layers_end <= self.layers_start:
+            raise ValueError(f"layers {self.layers_start}-{self.layers_end} are no range")
+        return self
 
 
 class RangeClaims(Message):

@@ -301,7 +301,7 @@ class Shard:
             bytes_in=meter.bytes_in,
             bytes_out=meter.bytes_out,
             gaps=dict(state.gaps),
-            rejected=dict(meter.rejected),
+            rejected={**meter.rejected, **({"reply": refused} if (refused := self.bus.refused_replies) else {})},
             memory_bytes=resident_bytes(),
             storage=dict(self._lease.counters) | {"remade": self._lease.bucket.remade},
         )

@@ -158,6 +158,34 @@ def test_leases_appear_change_and_vanish(run: Run, server: NatsServer) -> None:
     run(work())
 
 
+def test_no_value_ends_a_lease_table(run: Run, server: NatsServer) -> None:
+    """Nor does an error of whoever is told of a lease. A value that is no lease leaves the one that was there to its TTL."""
+
+    async def work() -> None:
+        async with await connect(server) as bus:
+            bucket = Bucket(bus, "odd_leases", ttl_s=5.0)
+            told: asyncio.Queue[str] = asyncio.Queue()
+
+            def tell(key: str, lease: Heartbeat | None) -> None:
+                told.put_nowait(key)
+                if key == "unlucky":
+                    raise ValueError(key)
+
+            table = LeaseTable(bucket, Heartbeat, tell)
+            await table.start()
+            await bucket.put("kept", Heartbeat(coordinator="c").to_bytes())
+            assert await told.get() == "kept"
+            for odd in (b"", b"null", b"[]", b"\xff\x00", b'{"coordinator": 1}'):
+                await bucket.put("kept", odd)
+            for key in ("unlucky", "later"):
+                await bucket.put(key, Heartbeat(coordinator="c").to_bytes())
+            assert await told.get() == "unlucky" and await told.get() == "later"
+            assert set(table.leases) == {"kept", "unlucky", "later"} and (table.rejected, table.failed) == (5, 1)
+            await table.stop()
+
+    run(work())
+
+
 def test_reading_leaves_nothing_in_the_server(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream may have a thousand consumers, and consumers of readers that have left count."""
     monkeypatch.setattr("mesh.bus.kv.WATCH_IDLE_S", 0.2)

@@ -126,13 +126,13 @@ def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwa
                 async for chunk in stream:
                     if chunk.index == 0 and chunk.token is not None:
                         shown = serving.stats()
-                        during = await client.trace(stream.request)
+                        during = await client.trace(stream.session)
             names = [shard.options.name for shard in running]
             assert CoordinatorStats.parse(orjson.dumps(shown.document())) == shown
             line = next(line for line in shown.sessions + shown.recent if line.request == stream.request)
             assert list(line.route) == names and line.tokens >= 1
             assert during is not None and during["state"] in ("decoding", "length")
-            trace = await client.trace(stream.request)
+            trace = await client.trace(stream.session)
             assert trace is not None and trace["coordinator"] == serving.name and trace["state"] == "length" and trace["tokens"] == 40
             (leg,) = trace["legs"]
             assert [stage["shard"] for stage in leg["stages"]] == names

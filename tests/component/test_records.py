@@ -47,7 +47,7 @@ class Side:
             epoch=self.epoch,
             digest="d",
             message=Generate(tokens=(1, 2), seed=3),
-            reply="inbox",
+            reply="_INBOX.r",
             given=tuple(self.tokens),
             told=len(self.tokens),
         )

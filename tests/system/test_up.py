@@ -6,18 +6,22 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from oracle import Oracle
 from running import Run
 from waiting import Talking
 
+from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
+from mesh.errors import Denied
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 
@@ -36,7 +40,9 @@ class Up(Talking):
         super().__init__([*MESH, "up", str(model), "--rows", "2", "--context", "64", *arguments], env=self.environment)
 
     def wait_ready(self) -> None:
-        self.url = self.wait("NATS (nats:.*)")[1]
+        found = self.wait(r"NATS (nats://[^,\s]+), user (\S+), password in (\S+)")
+        self.url, self.file = found[1], Path(found[3])
+        self.options = BusOptions((self.url,), user=found[2], password=self.file.read_text().strip())
         self.wait("Ctrl-C ends it")
 
     def command(self, *arguments: str, code: int = 0, said: str = "") -> str:
@@ -109,7 +115,7 @@ def test_a_process_that_is_killed_is_started_again_and_streams_go_on(
         seen: list[int] = []
         pid = up.child(command)
         async with (
-            AsyncMeshClient(up.url, model="tiny") as client,
+            AsyncMeshClient(options=up.options, model="tiny") as client,
             client.stream(tokens=prompt, max_tokens=most, temperature=0.0, ignore_eos=True) as stream,
         ):
             async for chunk in stream:
@@ -152,6 +158,85 @@ def test_commands_find_the_mesh_that_is_up(up: Up, oracle: Oracle) -> None:
     assert up.command("forget", "shard-1", code=2) == "", "it lives"
     first, second, end = up.command("chat", "--max-tokens", "4", said="hi\n/new\nhi\n/quit\n").split("\n")
     assert first == second and len(first) >= 4 and end == ""
+
+
+def test_every_command_finds_the_mesh_that_is_up(up: Up, model: Path, tmp_path: Path) -> None:
+    """Also those that change it, those that serve, and those that are given its address alone."""
+    assert "tiny is in the mesh" in up.command("push", str(model), "--quiet")
+    assert "layers 0-2" in up.command("pull", "tiny", str(tmp_path / "copy"), "--layers", "0-2", "--quiet")
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"tokens": [5], "max_tokens": 2}\n')
+    id = up.command("batch", "submit", str(file), "--wait").strip()
+    assert "done" in up.command("batch", "status", id) and "1 done" in up.command("batch", "cancel", id)
+    assert json.loads(up.command("batch", "result", id))["state"] == "done"
+    assert up.command("batch", "dead") == ""
+    assert json.loads(up.command("generate", "--tokens", "5", "--max-tokens", "2", "--json", "--nats", up.url))["tokens"]
+    with Talking([*MESH, "gateway", "--http-port", "0"], env=up.environment) as gateway:
+        url = gateway.wait(r"HTTP on (http://\S+)")[1]
+        body = {"tokens": [5], "max_tokens": 2, "model": "tiny"}
+        assert httpx.post(f"{url}/api/v1/inference", json=body, timeout=60).status_code == 200
+    with Talking([*MESH, "join", "--quiet", "--http-port", "0", "--name", "late"], env=up.environment) as late:
+        late.wait("ready: ")
+    assert up.command("load", "shard-1", "--layers", "0-3", code=2) == ""
+    assert "shard-2 is draining" in up.command("drain", "shard-2")
+
+
+def test_the_server_of_mesh_up_is_its_users_alone(up: Up, run: Run) -> None:
+    password = up.options.password
+    assert password is not None and len(password) > 40
+    assert up.file.stat().st_mode & 0o777 == 0o600 and up.file.with_suffix(".json").stat().st_mode & 0o777 == 0o600
+    assert password not in up.said
+
+    async def connect(options: BusOptions) -> None:
+        async with await Bus.connect(options, name="t", timeout_s=30) as bus:
+            await bus.flush()
+
+    run(connect(up.options))
+    for wrong in (BusOptions((up.url,)), BusOptions((up.url,), user="mesh", password="mesh")):
+        with pytest.raises(Denied):
+            run(connect(wrong))
+    for pid in (up.process.pid, *up.children()):
+        assert password not in Path(f"/proc/{pid}/cmdline").read_text()
+    up.process.send_signal(signal.SIGINT)
+    assert up.ended(END_S) == 130
+    assert not up.file.exists() and not up.file.with_suffix(".json").exists()
+
+
+COMMANDS = [
+    "drain shard-1",
+    "load shard-1 --layers 0-1",
+    "push MODEL --quiet",
+    "pull tiny COPY --quiet",
+    "join --quiet --http-port 0",
+    "gateway --http-port 0",
+    "status",
+    "events",
+    "batch status x",
+    "batch cancel x",
+    "batch dead",
+    "forget shard-1",
+    "bench",
+    "generate hello",
+    "chat",
+]
+
+
+def test_where_no_server_answers_every_command_says_so_in_one_line(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:  # bound and not listening: whoever connects is refused
+        taken.bind(("127.0.0.1", 0))
+        url = f"nats://127.0.0.1:{taken.getsockname()[1]}"
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "MESH_NATS_URLS": url}
+        running = {}
+        for line in COMMANDS:
+            words = line.replace("MODEL", str(model)).replace("COPY", str(tmp_path / "copy")).split()
+            pipe = subprocess.PIPE
+            process = subprocess.Popen([*MESH, *words], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment)
+            running[line] = process
+        for line, process in running.items():
+            _, said = process.communicate(timeout=READY_S)
+            last = [each for each in said.splitlines() if "HTTP on" not in each]
+            assert process.returncode == 2, (line, said)
+            assert len(last) == 1 and last[0].startswith("mesh: no NATS server answers at"), (line, said)
 
 
 def test_a_mesh_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:

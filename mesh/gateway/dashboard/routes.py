@@ -72,7 +72,7 @@ def routes(watch: Watch) -> list[Route]:
         name: str = request.path_params["request"]
         for prefix in _ID_PREFIXES:
             name = name.removeprefix(prefix)
-        found = await client.trace(name) if is_token(name) else None
+        found = await client.inspect(name) if is_token(name) else None
         if found is None:
             why = f"no coordinator remembers request {name[:64]}: each keeps its last 64"
             raise HttpError(why, status=404, code="not_found")

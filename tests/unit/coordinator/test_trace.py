@@ -11,6 +11,7 @@ from mesh.coordinator.core.routing import Hop, Route
 from mesh.coordinator.core.session import GenerationRequest, Session, SessionView
 from mesh.coordinator.trace import Traces
 from mesh.protocol.frame_codec import StageTiming
+from mesh.protocol.generation import public_id
 from mesh.types import LayerRange
 
 ROUTE: Route = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "b"))
@@ -79,7 +80,7 @@ def test_nothing_grows_without_end() -> None:
     traces.check()
     running, recent = traces.summary([])
     assert not running and len(recent) == module.SHOWN_SESSIONS
-    assert recent[0].request == f"s{module.KEPT_REQUESTS + 19}"
+    assert recent[0].request == public_id(f"s{module.KEPT_REQUESTS + 19}")
     assert traces.document("s0", None) is None
 
 

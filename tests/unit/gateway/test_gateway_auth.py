@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from edge_tools import token, verifier
 
-from mesh.errors import Busy, Denied
+from mesh.errors import BadRequest, Busy, Denied
 from mesh.gateway.auth import Gate, NotAuthenticated
+from mesh.gateway.generation import Cost, cost_of
 from mesh.gateway.settings import Limits
 from mesh.http.listener import is_loopback
 
@@ -82,7 +85,7 @@ def test_reserved_tokens_that_were_not_used_are_given_back() -> None:
     door.admit(header, "generate").charge(1)
 
 
-def test_a_batch_counts_as_many_requests_and_one_larger_than_the_limit_waits_for_a_full_bucket() -> None:
+def test_a_batch_counts_as_many_requests_and_one_larger_than_a_minute_has_is_refused() -> None:
     clock = Clock()
     door = gate(clock, requests_per_minute=10)
     header = f"Bearer {token('batch')}"
@@ -90,12 +93,37 @@ def test_a_batch_counts_as_many_requests_and_one_larger_than_the_limit_waits_for
     with pytest.raises(Busy):
         door.admit(header, "batch").charge(1, requests=8)
     clock.now += 60
-    door.admit(header, "batch").charge(1, requests=25)
-    clock.now += 60
-    with pytest.raises(Busy):
-        door.admit(header, "batch").charge(1)
-    clock.now += 60
-    door.admit(header, "batch").charge(1)
+    with pytest.raises(BadRequest, match="25 requests"):
+        door.admit(header, "batch").charge(1, requests=25)
+    door.admit(header, "batch").charge(1, requests=10)
+
+
+def test_what_a_call_may_cost_is_known_before_it_begins() -> None:
+    """Nothing is lent: what a minute never has is refused for good, what is not left now until it is there. A guess at a prompt is no
+    reason to refuse for good."""
+    clock = Clock()
+    door = gate(clock, tokens_per_minute=50)
+    header = f"Bearer {token('batch')}"
+    with pytest.raises(BadRequest, match="6,000,000 tokens") as caught:
+        door.admit(header, "batch").charge(6_000_000, requests=2)
+    assert caught.value.field == "max_tokens"
+    assert door.admit(header, "batch").charge(10, prompt=1000) == 50
+    with pytest.raises(Busy) as busy:
+        door.admit(header, "batch").charge(20)
+    assert busy.value.retry_after_s == pytest.approx(24)
+    clock.now += 24.1
+    assert door.admit(header, "batch").charge(20) == 20
+    assert next(iter(door._buckets.values())).tokens.level >= 0  # type: ignore[union-attr]
+
+
+def test_the_cost_of_a_call_counts_all_its_requests() -> None:
+    limits = Limits(default_max_tokens=100)
+    requests: list[dict[str, Any]] = [
+        {"prompt": "x" * 40, "max_tokens": 5},
+        {"tokens": [1, 2, 3]},
+        {"messages": [{"role": "user", "content": "y" * 20}], "max_tokens": 7},
+    ]
+    assert cost_of(requests, limits) == Cost(requests=3, tokens=5 + 100 + 3 + 7, prompt=15)
 
 
 def test_the_tokens_own_limit_is_over_the_configured_one() -> None:

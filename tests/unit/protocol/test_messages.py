@@ -136,3 +136,6 @@ def test_leases_of_the_wire_are_plain_json() -> None:
     assert orjson.loads(lease.to_bytes())["layers_end"] == 4
     assert ShardLease.parse(lease.to_bytes()) == lease
     assert lease.first and not lease.last
+    for start, stop in ((4, 4), (5, 4), (0, 9)):
+        with pytest.raises(MessageRejected, match="no range"):
+            ShardLease.parse(lease.model_copy(update={"layers_start": start, "layers_end": stop}).to_bytes())

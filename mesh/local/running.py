@@ -1,0 +1,91 @@
+"""Where `mesh up` runs on this machine, and the password of its NATS server: how commands find it by themselves.
+
+    up-PORT.json        {"url", "pid", "user", "password_file"} of the mesh whose server listens on that port
+    up-PORT.password    the password, in a file that only this user reads
+
+Both are in `stagemesh` in $XDG_RUNTIME_DIR, or in the user's cache folder. A file whose process has ended does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+__all__ = ["RunningMesh", "announced", "running_mesh"]
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class RunningMesh:
+    """A `mesh up` that runs here. `user` and `password_file` are None where its server asks for neither."""
+
+    url: str
+    user: str | None = None
+    password_file: str | None = None
+
+
+def running_mesh(url: str | None = None) -> RunningMesh | None:
+    """The mesh that was started last, or the one whose server is at `url`; None: there is none."""
+    found = []
+    for path in _folder().glob("up-*.json"):
+        try:
+            said = json.loads(path.read_text())
+            os.kill(int(said["pid"]), 0)
+            found.append((path.stat().st_mtime_ns, RunningMesh(str(said["url"]), said["user"], said["password_file"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it has ended, or this is not its file
+    found.sort(key=lambda one: one[0])
+    matching = [mesh for _, mesh in found if url is None or _same(mesh.url, url)]
+    return matching[-1] if matching else None
+
+
+@contextmanager
+def announced(url: str, *, user: str | None = None, password: str | None = None) -> Iterator[Path | None]:
+    """While this context is open, `running_mesh` finds this mesh. The value is the password's file; None: there is no password, or the
+    files cannot be written, and then nobody finds this mesh."""
+    folder, name = _folder(), f"up-{urlsplit(url).port}"
+    said, secret = folder / f"{name}.json", folder / f"{name}.password"
+    mesh = {"url": url, "pid": os.getpid(), "user": user, "password_file": None if password is None else str(secret)}
+    written = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if password is not None:
+            _write_private(secret, password + "\n")
+        _write_private(said, json.dumps(mesh))
+        written = True
+    except OSError:
+        pass
+    try:
+        yield secret if written and password is not None else None
+    finally:
+        if written:
+            for path in (said, secret):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a new file that only this user reads; one that is there is replaced, and never written through."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two addresses are the same port of this machine."""
+    try:
+        ours, theirs = urlsplit(one), urlsplit(other)
+        return ours.port == theirs.port is not None and theirs.hostname in _LOOPBACK and theirs.username is None
+    except ValueError:
+        return False
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "stagemesh"
