@@ -23,6 +23,7 @@ OPERATIONS = [
     ("GET", "/api/v1/stats"),
     ("POST", "/api/v1/batch"),
     ("GET", "/api/v1/batch/{id}"),
+    ("DELETE", "/api/v1/batch/{id}"),
     ("POST", "/api/v1/inference"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
