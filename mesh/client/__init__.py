@@ -15,6 +15,7 @@ from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatu
 from mesh.client.stream import Stream
 from mesh.client.sync import MeshClient, SyncStream
 from mesh.protocol.batches import BatchStatus
+from mesh.protocol.stream import Waiting
 
 __all__ = [
     "AsyncMeshClient",
@@ -31,4 +32,5 @@ __all__ = [
     "Timing",
     "Token",
     "Usage",
+    "Waiting",
 ]

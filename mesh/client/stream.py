@@ -1,9 +1,12 @@
 """One request on its way: asking, asking again, putting the answers in order.
 
-A request has a name and a seed of its own, so that asking again is harmless: whoever answers draws the same tokens, and what
-was told already is known by its index. Asked again is when nobody listened, when the mesh was busy (after the time it named), when
-nothing was heard for a while, when a token is missing, and after an error that says it can be retried. With the question go the
-tokens that have come: whoever has the session, or takes it over, goes on after them.
+A request has a name and a seed of its own, so that asking again is harmless: every coordinator draws the same tokens, and the index of a
+token tells whether it came before. The request is sent again when no coordinator listened, when the mesh was busy (after the time it
+named), when nothing was heard for a while, when a token is missing, and after an error that says it can be retried. The request then has
+the tokens that have come: the coordinator that has the session, or takes it over, goes on after them.
+
+A wait for layers that no shard serves is the coordinators' alone (`failover_timeout`). After an error that ends such a wait the request is
+not sent again. A request that is sent again during one says how long the wait has lasted, so that another coordinator goes on with it.
 
 A coordinator that lost the session to another may still speak: its documents have a lower epoch than the other's, and are not read.
 """
@@ -14,6 +17,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 
 from mesh.bus import Bus, Received, Subscription
@@ -23,7 +27,7 @@ from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavail
 from mesh.protocol import topics
 from mesh.protocol.generation import Cancel, Generate
 from mesh.protocol.headers import EPOCH_HEADER
-from mesh.protocol.stream import Accepted, Finished, Token, TokenDocument, parse
+from mesh.protocol.stream import Accepted, Finished, Token, TokenDocument, Waiting, parse
 
 __all__ = ["Retry", "Stream"]
 
@@ -53,10 +57,20 @@ class Stream:
     """Chunks of one generation, in order, each once: `async for chunk in stream`. Afterwards `completion` is set.
 
     Leaving the loop early cancels the generation when the stream is closed: use it as `async with`, or call `aclose`.
+    `on_waiting` is called with each Waiting document: the request waits for a slot, or for layers that no shard serves.
     Errors: those of the coordinator, Unavailable, Busy, DeadlineExceeded (`timeout_s`, of the whole request).
     """
 
-    def __init__(self, bus: Bus, model: str, message: Generate, *, timeout_s: float | None, retry: Retry) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        model: str,
+        message: Generate,
+        *,
+        timeout_s: float | None,
+        retry: Retry,
+        on_waiting: Callable[[Waiting], None] | None = None,
+    ) -> None:
         seed = secrets.randbits(62) if message.seed is None else message.seed
         session = message.session or secrets.token_hex(12)
         self._named = message.session is not None  # perhaps others ask for it too
@@ -64,6 +78,8 @@ class Stream:
         self._bus = bus
         self._model = model
         self._retry = retry
+        self._on_waiting = on_waiting
+        self._waits_since: float | None = None  # for layers that no shard serves
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._inbox: asyncio.Queue[Received] = asyncio.Queue()  # bounded by the request's own max_tokens
@@ -136,7 +152,8 @@ class Stream:
             self._subscription = await self._bus.subscribe(self._subject, self._inbox.put)
         attempt = self._asked if self._asked or not self._named else None
         self._asked += 1
-        update = {"attempt": attempt, "given": tuple(token.id for token in self._given)}
+        waited_s = 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
+        update = {"attempt": attempt, "given": tuple(token.id for token in self._given), "waited_s": waited_s}
         message = self._message.model_copy(update=update)
         await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
 
@@ -179,6 +196,10 @@ class Stream:
                     await self._ask()
             case Accepted():
                 self._cancel = topics.CANCEL.read(document.cancel)
+            case Waiting():
+                self._waits_since = self._heard_at - document.waited_s if document.missing else None
+                if self._on_waiting is not None:
+                    self._on_waiting(document)
             case Finished():
                 self._finish(document, now)
 
@@ -196,6 +217,7 @@ class Stream:
         self._ready.append(Chunk(text, token, len(self._given), now))
         self._given.append(token)
         self._errors = self._tries = 0
+        self._waits_since = None
         self._text += len(text)
 
     async def _again(self, error: MeshError) -> None:
@@ -203,6 +225,8 @@ class Stream:
         if not isinstance(error, ServiceError) or not error.retryable or self._stalled:
             raise error
         if isinstance(error, Busy) and not self._retry.busy:
+            raise error
+        if isinstance(error, Unavailable) and error.waited_s is not None:
             raise error
         if not (self._began and isinstance(error, _NobodyError)):  # who was there will be replaced
             if self._errors >= self._retry.attempts:

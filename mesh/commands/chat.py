@@ -10,6 +10,7 @@ from typing import Any
 from mesh.client import MeshClient
 from mesh.commands.generate import add_mesh_arguments, mesh_options
 from mesh.commands.run import add_sampling_arguments, sampling_of
+from mesh.commands.waiting import WaitingLine
 from mesh.errors import RequestError
 
 __all__ = ["add_parser", "run_command"]
@@ -52,8 +53,9 @@ def run_command(args: argparse.Namespace) -> int:
             history.append({"role": "user", "content": said})
             answer = ""
             try:
-                with client.stream(messages=history, **options) as stream:
+                with WaitingLine() as waiting, client.stream(messages=history, on_waiting=waiting.show, **options) as stream:
                     for chunk in stream:
+                        waiting.clear()
                         answer += chunk.text
                         print(chunk.text, end="", flush=True)
             except KeyboardInterrupt:

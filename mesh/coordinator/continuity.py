@@ -60,7 +60,8 @@ class Host(Protocol):
 
 class Continuity:
     """See the module's docstring. `close_rows(name)` frees what a coordinator holds at the shards. `instance` is different for each
-    process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone."""
+    process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone.
+    `waited_s(session)`: how long a session of this coordinator has waited for shards."""
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class Continuity:
         heartbeat_ttl_s: float,
         random: Random,
         announce: Announce,
+        waited_s: Callable[[str], float],
     ) -> None:
         self.bus = bus
         self.name = name
@@ -93,6 +95,7 @@ class Continuity:
         self._subscriptions: list[Subscription] = []
         self._watcher: asyncio.Task[Any] | None = None
         self._announce = announce
+        self._waited_s = waited_s
         bus.on_change(self._on_connection)
 
     async def start(self) -> None:
@@ -130,7 +133,7 @@ class Continuity:
                 owner=self.instance,
                 epoch=job.epoch,
                 digest=job.digest,
-                message=message.model_copy(update={"stream": job.message.stream}),
+                message=message.model_copy(update={"stream": job.message.stream, "waited_s": self._waited_s(job.request.id)}),
                 reply=job.reply,
                 # with log probabilities everything is computed again: they are not written down
                 given=() if message.logprobs is not None else tuple(token.id for token in job.tokens),

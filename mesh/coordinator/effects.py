@@ -8,6 +8,7 @@ Happened           a line in the log, and an event of the mesh
 Admitted           the session is written down from now on; the client of a stream hears that it has been accepted
 Rejected           an error to the client
 Ended              the last document, or an error, to the client
+Waits              the client of a stream hears which layers are missing; the session's record has how long it has waited
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import orjson
 
 from mesh.bus import Bus
 from mesh.coordinator.continuity import Announce, Continuity
-from mesh.coordinator.core.events import Admitted, Announcement, CloseRow, Effect, Emit, Ended, FrameOut, OpenRow, Probe, Rejected
+from mesh.coordinator.core.events import Admitted, Announcement, CloseRow, Effect, Emit, Ended, FrameOut, OpenRow, Probe, Rejected, Waits
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.shards import Shards
@@ -71,6 +72,8 @@ class Effects:
                     self._outbox.error(job.reply, effect.error, job.epoch)
                 case Ended():
                     self._ended(effect)
+                case Waits():
+                    self._waits(effect)
                 case _:
                     assert_never(effect)
         return stopped
@@ -93,6 +96,15 @@ class Effects:
         self._traces.begin(request.id, len(request.prompt), request.max_tokens, now=job.began, unix_s=time.time())
         if job.message.stream:
             self._outbox.accepted(job)
+
+    def _waits(self, effect: Waits) -> None:
+        job = self._jobs.table.get(effect.session)
+        if job is None:
+            return
+        self._continuity.recorder.touch(effect.session)
+        if job.message.stream:
+            missing = tuple(map(str, effect.missing))
+            self._outbox.document(job, job.waiting(effect.place, missing, effect.waited_s, effect.patience_s))
 
     def _ended(self, effect: Ended) -> None:
         self._traces.end(effect)

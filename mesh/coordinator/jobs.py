@@ -97,7 +97,8 @@ class Jobs:
             return
         message, given, start = record.message, record.given, record.told
         if asked is not None:
-            message, start = message.model_copy(update={"stream": asked.stream}), len(asked.given)
+            waited_s = max(message.waited_s, asked.waited_s)
+            message, start = message.model_copy(update={"stream": asked.stream, "waited_s": waited_s}), len(asked.given)
             if given[:start] != asked.given:
                 given = asked.given
         message = message.model_copy(update={"given": given, "session": record.session})

@@ -94,8 +94,8 @@ class Job:
     def accepted(self, model: str, cancel: str) -> bytes:
         return dump(Accepted(self.request.id, cancel, model, self.start, self.epoch))
 
-    def waiting(self, place: int) -> bytes:
-        return dump(Waiting(place, self.epoch))
+    def waiting(self, place: int, missing: tuple[str, ...] = (), waited_s: float = 0.0, patience_s: float = 0.0) -> bytes:
+        return dump(Waiting(place, self.epoch, missing, waited_s, patience_s))
 
     def push(self, token: Token) -> tuple[bytes | None, bool]:
         """Take a token. Returns its document (None: the client has it already), and whether a stop text is complete with it."""

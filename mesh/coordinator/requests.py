@@ -54,7 +54,7 @@ async def prepare(message: Generate, id: str, manifest: Manifest, tokenizer: Tok
     sampling = message.sampling(seed=secrets.randbits(62))
     # the log probabilities of a prefix are not known, so with them everything is computed again
     prefix = message.given if message.logprobs is None else ()
-    return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix)
+    return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix, waited_s=message.waited_s)
 
 
 def _tokenize(message: Generate, tokenizer: Tokenizer) -> list[int]:

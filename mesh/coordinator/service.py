@@ -135,6 +135,7 @@ class Coordinator:
             heartbeat_ttl_s=min(max(_HEARTBEAT_TTL_S, _HEARTBEATS_MISSED * options.health_check_interval_s), _LONGEST_TTL_S),
             random=Random(secrets.randbits(64)),
             announce=self._announce_soon,
+            waited_s=lambda session: self.core.waited_s(session, time.monotonic()),
         )
         effects = Effects(bus, self.jobs, self.outbox, self.shards, self.continuity, self.traces, self._announce_soon)
         self.driver.carry_out = effects.carry_out
@@ -245,7 +246,8 @@ class Coordinator:
         """By these, shards know whose rows to keep. A client whose request waits is told so, which also shows whether it still listens."""
         while True:
             try:
-                for place, session in enumerate(self.core.waiting()):
+                complete = self.core.load(time.monotonic()).context is not None  # otherwise the core says what is missing, more often
+                for place, session in enumerate(self.core.waiting() if complete else ()):
                     job = self.jobs.table.get(session)
                     if job is not None and job.message.stream:
                         self.outbox.document(job, job.waiting(place))

@@ -42,6 +42,7 @@ class ErrorReply(Message):
     retry_after_s: float | None = None
     tokens: int | None = None
     limit: int | None = None
+    waited_s: float | None = None
 
     @property
     def status(self) -> int:
@@ -50,7 +51,7 @@ class ErrorReply(Message):
     @classmethod
     def of(cls, error: MeshError) -> ErrorReply:
         """The reply that carries `error`."""
-        values = {name: getattr(error, name, None) for name in ("field", "retry_after_s", "tokens", "limit")}
+        values = {name: getattr(error, name, None) for name in ("field", "retry_after_s", "tokens", "limit", "waited_s")}
         return cls(code=error.code, message=str(error), retryable=error.retryable, **values)
 
     def error(self) -> MeshError:
@@ -67,7 +68,7 @@ class ErrorReply(Message):
             case "payload_too_large":
                 return PayloadTooLarge(self.message, size_bytes=0, limit_bytes=self.limit or 0)
             case "unavailable":
-                return Unavailable(self.message)
+                return Unavailable(self.message, waited_s=self.waited_s)
             case "deadline_exceeded":
                 return DeadlineExceeded(self.message)
             case "cancelled":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mesh.protocol.message import Message, Natural, Token, TokenId
+from mesh.protocol.message import Message, Natural, Seconds, Token, TokenId
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 
 __all__ = ["Cancel", "ChatMessage", "Generate", "TraceReply", "TraceRequest"]
@@ -39,7 +39,8 @@ class Generate(SamplingFields, Input):
     `seed` None: the coordinator draws one. `session`: the caller's own name for the request; two requests of one name are the same
     request. `raw`: the prompt is used as it is, without the model's chat template. `attempt`: how often a named request was sent
     before; 0 promises that this is the first time. `given`: the tokens of the answer that the caller already has; the answer
-    continues after them.
+    continues after them. `waited_s`: how long the generation has waited already for layers that no shard serves; the wait goes on from
+    there, with whichever coordinator.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -51,6 +52,7 @@ class Generate(SamplingFields, Input):
     session: Token | None = None
     attempt: Natural | None = None
     given: tuple[TokenId, ...] = ()
+    waited_s: Seconds = 0.0
 
     def sampling(self, *, seed: int) -> SamplingParams:
         """The sampling parameters, with `seed` where the request has none. BadRequest names a field that is out of range."""

@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mesh.errors import MessageRejected
 from mesh.protocol import subjects
 
-__all__ = ["Epoch", "Message", "Natural", "SessionId", "Token", "TokenId"]
+__all__ = ["Epoch", "Message", "Natural", "Seconds", "SessionId", "Token", "TokenId"]
 
 M = TypeVar("M", bound="Message")
 Token = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_-]{{1,{subjects.MAX_TOKEN}}}$")]
 SessionId = Annotated[int, Field(ge=1, lt=2**63)]
 Epoch = Annotated[int, Field(ge=0, lt=2**32)]
 Natural = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 

@@ -1,7 +1,8 @@
 """The documents with which a coordinator answers a generation request: their types, and `dump` and `parse` for the wire.
 
     stream, first    Accepted        {"request", "cancel", "model", "next", "done": false}    the name to cancel it by, and the subject
-    stream, waiting  Waiting         {"waiting": n, "done": false}                            every few seconds: n others come first
+    stream, waiting  Waiting         {"waiting": n, "missing", "waited_s", "patience_s", "done": false}    every few seconds: n others
+                                     come first; or no shard serves the layers `missing`, and the error comes after `patience_s`
     stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" where asked for
     last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
@@ -138,10 +139,14 @@ class Accepted(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """`waiting`: how many requests come before this one."""
+    """`waiting`: how many requests come before this one. `missing`: layer ranges, such as "10-20", that no shard serves; for them the
+    request has waited `waited_s` of `patience_s` seconds."""
 
     waiting: int
     epoch: int | None
+    missing: tuple[str, ...] = ()
+    waited_s: float = 0.0
+    patience_s: float = 0.0
 
 
 class TokenDocument(NamedTuple):
@@ -192,7 +197,8 @@ def parse(data: bytes) -> Document:
             return TokenDocument(document["index"], Token.of(document), document["text"], epoch, "logprob" in document)
         if "cancel" in document:
             return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch)
-        return Waiting(document.get("waiting", 0), epoch)
+        missing, waited_s, patience_s = document.get("missing", ()), document.get("waited_s", 0.0), document.get("patience_s", 0.0)
+        return Waiting(document.get("waiting", 0), epoch, tuple(missing), waited_s, patience_s)
     except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
         raise MessageRejected(f"this is no document of a generation: {error!r}") from None
 
