@@ -121,8 +121,8 @@ class Continuity:
 
     # -- records -------------------------------------------------------------------------------------------------------
 
-    def keep(self, job: Job) -> None:
-        """Write the session down from now on."""
+    def keep(self, job: Job, on_first: Callable[[bool], None] | None = None) -> None:
+        """Write the session down from now on. `on_first` is called after the first write: is the record there?"""
         update = {"prompt": None, "messages": None, "tokens": job.request.prompt, "seed": job.request.sampling.seed, "given": ()}
         message = job.message.model_copy(update=update)
 
@@ -140,7 +140,7 @@ class Continuity:
                 told=job.delivered,
             )
 
-        self.recorder.keep(job.request.id, snapshot, revision=job.revision)
+        self.recorder.keep(job.request.id, snapshot, revision=job.revision, on_first=on_first)
 
     def end(self, job: Job, answer: bytes | None) -> None:
         """The session has ended. Its answer is kept for a while if the client gave the session a name, by which it may ask again."""

@@ -5,7 +5,7 @@ Emit               the token's document to the client
 OpenRow, CloseRow  a request or a message to a shard (shards.py)
 Ask                a question to a shard (shards.py)
 Happened           a line in the log, and an event of the mesh
-Admitted           the session is written down from now on; the client of a stream hears that it has been accepted
+Admitted           the session is written down from now on; then the client of a stream hears that it has been accepted
 Rejected           an error to the client
 Ended              the last document, or an error, to the client
 Waits              the client of a stream hears which layers are missing; the session's record has how long it has waited
@@ -13,8 +13,10 @@ Waits              the client of a stream hears which layers are missing; the se
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from functools import partial
 from typing import assert_never
 
 import orjson
@@ -24,12 +26,16 @@ from mesh.coordinator.continuity import Announce, Continuity
 from mesh.coordinator.core.events import Admitted, Announcement, CloseRow, Effect, Emit, Ended, FrameOut, OpenRow, Probe, Rejected, Waits
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
+from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import Traces
 
 __all__ = ["Effects"]
 
 log = logging.getLogger("mesh.coordinator")
+
+_FIRST_WRITE_S = 0.5
+"""A stream's first document waits for the first write of the session's record, but no longer than this."""
 
 
 class Effects:
@@ -84,18 +90,44 @@ class Effects:
         if job is None or job.stopped:
             return False
         document, stopped = job.push(effect.token)
+        job.wait = None
         self._continuity.recorder.touch(effect.session)
-        if job.message.stream and document is not None:
+        if job.accepted and job.message.stream and document is not None:
             self._outbox.document(job, document, len(job.tokens) - 1)
         return stopped
 
     def _admitted(self, effect: Admitted) -> None:
         job = self._jobs.table[effect.session]
-        self._continuity.keep(job)
+        recorder = self._continuity.recorder
+        job.recorded = bool(job.revision)
+        if job.recorded or not recorder.answering or not job.message.stream:
+            self._continuity.keep(job)
+            if job.message.stream:
+                self._outbox.accepted(job)
+        else:
+            late = asyncio.get_running_loop().call_later(_FIRST_WRITE_S, self._not_recorded, job)
+            self._continuity.keep(job, partial(self._recorded, job, late))
         request = job.request
         self._traces.begin(request.id, len(request.prompt), request.max_tokens, now=job.began, unix_s=time.time())
-        if job.message.stream:
-            self._outbox.accepted(job)
+
+    def _recorded(self, job: Job, late: asyncio.TimerHandle, there: bool) -> None:
+        """The first write of a session's record is over."""
+        late.cancel()
+        job.recorded = there
+        self._accept(job)
+
+    def _not_recorded(self, job: Job) -> None:
+        """The first write takes too long to be waited for."""
+        self._continuity.recorder.slow()
+        self._accept(job)
+
+    def _accept(self, job: Job) -> None:
+        if job.accepted or self._jobs.table.get(job.request.id) is not job:
+            return
+        self._outbox.accepted(job)
+        self._outbox.send_now()
+        if self._outbox:
+            self._bus.spawn(self._outbox.send(), "sending")
 
     def _waits(self, effect: Waits) -> None:
         job = self._jobs.table.get(effect.session)
@@ -104,7 +136,7 @@ class Effects:
         self._continuity.recorder.touch(effect.session)
         if job.message.stream:
             missing = tuple(map(str, effect.missing))
-            self._outbox.document(job, job.waiting(effect.place, missing, effect.waited_s, effect.patience_s))
+            self._outbox.waiting(job, job.waiting(effect.place, missing, effect.waited_s, effect.patience_s))
 
     def _ended(self, effect: Ended) -> None:
         self._traces.end(effect)
@@ -115,6 +147,8 @@ class Effects:
             self._outbox.error(job.reply, effect.error, job.epoch)
             self._continuity.end(job, None)
             return
+        if job.message.stream and not job.accepted:
+            self._outbox.accepted(job)
         answer = orjson.dumps(job.finished(effect))
         self._continuity.end(job, answer)
         self._jobs.remember(job, answer)

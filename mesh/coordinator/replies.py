@@ -54,7 +54,9 @@ class HopMeter:
 @dataclass(slots=True)
 class Job:
     """One request, and what its client has of the answer. digest: tells requests of the same name apart. start: the client came with the
-    tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none."""
+    tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none. accepted: the
+    client of a stream has been told so; before that it is told nothing. recorded: another coordinator could go on. wait: the last Waiting
+    document."""
 
     message: Generate
     request: GenerationRequest
@@ -66,6 +68,9 @@ class Job:
     start: int = 0
     delivered: int = 0
     revision: int = 0
+    accepted: bool = False
+    recorded: bool = False
+    wait: bytes | None = None
     began: float = field(default_factory=time.perf_counter)
     tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
@@ -91,8 +96,8 @@ class Job:
             job._take(Token(id))
         return job
 
-    def accepted(self, model: str, cancel: str) -> bytes:
-        return dump(Accepted(self.request.id, cancel, model, self.start, self.epoch))
+    def acceptance(self, model: str, cancel: str) -> bytes:
+        return dump(Accepted(self.request.id, cancel, model, self.start, self.epoch, self.recorded))
 
     def waiting(self, place: int, missing: tuple[str, ...] = (), waited_s: float = 0.0, patience_s: float = 0.0) -> bytes:
         return dump(Waiting(place, self.epoch, missing, waited_s, patience_s))

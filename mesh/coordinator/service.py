@@ -250,7 +250,7 @@ class Coordinator:
                 for place, session in enumerate(self.core.waiting() if complete else ()):
                     job = self.jobs.table.get(session)
                     if job is not None and job.message.stream:
-                        self.outbox.document(job, job.waiting(place))
+                        self.outbox.waiting(job, job.waiting(place))
                 await self.outbox.send()
                 await self.bus.send(topics.BEATS.at(self.manifest.name), self._heartbeat())
             except MeshError as error:

@@ -1,6 +1,7 @@
 """The documents with which a coordinator answers a generation request: their types, and `dump` and `parse` for the wire.
 
-    stream, first    Accepted        {"request", "cancel", "model", "next", "done": false}    the name to cancel it by, and the subject
+    stream, first    Accepted        {"request", "cancel", "model", "next", "recorded", "done": false}    the name to cancel it by, and the
+                                     subject; "recorded": another coordinator goes on if this one dies
     stream, waiting  Waiting         {"waiting": n, "missing", "waited_s", "patience_s", "done": false}    every few seconds: n others
                                      come first; or no shard serves the layers `missing`, and the error comes after `patience_s`
     stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" where asked for
@@ -136,6 +137,7 @@ class Accepted(NamedTuple):
     model: str
     next: int
     epoch: int | None
+    recorded: bool = True
 
 
 class Waiting(NamedTuple):
@@ -196,7 +198,9 @@ def parse(data: bytes) -> Document:
         if "index" in document:
             return TokenDocument(document["index"], Token.of(document), document["text"], epoch, "logprob" in document)
         if "cancel" in document:
-            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch)
+            return Accepted(
+                document["request"], document["cancel"], document["model"], document["next"], epoch, bool(document.get("recorded", True))
+            )
         missing, waited_s, patience_s = document.get("missing", ()), document.get("waited_s", 0.0), document.get("patience_s", 0.0)
         return Waiting(document.get("waiting", 0), epoch, tuple(missing), waited_s, patience_s)
     except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
