@@ -120,8 +120,8 @@ class Service:
             log.exception("answering %s", received.subject)
             await self._fail(endpoint, received, _INTERNAL)
         else:
-            if reply is not None and received.reply:
-                await self._bus.publish(received.reply, reply.to_bytes())
+            if reply is not None:
+                await self._bus.respond(received, reply)
 
     async def _fail(self, endpoint: Endpoint[Any], received: Received, error: MeshError) -> None:
         for shown in self._inner._endpoints:  # nats-py counts errors that a handler raises, but then cannot reply with a body

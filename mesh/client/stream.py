@@ -18,12 +18,13 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import raise_error
 from mesh.client.results import Chunk, Completion
-from mesh.errors import Busy, DeadlineExceeded, MeshError, ServiceError, Unavailable
+from mesh.errors import Busy, DeadlineExceeded, MeshError, PayloadTooLarge, ServiceError, Unavailable
 from mesh.protocol import topics
 from mesh.protocol.generation import Cancel, Generate
 from mesh.protocol.headers import EPOCH_HEADER
@@ -87,7 +88,7 @@ class Stream:
         self._subject = ""
         self._cancel: topics.Address[Cancel, None] | None = None
         self._given: list[Token] = []
-        self._text = 0  # characters given out
+        self._pieces: list[str] = []  # the text given out
         self._epoch = 0
         self._asked = 0  # times
         self._tries = 0  # of these, since the last token
@@ -155,7 +156,14 @@ class Stream:
         waited_s = 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
         update = {"attempt": attempt, "given": tuple(token.id for token in self._given), "waited_s": waited_s}
         message = self._message.model_copy(update=update)
-        await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
+        try:
+            await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
+        except PayloadTooLarge:
+            if not self._given:
+                raise
+            # Without the tokens that have come: they come again, and their indexes say so.
+            message = message.model_copy(update={"given": ()})
+            await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject)
 
     async def _receive(self) -> Received | None:
         """The next message; None where it is time to ask whether anybody is there."""
@@ -204,12 +212,23 @@ class Stream:
                 self._finish(document, now)
 
     def _finish(self, document: Finished, now: float) -> None:
-        """The last document has everything: what did not come before comes now."""
-        completion = Completion.of(document.answer)
+        """The last document has everything: what did not come before comes now. What is left out of it did come before."""
+        answer = document.answer
+        if answer.omitted:
+            if len(self._given) < answer.usage.completion_tokens:
+                raise Unavailable("some tokens of the answer were lost on the way")
+            answer = replace(
+                answer,
+                tokens=tuple(token.id for token in self._given),
+                text="".join(self._pieces) + document.rest if "text" in answer.omitted else answer.text,
+                logprobs=tuple(self._given) if "logprobs" in answer.omitted else answer.logprobs,
+                omitted=(),
+            )
+        completion = Completion.of(answer)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
         for token in tokens[len(self._given) :]:
             self._give("", token, now)
-        rest = document.rest if completion.text is None else completion.text[self._text :]
+        rest = document.rest if completion.text is None else completion.text[len("".join(self._pieces)) :]
         self._ready.append(Chunk(rest, None, len(self._given), now))
         self.completion = completion
 
@@ -218,7 +237,7 @@ class Stream:
         self._given.append(token)
         self._errors = self._tries = 0
         self._waits_since = None
-        self._text += len(text)
+        self._pieces.append(text)
 
     async def _again(self, error: MeshError) -> None:
         """Wait and ask again after an error that allows it; raise it otherwise."""

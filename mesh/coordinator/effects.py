@@ -29,6 +29,7 @@ from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import Traces
+from mesh.protocol.stream import fitted
 
 __all__ = ["Effects"]
 
@@ -149,7 +150,8 @@ class Effects:
             return
         if job.message.stream and not job.accepted:
             self._outbox.accepted(job)
-        answer = orjson.dumps(job.finished(effect))
-        self._continuity.end(job, answer)
-        self._jobs.remember(job, answer)
+        document = fitted(job.finished(effect), self._bus.max_payload)
+        answer, whole = orjson.dumps(document), "omitted" not in document
+        self._continuity.end(job, answer if whole else None)
+        self._jobs.remember(job, answer, whole=whole)
         self._outbox.message(job.reply, answer)

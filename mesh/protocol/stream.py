@@ -5,7 +5,8 @@
     stream, waiting  Waiting         {"waiting": n, "missing", "waited_s", "patience_s", "done": false}    every few seconds: n others
                                      come first; or no shard serves the layers `missing`, and the error comes after `patience_s`
     stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" where asked for
-    last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
+    last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"; "omitted" names
+                                     the parts that did not fit in the message: the token documents of a stream have them
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
 Every document has an "epoch" (an error: the header EPOCH_HEADER): that of the coordinator which answers. It grows when another
@@ -37,6 +38,7 @@ __all__ = [
     "Usage",
     "Waiting",
     "dump",
+    "fitted",
     "parse",
 ]
 
@@ -101,7 +103,8 @@ class Timing:
 @dataclass(frozen=True)
 class Answer:
     """A finished generation. `finish_reason`: "stop" (an end token or a stop text) or "length" (max_tokens). `text` is None for a model
-    without a tokenizer; `logprobs` is None where they were not asked for."""
+    without a tokenizer; `logprobs` is None where they were not asked for. `omitted`: the parts that are left out because the message would
+    have been too large, of `logprobs`, `text`, `tokens`."""
 
     request: str
     tokens: tuple[int, ...]
@@ -110,6 +113,7 @@ class Answer:
     usage: Usage
     timing: Timing
     logprobs: tuple[Token, ...] | None = None
+    omitted: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """As JSON has it; the key logprobs is there only if they were asked for."""
@@ -128,6 +132,8 @@ class Answer:
         }
         if self.logprobs is not None:
             document["logprobs"] = [{"token": token.id, **token.details()} for token in self.logprobs]
+        if self.omitted:
+            document["omitted"] = self.omitted
         return document
 
 
@@ -188,6 +194,18 @@ def dump(document: Document) -> bytes:
     return orjson.dumps({**document._asdict(), "done": False})
 
 
+def fitted(document: Mapping[str, Any], limit_bytes: int) -> dict[str, Any]:
+    """The document of an answer, without the parts that would make it larger than `limit_bytes`; `omitted` names them."""
+    made, omitted = dict(document), list(document.get("omitted", ()))
+    for part, empty in (("logprobs", None), ("text", None), ("tokens", ())):
+        if len(orjson.dumps(made)) <= limit_bytes:
+            break
+        if made.get(part):
+            omitted.append(part)
+            made |= {part: empty, "omitted": omitted}
+    return made
+
+
 def parse(data: bytes) -> Document:
     """The inverse of `dump`. A document of a kind that this version does not know is a Waiting. MessageRejected: it is no document."""
     try:
@@ -218,4 +236,5 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         usage=Usage(document["usage"]["prompt_tokens"], document["usage"]["completion_tokens"]),
         timing=Timing(**{name: timing.get(name) for name in Timing.__dataclass_fields__}),
         logprobs=None if logprobs is None else tuple([Token.of(entry) for entry in logprobs]),
+        omitted=tuple(document.get("omitted", ())),
     )
