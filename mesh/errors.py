@@ -187,7 +187,14 @@ class Busy(ServiceError):
 
 
 class Unavailable(ServiceError):
+    """`waited_s`: so long a coordinator has waited for what is missing. None: nothing was waited for. To ask again at once after a wait
+    begins the same wait again."""
+
     code = "unavailable"
+
+    def __init__(self, message: str, *, waited_s: float | None = None) -> None:
+        super().__init__(message)
+        self.waited_s = waited_s
 
 
 class NobodyListens(Unavailable):

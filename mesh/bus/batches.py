@@ -40,8 +40,9 @@ from mesh.errors import BadRequest, Busy, Cancelled, MessageRejected, PayloadToo
 from mesh.protocol import subjects, topics
 from mesh.protocol.batches import MAX_BATCH, BatchItem, BatchState, BatchStatus
 from mesh.protocol.failures import ErrorReply
-from mesh.protocol.generation import Generate
+from mesh.protocol.generation import Generate, require_answer_fits
 from mesh.protocol.message import Label, Message, Natural
+from mesh.protocol.stream import fitted
 from mesh.settings.units import format_bytes
 
 __all__ = ["BatchQueue", "BatchStore", "Work", "cancelled_item"]
@@ -242,11 +243,10 @@ class BatchStore:
 
     async def end(self, id: str, item: BatchItem) -> bool:
         """Store a result. False: there is one already, and it stays."""
+        most = min(_MAX_VALUE, self._bus.max_payload - _HEADERS_BYTES)
+        if item.answer is not None:
+            item = item.model_copy(update={"answer": fitted(item.answer, most - _HEADERS_BYTES)})
         data = item.to_bytes()
-        if len(data) > min(_MAX_VALUE, self._bus.max_payload - _HEADERS_BYTES):
-            size = format_bytes(len(data))
-            error = PayloadTooLarge(f"an answer of {size}: ask for fewer tokens, or no logprobs", size_bytes=len(data), limit_bytes=0)
-            return await self.end(id, BatchItem(index=item.index, state="failed", error=ErrorReply.of(error)))
         stored = await self._bucket.update(f"{id}.end.{item.index}", data, revision=0) is not None
         if stored:
             await self.note(id, item)
@@ -263,11 +263,17 @@ class BatchStore:
         for name in ("session", "attempt", "given", "epoch"):
             if getattr(request, name):
                 raise BadRequest(f"requests.{index}.{name}: a request of a batch has none: leave it out", field=f"requests.{index}.{name}")
-        body = request.model_copy(update={"stream": False}).to_bytes()
+        request = request.model_copy(update={"stream": False})
+        body = request.to_bytes()
         limit = self._bus.max_payload - _HEADERS_BYTES
+        try:
+            require_answer_fits(request, limit)
+        except PayloadTooLarge as error:
+            raise PayloadTooLarge(f"requests.{index}: {error}", size_bytes=error.size_bytes, limit_bytes=error.limit_bytes) from None
         if len(body) > limit:
             raise PayloadTooLarge(
-                f"requests.{index} has {format_bytes(len(body))}, where the server takes {format_bytes(limit)}",
+                f"requests.{index} has {format_bytes(len(body))}, and the server takes {format_bytes(limit)} (max_payload): shorten it, "
+                "or raise max_payload in the server's configuration",
                 size_bytes=len(body),
                 limit_bytes=limit,
             )

@@ -50,6 +50,7 @@ R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 
 _PENDING_BYTES = 8 * 1024 * 1024  # so much is kept to be sent after a reconnection; beyond that publishing is Unavailable
+_ERROR_CHARACTERS = 2000  # of an error's message and of its field; an error that is too large to be sent would tell nobody anything
 _RECONNECT_WAIT_S = 0.25
 _FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
@@ -430,9 +431,13 @@ class Bus:
         return Subscription(inner, lambda: calls.pop(sid, None))
 
     async def respond(self, to: Received, message: Message) -> None:
-        """Answer a request. Does nothing if no answer is expected."""
-        if to.reply:
+        """Answer a request; with an error, if the answer is larger than the server takes. Does nothing if no answer is expected."""
+        if not to.reply:
+            return
+        try:
             await self.publish(to.reply, message.to_bytes())
+        except PayloadTooLarge as error:
+            await self.respond_error(to, error)
 
     async def respond_error(self, to: Received, error: MeshError) -> None:
         """Answer a request with an error: headers as NATS's convention has them, and a body from which the other side makes the same
@@ -546,6 +551,9 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
 def reply_error(error: MeshError) -> tuple[bytes, dict[str, str]]:
     """(body, headers) of an error reply."""
     reply = ErrorReply.of(error)
+    if len(reply.message) > _ERROR_CHARACTERS or len(reply.field or "") > _ERROR_CHARACTERS:  # it quotes what was sent
+        field = None if reply.field is None else reply.field[:_ERROR_CHARACTERS]
+        reply = reply.model_copy(update={"message": reply.message[:_ERROR_CHARACTERS], "field": field})
     message = " ".join(reply.message.split())  # a header is one line
     return reply.to_bytes(), {ERROR_HEADER: message, ERROR_CODE_HEADER: str(reply.status)}
 

@@ -21,6 +21,7 @@ from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatu
 from mesh.client.stream import Stream
 from mesh.client.sync import MeshClient, SyncStream
 from mesh.protocol.batches import BatchStatus
+from mesh.protocol.stream import Waiting
 
 __all__ = [
     "AsyncMeshClient",
@@ -37,4 +38,5 @@ __all__ = [
     "Timing",
     "Token",
     "Usage",
+    "Waiting",
 ]

@@ -22,6 +22,7 @@ from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStat
 from mesh.protocol.events import Event
 from mesh.protocol.generation import Generate, TraceReply, TraceRequest
 from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
+from mesh.protocol.stream import Waiting
 
 __all__ = ["AsyncMeshClient"]
 
@@ -93,14 +94,23 @@ class AsyncMeshClient:
         model = request.pop("model", None) or self._model or await self._only_model()
         return self.stream(prompt, model=model, **request)
 
-    def stream(self, prompt: str | None = None, *, model: str | None = None, timeout_s: float | None = None, **request: Any) -> Stream:
-        """Generate token by token. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        on_waiting: Callable[[Waiting], None] | None = None,
+        **request: Any,
+    ) -> Stream:
+        """Generate token by token. `on_waiting` is called every few seconds while the request waits for a row, or for layers that no shard
+        serves. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
         prompt, max_tokens, stop, raw, session, and the sampling parameters of mesh.protocol.sampling."""
         name = model or self._model
         if name is None:
             raise BadRequest("say which model: AsyncMeshClient(..., model=NAME), or use open_stream, which finds it out", field="model")
         message = _message(prompt, request)
-        return Stream(self._connected, name, message, timeout_s=timeout_s or self._timeout_s, retry=self._retry)
+        return Stream(self._connected, name, message, timeout_s=timeout_s or self._timeout_s, retry=self._retry, on_waiting=on_waiting)
 
     async def generate(self, prompt: str | None = None, **request: Any) -> Completion:
         """Generate, and return the whole answer. The arguments are those of `stream`. Cancelling the task cancels the generation."""

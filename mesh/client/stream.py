@@ -10,6 +10,9 @@ token shows whether it was delivered before. The request is sent again
 
 A repeated request carries the tokens that have arrived. The coordinator that has the session, or takes it over, goes on after them.
 
+A wait for layers that no shard serves is the coordinators' alone (`failover_timeout`). After an error that ends such a wait, the request
+is not sent again. A request that is sent again during a wait says how long it has lasted, so that another coordinator continues it.
+
 A coordinator that lost the session to another one may still send documents. They have a lower epoch and are ignored.
 
 The session is the proof that the generation is this stream's own. It goes to coordinators alone; documents and errors name the request
@@ -22,16 +25,18 @@ import asyncio
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.bus.connection import ERROR_HEADER, raise_error
 from mesh.client.results import Chunk, Completion
-from mesh.errors import Busy, DeadlineExceeded, MeshError, MessageRejected, ServiceError, Unavailable
+from mesh.errors import Busy, DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, ServiceError, Unavailable
 from mesh.protocol import topics
 from mesh.protocol.generation import Cancel, Generate, public_id
 from mesh.protocol.headers import EPOCH_HEADER, REQUEST_HEADER, SESSION_HEADER
-from mesh.protocol.stream import Accepted, Finished, Token, TokenDocument, parse
+from mesh.protocol.stream import Accepted, Finished, Token, TokenDocument, Waiting, parse
 
 __all__ = ["Retry", "Stream"]
 
@@ -60,10 +65,20 @@ class Stream:
     """The chunks of one generation, in order, each once: `async for chunk in stream`. Afterwards `completion` is set.
 
     Closing the stream before its end cancels the generation: use `async with`, or call `aclose`.
+    `on_waiting` is called with each Waiting document: the request waits for a row, or for layers that no shard serves.
     Errors: those of the coordinator, Unavailable, Busy, DeadlineExceeded (`timeout_s`, the limit of the whole request).
     """
 
-    def __init__(self, bus: Bus, model: str, message: Generate, *, timeout_s: float | None, retry: Retry) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        model: str,
+        message: Generate,
+        *,
+        timeout_s: float | None,
+        retry: Retry,
+        on_waiting: Callable[[Waiting], None] | None = None,
+    ) -> None:
         seed = secrets.randbits(62) if message.seed is None else message.seed
         session = message.session or secrets.token_hex(16)
         self._named = message.session is not None  # perhaps others ask for it too
@@ -77,6 +92,8 @@ class Stream:
         self._bus = bus
         self._model = model
         self._retry = retry
+        self._on_waiting = on_waiting
+        self._waits_since: float | None = None  # for layers that no shard serves
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._inbox: asyncio.Queue[Received] = asyncio.Queue()  # bounded by the request's max_tokens
@@ -84,7 +101,7 @@ class Stream:
         self._subject = ""
         self._cancel: topics.Address[Cancel, None] | None = None
         self._given: list[Token] = []
-        self._text = 0  # characters delivered
+        self._pieces: list[str] = []  # the text delivered
         self._epoch = 0
         self._asked = 0  # how often the request was sent
         self._tries = 0  # how often it was sent since the last token
@@ -143,10 +160,18 @@ class Stream:
             self._subscription = await self._bus.subscribe(self._subject, self._inbox.put)
         attempt = self._asked if self._asked or not self._named else None
         self._asked += 1
-        update = {"attempt": attempt, "given": tuple(token.id for token in self._given), "epoch": self._epoch or None}
+        waited_s = 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
+        update = {"attempt": attempt, "given": tuple(token.id for token in self._given), "epoch": self._epoch or None, "waited_s": waited_s}
         message = self._message.model_copy(update=update)
         headers = {SESSION_HEADER: self.session}
-        await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject, headers=headers)
+        try:
+            await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject, headers=headers)
+        except PayloadTooLarge:
+            if not self._given:
+                raise
+            # Without the tokens that have come: they come again, and their indexes say so.
+            message = message.model_copy(update={"given": ()})
+            await self._bus.send(topics.GENERATE.at(self._model), message, reply=self._subject, headers=headers)
 
     async def _receive(self) -> Received | None:
         """The next message. None: there was none for so long that the request should be sent again."""
@@ -198,16 +223,31 @@ class Stream:
                     await self._ask()
             case Accepted():
                 self._cancel = topics.CANCEL.read(document.cancel)
+            case Waiting():
+                self._waits_since = self._heard_at - document.waited_s if document.missing else None
+                if self._on_waiting is not None:
+                    self._on_waiting(document)
             case Finished():
                 self._finish(document, now)
 
     def _finish(self, document: Finished, now: float) -> None:
-        """Deliver what did not come before: the last document has the whole answer."""
-        completion = Completion.of(document.answer, self.session)
+        """Deliver what did not come before: the last document has the whole answer, except for parts that came before and are left out."""
+        answer = document.answer
+        if answer.omitted:
+            if len(self._given) < answer.usage.completion_tokens:
+                raise Unavailable("some tokens of the answer were lost on the way")
+            answer = replace(
+                answer,
+                tokens=tuple(token.id for token in self._given),
+                text="".join(self._pieces) + document.rest if "text" in answer.omitted else answer.text,
+                logprobs=tuple(self._given) if "logprobs" in answer.omitted else answer.logprobs,
+                omitted=(),
+            )
+        completion = Completion.of(answer, self.session)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
         for token in tokens[len(self._given) :]:
             self._give("", token, now)
-        rest = document.rest if completion.text is None else completion.text[self._text :]
+        rest = document.rest if completion.text is None else completion.text[len("".join(self._pieces)) :]
         self._ready.append(Chunk(rest, None, len(self._given), now))
         self.completion = completion
 
@@ -215,13 +255,16 @@ class Stream:
         self._ready.append(Chunk(text, token, len(self._given), now))
         self._given.append(token)
         self._errors = self._tries = 0
-        self._text += len(text)
+        self._waits_since = None
+        self._pieces.append(text)
 
     async def _again(self, error: MeshError) -> None:
         """Wait and send the request again after an error that allows it. Any other error is raised."""
         if not isinstance(error, ServiceError) or not error.retryable or self._stalled:
             raise error
         if isinstance(error, Busy) and not self._retry.busy:
+            raise error
+        if isinstance(error, Unavailable) and error.waited_s is not None:
             raise error
         if not (self._began and isinstance(error, _NobodyError)):  # another coordinator will replace the one that answered
             if self._errors >= self._retry.attempts:

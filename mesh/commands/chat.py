@@ -11,6 +11,7 @@ from mesh.client import MeshClient
 from mesh.commands.connection import bus_options
 from mesh.commands.generate import add_mesh_arguments
 from mesh.commands.run import add_sampling_arguments, sampling_of
+from mesh.commands.waiting import WaitingLine
 from mesh.errors import RequestError
 
 __all__ = ["add_parser", "run_command"]
@@ -53,8 +54,9 @@ def run_command(args: argparse.Namespace) -> int:
             history.append({"role": "user", "content": said})
             answer = ""
             try:
-                with client.stream(messages=history, **options) as stream:
+                with WaitingLine() as waiting, client.stream(messages=history, on_waiting=waiting.show, **options) as stream:
                     for chunk in stream:
+                        waiting.clear()
                         answer += chunk.text
                         print(chunk.text, end="", flush=True)
             except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from mesh.bus import BusOptions
 from mesh.client import MeshClient
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.run import add_generation_arguments, sampling_of
+from mesh.commands.waiting import WaitingLine
 from mesh.errors import BadRequest
 from mesh.settings.units import format_seconds
 
@@ -72,8 +73,13 @@ def ask(
     hops: bool = False,
 ) -> int:
     """Generate and print: the text as it comes and a line of figures on standard error, or one JSON object."""
-    with MeshClient(options=options, model=model, timeout_s=timeout_s) as client, client.stream(**request) as stream:
+    with (
+        MeshClient(options=options, model=model, timeout_s=timeout_s) as client,
+        WaitingLine() as waiting,
+        client.stream(on_waiting=waiting.show, **request) as stream,
+    ):
         for chunk in stream:
+            waiting.clear()
             if not as_json:
                 text = chunk.text if chunk.token is None or chunk.text else ""
                 print(text, end="", flush=True)

@@ -62,7 +62,8 @@ class Host(Protocol):
 
 class Continuity:
     """See the module's docstring. `close_rows(instance)` frees what a coordinator holds at the shards. `instance` is different for each
-    process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone."""
+    process, while `name` may be the same after a restart. `heartbeat_ttl_s`: a coordinator that was not heard for so long is gone.
+    `waited_s(session)`: how long a session of this coordinator has waited for shards."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class Continuity:
         heartbeat_ttl_s: float,
         random: Random,
         announce: Announce,
+        waited_s: Callable[[str], float],
     ) -> None:
         self.bus = bus
         self.name = name
@@ -95,6 +97,7 @@ class Continuity:
         self._subscriptions: list[Subscription] = []
         self._watcher: asyncio.Task[Any] | None = None
         self._announce = announce
+        self._waited_s = waited_s
         bus.on_change(self._on_connection)
 
     async def start(self) -> None:
@@ -120,8 +123,8 @@ class Continuity:
 
     # -- records -------------------------------------------------------------------------------------------------------
 
-    def keep(self, job: Job) -> None:
-        """Write the session down from now on."""
+    def keep(self, job: Job, on_first: Callable[[bool], None] | None = None) -> None:
+        """Write the session down from now on. `on_first` is called after the first write: is the record there?"""
         update = {"prompt": None, "messages": None, "tokens": job.request.prompt, "seed": job.request.sampling.seed, "given": ()}
         message = job.message.model_copy(update=update)
 
@@ -132,14 +135,14 @@ class Continuity:
                 owner=self.instance,
                 epoch=job.epoch,
                 digest=job.digest,
-                message=message.model_copy(update={"stream": job.message.stream}),
+                message=message.model_copy(update={"stream": job.message.stream, "waited_s": self._waited_s(job.request.id)}),
                 reply=job.reply,
                 # with log probabilities everything is computed again: they are not written down
                 given=() if message.logprobs is not None else tuple(token.id for token in job.tokens),
                 told=job.delivered,
             )
 
-        self.recorder.keep(job.request.id, snapshot, revision=job.revision)
+        self.recorder.keep(job.request.id, snapshot, revision=job.revision, on_first=on_first)
 
     def end(self, job: Job, answer: bytes | None) -> None:
         """The session has ended. Its answer is kept for a while if the client gave the session a name, by which it may ask again."""

@@ -5,18 +5,21 @@ Emit               the token's document to the client
 OpenRow, CloseRow  a request or a message to a shard (shards.py)
 Ask                a question to a shard (shards.py)
 Happened           a line in the log, and an event of the mesh
-Admitted           the session is written down from now on; the client of a stream hears that it has been accepted
+Admitted           the session is written down from now on; then the client of a stream hears that it has been accepted
 Rejected           an error to the client
 Ended              the last document, or an error, to the client
+Waits              the client of a stream hears which layers are missing; the session's record has how long it has waited
 
 An effect that fails unexpectedly ends its own session, whose client gets an error. The other effects are carried out.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
+from functools import partial
 from typing import assert_never
 
 import orjson
@@ -36,18 +39,24 @@ from mesh.coordinator.core.events import (
     OpenRow,
     Probe,
     Rejected,
+    Waits,
 )
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
+from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import Traces
 from mesh.errors import MeshError, internal_error
+from mesh.protocol.stream import fitted
 from mesh.telemetry.seldom import Seldom
 
 __all__ = ["Effects"]
 
 log = logging.getLogger("mesh.coordinator")
 seldom = Seldom(log)
+
+_FIRST_WRITE_S = 0.5
+"""A stream's first document waits for the first write of the session's record, but no longer than this."""
 
 
 class Effects:
@@ -105,6 +114,8 @@ class Effects:
                 self._rejected(effect)
             case Ended():
                 self._ended(effect)
+            case Waits():
+                self._waits(effect)
             case _:
                 assert_never(effect)
         return False
@@ -126,18 +137,53 @@ class Effects:
         if job is None or job.stopped:
             return False
         document, stopped = job.push(effect.token)
+        job.wait = None
         self._continuity.recorder.touch(effect.session)
-        if job.message.stream and document is not None:
+        if job.accepted and job.message.stream and document is not None:
             self._outbox.document(job, document, len(job.tokens) - 1)
         return stopped
 
     def _admitted(self, effect: Admitted) -> None:
         job = self._jobs.table[effect.session]
-        self._continuity.keep(job)
+        recorder = self._continuity.recorder
+        job.recorded = bool(job.revision)
+        if job.recorded or not recorder.answering or not job.message.stream:
+            self._continuity.keep(job)
+            if job.message.stream:
+                self._outbox.accepted(job)
+        else:
+            late = asyncio.get_running_loop().call_later(_FIRST_WRITE_S, self._not_recorded, job)
+            self._continuity.keep(job, partial(self._recorded, job, late))
         request = job.request
         self._traces.begin(request.id, len(request.prompt), request.max_tokens, now=job.began, unix_s=time.time())
+
+    def _recorded(self, job: Job, late: asyncio.TimerHandle, there: bool) -> None:
+        """The first write of a session's record is over."""
+        late.cancel()
+        job.recorded = there
+        self._accept(job)
+
+    def _not_recorded(self, job: Job) -> None:
+        """The first write takes too long to be waited for."""
+        self._continuity.recorder.slow()
+        self._accept(job)
+
+    def _accept(self, job: Job) -> None:
+        if job.accepted or self._jobs.table.get(job.request.id) is not job:
+            return
+        self._outbox.accepted(job)
+        self._outbox.send_now()
+        if self._outbox:
+            self._bus.spawn(self._outbox.send(), "sending")
+
+    def _waits(self, effect: Waits) -> None:
+        job = self._jobs.table.get(effect.session)
+        if job is None:
+            return
+        self._continuity.recorder.touch(effect.session)
         if job.message.stream:
-            self._outbox.accepted(job)
+            missing = tuple(map(str, effect.missing))
+            self._outbox.waiting(job, job.waiting(effect.place, missing, effect.waited_s, effect.patience_s))
 
     def _rejected(self, effect: Rejected) -> None:
         self._note_defect(effect.error)
@@ -162,8 +208,11 @@ class Effects:
             self._outbox.error(job.reply, effect.error, job.epoch, job.id)
             self._continuity.end(job, None)
             return
-        answer = orjson.dumps(job.finished(effect))
-        self._continuity.end(job, answer)
-        self._jobs.remember(job, answer)
+        if job.message.stream and not job.accepted:
+            self._outbox.accepted(job)
+        document = fitted(job.finished(effect), self._bus.max_payload)
+        answer, whole = orjson.dumps(document), "omitted" not in document
+        self._continuity.end(job, answer if whole else None)
+        self._jobs.remember(job, answer, whole=whole)
         self._outbox.message(job.reply, answer)
         del self._jobs.table[effect.session]

@@ -110,6 +110,7 @@ class Intake:
         id, digest = message.session or secrets.token_hex(16), digest_of(message)
         if await self._known(id, digest, message, received.reply):
             return
+        generation.require_answer_fits(message, self._bus.max_payload)
         size = len(received.data)
         self._requests.enter(size)
         try:
@@ -143,7 +144,12 @@ class Intake:
         if digest != (answer[0] if answer is not None else job.digest if job is not None else ""):
             raise BadRequest(f"session {id} was another request: give this one its own name", field="session")
         if answer is not None:
-            await self._bus.publish(reply, with_epoch(answer[1], message.epoch))
+            _, last, whole = answer
+            if whole is not None and message.stream:  # the last document lacks parts, which the others have
+                whole.reply, whole.start = reply, len(message.given)
+                self._outbox.accepted(whole)
+            self._outbox.message(reply, with_epoch(last, message.epoch))
+            await self._outbox.send()
         elif job is not None:
             has = len(message.given)
             if message.logprobs is None and tuple(token.id for token in job.tokens[:has]) != message.given:

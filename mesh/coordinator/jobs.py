@@ -16,7 +16,7 @@ from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.records import SessionRecord
 from mesh.coordinator.replies import Job
 from mesh.coordinator.requests import Requests
-from mesh.errors import Busy, MeshError
+from mesh.errors import Busy, MeshError, PayloadTooLarge
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import generation, topics
@@ -54,7 +54,7 @@ class Jobs:
         self._tokenizer = tokenizer
         self._requests = requests
         self._pool_bytes = pool_bytes
-        self._answers: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # session -> (digest, last document)
+        self._answers: OrderedDict[str, tuple[str, bytes, Job | None]] = OrderedDict()  # see `answer`
 
     def has(self, session: str) -> bool:
         return session in self.table
@@ -63,13 +63,13 @@ class Jobs:
         """The session of the public id, of a request that is held."""
         return next((session for session, job in self.table.items() if job.id == id), None)
 
-    def answer(self, session: str) -> tuple[str, bytes] | None:
-        """(digest, last document) of a request that ended not long ago."""
+    def answer(self, session: str) -> tuple[str, bytes, Job | None] | None:
+        """(digest, last document, job) of a request that ended not long ago. The job is kept where the last document lacks parts."""
         return self._answers.get(session)
 
-    def remember(self, job: Job, answer: bytes) -> None:
-        """Keep the last document of a request that has ended."""
-        self._answers[job.request.id] = (job.digest, answer)
+    def remember(self, job: Job, answer: bytes, *, whole: bool) -> None:
+        """Keep the last document of a request that has ended. `whole`: it has all parts."""
+        self._answers[job.request.id] = (job.digest, answer, None if whole else job)
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
 
@@ -104,7 +104,8 @@ class Jobs:
             return
         message, given, start = record.message, record.given, record.told
         if asked is not None:
-            message, start = message.model_copy(update={"stream": asked.stream}), len(asked.given)
+            waited_s = max(message.waited_s, asked.waited_s)
+            message, start = message.model_copy(update={"stream": asked.stream, "waited_s": waited_s}), len(asked.given)
             if given[:start] != asked.given:
                 given = asked.given
         message = message.model_copy(update={"given": given})
@@ -130,4 +131,8 @@ class Jobs:
         elif record.owner is not None and record.reply != job.reply:
             asked = job.message.model_copy(update={"session": session, "given": tuple(token.id for token in job.tokens[: job.delivered])})
             headers = {SESSION_HEADER: session}
-            await self._bus.send(topics.GENERATE_AT.at(self._manifest.name, record.owner), asked, reply=job.reply, headers=headers)
+            to = topics.GENERATE_AT.at(self._manifest.name, record.owner)
+            try:
+                await self._bus.send(to, asked, reply=job.reply, headers=headers)
+            except PayloadTooLarge:  # the tokens come again, and the client knows them by their indexes
+                await self._bus.send(to, asked.model_copy(update={"given": ()}), reply=job.reply, headers=headers)

@@ -95,9 +95,18 @@ class Outbox:
 
     def accepted(self, job: Job) -> None:
         """Tell the client of a stream which coordinator has its request, and send the token documents that it does not have yet."""
-        self.document(job, job.accepted(self._model, topics.CANCEL.at(self._model, self._name).subject))
+        job.accepted = True
+        self.document(job, job.acceptance(self._model, topics.CANCEL.at(self._model, self._name).subject))
         for index, document in job.documents():
             self.document(job, document, index)
+        if job.wait is not None:
+            self.document(job, job.wait)
+
+    def waiting(self, job: Job, document: bytes | None) -> None:
+        """Tell the client of a stream why its request waits. None: it waits no longer."""
+        job.wait = document
+        if document is not None and job.accepted:
+            self.document(job, document)
 
     def document(self, job: Job, document: bytes, index: int | None = None) -> None:
         """A document of a stream before the last one. `index`: it is the document of this token."""

@@ -5,9 +5,11 @@ and which coordinator owns the session. Only the owner writes the record, by com
 takes the session over in the same way, with the next epoch. The former owner, if it lives after all, learns that at its next write and
 drops the session.
 
-Nothing on the way of a token waits for a write. A session that changes is marked, and one task writes what is marked: each record at most
-every EVERY_S seconds; less often where the record is large; and less often where there are many, RECORDS_PER_S in all, but at least every
-RARELY_S. Tokens that were generated after the last write are generated again, with the same seed, and so they are the same tokens.
+No frame waits for a write. The client of a stream is told that its request is accepted, and given its first tokens, once the first write
+is done, which goes on beside the prefill; where writes fail or are slow, it is told without. After that nothing waits. A session that
+changes is marked, and one task writes what is marked: each record at most every EVERY_S seconds; less often where the record is large;
+and less often where there are many, RECORDS_PER_S in all, but at least every RARELY_S. Tokens that were generated after the last write are
+generated again, with the same seed, and so they are the same tokens.
 
 A record counts a token as delivered only if the token's document was handed to the connection before the record was. NATS keeps the order
 of a connection. So a coordinator that takes over may repeat a document, but never skips one.
@@ -90,7 +92,7 @@ def sessions_bucket(bus: Bus) -> Bucket:
 
 def digest_of(message: Generate) -> str:
     """The same for two requests that ask for the same generation, whichever attempt they are and whatever tokens they have already."""
-    values = message.model_dump(mode="json", exclude={"attempt", "given", "stream", "epoch"})
+    values = message.model_dump(mode="json", exclude={"attempt", "given", "stream", "epoch", "waited_s"})
     return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
@@ -112,19 +114,22 @@ class PendingWrite:
     writing: bool = False
     ended: SessionRecord | None = None  # what to write last; where that is None and `over` is set, the record is deleted
     over: bool = False
+    on_first: Callable[[bool], None] | None = None  # called after the first write: whether the record is there
+    unwritable: bool = False  # it is too large, even without the tokens generated so far
 
 
 class Recorder:
     """Writes the records of one coordinator's sessions. `on_lost(session, record)` is called where another coordinator has the session now.
 
     counters: written, failed, too_large, lost, remade (the bucket was lost and made again), not_resumed, and rejected (records that cannot
-    be read).
+    be read). `answering`: false after a write that failed or was slow, until one succeeds.
     """
 
     def __init__(self, bucket: Bucket, model: str, instance: str, on_lost: Callable[[str, SessionRecord], None]) -> None:
         self.bucket = bucket
         self.instance = instance
         self.counters: Counter[str] = Counter()
+        self.answering = True
         self._prefix = subjects.token(model)
         self._on_lost = on_lost
         self._pending: dict[str, PendingWrite] = {}
@@ -151,9 +156,12 @@ class Recorder:
 
     # -- what changes -------------------------------------------------------------------------------------------------
 
-    def keep(self, session: str, snapshot: Callable[[], SessionRecord], *, revision: int = 0) -> None:
-        """Write the session down from now on. `snapshot` is called when its record is written."""
-        self._pending[session] = PendingWrite(snapshot, revision)
+    def keep(
+        self, session: str, snapshot: Callable[[], SessionRecord], *, revision: int = 0, on_first: Callable[[bool], None] | None = None
+    ) -> None:
+        """Write the session down from now on. `snapshot` is called when its record is written; `on_first`, once, after the first write: is
+        the record there?"""
+        self._pending[session] = PendingWrite(snapshot, revision, on_first=on_first)
         self._finished.pop(session, None)
         self._wake.set()
 
@@ -169,6 +177,10 @@ class Recorder:
         for pending in self._pending.values():
             pending.dirty, pending.due_at = True, 0.0
         self._wake.set()
+
+    def slow(self) -> None:
+        """A first write has taken too long."""
+        self.answering = False
 
     def end(self, session: str, last: SessionRecord | None) -> None:
         """The session has ended: write `last`, which has its answer, or delete the record."""
@@ -237,6 +249,7 @@ class Recorder:
     async def _run(self) -> None:
         check_at = 0.0
         while True:
+            self._wake.clear()  # before anything is looked at: what changes meanwhile is looked at next
             now = time.monotonic()
             wait_s = CHECK_S if self._pending else REFRESH_S
             if self._pending and now >= check_at:
@@ -245,7 +258,7 @@ class Recorder:
             if now >= self._paused_until:
                 for session, pending in list(self._pending.items()):
                     due_at = pending.due_at if pending.dirty else pending.written_at + REFRESH_S
-                    if pending.writing:
+                    if pending.writing or (pending.unwritable and not pending.over):
                         continue
                     if due_at > now:
                         wait_s = min(wait_s, due_at - now)
@@ -256,7 +269,6 @@ class Recorder:
             else:
                 wait_s = self._paused_until - now
             await self._clear_finished(now)
-            self._wake.clear()
             if self.bucket.remade != self._remade:  # with the bucket every record was lost
                 self._remade = self.counters["remade"] = self.bucket.remade
                 self.touch_all()
@@ -285,6 +297,7 @@ class Recorder:
                 self._failing = True
                 log.warning("sessions cannot be written down, and are lost if this coordinator dies before they can: %s", error)
             pending.dirty = True
+            self.answering = False
             self._paused_until = time.monotonic() + _PAUSE_S
         except Exception as error:  # a defect, of this session alone: it goes on, and its record is tried again rarely
             self.counters["failed"] += 1
@@ -293,6 +306,9 @@ class Recorder:
             seldom.error(f"session record {session}", error)
         finally:
             pending.writing = False
+            tell, pending.on_first = pending.on_first, None
+            if tell is not None and self._pending.get(session) is pending:
+                tell(pending.revision > 0)
             self._slots.release()
             self._wake.set()
 
@@ -300,10 +316,14 @@ class Recorder:
         over = pending.over
         record = pending.ended if over else pending.snapshot()
         data = b"" if record is None else record.to_bytes()
-        if len(data) > min(SessionRecord.limit_bytes, self.bucket.bus.max_payload - _HEADERS_BYTES):
+        most = min(SessionRecord.limit_bytes, self.bucket.bus.max_payload - _HEADERS_BYTES)
+        if len(data) > most and record is not None and not over:  # the tokens can be generated again
+            record = record.model_copy(update={"given": ()})
+            data = record.to_bytes()
+        if len(data) > most:
             self.counters["too_large"] += 1
             if not over:
-                pending.due_at = float("inf")
+                pending.unwritable = True
                 return
             record = None
         now = time.monotonic()
@@ -319,6 +339,7 @@ class Recorder:
             await self._conflict(session, pending)
             return
         pending.revision = revision
+        self.answering = True
         self.counters["written"] += 1
         if over:
             self._done(session, pending)

@@ -52,7 +52,9 @@ class HopMeter:
 @dataclass(slots=True)
 class Job:
     """One request, and what its client has of the answer. digest: tells requests of the same name apart. start: the client came with the
-    tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none."""
+    tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none. accepted: the
+    client of a stream has been told so; before that it is told nothing. recorded: another coordinator could go on. wait: the last Waiting
+    document."""
 
     message: Generate
     request: GenerationRequest
@@ -65,6 +67,9 @@ class Job:
     start: int = 0
     delivered: int = 0
     revision: int = 0
+    accepted: bool = False
+    recorded: bool = False
+    wait: bytes | None = None
     began: float = field(default_factory=time.perf_counter)
     tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
@@ -93,11 +98,11 @@ class Job:
             job._take(Token(id))
         return job
 
-    def accepted(self, model: str, cancel: str) -> bytes:
-        return dump(Accepted(self.name, cancel, model, self.start, self.epoch, self.id))
+    def acceptance(self, model: str, cancel: str) -> bytes:
+        return dump(Accepted(self.name, cancel, model, self.start, self.epoch, self.id, self.recorded))
 
-    def waiting(self, place: int) -> bytes:
-        return dump(Waiting(place, self.epoch, self.id))
+    def waiting(self, place: int, missing: tuple[str, ...] = (), waited_s: float = 0.0, patience_s: float = 0.0) -> bytes:
+        return dump(Waiting(place, self.epoch, self.id, missing, waited_s, patience_s))
 
     def push(self, token: Token) -> tuple[bytes | None, bool]:
         """Take a token. Returns its document (None: the client has it already), and whether a stop text is complete with it."""

@@ -118,7 +118,7 @@ class Requests:
         sampling = message.sampling(seed=secrets.randbits(62))
         # the log probabilities of a prefix are not known, so with them everything is computed again
         prefix = message.given if message.logprobs is None else ()
-        return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix)
+        return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix, waited_s=message.waited_s)
 
     def _require_tokens(self, count: int, max_tokens: int) -> None:
         context = self._manifest.context_length

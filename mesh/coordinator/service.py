@@ -147,6 +147,7 @@ class Coordinator:
             heartbeat_ttl_s=min(max(_HEARTBEAT_TTL_S, _HEARTBEATS_MISSED * options.health_check_interval_s), _LONGEST_TTL_S),
             random=Random(secrets.randbits(64)),
             announce=self._announce_soon,
+            waited_s=lambda session: self.core.waited_s(session, time.monotonic()),
         )
         self.effects = Effects(bus, self.jobs, self.outbox, self.shards, self.continuity, self.traces, self._announce_soon)
         self.driver.carry_out = self.effects.carry_out
@@ -279,10 +280,11 @@ class Coordinator:
         checked_at = time.monotonic()
         while True:
             try:
-                for place, session in enumerate(self.core.waiting()):
+                complete = self.core.load(time.monotonic()).context is not None  # otherwise the core says what is missing, more often
+                for place, session in enumerate(self.core.waiting() if complete else ()):
                     job = self.jobs.table.get(session)
                     if job is not None and job.message.stream:
-                        self.outbox.document(job, job.waiting(place))
+                        self.outbox.waiting(job, job.waiting(place))
                 await self.outbox.send()
                 await self.bus.send(topics.HEARTBEATS.at(self.manifest.name), self._heartbeat())
             except MeshError as error:

@@ -14,7 +14,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from mesh.errors import Busy, MeshError, PromptTooLong
+from mesh.errors import Busy, MeshError, PromptTooLong, Unavailable
 
 __all__ = [
     "BodyRefused",
@@ -93,7 +93,8 @@ def status_of(error: MeshError) -> int:
 
 
 def _headers(error: MeshError) -> dict[str, str]:
-    """The headers of an error: Retry-After if a retry can help, WWW-Authenticate if a token is missing."""
+    """The headers of an error: Retry-After if a retry can help, WWW-Authenticate if a token is missing. OpenAI's clients read
+    x-should-retry: without it they would begin a wait again that the coordinators have ended."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, Busy):
         headers["retry-after"] = str(max(math.ceil(error.retry_after_s), 1))
@@ -101,6 +102,8 @@ def _headers(error: MeshError) -> dict[str, str]:
         headers["retry-after"] = "2"
     elif status_of(error) in (408, 413):  # what is left of the body is not read
         headers["connection"] = "close"
+    if isinstance(error, Unavailable) and error.waited_s is not None:
+        headers["x-should-retry"] = "false"
     if error.code == "not_authenticated":
         headers["www-authenticate"] = "Bearer"
     return headers

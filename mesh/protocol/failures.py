@@ -15,7 +15,7 @@ from mesh.errors import (
     Unavailable,
 )
 from mesh.protocol.documents import short
-from mesh.protocol.message import MAX_LINE, Label, Line, Message, Natural
+from mesh.protocol.message import MAX_LINE, Label, Line, Message, Natural, Seconds
 
 __all__ = ["ErrorReply"]
 
@@ -43,6 +43,7 @@ class ErrorReply(Message):
     retry_after_s: float | None = None
     tokens: Natural | None = None
     limit: Natural | None = None
+    waited_s: Seconds | None = None
 
     @property
     def status(self) -> int:
@@ -51,7 +52,7 @@ class ErrorReply(Message):
     @classmethod
     def of(cls, error: MeshError) -> ErrorReply:
         """The reply that carries `error`."""
-        values = {name: getattr(error, name, None) for name in ("field", "retry_after_s", "tokens", "limit")}
+        values = {name: getattr(error, name, None) for name in ("field", "retry_after_s", "tokens", "limit", "waited_s")}
         if values["field"] is not None:
             values["field"] = short(values["field"], 256)
         return cls(code=error.code, message=short(str(error), MAX_LINE), retryable=error.retryable, **values)
@@ -70,7 +71,7 @@ class ErrorReply(Message):
             case "payload_too_large":
                 return PayloadTooLarge(self.message, size_bytes=0, limit_bytes=self.limit or 0)
             case "unavailable":
-                return Unavailable(self.message)
+                return Unavailable(self.message, waited_s=self.waited_s)
             case "deadline_exceeded":
                 return DeadlineExceeded(self.message)
             case "cancelled":

@@ -7,16 +7,34 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Token, TokenIds
+from mesh.errors import PayloadTooLarge
+from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Seconds, Token, TokenIds
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
+from mesh.settings.units import format_bytes
 
-__all__ = ["MAX_CHARACTERS", "MAX_MESSAGES", "Cancel", "ChatMessage", "Generate", "TraceReply", "TraceRequest", "public_id"]
+__all__ = [
+    "MAX_CHARACTERS",
+    "MAX_MESSAGES",
+    "Cancel",
+    "ChatMessage",
+    "Generate",
+    "TraceReply",
+    "TraceRequest",
+    "public_id",
+    "require_answer_fits",
+]
 
 MAX_CHARACTERS: Final = 4 * 1024 * 1024
 """Of a prompt or a message, and bytes of a whole request."""
 MAX_MESSAGES: Final = 10_000
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 StopText = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+_TOKEN_BYTES = 16
+"""What a token takes in an answer: its id and its text."""
+_LOGPROB_BYTES = 64
+"""What a token and each of its alternatives take where log-probabilities are asked for."""
+_ANSWER_BYTES = 4096
+"""What an answer takes besides its tokens."""
 
 
 def public_id(session: str) -> str:
@@ -54,6 +72,8 @@ class Generate(SamplingFields, Input):
     used as it is, without the model's chat template. `attempt`: how often a named request was sent before; 0 promises that this is the
     first time. `given`: the tokens of the answer that the caller already has; the answer continues after them.
     `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
+    `waited_s`: how long the generation has waited already for layers that no shard serves; the wait goes on from there, with whichever
+    coordinator.
     """
 
     limit_bytes: ClassVar[int] = MAX_CHARACTERS
@@ -66,11 +86,33 @@ class Generate(SamplingFields, Input):
     attempt: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     given: TokenIds = ()
     epoch: AnswerEpoch | None = None
+    waited_s: Seconds = 0.0
+
+    def answer_bytes(self, tokens: int | None = None) -> int:
+        """About what the answer takes in one message, if it has `tokens` tokens; None: max_tokens."""
+        each = _TOKEN_BYTES + (0 if self.logprobs is None else _LOGPROB_BYTES * (self.logprobs + 1))
+        return _ANSWER_BYTES + each * (self.max_tokens if tokens is None else tokens)
 
     def sampling(self, *, seed: int) -> SamplingParams:
         """The sampling parameters, with `seed` where the request has none. BadRequest names a field that is out of range."""
         values = {name: getattr(self, name) for name in SamplingFields.model_fields}
         return SamplingParams(**{**values, "seed": seed if self.seed is None else self.seed})
+
+
+def require_answer_fits(request: Generate, limit_bytes: int) -> None:
+    """PayloadTooLarge where the answer to `request`, in one message, would be larger than the server takes."""
+    size = request.answer_bytes()
+    if size <= limit_bytes or request.stream:
+        return
+    each = request.answer_bytes(1) - request.answer_bytes(0)
+    most = max((limit_bytes - _ANSWER_BYTES) // each, 0)
+    less = " without logprobs," if request.logprobs is not None else ""
+    raise PayloadTooLarge(
+        f"the answer may take {format_bytes(size)} in one message, and the server takes {format_bytes(limit_bytes)} (max_payload): "
+        f"ask with stream: true,{less} with max_tokens up to {most}, or raise max_payload in the server's configuration",
+        size_bytes=size,
+        limit_bytes=limit_bytes,
+    )
 
 
 class Cancel(Message):

@@ -29,6 +29,7 @@ __all__ = [
     "Message",
     "Natural",
     "Positive",
+    "Seconds",
     "SessionId",
     "Subject",
     "Token",
@@ -55,6 +56,7 @@ AnswerEpoch = Annotated[int, Field(ge=0, lt=2**53)]
 Integer = Annotated[int, Field(ge=-MAX_INT - 1, le=MAX_INT)]
 Natural = Annotated[int, Field(ge=0, le=MAX_INT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=MAX_TOKENS, fail_fast=True)]
 Label = Annotated[str, Field(max_length=256)]

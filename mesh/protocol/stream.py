@@ -1,9 +1,12 @@
 """The documents with which a coordinator answers a generation request: their types, and `dump` and `parse` for the wire.
 
-    stream, first    Accepted        {"request", "cancel", "model", "next", "done": false}    its name, and the subject that cancels it
-    stream, waiting  Waiting         {"waiting": n, "done": false}                            every few seconds: n others come first
+    stream, first    Accepted        {"request", "cancel", "model", "next", "recorded", "done": false}    the name to cancel it by, and the
+                                     subject; "recorded": another coordinator goes on if this one dies
+    stream, waiting  Waiting         {"waiting": n, "missing", "waited_s", "patience_s", "done": false}    every few seconds: n others
+                                     come first; or no shard serves the layers `missing`, and the error comes after `patience_s`
     stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" if asked for
-    last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"
+    last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"; "omitted" names
+                                     the parts that did not fit in the message: the token documents of a stream have them
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
 Every document has an "epoch" (an error: the header EPOCH_HEADER): when the coordinator which answers began with the session, in
@@ -38,6 +41,7 @@ __all__ = [
     "Usage",
     "Waiting",
     "dump",
+    "fitted",
     "parse",
     "with_epoch",
 ]
@@ -101,7 +105,8 @@ class Timing:
 @dataclass(frozen=True)
 class Answer:
     """A finished generation. `finish_reason`: "stop" (an end token or a stop text) or "length" (max_tokens). `text` is None for a model
-    without a tokenizer; `logprobs` is None where they were not asked for."""
+    without a tokenizer; `logprobs` is None where they were not asked for. `omitted`: the parts that are left out because the message would
+    have been too large, of `logprobs`, `text`, `tokens`."""
 
     request: str
     tokens: tuple[int, ...]
@@ -110,6 +115,7 @@ class Answer:
     usage: Usage
     timing: Timing
     logprobs: tuple[Token, ...] | None = None
+    omitted: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The answer as JSON. The key logprobs exists only if log-probabilities were asked for."""
@@ -128,6 +134,8 @@ class Answer:
         }
         if self.logprobs is not None:
             document["logprobs"] = [{"token": token.id, **token.details()} for token in self.logprobs]
+        if self.omitted:
+            document["omitted"] = self.omitted
         return document
 
 
@@ -138,14 +146,19 @@ class Accepted(NamedTuple):
     next: int
     epoch: int | None
     id: str
+    recorded: bool = True
 
 
 class Waiting(NamedTuple):
-    """`waiting`: how many requests come before this one."""
+    """`waiting`: how many requests come before this one. `missing`: layer ranges, such as "10-20", that no shard serves; for them the
+    request has waited `waited_s` of `patience_s` seconds."""
 
     waiting: int
     epoch: int | None
     id: str
+    missing: tuple[str, ...] = ()
+    waited_s: float = 0.0
+    patience_s: float = 0.0
 
 
 class TokenDocument(NamedTuple):
@@ -186,6 +199,18 @@ def dump(document: Document) -> bytes:
     return orjson.dumps({**document._asdict(), "done": False})
 
 
+def fitted(document: Mapping[str, Any], limit_bytes: int) -> dict[str, Any]:
+    """The document of an answer, without the parts that would make it larger than `limit_bytes`; `omitted` names them."""
+    made, omitted = dict(document), list(document.get("omitted", ()))
+    for part, empty in (("logprobs", None), ("text", None), ("tokens", ())):
+        if len(orjson.dumps(made)) <= limit_bytes:
+            break
+        if made.get(part):
+            omitted.append(part)
+            made |= {part: empty, "omitted": omitted}
+    return made
+
+
 def parse(data: bytes) -> Document:
     """The inverse of `dump`. A document of a kind that this version does not know is a Waiting. MessageRejected: it is no document."""
     try:
@@ -196,8 +221,10 @@ def parse(data: bytes) -> Document:
         if "index" in document:
             return TokenDocument(document["index"], Token.of(document), document["text"], epoch, id, "logprob" in document)
         if "cancel" in document:
-            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch, id)
-        return Waiting(document.get("waiting", 0), epoch, id)
+            recorded = bool(document.get("recorded", True))
+            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch, id, recorded)
+        missing, waited_s, patience_s = document.get("missing", ()), document.get("waited_s", 0.0), document.get("patience_s", 0.0)
+        return Waiting(document.get("waiting", 0), epoch, id, tuple(missing), waited_s, patience_s)
     except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
         raise MessageRejected(f"this is no document of a generation: {error!r}") from None
 
@@ -221,4 +248,5 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         usage=Usage(document["usage"]["prompt_tokens"], document["usage"]["completion_tokens"]),
         timing=Timing(**{name: timing.get(name) for name in Timing.__dataclass_fields__}),
         logprobs=None if logprobs is None else tuple([Token.of(entry) for entry in logprobs]),
+        omitted=tuple(document.get("omitted", ())),
     )

@@ -183,6 +183,30 @@ def test_a_plain_request_is_answered_once_by_the_other_coordinator(twins: LocalM
     run(disturb())
 
 
+@pytest.mark.slow
+def test_what_was_accepted_is_answered_although_the_coordinator_dies_at_once(twins: LocalMesh, undisturbed: list[int], run: Run) -> None:
+    async def disturb() -> None:
+        for _ in range(4):
+            async with AsyncMeshClient(twins.url, model="tiny") as client:
+                while len(there := await client.coordinators()) < 2:
+                    pass
+                pids = {coordinator.name: coordinator.stats.pid for coordinator in there}
+            async with asked(twins, LONG | {"stream": True}) as answers:
+                first = orjson.loads((await asyncio.wait_for(answers.get(), 60)).data)
+                name = first["cancel"].rpartition(".")[2]
+                kill(pids[name])
+                assert first["recorded"]
+                tokens: dict[int, int] = {}
+                while not (document := orjson.loads((await asyncio.wait_for(answers.get(), 60)).data))["done"]:
+                    if "index" in document:
+                        assert tokens.setdefault(document["index"], document["token"]) == document["token"]
+                assert [tokens[index] for index in range(TOKENS)] == undisturbed == document["tokens"]
+            (child,) = [child for child, process in twins.processes.items() if process.pid == pids[name]]
+            twins.restart(child)
+
+    run(disturb())
+
+
 @pytest.mark.parametrize("what", ["logprobs", "stop"])
 def test_sampled_tokens_with_a_stop_text_or_log_probabilities_go_on_too(twins: LocalMesh, run: Run, what: str) -> None:
     async def disturb() -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "Submit",
     "Suspicion",
     "Tick",
+    "Waits",
 ]
 
 FrameKind = Literal["prefill", "decode"]
@@ -284,4 +285,16 @@ class Ended:
     error: MeshError | None = None
 
 
-Effect = OpenRow | CloseRow | FrameOut | Probe | Announcement | Admitted | Emit | Rejected | Ended
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """A session waits because no shard serves the layers `missing`: for `waited_s` seconds now, and it fails after `patience_s`. `place`:
+    so many sessions come before it."""
+
+    session: str
+    place: int
+    missing: tuple[LayerRange, ...]
+    waited_s: float
+    patience_s: float
+
+
+Effect = OpenRow | CloseRow | FrameOut | Probe | Announcement | Admitted | Emit | Rejected | Ended | Waits

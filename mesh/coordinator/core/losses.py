@@ -14,10 +14,11 @@ rows back and waits (`mend_torn`).
 from __future__ import annotations
 
 from mesh.coordinator.core import ends, rows
-from mesh.coordinator.core.events import Announcement, CloseRow, OpenRefused, Probe
+from mesh.coordinator.core.events import Announcement, CloseRow, OpenRefused, Probe, Waits
 from mesh.coordinator.core.session import Act, Session, State
 from mesh.coordinator.core.state import CoreState
 from mesh.errors import MeshError, Unavailable
+from mesh.types import LayerRange
 
 __all__ = [
     "QUEUE_CHECK_S",
@@ -31,10 +32,14 @@ __all__ = [
     "move_away",
     "note_chain",
     "row_refused",
+    "tell_waiting",
+    "waiting_since",
 ]
 
 QUEUE_CHECK_S = 0.25
 """How often the queue is looked through for sessions that have waited too long. At every token would be too often."""
+TELL_S = 1.0
+"""How often a client is told that its request waits for layers that no shard serves. The first time it is told at once."""
 STUBBORN = 3
 """After so many losses without a token between them, every shard of the route is suspected."""
 
@@ -245,10 +250,36 @@ def expire(state: CoreState) -> None:
     state.queue_checked_at = state.now
     patience_s = state.config.failover_timeout_s
     for session in state.admission:
-        began = session.trouble_since
-        if state.incomplete_since is not None:
-            began = min(max(state.incomplete_since, session.submitted_at), state.now if began is None else began)
+        began = waiting_since(state, session)
         if began is not None and state.now - began >= patience_s:
-            why = "the shards do not answer" if state.incomplete_since is None else "some layer range has no shard that is ready"
-            error = Unavailable(f"{why}, for {patience_s:g} s now: see `mesh status`")
-            ends.end(state, session, Act.FAIL, "error", error)
+            ends.end(state, session, Act.FAIL, "error", Unavailable(_reason(state, patience_s), waited_s=patience_s))
+
+
+def waiting_since(state: CoreState, session: Session) -> float | None:
+    """Since when the session has waited for shards to serve it, with whichever coordinator; None where nothing is wrong."""
+    began = session.trouble_since
+    if session.state is not State.QUEUED or state.incomplete_since is None:
+        return began
+    return min(max(state.incomplete_since, session.submitted_at), state.now if began is None else began)
+
+
+def _reason(state: CoreState, patience_s: float) -> str:
+    if state.incomplete_since is None:
+        return f"the shards do not answer, for {patience_s:g} s now: see `mesh status`"
+    layers = ", ".join(map(str, state.replicas.missing()))
+    return f"layers {layers} have no shard that is ready, for {patience_s:g} s now: start one with `mesh join`, or see `mesh status`"
+
+
+def tell_waiting(state: CoreState) -> None:
+    """Say of each waiting session that no shard serves some layers: at once, and then every TELL_S."""
+    if state.incomplete_since is None or not len(state.admission) or not state.online:
+        return
+    missing: tuple[LayerRange, ...] | None = None
+    for place, session in enumerate(state.admission):
+        if state.now - session.told_at < TELL_S:
+            continue
+        session.told_at = state.now
+        missing = state.replicas.missing() if missing is None else missing
+        began = waiting_since(state, session)
+        waited_s = 0.0 if began is None else state.now - began
+        state.effects.append(Waits(session.id, place, missing, waited_s, state.config.failover_timeout_s))

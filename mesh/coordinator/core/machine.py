@@ -139,6 +139,7 @@ class Core:
             losses.expire(state)
         losses.mend_torn(state)
         self._start_waiting()
+        losses.tell_waiting(state)
         for out in state.scheduler.plan():
             self._count_frame(out)
             state.watch.sent(out.frame, out.route, out.kind, now)
@@ -212,6 +213,12 @@ class Core:
         """The sessions in the queue, the next one first."""
         return tuple(session.id for session in self._state.admission)
 
+    def waited_s(self, id: str, now: float) -> float:
+        """How long a session has waited for shards to serve it, without a token."""
+        session = self._state.by_id.get(id)
+        began = None if session is None else losses.waiting_since(self._state, session)
+        return 0.0 if began is None else max(now - began, 0.0)
+
     def session_keys(self) -> tuple[int, ...]:
         """The keys of the sessions that have rows."""
         return tuple(self._state.by_key)
@@ -276,6 +283,8 @@ class Core:
         state.counters.prompt_tokens += len(request.prompt)
         state.by_id[request.id] = session
         state.effects.append(Admitted(request.id))
+        if request.waited_s:
+            session.trouble_since = state.now - request.waited_s
         if request.resumed:  # it has waited already, with the coordinator that had it
             session.restarts = 1
             state.admission.push_front(session)

@@ -246,6 +246,29 @@ class Replicas:
                 best[start] = max(reach)
         return best.get(0)
 
+    def missing(self) -> tuple[LayerRange, ...]:
+        """The layers that lack a shard that takes new sessions. Where every layer has one, but the ranges do not join to a chain: from
+        where a chain from layer 0 ends to where one begins that reaches the last layer."""
+        there = sorted({entry.replica.layers for entry in self._entries.values() if not entry.replica.draining})
+        gaps: list[LayerRange] = []
+        covered = 0
+        for layers in there:
+            if layers.start > covered:
+                gaps.append(LayerRange(covered, layers.start))
+            covered = max(covered, layers.stop)
+        if covered < self._layers:
+            gaps.append(LayerRange(covered, self._layers))
+        if gaps:
+            return tuple(gaps)
+        reached, ends = {0}, {self._layers}
+        for layers in there:
+            if layers.start in reached:
+                reached.add(layers.stop)
+        for layers in reversed(there):
+            if layers.stop in ends:
+                ends.add(layers.start)
+        return (LayerRange(max(reached), min(end for end in ends if end > max(reached))),) if 0 not in ends else ()
+
     def chunk_of(self, route: Route) -> int:
         """The most tokens that a prefill frame may bring through a route."""
         return min(self._entries[hop.shard].replica.chunk for hop in route if hop.shard in self._entries)

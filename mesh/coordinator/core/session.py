@@ -77,7 +77,7 @@ class IllegalTransition(RuntimeError):
 class GenerationRequest:
     """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends the generation and is not
     part of it. `prefix`: generated tokens that are known already; the next one comes after them. `resumed`: another coordinator began
-    the generation."""
+    the generation. `waited_s`: how long it has waited already for layers that no shard serves."""
 
     id: str
     prompt: tuple[int, ...]
@@ -86,6 +86,7 @@ class GenerationRequest:
     stop_ids: frozenset[int] = frozenset()
     prefix: tuple[int, ...] = ()
     resumed: bool = False
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class Session:
     trouble_since: float | None = None  # the first loss since the last token
     losses: int = 0  # since the last token
     replay: str = ""  # how the last loss was mended, until the next token: see Pause
+    told_at: float = float("-inf")  # when its client was told last that layers are missing
     token_at: float = 0.0  # of the last token
     started_at: float = 0.0
     first_token_at: float = 0.0

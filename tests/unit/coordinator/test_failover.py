@@ -10,6 +10,7 @@ from fake_stages import FakeMesh, expected, session_of
 
 from mesh.coordinator.core.events import Announcement, Connection, Probe, ProbeAnswered, ReplicaGone, Suspicion, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
+from mesh.coordinator.core.routing import Replica, Replicas
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import Unavailable
 from mesh.types import LayerRange
@@ -128,7 +129,34 @@ def test_a_session_fails_only_after_failover_timeout_with_an_error_that_names_it
     mesh.now += 1.0
     mesh.event(Tick())
     error = mesh.ended["r"].error
-    assert isinstance(error, Unavailable) and "30 s" in str(error) and "layer range" in str(error)
+    assert isinstance(error, Unavailable) and "30 s" in str(error) and "layers 2-4" in str(error)
+
+
+def test_a_wait_that_another_coordinator_began_goes_on() -> None:
+    mesh, random = make(replicas=1), Random(3)
+    mesh.kill("s2-0")
+    mesh.submit(GenerationRequest("r", (1, 2), 5, None, waited_s=20.0))
+    took = pass_time(mesh, random, lambda: "r" in mesh.ended)
+    assert took == pytest.approx(CoreConfig(6).failover_timeout_s - 20.0, abs=0.5)
+    error = mesh.ended["r"].error
+    assert isinstance(error, Unavailable) and error.waited_s == CoreConfig(6).failover_timeout_s
+
+
+@pytest.mark.parametrize(
+    ("ranges", "missing"),
+    [
+        ([], ["0-6"]),
+        ([(2, 4)], ["0-2", "4-6"]),
+        ([(0, 2), (2, 4), (4, 6)], []),
+        ([(0, 3), (2, 6)], ["3-6"]),
+        ([(0, 2), (1, 4), (4, 6)], ["2-4"]),
+    ],
+)
+def test_the_layers_that_no_shard_serves(ranges: list[tuple[int, int]], missing: list[str]) -> None:
+    replicas = Replicas(6, "least_loaded", Random(0))
+    for number, (start, stop) in enumerate(ranges):
+        replicas.seen(Replica(f"s{number}", LayerRange(start, stop), 4, 4, 64, 16))
+    assert list(map(str, replicas.missing())) == missing
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

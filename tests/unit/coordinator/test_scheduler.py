@@ -159,7 +159,7 @@ def test_without_a_complete_chain_a_request_waits_and_then_fails_saying_so() -> 
     assert not mesh.ended
     mesh.now = 30.5
     mesh.event(Tick())
-    assert isinstance(mesh.ended["r"].error, Unavailable) and "layer range" in str(mesh.ended["r"].error)
+    assert isinstance(mesh.ended["r"].error, Unavailable) and "have no shard that is ready" in str(mesh.ended["r"].error)
 
 
 def test_a_request_that_waited_for_a_shard_goes_on_when_it_comes() -> None:
