@@ -9,6 +9,7 @@ What several of them share:
 
 connection       the flags that say which NATS servers, and which user
 progress         a progress bar
+waiting          what is said while a request waits for missing layers
 drawing          a mesh in a terminal, for status and top
 placement_table  a placement as a table
 bare_hop         what a message costs without a mesh, for bench
