@@ -29,6 +29,7 @@ from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import Traces
+from mesh.errors import Unavailable
 from mesh.protocol.stream import fitted
 
 __all__ = ["Effects"]
@@ -146,7 +147,10 @@ class Effects:
             return
         if effect.error is not None:
             self._outbox.error(job.reply, effect.error, job.epoch)
-            self._continuity.end(job, None)
+            if effect.reason == "cancelled" and isinstance(effect.error, Unavailable):  # the client has left
+                self._continuity.park(job)
+            else:
+                self._continuity.end(job, None)
             return
         if job.message.stream and not job.accepted:
             self._outbox.accepted(job)

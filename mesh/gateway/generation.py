@@ -10,6 +10,7 @@ from mesh.client import Chunk, Completion
 from mesh.errors import BadRequest, Cancelled, PromptTooLong
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
+from mesh.gateway.resume import Progress
 from mesh.gateway.settings import Limits
 
 __all__ = ["Bill", "Generation", "check_length", "paying"]
@@ -35,15 +36,23 @@ def paying(caller: Caller, tokens: int, *, requests: int = 1) -> Iterator[Bill]:
 class Generation:
     """`fields` are those of mesh.protocol.generation.Generate; without max_tokens it is the gateway's default, or what the context leaves.
 
+    `progress`, `choice`: the generation is a choice of a stream that may be resumed (resume.py). Its chunks come from the first one on.
     Iterate over `chunks`; with the last one, which has no token, `completion` is set. Closing the iterator early cancels the
     generation. `request`: its name in the mesh, once it has begun.
     """
 
-    def __init__(self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any], progress: Progress | None = None, choice: int = 0
+    ) -> None:
         self._gateway = gateway
         self._bill = bill
         self._model = model
         self._fields = dict(fields)
+        self._had = 0
+        self._may_return = progress is not None
+        if progress is not None:
+            self._fields = {"seed": progress.seed(choice), **self._fields, "session": progress.session(choice)}
+            self._had = progress.had(choice)
         self._given = fields.get("max_tokens") is not None
         if not self._given:
             self._fields["max_tokens"] = gateway.settings.limits.default_max_tokens
@@ -65,6 +74,8 @@ class Generation:
             if left is None or left >= self.max_tokens:
                 raise
             self._fields["max_tokens"] = left
+            if self._may_return:  # another max_tokens is another request
+                self._fields["session"] += "-fit"
             async with aclosing(self._stream()) as stream:
                 async for chunk in stream:
                     yield chunk
@@ -90,9 +101,10 @@ class Generation:
                     self.completion = stream.completion
                 yield chunk
         finally:
-            await stream.aclose()
+            await stream.aclose(may_return=self._may_return)
             completion = stream.completion
-            self._bill.used += given if completion is None else completion.usage.total_tokens
+            used = given if completion is None else completion.usage.total_tokens
+            self._bill.used += max(used - self._had, 0)
 
     async def _left(self, error: PromptTooLong) -> int | None:
         """How many tokens the context leaves after the prompt; None: none."""

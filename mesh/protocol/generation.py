@@ -91,9 +91,11 @@ def require_answer_fits(request: Generate, limit_bytes: int) -> None:
 
 
 class Cancel(Message):
-    """Stop a generation. `request`: its name, as the coordinator's first document gives it."""
+    """Stop a generation. `request`: its name, as the coordinator's first document gives it. `gone`: the client has left, and may come back:
+    what was generated is kept for a while."""
 
     request: Token
+    gone: bool = False
 
 
 class TraceRequest(Message):
