@@ -137,13 +137,14 @@ class Stream:
             await self.aclose()
             raise
 
-    async def aclose(self) -> None:
-        """Close the stream. A generation that is not finished is cancelled. Idempotent."""
+    async def aclose(self, *, may_return: bool = False) -> None:
+        """Close the stream. A generation that is not finished is cancelled. `may_return`: what was generated is kept for a while, so that a
+        stream of the same request and `session` goes on from there. Idempotent."""
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
         if self.completion is None and self._cancel is not None and self._bus.connected:
-            await self._bus.send(self._cancel, Cancel(request=self.session))
+            await self._bus.send(self._cancel, Cancel(request=self.session, gone=may_return))
         await subscription.stop()
 
     async def __aenter__(self) -> Stream:

@@ -125,24 +125,37 @@ class Continuity:
 
     def keep(self, job: Job, on_first: Callable[[bool], None] | None = None) -> None:
         """Write the session down from now on. `on_first` is called after the first write: is the record there?"""
-        update = {"prompt": None, "messages": None, "tokens": job.request.prompt, "seed": job.request.sampling.seed, "given": ()}
-        message = job.message.model_copy(update=update)
+        self.recorder.keep(job.request.id, lambda: self._record(job), revision=job.revision, on_first=on_first)
 
-        def snapshot() -> SessionRecord:
-            return SessionRecord(
-                session=job.request.id,
-                model_hash=self._model_hash,
-                owner=self.instance,
-                epoch=job.epoch,
-                digest=job.digest,
-                message=message.model_copy(update={"stream": job.message.stream, "waited_s": self._waited_s(job.request.id)}),
-                reply=job.reply,
-                # with log probabilities everything is computed again: they are not written down
-                given=() if message.logprobs is not None else tuple(token.id for token in job.tokens),
-                told=job.delivered,
-            )
+    def park(self, job: Job) -> None:
+        """The client has left. What was generated is kept for a while if the client gave the session a name, by which it may ask again."""
+        named = job.message.session is not None
+        self.recorder.end(job.request.id, self._record(job).model_copy(update={"parked": True}) if named else None)
 
-        self.recorder.keep(job.request.id, snapshot, revision=job.revision, on_first=on_first)
+    def _record(self, job: Job) -> SessionRecord:
+        """The session as it is now."""
+        message = job.message.model_copy(
+            update={
+                "prompt": None,
+                "messages": None,
+                "tokens": job.request.prompt,
+                "seed": job.request.sampling.seed,
+                "given": (),
+                "waited_s": self._waited_s(job.request.id),
+            }
+        )
+        return SessionRecord(
+            session=job.request.id,
+            model_hash=self._model_hash,
+            owner=self.instance,
+            epoch=job.epoch,
+            digest=job.digest,
+            message=message,
+            reply=job.reply,
+            # with log probabilities everything is computed again: they are not written down
+            given=() if message.logprobs is not None else tuple(token.id for token in job.tokens),
+            told=job.delivered,
+        )
 
     def end(self, job: Job, answer: bytes | None) -> None:
         """The session has ended. Its answer is kept for a while if the client gave the session a name, by which it may ask again."""
@@ -242,6 +255,7 @@ class Continuity:
         for record, revision in found:
             if (
                 record.answer is not None
+                or record.parked
                 or record.model_hash != self._model_hash
                 or not whose(record.owner)
                 or self._host.has(record.session)

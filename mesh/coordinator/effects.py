@@ -46,7 +46,7 @@ from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import Traces
-from mesh.errors import MeshError, internal_error
+from mesh.errors import MeshError, Unavailable, internal_error
 from mesh.protocol.stream import fitted
 from mesh.telemetry.seldom import Seldom
 
@@ -206,7 +206,10 @@ class Effects:
         if effect.error is not None:
             del self._jobs.table[effect.session]
             self._outbox.error(job.reply, effect.error, job.epoch, job.id)
-            self._continuity.end(job, None)
+            if effect.reason == "cancelled" and isinstance(effect.error, Unavailable):  # the client has left
+                self._continuity.park(job)
+            else:
+                self._continuity.end(job, None)
             return
         if job.message.stream and not job.accepted:
             self._outbox.accepted(job)

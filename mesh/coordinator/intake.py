@@ -185,7 +185,8 @@ class Intake:
     # -- ends and hints ------------------------------------------------------------------------------------------------
 
     def _on_cancel(self, data: bytes) -> None:
-        self._driver.handle_now(CancelSession(generation.Cancel.parse(data).request))
+        cancel = generation.Cancel.parse(data)
+        self._driver.handle_now(CancelSession(cancel.request, gone=cancel.gone))
 
     def _on_unheard(self, subject: str) -> None:
         """The client of a session no longer listens."""

@@ -15,7 +15,8 @@ A record counts a token as delivered only if the token's document was handed to 
 of a connection. So a coordinator that takes over may repeat a document, but never skips one.
 
 The record of a session that has ended keeps its answer for KEPT_S, for a client that asks again. Then it is deleted, at the latest by the
-bucket.
+bucket. So does the record of a session whose client has left (`parked`) keep its tokens: it goes on when the client asks again, and not
+before.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _inbox(reply: str) -> str:
 class SessionRecord(Message):
     """message: the request, with its prompt in tokens and its seed drawn. digest: of the request as it arrived. owner: the instance of the
     coordinator that has the session; None: any coordinator may take it. given: the tokens generated so far. told: how many of them were
-    delivered. answer: the last document of a session that has ended."""
+    delivered. answer: the last document of a session that has ended. parked: the client has left; the session goes on if it asks again."""
 
     limit_bytes: ClassVar[int] = _MAX_RECORD
 
@@ -84,6 +85,7 @@ class SessionRecord(Message):
     given: TokenIds = ()
     told: Natural = 0
     answer: Annotated[str, Field(max_length=_MAX_RECORD)] | None = None
+    parked: bool = False
 
 
 def sessions_bucket(bus: Bus) -> Bucket:
@@ -240,7 +242,7 @@ class Recorder:
     async def take_over(self, record: SessionRecord, revision: int, *, seen: int | None = None) -> tuple[SessionRecord, int] | None:
         """Make the session this coordinator's, with a later epoch, also later than the one that its client has `seen`: (record, revision).
         None where another coordinator was faster."""
-        mine = record.model_copy(update={"owner": self.instance, "epoch": new_epoch(record.epoch, seen)})
+        mine = record.model_copy(update={"owner": self.instance, "epoch": new_epoch(record.epoch, seen), "parked": False})
         now = await self.bucket.update(self.key(record.session), mine.to_bytes(), revision=revision)
         return None if now is None else (mine, now)
 
@@ -317,7 +319,7 @@ class Recorder:
         record = pending.ended if over else pending.snapshot()
         data = b"" if record is None else record.to_bytes()
         most = min(SessionRecord.limit_bytes, self.bucket.bus.max_payload - _HEADERS_BYTES)
-        if len(data) > most and record is not None and not over:  # the tokens can be generated again
+        if len(data) > most and record is not None and record.answer is None:  # the tokens can be generated again
             record = record.model_copy(update={"given": ()})
             data = record.to_bytes()
         if len(data) > most:

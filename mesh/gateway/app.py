@@ -68,7 +68,7 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["authorization", "content-type", "last-event-id", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]

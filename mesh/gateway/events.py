@@ -23,9 +23,10 @@ __all__ = ["ClientGone", "EventStream", "event", "until_gone"]
 _WAITING = b": waiting\n\n"
 
 
-def event(data: Any) -> bytes:
-    """One event of JSON data."""
-    return b"data: " + orjson.dumps(data) + b"\n\n"
+def event(data: Any, id: str | None = None) -> bytes:
+    """One event of JSON data. `id`: with which the client may ask for what comes after it."""
+    body = b"data: " + orjson.dumps(data) + b"\n\n"
+    return body if id is None else b"id: " + id.encode() + b"\n" + body
 
 
 class EventStream(Response):

@@ -11,6 +11,7 @@ from mesh.client import Chunk, Completion
 from mesh.errors import BadRequest, Cancelled, PromptTooLong
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
+from mesh.gateway.resume import Progress
 from mesh.gateway.settings import Limits
 
 __all__ = ["Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "paying"]
@@ -61,15 +62,23 @@ class HttpGeneration:
     """`fields` are those of mesh.protocol.generation.Generate. Without max_tokens, the gateway's default holds, or what the context
     leaves if that is less.
 
+    `progress`, `choice`: the generation is a choice of a stream that may be resumed (resume.py). Its chunks come from the first one on.
     Iterate over `chunks`. The last chunk has no token; when it comes, `completion` is set. Closing the iterator early cancels the
     generation. `request`: the name of the generation in the mesh, once it has begun.
     """
 
-    def __init__(self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any], progress: Progress | None = None, choice: int = 0
+    ) -> None:
         self._gateway = gateway
         self._bill = bill
         self._model = model
         self._fields = dict(fields)
+        self._had = 0
+        self._may_return = progress is not None
+        if progress is not None:
+            self._fields = {"seed": progress.seed(choice), **self._fields, "session": progress.session(choice)}
+            self._had = progress.had(choice)
         self._given = fields.get("max_tokens") is not None
         if not self._given:
             self._fields["max_tokens"] = gateway.settings.limits.default_max_tokens
@@ -91,6 +100,8 @@ class HttpGeneration:
             if left is None or left >= self.max_tokens:
                 raise
             self._fields["max_tokens"] = left
+            if self._may_return:  # another max_tokens is another request
+                self._fields["session"] += "-fit"
             async with aclosing(self._stream()) as stream:
                 async for chunk in stream:
                     yield chunk
@@ -116,9 +127,10 @@ class HttpGeneration:
                     self.completion = stream.completion
                 yield chunk
         finally:
-            await stream.aclose()
+            await stream.aclose(may_return=self._may_return)
             completion = stream.completion
-            self._bill.used += given if completion is None else completion.usage.total_tokens
+            used = given if completion is None else completion.usage.total_tokens
+            self._bill.used += max(used - self._had, 0)
 
     async def _left(self, error: PromptTooLong) -> int | None:
         """How many tokens the context leaves after the prompt. None: it leaves none, or it is not known."""

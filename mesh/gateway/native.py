@@ -19,6 +19,7 @@ from mesh.gateway.errors import error_document
 from mesh.gateway.events import EventStream, event, until_gone
 from mesh.gateway.generation import HttpGeneration, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
+from mesh.gateway.resume import HEADER, Progress
 from mesh.gateway.schema import InferenceItem, InferenceRequest, InferenceResponse, StatsResponse
 
 __all__ = ["admin", "answer_document", "check_input", "generate"]
@@ -31,14 +32,16 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 
 @generate.post("/api/v1/inference", response_model=InferenceResponse, responses=_STREAM)
 async def inference(body: InferenceRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """Generate text after a prompt, a conversation or tokens; with `stream`, token by token."""
+    """Generate text after a prompt, a conversation or tokens; with `stream`, token by token. The same request with the header
+    Last-Event-ID goes on after the event of that id."""
     check_input(body)
     model = await gateway.models.resolve(body.model)
     caller = caller_of(request)
     if body.stream:
         request_id = request.state.request_id
+        progress = Progress(1, request.headers.get(HEADER))
         return EventStream(
-            _events(gateway, caller, model, body),
+            _events(gateway, caller, model, body, progress),
             lambda error: event({"done": True, **error_document(error, request_id)}),
             keep_alive_s=gateway.settings.limits.keep_alive_s,
         )
@@ -61,16 +64,17 @@ async def stats(request: Request, gateway: Gateway = Depends(gateway_of)) -> Res
     )
 
 
-async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceItem) -> AsyncGenerator[bytes, None]:
+async def _events(gateway: Gateway, caller: Caller, model: str, body: InferenceItem, progress: Progress) -> AsyncGenerator[bytes, None]:
     with paying(caller, cost_of([body.generate_fields()], gateway.settings.limits)) as bill:
-        generation = HttpGeneration(gateway, bill, model, body.generate_fields())
+        generation = HttpGeneration(gateway, bill, model, body.generate_fields(), progress)
         rest = ""
         async with aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:
                 if chunk.token is None:
                     rest = chunk.text
-                else:
-                    yield event(_token(chunk))
+                elif not progress.has(0, chunk):
+                    progress.take(0, chunk)
+                    yield event(_token(chunk), progress.id)
         assert generation.completion is not None
         yield event({"done": True, "rest": rest, **answer_document(generation.completion, model)})
 

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -27,6 +27,7 @@ from mesh.gateway.generation import Cost, HttpGeneration, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
 from mesh.gateway.openai_shapes import ChatShape, Shape, TextShape
+from mesh.gateway.resume import HEADER, Progress
 
 __all__ = ["openai"]
 
@@ -82,6 +83,7 @@ class _Work:
     shape: Shape
     requests: list[dict[str, Any]]
     include_usage: bool
+    progress: Progress
 
     @property
     def cost(self) -> Cost:
@@ -95,16 +97,27 @@ class _Work:
         return self.shape.whole(completions)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        shape = self.shape
+        shape, progress = self.shape, self.progress
         with paying(self.caller, self.cost) as bill:
-            generations = [HttpGeneration(self.gateway, bill, shape.model, request) for request in self.requests]
+            generations = [
+                HttpGeneration(self.gateway, bill, shape.model, request, progress, choice) for choice, request in enumerate(self.requests)
+            ]
             async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
                 async for index, chunk in chunks:
                     shape.name(generations[0].request)
                     completion = generations[index].completion if chunk.token is None else None
+                    had = progress.has(index, chunk)
+                    if had and completion is not None:  # only the reason is left
+                        chunk = replace(chunk, text="")
                     documents = shape.part(index, chunk, None if completion is None else completion.finish_reason)
+                    if had and completion is None:
+                        continue
+                    before = progress.id if completion is None else None
+                    progress.take(index, chunk)
+                    # A token's first document may be its choice's beginning: the client has the token with the last one.
+                    ids = [before if completion is None and place < len(documents) - 1 else progress.id for place in range(len(documents))]
                     if documents:
-                        yield b"".join(map(event, documents))
+                        yield b"".join(map(event, documents, ids))
             last = [_DONE]
             if self.include_usage:
                 last.insert(0, event(shape.usage([g.completion for g in generations if g.completion is not None])))
@@ -125,7 +138,8 @@ async def _answer(gateway: Gateway, request: Request, body: Common, prompts: lis
             requests.append(prompt if seed is None else {**prompt, "seed": seed})
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     shape = kind(name, int(time.time()), usage_is_null=bool(body.stream and include_usage))
-    work = _Work(gateway, caller_of(request), shape, requests, include_usage)
+    progress = Progress(len(requests), request.headers.get(HEADER) if body.stream else None)
+    work = _Work(gateway, caller_of(request), shape, requests, include_usage, progress)
     if body.stream:
         return EventStream(work.events(), lambda error: event(openai_document(error)), keep_alive_s=limits.keep_alive_s)
     return _json(await until_gone(request.receive, work.complete()))

@@ -116,9 +116,11 @@ def require_answer_fits(request: Generate, limit_bytes: int) -> None:
 
 
 class Cancel(Message):
-    """Stop a generation. `request`: its session; where the caller named none, the name in the coordinator's first document."""
+    """Stop a generation. `request`: its session; where the caller named none, the name in the coordinator's first document. `gone`: the
+    client has left, and may come back: what was generated is kept for a while."""
 
     request: Token
+    gone: bool = False
 
 
 class TraceRequest(Message):

@@ -9,17 +9,15 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import yaml
 from authority import Authority
 from edge_tools import bearer, edge, events
+from gateway_process import Gateway
 from running import Run
-from waiting import Talking
 
-from mesh.host.process import dying_with_parent
 from mesh.http.listener import Tls
 from mesh.local.mesh import LocalMesh
 from mesh.local.nats_server import NatsServer
@@ -27,18 +25,6 @@ from mesh.local.nats_server import NatsServer
 MESH = [sys.executable, "-m", "mesh.cli"]
 LONG = {"tokens": [5], "max_tokens": 50, "ignore_eos": True, "stream": True}
 SECRET = "0123456789abcdef0123456789abcdef"
-
-
-class Gateway(Talking):
-    def __init__(self, folder: Path, nats: str, content: dict[str, Any], *arguments: str, **environment: str) -> None:
-        config = folder / "gateway.yaml"
-        config.write_text(yaml.safe_dump({"nats": {"urls": [nats]}, **content}))
-        command = dying_with_parent([*MESH, "gateway", "--config", str(config), *arguments])
-        super().__init__(command, env={**os.environ, **environment})
-
-    def url(self) -> str:
-        """Where it listens, once it does."""
-        return self.wait("HTTP on (.*)")[1].rpartition(" ")[2]
 
 
 def command(*arguments: str, said: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
