@@ -10,6 +10,7 @@ native, batch_routes, schema                  the mesh's own API and its documen
 openai_routes, openai_shapes, openai_schema   OpenAI's API and its documents
 bodies          what the documents of both APIs have in common
 generation      one generation for an HTTP request
+resume          where a stream goes on after its connection was lost
 health, health_routes                         whether the mesh can generate now
 events          server-sent events
 errors          errors as HTTP responses

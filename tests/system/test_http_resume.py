@@ -74,7 +74,8 @@ def plain(model: Path) -> Iterator[LocalMesh]:
 class Front:
     """Two gateways, and where clients ask: at each in turn (`urls`)."""
 
-    def __init__(self, gateways: list[Gateway], urls: list[str]) -> None:
+    def __init__(self, mesh: LocalMesh, gateways: list[Gateway], urls: list[str]) -> None:
+        self.mesh = mesh
         self.gateways = gateways
         self.urls = urls
         self.own = [gateway.url() for gateway in gateways]
@@ -88,7 +89,16 @@ class Front:
                     return gateway
             return None
 
-        os.kill(until_true(busy, because="counters are counted without a word").process.pid, signal.SIGKILL)
+        # No token comes while the counters are looked at, or the stream could be over before they are.
+        shards = [process.pid for name, process in self.mesh.processes.items() if name.startswith("shard")]
+        for pid in shards:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            gateway = until_true(busy, because="counters are counted without a word")
+        finally:
+            for pid in shards:
+                os.kill(pid, signal.SIGCONT)
+        os.kill(gateway.process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -110,7 +120,7 @@ def front(mesh: LocalMesh, folder: Path, *, nginx: bool) -> Iterator[Front]:
             stack.callback(process.kill)
             urls = [f"http://127.0.0.1:{port}"]
             until_true(lambda: _answers(urls[0]), because="nginx says nothing when it listens")
-        yield Front(gateways, urls)
+        yield Front(mesh, gateways, urls)
 
 
 def _answers(url: str) -> bool:
