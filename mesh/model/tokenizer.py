@@ -17,6 +17,7 @@ import tokenizers
 
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.model.manifest import Manifest, TokenizerInfo
+from mesh.protocol.documents import short
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -24,6 +25,7 @@ _NORMALIZED = 4
 _WINDOW = 8
 """Tokens whose text is waited for. A character takes at most 4 tokens, since it takes at most 4 bytes."""
 _CHARACTER_TOKENS = 4
+_SHOWN = 500  # characters of an error that quotes a file or a template
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character, or none yet
 
 
@@ -50,9 +52,9 @@ class Tokenizer:
             text = template.read_text(encoding="utf-8") if info.chat_template else None
             return cls(backend, info, text)
         except jinja2.TemplateError as error:
-            raise CorruptModel(f"{template} is not a template ({error}): import the model again") from None
+            raise CorruptModel(f"{template} is not a template ({short(str(error), _SHOWN)}): import the model again") from None
         except Exception as error:  # tokenizers raises plain Exception
-            raise CorruptModel(f"{directory}/tokenizer.json does not read ({error}): import the model again") from None
+            raise CorruptModel(f"{directory}/tokenizer.json does not read ({short(str(error), _SHOWN)}): import the model again") from None
 
     @property
     def vocab_size(self) -> int:
@@ -115,7 +117,7 @@ class Tokenizer:
         except RecursionError:
             raise BadRequest("the chat template nests too deeply for these messages", field="messages") from None
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise BadRequest(f"the chat template refuses these messages: {error}", field="messages") from None
+            raise BadRequest(f"the chat template refuses these messages: {short(str(error), _SHOWN)}", field="messages") from None
 
     def _text_of(self, id: int | None) -> str:
         return "" if id is None else self.token(id) or ""

@@ -14,13 +14,14 @@ from running import Run
 from serving import PROMPT, connect, coordinator, shards
 
 from mesh.bus import Received
-from mesh.bus.connection import ERROR_HEADER, reply_error
+from mesh.bus.connection import ERROR_HEADER, _headers_size, reply_error
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.service import Coordinator
 from mesh.errors import BadRequest, PayloadTooLarge
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import topics
 from mesh.protocol.batches import BatchItem, BatchQuery
+from mesh.protocol.headers import SESSION_HEADER
 from mesh.protocol.stream import fitted
 from mesh.types import even_ranges
 
@@ -133,7 +134,9 @@ def test_the_client_asks_again_without_its_tokens_where_they_make_the_request_to
                 async for chunk in stream:
                     tokens += [] if chunk.token is None else [chunk.token.id]
                     if len(tokens) == 10:
-                        bus.client._max_payload = len(stream._message.to_bytes()) + 20  # ten tokens take more
+                        again = stream._message.model_copy(update={"attempt": 1, "epoch": stream._epoch})
+                        headers = _headers_size({SESSION_HEADER: stream.session})
+                        bus.client._max_payload = len(again.to_bytes()) + headers + 20  # ten tokens take more
                         await serving.bus.publish(f"{serving.outbox.unheard}.{stream.request}", b"", headers={"Status": "503"})
             assert tuple(tokens) == expected
             assert serving.core.counts()["cancelled"] == 1

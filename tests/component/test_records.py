@@ -279,7 +279,7 @@ def test_a_record_goes_with_its_session_or_keeps_its_answer(run: Run, server: Na
             a.recorder.keep("s", a.record)
             a.recorder.end("s", a.record().model_copy(update={"answer": "{}"}))
             await entry(bucket, key, lambda found: (record := parsed(found)) is not None and record.answer is not None)
-            assert "s" not in a.recorder
+            await until(lambda: "s" not in a.recorder, because="a recorder tells nobody that it has let go of a session")
 
     run(work())
 

@@ -138,7 +138,7 @@ def _opened(path: Path) -> Any:
         size = int.from_bytes(start.read(8), "little")
     if size > MOST_HEADER_BYTES:
         raise CorruptModel(
-            f"{path} is not a whole safetensors file: its header has {size:,} bytes, "
+            f"{path} is not a whole safetensors file: it has {path.stat().st_size:,} bytes, and its header would have {size:,}, "
             f"where {MOST_HEADER_BYTES:,} are the most; fetch it again"
         )
     try:
