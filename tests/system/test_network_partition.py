@@ -44,12 +44,21 @@ def ip(*arguments: str) -> None:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
+def remove_leftovers() -> None:
+    """Namespaces of test runs that were killed: their lines have the address that this one needs."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+    for name in listed:
+        if name.startswith("mesh") and name[4:].isdigit() and not Path(f"/proc/{name[4:]}").exists():
+            ip("netns", "del", name)
+
+
 @pytest.fixture
 def host() -> Iterator[Host]:
     if sys.platform != "linux" or shutil.which("ip") is None:
         pytest.skip("network namespaces are made with Linux's ip, which is not here")
     if os.geteuid() != 0:
         pytest.skip("only root may make a network namespace")
+    remove_leftovers()
     line = f"{NAME}a"[-15:]
     try:
         ip("netns", "add", NAME)

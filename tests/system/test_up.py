@@ -178,7 +178,7 @@ def test_every_command_finds_the_mesh_that_is_up(up: Up, model: Path, tmp_path: 
     with Talking([*MESH, "join", "--quiet", "--http-port", "0", "--name", "late"], env=up.environment) as late:
         late.wait("ready: ")
     assert up.command("load", "shard-1", "--layers", "0-3", code=2) == ""
-    assert "shard-2 is draining" in up.command("drain", "shard-2")
+    assert "shard-2 is draining" in up.command("drain", "shard-2", "--force")
 
 
 def test_the_server_of_mesh_up_is_its_users_alone(up: Up, run: Run) -> None:
