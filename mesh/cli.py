@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
 import os
 import re
 import sys
@@ -95,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version", "version"):
         print(f"mesh {__version__}")
         return 0
+    import logging  # not for a list of commands, which is answered at once
+
     # An error is one line at the end: what the connection logs meanwhile is for commands that set up a log.
     logging.getLogger("mesh").addHandler(logging.NullHandler())
     try:
