@@ -56,10 +56,6 @@ def _answer(tokenizer: Tokenizer, data: bytes) -> bytes:
         return TOKENS + np.asarray(tokenize(tokenizer, **request), np.int32).tobytes()
     except MeshError as error:
         return ERROR + ErrorReply.of(error).to_bytes()
-    except MemoryError:
-        return ERROR + ErrorReply.of(BadRequest("the chat template needs too much memory for these messages", field=field)).to_bytes()
-    except RecursionError:
-        return ERROR + ErrorReply.of(BadRequest("the chat template nests too deeply for these messages", field=field)).to_bytes()
     except Exception as error:  # the tokenizers library raises plain Exception, a template whatever its filters raise
         why = f"{type(error).__name__}: {error}"[:300]
         return ERROR + ErrorReply.of(BadRequest(f"the model's tokenizer refuses this text ({why})", field=field)).to_bytes()
