@@ -81,10 +81,11 @@ def test_the_earlier_of_two_shards_ends_and_says_why(
         ):
             name = f"{other.options.name}-twin"
             options = type(other.options)(**{**vars(other.options), "name": name})
-            earlier, later = Shard(one, options, compiled=COMPILED), Shard(two, options, compiled=COMPILED)
-            monkeypatch.setattr(later, "_require_alone", nothing)
+            earlier = Shard(one, options, compiled=COMPILED)
             first = asyncio.create_task(earlier.run())
             await until_ready(earlier.ready, first)
+            later = Shard(two, options, compiled=COMPILED)  # not in the same millisecond: within one, chance decides which is later
+            monkeypatch.setattr(later, "_require_alone", nothing)
             second = asyncio.create_task(later.run())
             with pytest.raises(Replaced, match=later.instance):
                 await asyncio.wait_for(first, 10)
