@@ -14,11 +14,11 @@ From the top down; a package imports only those below it (docs/architecture.md, 
     planner         which layers on which machine
     lowering        ONNX graphs to JAX functions
     model           manifest, tokenizer, memory prediction
+    telemetry       logs, traces, metrics
     protocol        subjects, messages, frames
     http            the HTTP listener and its tokens
     host            the machine: processes, signals, folders
     settings        configuration
-    telemetry       logs
     dtypes          the names of element types
     types, errors   shared by all
 """

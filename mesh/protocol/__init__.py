@@ -10,6 +10,7 @@ stream        the documents with which a coordinator answers a generation reques
 control       what coordinators and operators ask of a shard
 status        what shards and coordinators report about themselves
 events        what has happened, for people and monitors
+spans         spans of traces, on their way to those who keep them or look at them
 batches       durable batches
 instance      one life of a process, and which of two of a name is the later
 headers       names of NATS headers

@@ -19,6 +19,7 @@ from places import PACKAGE, ROOT
 
 import mesh
 from mesh.client import AsyncMeshClient, MeshClient
+from mesh.telemetry import conventions
 
 MOST_LINES = 700
 """Of a file in mesh."""
@@ -69,6 +70,10 @@ def said(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value
+
+
+ATTRIBUTES = {attribute.name for attribute in conventions.ATTRIBUTES}
+"""Of spans."""
 
 
 @cache
@@ -160,7 +165,9 @@ def test_every_dotted_name_in_prose_is_a_module_or_in_one(path: Path) -> None:
         f"{label(path)}:{line}: {found}"
         for line, text in said(path)
         for found in DOTTED.findall(text)
-        if not (SUBJECT.match(found) or PLACEHOLDER.search(found) or resolves(found) or (client and of_a_client(found)))
+        if not (
+            found in ATTRIBUTES or SUBJECT.match(found) or PLACEHOLDER.search(found) or resolves(found) or (client and of_a_client(found))
+        )
     ]
 
 
