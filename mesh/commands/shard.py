@@ -70,6 +70,7 @@ def shard_command(args: argparse.Namespace) -> int:
     from mesh.settings.schema import ShardConfig, load_config
     from mesh.shard.options import ShardOptions
     from mesh.shard.process import choose_device, limit_threads, run, serve
+    from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
     from mesh.types import LayerRange
 
@@ -80,7 +81,7 @@ def shard_command(args: argparse.Namespace) -> int:
     prepare()
     layers = LayerRange(config.model.layers_start, config.model.layers_end)
     connection = bus_options(args, config.nats)
-    http = _http(config)
+    http, export = _http(config), export_of(config.tracing)
 
     with progress_bar(quiet=args.quiet) as progress:
 
@@ -99,7 +100,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 mirror=config.shard.replication_mode == "mirror",
             )
 
-        run(partial(serve, connection, make, progress=progress, http=http))
+        run(partial(serve, connection, make, progress=progress, http=http, export=export))
     return 0
 
 
@@ -119,9 +120,10 @@ def _http(config: ShardConfig) -> ShardHttp:
 def join_command(args: argparse.Namespace) -> int:
     from mesh.http.listener import Listener, ListenerOptions
     from mesh.runtime.device import prepare
-    from mesh.settings.schema import HealthSection
+    from mesh.settings.schema import HealthSection, TracingSection
     from mesh.shard.http import ShardHttp
     from mesh.shard.process import choose_device, limit_threads, run, serve
+    from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
 
     setup_logging()
@@ -135,6 +137,7 @@ def join_command(args: argparse.Namespace) -> int:
     http = ShardHttp(
         Listener.bind(options, or_free=args.http_port is None), check_interval_s=health.check_interval, timeout_s=health.timeout
     )
+    export = export_of(TracingSection())
     layers = None
     if args.layers:
         from mesh.planner.from_config import parse_ranges
@@ -162,7 +165,7 @@ def join_command(args: argparse.Namespace) -> int:
                 progress=progress,
             )
 
-        run(partial(serve, bus_options(args), make, progress=progress, http=http, connect_s=_JOIN_CONNECT_S))
+        run(partial(serve, bus_options(args), make, progress=progress, http=http, connect_s=_JOIN_CONNECT_S, export=export))
     return 0
 
 

@@ -154,6 +154,7 @@ class Job:
                 hops=self.hops.as_dict(),
             ),
             logprobs=tuple([self._named(token) for token in self.tokens]) if self.detailed else None,
+            trace=None if self.trace is None else self.trace.context.header(self.trace.span, sampled=self.trace.kept is not None),
         )
         return Finished(answer, rest, self.epoch, self.id).document()
 

@@ -32,7 +32,7 @@ from mesh.coordinator.prompt_pool import PromptPool
 from mesh.coordinator.replies import Job
 from mesh.coordinator.requests import Requests
 from mesh.coordinator.shards import Shards
-from mesh.coordinator.trace import SHOWN_SESSIONS, TraceSampling
+from mesh.coordinator.trace import SHOWN_SESSIONS
 from mesh.coordinator.tracing import Tracing
 from mesh.errors import MeshError, Unavailable
 from mesh.model.manifest import Manifest
@@ -41,6 +41,7 @@ from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
 from mesh.protocol.instance import new_instance
 from mesh.protocol.status import CoordinatorStats, Heartbeat, Hops
+from mesh.telemetry.context import TraceSampling
 from mesh.telemetry.export import SpanExport
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]

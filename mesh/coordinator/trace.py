@@ -21,10 +21,10 @@ from mesh.protocol.generation import public_id
 from mesh.protocol.message import MAX_LINE
 from mesh.protocol.spans import Value
 from mesh.protocol.status import SessionReport
-from mesh.telemetry.context import TraceContext
+from mesh.telemetry.context import TraceContext, TraceSampling
 from mesh.types import LayerRange
 
-__all__ = ["SHOWN_SESSIONS", "Leg", "OpenTry", "ServerHop", "Trace", "TraceSampling", "Traces"]
+__all__ = ["SHOWN_SESSIONS", "Leg", "OpenTry", "ServerHop", "Trace", "Traces"]
 
 KEPT_REQUESTS = 64
 KEPT_ODD = 32
@@ -36,18 +36,6 @@ KEPT_SERVER_HOPS = 256
 SHOWN_SESSIONS = 32
 
 Because = Literal["parent", "ratio", "error", "failover", "slow"]
-
-
-@dataclass(frozen=True)
-class TraceSampling:
-    """Which traces are kept for those to whom spans are sent. ratio: of all requests, from 0 to 1, where the sender has not decided.
-    slow_s, slow_first_token_s: a request that took longer, to its end or to its first token, is kept in any case. content: the texts of
-    prompts and answers are in the spans."""
-
-    ratio: float = 0.05
-    slow_s: float = 60.0
-    slow_first_token_s: float = 10.0
-    content: bool = False
 
 
 class OpenTry(NamedTuple):

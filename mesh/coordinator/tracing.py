@@ -23,14 +23,14 @@ from mesh.coordinator.core.machine import Core
 from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.replies import Job
 from mesh.coordinator.span_store import SpanStore
-from mesh.coordinator.trace import OpenTry, Trace, Traces, TraceSampling
+from mesh.coordinator.trace import OpenTry, Trace, Traces
 from mesh.coordinator.trace_spans import spans_of
 from mesh.errors import MeshError
 from mesh.protocol import generation, subjects, topics
 from mesh.protocol.documents import short
 from mesh.protocol.spans import Span, Value
 from mesh.protocol.status import TraceList
-from mesh.telemetry.context import chosen, new_span_id
+from mesh.telemetry.context import TraceSampling, chosen, new_span_id
 from mesh.telemetry.export import SpanExport
 
 __all__ = ["Tracing"]
@@ -148,26 +148,35 @@ class Tracing:
 
     async def _on_trace(self, received: Received) -> None:
         """Answer the owner of a session with its trace."""
-        await self._answer(received, self.traces.of)
+        await self._answer(received, lambda name: self._document(self.traces.of(name)))
 
     async def _on_inspect(self, received: Received) -> None:
         """Answer an operator, who knows the public id or the trace's id alone."""
-        await self._answer(received, self.traces.find)
+        await self._answer(received, lambda name: self._document(self.traces.find(name)) or self._only_spans(name))
 
-    async def _answer(self, received: Received, find: Callable[[str], Trace | None]) -> None:
+    async def _answer(self, received: Received, document_of: Callable[[str], dict[str, Any] | None]) -> None:
         """Answer with a request's trace, or with none: another coordinator may have it, so that is not an error."""
         if not received.reply:
             return
         try:
-            trace = find(topics.TRACE.parse(received.data).request)
+            document = document_of(topics.TRACE.parse(received.data).request)
         except MeshError as error:
             await self._bus.respond_error(received, error)
             return
-        reply = generation.TraceReply(trace=None if trace is None else self._document(trace))
+        reply = generation.TraceReply(trace=document)
         data = await asyncio.to_thread(reply.to_bytes)
         await self._bus.publish(received.reply, data)
 
-    def _document(self, trace: Trace) -> dict[str, Any] | None:
+    def _only_spans(self, trace: str) -> dict[str, Any] | None:
+        """A trace without a generation, such as that of a shard's start."""
+        spans = self.store.of(trace)
+        if not spans:
+            return None
+        return {"request": "", "trace": trace, "legs": [], "coordinator": self._name, "model": self._model, "spans": [*map(_json, spans)]}
+
+    def _document(self, trace: Trace | None) -> dict[str, Any] | None:
+        if trace is None:
+            return None
         report = self.traces.report(trace, None if trace.ended is not None else self._core.session(trace.id, time.monotonic()))
         if report is None:
             return None
@@ -178,7 +187,7 @@ class Tracing:
             **trace.as_dict(),
             "coordinator": self._name,
             "model": self._model,
-            "spans": [_document(span) for span in spans],
+            "spans": [*map(_json, spans)],
         }
 
     async def _on_list(self, received: Received) -> None:
@@ -210,7 +219,7 @@ class Tracing:
         )
 
 
-def _document(span: Span) -> dict[str, Any]:
+def _json(span: Span) -> dict[str, Any]:
     """The span as JSON, without what is empty."""
     document = {name: value for name, value in span.__dict__.items() if value not in ((), {}, "", None)}
     if span.links:

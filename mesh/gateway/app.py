@@ -34,14 +34,18 @@ from mesh.gateway.middleware import Edge
 from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
 from mesh.gateway.settings import GatewaySettings
+from mesh.gateway.tracing import EdgeTracing
 from mesh.http.listener import is_loopback
+from mesh.telemetry.export import SpanExport
 
 __all__ = ["create_app"]
 
 
-def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: Iterable[BaseRoute] = ()) -> ASGIApp:
+def create_app(
+    client: AsyncMeshClient, settings: GatewaySettings, *, routes: Iterable[BaseRoute] = (), export: SpanExport | None = None
+) -> ASGIApp:
     """The application of `client`; the caller connects and closes it. `routes`: further routes, such as a dashboard's. They find
-    everything at `request.app.state.gateway` (mesh.gateway.context.Gateway)."""
+    everything at `request.app.state.gateway` (mesh.gateway.context.Gateway). `export`: where spans go that leave the mesh."""
     app = FastAPI(
         title="stagemesh",
         version=__version__,
@@ -68,12 +72,13 @@ def create_app(client: AsyncMeshClient, settings: GatewaySettings, *, routes: It
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "last-event-id", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["authorization", "content-type", "last-event-id", "traceparent", "x-request-id"],
+            expose_headers=["x-request-id", "x-trace-id", "retry-after"],
         )
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     private = settings.verifier is None and is_loopback(settings.listener.host)
-    edge = Edge(app, settings.limits, secure=settings.listener.tls is not None, plain_names_only=private)
+    tracing = EdgeTracing(client, ratio=settings.sample_ratio, export=export)
+    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private)
     app.state.counters = edge.counters
     return edge
 

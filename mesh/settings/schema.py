@@ -39,6 +39,7 @@ __all__ = [
     "ReplicationMode",
     "ShardConfig",
     "TlsSection",
+    "TracingSection",
     "load_config",
 ]
 
@@ -283,6 +284,18 @@ class LoggingSection(Section):
     file: str | None = None  # None: standard error
 
 
+class TracingSection(Section):
+    """Which traces leave the mesh, and where to. Without an endpoint, here or in OTEL_EXPORTER_OTLP_ENDPOINT, none leaves it; `mesh trace`
+    shows the last ones in any case."""
+
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05  # where the caller has not decided; OTEL_TRACES_SAMPLER says it too
+    slow_request: Duration = 60.0  # one that takes longer is kept in any case, as is one that failed or lost a shard
+    slow_first_token: Duration = 10.0
+    content: bool = False  # the texts of prompts and answers
+    otlp_endpoint: str | None = Field(default=None, min_length=1)
+    otlp_protocol: Literal["http/protobuf", "grpc"] | None = None
+
+
 class ServedModelSection(Section):
     """The model that a coordinator serves: that of the directory `path`, else the pushed model `name`, else the only pushed one.
 
@@ -305,6 +318,7 @@ class CoordinatorConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    tracing: TracingSection = TracingSection()
 
     @model_validator(mode="after")
     def _agree(self) -> CoordinatorConfig:
@@ -329,6 +343,7 @@ class GatewayConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    tracing: TracingSection = TracingSection()
 
 
 class AuthenticationConfig(ConfigFile):
@@ -382,6 +397,7 @@ class ShardConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    tracing: TracingSection = TracingSection()
 
     @model_validator(mode="after")
     def _agree(self) -> ShardConfig:

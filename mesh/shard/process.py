@@ -19,6 +19,8 @@ from mesh.host.signals import on_signals, run_loop
 from mesh.shard.http import ShardHttp
 from mesh.shard.options import ShardOptions
 from mesh.shard.service import Shard
+from mesh.shard.start_trace import StartTrace
+from mesh.telemetry.export import SpanExport
 from mesh.types import Progress
 
 __all__ = ["choose_device", "limit_threads", "run", "serve"]
@@ -60,13 +62,15 @@ async def serve(
     progress: Progress,
     http: ShardHttp | None = None,
     connect_s: float | None = 60.0,
+    export: SpanExport | None = None,
 ) -> bool:
-    """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing."""
+    """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing. `export`:
+    where spans go that leave the mesh."""
     if http is None:
-        return await _serve(bus_options, make, progress, None, connect_s)
+        return await _serve(bus_options, make, progress, None, connect_s, export)
     answering = asyncio.create_task(http.run())
     try:
-        return await _serve(bus_options, make, progress, http, connect_s)
+        return await _serve(bus_options, make, progress, http, connect_s, export)
     finally:
         http.listener.stop(now=True)
         await answering
@@ -78,11 +82,15 @@ async def _serve(
     progress: Progress,
     http: ShardHttp | None,
     connect_s: float | None,
+    export: SpanExport | None,
 ) -> bool:
+    start = StartTrace()
     async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
         # The loop and the compute thread take turns with the interpreter; at the usual 5 ms a frame could wait for a step's dispatch.
         sys.setswitchinterval(_SWITCH_S)
-        shard = Shard(bus, await make(bus), progress=progress)
+        with start.part("fetch model"):
+            options = await make(bus)
+        shard = Shard(bus, options, progress=progress, start=start, export=export)
         if http is not None:
             http.shard, shard.http_url = shard, http.listener.url
             log.info("HTTP on %s", shard.http_url)

@@ -22,6 +22,7 @@ from typing import Any
 
 from mesh import __version__
 from mesh.bus import Bus, Endpoint, EventLog, Received, Service, Subscription, announce, end_tasks, keep_events
+from mesh.bus.spans import SpanPublisher
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import (
     ConfigError,
@@ -55,7 +56,9 @@ from mesh.shard.lease import LeaseKeeper
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
+from mesh.shard.start_trace import StartTrace
 from mesh.shard.state import ShardShape, ShardState, tag_of
+from mesh.telemetry.export import SpanExport
 from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
@@ -90,13 +93,18 @@ class Shard:
         *,
         compiled: Compiled | None = None,
         progress: Progress = no_progress,
+        start: StartTrace | None = None,
+        export: SpanExport | None = None,
     ) -> None:
-        """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread."""
+        """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread. `start`: the trace
+        of the process's start. `export`: where spans go that leave the mesh."""
         self.bus = bus
         self.options = options
         self.instance = new_instance()
         self.manifest = Manifest.load(options.directory)
         self.meter = Meter()
+        self._start = start or StartTrace()
+        self._export = export
         self.ready = asyncio.Event()
         self.http_url = ""  # where this process answers HTTP; the lease tells everyone
         self._compiled = compiled
@@ -151,13 +159,16 @@ class Shard:
             await keep_events(EventLog(self.bus))
             await self._announce("joined", f"layers {shape.layers} of {model}")
             log.info("loading layers %s of %s", shape.layers, model)
-            self.stage = await self.in_thread(self._load)
+            with self._start.part("load model"):
+                self.stage = await self.in_thread(self._load)
             if self.options.warm_up:
                 self._set_status("warming")
                 log.info("compiling")
-                await self.in_thread(partial(self.stage.warm_up, self._progress))
-                await self.in_thread(self.stage.exercise)
+                with self._start.part("warm up"):
+                    await self.in_thread(partial(self.stage.warm_up, self._progress))
+                    await self.in_thread(self.stage.exercise)
             await self.open_doors()
+            self._report_start()
             log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
             await self._stop.wait()
             if isinstance(self._failure, Replaced):
@@ -435,6 +446,13 @@ class Shard:
             self._nack(of, Nack.TOO_LARGE)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _report_start(self) -> None:
+        spans = self._start.spans(self.options.name, self.state.shape.layers)
+        SpanPublisher(self.bus).put(*spans)
+        if self._export is not None:
+            self._export.put(lambda: spans)
+        log.info("the trace of the start: mesh trace %s", self._start.trace)
 
     def _load(self) -> Engine:
         options = self.options

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from opentelemetry import propagate
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
-__all__ = ["TraceContext", "chosen", "current", "new_span_id"]
+__all__ = ["TraceContext", "TraceSampling", "chosen", "current", "new_span_id", "remote"]
 
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?", re.ASCII)
 _LONGEST: Final = 128
@@ -43,6 +44,18 @@ class TraceContext:
         return f"00-{self.trace}-{span}-{'01' if sampled else '00'}"
 
 
+@dataclass(frozen=True)
+class TraceSampling:
+    """Which traces are kept for those to whom spans are sent. ratio: of all requests, from 0 to 1, where the sender has not decided.
+    slow_s, slow_first_token_s: a request that took longer, to its end or to its first token, is kept in any case. content: the texts of
+    prompts and answers are in the spans."""
+
+    ratio: float = 0.05
+    slow_s: float = 60.0
+    slow_first_token_s: float = 10.0
+    content: bool = False
+
+
 def new_span_id() -> str:
     return f"{random.getrandbits(64) or 1:016x}"
 
@@ -58,3 +71,9 @@ def current() -> str | None:
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return carrier.get("traceparent")
+
+
+def remote(trace: str, span: str, *, sampled: bool) -> NonRecordingSpan:
+    """A span that another part of the program records, for OpenTelemetry to name as the one above."""
+    flags = TraceFlags(TraceFlags.SAMPLED if sampled else TraceFlags.DEFAULT)
+    return NonRecordingSpan(SpanContext(int(trace, 16), int(span, 16), is_remote=True, trace_flags=flags))

@@ -13,13 +13,13 @@ from mesh.coordinator.clocks import Clocks
 from mesh.coordinator.core.events import Ended, FrameKind, FrameOut, FrameRow
 from mesh.coordinator.core.session import SessionView
 from mesh.coordinator.span_store import MOST_OF_A_TRACE, MOST_SPANS, SpanStore
-from mesh.coordinator.trace import KEPT_LEGS, KEPT_ODD, KEPT_REQUESTS, OpenTry, ServerHop, Trace, Traces, TraceSampling
+from mesh.coordinator.trace import KEPT_LEGS, KEPT_ODD, KEPT_REQUESTS, OpenTry, ServerHop, Trace, Traces
 from mesh.coordinator.trace_spans import spans_of
 from mesh.coordinator.trace_steps import FIRST, LAST, RUNS, SLOWEST, Step, Steps
 from mesh.errors import Unavailable
 from mesh.protocol.frame import Hop, StageTiming
 from mesh.protocol.spans import Span
-from mesh.telemetry.context import TraceContext
+from mesh.telemetry.context import TraceContext, TraceSampling
 from mesh.telemetry.conventions import ATTRIBUTES, PHASES, SPANS
 from mesh.types import LayerRange
 
