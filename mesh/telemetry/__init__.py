@@ -3,5 +3,6 @@
 logs         where log lines go, and their format
 seldom       failures that repeat, said once in a few seconds
 conventions  the names of spans and their attributes
+otel         spans as the OpenTelemetry SDK has them
 pages        tables of docs/ that are made from the code
 """
