@@ -4,5 +4,6 @@ logs         where log lines go, and their format
 seldom       failures that repeat, said once in a few seconds
 conventions  the names of spans and their attributes
 otel         spans as the OpenTelemetry SDK has them
+views        traces for people: waterfalls, what bounds a request, files for other tools
 pages        tables of docs/ that are made from the code
 """
