@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from mesh.protocol.spans import Span
-from mesh.telemetry.views.tree import Node, process_of, tree, walk
+from mesh.telemetry.views.tree import SpanNode, process_of, tree, walk
 
 __all__ = ["Aligned", "aligned"]
 
@@ -51,10 +51,10 @@ def aligned(spans: Sequence[Span]) -> Aligned:
     return Aligned(tuple(_at(span, *times[span.trace, span.span]) for span in spans), {k: v for k, v in shifts.items() if v}, fitted)
 
 
-def _shifts(roots: Iterable[Node]) -> dict[Process, int]:
+def _shifts(roots: Iterable[SpanNode]) -> dict[Process, int]:
     """The shift of each process, decided from the root down: the clock of a parent's process is known before that of its child's."""
     shifts: dict[Process, int] = {}
-    pairs: dict[Process, list[tuple[Node, Node]]] = defaultdict(list)
+    pairs: dict[Process, list[tuple[SpanNode, SpanNode]]] = defaultdict(list)
     for _, node, parent in walk(roots):
         process = process_of(node.span)
         if parent is None:
@@ -70,7 +70,7 @@ def _shifts(roots: Iterable[Node]) -> dict[Process, int]:
     return shifts
 
 
-def _shift(pairs: Sequence[tuple[Node, Node]], shifts: Mapping[Process, int]) -> int:
+def _shift(pairs: Sequence[tuple[SpanNode, SpanNode]], shifts: Mapping[Process, int]) -> int:
     """Nanoseconds to add to the times of a process, from its pairs of (parent in a process with a known shift, child)."""
     lows, highs, guesses = [], [], []
     for parent, child in pairs:
@@ -88,7 +88,7 @@ def _shift(pairs: Sequence[tuple[Node, Node]], shifts: Mapping[Process, int]) ->
     return min(max(guess, low), high) if low <= high else guess
 
 
-def _place(parent: Node, child: Node) -> int:
+def _place(parent: SpanNode, child: SpanNode) -> int:
     """Nanoseconds from the parent's start to the child's, if every way takes the same time. The stages of a step follow each other in the
     order of their layers; any other child is alone between the request and the reply."""
     chain = [child]
@@ -101,7 +101,7 @@ def _place(parent: Node, child: Node) -> int:
     return (at + 1) * way + sum(each.span.duration_ns for each in chain[:at])
 
 
-def _first_layer(node: Node) -> int:
+def _first_layer(node: SpanNode) -> int:
     first = str(node.span.attributes.get("mesh.range", "")).partition("-")[0]
     return int(first) if first.isdecimal() else 0
 
