@@ -18,7 +18,7 @@ BEFORE = (("shard-1", "0-10"), ("shard-2", "10-20"), ("shard-3", "20-30"))
 AFTER = (("shard-1", "0-10"), ("shard-2b", "10-20"), ("shard-3", "20-30"))
 COMPUTE_US = {"prefill": (20_000, 40_000, 15_000), "decode": (4_000, 8_000, 3_000)}
 WAIT_US = (500, 1_000, 0)
-READ_US, WRITE_US, WAY_US, TEXT_US = 200, 300, 1_000, 500
+READ_US, WRITE_US, WAY_US, TURN_US, TEXT_US = 200, 300, 1_000, 1_500, 500
 OTHER = Link(trace="f" * 32, span="e" * 16)
 """Another session of a decode batch."""
 
@@ -63,8 +63,7 @@ class Builder:
     def step(self, kind: str, start_us: int, root: str, route: Sequence[tuple[str, str]], **attributes: Any) -> int:
         """One step through `route`; when it was over."""
         compute = COMPUTE_US[kind]
-        text = TEXT_US if kind == "decode" else 0
-        end = start_us + (len(route) + 1) * WAY_US + sum(compute) + sum(WAIT_US) + len(route) * (READ_US + WRITE_US) + text
+        end = start_us + (len(route) + 1) * WAY_US + sum(compute) + sum(WAIT_US) + len(route) * (READ_US + WRITE_US)
         parent = self.add("decode step" if kind == "decode" else "prefill chunk", start_us, end, root, **attributes)
         at, sender = start_us, "c1"
         for (shard, layers), computing, waiting in zip(route, compute, WAIT_US, strict=True):
@@ -74,7 +73,8 @@ class Builder:
                 "mesh__bytes": 4096,
                 "messaging__destination__template": "mesh.v1.frames.SHARD",
             }
-            frame = self.add("frame", at, at + WAY_US, parent, kind="producer", mesh__phase="network", **way)
+            process = ("coordinator", "c1") if sender == "c1" else ("shard", sender)
+            frame = self.add("frame", at, at + WAY_US, parent, process, "producer", mesh__phase="network", **way)
             if sender == "c1":
                 self.add("nats-server", at + 300, at + 400, frame, ("nats-server", "n1"), mesh__phase="server")
             at, sender = at + WAY_US, shard
@@ -90,11 +90,15 @@ class Builder:
                 if length:
                     self.add(name, at, at + length, stage, process, mesh__phase=phase)
                 at += length
-        self.add("frame", at, at + WAY_US, parent, kind="consumer", mesh__phase="network", mesh__from=sender, mesh__to="c1")
-        if text:
-            self.add("detokenize", at + WAY_US, end, parent, mesh__phase="coordinator")
-        self._sum(kind, start_us, end - text, route)
+        self.add("frame", at, end, parent, ("shard", sender), "producer", mesh__phase="network", mesh__from=sender, mesh__to="c1")
+        self._sum(kind, start_us, end, route)
         return end
+
+    def turn(self, start_us: int, root: str) -> int:
+        """The coordinator between two steps; when it was over."""
+        self.add("turn", start_us, start_us + TURN_US, root, mesh__phase="coordinator")
+        self.add("detokenize", start_us, start_us + TEXT_US, root)
+        return start_us + TURN_US
 
     def _sum(self, kind: str, start_us: int, end_us: int, route: Sequence[tuple[str, str]]) -> None:
         stages = [{"shard": shard, "layers": layers} for shard, layers in route]
@@ -126,18 +130,20 @@ def build(*, skew_ns: Mapping[str, int] | None = None) -> Builder:
     made.add("queue", 5_000, 25_000, root, mesh__phase="queue")
     opening = made.add("open rows", 25_000, 29_000, root, mesh__phase="open")
     for shard, layers in BEFORE:
-        made.add("open row", 26_000, 27_000, opening, ("shard", shard), "server", mesh__shard=shard, mesh__range=layers)
+        made.add("open row", 25_000, 29_000, opening, kind="client", mesh__shard=shard, mesh__range=layers)
     at = 29_000
     for chunk in range(2):
         at = made.step("prefill", at, root, BEFORE, mesh__tokens=256, mesh__position=256 * chunk)
     for step in range(3):
-        at = made.step("decode", at + 1_000, root, BEFORE, mesh__step=step, mesh__rows=2)
-    lost = at
-    at += 100_000
-    made.add("failover", lost, at, root, mesh__phase="failover", mesh__from="shard-2", mesh__to="shard-2b", mesh__replay="replay")
+        at = made.step("decode", made.turn(at, root), root, BEFORE, mesh__step=step, mesh__rows=2)
+    lost, at = at, at + 100_000
+    how: dict[str, Any] = {"mesh__from": "shard-2", "mesh__to": "shard-2b", "mesh__replay": "replay"}
+    failover = made.add("failover", lost, at, root, mesh__phase="failover", **how)
+    opening = made.add("open rows", at - 4_000, at, failover, mesh__phase="open")
+    made.add("open row", at - 4_000, at, opening, kind="client", mesh__shard="shard-2b", mesh__range="10-20")
     at = made.step("prefill", at, root, AFTER, mesh__tokens=514, mesh__position=0)
     for step in range(3, 6):
-        at = made.step("decode", at + 1_000, root, AFTER, mesh__step=step, mesh__rows=2)
+        at = made.step("decode", made.turn(at, root), root, AFTER, mesh__step=step, mesh__rows=2)
     assert at + 2_000 == end
     return made
 

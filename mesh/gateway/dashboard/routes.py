@@ -24,6 +24,7 @@ from mesh.errors import Busy
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.dashboard.watch import Watch
 from mesh.gateway.errors import HttpError
+from mesh.protocol.generation import without_prefix
 from mesh.protocol.subjects import is_token
 
 __all__ = ["POLICY", "routes"]
@@ -33,7 +34,6 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,7 @@ def routes(watch: Watch) -> list[Route]:
 
     async def trace(request: Request) -> Response:
         client = _admitted(request).client
-        name: str = request.path_params["request"]
-        for prefix in _ID_PREFIXES:
-            name = name.removeprefix(prefix)
+        name = without_prefix(request.path_params["request"])
         found = await client.inspect(name) if is_token(name) else None
         if found is None:
             why = f"no coordinator remembers request {name[:64]}: each keeps its last 64"

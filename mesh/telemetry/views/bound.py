@@ -49,6 +49,10 @@ class Bound:
         """The phase that took the most; None where nothing has been measured."""
         return max(self.parts, key=lambda phase: self.parts[phase]) if any(self.parts.values()) else None
 
+    def document(self) -> dict[str, Any]:
+        """As JSON: the sentence, the phase that took the most, and the seconds of each."""
+        return {"sentence": self.sentence(), "phase": self.phase, "parts": dict(self.parts)}
+
     def sentence(self) -> str:
         first = self.phase
         if first is None or self.total_s <= 0:
@@ -75,7 +79,7 @@ class Bound:
 
 
 def bound(document: Mapping[str, Any], spans: Sequence[Span] = ()) -> Bound:
-    """What bounds the request of a trace document. spans: the document's own, or those of a trace without sums."""
+    """What bounds the request of a trace document. spans: the document's own."""
     if any(leg[kind]["steps"] for leg in document.get("legs", ()) for kind in ("prefill", "decode")):
         return _of_legs(document, _leaves(spans))
     return _of_spans(document, spans)
@@ -130,14 +134,23 @@ def _add(sums: dict[tuple[str, str], float], steps: Mapping[str, Any], shards: S
         sums["network", "no known way"] += rest
 
 
-def _leaves(spans: Iterable[Span]) -> dict[str, float]:
+def _leaves(spans: Sequence[Span]) -> dict[str, float]:
     """Seconds by phase."""
     found: dict[str, float] = defaultdict(float)
-    for span in spans:
-        phase = span.attributes.get("mesh.phase")
-        if isinstance(phase, str):
-            found[phase] += span.duration_ns / 1e9
+    for span, phase in _timed(spans):
+        found[phase] += span.duration_ns / 1e9
     return found
+
+
+def _timed(spans: Sequence[Span]) -> list[tuple[Span, str]]:
+    """The spans whose time belongs to a phase. What lies within such a span belongs to it: a server within the network, the opening of
+    rows within a failover."""
+    phases = {(span.trace, span.span): phase for span in spans if (phase := span.attributes.get("mesh.phase")) in _WORDS}
+    return [
+        (span, str(phases[span.trace, span.span]))
+        for span in spans
+        if (span.trace, span.span) in phases and (span.trace, span.parent) not in phases
+    ]
 
 
 def _of_spans(document: Mapping[str, Any], spans: Sequence[Span]) -> Bound:
@@ -147,16 +160,16 @@ def _of_spans(document: Mapping[str, Any], spans: Sequence[Span]) -> Bound:
     layers = {
         str(s.attributes["mesh.shard"]): str(s.attributes["mesh.range"]) for s in spans if {"mesh.shard", "mesh.range"} <= {*s.attributes}
     }
+    for span, phase in _timed(spans):
+        seconds = span.duration_ns / 1e9
+        parts[phase] += seconds
+        if phase == "network":
+            places[phase, f"{span.attributes.get('mesh.from')} to {span.attributes.get('mesh.to')}"] += seconds
+        elif span.service == "shard":
+            places[phase, span.instance] += seconds
+        elif phase == "queue":
+            places[phase, _FOR_A_ROW] += seconds
     for span in spans:
-        seconds, phase = span.duration_ns / 1e9, span.attributes.get("mesh.phase")
-        if isinstance(phase, str) and phase in _WORDS:
-            parts[phase] += seconds
-            if span.service == "shard":
-                places[phase, span.instance] += seconds
-            elif phase == "network":
-                places[phase, f"{span.attributes.get('mesh.from')} to {span.attributes.get('mesh.to')}"] += seconds
-            elif phase == "queue":
-                places[phase, _FOR_A_ROW] += seconds
         for name, of in _AGGREGATED.items():
             value = span.attributes.get(name)
             if isinstance(value, float | int):

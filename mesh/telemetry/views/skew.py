@@ -1,11 +1,12 @@
 """Clocks that differ between processes.
 
 A span and its child in another process are a request and its reply: the request was sent after the parent began, and the reply came back
-before it ended. So each such pair bounds the difference of the two clocks, and all pairs of a process bound it together. A process whose
-spans lie outside their parents is moved as a whole, by one shift within these bounds. The shift is the one that best divides the time
-that is left equally over the ways: before, between and after the stages of a step.
+before it ended. So each such pair bounds the difference of the two clocks, and all pairs of a process bound it together. A process moves
+with that of its parents. Where its spans lie outside their parents nevertheless, it is moved by a shift of its own within the bounds: the
+one that best divides the time that is left equally over the ways, before, between and after the stages of a step.
 
-Coordinators correct the times of shards before they keep a span (`mesh.clock_offset_s`). What is done here finds nothing to do then.
+Coordinators write the spans of stages by their own clock (`mesh.clock_offset_s`), so these move with the coordinator's. What is found
+here are the clocks of gateways and coordinators on several hosts.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def _shifts(roots: Iterable[SpanNode]) -> dict[Process, int]:
 def _shift(pairs: Sequence[tuple[SpanNode, SpanNode]], shifts: Mapping[Process, int]) -> int:
     """Nanoseconds to add to the times of a process, from its pairs of (parent in a process with a known shift, child)."""
     lows, highs, guesses = [], [], []
+    exact = any(child.span.name == "stage" for _, child in pairs)
     for parent, child in pairs:
         offset = shifts[process_of(parent.span)]
         start, end = parent.span.start_ns + offset, parent.span.end_ns + offset
@@ -80,9 +82,11 @@ def _shift(pairs: Sequence[tuple[SpanNode, SpanNode]], shifts: Mapping[Process, 
             continue  # no shift brings it inside
         lows.append(start - child.span.start_ns)
         highs.append(end - child.span.end_ns)
-        guesses.append(start + _place(parent, child) - child.span.start_ns)
-    if not lows or all(low <= 0 <= high for low, high in zip(lows, highs, strict=True)):
-        return 0
+        if child.span.name == "stage" or not exact:
+            guesses.append(start + _place(parent, child) - child.span.start_ns)
+    with_parent = shifts[process_of(pairs[0][0].span)] if pairs else 0
+    if not guesses or all(low <= with_parent <= high for low, high in zip(lows, highs, strict=True)):
+        return with_parent
     guess = round(median(guesses))
     low, high = max(lows), min(highs)
     return min(max(guess, low), high) if low <= high else guess

@@ -76,7 +76,7 @@ def rows(spans: Iterable[Span], *, fold: bool = True) -> list[Row]:
         if series.rest:
             continue
         (node,) = series.nodes
-        if not own and node.span.duration_ns < SHORT * (scale[1] - scale[0]):
+        if node.span.duration_ns < SHORT * (on[1] - on[0]) and (not own or any(child.children for child in node.children)):
             on, own = (node.span.start_ns, node.span.end_ns), True
         waiting.extend((depth + 1, below, on, own) for below in reversed(_series(node.children, fold)))
     return found
@@ -112,18 +112,22 @@ def headline(document: Mapping[str, Any]) -> str:
 
 
 def clocks(spans: Iterable[Span], found: Aligned) -> list[str]:
-    """One line for each process whose clock was corrected by a millisecond or more: by its coordinator, or here."""
+    """Which clocks were corrected by a millisecond or more: by the coordinator, or here."""
     said = {}
     for span in spans:
         offset, error = span.attributes.get("mesh.clock_offset_s"), span.attributes.get("mesh.clock_error_s")
         if isinstance(offset, float | int) and abs(offset) >= _SHOWN_CLOCK_S:
             within = f" ± {format_seconds(error)}" if isinstance(error, float | int) else ""
             said[span.instance] = f"The clock of {span.instance} is {_ahead(offset)}{within}: its times are corrected."
+    lines = [said[name] for name in sorted(said)]
+    moved: dict[int, list[str]] = {}
     for (service, instance), shift_ns in found.shifts_ns.items():
         if abs(shift_ns) >= _SHOWN_CLOCK_S * 1e9:
-            name = instance or service
-            said[name] = f"The clock of {name} is about {_ahead(-shift_ns / 1e9)}: its spans are moved into their parents."
-    return [said[name] for name in sorted(said)]
+            moved.setdefault(shift_ns, []).append(instance or service)
+    for shift_ns, names in sorted(moved.items()):
+        subject = f"The clock of {names[0]} is" if len(names) == 1 else f"The clocks of {', '.join(sorted(names))} are"
+        lines.append(f"{subject} about {_ahead(-shift_ns / 1e9)}: their spans are moved into their parents.")
+    return lines
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -138,24 +142,39 @@ class _Series:
 
 
 def _series(nodes: Sequence[SpanNode], fold: bool) -> list[_Series]:
+    """Like spans that follow each other are a series, and so are like spans without parts wherever they are: what the coordinator does
+    between two steps does not end the series of the steps."""
+    if not fold:
+        return [_Series([node]) for node in nodes]
+    small: dict[tuple[object, ...], list[SpanNode]] = {}
     runs: list[list[SpanNode]] = []
+    latest: list[SpanNode] = []
     for node in nodes:
-        if runs and fold and _kind(runs[-1][0]) == _kind(node):
-            runs[-1].append(node)
+        if not node.children:
+            like = small.setdefault(_kind(node), [])
+            like.append(node)
+            if len(like) == 1:
+                runs.append(like)
+            continue
+        if latest and _kind(latest[0]) == _kind(node):
+            latest.append(node)
         else:
-            runs.append([node])
+            latest = [node]
+            runs.append(latest)
     found = []
     for run in runs:
-        found.append(_Series(run[:1]))
-        if len(run) > 1:
-            found.append(_Series(run[1:], rest=True))
+        if run[0].children or len(run) == 1:
+            found.append(_Series(run[:1]))
+            run = run[1:]
+        if run:
+            found.append(_Series(run, rest=True))
     return found
 
 
 def _kind(node: SpanNode) -> tuple[object, ...]:
     """What like siblings share. Spans with an error are shown one by one."""
     span = node.span
-    return span.name, span.service, span.instance, span.attributes.get("mesh.to"), span.span if span.error else ""
+    return span.name, span.service, span.instance, *map(span.attributes.get, ("mesh.shard", "mesh.to")), span.span if span.error else ""
 
 
 def _row(depth: int, nodes: Sequence[SpanNode], scale: tuple[int, int], own: bool) -> Row:
