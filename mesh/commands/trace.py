@@ -21,7 +21,7 @@ from mesh.protocol.spans import Span
 from mesh.protocol.status import SessionReport
 from mesh.protocol.subjects import is_token
 from mesh.telemetry.views.bound import bound
-from mesh.telemetry.views.document import spans_of
+from mesh.telemetry.views.document import looked_at, spans_of
 from mesh.telemetry.views.skew import aligned
 from mesh.telemetry.views.waterfall import clocks, draw, headline, rows
 
@@ -70,8 +70,7 @@ def run_command(args: argparse.Namespace) -> int:
     if args.export is not None:
         _write(document, *args.export)
     elif args.json:
-        bounded = bound(document, spans_of(document)).document()
-        sys.stdout.buffer.write(orjson.dumps({**document, "bound": bounded}) + b"\n")
+        sys.stdout.buffer.write(orjson.dumps(looked_at(document)) + b"\n")
     else:
         console = Console(highlight=False)
         show(document, console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH), fold=not args.all)

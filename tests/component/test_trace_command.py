@@ -32,7 +32,8 @@ def test_a_request_is_shown_by_any_of_its_ids(server: NatsServer, model: Path, r
                 out, error = capsys.readouterr()
                 return code, out, error
 
-            for arguments in ((), ("--last",), ("--slow",), (done.request,), (f"chatcmpl-{done.request}",), (done.session,)):
+            ids: list[tuple[str, ...]] = [(), ("--last",), ("--slow",), (done.request,), (f"chatcmpl-{done.request}",), (done.session,)]
+            for arguments in ids:
                 code, out, error = await said(*arguments)
                 assert code == 0, error
                 assert f"request {done.request} of {client._model}" in out and f"{TOKENS} tokens in" in out
@@ -41,13 +42,14 @@ def test_a_request_is_shown_by_any_of_its_ids(server: NatsServer, model: Path, r
             document = orjson.loads(out)
             assert document["bound"]["sentence"].startswith("Bound by ") and document["tokens"] == TOKENS
             assert [stage["shard"] for stage in document["legs"][0]["stages"]] == [shard.options.name for shard in running]
-            for arguments, words in (
+            wrong: list[tuple[tuple[str, ...], str]] = [
                 (("unknown",), "no coordinator knows request unknown"),
                 (("a.b",), "is no id of a request"),
                 (("--failed",), "no coordinator has a request that failed"),
                 ((done.request, "--last"), "give either an ID or --last"),
                 ((done.request, "--export", "jaeger", "x"), "the formats are otlp-json and perfetto"),
-            ):
+            ]
+            for arguments, words in wrong:
                 code, out, error = await said(*arguments)
                 assert code == 2 and words in error and not out and error.count("\n") == 1
 

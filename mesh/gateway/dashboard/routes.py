@@ -11,6 +11,7 @@ The page and its parts hold nothing of the mesh and need no token. The other thr
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,7 @@ from mesh.gateway.dashboard.watch import Watch
 from mesh.gateway.errors import HttpError
 from mesh.protocol.generation import without_prefix
 from mesh.protocol.subjects import is_token
+from mesh.telemetry.views.document import looked_at
 
 __all__ = ["POLICY", "routes"]
 
@@ -74,7 +76,7 @@ def routes(watch: Watch) -> list[Route]:
         if found is None:
             why = f"no coordinator remembers request {name[:64]}: each keeps its last 64"
             raise HttpError(why, status=404, code="not_found")
-        return _json(orjson.dumps(found))
+        return _json(await asyncio.to_thread(lambda: orjson.dumps(looked_at(found))))
 
     return [
         Route("/", page, include_in_schema=False),

@@ -125,8 +125,8 @@ def clocks(spans: Iterable[Span], found: Aligned) -> list[str]:
         if abs(shift_ns) >= _SHOWN_CLOCK_S * 1e9:
             moved.setdefault(shift_ns, []).append(instance or service)
     for shift_ns, names in sorted(moved.items()):
-        subject = f"The clock of {names[0]} is" if len(names) == 1 else f"The clocks of {', '.join(sorted(names))} are"
-        lines.append(f"{subject} about {_ahead(-shift_ns / 1e9)}: their spans are moved into their parents.")
+        which = f"The clock of {names[0]} is" if len(names) == 1 else f"The clocks of {', '.join(sorted(names))} are"
+        lines.append(f"{which} about {_ahead(-shift_ns / 1e9)}: spans are moved into their parents.")
     return lines
 
 

@@ -97,7 +97,7 @@ def test_what_still_runs_and_what_is_estimated_is_marked() -> None:
 def test_clocks_that_were_corrected_are_named() -> None:
     spans = example_trace.spans(skew_ns={"shard-2": 2 * 10**9})
     found = aligned(spans)
-    assert clocks(found.spans, found) == ["The clock of shard-2 is about 2 s ahead: their spans are moved into their parents."]
+    assert clocks(found.spans, found) == ["The clock of shard-2 is about 2 s ahead: spans are moved into their parents."]
     right = [
         span.model_copy(update={"attributes": {**span.attributes, "mesh.clock_offset_s": -0.25, "mesh.clock_error_s": 0.0004}})
         if span.instance == "shard-1"
