@@ -39,7 +39,7 @@ _SLOW: Final = 1.5
 _NARROW: Final = 20
 """The fewest columns of bars that are worth drawing."""
 _FEWEST_WORDS, _MOST_WORDS = 28, 46
-_NUMBER: Final = 9
+_START, _LENGTH = 10, 9
 _SHOWN_CLOCK_S: Final = 0.001
 
 
@@ -88,7 +88,7 @@ def draw(rows: Sequence[Row], *, width: int) -> list[Text]:
     if not rows:
         return []
     began = min(row.scale[0] for row in rows if not row.own)
-    room = width - 2 * _NUMBER - 2
+    room = width - _START - _LENGTH - 2
     words = min(max(cell_len(_indented(row)) for row in rows), _MOST_WORDS, max(room, 8))
     if room - words - 1 < _NARROW <= room - _FEWEST_WORDS - 1:
         words = room - _NARROW - 1
@@ -218,10 +218,10 @@ def _words(span: Span) -> str:
     """What a span is, with the attribute that tells it from its siblings."""
     has = span.attributes
     sender, receiver = has.get("mesh.from"), has.get("mesh.to")
-    if span.name in ("decode step", "decode steps"):
-        count = f" × {has['mesh.steps']}" if "mesh.steps" in has else ""
-        number = f" {has['mesh.step']}" if "mesh.step" in has else ""
-        return f"{span.name}{number}{count}{_rows(has)}"
+    if span.name == "decode step":
+        return span.name + (f" {has['mesh.step']}" if "mesh.step" in has else "") + _rows(has)
+    if span.name == "decode steps" and "mesh.steps" in has:
+        return f"{span.name} × {has['mesh.steps']}" + (f" from {has['mesh.step']} on" if "mesh.step" in has else "")
     if span.name == "prefill chunk" and "mesh.tokens" in has:
         return f"{span.name}, {has['mesh.tokens']} tokens"
     if span.name == "failover":
@@ -253,7 +253,7 @@ def _line(row: Row, began_ns: int, words: int, bars: int) -> Text:
     start = format_seconds((row.start_ns - (row.scale[0] if row.own else began_ns)) / 1e9)
     start = ("~" if row.estimated else "") + ("+ " if row.own else "") + start
     length = format_seconds((row.end_ns - row.start_ns) / 1e9) + ("…" if row.unfinished else "")
-    line.append(f" {start:>{_NUMBER}} {length:>{_NUMBER}}", style="dim")
+    line.append(f" {start:>{_START}} {length:>{_LENGTH}}", style="dim")
     if bars >= _NARROW:
         line.append(" ").append(_bar(row, bars))
     if row.error:
