@@ -143,10 +143,8 @@ async def _last(client: AsyncMeshClient, kind: Kind, model: str | None) -> dict[
         if document is not None:
             return document
     await _require_coordinators(client)
-    asked = {"last": "", "slow": "", "failed": " that failed"}[kind]
-    raise BadRequest(
-        f"no coordinator has a request{asked} that ended: `mesh generate` sends one, `mesh status` shows what runs", field=kind
-    )
+    asked = "that failed" if kind == "failed" else "that ended"
+    raise BadRequest(f"no coordinator has a request {asked}: `mesh generate` sends one, `mesh status` shows what runs", field=kind)
 
 
 async def _reports(client: AsyncMeshClient, kind: Kind, model: str | None) -> list[SessionReport]:

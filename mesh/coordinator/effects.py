@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from functools import partial
 from typing import assert_never
@@ -45,7 +44,7 @@ from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
-from mesh.coordinator.trace import Traces
+from mesh.coordinator.tracing import Tracing
 from mesh.errors import MeshError, Unavailable, internal_error
 from mesh.protocol.stream import fitted
 from mesh.telemetry.seldom import Seldom
@@ -63,14 +62,14 @@ class Effects:
     """See the module's docstring."""
 
     def __init__(
-        self, bus: Bus, jobs: Jobs, outbox: Outbox, shards: Shards, continuity: Continuity, traces: Traces, announce: Announce
+        self, bus: Bus, jobs: Jobs, outbox: Outbox, shards: Shards, continuity: Continuity, tracing: Tracing, announce: Announce
     ) -> None:
         self._bus = bus
         self._jobs = jobs
         self._outbox = outbox
         self._shards = shards
         self._continuity = continuity
-        self._traces = traces
+        self._tracing = tracing
         self._announce = announce
         self.counters: Counter[str] = Counter()
         """effects: those that failed unexpectedly."""
@@ -154,8 +153,7 @@ class Effects:
         else:
             late = asyncio.get_running_loop().call_later(_FIRST_WRITE_S, self._not_recorded, job)
             self._continuity.keep(job, partial(self._recorded, job, late))
-        request = job.request
-        self._traces.begin(request.id, len(request.prompt), request.max_tokens, now=job.began, unix_s=time.time())
+        self._tracing.begin(job)
 
     def _recorded(self, job: Job, late: asyncio.TimerHandle, there: bool) -> None:
         """The first write of a session's record is over."""
@@ -199,8 +197,8 @@ class Effects:
 
     def _ended(self, effect: Ended) -> None:
         self._note_defect(effect.error)
-        self._traces.end(effect)
         job = self._jobs.table.get(effect.session)
+        self._tracing.end(effect, job)
         if job is None:
             return
         if effect.error is not None:

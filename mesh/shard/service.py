@@ -39,6 +39,7 @@ from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
 from mesh.protocol.events import EventKind
+from mesh.protocol.frame import traced_headers
 from mesh.protocol.frame_codec import Frame, Kind, Nack, StageTiming
 from mesh.protocol.instance import new_instance
 from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
@@ -309,7 +310,7 @@ class Shard:
     # -- frames --------------------------------------------------------------------------------------------------------
 
     def on_frame(self, data: bytes) -> None:
-        arrived = time.perf_counter()
+        arrived, arrived_ns = time.perf_counter(), time.time_ns()
         meter, state = self.meter, self.state
         meter.frames_in += 1
         meter.bytes_in += len(data)
@@ -331,7 +332,8 @@ class Shard:
             frame = frame.only(admission.rows)
         queued = time.perf_counter()
         assert self.stage is not None and self._compute is not None
-        work = partial(self._step, self.stage, frame, queued, queued - arrived)
+        came = StageTiming(read_us=int((queued - arrived) * 1e6), arrived_us=arrived_ns // 1000, bytes=len(data))
+        work = partial(self._step, self.stage, frame, queued, came)
         self._compute.submit(work, partial(self._stepped, frame))
 
     def _follow(self, frame: Frame, mine: Frame | None) -> None:
@@ -347,13 +349,14 @@ class Shard:
         if error is not None:
             self._failed(frame, error, followed=True)
 
-    def _step(self, stage: Engine, frame: Frame, queued: float, decode_s: float) -> _Stepped:
-        """Compute one frame. Runs in the compute thread."""
-        codec_s = decode_s + self._encode_s[frame.kind]
-        wait_s = time.perf_counter() - queued
+    def _step(self, stage: Engine, frame: Frame, queued: float, came: StageTiming) -> _Stepped:
+        """Compute one frame. Runs in the compute thread. `queued`: since when (time.perf_counter) the frame waits for it. `came`: the
+        frame's arrival and decoding."""
+        codec_us = came.read_us + int(self._encode_s[frame.kind] * 1e6)
+        wait_us = int((time.perf_counter() - queued) * 1e6)
 
         def timing(compute_s: float) -> StageTiming:
-            return StageTiming(int(wait_s * 1e6), int(compute_s * 1e6), int(codec_s * 1e6))
+            return StageTiming(wait_us, int(compute_s * 1e6), codec_us, came.arrived_us, came.bytes, stage.bucket, came.read_us)
 
         out = run_step(stage, frame, timing)
         began = time.perf_counter()
@@ -361,7 +364,7 @@ class Shard:
         encode_s = time.perf_counter() - began
         # The next stage is waiting, so the result is sent from this thread if nothing else waits to be sent.
         try:
-            sent = self.bus.post_now(out.subject(self.manifest.name), data)
+            sent = self.bus.post_now(out.subject(self.manifest.name), data, headers=traced_headers(out))
         except PayloadTooLarge:
             sent = False  # the event loop meets the same error and reports it
         return _Stepped(out, data, encode_s, sent)
@@ -408,7 +411,7 @@ class Shard:
         self.meter.bytes_out += len(data)
         subject = out.subject(self.manifest.name)
         try:
-            sent = sent or self.bus.post(subject, data)
+            sent = sent or self.bus.post(subject, data, headers=traced_headers(out))
         except PayloadTooLarge as error:
             self._too_large(error, of)
             sent = True

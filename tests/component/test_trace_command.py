@@ -18,7 +18,9 @@ from mesh.types import even_ranges
 TOKENS = 12
 
 
-def test_a_request_is_shown_by_any_of_its_ids(server: NatsServer, model: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_request_is_shown_by_any_of_its_ids(
+    server: NatsServer, model: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def look() -> None:
         async with (
             shards(server.url, model, even_ranges(3, 3)) as running,
@@ -42,6 +44,14 @@ def test_a_request_is_shown_by_any_of_its_ids(server: NatsServer, model: Path, r
             document = orjson.loads(out)
             assert document["bound"]["sentence"].startswith("Bound by ") and document["tokens"] == TOKENS
             assert [stage["shard"] for stage in document["legs"][0]["stages"]] == [shard.options.name for shard in running]
+            names = {span["name"] for span in document["spans"]}
+            assert {"queue", "open rows", "prefill chunk", "decode step", "frame", "stage", "compute"} <= names
+            code, out, _ = await said(document["trace"])
+            assert code == 0 and f"request {done.request}" in out and "  decode step 0" in out and "    compute" in out
+            for format, key in (("perfetto", "traceEvents"), ("otlp-json", "resourceSpans")):
+                code, out, error = await said(done.request, "--export", format, str(tmp_path / format))
+                assert code == 0 and f"wrote {len(document['spans'])} spans" in out, error
+                assert orjson.loads((tmp_path / format).read_bytes())[key]
             wrong: list[tuple[tuple[str, ...], str]] = [
                 (("unknown",), "no coordinator knows request unknown"),
                 (("a.b",), "is no id of a request"),
