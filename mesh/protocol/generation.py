@@ -22,6 +22,7 @@ __all__ = [
     "TraceRequest",
     "public_id",
     "require_answer_fits",
+    "without_prefix",
 ]
 
 MAX_CHARACTERS: Final = 4 * 1024 * 1024
@@ -41,6 +42,11 @@ def public_id(session: str) -> str:
     """The name under which a generation is shown: in its documents, in statistics and traces. It says which generation is meant, and gives
     no right to it. Whoever knows the session itself may go on with the generation, cancel it and read its trace."""
     return hashlib.sha256(session.encode()).hexdigest()[:24]
+
+
+def without_prefix(id: str) -> str:
+    """The public id in an id as OpenAI's API shows it."""
+    return id.removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
 class ChatMessage(Message):
