@@ -40,6 +40,7 @@ The files:
     batch.py         durable batches, while no client waits
     measure.py       how long steps take
     trace.py         where the time of each request went
+    access.py        the line in the log of each request that has ended
     description.py   the manifest and the tokenizer of the model
 
     core/            the decisions: pure, no await, no clock

@@ -36,6 +36,7 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import frame_codec, generation, subjects, topics
 from mesh.protocol.stream import with_epoch
+from mesh.telemetry.log_context import log_context, trace_of
 
 __all__ = ["Intake"]
 
@@ -107,25 +108,34 @@ class Intake:
         message = self._requests.parse(received.data)
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
-        id, digest = message.session or secrets.token_hex(16), digest_of(message)
+        id, trace = message.session or secrets.token_hex(16), trace_of(received.headers)
+        with log_context(request=generation.public_id(id), trace=trace):
+            job = await self._prepare(message, id, received, direct=direct)
+        if job is not None:  # its turn of the core is about other requests too
+            job.trace = trace
+            await self._jobs.begin(job)
+
+    async def _prepare(self, message: generation.Generate, id: str, received: Received, *, direct: bool) -> Job | None:
+        """The job of a new request; None: its session is known, here or elsewhere, and is answered from there."""
+        digest = digest_of(message)
         if await self._known(id, digest, message, received.reply):
-            return
+            return None
         generation.require_answer_fits(message, self._bus.max_payload)
         size = len(received.data)
         self._requests.enter(size)
         try:
             may_be_known = message.session is not None and message.attempt != 0
             if may_be_known and await self._continuity.find(id, digest, message, received.reply, direct=direct):
-                return
+                return None
             request = await self._requests.prepare(message, id)
         finally:
             self._requests.leave(size)
         if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster
-            return
+            return None
         self._jobs.require_room(request)
         job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch))
         job.start = job.delivered = len(message.given)
-        await self._jobs.begin(job)
+        return job
 
     async def _on_passed_on(self, received: Received) -> None:
         """A request that another coordinator received, and believes to be for a session of this one."""
@@ -142,7 +152,7 @@ class Intake:
         if answer is None and job is None:
             return False
         if digest != (answer[0] if answer is not None else job.digest if job is not None else ""):
-            raise BadRequest(f"session {id} was another request: give this one its own name", field="session")
+            raise BadRequest("this session was another request: give this one its own name", field="session")
         if answer is not None:
             _, last, whole = answer
             if whole is not None and message.stream:  # the last document lacks parts, which the others have

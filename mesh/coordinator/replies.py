@@ -70,6 +70,7 @@ class Job:
     accepted: bool = False
     recorded: bool = False
     wait: bytes | None = None
+    trace: str | None = None  # the id of its W3C trace
     began: float = field(default_factory=time.perf_counter)
     tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)

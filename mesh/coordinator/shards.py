@@ -21,7 +21,9 @@ from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.translate import replica_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, Unavailable
 from mesh.protocol import control, frame_codec, topics
+from mesh.protocol.generation import public_id
 from mesh.protocol.status import ShardLease
+from mesh.telemetry.log_context import log_context
 
 __all__ = ["Shards"]
 
@@ -161,6 +163,11 @@ class Shards:
 
     async def open(self, effect: OpenRow) -> None:
         """Ask a shard, or the queue group of a range, for a row. The answer, or its absence, is an event for the core."""
+        with log_context(request=public_id(effect.request.id), shard=effect.shard):
+            event = await self._open(effect)
+        await self._driver.handle(event)
+
+    async def _open(self, effect: OpenRow) -> Event:
         request, key = effect.request, effect.key
         message = control.Open(
             session=key,
@@ -171,18 +178,18 @@ class Shards:
             keep=effect.keep,
             sampling=request.sampling,
             instance=None if effect.shard is None else self._leases.instance(effect.shard),
+            request=public_id(request.id),
         )
         if effect.shard is None:
             to = topics.OPEN_ANY.at(self._model, effect.layers)
         else:
             to = topics.OPEN.at(effect.shard)
-        event: Event
         try:
             opened = await self._bus.request(to, message, timeout_s=self._open_timeout_s)
             if opened.instance != self._leases.instance(opened.shard):  # one that was replaced, in a queue group
                 self.close(CloseRow(key, effect.epoch, opened.shard))
                 raise Unavailable(f"shard {opened.shard} is another process now")
-            event = RowOpened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
+            return RowOpened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
                 await self._gone(effect.shard)
@@ -190,8 +197,7 @@ class Shards:
             if not full:
                 log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", error)
             permanent = not error.retryable
-            event = OpenRefused(key, effect.epoch, effect.stage, effect.shard, full, error, permanent)
-        await self._driver.handle(event)
+            return OpenRefused(key, effect.epoch, effect.stage, effect.shard, full, error, permanent)
 
     def close(self, effect: CloseRow) -> None:
         """Give a row back."""

@@ -55,6 +55,7 @@ from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
 from mesh.shard.state import ShardShape, ShardState, tag_of
+from mesh.telemetry.log_context import log_context, trace_of
 from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
@@ -214,6 +215,9 @@ class Shard:
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
         reservation = self.state.open(message, time.monotonic())
+        if log.isEnabledFor(logging.DEBUG):
+            with log_context(request=message.request, trace=trace_of(received.headers), shard=self.options.name):
+                log.debug("opened row %d, of which %d positions are filled", reservation.row, reservation.filled)
         self.idle.clear()
         shape = self.state.shape
         if shape.last:
