@@ -220,6 +220,7 @@ class Coordinator:
             coordinator=self.name,
             instance=self.continuity.instance,
             pid=os.getpid(),
+            unix_s=time.time(),
             model=self.manifest.name,
             vocab_size=self.manifest.vocab_size,
             context=load.context,

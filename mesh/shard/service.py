@@ -51,6 +51,7 @@ from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import ComputeThread, run_step
 from mesh.shard.gaps import can_replace, others, refuse_gap
 from mesh.shard.lease import LeaseKeeper
+from mesh.shard.machine import machine_report, predicted_bytes
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
@@ -135,6 +136,7 @@ class Shard:
         self._drainer: asyncio.Task[Any] | None = None
         self._encode_s = dict.fromkeys(Kind, 0.0)  # seconds that encoding the last frame of each kind took
         self._started = time.time()
+        self._predicted_bytes = predicted_bytes(self.manifest, options)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -308,6 +310,9 @@ class Shard:
             rejected={**meter.rejected, **({"reply": refused} if (refused := self.bus.refused_replies) else {})},
             memory_bytes=resident_bytes(),
             storage=dict(self._lease.counters) | {"remade": self._lease.bucket.remade},
+            unix_s=time.time(),
+            predicted_bytes=self._predicted_bytes,
+            machine=machine_report(),
         )
 
     # -- frames --------------------------------------------------------------------------------------------------------
