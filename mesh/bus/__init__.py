@@ -11,6 +11,7 @@ dead         messages of a queue that no process can handle
 replicas     how many servers of a cluster keep a stream
 losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums
+inspect      what a server says of itself, and what it permits
 mapping      from nats-py's errors to ours
 """
 
