@@ -71,6 +71,11 @@ def _present(site: Site) -> Iterator[Finding]:
             yield error("shards", f"{shard.name} does not answer: its process has stopped, hangs, or was just killed", advice)
         elif shard.lease.state != "ready":
             yield warning("shards", f"{shard.name} is {shard.lease.state}", "wait until it is ready; a draining shard ends by itself")
+    for name in site.still:
+        yield error("shards", f"{name} is connected and does not answer: it stands still", "see its log; end it and start it again")
+    for name in site.lost:
+        advice = f"start it again, or `mesh join`; `mesh forget {name}` where it is gone for ever"
+        yield warning("shards", f"{name} was here within the last hour, and was lost", advice)
     for what in site.unreadable:
         yield error("versions", f"{what} of another version answers, and cannot be read", f"bring every process to {__version__}")
 
@@ -127,14 +132,11 @@ def _ranges(site: Site, model: str) -> Iterator[Finding]:
         yield error(
             "layer ranges", f"{model}: no shard that is ready serves layers {gap}", f"`mesh join --layers {gap}`, or start the shard again"
         )
-    expected = max((_expected(site, model)), default=1)
+    for text in dict.fromkeys(_lacking(site, model)):
+        yield warning("layer ranges", f"{model}: fewer shards than its coordinators were told of: {text}", "start them: `mesh join`")
     for layers, names in sorted(replicas.items()):
         text = f"{model}: layers {layers} are served by {', '.join(sorted(names))}"
-        if len(names) < expected:
-            yield warning(
-                "layer ranges", f"{text}; {expected} were meant", "start another shard of this range: `mesh join` takes what lacks most"
-            )
-        elif len(names) == 1:
+        if len(names) == 1:
             yield ok("layer ranges", f"{text} alone", "a second one would keep the mesh serving when it dies: `mesh join`")
         else:
             yield ok("layer ranges", text)
@@ -146,11 +148,12 @@ def _ranges(site: Site, model: str) -> Iterator[Finding]:
         )
 
 
-def _expected(site: Site, model: str) -> Iterator[int]:
+def _lacking(site: Site, model: str) -> Iterator[str]:
+    """What coordinators miss of the shards that their files name, in their words."""
     for one in site.coordinators_of(model):
-        said = None if one.stats is None or one.stats.expected is None else one.stats.expected.get("replication_factor")
-        if isinstance(said, int):
-            yield said
+        said = None if one.stats is None or one.stats.expected is None else one.stats.expected.get("lacking")
+        if said:
+            yield str(said)
 
 
 def _missing(total: int, ranges: Iterable[LayerRange]) -> list[LayerRange]:

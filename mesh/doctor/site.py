@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import orjson
 
-from mesh.bus import Bus
-from mesh.errors import MeshError, MessageRejected
+from mesh.bus import Bus, EventLog
+from mesh.errors import MeshError, MessageRejected, NobodyListens
 from mesh.protocol import topics
 from mesh.protocol.control import Ping
 from mesh.protocol.status import CoordinatorStats, LeaseQuery, ShardLease, ShardStats, StatsRequest
@@ -20,6 +20,11 @@ __all__ = ["Clock", "CoordinatorSeen", "ShardSeen", "Site", "look"]
 
 _SERVICE: Final = "mesh-coordinator"
 _ANSWER_S: Final = 2.0
+_EVENTS_S: Final = 3.0
+_LATELY_S: Final = 3600.0
+_MOST: Final = 100
+_CAME: Final = ("joined", "ready")
+_WENT: Final = ("left", "forgotten", "rejected")
 _ME: Final = "doctor"
 
 
@@ -57,11 +62,15 @@ class CoordinatorSeen:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The shards (by model, layers and name) and the coordinators that were found."""
+    """The shards (by model, layers and name) and the coordinators that were found. Shards that were there lately, by the events of the
+    mesh, and have not left in order: `still` are connected and do not answer, `lost` are gone. `unreadable`: processes of another
+    version."""
 
     shards: tuple[ShardSeen, ...] = ()
     coordinators: tuple[CoordinatorSeen, ...] = ()
-    unreadable: tuple[str, ...] = field(default=())
+    still: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -91,8 +100,42 @@ async def look(bus: Bus, kept: Sequence[ShardLease] = ()) -> Site:
         if before is None or lease.instance >= before.instance:
             found[lease.shard] = lease
     leases = sorted(found.values(), key=lambda lease: (lease.model, lease.layers, lease.shard))
-    shards = await asyncio.gather(*(_shard(bus, lease) for lease in leases if lease.state != "left"))
-    return Site(tuple(shards), coordinators, unreadable)
+    shards, (still, lost) = await asyncio.gather(
+        asyncio.gather(*(_shard(bus, lease) for lease in leases if lease.state != "left")),
+        _missed(bus, {lease.shard for lease in leases}),
+    )
+    return Site(tuple(shards), coordinators, still, lost, unreadable)
+
+
+async def _missed(bus: Bus, found: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(still, lost) of a Site. The lease of a process that stands still ends within seconds; its subscriptions stay."""
+    there: set[str] = set()
+    try:
+        async with asyncio.timeout(_EVENTS_S):
+            async for event in EventLog(bus).events(since_unix_s=time.time() - _LATELY_S):
+                if event.kind in _CAME:
+                    there.add(event.who)
+                elif event.kind in _WENT:
+                    there.discard(event.who)
+    except (MeshError, TimeoutError):  # this user may not read them, or nothing keeps them
+        pass
+    still: list[str] = []
+    lost: list[str] = []
+    names = sorted(there - set(found))[:_MOST]
+    for name, listens in zip(names, await asyncio.gather(*(_listens(bus, name) for name in names)), strict=True):
+        (still if listens else lost).append(name)
+    return tuple(still), tuple(lost)
+
+
+async def _listens(bus: Bus, shard: str) -> bool:
+    """Whether a process has subscribed to a shard's subject, also where it does not answer."""
+    try:
+        await bus.request(topics.PING.at(shard), Ping(coordinator=_ME), timeout_s=_ANSWER_S)
+    except NobodyListens:
+        return False
+    except MeshError:
+        return True
+    return True
 
 
 async def _shard(bus: Bus, lease: ShardLease) -> ShardSeen:

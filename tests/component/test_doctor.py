@@ -16,7 +16,7 @@ from running import Run
 from serving import coordinator, shards
 from waiting import until
 
-from mesh.bus import Bus, BusOptions
+from mesh.bus import Bus, BusOptions, EventLog, announce, keep_events
 from mesh.bus.inspect import denied, stream_facts
 from mesh.client import AsyncMeshClient
 from mesh.doctor import DoctorOptions, Finding, examine, worst
@@ -60,7 +60,8 @@ def test_a_mesh_that_is_well_has_no_error_and_every_replica_gives_a_token(server
             coordinator(server.url, model),
         ):
             await serves(server.url)
-            found = await of(server.url, monitor=server.monitor_url)
+            # these shards compile at their first step
+            found = await of(server.url, monitor=server.monitor_url, step_timeout_s=120.0)
             assert worst(found) != "error", [finding for finding in found if finding.level == "error"]
             tokens = said(found, "replicas", "ok")
             assert len(tokens) == 3 and all(any(shard.options.name in one.found for one in tokens) for shard in running)
@@ -220,3 +221,23 @@ def test_a_folder_that_cannot_be_written_is_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MESH_CACHE_DIR", "/proc/nowhere")
     (finding,) = said(list(check_machine()), "disk (cache)", "error")
     assert "MESH_CACHE_DIR" in finding.advice
+
+
+def test_a_shard_that_was_killed_is_said_to_be_lost(server: NatsServer, run: Run) -> None:
+    async def work() -> list[Finding]:
+        async with await Bus.connect(BusOptions((server.url,)), name="test") as bus:
+            await keep_events(EventLog(bus))
+            await announce(bus, "joined", "killed-shard", model="tiny", detail="")
+            await announce(bus, "joined", "gone-shard", model="tiny", detail="")
+            await announce(bus, "left", "gone-shard", model="tiny", detail="")
+            await bus.flush()
+
+            async def noted() -> bool:
+                return {"killed-shard", "gone-shard"} <= {event.who async for event in EventLog(bus).events()}
+
+            await until(noted, because="the stream takes events without an answer")
+            return list(check_processes(await look(bus)))
+
+    lost = said(run(work()), "shards", "warning")
+    assert any("killed-shard" in finding.found and "mesh forget killed-shard" in finding.advice for finding in lost)
+    assert not any("gone-shard" in finding.found for finding in lost)

@@ -57,8 +57,8 @@ def test_a_replica_that_stands_still_is_found_and_the_others_give_a_token(replic
     finally:
         stopped.send_signal(signal.SIGCONT)
     assert not ill["well"] and len(found(ill, "replicas", "ok")) == 3
-    (still,) = found(ill, "shards", "error")
-    assert "shard-1" in still and any("shard-1" in text for text in found(ill, "replicas", "error"))
+    (still,) = found(ill, "shards", "error")  # its lease may have ended before it is looked for
+    assert "shard-1" in still and "does not answer" in still
 
 
 @pytest.mark.slow
