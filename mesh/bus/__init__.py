@@ -12,6 +12,7 @@ replicas     how many servers of a cluster keep a stream
 spans        spans on their way to the coordinators, dropped rather than waited for
 losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums
+inspect      what a server says of itself, and what it permits
 mapping      from nats-py's errors to ours
 """
 

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -182,6 +182,7 @@ class Bus:
         self._direct = direct
         self.counters: Counter[str] = Counter()
         self._watchers: list[Callable[[bool], None]] = []
+        self._error_watchers: list[Callable[[Exception], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._connected_once = False
@@ -263,6 +264,16 @@ class Bus:
     def on_change(self, call: Callable[[bool], None]) -> None:
         """Call `call(connected)` whenever the connection is lost or is back."""
         self._watchers.append(call)
+
+    @contextlib.contextmanager
+    def hearing_errors(self, call: Callable[[Exception], None]) -> Iterator[None]:
+        """Within the block, `call(error)` is called with each error that the server reports on its own, such as a refused publication,
+        and none of them is logged."""
+        self._error_watchers.append(call)
+        try:
+            yield
+        finally:
+            self._error_watchers.remove(call)
 
     # -- sending -------------------------------------------------------------------------------------------------------
 
@@ -534,6 +545,10 @@ class Bus:
             seldom.error(f"handling a message on {subject}", error)
 
     def _note(self, error: Exception) -> None:
+        if self._error_watchers:
+            for call in self._error_watchers:
+                call(error)
+            return
         if isinstance(error, nats.errors.SlowConsumerError):
             self.counters["dropped"] += 1
         ours = mapped_error(error, "NATS")
