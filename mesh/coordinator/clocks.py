@@ -16,7 +16,7 @@ from typing import Final
 
 from mesh.protocol.frame import Hop, StageTiming
 
-__all__ = ["Clock", "Clocks"]
+__all__ = ["ShardClock", "Clocks"]
 
 _DRIFT: Final = 1e-4
 """Seconds that two clocks may come apart in a second. Quartz clocks drift a tenth of it."""
@@ -24,7 +24,7 @@ _MOST_SHARDS: Final = 4096
 
 
 @dataclass(slots=True)
-class Clock:
+class ShardClock:
     """A shard's clock is ahead of the coordinator's by `low_us` to `high_us` microseconds; `at_us`: when that was measured."""
 
     low_us: float
@@ -49,9 +49,9 @@ class Clock:
 
 class Clocks:
     def __init__(self) -> None:
-        self._clocks: OrderedDict[str, Clock] = OrderedDict()
+        self._clocks: OrderedDict[str, ShardClock] = OrderedDict()
 
-    def __getitem__(self, shard: str) -> Clock | None:
+    def __getitem__(self, shard: str) -> ShardClock | None:
         return self._clocks.get(shard)
 
     def ways(self, route: Sequence[Hop], timings: Sequence[StageTiming], sent_us: float, back_us: float) -> tuple[float, ...]:
@@ -74,10 +74,10 @@ class Clocks:
         ways.append(max(earliest + left - at, 0.0))
         return tuple(ways)
 
-    def _seen(self, shard: str, low_us: float, high_us: float, at_us: float) -> Clock:
+    def _seen(self, shard: str, low_us: float, high_us: float, at_us: float) -> ShardClock:
         clock = self._clocks.get(shard)
         if clock is None:
-            clock = self._clocks[shard] = Clock(low_us, high_us, at_us)
+            clock = self._clocks[shard] = ShardClock(low_us, high_us, at_us)
             if len(self._clocks) > _MOST_SHARDS:
                 self._clocks.popitem(last=False)
         else:

@@ -4,6 +4,7 @@ logs         where log lines go, and their format
 log_context  what every log line of a request has in common
 seldom       failures that repeat, said once in a few seconds
 context      W3C trace contexts
+from_config  from a configuration file to what a process does with its spans
 export       spans leave the process, through OpenTelemetry's exporters
 conventions  the names of spans and their attributes
 otel         spans as the OpenTelemetry SDK has them
