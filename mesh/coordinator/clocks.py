@@ -16,7 +16,7 @@ from typing import Final
 
 from mesh.protocol.frame import Hop, StageTiming
 
-__all__ = ["ShardClock", "Clocks"]
+__all__ = ["Clocks", "ShardClock"]
 
 _DRIFT: Final = 1e-4
 """Seconds that two clocks may come apart in a second. Quartz clocks drift a tenth of it."""

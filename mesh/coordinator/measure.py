@@ -86,22 +86,28 @@ class StepMeter:
         sent_at = self._sent_at.pop(frame.step, None)
         if sent_at is None or flight is None:
             return
-        wall_s, sessions, out, timings = arrived - sent_at, flight.ids, flight.out, frame.timings
-        zero_us = (time.time() - time.perf_counter()) * 1e6
-        ways_us = self._clocks.ways(out.route, timings, zero_us + sent_at * 1e6, zero_us + arrived * 1e6)
-        tokens = len(out.rows) if flight.decode else len(out.rows[0].tokens)
-        self._traces.step(out, Step(sent_at, wall_s, tokens, timings, ways_us, sessions, frame.step, out.rows[0].start))
+        if self._traces.sampling.enabled:
+            self._record(frame, flight, sent_at, arrived)
         if not flight.decode:
             return
+        wall_s = arrived - sent_at
         queue_us = compute_us = codec_us = 0
-        for timing in timings:
+        for timing in frame.timings:
             queue_us += timing.queue_us
             compute_us += timing.compute_us
             codec_us += timing.codec_us
         compute_s, queue_s, codec_s = compute_us / 1e6, queue_us / 1e6, codec_us / 1e6
         hops = len(frame.route) + 1
         self.hops.add(wall_s, compute_s, queue_s, codec_s, hops)
-        for session in sessions:
+        for session in flight.ids:
             job = self._job_of(session)
             if job is not None:
                 job.hops.add(wall_s, compute_s, queue_s, codec_s, hops)
+
+    def _record(self, frame: Frame, flight: Flight, sent_at: float, arrived: float) -> None:
+        """Add the step to the traces of its requests."""
+        out, timings = flight.out, frame.timings
+        zero_us = (time.time() - time.perf_counter()) * 1e6
+        ways_us = self._clocks.ways(out.route, timings, zero_us + sent_at * 1e6, zero_us + arrived * 1e6)
+        tokens = len(out.rows) if flight.decode else len(out.rows[0].tokens)
+        self._traces.step(out, Step(sent_at, arrived - sent_at, tokens, timings, ways_us, flight.ids, frame.step, out.rows[0].start))

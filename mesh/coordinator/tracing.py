@@ -94,7 +94,9 @@ class Tracing:
     def begin(self, job: Job) -> None:
         """A request is accepted. Where its sender has not decided whether its trace is kept, the ratio does."""
         context, request = job.context, job.request
-        if context.sampled is None:
+        if not self._sampling.enabled:
+            context = replace(context, sampled=False)
+        elif context.sampled is None:
             context = replace(context, sampled=chosen(context.trace, self._sampling.ratio))
         unix_s = time.time() - (time.perf_counter() - job.arrived)
         trace = Trace(
@@ -109,7 +111,8 @@ class Tracing:
             self._attributes(job),
         )
         self.traces.begin(trace)
-        job.trace = trace
+        if self._sampling.enabled:
+            job.trace = trace
 
     def opened(self, session: str, tried: OpenTry) -> None:
         self.traces.opened(session, tried)

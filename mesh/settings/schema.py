@@ -300,8 +300,9 @@ class LoggingConfig(ConfigFile):
 
 class TracingSection(Section):
     """Which traces leave the mesh, and where to. Without an endpoint, here or in OTEL_EXPORTER_OTLP_ENDPOINT, none leaves it; `mesh trace`
-    shows the last ones in any case."""
+    shows the last ones in any case. Not `enabled`: nothing is recorded, and no trace can be shown."""
 
+    enabled: bool = True  # OTEL_SDK_DISABLED=true says the opposite
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05  # where the caller has not decided; OTEL_TRACES_SAMPLER says it too
     slow_request: Duration = 60.0  # one that takes longer is kept in any case, as is one that failed or lost a shard
     slow_first_token: Duration = 10.0

@@ -48,12 +48,13 @@ class TraceContext:
 class TraceSampling:
     """Which traces are kept for those to whom spans are sent. ratio: of all requests, from 0 to 1, where the sender has not decided.
     slow_s, slow_first_token_s: a request that took longer, to its end or to its first token, is kept in any case. content: the texts of
-    prompts and answers are in the spans."""
+    prompts and answers are in the spans. Not `enabled`: the steps of requests are not recorded at all."""
 
     ratio: float = 0.05
     slow_s: float = 60.0
     slow_first_token_s: float = 10.0
     content: bool = False
+    enabled: bool = True
 
 
 def new_span_id() -> str:

@@ -22,7 +22,8 @@ def sampling_of(section: TracingSection, environment: Mapping[str, str] = os.env
     ratio = section.sample_ratio
     if "sample_ratio" not in section.model_fields_set:
         ratio = _ratio(environment, ratio)
-    return TraceSampling(ratio, section.slow_request, section.slow_first_token, section.content)
+    enabled = section.enabled and environment.get("OTEL_SDK_DISABLED", "").lower() != "true"
+    return TraceSampling(ratio, section.slow_request, section.slow_first_token, section.content, enabled)
 
 
 def _ratio(environment: Mapping[str, str], default: float) -> float:
@@ -43,6 +44,8 @@ def _ratio(environment: Mapping[str, str], default: float) -> float:
 
 
 def export_of(section: TracingSection) -> SpanExport | None:
-    """Where spans go that leave the mesh; None: no collector is named. ConfigError as for `exporters`."""
+    """Where spans go that leave the mesh; None: nowhere, for no collector is named. ConfigError as for `exporters`."""
+    if not section.enabled:
+        return None
     found = exporters(section.otlp_endpoint, section.otlp_protocol)
     return SpanExport(found) if found else None
