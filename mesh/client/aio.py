@@ -80,6 +80,15 @@ class AsyncMeshClient:
         if bus is not None:
             await bus.close()
 
+    @property
+    def sent_again(self) -> int:
+        """How often a request of this client was sent again."""
+        return self._retry.sent_again
+
+    def connection(self) -> Bus | None:
+        """The connection, for its counters; None before `connect`."""
+        return self._bus
+
     async def __aenter__(self) -> AsyncMeshClient:
         await self.connect()
         return self

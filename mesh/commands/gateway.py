@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
 from mesh.errors import ConfigError
 
 __all__ = ["add_parser", "run_command"]
@@ -24,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--http-port", type=int, metavar="PORT", help="port to listen on; 0 is a free one (default: gateway.listen_port, or 8080)"
     )
+    add_metrics_argument(parser)
     parser.add_argument("--model", metavar="NAME", help="model of requests that name none (default: the only one)")
     add_connection_arguments(parser)
     parser.set_defaults(run=run_command)
@@ -37,6 +38,8 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.settings.files import load_environment
     from mesh.settings.schema import GatewayConfig, load_config
     from mesh.telemetry.logs import setup_logging
+    from mesh.telemetry.metrics_http import MetricsEndpoint, reporting
+    from mesh.telemetry.registry import Registry
 
     config = load_environment(GatewayConfig) if args.config is None else load_config(args.config, GatewayConfig)
     given = {"listen_host": args.host, "listen_port": args.http_port, "model": args.model}
@@ -47,12 +50,15 @@ def run_command(args: argparse.Namespace) -> int:
     settings = gateway_settings(section, config.tls, config.authentication, model=section.model)
     options = bus_options(args, config.nats if args.config is not None else None)
     edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set)
+    registry = Registry("gateway")
+    endpoint = MetricsEndpoint.bind(registry, config.metrics, port=args.metrics_port)
 
     give_memory_back()
 
     async def serve() -> None:
         on_signals(edge.stop, partial(edge.stop, now=True))
-        await edge.serve(options)
+        async with reporting(registry, endpoint):
+            await edge.serve(options, registry=registry)
 
     run_loop(serve)
     return 0

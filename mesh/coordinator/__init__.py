@@ -39,6 +39,8 @@ The files:
     continuity.py    other coordinators are watched, and what they leave is taken over
     batch.py         durable batches, while no client waits
     measure.py       how long steps take
+    generations.py   how long generations took
+    metrics.py       what the metrics say of a coordinator
     trace.py         where the time of each request went
     description.py   the manifest and the tokenizer of the model
 

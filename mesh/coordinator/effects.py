@@ -41,6 +41,7 @@ from mesh.coordinator.core.events import (
     Rejected,
     Waits,
 )
+from mesh.coordinator.generations import GenerationMeter
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
@@ -63,7 +64,15 @@ class Effects:
     """See the module's docstring."""
 
     def __init__(
-        self, bus: Bus, jobs: Jobs, outbox: Outbox, shards: Shards, continuity: Continuity, traces: Traces, announce: Announce
+        self,
+        bus: Bus,
+        jobs: Jobs,
+        outbox: Outbox,
+        shards: Shards,
+        continuity: Continuity,
+        traces: Traces,
+        announce: Announce,
+        generations: GenerationMeter,
     ) -> None:
         self._bus = bus
         self._jobs = jobs
@@ -72,6 +81,7 @@ class Effects:
         self._continuity = continuity
         self._traces = traces
         self._announce = announce
+        self._generations = generations
         self.counters: Counter[str] = Counter()
         """effects: those that failed unexpectedly."""
 
@@ -188,6 +198,7 @@ class Effects:
     def _rejected(self, effect: Rejected) -> None:
         self._note_defect(effect.error)
         job = self._jobs.table.pop(effect.session, None)
+        self._generations.rejected(effect.error, job)
         if job is not None:
             self._outbox.error(job.reply, effect.error, job.epoch, job.id)
 
@@ -201,6 +212,7 @@ class Effects:
         self._note_defect(effect.error)
         self._traces.end(effect)
         job = self._jobs.table.get(effect.session)
+        self._generations.ended(effect, job)
         if job is None:
             return
         if effect.error is not None:

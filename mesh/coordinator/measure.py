@@ -9,6 +9,7 @@ from mesh.coordinator.core.scheduler import Flight
 from mesh.coordinator.replies import HopMeter, Job
 from mesh.coordinator.trace import Traces
 from mesh.protocol.frame_codec import Frame
+from mesh.telemetry.registry import Histogram
 
 __all__ = ["StepMeter"]
 
@@ -22,6 +23,8 @@ class StepMeter:
 
     def __init__(self, traces: Traces, job_of: Callable[[str], Job | None]) -> None:
         self.hops = HopMeter()
+        self.steps = Histogram("mesh_coordinator_step_seconds")
+        self.rows = Histogram("mesh_coordinator_decode_batch_rows")
         self.last_step_at: float | None = None
         self._traces = traces
         self._job_of = job_of
@@ -42,8 +45,10 @@ class StepMeter:
         wall_s = arrived - sent_at
         sessions = flight.ids
         self._traces.step(flight.out, sessions, at=sent_at, wall_s=wall_s, timings=frame.timings)
+        self.steps.observe(wall_s, flight.out.kind)
         if not flight.decode:
             return
+        self.rows.observe(len(sessions))
         compute_s, queue_s, codec_s = (
             sum(us) / 1e6 for us in zip(*((t.compute_us, t.queue_us, t.codec_us) for t in frame.timings), strict=True)
         )

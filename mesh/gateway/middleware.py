@@ -22,22 +22,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mesh.gateway.errors import BodyRefused, HttpError, error_response, internal_error
 from mesh.gateway.events import ClientGone
 from mesh.gateway.settings import Limits
+from mesh.telemetry.registry import Histogram
 
-__all__ = ["Edge"]
+__all__ = ["Counters", "Edge"]
 
 log = logging.getLogger("mesh.http")
 access = logging.getLogger("mesh.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 _CSP = "default-src 'none'; frame-ancestors 'none'"
 
 
 @dataclass(slots=True)
 class Counters:
-    """Counts of requests since the start, by status (499: the client left), and of those under way."""
+    """Counts of requests since the start, by status (499: the client left), and of those under way; of these, `streams` are answered
+    with server-sent events."""
 
     active: int = 0
+    streams: int = 0
     requests: Counter[str] = field(default_factory=Counter)
+    durations: Histogram = field(default_factory=lambda: Histogram("http_server_request_duration_seconds"))
 
     def as_dict(self) -> dict[str, Any]:
         return {"active": self.active, "requests": dict(self.requests)}
@@ -68,9 +73,10 @@ class Edge:
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
+        streams = False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
                 out = MutableHeaders(scope=message)
@@ -79,6 +85,9 @@ class Edge:
                 out.setdefault("content-security-policy", _CSP)
                 out.setdefault("cache-control", "no-store")
                 out["x-request-id"] = request_id
+                if out.get("content-type", "").startswith("text/event-stream"):
+                    streams = True
+                    counters.streams += 1
             await send(message)
 
         body = _Body(receive, self._limits)
@@ -100,7 +109,9 @@ class Edge:
             await error_response(internal_error(), scope["path"], request_id)(scope, receive, answer)
         finally:
             counters.active -= 1
+            counters.streams -= streams
             counters.requests[str(status)] += 1
+            counters.durations.observe(time.perf_counter() - began, _method(scope), _route(scope), str(status))
             access.log(
                 logging.DEBUG if status == 200 and "/health" in scope["path"] else logging.INFO,
                 "%s %s %s %d %.1f ms %s%s",
@@ -125,6 +136,15 @@ class Edge:
                 code="misdirected",
             )
         return None
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in _METHODS else "_OTHER"
+
+
+def _route(scope: Scope) -> str:
+    """The template of the path; empty where no route matched."""
+    return getattr(scope.get("route"), "path", "")
 
 
 _DROP_BYTES = 256 * 1024

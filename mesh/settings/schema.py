@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from mesh.errors import ConfigError
-from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL, INBOX_ROOT
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_METRICS_PORT, DEFAULT_NATS_URL, INBOX_ROOT
 from mesh.settings.files import ConfigFile, Section, load_config
 from mesh.settings.units import GB, MB, parse_seconds
 
@@ -33,6 +33,8 @@ __all__ = [
     "HealthSection",
     "HttpSection",
     "LoadBalancing",
+    "MetricsConfig",
+    "MetricsSection",
     "ModelConfig",
     "NatsSection",
     "NetworkConfig",
@@ -283,6 +285,14 @@ class LoggingSection(Section):
     file: str | None = None  # None: standard error
 
 
+class MetricsSection(Section):
+    """Where the process answers GET /metrics, without a token. A port that is not given may be another free one, which the log names."""
+
+    enabled: bool = True
+    listen_host: str = Field(default="127.0.0.1", min_length=1)
+    port: FreePort = DEFAULT_METRICS_PORT
+
+
 class ServedModelSection(Section):
     """The model that a coordinator serves: that of the directory `path`, else the pushed model `name`, else the only pushed one.
 
@@ -305,6 +315,7 @@ class CoordinatorConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    metrics: MetricsSection = MetricsSection()
 
     @model_validator(mode="after")
     def _agree(self) -> CoordinatorConfig:
@@ -329,12 +340,19 @@ class GatewayConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    metrics: MetricsSection = MetricsSection()
 
 
 class AuthenticationConfig(ConfigFile):
     """Tokens of commands that read no file: from the environment alone."""
 
     authentication: AuthenticationSection = AuthenticationSection()
+
+
+class MetricsConfig(ConfigFile):
+    """Metrics of commands that read no file: from the environment alone."""
+
+    metrics: MetricsSection = MetricsSection()
 
 
 class ShardSection(Section):
@@ -382,6 +400,7 @@ class ShardConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    metrics: MetricsSection = MetricsSection()
 
     @model_validator(mode="after")
     def _agree(self) -> ShardConfig:
@@ -398,7 +417,7 @@ class PortsSection(Section):
     coordinator_port: Port = DEFAULT_HTTP_PORT
     shard_base_port: Port = 8081
     health_check_port: Port = 9090
-    metrics_port: Port = 9091
+    metrics_port: Port = DEFAULT_METRICS_PORT
 
 
 class CommunicationSection(Section):

@@ -11,5 +11,6 @@ join      which range a new shard should take (pure)
 placing   agree on that range with the other shards, and fetch its blocks
 forget    remove the lease and the claims of a shard that is gone
 http      the shard's own health and statistics over HTTP
+metrics   what the metrics say of a shard, and the port that shows them
 process   the shard as a process: device, threads, signals
 """

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from mesh.bus import Bus, BusOptions
@@ -17,8 +18,10 @@ from mesh.errors import ConfigError
 from mesh.host.process import settle
 from mesh.host.signals import on_signals, run_loop
 from mesh.shard.http import ShardHttp
+from mesh.shard.metrics import ShardMetrics
 from mesh.shard.options import ShardOptions
 from mesh.shard.service import Shard
+from mesh.telemetry.metrics_http import reporting
 from mesh.types import Progress
 
 __all__ = ["choose_device", "limit_threads", "run", "serve"]
@@ -59,14 +62,23 @@ async def serve(
     *,
     progress: Progress,
     http: ShardHttp | None = None,
+    metrics: ShardMetrics | None = None,
     connect_s: float | None = 60.0,
 ) -> bool:
     """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing."""
+    async with _answering(http), nullcontext() if metrics is None else reporting(metrics.registry, metrics.endpoint):
+        return await _serve(bus_options, make, progress, http, metrics, connect_s)
+
+
+@asynccontextmanager
+async def _answering(http: ShardHttp | None) -> AsyncIterator[None]:
+    """While this context is open, `http` answers."""
     if http is None:
-        return await _serve(bus_options, make, progress, None, connect_s)
+        yield
+        return
     answering = asyncio.create_task(http.run())
     try:
-        return await _serve(bus_options, make, progress, http, connect_s)
+        yield
     finally:
         http.listener.stop(now=True)
         await answering
@@ -77,6 +89,7 @@ async def _serve(
     make: Callable[[Bus], Awaitable[ShardOptions]],
     progress: Progress,
     http: ShardHttp | None,
+    metrics: ShardMetrics | None,
     connect_s: float | None,
 ) -> bool:
     async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
@@ -86,6 +99,8 @@ async def _serve(
         if http is not None:
             http.shard, shard.http_url = shard, http.listener.url
             log.info("HTTP on %s", shard.http_url)
+        if metrics is not None:
+            metrics.of(shard)
 
         def end() -> None:
             if shard.ready.is_set():

@@ -65,6 +65,9 @@ _EXPIRE_S = 1.5
 """How often the sessions of coordinators that are gone are looked for."""
 
 
+_PHASES = {kind: kind.name.lower() for kind in Kind}
+
+
 @dataclass(frozen=True, slots=True)
 class _Stepped:
     """The result of a frame from the compute thread. `sent`: it has been published there already."""
@@ -98,6 +101,7 @@ class Shard:
         self.meter = Meter()
         self.ready = asyncio.Event()
         self.http_url = ""  # where this process answers HTTP; the lease tells everyone
+        self.metrics_url = ""
         self._compiled = compiled
         self._progress = progress
         layers = self.manifest.check_range(options.layers)
@@ -185,6 +189,15 @@ class Shard:
     def status(self) -> Status:
         """The state that its lease reports."""
         return self._status
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which the compute thread had work."""
+        return 0.0 if self._compute is None else self._compute.busy_s
+
+    @property
+    def lease_keeper(self) -> LeaseKeeper:
+        return self._lease
 
     def ping(self, answered: Callable[[], None]) -> None:
         """Call `answered` in the event loop once the compute thread has done all work submitted before."""
@@ -372,12 +385,8 @@ class Shard:
         if error is not None or result is None:
             self._failed(frame, error)
             return
-        timing = result.out.timings[-1]
         self._encode_s[frame.kind] = result.encode_s
-        self.meter.queue_s += timing.queue_us / 1e6
-        self.meter.codec_s += timing.codec_us / 1e6
-        if frame.kind is Kind.DECODE:
-            self.meter.decode_step(timing.compute_us / 1e6)
+        self.meter.stepped(_PHASES[frame.kind], result.out.timings[-1])
         self._send(result.out, result.data, frame, sent=result.sent)
 
     def _failed(self, frame: Frame, error: BaseException | None, *, followed: bool = False) -> None:
@@ -586,6 +595,7 @@ class Shard:
             pid=os.getpid(),
             started_unix_s=self._started,
             http=self.http_url,
+            metrics=self.metrics_url,
         )
 
     async def _gap(self, *, force: bool, doing: str) -> str:
