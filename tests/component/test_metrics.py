@@ -87,10 +87,10 @@ def test_a_lost_shard_leaves_layers_without_one(server: NatsServer, model: Path,
         ):
             name = last.options.name
             while not (coordinator.core.knows(first.options.name) and coordinator.core.knows(name)):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # the core says nothing of a lease
             last.stop()
             while coordinator.core.knows(name):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # nor of its end
             registry = Registry("coordinator")
             report_coordinator(registry, coordinator)
             found = values(registry.render()[0])
@@ -145,7 +145,7 @@ def test_readers_that_are_slow_or_many_hold_up_no_other(run: Run) -> None:
                     writer.close()
                     await writer.wait_closed()
                 while (answer := await client.get(endpoint.url)).status_code == 503:
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.01)  # the listener notices closed connections in its own time
                 assert answer.status_code == 200 and b"mesh_build_info" in answer.content
                 openmetrics = await client.get(endpoint.url, headers={"accept": "application/openmetrics-text;version=1.0.0"})
                 assert openmetrics.headers["content-type"].startswith("application/openmetrics-text") and openmetrics.text.endswith(

@@ -59,7 +59,7 @@ class Prometheus:
         began = time.monotonic()
         while not holds():
             assert time.monotonic() - began < DEADLINE_S, f"{what}: {self.alerts()}"
-            time.sleep(0.25)
+            time.sleep(0.25)  # Prometheus can only be asked
         return time.monotonic() - began
 
 
