@@ -42,6 +42,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "status": ("status:add_parser", "shards and coordinators of a mesh"),
         "top": ("top:add_parser", "what a mesh does, live"),
         "events": ("events:add_events_parser", "what happened in the mesh"),
+        "trace": ("trace:add_parser", "where the time of a request went"),
     },
     "models": {
         "import": ("import_model:add_parser", "make a model directory from ONNX, safetensors or GGUF"),

@@ -68,8 +68,12 @@ def _is_subject(text: str) -> bool:
     return _SUBJECT.fullmatch(text) is not None
 
 
-def _line(subject: str, reply: str, size: int) -> bytes:
-    return f"PUB {subject} {reply} {size}\r\n".encode()
+def _line(subject: str, reply: str, size: int, headers: Mapping[str, str] | None = None) -> bytes:
+    """The protocol's line of a message with a payload of `size` bytes, and its headers."""
+    if headers is None:
+        return f"PUB {subject} {reply} {size}\r\n".encode()
+    block = "".join(["NATS/1.0\r\n", *(f"{key}: {value}\r\n" for key, value in headers.items()), "\r\n"]).encode()
+    return f"HPUB {subject} {reply} {len(block)} {len(block) + size}\r\n".encode() + block
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,24 +274,24 @@ class Bus:
         with mapped(f"publishing to {subject}"):
             await self.client.publish(subject, data, reply=reply, headers=None if headers is None else dict(headers))
 
-    def post(self, subject: str, data: bytes, *, reply: str = "") -> bool:
+    def post(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> bool:
         """Write one message together with everything else that this turn of the event loop writes. Returns False if that is not possible
         now (no connection, or earlier messages still wait): call `publish` then. PayloadTooLarge as for publish. Call it in the event
-        loop's thread."""
-        direct = self._short_way(subject, data, reply)
-        return direct is not None and direct.send(_line(subject, reply, len(data)), data)
+        loop's thread. `headers`: of this program alone, for what is in them is not checked."""
+        direct = self._short_way(subject, len(data), reply, headers)
+        return direct is not None and direct.send(_line(subject, reply, len(data), headers), data)
 
-    def post_now(self, subject: str, data: bytes) -> bool:
+    def post_now(self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None) -> bool:
         """Write one message at once, from any thread; for urgent messages. Returns False as `post` does, and under TLS:
         call `post` then."""
-        direct = self._short_way(subject, data, "")
-        return direct is not None and direct.send_now(_line(subject, "", len(data)), data)
+        direct = self._short_way(subject, len(data), "", headers)
+        return direct is not None and direct.send_now(_line(subject, "", len(data), headers), data)
 
-    def _short_way(self, subject: str, data: bytes, reply: str) -> DirectTransport | None:
+    def _short_way(self, subject: str, size: int, reply: str, headers: Mapping[str, str] | None) -> DirectTransport | None:
         client = self.client
         if not client.is_connected or client._pending_data_size or client.is_draining_pubs:
             return None
-        self._require_size(subject, len(data))
+        self._require_size(subject, size + _headers_size(headers))
         # nats-py reports what is wrong with any other subject
         return self._direct if _is_subject(subject) and (not reply or _SUBJECT.fullmatch(reply)) else None
 
@@ -384,8 +388,8 @@ class Bus:
         return Subscription(inner)
 
     async def subscribe_direct(self, to: Address[Any, Any] | str, handler: Callable[[bytes], None]) -> Subscription:
-        """Call `handler` with the payload of each message as soon as its bytes arrive. Messages of other subscriptions, and messages with
-        headers, may be handled later although they came earlier. The handler itself limits what it keeps. Its errors are logged and
+        """Call `handler` with the payload of each message as soon as its bytes arrive. Messages of other subscriptions may be handled later
+        although they came earlier. The handler itself limits what it keeps. Its errors are logged and
         counted; the subscription continues."""
 
         return await self._subscribe_short(

@@ -315,9 +315,12 @@ class _Protocol(asyncio.Protocol):
                 if stop > len(data):
                     self._wanted = stop - at
                     return at
-                call = self._direct.get(fields[2]) if message else None
+                call = self._direct.get(fields[2])
                 if call is not None:
-                    call(data[end : end + size])
+                    headers = 0 if message else int(fields[-2])
+                    if not 0 <= headers <= size:
+                        raise ValueError("headers longer than their message")
+                    call(data[end + headers : end + size])
                     at = stop
                     continue
                 if not message and fields[2] in self._unheard and data.startswith(_UNHEARD, end):

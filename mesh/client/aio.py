@@ -7,13 +7,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import orjson
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.bus.batches import BatchStore
 from mesh.bus.dead import DeadList
+from mesh.bus.spans import SpanPublisher
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, ServiceError, Unavailable
@@ -21,8 +22,10 @@ from mesh.protocol import subjects, topics
 from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStatus, DeadMessage
 from mesh.protocol.events import Event
 from mesh.protocol.generation import Generate, TraceReply, TraceRequest
-from mesh.protocol.status import CoordinatorStats, ShardLease, ShardStats
+from mesh.protocol.spans import Span
+from mesh.protocol.status import CoordinatorStats, SessionReport, ShardLease, ShardStats, TraceQuery
 from mesh.protocol.stream import Waiting
+from mesh.telemetry.context import current
 
 __all__ = ["AsyncMeshClient"]
 
@@ -69,6 +72,7 @@ class AsyncMeshClient:
         self._timeout_s = timeout_s
         self._retry = Retry(retries, stall_timeout_s, busy=retry_busy)
         self._bus: Bus | None = None
+        self._spans: SpanPublisher | None = None
 
     async def connect(self, *, timeout_s: float = 10.0) -> None:
         """Connect to the NATS servers. Idempotent. Unavailable: no server answers. Denied: a server refuses the connection."""
@@ -76,7 +80,7 @@ class AsyncMeshClient:
             self._bus = await Bus.connect(self._options, name="mesh-client", timeout_s=timeout_s)
 
     async def close(self) -> None:
-        bus, self._bus = self._bus, None
+        bus, self._bus, self._spans = self._bus, None, None
         if bus is not None:
             await bus.close()
 
@@ -114,11 +118,12 @@ class AsyncMeshClient:
     ) -> Stream:
         """Generate token by token. `on_waiting` is called every few seconds while the request waits for a row, or for layers that no shard
         serves. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
-        prompt, max_tokens, stop, raw, session, and the sampling parameters of mesh.protocol.sampling."""
+        prompt, max_tokens, stop, raw, session, and the sampling parameters of mesh.protocol.sampling. The generation joins the trace that
+        is OpenTelemetry's current one."""
         name = model or self._model
         if name is None:
             raise BadRequest("say which model: AsyncMeshClient(..., model=NAME), or use open_stream, which finds it out", field="model")
-        message = _message(prompt, request)
+        message = _message(prompt, {"traceparent": current(), **request})
         return Stream(self._connected, name, message, timeout_s=timeout_s or self._timeout_s, retry=self._retry, on_waiting=on_waiting)
 
     async def generate(self, prompt: str | None = None, **request: Any) -> Completion:
@@ -271,6 +276,24 @@ class AsyncMeshClient:
             except _UNREADABLE:
                 continue  # of another version, or of another service
         return found
+
+    def report_spans(self, *spans: Span) -> None:
+        """Send spans to the coordinators, which show them with the traces that they belong to. Never waits; what cannot be sent is
+        dropped."""
+        if self._spans is None:
+            self._spans = SpanPublisher(self._connected)
+        self._spans.put(*spans)
+
+    async def traces(self, kind: Literal["last", "failed", "slow"] = "last", *, limit: int = 32) -> list[SessionReport]:
+        """The last generations that ended: all, or those that failed, or those that were slow; the latest first. For operators."""
+        found: list[SessionReport] = []
+        for coordinator in await self.coordinators():
+            try:
+                to = topics.TRACES.at(coordinator.model, coordinator.name)
+                found += (await self._connected.request(to, TraceQuery(kind=kind, limit=limit), timeout_s=_TRACE_S)).requests
+            except (Unavailable, DeadlineExceeded):
+                continue  # it has just gone
+        return sorted(found, key=lambda report: report.began_unix_s + report.total_s, reverse=True)[:limit]
 
     async def trace(self, session: str, *, model: str | None = None) -> dict[str, Any] | None:
         """Where the time of a generation of one's own went, running or among the last that ended (docs/client.md has the keys); None where

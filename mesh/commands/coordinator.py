@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mesh.coordinator.service import Coordinator
     from mesh.gateway import HttpEdge
     from mesh.settings.schema import CoordinatorConfig, ServedModelSection
+    from mesh.telemetry.export import SpanExport
     from mesh.telemetry.registry import Registry
 
 __all__ = ["add_parser", "run_command"]
@@ -57,6 +58,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.protocol.frame_codec import Flags
     from mesh.settings.schema import CoordinatorConfig, load_config
     from mesh.settings.units import GB
+    from mesh.telemetry.from_config import export_of, sampling_of
     from mesh.telemetry.logs import setup_logging
     from mesh.telemetry.metrics_http import MetricsEndpoint, reporting
     from mesh.telemetry.registry import Registry
@@ -80,16 +82,17 @@ def run_command(args: argparse.Namespace) -> int:
         health_check_interval_s=config.coordinator.health_check_interval,
         expected=ExpectedShards(config.distributed.shards_count, config.distributed.replication_factor),
         pool_bytes=round(config.memory.max_pool_size_gb * GB),
+        sampling=sampling_of(config.tracing),
     )
-
-    edge = _edge(args, config)
+    export = export_of(config.tracing)
+    edge = _edge(args, config, export)
     registry = Registry("coordinator")
     endpoint = MetricsEndpoint.bind(registry, config.metrics, port=args.metrics_port, or_free=args.free_port)
 
     async def serve() -> None:
         bus = await Bus.connect(connection, name="mesh-coordinator")
         async with bus, reporting(registry, endpoint):
-            coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)))
+            coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)), export)
             coordinator.metrics_url = "" if endpoint is None else endpoint.url
             report_coordinator(registry, coordinator)
             give_memory_back()
@@ -104,7 +107,7 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | None:
+def _edge(args: argparse.Namespace, config: CoordinatorConfig, export: SpanExport | None) -> HttpEdge | None:
     """The HTTP edge, if the file asks for one. Its port is taken here, so that a wrong port is an error before anything starts."""
     section = config.coordinator
     if not section.serve_http:
@@ -117,7 +120,8 @@ def _edge(args: argparse.Namespace, config: CoordinatorConfig) -> HttpEdge | Non
             raise ConfigError(f"--http-port {args.http_port}: give 0 to 65535")
         section = section.model_copy(update={"listen_port": args.http_port})
     or_free = args.free_port or "listen_port" not in section.model_fields_set
-    return HttpEdge.bind(gateway_settings(section, config.tls, config.authentication, model=None), or_free=or_free)
+    settings = gateway_settings(section, config.tls, config.authentication, config.tracing, model=None)
+    return HttpEdge.bind(settings, or_free=or_free, export=export)
 
 
 async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: BusOptions, registry: Registry) -> None:

@@ -37,6 +37,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.host.signals import on_signals, run_loop
     from mesh.settings.files import load_environment
     from mesh.settings.schema import GatewayConfig, load_config
+    from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
     from mesh.telemetry.metrics_http import MetricsEndpoint, reporting
     from mesh.telemetry.registry import Registry
@@ -47,9 +48,9 @@ def run_command(args: argparse.Namespace) -> int:
     if not 0 <= section.listen_port <= 65535:
         raise ConfigError(f"--http-port {section.listen_port}: give 0 to 65535")
     setup_logging(config.logging.level, config.logging.file)
-    settings = gateway_settings(section, config.tls, config.authentication, model=section.model)
+    settings = gateway_settings(section, config.tls, config.authentication, config.tracing, model=section.model)
     options = bus_options(args, config.nats if args.config is not None else None)
-    edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set)
+    edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set, export=export_of(config.tracing))
     registry = Registry("gateway")
     endpoint = MetricsEndpoint.bind(registry, config.metrics, port=args.metrics_port)
 

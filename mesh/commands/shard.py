@@ -74,6 +74,7 @@ def shard_command(args: argparse.Namespace) -> int:
     from mesh.shard.metrics import ShardMetrics
     from mesh.shard.options import ShardOptions
     from mesh.shard.process import choose_device, limit_threads, run, serve
+    from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
     from mesh.types import LayerRange
 
@@ -84,7 +85,7 @@ def shard_command(args: argparse.Namespace) -> int:
     prepare()
     layers = LayerRange(config.model.layers_start, config.model.layers_end)
     connection = bus_options(args, config.nats)
-    http = _http(config)
+    http, export = _http(config), export_of(config.tracing)
     metrics = ShardMetrics.bind(config.metrics, port=args.metrics_port, or_free=args.free_port)
 
     with progress_bar(quiet=args.quiet) as progress:
@@ -104,7 +105,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 mirror=config.shard.replication_mode == "mirror",
             )
 
-        run(partial(serve, connection, make, progress=progress, http=http, metrics=metrics))
+        run(partial(serve, connection, make, progress=progress, http=http, metrics=metrics, export=export))
     return 0
 
 
@@ -125,10 +126,11 @@ def join_command(args: argparse.Namespace) -> int:
     from mesh.http.listener import Listener, ListenerOptions
     from mesh.runtime.device import prepare
     from mesh.settings.files import load_environment
-    from mesh.settings.schema import HealthSection, MetricsConfig
+    from mesh.settings.schema import HealthSection, MetricsConfig, TracingSection
     from mesh.shard.http import ShardHttp
     from mesh.shard.metrics import ShardMetrics
     from mesh.shard.process import choose_device, limit_threads, run, serve
+    from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
 
     setup_logging()
@@ -143,6 +145,7 @@ def join_command(args: argparse.Namespace) -> int:
         Listener.bind(options, or_free=args.http_port is None), check_interval_s=health.check_interval, timeout_s=health.timeout
     )
     metrics = ShardMetrics.bind(load_environment(MetricsConfig).metrics, port=args.metrics_port)
+    export = export_of(TracingSection())
     layers = None
     if args.layers:
         from mesh.planner.from_config import parse_ranges
@@ -170,7 +173,9 @@ def join_command(args: argparse.Namespace) -> int:
                 progress=progress,
             )
 
-        run(partial(serve, bus_options(args), make, progress=progress, http=http, metrics=metrics, connect_s=_JOIN_CONNECT_S))
+        run(
+            partial(serve, bus_options(args), make, progress=progress, http=http, metrics=metrics, export=export, connect_s=_JOIN_CONNECT_S)
+        )
     return 0
 
 

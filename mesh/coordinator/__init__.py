@@ -41,7 +41,11 @@ The files:
     measure.py       how long steps take
     generations.py   how long generations took
     metrics.py       what the metrics say of a coordinator
-    trace.py         where the time of each request went
+    tracing.py       requests are recorded, questions about them answered, spans sent on
+    trace.py         the record of each request; trace_steps.py has its steps, trace_spans.py makes spans of it
+    clocks.py        how far the shards' clocks are ahead
+    span_store.py    spans that other processes have sent
+    server_traces.py what nats-server reports of a frame
     description.py   the manifest and the tokenizer of the model
 
     core/            the decisions: pure, no await, no clock

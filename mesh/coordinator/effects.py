@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from functools import partial
 from typing import assert_never
@@ -46,7 +45,7 @@ from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
-from mesh.coordinator.trace import Traces
+from mesh.coordinator.tracing import Tracing
 from mesh.errors import MeshError, Unavailable, internal_error
 from mesh.protocol.stream import fitted
 from mesh.telemetry.seldom import Seldom
@@ -70,7 +69,7 @@ class Effects:
         outbox: Outbox,
         shards: Shards,
         continuity: Continuity,
-        traces: Traces,
+        tracing: Tracing,
         announce: Announce,
         generations: GenerationMeter,
     ) -> None:
@@ -79,7 +78,7 @@ class Effects:
         self._outbox = outbox
         self._shards = shards
         self._continuity = continuity
-        self._traces = traces
+        self._tracing = tracing
         self._announce = announce
         self._generations = generations
         self.counters: Counter[str] = Counter()
@@ -164,8 +163,7 @@ class Effects:
         else:
             late = asyncio.get_running_loop().call_later(_FIRST_WRITE_S, self._not_recorded, job)
             self._continuity.keep(job, partial(self._recorded, job, late))
-        request = job.request
-        self._traces.begin(request.id, len(request.prompt), request.max_tokens, now=job.began, unix_s=time.time())
+        self._tracing.begin(job)
 
     def _recorded(self, job: Job, late: asyncio.TimerHandle, there: bool) -> None:
         """The first write of a session's record is over."""
@@ -210,9 +208,9 @@ class Effects:
 
     def _ended(self, effect: Ended) -> None:
         self._note_defect(effect.error)
-        self._traces.end(effect)
         job = self._jobs.table.get(effect.session)
         self._generations.ended(effect, job)
+        self._tracing.end(effect, job)
         if job is None:
             return
         if effect.error is not None:

@@ -4,7 +4,7 @@
     an answer frame      -> Result or FrameLost
     a cancel, or the server saying that a client no longer listens    -> CancelSession
     the server saying that some connection ended                      -> Suspicion
-    a question for a trace   answered from trace.py, to its owner by the session, to operators by the public id; no event
+    a question for a trace   answered by tracing.py; no event
 
 Answer frames, cancels and clients that are gone are handled where they arrive, before anything that waits in a queue. Otherwise the
 answers of several steps would come before a cancel that was sent earlier.
@@ -16,7 +16,6 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.coordinator.continuity import Continuity
@@ -29,12 +28,12 @@ from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.records import digest_of, new_epoch
 from mesh.coordinator.replies import Job
 from mesh.coordinator.requests import Requests
-from mesh.coordinator.trace import Traces
 from mesh.coordinator.translate import event_of
 from mesh.errors import BadRequest, FrameRejected, MeshError
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import frame_codec, generation, subjects, topics
+from mesh.protocol.headers import TRACE_HEADER
 from mesh.protocol.stream import with_epoch
 
 __all__ = ["Intake"]
@@ -60,7 +59,6 @@ class Intake:
         outbox: Outbox,
         continuity: Continuity,
         meter: StepMeter,
-        traces: Traces,
         *,
         name: str,
         manifest: Manifest,
@@ -75,7 +73,6 @@ class Intake:
         self._outbox = outbox
         self._continuity = continuity
         self._meter = meter
-        self._traces = traces
         self._name = name
         self._manifest = manifest
         self._tokenizer = tokenizer
@@ -89,8 +86,6 @@ class Intake:
             await self._bus.subscribe(topics.GENERATE_AT.at(model, self._continuity.instance), self._on_passed_on),
             await self._bus.subscribe_direct(subjects.tokens(model, self._continuity.instance), self._on_answer),
             await self._bus.subscribe_direct(topics.CANCEL.at(model, self._name), self._on_cancel),
-            await self._bus.subscribe(topics.TRACE.at(model, self._name), self._on_trace),
-            await self._bus.subscribe(topics.INSPECT.at(model, self._name), self._on_inspect),
             await self._bus.subscribe_unheard(f"{self._outbox.unheard}.*", self._on_unheard),
             await self._bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
         ]
@@ -104,7 +99,11 @@ class Intake:
     async def on_generate(self, received: Received, *, direct: bool = False) -> None:
         """Take a request. Its answer comes later, from outbox.py; an error that is raised here is the answer. `direct`: another
         coordinator passed it on, which believes that the session is here."""
+        arrived = time.perf_counter()
         message = self._requests.parse(received.data)
+        traceparent = received.headers.get(TRACE_HEADER)
+        if traceparent is not None and message.traceparent is None:
+            message = message.model_copy(update={"traceparent": traceparent[:128]})
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
         id, digest = message.session or secrets.token_hex(16), digest_of(message)
@@ -123,7 +122,7 @@ class Intake:
         if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster
             return
         self._jobs.require_room(request)
-        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch))
+        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch), arrived=arrived)
         job.start = job.delivered = len(message.given)
         await self._jobs.begin(job)
 
@@ -199,27 +198,3 @@ class Intake:
         """A shard's connection has ended. Only a hint: the core finds out whose it was."""
         if _SHARD_CLIENT in received.data:
             await self._driver.handle(Suspicion())
-
-    # -- traces --------------------------------------------------------------------------------------------------------
-
-    async def _on_trace(self, received: Received) -> None:
-        """Answer the owner of a session with its trace."""
-        await self._answer_trace(received, lambda session: session)
-
-    async def _on_inspect(self, received: Received) -> None:
-        """Answer an operator, who knows the public id alone."""
-        await self._answer_trace(received, self._traces.session_of)
-
-    async def _answer_trace(self, received: Received, session_of: Callable[[str], str | None]) -> None:
-        """Answer with a request's trace, or with none: another coordinator may have it, so that is not an error."""
-        if not received.reply:
-            return
-        try:
-            session = session_of(topics.TRACE.parse(received.data).request)
-        except MeshError as error:
-            await self._bus.respond_error(received, error)
-            return
-        trace = None if session is None else self._traces.document(session, self._core.session(session, time.monotonic()))
-        if trace is not None:
-            trace |= {"coordinator": self._name, "model": self._manifest.name}
-        await self._bus.respond(received, generation.TraceReply(trace=trace))

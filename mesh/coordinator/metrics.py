@@ -29,6 +29,7 @@ def report_coordinator(registry: Registry, coordinator: Coordinator) -> None:
         registry.add(lambda source=source: source(coordinator), **fixed)  # type: ignore[misc]
     registry.add(lambda: _storage(storage), **fixed)
     registry.add(lambda: connection_readings("mesh-coordinator", coordinator.bus))
+    registry.spans_dropped = lambda: sum(count for kind, count in coordinator.tracing.counters.items() if kind != "sent")
 
 
 def _load(coordinator: Coordinator) -> Iterator[Reading]:

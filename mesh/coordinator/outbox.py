@@ -26,6 +26,7 @@ from mesh.coordinator.replies import Job
 from mesh.coordinator.translate import frame_of
 from mesh.errors import MeshError, internal_error
 from mesh.protocol import frame_codec, topics
+from mesh.protocol.frame import traced_headers
 from mesh.protocol.frame_codec import Flags
 from mesh.protocol.headers import EPOCH_HEADER, REQUEST_HEADER
 from mesh.telemetry.seldom import Seldom
@@ -46,12 +47,15 @@ class _Outgoing:
 
 
 class _Clock(Protocol):
+    def traceparent(self, out: FrameOut) -> str | None: ...
+
     def sent(self, frame: int) -> None: ...
 
 
 class Outbox:
     """`name` is this coordinator's name, `instance` its process: shards know it by that alone, so that two coordinators of one name do not
-    meet there. `flags`: how hidden states travel. `clock.sent` is called just before a frame is written.
+    meet there. `flags`: how hidden states travel. `clock.sent` is called just before a frame is written;
+    `clock.traceparent` says whether its step is traced.
     `frame_lost` is called with the number of a frame that could not be sent, and with the error that its sessions end with, if they do.
     `failed`: messages and frames that could not be made."""
 
@@ -126,8 +130,11 @@ class Outbox:
             item = self._queue.popleft()
             try:
                 subject, data, reply, headers = self._encoded(item)
-                written = isinstance(item, FrameOut) and self.bus.post_now(subject, data)
-                if not written and (headers is not None or not self.bus.post(subject, data, reply=reply)):
+                if isinstance(item, FrameOut):
+                    written = self.bus.post_now(subject, data, headers=headers) or self.bus.post(subject, data, headers=headers)
+                else:  # an error's headers hold text, which nats-py checks
+                    written = headers is None and self.bus.post(subject, data, reply=reply)
+                if not written:
                     self._queue.appendleft(item)
                     return
             except Exception as error:
@@ -157,10 +164,11 @@ class Outbox:
         """(subject, data, reply, headers)"""
         if isinstance(item, _Outgoing):
             return item.subject, item.data, item.reply, item.headers
-        frame = frame_of(item, model_hash=self._model_hash, coordinator=self._instance, flags=self._flags)
+        traceparent = self._clock.traceparent(item)
+        frame = frame_of(item, model_hash=self._model_hash, coordinator=self._instance, flags=self._flags, traceparent=traceparent)
         data = frame_codec.encode(frame)
         self._clock.sent(item.frame)
-        return frame.subject(self._model), data, "", None
+        return frame.subject(self._model), data, "", traced_headers(frame)
 
     def _sent(self, item: _Outgoing | FrameOut) -> None:
         if isinstance(item, _Outgoing) and item.token_of is not None:

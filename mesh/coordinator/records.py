@@ -94,7 +94,7 @@ def sessions_bucket(bus: Bus) -> Bucket:
 
 def digest_of(message: Generate) -> str:
     """The same for two requests that ask for the same generation, whichever attempt they are and whatever tokens they have already."""
-    values = message.model_dump(mode="json", exclude={"attempt", "given", "stream", "epoch", "waited_s"})
+    values = message.model_dump(mode="json", exclude={"attempt", "given", "stream", "epoch", "waited_s", "traceparent"})
     return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 

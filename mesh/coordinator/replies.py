@@ -9,9 +9,11 @@ from typing import Any
 from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.stops import StopTexts
+from mesh.coordinator.trace import Trace
 from mesh.model.tokenizer import TextStream, Tokenizer
 from mesh.protocol.generation import Generate, public_id
 from mesh.protocol.stream import Accepted, Answer, Finished, Timing, Token, TokenDocument, Usage, Waiting, dump
+from mesh.telemetry.context import TraceContext
 
 __all__ = ["HopMeter", "Job"]
 
@@ -54,7 +56,8 @@ class Job:
     """One request, and what its client has of the answer. digest: tells requests of the same name apart. start: the client came with the
     tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none. accepted: the
     client of a stream has been told so; before that it is told nothing. recorded: another coordinator could go on. wait: the last Waiting
-    document."""
+    document. context: the trace that it belongs to. arrived: when the request came (time.perf_counter); `began`: when it was ready to be
+    generated. trace: its record, once it is accepted."""
 
     message: Generate
     request: GenerationRequest
@@ -70,6 +73,9 @@ class Job:
     accepted: bool = False
     recorded: bool = False
     wait: bytes | None = None
+    context: TraceContext = field(default_factory=TraceContext.new)
+    trace: Trace | None = None
+    arrived: float = field(default_factory=time.perf_counter)
     began: float = field(default_factory=time.perf_counter)
     tokens: list[Token] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
@@ -90,10 +96,13 @@ class Job:
         *,
         digest: str = "",
         epoch: int = 1,
+        arrived: float | None = None,
     ) -> Job:
         """A job that has the request's prefix, as if it had been generated here."""
         text = None if tokenizer is None else tokenizer.stream()
         job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch)
+        job.context = TraceContext.parse(message.traceparent)
+        job.arrived = job.began if arrived is None else arrived
         for id in request.prefix:
             job._take(Token(id))
         return job
@@ -106,8 +115,12 @@ class Job:
 
     def push(self, token: Token) -> tuple[bytes | None, bool]:
         """Take a token. Returns its document (None: the client has it already), and whether a stop text is complete with it."""
+        began = time.perf_counter()
         self._take(token)
-        self.token_times.append(time.perf_counter())
+        now = time.perf_counter()
+        self.token_times.append(now)
+        if self.trace is not None:
+            self.trace.text(began, now - began)
         index = len(self.tokens) - 1
         return self._document(index) if index >= self.start else None, self.stopped
 
@@ -141,6 +154,7 @@ class Job:
                 hops=self.hops.as_dict(),
             ),
             logprobs=tuple([self._named(token) for token in self.tokens]) if self.detailed else None,
+            trace=None if self.trace is None else self.trace.context.header(self.trace.span, sampled=self.trace.kept is not None),
         )
         return Finished(answer, rest, self.epoch, self.id).document()
 

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,13 +28,13 @@ from mesh.coordinator.effects import Effects
 from mesh.coordinator.generations import GenerationMeter
 from mesh.coordinator.intake import Intake
 from mesh.coordinator.jobs import Jobs
-from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.prompt_pool import PromptPool
 from mesh.coordinator.replies import Job
 from mesh.coordinator.requests import Requests
 from mesh.coordinator.shards import Shards
-from mesh.coordinator.trace import SHOWN_SESSIONS, Traces
+from mesh.coordinator.trace import SHOWN_SESSIONS
+from mesh.coordinator.tracing import Tracing
 from mesh.errors import MeshError, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -42,6 +42,8 @@ from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
 from mesh.protocol.instance import new_instance
 from mesh.protocol.status import CoordinatorStats, Heartbeat, Hops
+from mesh.telemetry.context import TraceSampling
+from mesh.telemetry.export import SpanExport
 
 __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
@@ -65,7 +67,8 @@ _CHECK_S = 30.0
 class CoordinatorOptions:
     """model: a model directory, of which only the manifest and the tokenizer are read. queue_limit: requests that may wait.
     flags: how hidden states travel (Flags.BF16, Flags.ZSTD). health_check_interval_s: between heartbeats to the shards, and between
-    looks whether all expected shards are there. pool_bytes: what the requests that are held may take together."""
+    looks whether all expected shards are there. pool_bytes: what the requests that are held may take together. sampling: which traces
+    are kept for others."""
 
     model: Path
     name: str = ""
@@ -78,13 +81,14 @@ class CoordinatorOptions:
     health_check_interval_s: float = 3.0
     expected: ExpectedShards | None = None
     pool_bytes: int | None = None
+    sampling: TraceSampling = field(default_factory=TraceSampling)
 
 
 class Coordinator:
-    """`run` is its whole life; `ready` is set while it serves. `http_url`, `metrics_url`: where this process
-    serves HTTP and its metrics, which `stats` says."""
+    """`run` is its whole life; `ready` is set while it serves. `http_url`, `metrics_url`: where this process serves HTTP and its metrics,
+    which `stats` says. `export`: where spans go that leave the mesh."""
 
-    def __init__(self, bus: Bus, options: CoordinatorOptions) -> None:
+    def __init__(self, bus: Bus, options: CoordinatorOptions, export: SpanExport | None = None) -> None:
         self.bus = bus
         self.options = options
         self.name = subjects.check_token(options.name or f"c-{secrets.token_hex(4)}", "name")
@@ -104,8 +108,10 @@ class Coordinator:
             self.manifest, self.tokenizer, self.prompts, context=self._context, most_preparing=max(options.queue_limit, 1)
         )
         jobs: dict[str, Job] = {}
-        self.traces = Traces()
-        self.meter = StepMeter(self.traces, jobs.get)
+        self.tracing = Tracing(
+            bus, options.sampling, export, name=self.name, instance=instance, model=model, core=self.core, job_of=jobs.get
+        )
+        self.meter = self.tracing.meter
         self.generations = GenerationMeter(model)
         self.outbox = Outbox(
             bus,
@@ -139,6 +145,7 @@ class Coordinator:
             coordinator=instance,
             expected=options.expected,
             open_timeout_s=options.open_timeout_s,
+            opened=self.tracing.opened,
         )
         self.continuity = Continuity(
             bus,
@@ -154,7 +161,7 @@ class Coordinator:
             waited_s=lambda session: self.core.waited_s(session, time.monotonic()),
         )
         self.effects = Effects(
-            bus, self.jobs, self.outbox, self.shards, self.continuity, self.traces, self._announce_soon, self.generations
+            bus, self.jobs, self.outbox, self.shards, self.continuity, self.tracing, self._announce_soon, self.generations
         )
         self.driver.carry_out = self.effects.carry_out
         self.intake = Intake(
@@ -165,7 +172,6 @@ class Coordinator:
             self.outbox,
             self.continuity,
             self.meter,
-            self.traces,
             name=self.name,
             manifest=self.manifest,
             tokenizer=self.tokenizer,
@@ -184,6 +190,7 @@ class Coordinator:
         try:
             if self.prompts is not None:
                 await self.prompts.start()
+            await self.tracing.start()
             await self.intake.start()
             await self.shards.start()
             await keep_events(self._events)
@@ -221,7 +228,7 @@ class Coordinator:
         """For $SRV.STATS: counts since the start, means of decode steps."""
         now, last_step_at = time.monotonic(), self.meter.last_step_at
         load, expected = self.core.load(now), self.options.expected
-        sessions, recent = self.traces.summary(self.core.sessions(now, SHOWN_SESSIONS))
+        sessions, recent = self.tracing.traces.summary(self.core.sessions(now, SHOWN_SESSIONS))
         return CoordinatorStats(
             coordinator=self.name,
             instance=self.continuity.instance,
@@ -244,6 +251,7 @@ class Coordinator:
             batches=dict(self.batches.counters),
             remade=self.remade(),
             errors=self.errors(),
+            spans=self.tracing.counters,
             prompts={} if self.prompts is None else dict(self.prompts.counters),
             expected=None if expected is None else expected.as_dict(self.core.replicas()),
             hops=Hops.model_validate(self.meter.hops.as_dict()),
@@ -283,6 +291,7 @@ class Coordinator:
         self.driver.stop()
         await self.shards.stop()
         await self.intake.stop()
+        await self.tracing.stop()
         if self.prompts is not None:
             await self.prompts.stop()
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from mesh.bus import Bus, Received, Subscription, end_tasks
@@ -19,6 +20,7 @@ from mesh.coordinator.core.leases import ANSWER_S, Leases
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.outbox import Outbox
+from mesh.coordinator.trace import OpenTry
 from mesh.coordinator.translate import replica_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, Unavailable
 from mesh.protocol import control, frame_codec, topics
@@ -56,6 +58,7 @@ class Shards:
         coordinator: str,
         expected: ExpectedShards | None,
         open_timeout_s: float,
+        opened: Callable[[str, OpenTry], None],
     ) -> None:
         self._bus = bus
         self._core = core
@@ -67,6 +70,7 @@ class Shards:
         self._coordinator = coordinator
         self._expected = expected
         self._open_timeout_s = open_timeout_s
+        self._opened = opened
         self._leases = Leases()
         self._subscription: Subscription | None = None
         self._watcher: asyncio.Task[Any] | None = None
@@ -185,6 +189,7 @@ class Shards:
         else:
             to = topics.OPEN.at(effect.shard)
         event: Event
+        began, error_text = time.perf_counter(), ""
         try:
             opened = await self._bus.request(to, message, timeout_s=self._open_timeout_s)
             if opened.instance != self._leases.instance(opened.shard):  # one that was replaced, in a queue group
@@ -197,8 +202,10 @@ class Shards:
             full = isinstance(error, Busy)
             if not full:
                 log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", error)
-            permanent = not error.retryable
+            permanent, error_text = not error.retryable, str(error)
             event = OpenRefused(key, effect.epoch, effect.stage, effect.shard, full, error, permanent)
+        shard = effect.shard or (event.shard if isinstance(event, RowOpened) else None)
+        self._opened(request.id, OpenTry(began, time.perf_counter(), effect.epoch, effect.layers, shard, error_text))
         await self._driver.handle(event)
 
     def close(self, effect: CloseRow) -> None:

@@ -1,133 +1,138 @@
-"""Where the time of each request went: sums for every stage of every route that it took, and its last steps one by one.
+"""What the coordinator keeps of each request, so that it can be looked at afterwards: as spans (trace_spans.py), and in sums.
 
-The coordinator keeps a trace of each request that runs, and of the last ones that ended, so that a slow request, or one that moved, can be
-looked at afterwards. A trace is bounded whatever a request does: a step is one tuple, shared by the sessions of its decode batch, and
-only the last steps are kept. The time of a step beyond its stages' own times is that of its hops. Shards have clocks of their own, so
-single hops cannot be told apart.
+While a request runs its record grows by an entry a step, and no span is made. At its end it is decided whether its trace is kept for
+those to whom spans are sent: its sender or the ratio wanted it, or it failed, lost a route, or was slow. The records of the last requests
+are kept here in any case, and those of the last that failed or were slow for longer. A record is bounded whatever a request does.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mesh.coordinator.core.events import Ended, FrameOut
 from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import SessionView
+from mesh.coordinator.trace_steps import Step, Steps, StepSum
 from mesh.protocol.documents import short
-from mesh.protocol.frame_codec import StageTiming
 from mesh.protocol.generation import public_id
 from mesh.protocol.message import MAX_LINE
+from mesh.protocol.spans import Value
 from mesh.protocol.status import SessionReport
+from mesh.telemetry.context import TraceContext, TraceSampling
+from mesh.types import LayerRange
 
-__all__ = ["SHOWN_SESSIONS", "Trace", "Traces"]
+__all__ = ["SHOWN_SESSIONS", "Leg", "OpenTry", "ServerHop", "Trace", "Traces"]
 
 KEPT_REQUESTS = 64
-KEPT_DECODES = 48
-KEPT_PREFILLS = 16
+KEPT_ODD = 32
+"""Of those that failed, and of those that were slow."""
 KEPT_LEGS = 16
+KEPT_OPENS = 64
+KEPT_TEXTS = 32
+KEPT_SERVER_HOPS = 256
 SHOWN_SESSIONS = 32
 
+Because = Literal["parent", "ratio", "error", "failover", "slow"]
 
-class _Step(NamedTuple):
-    """at: when it was sent (time.perf_counter). tokens: of a prefill, or the rows of a decode."""
+
+class OpenTry(NamedTuple):
+    """A shard was asked for a row. at, end: time.perf_counter."""
 
     at: float
-    wall_s: float
-    tokens: int
-    timings: tuple[StageTiming, ...]
-    leg: int = 0
+    end: float
+    epoch: int
+    layers: LayerRange
+    shard: str | None
+    error: str
+
+
+class ServerHop(NamedTuple):
+    """A frame inside a nats-server, by the server's clock."""
+
+    server: str
+    in_ns: int
+    out_ns: int
 
 
 @dataclass(slots=True)
-class _Sum:
-    """The steps of one kind over one route. stages: microseconds in (queue, compute, codec), for each stage."""
-
-    steps: int = 0
-    wall_s: float = 0.0
-    stages: list[list[int]] = field(default_factory=list)
-
-    def add(self, wall_s: float, timings: Sequence[StageTiming]) -> None:
-        if not self.steps:
-            self.stages = [[0, 0, 0] for _ in timings]
-        self.steps += 1
-        self.wall_s += wall_s
-        for total, timing in zip(self.stages, timings, strict=False):
-            total[0] += timing.queue_us
-            total[1] += timing.compute_us
-            total[2] += timing.codec_us
-
-    def as_dict(self) -> dict[str, Any]:
-        inside_s = sum(map(sum, self.stages)) / 1e6
-        return {
-            "steps": self.steps,
-            "wall_s": self.wall_s,
-            "stages": [{"queue_s": q / 1e6, "compute_s": c / 1e6, "codec_s": x / 1e6} for q, c, x in self.stages],
-            "hops_s": max(self.wall_s - inside_s, 0.0),
-        }
-
-
-@dataclass(slots=True)
-class _Leg:
-    """A route, from the first frame on it."""
+class Leg:
+    """A route, from its first frame on."""
 
     route: Route
+    epoch: int
     at: float
-    prefill: _Sum = field(default_factory=_Sum)
-    decode: _Sum = field(default_factory=_Sum)
+    prefill: StepSum = field(default_factory=StepSum)
+    decode: StepSum = field(default_factory=StepSum)
 
 
 @dataclass(slots=True)
 class Trace:
-    """The trace of one request. `id` is its session, which no report shows. Times are those of time.perf_counter, except `began_unix_s`."""
+    """The record of one request. `id` is its session, which no report shows. Times are those of time.perf_counter, except `*_unix_s`.
+
+    context: the trace that it belongs to; span: its own span in it. kept: why its spans are sent on; None where they are not.
+    """
 
     id: str
+    context: TraceContext
+    span: str
     began: float
     began_unix_s: float
+    prepared: float
     prompt_tokens: int
     max_tokens: int
-    legs: list[_Leg] = field(default_factory=list)
+    attributes: dict[str, Value] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
+    legs: list[Leg] = field(default_factory=list)
     moves: int = 0  # legs that are no longer kept
-    prefills: deque[_Step] = field(default_factory=lambda: deque(maxlen=KEPT_PREFILLS))
-    decodes: deque[_Step] = field(default_factory=lambda: deque(maxlen=KEPT_DECODES))
+    opens: deque[OpenTry] = field(default_factory=lambda: deque(maxlen=KEPT_OPENS))
+    texts: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=KEPT_TEXTS))  # (at, seconds)
+    text_s: float = 0.0
+    server_hops: OrderedDict[tuple[int, int], ServerHop] = field(default_factory=OrderedDict)  # (frame, way)
     ended: Ended | None = None
+    ended_at: float = 0.0
+    kept: Because | None = None
 
     @property
     def public_id(self) -> str:
         return public_id(self.id)
 
-    def add(self, out: FrameOut, step: _Step) -> None:
-        route = out.route
-        if not self.legs or (self.legs[-1].route is not route and self.legs[-1].route != route):
+    def add(self, out: FrameOut, epoch: int, step: Step) -> None:
+        leg = self.legs[-1] if self.legs else None
+        if leg is None or leg.epoch != epoch:
             if len(self.legs) == KEPT_LEGS:
                 del self.legs[0]
                 self.moves += 1
-            self.legs.append(_Leg(route, step.at))
-        leg = self.legs[-1]
-        step = step._replace(leg=self.moves + len(self.legs) - 1)
+            leg = Leg(out.route, epoch, step.at)
+            self.legs.append(leg)
+        number = self.moves + len(self.legs) - 1
         if out.kind == "decode":
-            leg.decode.add(step.wall_s, step.timings)
-            self.decodes.append(step)
+            leg.decode.add(step)
+            self.steps.decode(number, step)
         else:
-            leg.prefill.add(step.wall_s, step.timings)
-            self.prefills.append(step)
+            leg.prefill.add(step)
+            self.steps.prefill(number, step)
+
+    def text(self, at: float, seconds: float) -> None:
+        """The text of a token was made."""
+        self.texts.append((at, seconds))
+        self.text_s += seconds
 
     def check(self) -> None:
-        assert len(self.legs) <= KEPT_LEGS and len(self.decodes) <= KEPT_DECODES and len(self.prefills) <= KEPT_PREFILLS
+        assert len(self.legs) <= KEPT_LEGS and len(self.opens) <= KEPT_OPENS and len(self.server_hops) <= KEPT_SERVER_HOPS
+        self.steps.check()
 
     def as_dict(self) -> dict[str, Any]:
-        """In seconds; `at_s` counts from the request's arrival. `steps` are the last ones, in the order in which they were sent. A stage of
-        a step is [queue, compute, codec] in microseconds; `leg` is the index in `legs` of the route that it took."""
-        first = self.moves
-        steps = [(step, "prefill") for step in self.prefills] + [(step, "decode") for step in self.decodes]
-        steps.sort(key=lambda pair: pair[0].at)
+        """In seconds; `at_s` counts from the request's arrival."""
         return {
             "request": self.public_id,
+            "trace": self.context.trace,
             "began_unix_s": self.began_unix_s,
             "prompt_tokens": self.prompt_tokens,
             "max_tokens": self.max_tokens,
+            "text_s": self.text_s,
             "legs": [
                 {
                     "at_s": leg.at - self.began,
@@ -137,60 +142,95 @@ class Trace:
                 }
                 for leg in self.legs
             ],
-            "steps": [
-                {
-                    "phase": phase,
-                    "at_s": step.at - self.began,
-                    "wall_s": step.wall_s,
-                    "tokens": step.tokens,
-                    "leg": step.leg - first,
-                    "stages": [[t.queue_us, t.compute_us, t.codec_us] for t in step.timings],
-                }
-                for step, phase in steps
-                if step.leg >= first
-            ],
         }
 
 
 class Traces:
-    """The traces of the requests that run, and of the last KEPT_REQUESTS that ended."""
+    """The records of the requests that run, of the last KEPT_REQUESTS that ended, and of the last KEPT_ODD that failed or were slow.
 
-    def __init__(self) -> None:
+    `send(trace)` is called at the end of each request whose trace is kept for others; see TraceSampling.
+    """
+
+    def __init__(self, sampling: TraceSampling | None = None, send: Callable[[Trace], None] | None = None) -> None:
+        self.sampling = sampling or TraceSampling()
+        self._send = send
+        self.sampled = 0
+        """The requests that run whose traces are kept in any case."""
         self._running: dict[str, Trace] = {}
         self._ended: OrderedDict[str, Trace] = OrderedDict()
+        self._failed: OrderedDict[str, Trace] = OrderedDict()
+        self._slow: OrderedDict[str, Trace] = OrderedDict()
 
-    def begin(self, id: str, prompt_tokens: int, max_tokens: int, *, now: float, unix_s: float) -> None:
-        self._running[id] = Trace(id, now, unix_s, prompt_tokens, max_tokens)
+    def begin(self, trace: Trace) -> None:
+        """A request is accepted."""
+        if trace.id not in self._running:
+            self.sampled += bool(trace.context.sampled)
+            self._running[trace.id] = trace
 
-    def step(self, out: FrameOut, sessions: Iterable[str], *, at: float, wall_s: float, timings: tuple[StageTiming, ...]) -> None:
-        """The frame `out` of these sessions came back."""
-        step = _Step(at, wall_s, len(out.rows[0].tokens) if out.kind == "prefill" else len(out.rows), timings)
-        for session in sessions:
-            trace = self._running.get(session)
+    def running(self, session: str) -> Trace | None:
+        return self._running.get(session)
+
+    def step(self, out: FrameOut, step: Step) -> None:
+        """The frame `out` of the sessions of `step` came back."""
+        running = self._running
+        for session, row in zip(step.sessions, out.rows, strict=False):
+            trace = running.get(session)
             if trace is not None:
-                trace.add(out, step)
+                trace.add(out, row.epoch, step)
 
-    def end(self, ended: Ended) -> None:
+    def opened(self, session: str, tried: OpenTry) -> None:
+        trace = self._running.get(session)
+        if trace is not None:
+            trace.opens.append(tried)
+
+    def server_hop(self, sessions: Iterable[str], frame: int, way: int, hop: ServerHop) -> None:
+        """A nats-server has reported a frame of these sessions; it may come after a request's end."""
+        for session in sessions:
+            trace = self._running.get(session) or self._ended.get(session)
+            if trace is not None:
+                trace.server_hops[frame, way] = hop
+                while len(trace.server_hops) > KEPT_SERVER_HOPS:
+                    trace.server_hops.popitem(last=False)
+
+    def end(self, ended: Ended, now: float) -> None:
+        """A request has ended, at `now` (time.perf_counter)."""
         trace = self._running.pop(ended.session, None)
         if trace is None:
             return
-        trace.ended = ended
-        self._ended.pop(trace.id, None)
-        self._ended[trace.id] = trace
-        while len(self._ended) > KEPT_REQUESTS:
-            self._ended.popitem(last=False)
+        self.sampled -= bool(trace.context.sampled)
+        trace.ended, trace.ended_at = ended, now
+        trace.kept = self._because(trace, ended)
+        _keep(self._ended, trace, KEPT_REQUESTS)
+        if ended.reason == "error":
+            _keep(self._failed, trace, KEPT_ODD)
+        elif self._is_slow(ended):
+            _keep(self._slow, trace, KEPT_ODD)
+        if trace.kept is not None and self._send is not None:
+            self._send(trace)
 
-    def session_of(self, id: str) -> str | None:
-        """The session of the public id, of a request that is known here."""
-        return next((trace.id for trace in (*self._running.values(), *self._ended.values()) if trace.public_id == id), None)
+    def find(self, name: str) -> Trace | None:
+        """The record of the public id or of the trace `name`."""
+        return next((trace for trace in self._all() if name in (trace.public_id, trace.context.trace)), None)
 
-    def document(self, id: str, session: SessionView | None) -> dict[str, Any] | None:
-        """The whole trace of a request, None for one that is not known. `session`: where it still runs."""
-        trace = self._running.get(id)
-        if trace is not None and session is not None:
-            return {**_running(trace, session).document(), **trace.as_dict()}
-        trace = self._ended.get(id)
-        return None if trace is None else {**_over(trace).document(), **trace.as_dict()}
+    def of(self, session: str) -> Trace | None:
+        """The record of a session."""
+        return next((kept[session] for kept in (self._running, self._ended, self._failed, self._slow) if session in kept), None)
+
+    def context_of(self, session: str) -> tuple[str, str] | None:
+        """(trace, span) of a session."""
+        trace = self._running.get(session) or self._ended.get(session)
+        return None if trace is None else (trace.context.trace, trace.span)
+
+    def report(self, trace: Trace, session: SessionView | None) -> SessionReport | None:
+        """A report on a request. `session`: where it still runs; None: it has ended."""
+        if trace.ended is not None:
+            return _over(trace)
+        return None if session is None else _running(trace, session)
+
+    def latest(self, kind: Literal["last", "failed", "slow"], most: int) -> list[SessionReport]:
+        """Reports on the last requests of this kind that ended, the latest first."""
+        kept = {"last": self._ended, "failed": self._failed, "slow": self._slow}[kind]
+        return [_over(trace) for trace in list(kept.values())[: -most - 1 : -1]]
 
     def summary(self, sessions: Iterable[SessionView]) -> tuple[tuple[SessionReport, ...], tuple[SessionReport, ...]]:
         """A report on each of `sessions`, which run, and on the last SHOWN_SESSIONS that ended, the latest first."""
@@ -199,18 +239,42 @@ class Traces:
             trace = self._running.get(session.id)
             if trace is not None:
                 running.append(_running(trace, session))
-        latest = list(self._ended.values())[: -SHOWN_SESSIONS - 1 : -1]
-        return tuple(running), tuple(_over(trace) for trace in latest)
+        return tuple(running), tuple(self.latest("last", SHOWN_SESSIONS))
 
     def check(self) -> None:
-        assert len(self._ended) <= KEPT_REQUESTS
-        for trace in (*self._running.values(), *self._ended.values()):
+        assert len(self._ended) <= KEPT_REQUESTS and len(self._failed) <= KEPT_ODD and len(self._slow) <= KEPT_ODD
+        for trace in self._all():
             trace.check()
+
+    def _all(self) -> Iterator[Trace]:
+        for kept in (self._running, self._ended, self._failed, self._slow):
+            yield from kept.values()
+
+    def _because(self, trace: Trace, ended: Ended) -> Because | None:
+        if trace.context.sampled:
+            return "parent" if trace.context.span is not None else "ratio"
+        if ended.reason == "error":
+            return "error"
+        if ended.restarts:
+            return "failover"
+        return "slow" if self._is_slow(ended) else None
+
+    def _is_slow(self, ended: Ended) -> bool:
+        first_s = ended.first_token_s
+        return ended.total_s > self.sampling.slow_s or (first_s is not None and first_s > self.sampling.slow_first_token_s)
+
+
+def _keep(kept: OrderedDict[str, Trace], trace: Trace, most: int) -> None:
+    kept.pop(trace.id, None)
+    kept[trace.id] = trace
+    while len(kept) > most:
+        kept.popitem(last=False)
 
 
 def _running(trace: Trace, session: SessionView) -> SessionReport:
     return SessionReport(
         request=trace.public_id,
+        trace=trace.context.trace,
         state=session.state,
         route=session.route,
         prompt_tokens=trace.prompt_tokens,
@@ -229,6 +293,7 @@ def _over(trace: Trace) -> SessionReport:
     assert ended is not None
     return SessionReport(
         request=trace.public_id,
+        trace=trace.context.trace,
         state=ended.reason,
         route=tuple(hop.shard for hop in trace.legs[-1].route) if trace.legs else (),
         prompt_tokens=trace.prompt_tokens,

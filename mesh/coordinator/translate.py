@@ -20,7 +20,7 @@ _HOPELESS: Final = {Nack.BAD_INPUT: "input", Nack.TOO_LARGE: "too_large"}
 """Refusals that no other route can help."""
 
 
-def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) -> Frame:
+def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags, traceparent: str | None = None) -> Frame:
     sessions = np.array([row.key for row in out.rows], np.uint64)
     if out.kind == "prefill" and out.last:
         flags |= Flags.FINAL
@@ -36,6 +36,7 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags) 
         tokens=np.array([token for row in out.rows for token in row.tokens], np.int32),
         step=out.frame,
         flags=flags,
+        traceparent=traceparent,
     )
 
 

@@ -4,6 +4,7 @@ app             the application: routes, errors, middleware; the life of a reque
 serving         an application on a listener, with a client of its own: what a process runs
 settings        the values that a gateway is made with; from_config makes them from a configuration file
 middleware      what every request passes: request id, bounds, headers, log
+tracing         the trace of a request, and its span
 auth, guard     tokens and their limits; routes that need a scope
 context, known  what every route gets; which models the mesh serves
 native, batch_routes, schema                  the mesh's own API and its documents

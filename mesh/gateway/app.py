@@ -35,7 +35,9 @@ from mesh.gateway.middleware import Edge
 from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
 from mesh.gateway.settings import GatewaySettings
+from mesh.gateway.tracing import EdgeTracing
 from mesh.http.listener import is_loopback
+from mesh.telemetry.export import SpanExport
 from mesh.telemetry.registry import Registry
 
 __all__ = ["create_app"]
@@ -47,11 +49,13 @@ def create_app(
     *,
     routes: Iterable[BaseRoute] = (),
     registry: Registry | None = None,
+    export: SpanExport | None = None,
     connections: Callable[[], int] = lambda: 0,
 ) -> ASGIApp:
     """The application of `client`; the caller connects and closes it. `routes`: further routes, such as a dashboard's. They find
     everything at `request.app.state.gateway` (mesh.gateway.context.Gateway). `registry`: the metrics of the process, to which those of this
-    edge are added (None: they are its only ones). `connections`: how many are open."""
+    edge are added (None: they are its only ones). `connections`: how many are open. `export`: where spans go that leave
+    the mesh."""
     app = FastAPI(
         title="stagemesh",
         version=__version__,
@@ -79,12 +83,13 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "last-event-id", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["authorization", "content-type", "last-event-id", "traceparent", "x-request-id"],
+            expose_headers=["x-request-id", "x-trace-id", "retry-after"],
         )
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     private = settings.verifier is None and is_loopback(settings.listener.host)
-    edge = Edge(app, settings.limits, secure=settings.listener.tls is not None, plain_names_only=private)
+    tracing = EdgeTracing(client, ratio=settings.sample_ratio, export=export)
+    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private)
     app.state.counters = edge.counters
     registry.add(lambda: gateway_readings(client, edge.counters, connections))
     return edge

@@ -5,13 +5,14 @@ from __future__ import annotations
 from mesh.gateway.settings import GatewaySettings, Limits
 from mesh.http.from_config import tls_of, verifier_of
 from mesh.http.listener import ListenerOptions
-from mesh.settings.schema import AuthenticationSection, HttpSection, TlsSection
+from mesh.settings.schema import AuthenticationSection, HttpSection, TlsSection, TracingSection
+from mesh.telemetry.from_config import sampling_of
 
 __all__ = ["gateway_settings"]
 
 
 def gateway_settings(
-    section: HttpSection, tls: TlsSection | None, authentication: AuthenticationSection, *, model: str | None
+    section: HttpSection, tls: TlsSection | None, authentication: AuthenticationSection, tracing: TracingSection, *, model: str | None
 ) -> GatewaySettings:
     """The settings that these sections describe. ConfigError: other machines can reach the listener, and the file does not set
     authentication."""
@@ -36,4 +37,5 @@ def gateway_settings(
         verifier=verifier_of(authentication, section.listen_host),
         probe_timeout_s=section.health_check_interval,
         cors_origins=tuple(section.cors_origins),
+        sample_ratio=sampling_of(tracing).ratio,
     )

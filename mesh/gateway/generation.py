@@ -13,6 +13,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
 from mesh.gateway.resume import Progress
 from mesh.gateway.settings import Limits
+from mesh.gateway.tracing import keep
 
 __all__ = ["Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "paying"]
 
@@ -129,6 +130,7 @@ class HttpGeneration:
         finally:
             await stream.aclose(may_return=self._may_return)
             completion = stream.completion
+            keep(None if completion is None else completion.trace)
             used = given if completion is None else completion.usage.total_tokens
             self._bill.used += max(used - self._had, 0)
 

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mesh.gateway.errors import BodyRefused, HttpError, error_response, internal_error
 from mesh.gateway.events import ClientGone
 from mesh.gateway.settings import Limits
+from mesh.gateway.tracing import EdgeTracing, HttpTrace
 from mesh.telemetry.registry import Histogram
 
 __all__ = ["Counters", "Edge"]
@@ -52,9 +53,10 @@ class Edge:
     """The outermost part. `secure`: the listener uses TLS. `plain_names_only`: requests are answered only if their Host is an address
     or a name without a dot. A web page of another host could otherwise rebind its name to reach a listener on its visitor's machine."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, *, secure: bool, plain_names_only: bool = False) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, tracing: EdgeTracing, *, secure: bool, plain_names_only: bool = False) -> None:
         self._app = app
         self._limits = limits
+        self._tracing = tracing
         self._plain_names_only = plain_names_only
         self.counters = Counters()
         self._fixed = {
@@ -67,8 +69,12 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        began = time.perf_counter()
         headers = Headers(scope=scope)
+        with self._tracing.of(headers) as trace:
+            await self._answer(scope, headers, receive, send, trace)
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send, trace: HttpTrace) -> None:
+        began, began_ns = time.perf_counter(), time.time_ns()
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -88,6 +94,7 @@ class Edge:
                 if out.get("content-type", "").startswith("text/event-stream"):
                     streams = True
                     counters.streams += 1
+                out["x-trace-id"] = trace.context.trace
             await send(message)
 
         body = _Body(receive, self._limits)
@@ -112,6 +119,7 @@ class Edge:
             counters.streams -= streams
             counters.requests[str(status)] += 1
             counters.durations.observe(time.perf_counter() - began, _method(scope), _route(scope), str(status))
+            self._tracing.ended(trace, scope, status, began_ns, time.time_ns())
             access.log(
                 logging.DEBUG if status == 200 and "/health" in scope["path"] else logging.INFO,
                 "%s %s %s %d %.1f ms %s%s",

@@ -13,6 +13,7 @@ from mesh.gateway import dashboard
 from mesh.gateway.app import create_app
 from mesh.gateway.settings import GatewaySettings
 from mesh.http.listener import Listener, is_loopback
+from mesh.telemetry.export import SpanExport
 from mesh.telemetry.registry import Registry
 
 __all__ = ["HttpEdge"]
@@ -25,16 +26,18 @@ _SPARE_FILES = 256
 class HttpEdge:
     """`bind` takes the port, so that a taken port is an error before anything else starts. `serve` then runs until `stop`."""
 
-    def __init__(self, listener: Listener, settings: GatewaySettings) -> None:
+    def __init__(self, listener: Listener, settings: GatewaySettings, export: SpanExport | None = None) -> None:
         self.settings = settings
+        self._export = export
         self._listener = listener
         self._watch: dashboard.Watch | None = None
 
     @classmethod
-    def bind(cls, settings: GatewaySettings, *, or_free: bool = False) -> HttpEdge:
-        """Take the port; with `or_free`, any free port if it is taken. ConfigError: the port is taken, or TLS files are wrong."""
+    def bind(cls, settings: GatewaySettings, *, or_free: bool = False, export: SpanExport | None = None) -> HttpEdge:
+        """Take the port; with `or_free`, any free port if it is taken. `export`: where spans go that leave the mesh.
+        ConfigError: the port is taken, or TLS files are wrong."""
         _allow_files(settings.listener.max_connections + _SPARE_FILES)
-        return cls(Listener.bind(settings.listener, or_free=or_free), settings)
+        return cls(Listener.bind(settings.listener, or_free=or_free), settings, export)
 
     @property
     def url(self) -> str:
@@ -53,7 +56,12 @@ class HttpEdge:
                 log.warning("every caller that reaches %s may send requests: authentication.enabled is false", self.url)
             log.info("HTTP on %s", self.url)
             app = create_app(
-                client, settings, routes=dashboard.routes(watch), registry=registry, connections=lambda: self._listener.connections
+                client,
+                settings,
+                routes=dashboard.routes(watch),
+                registry=registry,
+                connections=lambda: self._listener.connections,
+                export=self._export,
             )
             await self._listener.serve(app)
         finally:

@@ -35,7 +35,7 @@ class Limits:
 class GatewaySettings:
     """model: the model of a request without a model's name (None: the only one that is served). verifier None: every caller that can
     reach the listener may do everything. health_fresh_s: a probe is made if the last step is older. cors_origins: the origins whose pages
-    may call; none by default."""
+    may call; none by default. sample_ratio: of the traces that begin here, so many are kept for a collector."""
 
     model: str | None = None
     listener: ListenerOptions = field(default_factory=ListenerOptions)
@@ -44,3 +44,4 @@ class GatewaySettings:
     health_fresh_s: float = 2.0
     probe_timeout_s: float = 5.0
     cors_origins: tuple[str, ...] = ()
+    sample_ratio: float = 0.0

@@ -10,9 +10,10 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from mesh.protocol import subjects
+from mesh.protocol.headers import FRAME_HEADER, SERVER_TRACE_HEADER
 from mesh.types import LayerRange
 
-__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming"]
+__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming", "traced_headers"]
 
 
 class Kind(IntEnum):
@@ -56,11 +57,20 @@ class Hop:
 
 
 class StageTiming(NamedTuple):
-    """Microseconds of one stage: waiting for the compute thread, computing, and decoding and encoding the frame."""
+    """One stage's part of a step. Microseconds: waiting for the compute thread, computing, and decoding and encoding the frame.
+
+    arrived_us: when the frame arrived, in microseconds since 1970 by the shard's own clock; 0 where it is not known. bytes: the size of
+    the frame that arrived. bucket: the rows or tokens that were computed, padding included. read_us: the part of `codec_us` in which the
+    frame was decoded; the rest is what encoding the stage's frame of this kind took at the step before.
+    """
 
     queue_us: int = 0
     compute_us: int = 0
     codec_us: int = 0
+    arrived_us: int = 0
+    bytes: int = 0
+    bucket: int = 0
+    read_us: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -180,3 +190,12 @@ class Frame:
             tokens=self.tokens[rows],
             tensors=tuple(tensor[rows] for tensor in self.tensors),
         )
+
+
+def traced_headers(frame: Frame) -> dict[str, str] | None:
+    """The NATS headers of a frame on its next way: None, unless its step is traced. nats-server then reports to the coordinator when
+    the message came and went. The way is counted from 0, the one to the first stage."""
+    if frame.traceparent is None:
+        return None
+    way = frame.hop if frame.kind in (Kind.PREFILL, Kind.DECODE) else frame.hop + 1
+    return {SERVER_TRACE_HEADER: subjects.server_traces(frame.coordinator), FRAME_HEADER: f"{frame.step}.{way}"}

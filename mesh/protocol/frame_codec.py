@@ -12,7 +12,8 @@ A stage that cannot compute some of the rows leaves them out and reports them to
     route      for each hop: start u16, stop u16, name length u8, name
     coordinator, traceparent (26 bytes, when flag TRACED)
     rows       session u64 [n], epoch u32 [n], position u32 [n], row at each stage u32 [hops, n], tokens i32 [m]
-    timings    for each stage passed: queue, compute, codec, in microseconds, u32 each
+    timings    for each stage passed: queue, compute, codec, in microseconds, u32 each; time of arrival, in microseconds since 1970,
+               u64; bytes of the frame that arrived, rows or tokens computed with padding, microseconds of decoding, u32 each
     tensors    for each: dtype u8, rank u8, dimensions u32, stored bytes u32; then their bytes, each 16-byte aligned
     checksum   CRC-32 of all before it
 
@@ -49,7 +50,7 @@ __all__ = [
     "overhead_bytes",
 ]
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"SMsh"
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024  # the largest max_payload of NATS; also the limit of a frame after decompression
 MAX_ROWS: Final = 4096
@@ -76,14 +77,16 @@ REASONS: Final = (
 _HEADER = struct.Struct("<4sBBH8sIQBBBBHBHBI")
 _COUNTS = struct.Struct("<BHBBBBHBHBI")  # kind and flags, then what follows the step
 _HOP = struct.Struct("<HHB")
-_TIMING = struct.Struct("<III")
+_TIMING = struct.Struct("<IIIQIII")
 _TENSOR = struct.Struct("<BB")
 _TENSOR_OF = tuple(struct.Struct(f"<BB{rank}II") for rank in range(5))  # by rank
 _CRC = struct.Struct("<I")
 _SUMMED: Final = 0x2144DF1C
 """The CRC-32 of any message that ends with its own CRC-32."""
-_MOST_US: Final = 2**32 - 1
+_MOST_U32: Final = 2**32 - 1
 _TRACE = struct.Struct("<B16s8sB")
+_HEADERS: Final = 256
+"""The most bytes that the NATS headers of a traced frame take."""
 _STEP = struct.Struct("<IQ")
 _ALIGN = 16
 _PADDING = bytes(_ALIGN)
@@ -154,8 +157,9 @@ def _next_hop(frame: Frame) -> list[Any]:
 
 
 def _timing(timing: StageTiming) -> bytes:
-    queue_us, compute_us, codec_us = timing
-    return _TIMING.pack(min(queue_us, _MOST_US), min(compute_us, _MOST_US), min(codec_us, _MOST_US))
+    queue_us, compute_us, codec_us, arrived_us, size, bucket, read_us = timing
+    most = _MOST_U32
+    return _TIMING.pack(min(queue_us, most), min(compute_us, most), min(codec_us, most), arrived_us, size, bucket, min(read_us, most))
 
 
 def _append_tensors(parts: list[Any], tensors: Sequence[np.ndarray], flags: int) -> None:
@@ -187,7 +191,7 @@ def _encode_trace(traceparent: str) -> bytes:
 
 def overhead_bytes(rows: int, tokens: int, hops: int) -> int:
     """An upper bound of a frame's size without the bytes of its tensors. Prefill chunks are sized to max_payload with it."""
-    fixed = _HEADER.size + _TRACE.size + subjects.MAX_TOKEN + _CRC.size
+    fixed = _HEADER.size + _TRACE.size + subjects.MAX_TOKEN + _CRC.size + _HEADERS
     return (
         fixed
         + hops * (_HOP.size + subjects.MAX_TOKEN + _TIMING.size)

@@ -22,6 +22,7 @@ __all__ = [
     "TraceRequest",
     "public_id",
     "require_answer_fits",
+    "without_prefix",
 ]
 
 MAX_CHARACTERS: Final = 4 * 1024 * 1024
@@ -41,6 +42,11 @@ def public_id(session: str) -> str:
     """The name under which a generation is shown: in its documents, in statistics and traces. It says which generation is meant, and gives
     no right to it. Whoever knows the session itself may go on with the generation, cancel it and read its trace."""
     return hashlib.sha256(session.encode()).hexdigest()[:24]
+
+
+def without_prefix(id: str) -> str:
+    """The public id in an id as OpenAI's API shows it."""
+    return id.removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
 class ChatMessage(Message):
@@ -73,7 +79,7 @@ class Generate(SamplingFields, Input):
     first time. `given`: the tokens of the answer that the caller already has; the answer continues after them.
     `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
     `waited_s`: how long the generation has waited already for layers that no shard serves; the wait goes on from there, with whichever
-    coordinator.
+    coordinator. `traceparent`: the W3C trace context of the caller, where the message does not have it as a NATS header.
     """
 
     limit_bytes: ClassVar[int] = MAX_CHARACTERS
@@ -87,6 +93,7 @@ class Generate(SamplingFields, Input):
     given: TokenIds = ()
     epoch: AnswerEpoch | None = None
     waited_s: Seconds = 0.0
+    traceparent: Annotated[str, Field(max_length=128)] | None = None
 
     def answer_bytes(self, tokens: int | None = None) -> int:
         """About what the answer takes in one message, if it has `tokens` tokens; None: max_tokens."""

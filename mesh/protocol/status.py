@@ -163,9 +163,10 @@ class Hops(_Reported):
 
 class SessionReport(_Reported):
     """One session that runs, or one that ended lately: `began_unix_s` and `error` are of one that ended, `prefilled` of one that
-    runs. `route`: the shard of each layer range, None where it is not known yet."""
+    runs. `trace`: the id of its trace. `route`: the shard of each layer range, None where it is not known yet."""
 
     request: Label
+    trace: Label = ""
     state: Label = ""
     route: Annotated[tuple[Label | None, ...], Field(max_length=4096, fail_fast=True)] = ()
     prompt_tokens: Natural = 0
@@ -183,6 +184,19 @@ class SessionReport(_Reported):
 SessionReports = Annotated[tuple[SessionReport, ...], Field(max_length=4096, fail_fast=True)]
 
 
+class TraceQuery(Message):
+    """Ask a coordinator for the last requests that ended: all, or those that failed, or those that were slow."""
+
+    kind: Literal["last", "failed", "slow"] = "last"
+    limit: Annotated[int, Field(ge=1, le=64)] = 32
+
+
+class TraceList(_Reported):
+    """The latest first."""
+
+    requests: SessionReports = ()
+
+
 class CoordinatorStats(_Reported):
     """What a coordinator reports in $SRV.STATS: its load, counts since its start, and its sessions.
 
@@ -193,7 +207,8 @@ class CoordinatorStats(_Reported):
     answers that nothing waited for. `refused_replies`: requests whose answers would have gone to no inbox. `resumed`: sessions taken
     over from other coordinators. `expected`: the shards it waits for.
     `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where. `prompts`: how
-    many were tokenized, and of these late and died, whose process was ended for its time or its memory.
+    many were tokenized, and of these late and died, whose process was ended for its time or its memory. `spans`: sent to a
+    collector, failed, full (there was no place to wait) and not_kept.
     `remade`: what was lost in JetStream and made again, and how often. `http`, `metrics`: where this process answers.
     """
 
@@ -235,6 +250,7 @@ class CoordinatorStats(_Reported):
     batches: Counts = Field(default_factory=dict)
     errors: Counts = Field(default_factory=dict)
     prompts: Counts = Field(default_factory=dict)
+    spans: Counts = Field(default_factory=dict)
     expected: Annotated[dict[Label, Any], Field(max_length=256)] | None = None
     remade: Counts = Field(default_factory=dict)
     hops: Hops = Hops()

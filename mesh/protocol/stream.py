@@ -106,7 +106,8 @@ class Timing:
 class Answer:
     """A finished generation. `finish_reason`: "stop" (an end token or a stop text) or "length" (max_tokens). `text` is None for a model
     without a tokenizer; `logprobs` is None where they were not asked for. `omitted`: the parts that are left out because the message would
-    have been too large, of `logprobs`, `text`, `tokens`."""
+    have been too large, of `logprobs`, `text`, `tokens`. `trace`: the W3C trace context of the generation, sampled where its trace is
+    kept for a collector."""
 
     request: str
     tokens: tuple[int, ...]
@@ -116,6 +117,7 @@ class Answer:
     timing: Timing
     logprobs: tuple[Token, ...] | None = None
     omitted: tuple[str, ...] = ()
+    trace: str | None = None
 
     def document(self) -> dict[str, Any]:
         """The answer as JSON. The key logprobs exists only if log-probabilities were asked for."""
@@ -136,6 +138,8 @@ class Answer:
             document["logprobs"] = [{"token": token.id, **token.details()} for token in self.logprobs]
         if self.omitted:
             document["omitted"] = self.omitted
+        if self.trace is not None:
+            document["trace"] = self.trace
         return document
 
 
@@ -249,4 +253,5 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         timing=Timing(**{name: timing.get(name) for name in Timing.__dataclass_fields__}),
         logprobs=None if logprobs is None else tuple([Token.of(entry) for entry in logprobs]),
         omitted=tuple(document.get("omitted", ())),
+        trace=document.get("trace"),
     )

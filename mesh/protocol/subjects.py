@@ -35,6 +35,7 @@ __all__ = [
     "frames",
     "is_inbox",
     "is_token",
+    "server_traces",
     "token",
     "tokens",
 ]
@@ -105,3 +106,9 @@ def all_frames(model: str, held: LayerRange) -> str:
 @lru_cache(maxsize=1024)
 def tokens(model: str, coordinator: str) -> str:
     return f"mesh.{VERSION}.{token(model)}.tokens.{check_token(coordinator, 'coordinator')}"
+
+
+@lru_cache(maxsize=1024)
+def server_traces(coordinator: str) -> str:
+    """Where nats-server reports the frames of traced steps of this coordinator."""
+    return f"mesh.{VERSION}.servertraces.{check_token(coordinator, 'coordinator')}"

@@ -19,7 +19,8 @@ from mesh.protocol.events import Event
 from mesh.protocol.frame import Frame
 from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
 from mesh.protocol.message import Message
-from mesh.protocol.status import Alive, Heartbeat, LeaseQuery, ShardLease, ShardStats, StatsRequest
+from mesh.protocol.spans import SpanBatch
+from mesh.protocol.status import Alive, Heartbeat, LeaseQuery, ShardLease, ShardStats, StatsRequest, TraceList, TraceQuery
 from mesh.types import LayerRange
 
 __all__ = [
@@ -45,10 +46,12 @@ __all__ = [
     "OPEN",
     "OPEN_ANY",
     "PING",
+    "SPANS",
     "STATS",
     "TOKENS",
     "TOPICS",
     "TRACE",
+    "TRACES",
     "Address",
     "Topic",
     "table",
@@ -142,6 +145,10 @@ TRACE: Topic[TraceRequest, TraceReply] = Topic(
 INSPECT: Topic[TraceRequest, TraceReply] = Topic(
     "mesh.v1.MODEL.inspect.COORDINATOR", TraceRequest, TraceReply, "the same by its public id, for operators", "that coordinator"
 )
+TRACES: Topic[TraceQuery, TraceList] = Topic(
+    "mesh.v1.MODEL.traces.COORDINATOR", TraceQuery, TraceList, "list the last generations, for operators", "that coordinator"
+)
+SPANS: Topic[SpanBatch, None] = Topic("mesh.v1.spans", SpanBatch, None, "keep the spans of a gateway or a shard", "every coordinator")
 ALIVE: Topic[Alive, Heartbeat] = Topic(
     "mesh.v1.MODEL.alive.INSTANCE", Alive, Heartbeat, "ask a coordinator whether it lives", "that coordinator's process"
 )
@@ -206,6 +213,8 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     CANCEL,
     TRACE,
     INSPECT,
+    TRACES,
+    SPANS,
     ALIVE,
     HEARTBEATS,
     LEASE,

@@ -45,6 +45,8 @@ class Engine(Protocol):
     position, so replaying steps is always safe."""
 
     counters: StageCounters
+    bucket: int
+    """The rows or tokens that the last step computed, padding included."""
 
     @property
     def manifest(self) -> Manifest: ...

@@ -83,6 +83,7 @@ class Stage:
         self.context = config.context or manifest.context_length
         self.need = need
         self.counters = StageCounters()
+        self.bucket = 0
         self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
         inner = list(blocks)
         embed = inner.pop(0) if config.embed else None
@@ -213,9 +214,10 @@ class Stage:
         began = time.perf_counter()
         pieces: list[np.ndarray] = []
         result: Any = None
-        done = 0
+        done = computed = 0
         while done < len(tokens):
             bucket = self._prefill_bucket(start + done, len(tokens) - done)
+            computed += bucket.size
             count = min(bucket.size, len(tokens) - done)
             piece = slice(done, done + count)
             result = self._prefill_chunk(row, start + done, tokens[piece], None if hidden is None else hidden[piece], bucket)
@@ -223,6 +225,7 @@ class Stage:
                 pieces.append(result[:count])
             done += count
         answer = self._token(result, 0, row) if self.last else pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        self.bucket = computed
         self.counters.prefill_steps += 1
         self.counters.prefill_tokens += len(tokens)
         self.counters.prefill_s += time.perf_counter() - began
@@ -267,6 +270,7 @@ class Stage:
             answer: Any = [self._token(host, row - base, row) for row in rows_]
         else:
             answer = np.asarray(result)[:, 0] if whole else np.asarray(result)[rows - base, 0]
+        self.bucket = size
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(rows)
         self.counters.decode_s += time.perf_counter() - began

@@ -41,6 +41,7 @@ __all__ = [
     "ReplicationMode",
     "ShardConfig",
     "TlsSection",
+    "TracingSection",
     "load_config",
 ]
 
@@ -293,6 +294,18 @@ class MetricsSection(Section):
     port: FreePort = DEFAULT_METRICS_PORT
 
 
+class TracingSection(Section):
+    """Which traces leave the mesh, and where to. Without an endpoint, here or in OTEL_EXPORTER_OTLP_ENDPOINT, none leaves it; `mesh trace`
+    shows the last ones in any case."""
+
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05  # where the caller has not decided; OTEL_TRACES_SAMPLER says it too
+    slow_request: Duration = 60.0  # one that takes longer is kept in any case, as is one that failed or lost a shard
+    slow_first_token: Duration = 10.0
+    content: bool = False  # the texts of prompts and answers
+    otlp_endpoint: str | None = Field(default=None, min_length=1)
+    otlp_protocol: Literal["http/protobuf", "grpc"] | None = None
+
+
 class ServedModelSection(Section):
     """The model that a coordinator serves: that of the directory `path`, else the pushed model `name`, else the only pushed one.
 
@@ -316,6 +329,7 @@ class CoordinatorConfig(ConfigFile):
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
     metrics: MetricsSection = MetricsSection()
+    tracing: TracingSection = TracingSection()
 
     @model_validator(mode="after")
     def _agree(self) -> CoordinatorConfig:
@@ -341,6 +355,7 @@ class GatewayConfig(ConfigFile):
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
     metrics: MetricsSection = MetricsSection()
+    tracing: TracingSection = TracingSection()
 
 
 class AuthenticationConfig(ConfigFile):
@@ -401,6 +416,7 @@ class ShardConfig(ConfigFile):
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
     metrics: MetricsSection = MetricsSection()
+    tracing: TracingSection = TracingSection()
 
     @model_validator(mode="after")
     def _agree(self) -> ShardConfig:

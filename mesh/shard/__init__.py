@@ -5,6 +5,7 @@ state     which session has which row, and which rows of a frame are computed (p
 compute   the compute thread, and one step from frame to frame
 meter     counters of frames, bytes and time
 service   the shard itself: its life, its subjects, its lease
+start_trace   the spans of its start
 gaps      whether the mesh can do without this shard, and what to start first if not
 moving    serve another range of the layers that are held
 join      which range a new shard should take (pure)

@@ -69,7 +69,7 @@ class ComputeThread:
 def run_step(stage: Engine, frame: Frame, timing: Callable[[float], StageTiming]) -> Frame:
     """Compute `frame` on `stage`. Returns the frame for the next stage, with the hidden state; on the last stage the answer, with the
     sampled tokens (or an ACK for a prefill chunk that is not the prompt's last). `timing(compute_s)` makes the record that the stage
-    adds to the frame."""
+    adds to the frame; the engine's `bucket` is that of this step then."""
     rows = frame.stage_rows[frame.hop] & ROW_MASK
     hidden = frame.tensors[0] if frame.tensors else None
     began = time.perf_counter()

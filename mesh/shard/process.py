@@ -21,6 +21,8 @@ from mesh.shard.http import ShardHttp
 from mesh.shard.metrics import ShardMetrics
 from mesh.shard.options import ShardOptions
 from mesh.shard.service import Shard
+from mesh.shard.start_trace import StartTrace
+from mesh.telemetry.export import SpanExport
 from mesh.telemetry.metrics_http import reporting
 from mesh.types import Progress
 
@@ -64,10 +66,12 @@ async def serve(
     http: ShardHttp | None = None,
     metrics: ShardMetrics | None = None,
     connect_s: float | None = 60.0,
+    export: SpanExport | None = None,
 ) -> bool:
-    """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing."""
+    """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing. `export`:
+    where spans go that leave the mesh."""
     async with _answering(http), nullcontext() if metrics is None else reporting(metrics.registry, metrics.endpoint):
-        return await _serve(bus_options, make, progress, http, metrics, connect_s)
+        return await _serve(bus_options, make, progress, http, metrics, connect_s, export)
 
 
 @asynccontextmanager
@@ -91,11 +95,15 @@ async def _serve(
     http: ShardHttp | None,
     metrics: ShardMetrics | None,
     connect_s: float | None,
+    export: SpanExport | None,
 ) -> bool:
+    start = StartTrace()
     async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
         # The loop and the compute thread take turns with the interpreter; at the usual 5 ms a frame could wait for a step's dispatch.
         sys.setswitchinterval(_SWITCH_S)
-        shard = Shard(bus, await make(bus), progress=progress)
+        with start.part("fetch model"):
+            options = await make(bus)
+        shard = Shard(bus, options, progress=progress, start=start, export=export)
         if http is not None:
             http.shard, shard.http_url = shard, http.listener.url
             log.info("HTTP on %s", shard.http_url)

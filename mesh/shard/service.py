@@ -22,6 +22,7 @@ from typing import Any
 
 from mesh import __version__
 from mesh.bus import Bus, Endpoint, EventLog, Received, Service, Subscription, announce, end_tasks, keep_events
+from mesh.bus.spans import SpanPublisher
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import (
     ConfigError,
@@ -39,6 +40,7 @@ from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
 from mesh.protocol.events import EventKind
+from mesh.protocol.frame import traced_headers
 from mesh.protocol.frame_codec import Frame, Kind, Nack, StageTiming
 from mesh.protocol.instance import new_instance
 from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
@@ -54,7 +56,9 @@ from mesh.shard.lease import LeaseKeeper
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
+from mesh.shard.start_trace import StartTrace
 from mesh.shard.state import ShardShape, ShardState, tag_of
+from mesh.telemetry.export import SpanExport
 from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
@@ -92,13 +96,18 @@ class Shard:
         *,
         compiled: Compiled | None = None,
         progress: Progress = no_progress,
+        start: StartTrace | None = None,
+        export: SpanExport | None = None,
     ) -> None:
-        """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread."""
+        """`compiled`: programs to share with other shards of this process. `progress` is called in the compute thread. `start`: the trace
+        of the process's start. `export`: where spans go that leave the mesh."""
         self.bus = bus
         self.options = options
         self.instance = new_instance()
         self.manifest = Manifest.load(options.directory)
         self.meter = Meter()
+        self._start = start or StartTrace()
+        self._export = export
         self.ready = asyncio.Event()
         self.http_url = ""  # where this process answers HTTP; the lease tells everyone
         self.metrics_url = ""
@@ -154,13 +163,16 @@ class Shard:
             await keep_events(EventLog(self.bus))
             await self._announce("joined", f"layers {shape.layers} of {model}")
             log.info("loading layers %s of %s", shape.layers, model)
-            self.stage = await self.in_thread(self._load)
+            with self._start.part("load model"):
+                self.stage = await self.in_thread(self._load)
             if self.options.warm_up:
                 self._set_status("warming")
                 log.info("compiling")
-                await self.in_thread(partial(self.stage.warm_up, self._progress))
-                await self.in_thread(self.stage.exercise)
+                with self._start.part("warm up"):
+                    await self.in_thread(partial(self.stage.warm_up, self._progress))
+                    await self.in_thread(self.stage.exercise)
             await self.open_doors()
+            self._report_start()
             log.info("ready: layers %s of %s, %d rows of %d tokens", shape.layers, model, shape.rows, shape.context)
             await self._stop.wait()
             if isinstance(self._failure, Replaced):
@@ -322,7 +334,7 @@ class Shard:
     # -- frames --------------------------------------------------------------------------------------------------------
 
     def on_frame(self, data: bytes) -> None:
-        arrived = time.perf_counter()
+        arrived, arrived_ns = time.perf_counter(), time.time_ns()
         meter, state = self.meter, self.state
         meter.frames_in += 1
         meter.bytes_in += len(data)
@@ -344,7 +356,8 @@ class Shard:
             frame = frame.only(admission.rows)
         queued = time.perf_counter()
         assert self.stage is not None and self._compute is not None
-        work = partial(self._step, self.stage, frame, queued, queued - arrived)
+        came = StageTiming(read_us=int((queued - arrived) * 1e6), arrived_us=arrived_ns // 1000, bytes=len(data))
+        work = partial(self._step, self.stage, frame, queued, came)
         self._compute.submit(work, partial(self._stepped, frame))
 
     def _follow(self, frame: Frame, mine: Frame | None) -> None:
@@ -360,13 +373,14 @@ class Shard:
         if error is not None:
             self._failed(frame, error, followed=True)
 
-    def _step(self, stage: Engine, frame: Frame, queued: float, decode_s: float) -> _Stepped:
-        """Compute one frame. Runs in the compute thread."""
-        codec_s = decode_s + self._encode_s[frame.kind]
-        wait_s = time.perf_counter() - queued
+    def _step(self, stage: Engine, frame: Frame, queued: float, came: StageTiming) -> _Stepped:
+        """Compute one frame. Runs in the compute thread. `queued`: since when (time.perf_counter) the frame waits for it. `came`: the
+        frame's arrival and decoding."""
+        codec_us = came.read_us + int(self._encode_s[frame.kind] * 1e6)
+        wait_us = int((time.perf_counter() - queued) * 1e6)
 
         def timing(compute_s: float) -> StageTiming:
-            return StageTiming(int(wait_s * 1e6), int(compute_s * 1e6), int(codec_s * 1e6))
+            return StageTiming(wait_us, int(compute_s * 1e6), codec_us, came.arrived_us, came.bytes, stage.bucket, came.read_us)
 
         out = run_step(stage, frame, timing)
         began = time.perf_counter()
@@ -374,7 +388,7 @@ class Shard:
         encode_s = time.perf_counter() - began
         # The next stage is waiting, so the result is sent from this thread if nothing else waits to be sent.
         try:
-            sent = self.bus.post_now(out.subject(self.manifest.name), data)
+            sent = self.bus.post_now(out.subject(self.manifest.name), data, headers=traced_headers(out))
         except PayloadTooLarge:
             sent = False  # the event loop meets the same error and reports it
         return _Stepped(out, data, encode_s, sent)
@@ -417,7 +431,7 @@ class Shard:
         self.meter.bytes_out += len(data)
         subject = out.subject(self.manifest.name)
         try:
-            sent = sent or self.bus.post(subject, data)
+            sent = sent or self.bus.post(subject, data, headers=traced_headers(out))
         except PayloadTooLarge as error:
             self._too_large(error, of)
             sent = True
@@ -441,6 +455,13 @@ class Shard:
             self._nack(of, Nack.TOO_LARGE)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _report_start(self) -> None:
+        spans = self._start.spans(self.options.name, self.state.shape.layers)
+        SpanPublisher(self.bus).put(*spans)
+        if self._export is not None:
+            self._export.put(lambda: spans)
+        log.info("the trace of the start: mesh trace %s", self._start.trace)
 
     def _load(self) -> Engine:
         options = self.options

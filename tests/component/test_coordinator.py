@@ -140,7 +140,7 @@ def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwa
             for kind in ("prefill", "decode"):
                 inside = sum(sum(stage.values()) for stage in leg[kind]["stages"])
                 assert inside > 0 and inside + leg[kind]["hops_s"] == pytest.approx(leg[kind]["wall_s"])
-            assert {len(step["stages"]) for step in trace["steps"]} == {3}
+            assert trace["spans"][0]["name"].endswith(serving.manifest.name)
             assert {stats.shard for stats in await client.shard_stats()} >= set(names)
             assert await client.trace("unknown") is None
 

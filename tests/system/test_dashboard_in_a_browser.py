@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import example_trace
 import pytest
 from chromium import CONTRAST, Browser, chromium
 
@@ -20,6 +22,7 @@ from mesh.http.listener import ListenerOptions
 from mesh.http.tokens import Issuer, Verifier
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.local.nats_server import NatsServer
+from mesh.telemetry.views.document import looked_at
 
 ESCAPE, ENTER, TAB = "\ue00c", "\ue007", "\ue004"
 SERVING = "document.documentElement.dataset.standing === 'ready'"
@@ -97,11 +100,58 @@ def test_a_request_is_seen_and_its_time_is_laid_out(mesh: LocalMesh, browser: Br
         "return [bars[0].left - lanes[0].left, lanes[0].right - bars[bars.length - 1].right, bars.map(b => b.left)]"
     )
     assert abs(ends[0]) < 2 and abs(ends[1]) < 4 and ends[2] == sorted(ends[2])
-    assert browser.js("return document.querySelectorAll('.step').length") == 29
+    with MeshClient(mesh.url, model="tiny") as client:
+        trace = client.inspect(done.request) or {}
+    sums = [span["attributes"]["mesh.steps"] for span in trace["spans"] if span["name"] == "decode steps"]
+    alone = browser.js("return document.querySelectorAll('.step').length")
+    assert alone >= 24 and alone + sum(sums) == 29, "every step is there, alone or in a sum"
+    assert browser.js("return document.querySelector('.bound').innerText").startswith("Bound by ")
     browser.js("document.querySelector('.step:last-child').focus()")
     browser.keys("\ue012")  # the step before, with the left arrow
     browser.until("document.querySelector('.step:nth-last-child(2).chosen')")
     assert "after the request came" in browser.js("return document.querySelector('.stairs caption').innerText")
+
+
+def draw(browser: Browser, document: dict[str, Any]) -> None:
+    """Let the page draw a trace document."""
+    browser.js(
+        "const [trace] = arguments; window.drawn = false; import('/dashboard/static/waterfall.js').then(m => {"
+        " document.querySelector('#trace').replaceChildren(m.waterfall(trace)); window.drawn = true; })",
+        document,
+    )
+    browser.until("window.drawn")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_failover_and_the_time_inside_the_server_are_visible(mesh: LocalMesh, browser: Browser, width: int, dark: bool) -> None:
+    browser.emulate(width=width, dark=dark, phone=width < 500)
+    page(browser, mesh, "requests")
+    draw(browser, looked_at(example_trace.document(skew_ns={"shard-2": 2 * 10**9})))
+    said = browser.js("return document.querySelector('#trace').innerText")
+    assert "Bound by compute: 61\u00a0% of 516 ms" in said and "The clock of shard-2 is about 2 s ahead" in said
+    assert "Moved from shard-2 to shard-2b after" in said and "without a route, then the history was computed again" in said
+    parts = browser.js(
+        "return [...document.querySelectorAll('.life-part')].map(e => [e.className.split(' ')[1], e.getBoundingClientRect().left])"
+    )
+    lost = next(left for kind, left in parts if kind == "is-failover")
+    assert max(left for kind, left in parts if kind == "is-prefill") > lost, "the replay follows the loss"
+    assert browser.js("return document.querySelectorAll('.steps > .step').length") == 6
+    assert browser.js("return [...document.querySelector('.steps').children].findIndex(e => e.className === 'step-lost')") == 3
+    browser.js("document.querySelector('.steps > .step').click()")  # of the first route, with a server's report
+    assert browser.js("return [...document.querySelectorAll('.stage-name')].map(e => e.textContent)") == ["shard-1", "shard-2", "shard-3"]
+    kinds = browser.js(
+        "return [...document.querySelector('.stairs tbody tr').querySelectorAll('.bar')].map(e => e.className.split(' ')[1])"
+    )
+    assert kinds == ["is-hop", "is-server", "is-codec", "is-queue", "is-compute", "is-codec"]
+    lefts = browser.js(
+        "const left = e => e.getBoundingClientRect().left;"
+        "return [...document.querySelectorAll('.lane-in')].map(lane => [...lane.querySelectorAll('.bar')].map(left))"
+    )
+    assert [min(lane) for lane in lefts] == sorted(min(lane) for lane in lefts), "each stage begins after the one before it"
+    assert "from c1 to shard-1): 1.00 ms" in browser.js("return document.querySelector('.bar.is-hop').title")
+    assert browser.js("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.js(CONTRAST) == []
 
 
 def test_the_playground_shows_each_token_as_it_comes(mesh: LocalMesh, browser: Browser) -> None:

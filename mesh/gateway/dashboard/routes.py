@@ -11,6 +11,7 @@ The page and its parts hold nothing of the mesh and need no token. The other thr
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
@@ -24,7 +25,9 @@ from mesh.errors import Busy
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.dashboard.watch import Watch
 from mesh.gateway.errors import HttpError
+from mesh.protocol.generation import without_prefix
 from mesh.protocol.subjects import is_token
+from mesh.telemetry.views.document import looked_at
 
 __all__ = ["POLICY", "routes"]
 
@@ -33,7 +36,6 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,12 @@ def routes(watch: Watch) -> list[Route]:
 
     async def trace(request: Request) -> Response:
         client = _admitted(request).client
-        name: str = request.path_params["request"]
-        for prefix in _ID_PREFIXES:
-            name = name.removeprefix(prefix)
+        name = without_prefix(request.path_params["request"])
         found = await client.inspect(name) if is_token(name) else None
         if found is None:
             why = f"no coordinator remembers request {name[:64]}: each keeps its last 64"
             raise HttpError(why, status=404, code="not_found")
-        return _json(orjson.dumps(found))
+        return _json(await asyncio.to_thread(lambda: orjson.dumps(looked_at(found))))
 
     return [
         Route("/", page, include_in_schema=False),

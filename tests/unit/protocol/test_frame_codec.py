@@ -20,6 +20,7 @@ from mesh.types import LayerRange
 HASH = "0123456789abcdef"
 names = st.text("abcXYZ019_-", min_size=1, max_size=64)
 u32 = st.integers(0, 2**32 - 1)
+timing = st.tuples(u32, u32, u32, st.integers(0, 2**64 - 1), u32, u32, u32)
 dtypes = st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16])
 
 
@@ -61,7 +62,7 @@ def any_frame(draw: st.DrawFn) -> Frame:
         flags=flags,
         reason=draw(st.sampled_from([nack for nack in Nack if nack])) if kind is Kind.NACK else Nack.NONE,
         tensors=tensors,
-        timings=tuple(StageTiming(*draw(st.tuples(u32, u32, u32))) for _ in range(draw(st.integers(0, 3)))),
+        timings=tuple(StageTiming(*draw(timing)) for _ in range(draw(st.integers(0, 3)))),
         traceparent=traceparent,
     )
 

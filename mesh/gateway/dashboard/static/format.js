@@ -15,7 +15,7 @@ export function number(value) {
 export function durationParts(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return [NONE, ""];
   if (seconds <= 0) return ["0", "ms"];
-  if (seconds < 1e-3) return [round(seconds * 1e6, 0), "µs"];
+  if (seconds < 0.9995e-3) return [round(seconds * 1e6, 0), "µs"];
   if (seconds < 0.9995) return [number(seconds * 1e3), "ms"];
   if (seconds < 90) return [number(seconds), "s"];
   if (seconds < 5400) return [round(seconds / 60, 0), "min"];

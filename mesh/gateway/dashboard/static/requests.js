@@ -50,7 +50,7 @@ export async function choose(id) {
   try {
     const trace = await fetchTrace(id);
     if (chosen !== id) return;
-    const print = JSON.stringify([trace.state, trace.tokens, trace.legs.length]);
+    const print = JSON.stringify([trace.state, trace.tokens, trace.legs.length, (trace.spans || []).length]);
     if (print !== drawn) {
       drawn = print;
       $("trace").replaceChildren(h("h2", {}, "Where the time went ", h("span", { class: "id" }, id)), waterfall(trace), trace.error ? h("p", { class: "problem" }, trace.error) : h("span", {}));
