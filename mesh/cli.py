@@ -41,6 +41,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "look at it": {
         "status": ("status:add_parser", "shards and coordinators of a mesh"),
         "top": ("top:add_parser", "what a mesh does, live"),
+        "doctor": ("doctor:add_parser", "what is well, what is not, and what to do"),
         "events": ("events:add_events_parser", "what happened in the mesh"),
         "trace": ("trace:add_parser", "where the time of a request went"),
     },

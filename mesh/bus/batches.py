@@ -100,7 +100,9 @@ class BatchStore:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._bucket = Bucket(bus, subjects.KV_BATCHES, ttl_s=KEPT_S, durable=True, max_value_bytes=_MAX_VALUE, max_bytes=STORE_BYTES)
+        self._bucket = Bucket(
+            bus, subjects.KV_BATCHES, ttl_s=KEPT_S, durable=True, max_value_bytes=_MAX_VALUE, max_bytes=STORE_BYTES, secret_keys=True
+        )
 
     @property
     def remade(self) -> int:

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -54,6 +54,7 @@ _ERROR_CHARACTERS = 2000  # of an error's message and of its field; an error tha
 _RECONNECT_WAIT_S = 0.25
 _FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+_FLUSH_S = 30.0  # longer than it takes to notice a server that stands still and to find another one
 _PING_INTERVAL_S = 5  # a connection that leaves two of these unanswered is closed
 _LISTEN_S = 0.5
 _SILENT_PINGS = 4
@@ -182,7 +183,9 @@ class Bus:
         self._direct = direct
         self.counters: Counter[str] = Counter()
         self._watchers: list[Callable[[bool], None]] = []
+        self._error_watchers: list[Callable[[Exception], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._flushes: set[asyncio.Future[Any]] = set()  # those that wait for the server's answer
         self._closing = False
         self._connected_once = False
         self._said_last = ""
@@ -211,6 +214,9 @@ class Bus:
         async def on_back() -> None:
             bus.counters["reconnects"] += 1
             bus._changed(True)
+            for answered in list(bus._flushes):  # nats-py forgets pings of the connection before
+                if not answered.done():
+                    await client._send_ping(answered)
 
         arguments: dict[str, Any] = {
             **options.arguments(),
@@ -263,6 +269,16 @@ class Bus:
     def on_change(self, call: Callable[[bool], None]) -> None:
         """Call `call(connected)` whenever the connection is lost or is back."""
         self._watchers.append(call)
+
+    @contextlib.contextmanager
+    def hearing_errors(self, call: Callable[[Exception], None]) -> Iterator[None]:
+        """Within the block, `call(error)` is called with each error that the server reports on its own, such as a refused publication,
+        and none of them is logged."""
+        self._error_watchers.append(call)
+        try:
+            yield
+        finally:
+            self._error_watchers.remove(call)
 
     # -- sending -------------------------------------------------------------------------------------------------------
 
@@ -349,10 +365,21 @@ class Bus:
             await subscription.stop()
         return found
 
-    async def flush(self, timeout_s: float = 5.0) -> None:
-        """Wait until the server has everything that was sent."""
-        with mapped("flushing"):
-            await self.client.flush(timeout=timeout_s)  # type: ignore[arg-type]  # a float is as good
+    async def flush(self, timeout_s: float = _FLUSH_S) -> None:
+        """Wait until the server has every subscription, and the messages that were sent. Where the connection is lost meanwhile, the
+        server that is found instead is asked; it has the subscriptions. DeadlineExceeded: no server answered in that time."""
+        answered = asyncio.get_running_loop().create_future()
+        self._flushes.add(answered)
+        try:
+            with mapped("flushing"):
+                if self.client.is_closed:
+                    raise nats.errors.ConnectionClosedError
+                if self.connected:
+                    await self.client._send_ping(answered)
+                async with asyncio.timeout(timeout_s):
+                    await answered
+        finally:
+            self._flushes.discard(answered)
 
     def new_inbox(self) -> str:
         """A subject that no other process uses."""
@@ -534,6 +561,10 @@ class Bus:
             seldom.error(f"handling a message on {subject}", error)
 
     def _note(self, error: Exception) -> None:
+        if self._error_watchers:
+            for call in self._error_watchers:
+                call(error)
+            return
         if isinstance(error, nats.errors.SlowConsumerError):
             self.counters["dropped"] += 1
         ours = mapped_error(error, "NATS")

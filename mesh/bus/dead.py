@@ -43,7 +43,7 @@ class DeadList:
 
     async def add(self, model: str, subject: str, reason: str, size_bytes: int) -> None:
         """Note a message that was set aside. Never raises: the work goes on without the note."""
-        log.warning("set aside %s (%d bytes): %s", subject[:_MAX_TEXT], size_bytes, reason[:_MAX_TEXT])
+        log.warning("set aside a message of a batch of %s (%d bytes): `mesh batch dead` says which, and why", model, size_bytes)
         note = DeadMessage(subject=subject[:_MAX_TEXT], reason=reason[:_MAX_TEXT], size_bytes=size_bytes, at_unix_s=time.time())
         try:
             with mapped(f"writing to {subjects.STREAM_DEAD}"):

@@ -56,7 +56,7 @@ class Bucket:
     """A key-value bucket, created if it does not exist. It is in the server's memory unless `durable`; in a cluster on three servers.
 
     A bucket that was lost (deleted, or with its server's storage) is created again by whatever is done with it next. That is logged, and
-    counted in `remade`, by every process that meets it.
+    counted in `remade`, by every process that meets it. `secret_keys`: who knows a key has rights by it, so that no error names one.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Bucket:
         durable: bool = False,
         max_value_bytes: int = 65536,
         max_bytes: int | None = None,
+        secret_keys: bool = False,
     ) -> None:
         self.bus = bus
         self.name = name
@@ -75,6 +76,7 @@ class Bucket:
         self._durable = durable
         self._max_value_bytes = max_value_bytes
         self._max_bytes = max_bytes
+        self._secret_keys = secret_keys
         self._losses = LossWatch(f"the bucket {name}")
         self._kv: nats.js.kv.KeyValue | None = None
         self._opening = asyncio.Lock()
@@ -153,7 +155,7 @@ class Bucket:
 
     async def _do(self, key: str, work: Callable[[nats.js.kv.KeyValue], Awaitable[T]]) -> T:
         """Do something with the bucket; once more, with a new bucket, where the old one was lost."""
-        with mapped(f"{self.name}/{key}"):
+        with mapped(self.name if self._secret_keys else f"{self.name}/{key}"):
             kv = await self._open()
             try:
                 return await work(kv)

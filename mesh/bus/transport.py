@@ -228,7 +228,7 @@ class _Protocol(asyncio.Protocol):
         try:
             left = self._split(data)
         except (ValueError, IndexError):
-            log.warning("the NATS server sent what is no message: %r", data[:80])
+            log.warning("the NATS server sent %d bytes that are no message", len(data))
             assert self._transport is not None
             self._transport.abort()
             return

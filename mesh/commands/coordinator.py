@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,8 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.telemetry.registry import Registry
 
     config = load_config(args.config, CoordinatorConfig)
-    setup_logging(config.logging.level, config.logging.file)
+    name = args.name or f"c-{secrets.token_hex(4)}"
+    setup_logging(config.logging, role="coordinator", name=name)
     if args.queue < 0:
         raise ConfigError(f"--queue {args.queue}: give 0 or more")
     flags = Flags.ZSTD if config.memory.enable_compression else Flags(0)
@@ -73,7 +75,7 @@ def run_command(args: argparse.Namespace) -> int:
     wanted, connection = _wanted(args.model, config.model), bus_options(args, config.nats)
     options = CoordinatorOptions(
         model=wanted.path or Path(),
-        name=args.name,
+        name=name,
         strategy=config.distributed.load_balancing_strategy,
         queue_limit=args.queue,
         failover_timeout_s=config.distributed.failover_timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def run_command(args: argparse.Namespace) -> int:
     section = config.gateway.model_copy(update={name: value for name, value in given.items() if value is not None})  # now set, too
     if not 0 <= section.listen_port <= 65535:
         raise ConfigError(f"--http-port {section.listen_port}: give 0 to 65535")
-    setup_logging(config.logging.level, config.logging.file)
+    setup_logging(config.logging, role="gateway", name=platform.node())
     settings = gateway_settings(section, config.tls, config.authentication, config.tracing, model=section.model)
     options = bus_options(args, config.nats if args.config is not None else None)
     edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set, export=export_of(config.tracing))

@@ -79,7 +79,7 @@ def shard_command(args: argparse.Namespace) -> int:
     from mesh.types import LayerRange
 
     config = load_config(args.config, ShardConfig)
-    setup_logging(config.logging.level, config.logging.file)
+    setup_logging(config.logging, role="shard", name=f"shard-{config.shard.shard_id}")
     limit_threads(config.resources.worker_threads, turn=config.shard.shard_id - 1)
     choose_device(gpu=config.resources.enable_gpu)
     prepare()
@@ -126,14 +126,15 @@ def join_command(args: argparse.Namespace) -> int:
     from mesh.http.listener import Listener, ListenerOptions
     from mesh.runtime.device import prepare
     from mesh.settings.files import load_environment
-    from mesh.settings.schema import HealthSection, MetricsConfig, TracingSection
+    from mesh.settings.schema import HealthSection, LoggingConfig, MetricsConfig, TracingSection
     from mesh.shard.http import ShardHttp
     from mesh.shard.metrics import ShardMetrics
     from mesh.shard.process import choose_device, limit_threads, run, serve
     from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
 
-    setup_logging()
+    name = args.name or f"join-{secrets.token_hex(4)}"
+    setup_logging(load_environment(LoggingConfig).logging, role="shard", name=name)
     limit_threads(args.threads)
     choose_device(gpu=args.gpu)
     prepare()
@@ -154,7 +155,6 @@ def join_command(args: argparse.Namespace) -> int:
         if more:
             raise ConfigError(f"--layers {args.layers}: give one half-open range, such as 0-12")
     memory = parse_bytes(args.memory) if args.memory else round(0.8 * _free_memory())
-    name = args.name or f"join-{secrets.token_hex(4)}"
     with progress_bar(quiet=args.quiet) as progress:
 
         async def make(bus: Bus) -> ShardOptions:

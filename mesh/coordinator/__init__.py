@@ -46,6 +46,7 @@ The files:
     clocks.py        how far the shards' clocks are ahead
     span_store.py    spans that other processes have sent
     server_traces.py what nats-server reports of a frame
+    access.py        the line in the log of each request that has ended
     description.py   the manifest and the tokenizer of the model
 
     core/            the decisions: pure, no await, no clock

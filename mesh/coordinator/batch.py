@@ -29,7 +29,7 @@ from mesh.errors import BadRequest, Cancelled, DeadlineExceeded, MeshError, Mess
 from mesh.protocol import topics
 from mesh.protocol.batches import BatchItem, BatchResults, BatchStatus
 from mesh.protocol.failures import ErrorReply
-from mesh.protocol.generation import Generate
+from mesh.protocol.generation import Generate, public_id
 
 __all__ = ["BatchWorker"]
 
@@ -159,7 +159,7 @@ class BatchWorker:
                 continue
             failing = False
             if work is not None:
-                task = self.bus.spawn(self._work(work), f"request {work.index} of batch {work.id}")
+                task = self.bus.spawn(self._work(work), f"request {work.index} of batch {public_id(work.id)}")
                 self._working[task] = work
                 task.add_done_callback(lambda done: self._working.pop(done, None))
                 await asyncio.wait([task], timeout=_PACE_S)  # until the request has asked for its rows
@@ -173,7 +173,7 @@ class BatchWorker:
             if isinstance(error, MeshError) and error.retryable:  # the server is away
                 raise
             self.counters["errors"] += 1
-            log.exception("%s", work.subject)
+            log.exception("request %d of batch %s", work.index, public_id(work.id))
             if work.deliveries >= STARTS:
                 failed = MeshError(f"{work.deliveries} tries failed: see the logs of the coordinators")
                 await self._store.end(work.id, BatchItem(index=work.index, state="failed", error=ErrorReply.of(failed)))
@@ -203,7 +203,7 @@ class BatchWorker:
         except MeshError as error:
             if error.retryable:
                 self.counters["given_back"] += 1
-                log.info("request %d of batch %s: %s; again later", work.index, work.id, error)
+                log.info("request %d of batch %s: %s; again later", work.index, public_id(work.id), error)
                 await self._store.give_back(work.id, work.index, starts)
                 await work.give_back(_AGAIN_S)
                 return
@@ -249,7 +249,7 @@ class BatchWorker:
             self._answers.pop(name, None)
         received: Received = future.result()
         if received.headers.get("Status") == "503":
-            raise DeadlineExceeded(f"the coordinator that had request {work.index} of batch {work.id} is gone")
+            raise DeadlineExceeded(f"the coordinator that had request {work.index} of batch {public_id(work.id)} is gone")
         raise_error(received)
         document: dict[str, Any] = orjson.loads(received.data)
         return {name: value for name, value in document.items() if name not in ("done", "id", "epoch", "rest")}

@@ -23,7 +23,7 @@ from mesh.coordinator.replies import Job
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Unavailable
 from mesh.protocol import topics
 from mesh.protocol.events import EventKind
-from mesh.protocol.generation import Generate
+from mesh.protocol.generation import Generate, public_id
 from mesh.protocol.headers import SESSION_HEADER
 from mesh.protocol.status import Alive, Heartbeat
 from mesh.protocol.stream import with_epoch
@@ -180,13 +180,13 @@ class Continuity:
             try:
                 found = await self.recorder.read(session)
             except MeshError as error:
-                log.warning("looking for session %s: %s", session, error)
+                log.warning("looking for the session of request %s: %s", public_id(session), error)
                 return False
             if found is None:
                 return False
             record, revision = found
             if record.digest != digest or record.model_hash != self._model_hash:
-                raise BadRequest(f"session {session} was another request: give this one its own name", field="session")
+                raise BadRequest("this session was another request: give this one its own name", field="session")
             if record.answer is not None:
                 await self.bus.publish(reply, with_epoch(record.answer.encode(), asked.epoch))
                 return True
@@ -322,5 +322,5 @@ class Continuity:
             self.recorder.touch_all()
 
     def _on_lost(self, session: str, record: SessionRecord) -> None:
-        log.warning("session %s is another coordinator's now", session)
+        log.warning("request %s is another coordinator's now", public_id(session))
         self.bus.spawn(self._host.lose(session, record), "dropping a session")

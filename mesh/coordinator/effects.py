@@ -24,6 +24,7 @@ from typing import assert_never
 import orjson
 
 from mesh.bus import Bus
+from mesh.coordinator.access import log_ended, log_rejected
 from mesh.coordinator.continuity import Announce, Continuity
 from mesh.coordinator.core.events import (
     Admitted,
@@ -47,6 +48,7 @@ from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.tracing import Tracing
 from mesh.errors import MeshError, Unavailable, internal_error
+from mesh.protocol.generation import public_id
 from mesh.protocol.stream import fitted
 from mesh.telemetry.seldom import Seldom
 
@@ -138,7 +140,7 @@ class Effects:
             self._outbox.error(job.reply, internal_error(error), job.epoch, job.id)
             self._continuity.end(job, None)
         except Exception as another:
-            seldom.error(f"giving up session {session}", another)
+            seldom.error(f"giving up request {public_id(session)}", another)
 
     def _emit(self, effect: Emit) -> bool:
         """Take a token; whether a stop text is complete with it."""
@@ -198,6 +200,7 @@ class Effects:
         job = self._jobs.table.pop(effect.session, None)
         self._generations.rejected(effect.error, job)
         if job is not None:
+            log_rejected(job, effect)
             self._outbox.error(job.reply, effect.error, job.epoch, job.id)
 
     @staticmethod
@@ -213,6 +216,7 @@ class Effects:
         self._tracing.end(effect, job)
         if job is None:
             return
+        log_ended(job, effect)
         if effect.error is not None:
             del self._jobs.table[effect.session]
             self._outbox.error(job.reply, effect.error, job.epoch, job.id)

@@ -35,6 +35,8 @@ from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import frame_codec, generation, subjects, topics
 from mesh.protocol.headers import TRACE_HEADER
 from mesh.protocol.stream import with_epoch
+from mesh.telemetry.context import TraceContext
+from mesh.telemetry.log_context import log_context
 
 __all__ = ["Intake"]
 
@@ -106,25 +108,34 @@ class Intake:
             message = message.model_copy(update={"traceparent": traceparent[:128]})
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
-        id, digest = message.session or secrets.token_hex(16), digest_of(message)
+        id, context = message.session or secrets.token_hex(16), TraceContext.parse(message.traceparent)
+        with log_context(request=generation.public_id(id), trace=context.trace):
+            job = await self._prepare(message, id, received, direct=direct)
+        if job is not None:  # its turn of the core is about other requests too
+            job.context, job.arrived = context, arrived
+            await self._jobs.begin(job)
+
+    async def _prepare(self, message: generation.Generate, id: str, received: Received, *, direct: bool) -> Job | None:
+        """The job of a new request; None: its session is known, here or elsewhere, and is answered from there."""
+        digest = digest_of(message)
         if await self._known(id, digest, message, received.reply):
-            return
+            return None
         generation.require_answer_fits(message, self._bus.max_payload)
         size = len(received.data)
         self._requests.enter(size)
         try:
             may_be_known = message.session is not None and message.attempt != 0
             if may_be_known and await self._continuity.find(id, digest, message, received.reply, direct=direct):
-                return
+                return None
             request = await self._requests.prepare(message, id)
         finally:
             self._requests.leave(size)
         if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster
-            return
+            return None
         self._jobs.require_room(request)
-        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch), arrived=arrived)
+        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch))
         job.start = job.delivered = len(message.given)
-        await self._jobs.begin(job)
+        return job
 
     async def _on_passed_on(self, received: Received) -> None:
         """A request that another coordinator received, and believes to be for a session of this one."""
@@ -141,7 +152,7 @@ class Intake:
         if answer is None and job is None:
             return False
         if digest != (answer[0] if answer is not None else job.digest if job is not None else ""):
-            raise BadRequest(f"session {id} was another request: give this one its own name", field="session")
+            raise BadRequest("this session was another request: give this one its own name", field="session")
         if answer is not None:
             _, last, whole = answer
             if whole is not None and message.stream:  # the last document lacks parts, which the others have

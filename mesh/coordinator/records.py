@@ -36,7 +36,7 @@ from pydantic import AfterValidator, Field
 from mesh.bus import Bucket, Bus, end_tasks
 from mesh.errors import MeshError, MessageRejected
 from mesh.protocol import subjects
-from mesh.protocol.generation import Generate
+from mesh.protocol.generation import Generate, public_id
 from mesh.protocol.message import AnswerEpoch, Label, Message, Natural, Subject, Token, TokenIds
 from mesh.telemetry.seldom import Seldom
 
@@ -89,7 +89,15 @@ class SessionRecord(Message):
 
 
 def sessions_bucket(bus: Bus) -> Bucket:
-    return Bucket(bus, subjects.KV_SESSIONS, ttl_s=_TTL_S, durable=True, max_value_bytes=SessionRecord.limit_bytes, max_bytes=_MAX_BYTES)
+    return Bucket(
+        bus,
+        subjects.KV_SESSIONS,
+        ttl_s=_TTL_S,
+        durable=True,
+        max_value_bytes=SessionRecord.limit_bytes,
+        max_bytes=_MAX_BYTES,
+        secret_keys=True,
+    )
 
 
 def digest_of(message: Generate) -> str:
@@ -227,9 +235,9 @@ class Recorder:
                 if await self.bucket.update(self.key(session), record.to_bytes(), revision=pending.revision) is not None:
                     written.add(session)
             except MeshError as error:
-                log.warning("handing over session %s: %s", session, error)
+                log.warning("handing over request %s: %s", public_id(session), error)
             except Exception as error:  # the others are handed over all the same
-                seldom.error(f"handing over session {session}", error)
+                seldom.error(f"handing over request {public_id(session)}", error)
 
         try:
             async with asyncio.timeout(timeout_s):
@@ -318,7 +326,7 @@ class Recorder:
             self.counters["failed"] += 1
             pending.written_at = time.monotonic()
             pending.dirty, pending.due_at = True, pending.written_at + REFRESH_S
-            seldom.error(f"session record {session}", error)
+            seldom.error(f"the session record of request {public_id(session)}", error)
         finally:
             pending.writing = False
             tell, pending.on_first = pending.on_first, None
@@ -387,7 +395,7 @@ class Recorder:
             try:
                 await self.bucket.delete(self.key(session), revision=revision)
             except MeshError as error:
-                log.debug("deleting session record %s: %s", session, error)
+                log.debug("deleting the session record of request %s: %s", public_id(session), error)
 
     def _parse(self, value: bytes | None, revision: int) -> tuple[SessionRecord, int] | None:
         try:

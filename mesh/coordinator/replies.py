@@ -96,13 +96,11 @@ class Job:
         *,
         digest: str = "",
         epoch: int = 1,
-        arrived: float | None = None,
     ) -> Job:
         """A job that has the request's prefix, as if it had been generated here."""
         text = None if tokenizer is None else tokenizer.stream()
         job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch)
         job.context = TraceContext.parse(message.traceparent)
-        job.arrived = job.began if arrived is None else arrived
         for id in request.prefix:
             job._take(Token(id))
         return job

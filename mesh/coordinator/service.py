@@ -146,6 +146,7 @@ class Coordinator:
             expected=options.expected,
             open_timeout_s=options.open_timeout_s,
             opened=self.tracing.opened,
+            context_of=self.tracing.traces.context_of,
         )
         self.continuity = Continuity(
             bus,
@@ -233,6 +234,7 @@ class Coordinator:
             coordinator=self.name,
             instance=self.continuity.instance,
             pid=os.getpid(),
+            unix_s=time.time(),
             model=self.manifest.name,
             vocab_size=self.manifest.vocab_size,
             context=load.context,

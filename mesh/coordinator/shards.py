@@ -24,7 +24,9 @@ from mesh.coordinator.trace import OpenTry
 from mesh.coordinator.translate import replica_of
 from mesh.errors import Busy, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, Unavailable
 from mesh.protocol import control, frame_codec, topics
+from mesh.protocol.generation import public_id
 from mesh.protocol.status import ShardLease
+from mesh.telemetry.log_context import log_context
 
 __all__ = ["Shards"]
 
@@ -43,7 +45,7 @@ _MOST_GONE = 256
 
 class Shards:
     """`coordinator` is this coordinator's process. `expected`: the shards that the configuration asks for. `open_timeout_s`: how long a
-    shard may take to open a row."""
+    shard may take to open a row. `opened(session, tried)` is called after each try. `context_of`: the (trace, span) of a session."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Shards:
         expected: ExpectedShards | None,
         open_timeout_s: float,
         opened: Callable[[str, OpenTry], None],
+        context_of: Callable[[str], tuple[str, str] | None],
     ) -> None:
         self._bus = bus
         self._core = core
@@ -71,6 +74,7 @@ class Shards:
         self._expected = expected
         self._open_timeout_s = open_timeout_s
         self._opened = opened
+        self._context_of = context_of
         self._leases = Leases()
         self._subscription: Subscription | None = None
         self._watcher: asyncio.Task[Any] | None = None
@@ -173,6 +177,13 @@ class Shards:
 
     async def open(self, effect: OpenRow) -> None:
         """Ask a shard, or the queue group of a range, for a row. The answer, or its absence, is an event for the core."""
+        context = self._context_of(effect.request.id)
+        trace = None if context is None else context[0]
+        with log_context(request=public_id(effect.request.id), trace=trace, shard=effect.shard):
+            event = await self._open(effect, trace)
+        await self._driver.handle(event)
+
+    async def _open(self, effect: OpenRow, trace: str | None) -> Event:
         request, key = effect.request, effect.key
         message = control.Open(
             session=key,
@@ -183,30 +194,31 @@ class Shards:
             keep=effect.keep,
             sampling=request.sampling,
             instance=None if effect.shard is None else self._leases.instance(effect.shard),
+            request=public_id(request.id),
+            trace=trace,
         )
         if effect.shard is None:
             to = topics.OPEN_ANY.at(self._model, effect.layers)
         else:
             to = topics.OPEN.at(effect.shard)
-        event: Event
-        began, error_text = time.perf_counter(), ""
+        began, failure, shard = time.perf_counter(), "", effect.shard
         try:
             opened = await self._bus.request(to, message, timeout_s=self._open_timeout_s)
             if opened.instance != self._leases.instance(opened.shard):  # one that was replaced, in a queue group
                 self.close(CloseRow(key, effect.epoch, opened.shard))
                 raise Unavailable(f"shard {opened.shard} is another process now")
-            event = RowOpened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
+            shard = opened.shard
+            return RowOpened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
         except MeshError as error:
             if isinstance(error, NobodyListens) and effect.shard is not None:
                 await self._gone(effect.shard)
             full = isinstance(error, Busy)
             if not full:
                 log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", error)
-            permanent, error_text = not error.retryable, str(error)
-            event = OpenRefused(key, effect.epoch, effect.stage, effect.shard, full, error, permanent)
-        shard = effect.shard or (event.shard if isinstance(event, RowOpened) else None)
-        self._opened(request.id, OpenTry(began, time.perf_counter(), effect.epoch, effect.layers, shard, error_text))
-        await self._driver.handle(event)
+            failure = str(error)
+            return OpenRefused(key, effect.epoch, effect.stage, effect.shard, full, error, not error.retryable)
+        finally:
+            self._opened(request.id, OpenTry(began, time.perf_counter(), effect.epoch, effect.layers, shard, failure))
 
     def close(self, effect: CloseRow) -> None:
         """Give a row back."""

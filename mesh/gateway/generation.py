@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from mesh.gateway.context import Gateway
 from mesh.gateway.resume import Progress
 from mesh.gateway.settings import Limits
 from mesh.gateway.tracing import keep
+from mesh.telemetry.log_context import note
+
+log = logging.getLogger("mesh.http")
 
 __all__ = ["Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "paying"]
 
@@ -120,6 +124,8 @@ class HttpGeneration:
         limits = self._gateway.settings.limits
         stream = self._gateway.client.stream(model=self._model, timeout_s=limits.request_timeout_s, **self._fields)
         self.request = stream.request
+        note(request=stream.request)
+        log.debug("generating with %s", self._model)
         try:
             async for chunk in stream:
                 if chunk.token is not None:

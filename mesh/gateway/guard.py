@@ -52,7 +52,7 @@ class Guarded(APIRoute):
             caller = gate.admit(request.headers.get("authorization"), self.scope)
             request.state.caller = caller
             if not gate.open:
-                request.state.note = f" {caller.name!r}"
+                request.state.caller_name = caller.name
             model = None if self.body_field is None else self.body_field.field_info.annotation
             if isinstance(model, type) and issubclass(model, BaseModel):
                 request = _Bounded(request.scope, request.receive)

@@ -23,6 +23,7 @@ from mesh.gateway.errors import BodyRefused, HttpError, error_response, internal
 from mesh.gateway.events import ClientGone
 from mesh.gateway.settings import Limits
 from mesh.gateway.tracing import EdgeTracing, HttpTrace
+from mesh.telemetry.log_context import log_context
 from mesh.telemetry.registry import Histogram
 
 __all__ = ["Counters", "Edge"]
@@ -70,14 +71,14 @@ class Edge:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
-        with self._tracing.of(headers) as trace:
-            await self._answer(scope, headers, receive, send, trace)
-
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send, trace: HttpTrace) -> None:
-        began, began_ns = time.perf_counter(), time.time_ns()
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        with self._tracing.of(headers) as trace, log_context(http_request=request_id, trace=trace.context.trace):
+            await self._answer(scope, receive, send, headers, request_id, trace)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str, trace: HttpTrace) -> None:
+        began, began_ns = time.perf_counter(), time.time_ns()
         status = 0
         streams = False
 
@@ -110,7 +111,7 @@ class Edge:
         except ClientGone:
             status = status or 499
         except Exception:
-            log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
+            log.exception("%s %s", scope["method"], _route(scope))
             if status:  # the response has begun, so only its connection can be ended
                 raise
             await error_response(internal_error(), scope["path"], request_id)(scope, receive, answer)
@@ -120,17 +121,7 @@ class Edge:
             counters.requests[str(status)] += 1
             counters.durations.observe(time.perf_counter() - began, _method(scope), _route(scope), str(status))
             self._tracing.ended(trace, scope, status, began_ns, time.time_ns())
-            access.log(
-                logging.DEBUG if status == 200 and "/health" in scope["path"] else logging.INFO,
-                "%s %s %s %d %.1f ms %s%s",
-                (scope.get("client") or ("-",))[0],
-                scope["method"],
-                scope.get("raw_path", b"").decode("ascii", "replace"),
-                status,
-                (time.perf_counter() - began) * 1e3,
-                request_id,
-                scope["state"].get("note", ""),
-            )
+            _log_access(scope, status, time.perf_counter() - began)
 
     def _refusal(self, headers: Headers) -> HttpError | None:
         """The error of a request that is wrong before its body is read. None: nothing is wrong."""
@@ -150,9 +141,29 @@ def _method(scope: Scope) -> str:
     return scope["method"] if scope["method"] in _METHODS else "_OTHER"
 
 
+def _log_access(scope: Scope, status: int, seconds: float) -> None:
+    """One line for a request that has ended."""
+    level = logging.DEBUG if status == 200 and "/health" in scope["path"] else logging.INFO
+    if not access.isEnabledFor(level):
+        return
+    fields = {
+        "client": (scope.get("client") or ("-",))[0],
+        "method": scope["method"],
+        "route": _route(scope),
+        "status": status,
+        "seconds": round(seconds, 6),
+        "caller": scope["state"].get("caller_name"),
+    }
+    text = "%(client)s %(method)s %(route)s %(status)d %(ms).1f ms"
+    access.log(level, text, {**fields, "ms": seconds * 1e3}, extra={"fields": fields})
+
+
 def _route(scope: Scope) -> str:
-    """The template of the path; empty where no route matched."""
-    return getattr(scope.get("route"), "path", "")
+    """The path with its changing parts as names: they may be secrets, such as the id of a batch."""
+    template = getattr(scope.get("route"), "path", None)
+    if isinstance(template, str):
+        return template
+    return str(scope["path"]) if "endpoint" in scope and not scope.get("path_params") else "(no route)"
 
 
 _DROP_BYTES = 256 * 1024

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from mesh.errors import BadRequest, MeshError, ServiceError
 from mesh.host.process import wait_for_end
+from mesh.telemetry.logs import readable
 
 __all__ = ["MOST_DEATHS", "START_TRIES", "Child", "Revivable", "Supervisor", "restart_delay_s"]
 
@@ -73,7 +74,7 @@ class Child:
     def log(self) -> list[str]:
         with self._path.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
-            return file.read().decode(errors="replace").strip().splitlines()
+            return [readable(line) for line in file.read().decode(errors="replace").strip().splitlines()]
 
     def kill(self) -> None:
         self.process.kill()

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mesh.protocol.message import Epoch, Line, Message, Natural, Positive, SessionId, Token
 from mesh.protocol.sampling import SamplingParams
+from mesh.protocol.spans import TraceId
 from mesh.types import LayerRange
 
 __all__ = ["Close", "Closed", "Drain", "Drained", "Load", "Loaded", "Open", "Opened", "Ping", "Pong"]
@@ -19,7 +20,7 @@ class Open(Message):
     After an Open with a higher epoch, frames of lower epochs are refused. An Open with a lower epoch is refused too
     (MessageRejected, field epoch). `keep`: how many positions of the row's cache stay valid where the session was open here before.
     These positions were computed from the same tokens. `instance`: the one that is meant; another process of the shard's name opens
-    nothing (None: any).
+    nothing (None: any). `request`, `trace`: the public id of the generation and the id of its trace, for the shard's log.
     """
 
     session: SessionId
@@ -30,6 +31,8 @@ class Open(Message):
     keep: Natural = 0
     sampling: SamplingParams = SamplingParams()  # used by the last stage
     instance: Token | None = None
+    request: Token | None = None
+    trace: TraceId | None = None
 
 
 class Opened(Message):

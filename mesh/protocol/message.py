@@ -72,7 +72,7 @@ class Message(BaseModel):
     (tests/unit/protocol/test_bounds.py).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
     limit_bytes: ClassVar[int] = 64 * 1024  # longer messages of this type are refused unread
 
     def to_bytes(self) -> bytes:

@@ -15,6 +15,7 @@ __all__ = [
     "Heartbeat",
     "Hops",
     "LeaseQuery",
+    "MachineReport",
     "SessionReport",
     "ShardLease",
     "ShardStats",
@@ -46,9 +47,25 @@ class LeaseQuery(Message):
     """Ask every shard for its lease. It has no fields."""
 
 
+class MachineReport(Message):
+    """What a shard's machine gives it (mesh/host/machine.py has the meanings). `quota_cores` 0: no limit. `memory_limit_bytes`: the
+    machine's memory, or what its container may have."""
+
+    processor: Label = ""
+    features: Annotated[tuple[Label, ...], Field(max_length=64, fail_fast=True)] = ()
+    cores: Natural = 0
+    usable_cores: Natural = 0
+    quota_cores: float = 0.0
+    memory_bytes: Natural = 0
+    memory_limit_bytes: Natural = 0
+    available_bytes: Natural = 0
+    open_files: Natural = 0
+
+
 class ShardStats(Message):
     """A shard's counts and seconds since its start. `rejected`: refused frames and messages, by reason. `storage`: writes of its lease to
-    JetStream that failed, and buckets that were lost and made again."""
+    JetStream that failed, and buckets that were lost and made again. `unix_s`: its clock. `predicted_bytes`: what its weights and caches
+    were planned to take."""
 
     shard: Token
     instance: Token
@@ -75,6 +92,9 @@ class ShardStats(Message):
     rejected: Counts
     memory_bytes: Natural
     storage: Counts = Field(default_factory=dict)
+    unix_s: float = 0.0
+    predicted_bytes: Natural = 0
+    machine: MachineReport = MachineReport()
 
 
 class ShardLease(Message):
@@ -209,7 +229,7 @@ class CoordinatorStats(_Reported):
     `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where. `prompts`: how
     many were tokenized, and of these late and died, whose process was ended for its time or its memory. `spans`: sent to a
     collector, failed, full (there was no place to wait) and not_kept.
-    `remade`: what was lost in JetStream and made again, and how often. `http`, `metrics`: where this process answers.
+    `remade`: what was lost in JetStream and made again, and how often. `unix_s`: its clock. `http`, `metrics`: where this process answers.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -222,6 +242,7 @@ class CoordinatorStats(_Reported):
     serving: bool
     instance: Label = ""
     pid: Natural = 0
+    unix_s: float = 0.0
     http: Line | None = None
     metrics: Line = ""
     vocab_size: Natural = 0

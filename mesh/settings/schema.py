@@ -33,6 +33,8 @@ __all__ = [
     "HealthSection",
     "HttpSection",
     "LoadBalancing",
+    "LoggingConfig",
+    "LoggingSection",
     "MetricsConfig",
     "MetricsSection",
     "ModelConfig",
@@ -282,8 +284,20 @@ class PoolSection(Section):
 
 
 class LoggingSection(Section):
+    """The log of a process. Two processes must not share a file."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "text"] = "auto"  # auto: text on a terminal, else JSON
     file: str | None = None  # None: standard error
+    max_bytes: Annotated[int, Field(ge=0)] = 100_000_000  # a longer file is renamed FILE.1; 0: another program rotates it
+    backups: Count = 5  # renamed files that are kept
+    content: bool = False  # whether the texts of prompts and answers are logged
+
+
+class LoggingConfig(ConfigFile):
+    """The log of commands that read no file: from the environment alone."""
+
+    logging: LoggingSection = LoggingSection()
 
 
 class MetricsSection(Section):

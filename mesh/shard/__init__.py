@@ -4,6 +4,7 @@ options   what a shard is told when it is made
 state     which session has which row, and which rows of a frame are computed (pure)
 compute   the compute thread, and one step from frame to frame
 meter     counters of frames, bytes and time
+machine   what its machine gives it, and the memory that it was planned to take
 service   the shard itself: its life, its subjects, its lease
 start_trace   the spans of its start
 gaps      whether the mesh can do without this shard, and what to start first if not

@@ -53,12 +53,14 @@ from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import ComputeThread, run_step
 from mesh.shard.gaps import can_replace, others, refuse_gap
 from mesh.shard.lease import LeaseKeeper
+from mesh.shard.machine import machine_report, predicted_bytes
 from mesh.shard.meter import Meter, resident_bytes
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
 from mesh.shard.start_trace import StartTrace
 from mesh.shard.state import ShardShape, ShardState, tag_of
 from mesh.telemetry.export import SpanExport
+from mesh.telemetry.log_context import log_context
 from mesh.types import Progress, no_progress
 
 __all__ = ["Shard", "ShardOptions"]
@@ -147,6 +149,7 @@ class Shard:
         self._drainer: asyncio.Task[Any] | None = None
         self._encode_s = dict.fromkeys(Kind, 0.0)  # seconds that encoding the last frame of each kind took
         self._started = time.time()
+        self._predicted_bytes = predicted_bytes(self.manifest, options)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -239,6 +242,9 @@ class Shard:
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
         reservation = self.state.open(message, time.monotonic())
+        if log.isEnabledFor(logging.DEBUG):
+            with log_context(request=message.request, trace=message.trace, shard=self.options.name):
+                log.debug("opened row %d, of which %d positions are filled", reservation.row, reservation.filled)
         self.idle.clear()
         shape = self.state.shape
         if shape.last:
@@ -329,6 +335,9 @@ class Shard:
             rejected={**meter.rejected, **({"reply": refused} if (refused := self.bus.refused_replies) else {})},
             memory_bytes=resident_bytes(),
             storage=dict(self._lease.counters) | {"remade": self._lease.bucket.remade},
+            unix_s=time.time(),
+            predicted_bytes=self._predicted_bytes,
+            machine=machine_report(),
         )
 
     # -- frames --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a process reports about itself to operators.
 
 logs         where log lines go, and their format
+log_context  what every log line of a request has in common
 seldom       failures that repeat, said once in a few seconds
 context      W3C trace contexts
 from_config  from configuration to what becomes of traces

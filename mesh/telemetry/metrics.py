@@ -209,7 +209,7 @@ _GATEWAY = (
         "http_server_request_duration_seconds",
         "histogram",
         "gateway",
-        "HTTP requests: from the head to the last byte of the answer. http_route is empty where no route matched.",
+        "HTTP requests: from the head to the last byte of the answer. http_route is `(no route)` where no route matched.",
         ("http_request_method", "http_route", "http_response_status_code"),
         _HTTP_S,
         "http.server.request.duration",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,31 @@ def test_the_bus_reconnects_to_a_server_that_restarted_without_its_memory(run: R
 
     run(work()).stop()
     first.stop()
+
+
+def test_a_flush_outlives_the_server_that_it_asked(run: Run, tmp_path: Path) -> None:
+    """A shard that has loaded its layers flushes before it says that it is ready; it must not end because a server stood still."""
+
+    async def work(server: NatsServer) -> None:
+        async with await connect(server) as bus:
+            got = asyncio.Event()
+
+            async def note(received: Received) -> None:
+                got.set()
+
+            os.kill(server.pid, signal.SIGSTOP)
+            await bus.subscribe("flushed", note)
+            flushing = asyncio.create_task(bus.flush())
+            await until(lambda: bus._flushes, because="a flush tells nobody that it has begun")
+            server.kill()
+            server.revive()
+            await flushing
+            async with await connect(server) as other:
+                await other.publish("flushed", b"")
+                await asyncio.wait_for(got.wait(), 10)
+
+    with NatsServer.start(directory=tmp_path) as server:
+        run(work(server))
 
 
 def test_compare_and_set(run: Run, server: NatsServer) -> None:

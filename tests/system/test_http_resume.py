@@ -6,22 +6,21 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import edges
 import httpx
 import httpx2
 import openai
 import pytest
 from gateway_process import Gateway
 from openai.types.chat import ChatCompletionChunk
+from places import DOCS
 from waiting import until_true
 
-from mesh.host.process import dying_with_parent
 from mesh.local.mesh import LocalMesh, LocalOptions
 
 TOKENS = 240
@@ -32,37 +31,6 @@ CHAT: dict[str, Any] = {
     "max_tokens": 230,
     "extra_body": {"ignore_eos": True},
 }
-NGINX = """\
-daemon off;
-master_process off;
-pid {folder}/nginx.pid;
-error_log stderr;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi;
-  scgi_temp_path {folder}/scgi;
-  upstream mesh {{
-    server {first};
-    server {second};
-  }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{
-      proxy_pass http://mesh;
-      proxy_http_version 1.1;
-      proxy_set_header Connection "";
-      proxy_set_header Host $host;
-      proxy_buffering off;
-      proxy_read_timeout 75s;
-      proxy_next_upstream error timeout non_idempotent;
-    }}
-  }}
-}}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -110,24 +78,8 @@ def front(mesh: LocalMesh, folder: Path, *, nginx: bool) -> Iterator[Front]:
             gateways.append(stack.enter_context(Gateway(folder / str(number), mesh.url, {"gateway": {"listen_port": 0}})))
         urls = [gateway.url() for gateway in gateways]
         if nginx:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-            config = folder / "nginx.conf"
-            first, second = (url.removeprefix("http://") for url in urls)
-            config.write_text(NGINX.format(folder=folder, first=first, second=second, port=port))
-            process = subprocess.Popen(dying_with_parent([str(shutil.which("nginx")), "-c", str(config)]))
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            urls = [f"http://127.0.0.1:{port}"]
-            until_true(lambda: _answers(urls[0]), because="nginx says nothing when it listens")
+            urls = [stack.enter_context(edges.nginx(urls, folder))]
         yield Front(mesh, gateways, urls)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/api/v1/health/live").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(params=["gateways", "nginx"])
@@ -271,3 +223,28 @@ def test_a_client_that_left_may_come_back_and_another_request_may_not_use_the_id
         for id, body in ((last_id, {**REQUEST, "tokens": [6]}), ("guess", REQUEST), (f"{last_id}-3", REQUEST)):
             answer = httpx.post(f"{served.urls[0]}/api/v1/inference", json=body, headers={"Last-Event-ID": str(id)}, timeout=60)
             assert answer.status_code == 400, answer.text
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_a_gateway_that_is_back_serves_at_once_when_the_other_one_dies(plain: LocalMesh, tmp_path: Path) -> None:
+    def ask() -> int:
+        return httpx.post(f"{url}/api/v1/inference", json={"tokens": [5], "max_tokens": 1}, timeout=60).status_code
+
+    with edges.gateways(2, plain.url, tmp_path) as running, edges.nginx([edges.url_of(one) for one in running.values()], tmp_path) as url:
+        first, second = running.values()
+        first.kill()
+        assert [ask() for _ in range(4)] == [200] * 4  # nginx has found the first one gone
+        first.revive()
+        edges.wait_for(first)
+        second.kill()
+        assert [ask() for _ in range(4)] == [200] * 4
+
+
+def test_the_documented_nginx_is_the_one_that_is_tested() -> None:
+    page = (DOCS / "http.md").read_text()
+    documented = page.partition("```nginx")[2].partition("```")[0]
+    directives = {line.partition("#")[0].strip() for line in documented.splitlines()} - {"", "}"}
+    asked = {line for line in directives if line.startswith(("proxy_", "client_"))}
+    assert asked and asked <= {line.strip() for line in edges.NGINX.splitlines()}
+    servers = [line for line in directives if line.startswith("server ") and line.endswith(";")]
+    assert servers and all(line.endswith(edges.SERVER.partition("{address}")[2]) for line in servers)

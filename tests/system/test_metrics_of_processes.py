@@ -44,7 +44,7 @@ def test_every_process_answers_and_its_values_move(mesh: LocalMesh) -> None:
     inference = {"http_request_method": "POST", "http_route": "/api/v1/inference"}
     assert value(found, "http_server_request_duration_seconds_count", **inference, http_response_status_code="200") == 1
     assert value(found, "http_server_request_duration_seconds_count", **inference, http_response_status_code="400") == 1
-    assert value(found, "http_server_request_duration_seconds_count", http_route="", http_response_status_code="404") == 1
+    assert value(found, "http_server_request_duration_seconds_count", http_route="(no route)", http_response_status_code="404") == 1
     assert value(found, "http_server_active_requests") == 1, "this scrape"
     assert value(found, "mesh_coordinator_tokens_total") == tokens + 10
     for name in ("shard-1", "shard-2"):

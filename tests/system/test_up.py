@@ -177,7 +177,7 @@ def test_every_command_finds_the_mesh_that_is_up(up: Up, model: Path, tmp_path: 
     assert up.command("batch", "dead") == ""
     assert json.loads(up.command("generate", "--tokens", "5", "--max-tokens", "2", "--json", "--nats", up.url))["tokens"]
     with Talking([*MESH, "gateway", "--http-port", "0"], env=up.environment) as gateway:
-        url = gateway.wait(r"HTTP on (http://\S+)")[1]
+        url = gateway.wait(r"HTTP on (http://[^\s\"]+)")[1]
         body = {"tokens": [5], "max_tokens": 2, "model": "tiny"}
         assert httpx.post(f"{url}/api/v1/inference", json=body, timeout=60).status_code == 200
     with Talking([*MESH, "join", "--quiet", "--http-port", "0", "--name", "late"], env=up.environment) as late:

@@ -24,4 +24,4 @@ class Gateway(Talking):
 
     def url(self) -> str:
         """Where it listens, once it does."""
-        return self.wait("HTTP on (.*)")[1].rpartition(" ")[2]
+        return self.wait(r"HTTP on (https?:[^\s\"]+)")[1]

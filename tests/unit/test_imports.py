@@ -26,6 +26,7 @@ LAYERS = [
     {"runtime", "client"},
     {"importer", "shard", "coordinator"},
     {"gateway", "local"},
+    {"doctor"},
     {"commands"},
     {"cli"},
 ]

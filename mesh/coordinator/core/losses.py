@@ -18,6 +18,7 @@ from mesh.coordinator.core.events import Announcement, CloseRow, OpenRefused, Pr
 from mesh.coordinator.core.session import Act, Session, State
 from mesh.coordinator.core.state import CoreState
 from mesh.errors import MeshError, Unavailable
+from mesh.protocol.generation import public_id
 from mesh.types import LayerRange
 
 __all__ = [
@@ -205,7 +206,7 @@ def _go_on(state: CoreState, session: Session) -> bool:
         stepped_in = new in session.mirrors.values()
         session.replay = "mirror" if stepped_in and session.replay != "replay" else "replay"
         how = "its mirror stepped in" if stepped_in else "the history is computed again"
-        state.effects.append(Announcement("failed_over", str(old), f"session {session.id} goes on at {new}: {how}"))
+        state.effects.append(Announcement("failed_over", str(old), f"request {public_id(session.id)} goes on at {new}: {how}"))
     if state.mirrors and session.replay == "replay":  # everything is computed again, so a new mirror can follow from the start
         mirrors = {**state.replicas.mirrors(choices, session.positions, state.now), **mirrors}
     session.choices, session.mirrors = choices, mirrors

@@ -297,7 +297,7 @@ class Core:
         state = self._state
         longest = state.replicas.longest()
         if request.id in state.by_id:
-            return BadRequest(f"session {request.id} is being generated already", field="session")
+            return BadRequest("this session is being generated already", field="session")
         if longest is not None and len(request.prompt) + request.max_tokens > longest:
             return PromptTooLong(
                 f"the prompt has {len(request.prompt)} tokens and {request.max_tokens} more are asked for, but rows here hold "

@@ -184,7 +184,7 @@ class Session:
         """Go to the next state; the only place where `state` changes."""
         following = TRANSITIONS[self.state].get(act)
         if following is None:
-            raise IllegalTransition(f"session {self.id} is {self.state.value} and cannot {act.value}")
+            raise IllegalTransition(f"a session that is {self.state.value} cannot {act.value}")
         self.state = following
 
     def check(self) -> None:
