@@ -9,6 +9,8 @@ events       announcements of what happened, and the stream that keeps them
 batches      durable batches: the queue and the results
 dead         messages of a queue that no process can handle
 replicas     how many servers of a cluster keep a stream
+storage      what JetStream says of its storage
+metrics      what a connection reports of itself
 spans        spans on their way to the coordinators, dropped rather than waited for
 losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums

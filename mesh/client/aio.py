@@ -84,6 +84,15 @@ class AsyncMeshClient:
         if bus is not None:
             await bus.close()
 
+    @property
+    def sent_again(self) -> int:
+        """How often a request of this client was sent again."""
+        return self._retry.sent_again
+
+    def connection(self) -> Bus | None:
+        """The connection, for its counters; None before `connect`."""
+        return self._bus
+
     async def __aenter__(self) -> AsyncMeshClient:
         await self.connect()
         return self
@@ -274,6 +283,11 @@ class AsyncMeshClient:
         if self._spans is None:
             self._spans = SpanPublisher(self._connected)
         self._spans.put(*spans)
+
+    @property
+    def spans_dropped(self) -> int:
+        """Spans of `report_spans` that could not be sent."""
+        return 0 if self._spans is None else self._spans.dropped
 
     async def traces(self, kind: Literal["last", "failed", "slow"] = "last", *, limit: int = 32) -> list[SessionReport]:
         """The last generations that ended: all, or those that failed, or those that were slow; the latest first. For operators."""

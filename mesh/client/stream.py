@@ -55,6 +55,7 @@ class Retry:
         self.busy = busy
         self.attempts = attempts
         self.stall_s = stall_s
+        self.sent_again = 0  # over all requests
 
 
 class _NobodyError(Unavailable):
@@ -276,6 +277,7 @@ class Stream:
         if self._deadline is not None and time.monotonic() + wait_s >= self._deadline:
             raise error
         await asyncio.sleep(wait_s)
+        self._retry.sent_again += 1
         await self._ask()
 
     @property

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mesh.bus import BusOptions
     from mesh.settings.schema import NatsSection
 
-__all__ = ["add_connection_arguments", "bus_options", "repeated_flags"]
+__all__ = ["add_connection_arguments", "add_metrics_argument", "bus_options", "repeated_flags"]
 
 # flag -> key of the nats section
 _FLAGS = {
@@ -48,6 +48,24 @@ def add_connection_arguments(
     group.add_argument("--nats-ca", metavar="FILE", help="PEM file of the authority that signed the server's certificate")
     group.add_argument("--nats-cert", metavar="FILE", help="certificate to show to the server, with --nats-key")
     group.add_argument("--nats-key", metavar="FILE", help="private key of --nats-cert")
+
+
+def add_metrics_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --metrics-port."""
+    parser.add_argument(
+        "--metrics-port",
+        type=port,
+        metavar="PORT",
+        help="port of GET /metrics; 0 is a free one (default: metrics.port, or 9091, or a free one)",
+    )
+
+
+def port(text: str) -> int:
+    """A port number of a flag, 0 for a free one."""
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: give 0 to 65535")
+    return number
 
 
 def bus_options(args: argparse.Namespace, section: NatsSection | None = None) -> BusOptions:

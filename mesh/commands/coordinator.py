@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
 from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mesh.gateway import HttpEdge
     from mesh.settings.schema import CoordinatorConfig, ServedModelSection
     from mesh.telemetry.export import SpanExport
+    from mesh.telemetry.registry import Registry
 
 __all__ = ["add_parser", "run_command"]
 
@@ -41,7 +42,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--http-port", type=int, metavar="PORT", help="HTTP port; 0 is a free one (default: coordinator.listen_port, or 8080)"
     )
-    parser.add_argument("--free-port", action="store_true", help="use a free port if that one is taken")
+    add_metrics_argument(parser)
+    parser.add_argument("--free-port", action="store_true", help="use a free port if one of these is taken")
     add_connection_arguments(parser)
     parser.set_defaults(run=run_command)
 
@@ -50,6 +52,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
     from mesh.coordinator.core.expectations import ExpectedShards
     from mesh.coordinator.description import find_model
+    from mesh.coordinator.metrics import report_coordinator
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
     from mesh.host.process import give_memory_back, settle
     from mesh.host.signals import on_signals, run_loop
@@ -58,6 +61,8 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.settings.units import GB
     from mesh.telemetry.from_config import export_of, sampling_of
     from mesh.telemetry.logs import setup_logging
+    from mesh.telemetry.metrics_http import MetricsEndpoint, reporting
+    from mesh.telemetry.registry import Registry
 
     config = load_config(args.config, CoordinatorConfig)
     name = args.name or f"c-{secrets.token_hex(4)}"
@@ -83,18 +88,22 @@ def run_command(args: argparse.Namespace) -> int:
     )
     export = export_of(config.tracing)
     edge = _edge(args, config, export)
+    registry = Registry("coordinator")
+    endpoint = MetricsEndpoint.bind(registry, config.metrics, port=args.metrics_port, or_free=args.free_port)
 
     async def serve() -> None:
         bus = await Bus.connect(connection, name="mesh-coordinator")
-        async with bus:
+        async with bus, reporting(registry, endpoint):
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)), export)
+            coordinator.metrics_url = "" if endpoint is None else endpoint.url
+            report_coordinator(registry, coordinator)
             give_memory_back()
             settle()
             if edge is None:
                 on_signals(coordinator.stop)
                 await coordinator.run()
             else:
-                await _run_with_http(coordinator, edge, connection)
+                await _run_with_http(coordinator, edge, connection, registry)
 
     run_loop(serve)
     return 0
@@ -117,14 +126,14 @@ def _edge(args: argparse.Namespace, config: CoordinatorConfig, export: SpanExpor
     return HttpEdge.bind(settings, or_free=or_free, export=export)
 
 
-async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: BusOptions) -> None:
+async def _run_with_http(coordinator: Coordinator, edge: HttpEdge, connection: BusOptions, registry: Registry) -> None:
     """Run both until the first SIGTERM or SIGINT. The edge then lets its requests end, and the coordinator ends after it; a second
     signal ends both at once."""
     from mesh.host.signals import on_signals
 
     coordinator.http_url = edge.url
     serving = asyncio.create_task(coordinator.run())
-    listening = asyncio.create_task(edge.serve(connection, model=coordinator.manifest.name))
+    listening = asyncio.create_task(edge.serve(connection, model=coordinator.manifest.name, registry=registry))
 
     def end_now() -> None:
         edge.stop(now=True)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
 from mesh.errors import ConfigError
 
 __all__ = ["add_parser", "run_command"]
@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--http-port", type=int, metavar="PORT", help="port to listen on; 0 is a free one (default: gateway.listen_port, or 8080)"
     )
+    add_metrics_argument(parser)
     parser.add_argument("--model", metavar="NAME", help="model of requests that name none (default: the only one)")
     add_connection_arguments(parser)
     parser.set_defaults(run=run_command)
@@ -39,6 +40,8 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.settings.schema import GatewayConfig, load_config
     from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
+    from mesh.telemetry.metrics_http import MetricsEndpoint, reporting
+    from mesh.telemetry.registry import Registry
 
     config = load_environment(GatewayConfig) if args.config is None else load_config(args.config, GatewayConfig)
     given = {"listen_host": args.host, "listen_port": args.http_port, "model": args.model}
@@ -48,13 +51,19 @@ def run_command(args: argparse.Namespace) -> int:
     setup_logging(config.logging, role="gateway", name=platform.node())
     settings = gateway_settings(section, config.tls, config.authentication, config.tracing, model=section.model)
     options = bus_options(args, config.nats if args.config is not None else None)
-    edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set, export=export_of(config.tracing))
+    export = export_of(config.tracing)
+    edge = HttpEdge.bind(settings, or_free="listen_port" not in section.model_fields_set, export=export)
+    registry = Registry("gateway")
+    if export is not None:
+        registry.spans_dropped.append(lambda: export.dropped)
+    endpoint = MetricsEndpoint.bind(registry, config.metrics, port=args.metrics_port)
 
     give_memory_back()
 
     async def serve() -> None:
         on_signals(edge.stop, partial(edge.stop, now=True))
-        await edge.serve(options)
+        async with reporting(registry, endpoint):
+            await edge.serve(options, registry=registry)
 
     run_loop(serve)
     return 0

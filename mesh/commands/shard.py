@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
@@ -43,6 +43,8 @@ def add_shard_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("shard", help="serve one layer range, as a file says", description=_SHARD)
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="config.yaml; MESH_ variables override its keys")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_metrics_argument(parser)
+    parser.add_argument("--free-port", action="store_true", help="use a free port for metrics if that one is taken")
     add_connection_arguments(parser)
     parser.set_defaults(run=shard_command)
 
@@ -61,6 +63,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
     parser.add_argument("--http-port", type=int, metavar="PORT", help="port of its health and statistics (default: 8080, or a free one)")
+    add_metrics_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=join_command)
 
@@ -68,6 +71,7 @@ def add_join_parser(subparsers: Any) -> None:
 def shard_command(args: argparse.Namespace) -> int:
     from mesh.runtime.device import prepare
     from mesh.settings.schema import ShardConfig, load_config
+    from mesh.shard.metrics import ShardMetrics
     from mesh.shard.options import ShardOptions
     from mesh.shard.process import choose_device, limit_threads, run, serve
     from mesh.telemetry.from_config import export_of
@@ -82,6 +86,7 @@ def shard_command(args: argparse.Namespace) -> int:
     layers = LayerRange(config.model.layers_start, config.model.layers_end)
     connection = bus_options(args, config.nats)
     http, export = _http(config), export_of(config.tracing)
+    metrics = ShardMetrics.bind(config.metrics, port=args.metrics_port, or_free=args.free_port)
 
     with progress_bar(quiet=args.quiet) as progress:
 
@@ -100,7 +105,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 mirror=config.shard.replication_mode == "mirror",
             )
 
-        run(partial(serve, connection, make, progress=progress, http=http, export=export))
+        run(partial(serve, connection, make, progress=progress, http=http, metrics=metrics, export=export))
     return 0
 
 
@@ -121,8 +126,9 @@ def join_command(args: argparse.Namespace) -> int:
     from mesh.http.listener import Listener, ListenerOptions
     from mesh.runtime.device import prepare
     from mesh.settings.files import load_environment
-    from mesh.settings.schema import HealthSection, LoggingConfig, TracingSection
+    from mesh.settings.schema import HealthSection, LoggingConfig, MetricsConfig, TracingSection
     from mesh.shard.http import ShardHttp
+    from mesh.shard.metrics import ShardMetrics
     from mesh.shard.process import choose_device, limit_threads, run, serve
     from mesh.telemetry.from_config import export_of
     from mesh.telemetry.logs import setup_logging
@@ -139,6 +145,7 @@ def join_command(args: argparse.Namespace) -> int:
     http = ShardHttp(
         Listener.bind(options, or_free=args.http_port is None), check_interval_s=health.check_interval, timeout_s=health.timeout
     )
+    metrics = ShardMetrics.bind(load_environment(MetricsConfig).metrics, port=args.metrics_port)
     export = export_of(TracingSection())
     layers = None
     if args.layers:
@@ -166,7 +173,9 @@ def join_command(args: argparse.Namespace) -> int:
                 progress=progress,
             )
 
-        run(partial(serve, bus_options(args), make, progress=progress, http=http, connect_s=_JOIN_CONNECT_S, export=export))
+        run(
+            partial(serve, bus_options(args), make, progress=progress, http=http, metrics=metrics, export=export, connect_s=_JOIN_CONNECT_S)
+        )
     return 0
 
 

@@ -100,6 +100,8 @@ def run_command(args: argparse.Namespace) -> int:
             if mesh.http_urls:
                 taken = args.http_port is None and not mesh.http_urls[0].endswith(f":{DEFAULT_HTTP_PORT}")
                 print(_http_lines(mesh.http_urls, taken=taken), file=sys.stderr)
+            if mesh.metrics_urls:
+                print(f"metrics {', '.join(f'{url} ({name})' for name, url in mesh.metrics_urls.items())}", file=sys.stderr)
             if password is not None and file is None:
                 print("mesh: the password's file cannot be written: commands do not find this mesh; set XDG_RUNTIME_DIR", file=sys.stderr)
             who = "" if file is None else f'NATS_USER={mesh.bus.user} NATS_PASSWORD="$(cat {file})" '

@@ -39,6 +39,8 @@ The files:
     continuity.py    other coordinators are watched, and what they leave is taken over
     batch.py         durable batches, while no client waits
     measure.py       how long steps take
+    generations.py   how long generations took
+    metrics.py       what the metrics say of a coordinator
     tracing.py       requests are recorded, questions about them answered, spans sent on
     trace.py         the record of each request; trace_steps.py has its steps, trace_spans.py makes spans of it
     clocks.py        how far the shards' clocks are ahead

@@ -41,6 +41,7 @@ from mesh.coordinator.core.events import (
     Rejected,
     Waits,
 )
+from mesh.coordinator.generations import GenerationMeter
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
@@ -64,7 +65,15 @@ class Effects:
     """See the module's docstring."""
 
     def __init__(
-        self, bus: Bus, jobs: Jobs, outbox: Outbox, shards: Shards, continuity: Continuity, tracing: Tracing, announce: Announce
+        self,
+        bus: Bus,
+        jobs: Jobs,
+        outbox: Outbox,
+        shards: Shards,
+        continuity: Continuity,
+        tracing: Tracing,
+        announce: Announce,
+        generations: GenerationMeter,
     ) -> None:
         self._bus = bus
         self._jobs = jobs
@@ -73,6 +82,7 @@ class Effects:
         self._continuity = continuity
         self._tracing = tracing
         self._announce = announce
+        self._generations = generations
         self.counters: Counter[str] = Counter()
         """effects: those that failed unexpectedly."""
 
@@ -188,6 +198,7 @@ class Effects:
     def _rejected(self, effect: Rejected) -> None:
         self._note_defect(effect.error)
         job = self._jobs.table.pop(effect.session, None)
+        self._generations.rejected(effect.error, job)
         if job is not None:
             log_rejected(job, effect)
             self._outbox.error(job.reply, effect.error, job.epoch, job.id)
@@ -201,6 +212,7 @@ class Effects:
     def _ended(self, effect: Ended) -> None:
         self._note_defect(effect.error)
         job = self._jobs.table.get(effect.session)
+        self._generations.ended(effect, job)
         self._tracing.end(effect, job)
         if job is None:
             return

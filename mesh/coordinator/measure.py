@@ -15,6 +15,7 @@ from mesh.coordinator.server_traces import read_report
 from mesh.coordinator.trace import Traces
 from mesh.coordinator.trace_steps import Step
 from mesh.protocol.frame_codec import Frame
+from mesh.telemetry.registry import Histogram
 
 __all__ = ["StepMeter"]
 
@@ -37,6 +38,8 @@ class StepMeter:
         self, traces: Traces, clocks: Clocks, job_of: Callable[[str], Job | None], flight_of: Callable[[int], Flight | None]
     ) -> None:
         self.hops = HopMeter()
+        self.steps = Histogram("mesh_coordinator_step_seconds")
+        self.rows = Histogram("mesh_coordinator_decode_batch_rows")
         self.last_step_at: float | None = None
         self._traces = traces
         self._clocks = clocks
@@ -86,11 +89,13 @@ class StepMeter:
         sent_at = self._sent_at.pop(frame.step, None)
         if sent_at is None or flight is None:
             return
+        wall_s = arrived - sent_at
         if self._traces.sampling.enabled:
             self._record(frame, flight, sent_at, arrived)
+        self.steps.observe(wall_s, flight.out.kind)
         if not flight.decode:
             return
-        wall_s = arrived - sent_at
+        self.rows.observe(len(flight.sessions))
         queue_us = compute_us = codec_us = 0
         for timing in frame.timings:
             queue_us += timing.queue_us

@@ -27,7 +27,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Final
 
 import orjson
@@ -114,11 +114,13 @@ def new_epoch(*seen: int | None) -> int:
 
 @dataclass(slots=True)
 class PendingWrite:
-    """A session whose record is kept up to date. dirty: there is something to write. revision: of the last write, 0 before any."""
+    """A session whose record is kept up to date. dirty: there is something to write, since `dirty_at`. revision: of the last write; 0
+    before any."""
 
     snapshot: Callable[[], SessionRecord]
     revision: int
     dirty: bool = True
+    dirty_at: float = field(default_factory=time.monotonic)
     due_at: float = 0.0
     written_at: float = 0.0
     writing: bool = False
@@ -161,6 +163,17 @@ class Recorder:
     def __contains__(self, session: str) -> bool:
         return session in self._pending
 
+    def lag(self) -> tuple[int, float]:
+        """(records that have changed since they were written, seconds for which the first of these has waited)."""
+        now = time.monotonic()
+        dirty = [pending.dirty_at for pending in self._pending.values() if pending.dirty]
+        return len(dirty), max(now - min(dirty, default=now), 0.0)
+
+    @property
+    def writable(self) -> bool:
+        """Whether the last write succeeded in time."""
+        return self.answering and not self._failing
+
     def key(self, session: str) -> str:
         return f"{self._prefix}.{session}"
 
@@ -179,7 +192,7 @@ class Recorder:
         """The session has changed."""
         pending = self._pending.get(session)
         if pending is not None and not pending.dirty:
-            pending.dirty = True
+            pending.dirty, pending.dirty_at = True, time.monotonic()
             self._wake.set()
 
     def touch_all(self) -> None:

@@ -25,6 +25,7 @@ from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.routing import Strategy
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.effects import Effects
+from mesh.coordinator.generations import GenerationMeter
 from mesh.coordinator.intake import Intake
 from mesh.coordinator.jobs import Jobs
 from mesh.coordinator.outbox import Outbox
@@ -84,8 +85,8 @@ class CoordinatorOptions:
 
 
 class Coordinator:
-    """`run` is its whole life; `ready` is set while it serves. `http_url`: where this process serves HTTP, which `stats` says.
-    `export`: where spans go that leave the mesh."""
+    """`run` is its whole life; `ready` is set while it serves. `http_url`, `metrics_url`: where this process serves HTTP and its metrics,
+    which `stats` says. `export`: where spans go that leave the mesh."""
 
     def __init__(self, bus: Bus, options: CoordinatorOptions, export: SpanExport | None = None) -> None:
         self.bus = bus
@@ -96,6 +97,7 @@ class Coordinator:
         self.prompts = PromptPool(options.model) if self.tokenizer is not None else None
         self.ready = asyncio.Event()
         self.http_url: str | None = None
+        self.metrics_url = ""
         self._stop = asyncio.Event()
         self._service: Service | None = None
         model, model_hash = self.manifest.name, self.manifest.model_hash
@@ -110,6 +112,7 @@ class Coordinator:
             bus, options.sampling, export, name=self.name, instance=instance, model=model, core=self.core, job_of=jobs.get
         )
         self.meter = self.tracing.meter
+        self.generations = GenerationMeter(model)
         self.outbox = Outbox(
             bus,
             model=model,
@@ -158,7 +161,9 @@ class Coordinator:
             announce=self._announce_soon,
             waited_s=lambda session: self.core.waited_s(session, time.monotonic()),
         )
-        self.effects = Effects(bus, self.jobs, self.outbox, self.shards, self.continuity, self.tracing, self._announce_soon)
+        self.effects = Effects(
+            bus, self.jobs, self.outbox, self.shards, self.continuity, self.tracing, self._announce_soon, self.generations
+        )
         self.driver.carry_out = self.effects.carry_out
         self.intake = Intake(
             bus,
@@ -240,13 +245,14 @@ class Coordinator:
             serving=load.context is not None,
             last_step_s=None if last_step_at is None else now - last_step_at,
             http=self.http_url,
+            metrics=self.metrics_url,
             rejected_frames=dict(self.intake.rejected),
             refused_replies=self.bus.refused_replies,
             resumed=self.continuity.resumed,
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
-            remade={"sessions": self.continuity.recorder.bucket.remade, "events": self._events.remade, "batches": self.batches.remade},
-            errors=self._errors(),
+            remade=self.remade(),
+            errors=self.errors(),
             spans=self.tracing.counters,
             prompts={} if self.prompts is None else dict(self.prompts.counters),
             expected=None if expected is None else expected.as_dict(self.core.replicas()),
@@ -259,7 +265,11 @@ class Coordinator:
     def _context(self) -> int | None:
         return self.core.load(time.monotonic()).context
 
-    def _errors(self) -> dict[str, int]:
+    def remade(self) -> dict[str, int]:
+        """What was lost in JetStream and made again, and how often."""
+        return {"sessions": self.continuity.recorder.bucket.remade, "events": self._events.remade, "batches": self.batches.remade}
+
+    def errors(self) -> dict[str, int]:
         """What failed unexpectedly, by where."""
         bus = self.bus.counters
         counts = {"tasks": bus["task_failures"], "handlers": bus["handler_errors"], "outbox": self.outbox.failed}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ _LOOK_S = 0.5
 _STALL_S = 1.5
 """After a pause of this loop that was longer, the silence of the shards does not count."""
 _MOST_REFUSED = 256
+_MOST_GONE = 256
 
 
 class Shards:
@@ -78,6 +80,12 @@ class Shards:
         self._watcher: asyncio.Task[Any] | None = None
         self._refused: dict[str, str] = {}  # shard -> its instance that cannot take part, and was reported
         self._lacking = ""
+        self.gone: Counter[str] = Counter()
+        """How often each shard was taken to be gone; of the last _MOST_GONE shards that were."""
+
+    def lease_ages(self) -> dict[str, float]:
+        """Seconds since each shard was heard."""
+        return self._leases.ages(time.monotonic())
 
     async def start(self) -> None:
         """Hear the leases from now on, and ask every shard for its lease."""
@@ -118,7 +126,7 @@ class Shards:
             self._leases.gone(shard)
         if self._core.knows(shard):
             log.info("shard %s is %s", shard, "gone" if lease.state == "left" else lease.state)
-            await self._driver.handle(ReplicaGone(shard))
+            await self._lose(shard)
 
     async def _watch(self) -> None:
         before = time.monotonic()
@@ -131,7 +139,7 @@ class Shards:
             for shard in gone:
                 if self._core.knows(shard):
                     log.info("shard %s is gone: neither its lease nor an answer came", shard)
-                    await self._driver.handle(ReplicaGone(shard))
+                    await self._lose(shard)
             for shard in silent:
                 self._bus.spawn(self.probe(Probe(shard, now)), "probing a shard")
             await asyncio.sleep(_LOOK_S)
@@ -249,4 +257,12 @@ class Shards:
         if not self._core.knows(shard):
             return
         log.info("no process listens on the subject of shard %s", shard)
+        await self._lose(shard)
+
+    async def _lose(self, shard: str) -> None:
+        """A shard that took part is gone."""
+        count = self.gone.pop(shard, 0) + 1
+        while len(self.gone) >= _MOST_GONE:
+            del self.gone[next(iter(self.gone))]
+        self.gone[shard] = count
         await self._driver.handle(ReplicaGone(shard))

@@ -13,6 +13,7 @@ bodies          what the documents of both APIs have in common
 generation      one generation for an HTTP request
 resume          where a stream goes on after its connection was lost
 health, health_routes                         whether the mesh can generate now
+metrics         what the metrics say of an edge, and the route that shows them
 events          server-sent events
 errors          errors as HTTP responses
 openapi         the OpenAPI description

@@ -6,7 +6,7 @@ listener -> Edge (name, bounds, headers, log) -> route -> scope checked -> body 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,6 +30,7 @@ from mesh.gateway.events import ClientGone
 from mesh.gateway.health import HealthMonitor
 from mesh.gateway.health_routes import health
 from mesh.gateway.known import KnownModels
+from mesh.gateway.metrics import gateway_readings, metrics
 from mesh.gateway.middleware import Edge
 from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
@@ -37,15 +38,24 @@ from mesh.gateway.settings import GatewaySettings
 from mesh.gateway.tracing import EdgeTracing
 from mesh.http.listener import is_loopback
 from mesh.telemetry.export import SpanExport
+from mesh.telemetry.registry import Registry
 
 __all__ = ["create_app"]
 
 
 def create_app(
-    client: AsyncMeshClient, settings: GatewaySettings, *, routes: Iterable[BaseRoute] = (), export: SpanExport | None = None
+    client: AsyncMeshClient,
+    settings: GatewaySettings,
+    *,
+    routes: Iterable[BaseRoute] = (),
+    registry: Registry | None = None,
+    export: SpanExport | None = None,
+    connections: Callable[[], int] = lambda: 0,
 ) -> ASGIApp:
     """The application of `client`; the caller connects and closes it. `routes`: further routes, such as a dashboard's. They find
-    everything at `request.app.state.gateway` (mesh.gateway.context.Gateway). `export`: where spans go that leave the mesh."""
+    everything at `request.app.state.gateway` (mesh.gateway.context.Gateway). `registry`: the metrics of the process, to which those of this
+    edge are added (None: they are its only ones). `connections`: how many are open. `export`: where spans go that leave
+    the mesh."""
     app = FastAPI(
         title="stagemesh",
         version=__version__,
@@ -59,9 +69,10 @@ def create_app(
     monitor = HealthMonitor(
         client, models, default=settings.model, fresh_s=settings.health_fresh_s, probe_timeout_s=settings.probe_timeout_s
     )
-    gateway = Gateway(client, settings, Gate(settings.verifier, settings.limits), models, monitor)
+    registry = Registry("gateway") if registry is None else registry
+    gateway = Gateway(client, settings, Gate(settings.verifier, settings.limits), models, monitor, registry)
     app.state.gateway = gateway
-    for router in (native.generate, batch, native.admin, openai, health):
+    for router in (native.generate, batch, native.admin, metrics, openai, health):
         app.include_router(router)
     app.router.routes.extend(routes)
     app.add_exception_handler(ClientGone, _nobody)
@@ -80,6 +91,8 @@ def create_app(
     tracing = EdgeTracing(client, ratio=settings.sample_ratio, export=export)
     edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private)
     app.state.counters = edge.counters
+    registry.add(lambda: gateway_readings(client, edge.counters, connections))
+    registry.spans_dropped.append(lambda: client.spans_dropped)
     return edge
 
 

@@ -11,6 +11,7 @@ from mesh.gateway.auth import Gate
 from mesh.gateway.health import HealthMonitor
 from mesh.gateway.known import KnownModels
 from mesh.gateway.settings import GatewaySettings
+from mesh.telemetry.registry import Registry
 
 __all__ = ["Gateway", "gateway_of"]
 
@@ -24,6 +25,7 @@ class Gateway:
     gate: Gate
     models: KnownModels
     health: HealthMonitor
+    metrics: Registry
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -24,22 +24,27 @@ from mesh.gateway.events import ClientGone
 from mesh.gateway.settings import Limits
 from mesh.gateway.tracing import EdgeTracing, HttpTrace
 from mesh.telemetry.log_context import log_context
+from mesh.telemetry.registry import Histogram
 
-__all__ = ["Edge"]
+__all__ = ["Counters", "Edge"]
 
 log = logging.getLogger("mesh.http")
 access = logging.getLogger("mesh.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 _CSP = "default-src 'none'; frame-ancestors 'none'"
 
 
 @dataclass(slots=True)
 class Counters:
-    """Counts of requests since the start, by status (499: the client left), and of those under way."""
+    """Counts of requests since the start, by status (499: the client left), and of those under way; of these, `streams` are answered
+    with server-sent events."""
 
     active: int = 0
+    streams: int = 0
     requests: Counter[str] = field(default_factory=Counter)
+    durations: Histogram = field(default_factory=lambda: Histogram("http_server_request_duration_seconds"))
 
     def as_dict(self) -> dict[str, Any]:
         return {"active": self.active, "requests": dict(self.requests)}
@@ -75,9 +80,10 @@ class Edge:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str, trace: HttpTrace) -> None:
         began, began_ns = time.perf_counter(), time.time_ns()
         status = 0
+        streams = False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
                 out = MutableHeaders(scope=message)
@@ -86,6 +92,9 @@ class Edge:
                 out.setdefault("content-security-policy", _CSP)
                 out.setdefault("cache-control", "no-store")
                 out["x-request-id"] = request_id
+                if out.get("content-type", "").startswith("text/event-stream"):
+                    streams = True
+                    counters.streams += 1
                 out["x-trace-id"] = trace.context.trace
             await send(message)
 
@@ -108,7 +117,9 @@ class Edge:
             await error_response(internal_error(), scope["path"], request_id)(scope, receive, answer)
         finally:
             counters.active -= 1
+            counters.streams -= streams
             counters.requests[str(status)] += 1
+            counters.durations.observe(time.perf_counter() - began, _method(scope), _route(scope), str(status))
             self._tracing.ended(trace, scope, status, began_ns, time.time_ns())
             _log_access(scope, status, time.perf_counter() - began)
 
@@ -124,6 +135,10 @@ class Edge:
                 code="misdirected",
             )
         return None
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in _METHODS else "_OTHER"
 
 
 def _log_access(scope: Scope, status: int, seconds: float) -> None:

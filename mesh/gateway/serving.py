@@ -14,6 +14,7 @@ from mesh.gateway.app import create_app
 from mesh.gateway.settings import GatewaySettings
 from mesh.http.listener import Listener, is_loopback
 from mesh.telemetry.export import SpanExport
+from mesh.telemetry.registry import Registry
 
 __all__ = ["HttpEdge"]
 
@@ -43,8 +44,9 @@ class HttpEdge:
         """The URL for a client on this machine."""
         return self._listener.url
 
-    async def serve(self, options: BusOptions, *, model: str | None = None) -> None:
-        """Connect to the mesh and answer requests until `stop`. `model` overrides the model of the settings."""
+    async def serve(self, options: BusOptions, *, model: str | None = None, registry: Registry | None = None) -> None:
+        """Connect to the mesh and answer requests until `stop`. `model` overrides the model of the settings. `registry`: the metrics of the
+        process."""
         settings = self.settings if model is None else replace(self.settings, model=model)
         client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
         await client.connect()
@@ -53,7 +55,15 @@ class HttpEdge:
             if settings.verifier is None and not is_loopback(settings.listener.host):
                 log.warning("every caller that reaches %s may send requests: authentication.enabled is false", self.url)
             log.info("HTTP on %s", self.url)
-            await self._listener.serve(create_app(client, settings, routes=dashboard.routes(watch), export=self._export))
+            app = create_app(
+                client,
+                settings,
+                routes=dashboard.routes(watch),
+                registry=registry,
+                connections=lambda: self._listener.connections,
+                export=self._export,
+            )
+            await self._listener.serve(app)
         finally:
             await watch.close()
             await client.close()

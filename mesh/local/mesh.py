@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -77,7 +78,8 @@ class LocalOptions:
 
 class LocalMesh:
     """The running processes; a context manager. Start it from the main thread. `url` is where clients connect, `http_urls` where HTTP is
-    served. `say` is called with one line for each process that ended and is started again."""
+    served, `metrics_urls` where each process answers its metrics. `say` is called with one line for each process that ended and is started
+    again."""
 
     def __init__(self, options: LocalOptions, *, say: Callable[[str], None] = log.warning) -> None:
         self.options = options
@@ -88,6 +90,7 @@ class LocalMesh:
                 raise BadRequest(f"{name} is {getattr(options, name)}: give at least 1", field=name)
         self.url = ""
         self.http_urls: tuple[str, ...] = ()
+        self.metrics_urls: dict[str, str] = {}
         self._server: NatsServer | None = None
         self._children: dict[str, Child] = {}
         self._supervisor = Supervisor(say)
@@ -127,12 +130,12 @@ class LocalMesh:
                 for _ in range(options.replicas):
                     number += 1
                     config = self._write(f"shard-{number}.yaml", self._shard_config(number, layers))
-                    self._spawn(f"shard-{number}", ["shard", "--config", str(config)], logs)
+                    self._spawn(f"shard-{number}", ["shard", "--config", str(config), "--free-port", "--metrics-port", "0"], logs)
             config = self._write("coordinator.yaml", self._coordinator_config())
             arguments = ["coordinator", "--config", str(config), "--model", str(options.model.absolute()), *options.coordinator_arguments]
             for index in range(options.coordinators):
                 other = ["--free-port"] if options.http_port is None else ["--http-port", "0"] if index else []
-                self._spawn(f"coordinator-{index + 1}", [*arguments, *other], logs)
+                self._spawn(f"coordinator-{index + 1}", [*arguments, *other, "--metrics-port", "0"], logs)
             asyncio.run(self._wait_ready(timeout_s, progress))
         except BaseException:
             self.stop()
@@ -267,7 +270,7 @@ class LocalMesh:
                         states = sorted({lease.state for lease in leases} - {"ready"})
                         progress(f"shards {', '.join(states) or 'starting'}", ready, self.shard_count)
                         whole = ready == self.shard_count and (await client.health()).ready
-                        if whole and self._take_urls([coordinator.stats for coordinator in await client.coordinators()]):
+                        if whole and self._take_urls(leases, [coordinator.stats for coordinator in await client.coordinators()]):
                             self._supervisor.ready()
                             return
                         changed.clear()
@@ -282,18 +285,20 @@ class LocalMesh:
                 finally:
                     await table.stop()
 
-    def _take_urls(self, coordinators: Sequence[CoordinatorStats]) -> bool:
-        """Note where the coordinators serve HTTP; False while one of them has not said so. A coordinator that is started again takes the
-        same port."""
-        if not self.options.http:
-            return True
+    def _take_urls(self, leases: Sequence[ShardLease], coordinators: Sequence[CoordinatorStats]) -> bool:
+        """Note where the processes answer HTTP; False while one of them has not said so. A process that is started again takes the same
+        ports."""
+        said = {lease.pid: lease.metrics for lease in leases} | {stats.pid: stats.metrics for stats in coordinators}
         urls = {stats.pid: stats.http for stats in coordinators if stats.http}
-        children = [child for name, child in self._children.items() if name.startswith("coordinator")]
-        if any(child.pid not in urls for child in children):
+        serving = [child for name, child in self._children.items() if name.startswith("coordinator") and self.options.http]
+        if any(child.pid not in said for child in self._children.values()) or any(child.pid not in urls for child in serving):
             return False
-        self.http_urls = tuple(sorted((urls[child.pid] for child in children), key=lambda url: not url.endswith(f":{DEFAULT_HTTP_PORT}")))
-        for child in children:
+        self.http_urls = tuple(sorted((urls[child.pid] for child in serving), key=lambda url: not url.endswith(f":{DEFAULT_HTTP_PORT}")))
+        for child in serving:
             child.command += ["--http-port", urls[child.pid].rpartition(":")[2]]
+        self.metrics_urls = {name: said[child.pid] for name, child in self._children.items() if said[child.pid]}
+        for name, url in self.metrics_urls.items():
+            self._children[name].command += ["--metrics-port", str(urlsplit(url).port)]
         return True
 
     def _last_words(self) -> str:

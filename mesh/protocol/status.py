@@ -139,6 +139,7 @@ class ShardLease(Message):
     pid: Natural = 0
     started_unix_s: float = 0.0
     http: Line = ""  # the address of its health page
+    metrics: Line = ""  # the address of its metrics
 
     @model_validator(mode="after")
     def _is_a_range_of_the_model(self) -> Self:
@@ -228,7 +229,7 @@ class CoordinatorStats(_Reported):
     `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where. `prompts`: how
     many were tokenized, and of these late and died, whose process was ended for its time or its memory. `spans`: sent to a
     collector, failed, full (there was no place to wait) and not_kept.
-    `remade`: what was lost in JetStream and made again, and how often. `unix_s`: its clock.
+    `remade`: what was lost in JetStream and made again, and how often. `unix_s`: its clock. `http`, `metrics`: where this process answers.
     """
 
     limit_bytes: ClassVar[int] = 4 * 1024 * 1024
@@ -243,6 +244,7 @@ class CoordinatorStats(_Reported):
     pid: Natural = 0
     unix_s: float = 0.0
     http: Line | None = None
+    metrics: Line = ""
     vocab_size: Natural = 0
     context: Natural | None = None
     max_prompt_characters: Natural | None = None

@@ -11,7 +11,7 @@ import jax
 
 from mesh.host.processor import machine_id
 
-__all__ = ["keeps_programs", "prepare", "processor"]
+__all__ = ["keeps_programs", "memory", "prepare", "processor"]
 
 _WORKER = "tf_XLAEigen"
 """The name of the threads that compute."""
@@ -56,3 +56,15 @@ def processor() -> str:
     is taken to belong to this process alone."""
     machine, backend = machine_id(), jax.default_backend()
     return f"{machine}/{backend}" if backend == "cpu" else f"{machine}/{backend}/{os.getpid()}"
+
+
+def memory() -> list[tuple[str, dict[str, int]]]:
+    """(device, bytes by kind: used, peak, limit) of each device that reports them. A CPU reports nothing."""
+    found = []
+    for device in jax.local_devices():
+        stats = device.memory_stats() or {}
+        names = {"used": "bytes_in_use", "peak": "peak_bytes_in_use", "limit": "bytes_limit"}
+        figures = {kind: int(stats[name]) for kind, name in names.items() if name in stats}
+        if figures:
+            found.append((f"{device.platform}:{device.id}", figures))
+    return found

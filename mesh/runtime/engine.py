@@ -60,6 +60,10 @@ class Engine(Protocol):
         """The layers whose weights are here; `serve` may choose any range of them."""
 
     @property
+    def compiled(self) -> int:
+        """Programs that are compiled."""
+
+    @property
     def first(self) -> bool:
         """Whether it embeds tokens: steps then take no hidden state."""
 

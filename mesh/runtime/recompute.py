@@ -71,6 +71,10 @@ class RecomputingStage:
         return self._inner.held
 
     @property
+    def compiled(self) -> int:
+        return self._inner.compiled
+
+    @property
     def first(self) -> bool:
         return self._inner.first
 

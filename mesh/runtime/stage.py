@@ -277,6 +277,11 @@ class Stage:
         return answer
 
     @property
+    def compiled(self) -> int:
+        """Programs that are compiled."""
+        return self.programs.compiled
+
+    @property
     def hidden_dtype(self) -> np.dtype[Any]:
         return self._dtype
 

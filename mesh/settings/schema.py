@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from mesh.errors import ConfigError
-from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_NATS_URL, INBOX_ROOT
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_METRICS_PORT, DEFAULT_NATS_URL, INBOX_ROOT
 from mesh.settings.files import ConfigFile, Section, load_config
 from mesh.settings.units import GB, MB, parse_seconds
 
@@ -35,6 +35,8 @@ __all__ = [
     "LoadBalancing",
     "LoggingConfig",
     "LoggingSection",
+    "MetricsConfig",
+    "MetricsSection",
     "ModelConfig",
     "NatsSection",
     "NetworkConfig",
@@ -298,6 +300,14 @@ class LoggingConfig(ConfigFile):
     logging: LoggingSection = LoggingSection()
 
 
+class MetricsSection(Section):
+    """Where the process answers GET /metrics, without a token. A port that is not given may be another free one, which the log names."""
+
+    enabled: bool = True
+    listen_host: str = Field(default="127.0.0.1", min_length=1)
+    port: FreePort = DEFAULT_METRICS_PORT
+
+
 class TracingSection(Section):
     """Which traces leave the mesh, and where to. Without an endpoint, here or in OTEL_EXPORTER_OTLP_ENDPOINT, none leaves it; `mesh trace`
     shows the last ones in any case. Not `enabled`: nothing is recorded, and no trace can be shown."""
@@ -333,6 +343,7 @@ class CoordinatorConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    metrics: MetricsSection = MetricsSection()
     tracing: TracingSection = TracingSection()
 
     @model_validator(mode="after")
@@ -358,6 +369,7 @@ class GatewayConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    metrics: MetricsSection = MetricsSection()
     tracing: TracingSection = TracingSection()
 
 
@@ -365,6 +377,12 @@ class AuthenticationConfig(ConfigFile):
     """Tokens of commands that read no file: from the environment alone."""
 
     authentication: AuthenticationSection = AuthenticationSection()
+
+
+class MetricsConfig(ConfigFile):
+    """Metrics of commands that read no file: from the environment alone."""
+
+    metrics: MetricsSection = MetricsSection()
 
 
 class ShardSection(Section):
@@ -412,6 +430,7 @@ class ShardConfig(ConfigFile):
     tls: TlsSection | None = None
     authentication: AuthenticationSection = AuthenticationSection()
     logging: LoggingSection = LoggingSection()
+    metrics: MetricsSection = MetricsSection()
     tracing: TracingSection = TracingSection()
 
     @model_validator(mode="after")
@@ -429,7 +448,7 @@ class PortsSection(Section):
     coordinator_port: Port = DEFAULT_HTTP_PORT
     shard_base_port: Port = 8081
     health_check_port: Port = 9090
-    metrics_port: Port = 9091
+    metrics_port: Port = DEFAULT_METRICS_PORT
 
 
 class CommunicationSection(Section):

@@ -7,6 +7,9 @@ import statistics
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from mesh.protocol.frame_codec import StageTiming
+from mesh.telemetry.registry import Histogram
+
 __all__ = ["Meter", "resident_bytes"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -23,11 +26,20 @@ class Meter:
     queue_s: float = 0.0
     codec_s: float = 0.0
     rejected: Counter[str] = field(default_factory=Counter)
+    steps: Histogram = field(default_factory=lambda: Histogram("mesh_shard_step_seconds"))
+    waits: Histogram = field(default_factory=lambda: Histogram("mesh_shard_queue_wait_seconds"))
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     _window: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=8))
 
-    def decode_step(self, seconds: float) -> None:
-        self._steps.append(seconds)
+    def stepped(self, phase: str, timing: StageTiming) -> None:
+        """A frame of this phase, prefill or decode, was computed."""
+        compute_s, queue_s = timing.compute_us / 1e6, timing.queue_us / 1e6
+        self.queue_s += queue_s
+        self.codec_s += timing.codec_us / 1e6
+        self.steps.observe(compute_s, phase)
+        self.waits.observe(queue_s)
+        if phase == "decode":
+            self._steps.append(compute_s)
 
     @property
     def step_s(self) -> float:

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from mesh.bus import Bus, BusOptions
@@ -17,10 +18,12 @@ from mesh.errors import ConfigError
 from mesh.host.process import settle
 from mesh.host.signals import on_signals, run_loop
 from mesh.shard.http import ShardHttp
+from mesh.shard.metrics import ShardMetrics
 from mesh.shard.options import ShardOptions
 from mesh.shard.service import Shard
 from mesh.shard.start_trace import StartTrace
 from mesh.telemetry.export import SpanExport
+from mesh.telemetry.metrics_http import reporting
 from mesh.types import Progress
 
 __all__ = ["choose_device", "limit_threads", "run", "serve"]
@@ -61,16 +64,25 @@ async def serve(
     *,
     progress: Progress,
     http: ShardHttp | None = None,
+    metrics: ShardMetrics | None = None,
     connect_s: float | None = 60.0,
     export: SpanExport | None = None,
 ) -> bool:
     """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing. `export`:
     where spans go that leave the mesh."""
+    async with _answering(http), nullcontext() if metrics is None else reporting(metrics.registry, metrics.endpoint):
+        return await _serve(bus_options, make, progress, http, metrics, connect_s, export)
+
+
+@asynccontextmanager
+async def _answering(http: ShardHttp | None) -> AsyncIterator[None]:
+    """While this context is open, `http` answers."""
     if http is None:
-        return await _serve(bus_options, make, progress, None, connect_s, export)
+        yield
+        return
     answering = asyncio.create_task(http.run())
     try:
-        return await _serve(bus_options, make, progress, http, connect_s, export)
+        yield
     finally:
         http.listener.stop(now=True)
         await answering
@@ -81,6 +93,7 @@ async def _serve(
     make: Callable[[Bus], Awaitable[ShardOptions]],
     progress: Progress,
     http: ShardHttp | None,
+    metrics: ShardMetrics | None,
     connect_s: float | None,
     export: SpanExport | None,
 ) -> bool:
@@ -94,6 +107,8 @@ async def _serve(
         if http is not None:
             http.shard, shard.http_url = shard, http.listener.url
             log.info("HTTP on %s", shard.http_url)
+        if metrics is not None:
+            metrics.of(shard)
 
         def end() -> None:
             if shard.ready.is_set():

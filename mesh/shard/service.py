@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,7 +42,6 @@ from mesh.protocol.frame import traced_headers
 from mesh.protocol.frame_codec import Frame, Kind, Nack, StageTiming
 from mesh.protocol.instance import new_instance
 from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
-from mesh.runtime.device import processor
 from mesh.runtime.engine import Engine
 from mesh.runtime.executables import forget_loaded
 from mesh.runtime.programs import Compiled
@@ -53,10 +50,11 @@ from mesh.runtime.stage import Stage, StageConfig
 from mesh.shard.compute import ComputeThread, run_step
 from mesh.shard.gaps import can_replace, others, refuse_gap
 from mesh.shard.lease import LeaseKeeper
-from mesh.shard.machine import machine_report, predicted_bytes
-from mesh.shard.meter import Meter, resident_bytes
+from mesh.shard.machine import predicted_bytes
+from mesh.shard.meter import Meter
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
+from mesh.shard.reports import lease_of, stats_of
 from mesh.shard.start_trace import StartTrace
 from mesh.shard.state import ShardShape, ShardState, tag_of
 from mesh.telemetry.export import SpanExport
@@ -69,6 +67,9 @@ log = logging.getLogger("mesh.shard")
 
 _EXPIRE_S = 1.5
 """How often the sessions of coordinators that are gone are looked for."""
+
+
+_PHASES = {kind: kind.name.lower() for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,10 @@ class Shard:
         self.meter = Meter()
         self._start = start or StartTrace()
         self._export = export
+        self._spans = SpanPublisher(bus)
         self.ready = asyncio.Event()
         self.http_url = ""  # where this process answers HTTP; the lease tells everyone
+        self.metrics_url = ""
         self._compiled = compiled
         self._progress = progress
         layers = self.manifest.check_range(options.layers)
@@ -144,8 +147,8 @@ class Shard:
         self._moving = asyncio.Lock()
         self._drainer: asyncio.Task[Any] | None = None
         self._encode_s = dict.fromkeys(Kind, 0.0)  # seconds that encoding the last frame of each kind took
-        self._started = time.time()
-        self._predicted_bytes = predicted_bytes(self.manifest, options)
+        self.started_unix_s = time.time()
+        self.predicted_bytes = predicted_bytes(self.manifest, options)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -197,9 +200,23 @@ class Shard:
         return self._compute is not None and self._compute.alive
 
     @property
+    def spans_dropped(self) -> int:
+        """Spans of this process that found no place, or could not be sent."""
+        return self._spans.dropped + (0 if self._export is None else self._export.dropped)
+
+    @property
     def status(self) -> Status:
         """The state that its lease reports."""
         return self._status
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which the compute thread had work."""
+        return 0.0 if self._compute is None else self._compute.busy_s
+
+    @property
+    def lease_keeper(self) -> LeaseKeeper:
+        return self._lease
 
     def ping(self, answered: Callable[[], None]) -> None:
         """Call `answered` in the event loop once the compute thread has done all work submitted before."""
@@ -295,37 +312,7 @@ class Shard:
             self._note_sessions()
 
     def stats(self) -> ShardStats:
-        counters, meter, state = (self.stage.counters if self.stage else None), self.meter, self.state
-        return ShardStats(
-            shard=self.options.name,
-            instance=self.instance,
-            model=self.manifest.name,
-            state=self._status,
-            uptime_s=time.time() - self._started,
-            rows=state.shape.rows,
-            free_rows=state.free_rows,
-            sessions=state.sessions,
-            queue_frames=state.queued,
-            prefill_steps=counters.prefill_steps if counters else 0,
-            prefill_tokens=counters.prefill_tokens if counters else 0,
-            prefill_s=counters.prefill_s if counters else 0.0,
-            decode_steps=counters.decode_steps if counters else 0,
-            decode_tokens=counters.decode_tokens if counters else 0,
-            decode_s=counters.decode_s if counters else 0.0,
-            queue_s=meter.queue_s,
-            codec_s=meter.codec_s,
-            frames_in=meter.frames_in,
-            frames_out=meter.frames_out,
-            bytes_in=meter.bytes_in,
-            bytes_out=meter.bytes_out,
-            gaps=dict(state.gaps),
-            rejected={**meter.rejected, **({"reply": refused} if (refused := self.bus.refused_replies) else {})},
-            memory_bytes=resident_bytes(),
-            storage=dict(self._lease.counters) | {"remade": self._lease.bucket.remade},
-            unix_s=time.time(),
-            predicted_bytes=self._predicted_bytes,
-            machine=machine_report(),
-        )
+        return stats_of(self)
 
     # -- frames --------------------------------------------------------------------------------------------------------
 
@@ -395,12 +382,8 @@ class Shard:
         if error is not None or result is None:
             self._failed(frame, error)
             return
-        timing = result.out.timings[-1]
         self._encode_s[frame.kind] = result.encode_s
-        self.meter.queue_s += timing.queue_us / 1e6
-        self.meter.codec_s += timing.codec_us / 1e6
-        if frame.kind is Kind.DECODE:
-            self.meter.decode_step(timing.compute_us / 1e6)
+        self.meter.stepped(_PHASES[frame.kind], result.out.timings[-1])
         self._send(result.out, result.data, frame, sent=result.sent)
 
     def _failed(self, frame: Frame, error: BaseException | None, *, followed: bool = False) -> None:
@@ -458,7 +441,7 @@ class Shard:
 
     def _report_start(self) -> None:
         spans = self._start.spans(self.options.name, self.state.shape.layers)
-        SpanPublisher(self.bus).put(*spans)
+        self._spans.put(*spans)
         if self._export is not None:
             self._export.put(lambda: spans)
         log.info("the trace of the start: mesh trace %s", self._start.trace)
@@ -583,40 +566,7 @@ class Shard:
 
     def lease(self, now: float) -> ShardLease:
         """What it says of itself now; `now` is of time.monotonic."""
-        shape, busy_s = self.state.shape, self._compute.busy_s if self._compute else 0.0
-        return ShardLease(
-            shard=self.options.name,
-            instance=self.instance,
-            model=self.manifest.name,
-            model_hash=shape.model_hash,
-            layers_start=shape.layers.start,
-            layers_end=shape.layers.stop,
-            held_start=self.stage.held.start if self.stage is not None else 0,
-            held_end=self.stage.held.stop if self.stage is not None else 0,
-            total_layers=shape.total_layers,
-            state=self._status,
-            rows=shape.rows,
-            free_rows=self.state.free_rows,
-            context=shape.context,
-            chunk=self.options.chunk,
-            hidden_size=shape.hidden_size,
-            hidden_itemsize=shape.hidden_dtype.itemsize,
-            max_frame_bytes=self.bus.max_payload,
-            queue_limit=shape.queue_limit,
-            queue_frames=self.state.queued,
-            mirrors=self.options.mirror,
-            load=self.meter.load(now, busy_s),
-            step_s=self.meter.step_s,
-            memory_bytes=resident_bytes(),
-            weights_bytes=self.stage.need.weights_bytes if self.stage is not None else 0,
-            frame_version=frame_codec.VERSION,
-            version=__version__,
-            host=socket.gethostname(),
-            processor=processor() if self.stage is not None else "",
-            pid=os.getpid(),
-            started_unix_s=self._started,
-            http=self.http_url,
-        )
+        return lease_of(self, now)
 
     async def _gap(self, *, force: bool, doing: str) -> str:
         """The layers that no other shard can serve in the place of this one, as `A-B`, or nothing. BadRequest, unless `force`, where there

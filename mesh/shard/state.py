@@ -144,6 +144,11 @@ class ShardState:
     def sessions(self) -> int:
         return len(self._reservations)
 
+    @property
+    def filled_positions(self) -> int:
+        """Positions that are filled in the rows of open sessions."""
+        return sum(reservation.filled for reservation in self._reservations.values())
+
     def reservation(self, session: int) -> Reservation | None:
         return self._reservations.get(session)
 

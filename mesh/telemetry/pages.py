@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from mesh.telemetry import conventions
+from mesh.telemetry import conventions, metrics
 
 __all__ = ["TABLES", "updated"]
 
@@ -35,8 +35,21 @@ def _phases() -> str:
     return _table(["`mesh.phase`", "its time"], [[f"`{name}`", meaning] for name, meaning in conventions.PHASES.items()])
 
 
+def _metrics(process: str) -> Callable[[], str]:
+    def table() -> str:
+        rows = [
+            [f"`{metric.name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), f"`{metric.otel_name}`", metric.help]
+            for metric in metrics.METRICS
+            if metric.process == process
+        ]
+        return _table(["metric", "kind", "labels", "over OTLP", "what it is"], rows)
+
+    return table
+
+
 TABLES: Final[dict[str, dict[str, Callable[[], str]]]] = {
     "tracing.md": {"spans": _spans, "phases": _phases, "attributes": _attributes},
+    "metrics.md": {process: _metrics(process) for process in ("coordinator", "shard", "gateway", "every")},
 }
 """Page -> mark -> the table that belongs there."""
 

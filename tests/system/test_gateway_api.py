@@ -342,15 +342,17 @@ def test_without_a_good_token_nothing_is_run(mesh: LocalMesh) -> None:
                 response = http.post(path, json=body, headers=headers)
                 assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
             assert http.post(path, content=b"{", headers={"content-type": "application/json"}).status_code == 401  # before it is read
-        for path in ("/api/v1/stats", "/v1/models"):
+        for path in ("/api/v1/stats", "/metrics", "/v1/models"):
             assert http.get(path).status_code == 401
         assert http.post("/api/v1/batch", json=requests["/api/v1/batch"], headers=bearer(token("generate"))).status_code == 403
-        assert http.get("/api/v1/stats", headers=bearer(token("generate", "batch"))).status_code == 403
+        for path in ("/api/v1/stats", "/metrics"):
+            assert http.get(path, headers=bearer(token("generate", "batch"))).status_code == 403
         assert http.post("/api/v1/inference", json=requests["/api/v1/inference"], headers=bearer(token("batch"))).status_code == 403
         assert submitted(mesh.url) == before
         for path, body in requests.items():
             assert http.post(path, json=body, headers=bearer(token("generate", "batch"))).status_code == 200
-        assert http.get("/api/v1/stats", headers=bearer(token("admin"))).status_code == 200
+        for path in ("/api/v1/stats", "/metrics"):
+            assert http.get(path, headers=bearer(token("admin"))).status_code == 200
         assert submitted(mesh.url) == before + 4
         health = http.get("/api/v1/health")
         assert health.status_code == 200 and health.json()["models"][0]["ranges"] is None

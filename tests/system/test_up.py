@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -40,6 +41,7 @@ class Up(Talking):
         super().__init__([*MESH, "up", str(model), "--rows", "2", "--context", "64", *arguments], env=self.environment)
 
     def wait_ready(self) -> None:
+        self.metrics = re.findall(r"(http://\S+/metrics) \((\S+)\)", self.wait(r"metrics (http.*)")[1])
         found = self.wait(r"NATS (nats://[^,\s]+), user (\S+), password in (\S+)")
         self.url, self.file = found[1], Path(found[3])
         self.options = BusOptions((self.url,), user=found[2], password=self.file.read_text().strip())
@@ -145,6 +147,9 @@ def test_commands_find_the_mesh_that_is_up(up: Up, oracle: Oracle) -> None:
     status = json.loads(up.command("status", "--json"))
     assert status["ready"] and [shard["layers_start"] for shard in status["shards"]] == [0, 2]
     assert "ready" in up.command("status")
+    said = {shard["shard"]: shard["metrics"] for shard in status["shards"]} | {"coordinator-1": status["coordinators"][0]["metrics"]}
+    assert {name: url for url, name in up.metrics} == said
+    assert all(httpx.get(url).status_code == 200 for url in said.values())
     report = json.loads(
         up.command("bench", "--requests", "6", "--concurrency", "3", "--prompt-tokens", "2-9", "--max-tokens", "8", "--json")
     )

@@ -19,7 +19,7 @@ from places import PACKAGE, ROOT
 
 import mesh
 from mesh.client import AsyncMeshClient, MeshClient
-from mesh.telemetry import conventions
+from mesh.telemetry import conventions, metrics
 
 MOST_LINES = 700
 """Of a file in mesh."""
@@ -31,7 +31,7 @@ HTTP_DOCUMENTS = {"mesh/gateway/bodies.py", "mesh/gateway/schema.py", "mesh/gate
 ONE_THING = {"BatchResult", "ChatMessage", "Timing", "TokenLogprob", "Usage"}
 """Classes whose document in the HTTP APIs has the same name, because the name stands in the OpenAPI description."""
 
-FOLDERS = ("mesh", "tests", "bench", "docs", "nats")
+FOLDERS = ("mesh", "tests", "bench", "docs", "nats", "deploy")
 PATH = re.compile(rf"(?<![\w./:*-])(?:{'|'.join(FOLDERS)})/[\w./*{{}}<>-]*(?:\.[a-z]+\b|/)(?![\w*])")
 BELOW_TESTS = re.compile(r"`((?:unit|component|system)/[\w./*]+)`")
 DOTTED = re.compile(r"(?<![\w./$:@-])mesh(?:\.\w+)+(?![\w/*-]|\.\*)")
@@ -42,7 +42,7 @@ PLACEHOLDER = re.compile(r"[*{}<>]|\b[A-Z]{2,}\b|\b[a-z]\b")  # a pattern, a wor
 
 MODULES = sorted(found.name for found in pkgutil.walk_packages(mesh.__path__, "mesh.") if not found.name.endswith("__main__"))
 PROSE = sorted(path for path in (*ROOT.glob("*.md"), *(found for name in FOLDERS for found in (ROOT / name).rglob("*.md"))))
-SOURCES = sorted(path for name in ("mesh", "tests", "bench") for path in (ROOT / name).rglob("*.py"))
+SOURCES = sorted(path for name in ("mesh", "tests", "bench", "deploy") for path in (ROOT / name).rglob("*.py"))
 
 
 def label(path: Path) -> str:
@@ -72,7 +72,7 @@ def said(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value.value
 
 
-ATTRIBUTES = {attribute.name for attribute in conventions.ATTRIBUTES}
+ATTRIBUTES = {attribute.name for attribute in conventions.ATTRIBUTES} | {metric.otel_name for metric in metrics.METRICS}
 """Of spans."""
 
 

@@ -70,6 +70,10 @@ class Leases:
         known = self._heard.get(shard)
         return None if known is None else known.instance
 
+    def ages(self, now: float) -> dict[str, float]:
+        """Seconds since each shard was heard."""
+        return {shard: max(now - known.at, 0.0) for shard, known in self._heard.items()}
+
     def check(self, now: float) -> tuple[list[str], list[str]]:
         """(shards to probe now, shards that are gone). A shard that is gone is forgotten."""
         probe, gone = [], []
