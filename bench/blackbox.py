@@ -316,7 +316,7 @@ class BlackBox(Chaos):
         child = self.mesh._children[name]
         first = child.process
         await asyncio.sleep(self.random.uniform(0.0, 2.0))
-        second = Child(child.command, self._logs / f"{name}-twin-{time.time_ns()}.log", child._environment).process
+        second = Child(child.command, self._logs / f"{name}-twin-{time.time_ns()}.log", child.environment).process
         child.process = second
         if after_s is None:
             await self._wait_there(name)

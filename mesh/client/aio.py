@@ -289,10 +289,14 @@ class AsyncMeshClient:
         """Spans of `report_spans` that could not be sent."""
         return 0 if self._spans is None else self._spans.dropped
 
-    async def traces(self, kind: Literal["last", "failed", "slow"] = "last", *, limit: int = 32) -> list[SessionReport]:
+    async def traces(
+        self, kind: Literal["last", "failed", "slow"] = "last", *, limit: int = 32, model: str | None = None
+    ) -> list[SessionReport]:
         """The last generations that ended: all, or those that failed, or those that were slow; the latest first. For operators."""
         found: list[SessionReport] = []
         for coordinator in await self.coordinators():
+            if (model or self._model) not in (None, coordinator.model):
+                continue
             try:
                 to = topics.TRACES.at(coordinator.model, coordinator.name)
                 found += (await self._connected.request(to, TraceQuery(kind=kind, limit=limit), timeout_s=_TRACE_S)).requests

@@ -95,7 +95,9 @@ def run_command(args: argparse.Namespace) -> int:
         bus = await Bus.connect(connection, name="mesh-coordinator")
         async with bus, reporting(registry, endpoint):
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)), export)
-            coordinator.metrics_url = "" if endpoint is None else endpoint.url
+            if endpoint is not None:
+                coordinator.metrics_url = endpoint.url
+                endpoint.say()
             report_coordinator(registry, coordinator)
             give_memory_back()
             settle()

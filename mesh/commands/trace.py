@@ -148,13 +148,12 @@ async def _last(client: AsyncMeshClient, kind: Kind, model: str | None) -> dict[
 
 
 async def _reports(client: AsyncMeshClient, kind: Kind, model: str | None) -> list[SessionReport]:
-    """The requests that are kept, the one that is asked for first."""
-    found = [report for c in await client.coordinators() if model in (None, c.model) for report in c.stats.recent]
+    """The requests that are kept, the one that is asked for first. Where none was slow by the configuration (tracing.slow_request), the
+    slowest of the last ones is."""
     if kind == "slow":
+        found = await client.traces("slow", model=model) or await client.traces("last", limit=64, model=model)
         return sorted(found, key=lambda report: -report.total_s)
-    if kind == "failed":
-        found = [report for report in found if report.state == "error"]
-    return sorted(found, key=lambda report: -(report.began_unix_s + report.total_s))
+    return await client.traces(kind, model=model)
 
 
 async def _require_coordinators(client: AsyncMeshClient) -> None:

@@ -238,22 +238,22 @@ def _machine(shard: ShardSeen) -> Iterator[Finding]:
 
 
 async def check_http(site: Site) -> AsyncIterator[Finding]:
-    """Whether the HTTP of each process answers, as far as it can be reached from here."""
-    urls = {one.name: (one.stats.http, "") for one in site.coordinators if one.stats is not None and one.stats.http}
-    urls |= {shard.name: (shard.lease.http, shard.lease.host) for shard in site.shards if shard.lease.http and shard.answers}
+    """Whether the HTTP of each process answers, and the port of its metrics, as far as they can be reached from here."""
+    served = [(one.name, "", one.stats.http, one.stats.metrics) for one in site.coordinators if one.stats is not None]
+    served += [(shard.name, shard.lease.host, shard.lease.http, shard.lease.metrics) for shard in site.shards if shard.answers]
+    pages = [(name, host, "HTTP", http, f"{http}/api/v1/health") for name, host, http, _ in served if http]
+    pages += [(name, host, "metrics", metrics, metrics) for name, host, _, metrics in served if metrics]
     here = platform.node()
-    for name, (url, host) in urls.items():
+    for name, host, what, url, page in pages:
         name_there = urlsplit(url).hostname or ""
         if name_there in ("127.0.0.1", "localhost", "::1") and host and host != here:
-            yield skipped("HTTP", f"{name} serves HTTP on its own machine alone ({url} of {host})", "run `mesh doctor` there")
+            yield skipped(what, f"{name} serves {what} on its own machine alone ({url} of {host})", "run `mesh doctor` there")
             continue
-        reason = await asyncio.to_thread(_answers, url)
+        reason = await asyncio.to_thread(_answers, page)
         if reason is None:
-            yield ok("HTTP", f"{name} answers at {url}")
+            yield ok(what, f"{name} answers at {url}")
         else:
-            yield error(
-                "HTTP", f"{name} does not answer at {url}: {reason}", "see its log; is a firewall between, or does the process hang?"
-            )
+            yield error(what, f"{name} does not answer at {url}: {reason}", "see its log; is a firewall between, or does the process hang?")
 
 
 def _answers(url: str) -> str | None:
@@ -261,7 +261,7 @@ def _answers(url: str) -> str | None:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        urllib.request.urlopen(f"{url}/api/v1/health", timeout=_HTTP_S, context=context).close()  # from a process of the mesh
+        urllib.request.urlopen(url, timeout=_HTTP_S, context=context).close()  # from a process of the mesh
     except urllib.error.HTTPError as answer:
         return f"status {answer.code}" if answer.code >= 500 else None
     except (OSError, ValueError) as reason:

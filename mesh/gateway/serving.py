@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from mesh.bus import BusOptions
@@ -44,12 +45,21 @@ class HttpEdge:
         """The URL for a client on this machine."""
         return self._listener.url
 
-    async def serve(self, options: BusOptions, *, model: str | None = None, registry: Registry | None = None) -> None:
+    async def serve(
+        self,
+        options: BusOptions,
+        *,
+        model: str | None = None,
+        registry: Registry | None = None,
+        connected: Callable[[], None] | None = None,
+    ) -> None:
         """Connect to the mesh and answer requests until `stop`. `model` overrides the model of the settings. `registry`: the metrics of the
-        process."""
+        process. `connected` is called once there is a connection."""
         settings = self.settings if model is None else replace(self.settings, model=model)
         client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
         await client.connect()
+        if connected is not None:
+            connected()
         watch = self._watch = dashboard.Watch(client)
         try:
             if settings.verifier is None and not is_loopback(settings.listener.host):

@@ -56,10 +56,11 @@ class Child:
     """A child process in a session of its own, so that Ctrl-C in a terminal does not reach it. Its output is appended to `path`."""
 
     def __init__(self, command: Sequence[str], path: Path, environment: Mapping[str, str]) -> None:
+        """`environment`: what `revive` starts it with; it may be changed in between."""
         path.unlink(missing_ok=True)
         self.command = list(command)
         self._path = path
-        self._environment = environment
+        self.environment = dict(environment)
         self.revive()
 
     @property
@@ -88,7 +89,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=self._environment,
+                env=self.environment,
             )
 
 

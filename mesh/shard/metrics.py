@@ -32,7 +32,9 @@ class ShardMetrics:
 
     def of(self, shard: Shard) -> None:
         """Report `shard`, whose lease says where."""
-        shard.metrics_url = "" if self.endpoint is None else self.endpoint.url
+        if self.endpoint is not None:
+            shard.metrics_url = self.endpoint.url
+            self.endpoint.say()
         report_shard(self.registry, shard)
 
 

@@ -57,13 +57,16 @@ class MetricsEndpoint:
         host = self._listener.options.host
         return f"http://{socket.gethostname()}:{self._listener.port}/metrics" if host in _WILDCARDS else f"{self._listener.url}/metrics"
 
+    def say(self) -> None:
+        """Log where the metrics are. The process calls it once it is connected, so that a start that fails says its error alone."""
+        log.info("metrics on %s", self.url)
+
     def close(self) -> None:
         """Give the port back."""
         self._listener.stop(now=True)
 
     async def run(self) -> None:
         """Answer requests until cancelled."""
-        log.info("metrics on %s", self.url)
         serving = asyncio.create_task(self._listener.serve(self.app))
         try:
             await asyncio.shield(serving)

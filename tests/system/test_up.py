@@ -143,7 +143,7 @@ def test_a_process_that_is_killed_is_started_again_and_streams_go_on(
 def test_commands_find_the_mesh_that_is_up(up: Up, oracle: Oracle) -> None:
     answer = json.loads(up.command("generate", "--tokens", "5,17,33", "--max-tokens", "8", "--json"))
     assert answer["tokens"] == oracle.greedy([5, 17, 33], 8)
-    assert set(answer) == {"tokens", "text", "finish_reason", "usage", "timing"}
+    assert set(answer) == {"tokens", "text", "finish_reason", "usage", "timing", "trace"}
     status = json.loads(up.command("status", "--json"))
     assert status["ready"] and [shard["layers_start"] for shard in status["shards"]] == [0, 2]
     assert "ready" in up.command("status")

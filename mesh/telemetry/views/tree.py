@@ -55,8 +55,8 @@ def process_of(span: Span) -> tuple[str, str]:
 
 
 def _when(node: SpanNode) -> tuple[int, int, str]:
-    """The order of siblings: by their starts; of those that start together the longest comes first."""
-    return node.span.start_ns, -node.span.end_ns, node.span.span
+    """The order of siblings: by their starts, and then by their ends: a frame comes before the stage that it goes to."""
+    return node.span.start_ns, node.span.end_ns, node.span.span
 
 
 def _is_above(node: SpanNode, other: SpanNode, parents: dict[int, SpanNode]) -> bool:

@@ -13,7 +13,7 @@ export function readSpans(trace) {
     if (!children.has(span.parent)) children.set(span.parent, []);
     children.get(span.parent).push(span);
   }
-  const below = (span) => (children.get(span.span) || []).sort((a, b) => a.start_ns - b.start_ns);
+  const below = (span) => (children.get(span.span) || []).sort((a, b) => a.start_ns - b.start_ns || a.end_ns - b.end_ns);
   const has = (span, name) => (span.attributes || {})[name];
   const during = (span) => ({ at: seconds(span.start_ns), wall: (span.end_ns - span.start_ns) / 1e9 });
   const runs = spans.filter((span) => span.name === "decode steps");
@@ -42,7 +42,8 @@ export function readSpans(trace) {
         stages.push({ shard: has(child, "mesh.shard") || child.instance, layers: has(child, "mesh.range") || "", compute: sum("compute"), queue: sum("queue"), codec: sum("codec"), parts });
       }
     }
-    const hop = hops.reduce((total, one) => total + one.parts[0].length, 0);
-    return { ...during(span), phase: STEPS[span.name], number: has(span, "mesh.step"), tokens: has(span, "mesh.tokens") ?? has(span, "mesh.rows") ?? 1, epoch: has(span, "mesh.epoch"), running: has(span, "mesh.unfinished") === true, slow: inRun.has(span.parent), stages, hops, hop };
+    const sums = { compute: has(span, "mesh.compute_s") || 0, queue: has(span, "mesh.wait_s") || 0, codec: has(span, "mesh.codec_s") || 0 };
+    const hop = has(span, "mesh.network_s") ?? hops.reduce((total, one) => total + one.parts[0].length, 0);
+    return { ...during(span), phase: STEPS[span.name], number: has(span, "mesh.step"), tokens: has(span, "mesh.tokens") ?? has(span, "mesh.rows") ?? 1, epoch: has(span, "mesh.epoch"), running: has(span, "mesh.unfinished") === true, slow: inRun.has(span.parent), stages, hops, hop, sums };
   }
 }

@@ -189,8 +189,7 @@ function stepBars(read, choose) {
     return svg;
   };
   const buttons = decodes.map((step, place) => {
-    const sums = { compute: 0, queue: 0, codec: 0, hop: step.hop };
-    for (const stage of step.stages) { sums.compute += stage.compute; sums.queue += stage.queue; sums.codec += stage.codec; }
+    const sums = { ...step.sums, hop: step.hop };
     const words = `step ${step.number ?? place}: ${duration(step.wall)}`;
     return h("button", { type: "button", class: "step", title: words, "aria-label": words, tabindex: place === decodes.length - 1 ? 0 : -1, onclick: () => choose(step) }, stacked(sums));
   });
