@@ -194,9 +194,12 @@ class _Writer:
             for name, phase, us in (
                 ("read frame", "codec", timing.read_us),
                 ("wait", "queue", timing.queue_us),
-                ("compute", "compute", timing.compute_us),
+                ("compute", "compute", max(timing.compute_us - timing.sample_us, 0)),
+                ("sampling", "compute", min(timing.sample_us, timing.compute_us)),
                 ("write frame", "codec", write_us),
             ):
+                if name == "sampling" and not us:
+                    continue
                 part: dict[str, Value] = {"mesh.phase": phase, "mesh.shard": hop.shard}
                 if name == "write frame":
                     part["mesh.estimated"] = True

@@ -13,7 +13,8 @@ A stage that cannot compute some of the rows leaves them out and reports them to
     coordinator, traceparent (26 bytes, when flag TRACED)
     rows       session u64 [n], epoch u32 [n], position u32 [n], row at each stage u32 [hops, n], tokens i32 [m]
     timings    for each stage passed: queue, compute, codec, in microseconds, u32 each; time of arrival, in microseconds since 1970,
-               u64; bytes of the frame that arrived, rows or tokens computed with padding, microseconds of decoding, u32 each
+               u64; bytes of the frame that arrived, rows or tokens computed with padding, microseconds of decoding, microseconds of
+               sampling, u32 each
     tensors    for each: dtype u8, rank u8, dimensions u32, stored bytes u32; then their bytes, each 16-byte aligned
     checksum   CRC-32 of all before it
 
@@ -77,7 +78,7 @@ REASONS: Final = (
 _HEADER = struct.Struct("<4sBBH8sIQBBBBHBHBI")
 _COUNTS = struct.Struct("<BHBBBBHBHBI")  # kind and flags, then what follows the step
 _HOP = struct.Struct("<HHB")
-_TIMING = struct.Struct("<IIIQIII")
+_TIMING = struct.Struct("<IIIQIIII")
 _TENSOR = struct.Struct("<BB")
 _TENSOR_OF = tuple(struct.Struct(f"<BB{rank}II") for rank in range(5))  # by rank
 _CRC = struct.Struct("<I")
@@ -157,9 +158,12 @@ def _next_hop(frame: Frame) -> list[Any]:
 
 
 def _timing(timing: StageTiming) -> bytes:
-    queue_us, compute_us, codec_us, arrived_us, size, bucket, read_us = timing
-    most = _MOST_U32
-    return _TIMING.pack(min(queue_us, most), min(compute_us, most), min(codec_us, most), arrived_us, size, bucket, min(read_us, most))
+    queue_us, compute_us, codec_us, arrived_us, size, bucket, read_us, sample_us = timing
+    if max(queue_us, compute_us, codec_us) > _MOST_U32:  # an hour
+        queue_us, compute_us, codec_us, read_us, sample_us = (
+            min(us, _MOST_U32) for us in (queue_us, compute_us, codec_us, read_us, sample_us)
+        )
+    return _TIMING.pack(queue_us, compute_us, codec_us, arrived_us, size, bucket, read_us, sample_us)
 
 
 def _append_tensors(parts: list[Any], tensors: Sequence[np.ndarray], flags: int) -> None:

@@ -47,6 +47,8 @@ class Engine(Protocol):
     counters: StageCounters
     bucket: int
     """The rows or tokens that the last step computed, padding included."""
+    sampled_s: float
+    """What drawing tokens took in the last step; 0 where the likeliest ones sufficed, and on a stage that does not sample."""
 
     @property
     def manifest(self) -> Manifest: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -98,6 +99,8 @@ class Programs:
         own: slice | None = None,
         compiled: Compiled | None = None,
     ) -> None:
+        self.sampled_s = 0.0
+        """What drawing tokens took in the last step; 0 where the likeliest ones sufficed."""
         self._embed, self._head = embed, head
         self._layers = tuple(layers)
         self._own = own or slice(0, len(layers))
@@ -162,9 +165,14 @@ class Programs:
         if bucket.prefill:
             history, x, numbers_ = step.last(history, x, numbers_)
         history, logits, likeliest = step.head(self._head_weights, history, x, numbers_)
+        self.sampled_s = 0.0
         if wanted is None:
             return history, Sampled(likeliest, None, None, None)
-        return history, step.sampled(logits, history, numbers_, *self._on_device(*wanted))
+        logits.block_until_ready()  # the result is needed at once in any case
+        began = time.perf_counter()
+        drawn = jax.block_until_ready(step.sampled(logits, history, numbers_, *self._on_device(*wanted)))
+        self.sampled_s = time.perf_counter() - began
+        return history, drawn
 
     def compile(self, bucket: ShapeBucket, caches: Sequence[LayerCache], history: Any) -> _Step:
         """Compile everything that a step of this shape runs, now or after another `serve`."""

@@ -36,6 +36,7 @@ class RecomputingStage:
         self.context = inner.context
         self.counters = StageCounters()
         self.bucket = 0
+        self.sampled_s = 0.0
         self._tokens = np.zeros((rows, inner.context), np.int32)
         self._hidden: np.ndarray | None = None  # [rows, context, D], of a stage that is not the first
         self._params = [(SamplingParams(), 0)] * rows
@@ -101,7 +102,7 @@ class RecomputingStage:
         """tokens [T] (and hidden [T, D]) of `row` from position `start` on -> hidden [T, D] or the token sampled after the last."""
         began = time.perf_counter()
         answer = self._run(row, start, np.asarray(tokens, np.int32), hidden)
-        self.bucket = self._inner.bucket
+        self.bucket, self.sampled_s = self._inner.bucket, self._inner.sampled_s
         self.counters.prefill_steps += 1
         self.counters.prefill_tokens += len(tokens)
         self.counters.prefill_s += time.perf_counter() - began
@@ -113,12 +114,13 @@ class RecomputingStage:
         """tokens [n] (and hidden [n, D]) of `rows` [n] at `positions` [n] -> hidden [n, D] or n tokens, one row after the other."""
         began = time.perf_counter()
         answers = []
-        computed = 0
+        computed, sampled_s = 0, 0.0
         for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
             one = slice(index, index + 1)
             answers.append(self._run(int(row), int(position), np.asarray(tokens[one], np.int32), None if hidden is None else hidden[one]))
             computed += self._inner.bucket
-        self.bucket = computed
+            sampled_s += self._inner.sampled_s
+        self.bucket, self.sampled_s = computed, sampled_s
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(rows)
         self.counters.decode_s += time.perf_counter() - began

@@ -84,6 +84,7 @@ class Stage:
         self.need = need
         self.counters = StageCounters()
         self.bucket = 0
+        self.sampled_s = 0.0
         self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
         inner = list(blocks)
         embed = inner.pop(0) if config.embed else None
@@ -225,7 +226,7 @@ class Stage:
                 pieces.append(result[:count])
             done += count
         answer = self._token(result, 0, row) if self.last else pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        self.bucket = computed
+        self.bucket, self.sampled_s = computed, self.programs.sampled_s if self.last else 0.0
         self.counters.prefill_steps += 1
         self.counters.prefill_tokens += len(tokens)
         self.counters.prefill_s += time.perf_counter() - began
@@ -270,7 +271,7 @@ class Stage:
             answer: Any = [self._token(host, row - base, row) for row in rows_]
         else:
             answer = np.asarray(result)[:, 0] if whole else np.asarray(result)[rows - base, 0]
-        self.bucket = size
+        self.bucket, self.sampled_s = size, self.programs.sampled_s if self.last else 0.0
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(rows)
         self.counters.decode_s += time.perf_counter() - began

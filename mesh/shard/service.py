@@ -363,7 +363,8 @@ class Shard:
         wait_us = int((time.perf_counter() - queued) * 1e6)
 
         def timing(compute_s: float) -> StageTiming:
-            return StageTiming(wait_us, int(compute_s * 1e6), codec_us, came.arrived_us, came.bytes, stage.bucket, came.read_us)
+            sample_us = int(stage.sampled_s * 1e6)
+            return StageTiming(wait_us, int(compute_s * 1e6), codec_us, came.arrived_us, came.bytes, stage.bucket, came.read_us, sample_us)
 
         out = run_step(stage, frame, timing)
         began = time.perf_counter()

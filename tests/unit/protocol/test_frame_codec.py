@@ -20,7 +20,7 @@ from mesh.types import LayerRange
 HASH = "0123456789abcdef"
 names = st.text("abcXYZ019_-", min_size=1, max_size=64)
 u32 = st.integers(0, 2**32 - 1)
-timing = st.tuples(u32, u32, u32, st.integers(0, 2**64 - 1), u32, u32, u32)
+timing = st.tuples(u32, u32, u32, st.integers(0, 2**64 - 1), u32, u32, u32, u32)
 dtypes = st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16])
 
 

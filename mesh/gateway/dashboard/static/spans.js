@@ -1,6 +1,6 @@
 // The spans of a trace document as the waterfall needs them. Times are seconds since the request came.
 
-const LANES = { "read frame": "codec", "write frame": "codec", wait: "queue", compute: "compute" };
+const LANES = { "read frame": "codec", "write frame": "codec", wait: "queue", compute: "compute", sampling: "compute" };
 const STEPS = { "prefill chunk": "prefill", "decode step": "decode" };
 
 /** {steps, runs, failovers}, each in the order of time. */
