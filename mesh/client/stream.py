@@ -44,7 +44,7 @@ _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 5.0
 _SILENCE_S = 2.0  # between tokens
 _WAITING_SILENCE_S = 4.0  # before the first one: a request in the queue gets a Waiting document every 3 s
-_LONGEST_SILENCE_S = 16.0
+_LONGEST_SILENCE_S = 4.0  # the last try may have gone to a coordinator that is suspended: NATS still counts it as a member
 
 
 class Retry:
