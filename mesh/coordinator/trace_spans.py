@@ -172,6 +172,8 @@ class _Writer:
         links: tuple[Link, ...] = ()
         if prefill:
             attributes |= {"mesh.tokens": step.tokens, "mesh.position": step.start}
+            if entry.leg:
+                attributes["mesh.replay"] = "replay"
         else:
             attributes["mesh.rows"] = step.tokens
             contexts = [self._context_of(session) for session in step.sessions[: MAX_LINKS + 1] if session != self._trace.id]

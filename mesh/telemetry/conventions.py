@@ -112,7 +112,11 @@ ATTRIBUTES: Final = (
     Attribute("mesh.codec_s", "double", "seconds of reading and writing frames in these steps"),
     Attribute("mesh.from", "string", "the process that sent the frame, or the shard before a failover"),
     Attribute("mesh.to", "string", "the process that gets it, or the shard after a failover"),
-    Attribute("mesh.replay", "string", "`mirror`: a mirror stepped in; `replay`: the history was computed again; `resend`: the same route"),
+    Attribute(
+        "mesh.replay",
+        "string",
+        "how a loss was mended: `mirror` (it stepped in), `replay` (the history is computed again, also by this chunk), `resend`",
+    ),
     Attribute("mesh.restarts", "int", "routes that the generation lost"),
     Attribute("mesh.clock_offset_s", "double", "how far the shard's clock was ahead of the coordinator's; times are corrected by it"),
     Attribute("mesh.clock_error_s", "double", "the most by which this correction can be wrong"),

@@ -223,7 +223,7 @@ def _words(span: Span) -> str:
     if span.name == "decode steps" and "mesh.steps" in has:
         return f"{span.name} × {has['mesh.steps']}" + (f" from {has['mesh.step']} on" if "mesh.step" in has else "")
     if span.name == "prefill chunk" and "mesh.tokens" in has:
-        return f"{span.name}, {has['mesh.tokens']} tokens"
+        return f"{span.name}, {has['mesh.tokens']} tokens" + (", replay" if "mesh.replay" in has else "")
     if span.name == "failover":
         way = f" {sender} → {receiver}" if sender and receiver else ""
         return f"{span.name}{way}" + (f", {has['mesh.replay']}" if "mesh.replay" in has else "")

@@ -159,6 +159,8 @@ def test_a_lost_route_is_a_failover(replayed: bool, route: tuple[Hop, ...], how:
     (failover,) = [span for span in found if span.name == "failover"]
     assert failover.attributes["mesh.replay"] == how and failover.attributes.get("mesh.to") == ("c" if route is OTHER else None)
     assert failover.duration_ns == pytest.approx((12.2 if replayed else 12.3) * 1e9 - 11.01e9, abs=1e4)
+    chunks = [span for span in found if span.name == "prefill chunk"]
+    assert [span.attributes["mesh.replay"] for span in chunks] == (["replay"] if replayed else [])
     rows = [span for span in found if span.name == "open rows"]
     assert [span.parent for span in rows] == [found[0].span, failover.span]
 
