@@ -115,7 +115,7 @@ ATTRIBUTES: Final = (
     Attribute(
         "mesh.replay",
         "string",
-        "how a loss was mended: `mirror` (it stepped in), `replay` (the history is computed again, also by this chunk), `resend`",
+        "how a loss is mended: by a `mirror`, a `replay` (of which this chunk is a part), a `resend`",
     ),
     Attribute("mesh.restarts", "int", "routes that the generation lost"),
     Attribute("mesh.clock_offset_s", "double", "how far the shard's clock was ahead of the coordinator's; times are corrected by it"),
