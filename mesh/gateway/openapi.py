@@ -47,7 +47,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
             scope = operation.get(SCOPE_KEY)
             if scope is not None:
                 operation["security"] = [{"token": []}, {}]
-                operation["description"] = f"{operation.get('description', '')}\n\nScope: {scope}.".strip()
+                operation["description"] = f"{operation.get('description', '')}\n\nScope: {scope or 'any'}.".strip()
             for status, description in _ERRORS.items():
                 if scope is not None or status in ("400", "500"):
                     responses.setdefault(status, {"description": description, "content": {"application/json": {"schema": {"$ref": error}}}})

@@ -2,5 +2,6 @@
 
 listener     a bounded uvicorn listener in the event loop that is there
 tokens       JSON Web Tokens: issue and verify
+keys         API keys: a file with the hash of each
 from_config  from configuration sections to a listener's options
 """

@@ -16,7 +16,7 @@ import orjson
 
 from mesh.errors import Denied
 from mesh.http.listener import Listener
-from mesh.http.tokens import Verifier
+from mesh.http.tokens import Checks
 from mesh.shard.service import Shard
 
 __all__ = ["ShardHttp"]
@@ -33,7 +33,7 @@ class ShardHttp:
     """The application and its listener. `check_interval_s`: how often the compute thread is asked for an answer; `timeout_s`: how long
     the answer may take. `shard` is None until the process has made its shard."""
 
-    def __init__(self, listener: Listener, *, check_interval_s: float, timeout_s: float, verifier: Verifier | None = None) -> None:
+    def __init__(self, listener: Listener, *, check_interval_s: float, timeout_s: float, verifier: Checks | None = None) -> None:
         self.listener = listener
         self.shard: Shard | None = None
         self._check_interval_s = check_interval_s
