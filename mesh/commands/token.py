@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     _add_quota(key)
     key.set_defaults(run=key_command)
     inspect = actions.add_parser("inspect", help="show a token's claims, and whether it is valid", description=_DESCRIPTION)
-    inspect.add_argument("token", nargs="?", default="-", metavar="TOKEN", help="the token; - or nothing reads standard input")
+    inspect.add_argument("token", nargs="?", default="-", metavar="-", help="nothing, or -: the token is read from standard input")
     inspect.add_argument("--public-key-file", metavar="FILE", help="PEM, for RS256 and EdDSA")
     inspect.set_defaults(run=inspect_command)
     for action in (issue, inspect):
@@ -91,7 +91,9 @@ def inspect_command(args: argparse.Namespace) -> int:
     from mesh.errors import Denied
     from mesh.http.tokens import Verifier, peek
 
-    token = (sys.stdin.read() if args.token == "-" else args.token).strip()
+    if args.token != "-":
+        raise ConfigError("other users of this machine see what is on a command line: give the token on standard input, `inspect < FILE`")
+    token = sys.stdin.read().strip()
     header, claims = peek(token)
     section = _section(args)
     key = _key(section, section.public_key_file, "public_key")

@@ -4,6 +4,7 @@ app             the application: routes, errors, middleware; the life of a reque
 serving         an application on a listener, with a client of its own: what a process runs
 settings        the values that a gateway is made with; from_config makes them from a configuration file
 middleware      what every request passes: request id, bounds, headers, log
+origin          which requests of web pages are answered
 tracing         the trace of a request, and its span
 auth, guard     what a token permits; routes that need a scope
 accounts        what each subject has spent of its quota, and used

@@ -93,7 +93,8 @@ def create_app(
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     private = settings.verifier is None and is_loopback(settings.listener.host)
     tracing = EdgeTracing(client, ratio=settings.sample_ratio, export=export)
-    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private)
+    pages_of = settings.cors_origins if settings.verifier is None else None
+    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private, pages_of=pages_of)
     app.state.counters = edge.counters
     registry.add(lambda: gateway_readings(client, edge.counters, gate.accounts, connections))
     registry.spans_dropped.append(lambda: client.spans_dropped)

@@ -15,7 +15,8 @@ from typing import Any
 import orjson
 
 from mesh.errors import Denied
-from mesh.http.listener import Listener
+from mesh.http.hosts import host_of, is_plain
+from mesh.http.listener import Listener, is_loopback
 from mesh.http.tokens import Checks
 from mesh.shard.service import Shard
 
@@ -75,6 +76,8 @@ class ShardHttp:
 
     def _answer(self, scope: Any) -> tuple[int, dict[str, Any], list[tuple[bytes, bytes]]]:
         path = scope["path"]
+        if self._verifier is None and is_loopback(self.listener.options.host) and not is_plain(host_of(scope)):
+            return 421, _error("misdirected", "no token is asked for here, so only addresses and names without a dot are answered"), []
         if path not in ("/api/v1/health", "/api/v1/health/live", "/api/v1/stats"):
             return 404, _error("not_found", "there is no such path: see /api/v1/health and /api/v1/stats"), []
         if scope["method"] not in ("GET", "HEAD"):
