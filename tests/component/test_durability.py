@@ -24,11 +24,13 @@ def sync_of(server: NatsServer) -> Finding:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in NATS.glob("*.conf") if "store_dir" in path.read_text()))
 def test_what_is_shipped_writes_to_disk_within_a_second(tmp_path: Path, name: str) -> None:
-    (port,) = free_ports(1)
+    port, web = free_ports(2)
     arguments = ("--cluster_listen", f"nats://127.0.0.1:{port}") if "cluster" in name else ()
     for path in NATS.glob("*.conf"):
-        (tmp_path / path.name).write_text(path.read_text().replace("listen: 127.0.0.1:7422", f"listen: 127.0.0.1:{port}"))
-    with NatsServer.start(config=tmp_path / name, directory=tmp_path / "server", monitor=True, arguments=arguments) as server:
+        text = path.read_text().replace("listen: 127.0.0.1:7422", f"listen: 127.0.0.1:{port}")
+        (tmp_path / path.name).write_text(text.replace("listen: 127.0.0.1:7480", f"listen: 127.0.0.1:{web}"))
+    environment, folder = {"MESH_LEAF_PASSWORD": "secret"}, tmp_path / "server"
+    with NatsServer.start(config=tmp_path / name, directory=folder, monitor=True, arguments=arguments, environment=environment) as server:
         assert sync_of(server).level == "ok" and "every 1 s" in sync_of(server).found
 
 
