@@ -20,6 +20,7 @@ _ERRORS = {
     "404": "No coordinator serves that model, or there is no such thing",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
+    "415": "The body is compressed",
     "429": "The mesh is full, or the token has used up its limits; Retry-After says when to try again",
     "500": "An error of the gateway itself",
     "503": "The mesh cannot serve it now",
