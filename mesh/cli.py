@@ -44,6 +44,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "doctor": ("doctor:add_parser", "what is well, what is not, and what to do"),
         "events": ("events:add_events_parser", "what happened in the mesh"),
         "trace": ("trace:add_parser", "where the time of a request went"),
+        "usage": ("usage:add_parser", "what each subject has used over HTTP"),
     },
     "models": {
         "import": ("import_model:add_parser", "make a model directory from ONNX, safetensors or GGUF"),

@@ -3,6 +3,7 @@
 options      BusOptions: where NATS is, and which user connects
 connection   Bus: connect and stay connected, publish, request, subscribe; limits are checked before each write
 transport    the socket under nats-py, with a short path for frames
+websocket    the same socket inside a WebSocket, for ws:// and wss:// servers
 service      micro services: $SRV.PING/INFO/STATS, typed requests, errors in headers
 kv           leases and other small shared state: Bucket, LeaseTable
 events       announcements of what happened, and the stream that keeps them

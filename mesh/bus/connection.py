@@ -27,7 +27,8 @@ import nats.errors
 from mesh.bus.mapping import is_refusal, mapped, mapped_error
 from mesh.bus.options import BusOptions, without_password
 from mesh.bus.transport import DirectTransport
-from mesh.errors import DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
+from mesh.bus.websocket import WebSocketTransport
+from mesh.errors import ConfigError, DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
 from mesh.protocol.failures import ErrorReply
 from mesh.protocol.generation import public_id
 from mesh.protocol.headers import REQUEST_HEADER, SESSION_HEADER
@@ -198,7 +199,10 @@ class Bus:
         Unavailable: no server answered in that time. Denied: a server answered and refused. ConfigError: TLS or credentials files.
         """
         client = _Client()
-        transport = DirectTransport() if direct and not any(url.startswith("ws") for url in options.urls) else None
+        web = any(url.startswith(("ws://", "wss://")) for url in options.urls)
+        if web and not all(url.startswith(("ws://", "wss://")) for url in options.urls):
+            raise ConfigError("nats.urls: servers are reached either by ws:// and wss://, or by nats:// and tls://: give one kind")
+        transport = WebSocketTransport() if web else DirectTransport() if direct else None
         client._transport = transport
         bus = cls(client, transport)
         refused: list[Exception] = []

@@ -21,7 +21,7 @@ from urllib.parse import ParseResult
 
 import nats.aio.transport
 
-__all__ = ["DirectTransport"]
+__all__ = ["DirectTransport", "Incoming"]
 
 log = logging.getLogger("mesh.bus")
 
@@ -46,7 +46,7 @@ class DirectTransport(nats.aio.transport.Transport):
         self.direct: dict[bytes, Callable[[bytes], None]] = {}
         self.unheard: dict[bytes, Callable[[str], None]] = {}
         self._socket: asyncio.Transport | None = None
-        self._protocol: _Protocol | None = None
+        self._protocol: Incoming | None = None
         self._short: _Short | None = None  # writes past the transport's buffer; None under TLS
 
     @property
@@ -85,7 +85,7 @@ class DirectTransport(nats.aio.transport.Transport):
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
         assert uri.hostname is not None and uri.port is not None  # nats-py has filled them in
         loop = asyncio.get_running_loop()
-        connecting = loop.create_connection(lambda: _Protocol(self.direct, self.unheard), uri.hostname, uri.port)
+        connecting = loop.create_connection(lambda: Incoming(self.direct, self.unheard), uri.hostname, uri.port)
         socket, protocol = await asyncio.wait_for(connecting, connect_timeout)
         self._socket, self._protocol = socket, protocol
         self._short = protocol.short = _Short(socket, loop)
@@ -96,7 +96,7 @@ class DirectTransport(nats.aio.transport.Transport):
         if self._short is not None:
             self._short.close()
             self._short = None
-        plain, protocol = self._protocol, _Protocol(self.direct, self.unheard)
+        plain, protocol = self._protocol, Incoming(self.direct, self.unheard)
         securing = asyncio.get_running_loop().start_tls(self._socket, protocol, ssl_context, server_hostname=name)
         try:
             secured = await asyncio.wait_for(securing, connect_timeout)
@@ -193,7 +193,7 @@ class _Short:
                 self._descriptor = -1
 
 
-class _Protocol(asyncio.Protocol):
+class Incoming(asyncio.Protocol):
     """One connection. It hands direct messages on as they arrive, and keeps everything else until nats-py reads it."""
 
     def __init__(self, direct: dict[bytes, Callable[[bytes], None]], unheard: dict[bytes, Callable[[str], None]]) -> None:

@@ -17,7 +17,7 @@ read_model   the picture of a mesh for the dashboard, `mesh top` and `mesh statu
 """
 
 from mesh.client.aio import AsyncMeshClient
-from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatus, Health, MeshStatus, Timing, Token, Usage
+from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage, Timing, Token, Usage
 from mesh.client.stream import Stream
 from mesh.client.sync import MeshClient, SyncStream
 from mesh.protocol.batches import BatchStatus
@@ -33,6 +33,7 @@ __all__ = [
     "Health",
     "MeshClient",
     "MeshStatus",
+    "MeshUsage",
     "Stream",
     "SyncStream",
     "Timing",

@@ -15,7 +15,7 @@ from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.bus.batches import BatchStore
 from mesh.bus.dead import DeadList
 from mesh.bus.spans import SpanPublisher
-from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus
+from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, ServiceError, Unavailable
 from mesh.protocol import subjects, topics
@@ -25,6 +25,7 @@ from mesh.protocol.generation import Generate, TraceReply, TraceRequest
 from mesh.protocol.spans import Span
 from mesh.protocol.status import CoordinatorStats, SessionReport, ShardLease, ShardStats, TraceQuery
 from mesh.protocol.stream import Waiting
+from mesh.protocol.usage import UsageQuery, UsageReport
 from mesh.telemetry.context import current
 
 __all__ = ["AsyncMeshClient"]
@@ -276,6 +277,16 @@ class AsyncMeshClient:
             except _UNREADABLE:
                 continue  # of another version, or of another service
         return found
+
+    async def usage(self, subject: str | None = None) -> MeshUsage:
+        """What a subject has used at all gateways since they started, or what each subject has. For operators and gateways."""
+        found = []
+        for answer in await self._connected.gather(topics.USAGE.at().subject, UsageQuery(subject=subject).to_bytes()):
+            try:
+                found.append(UsageReport.parse(answer.data))
+            except MessageRejected:
+                continue  # of another version
+        return MeshUsage.of(found)
 
     def report_spans(self, *spans: Span) -> None:
         """Send spans to the coordinators, which show them with the traces that they belong to. Never waits; what cannot be sent is

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from mesh.errors import MeshError
 from mesh.protocol.batches import BatchItem
 from mesh.protocol.status import CoordinatorStats, ShardLease
 from mesh.protocol.stream import Answer, Timing, Token, Usage, answer_of
+from mesh.protocol.usage import SubjectUsage, UsageReport
 
-__all__ = ["BatchResult", "Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "Timing", "Token", "Usage"]
+__all__ = ["BatchResult", "Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "MeshUsage", "Timing", "Token", "Usage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +107,36 @@ class Health:
     ready: bool
     reason: str
     model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeshUsage:
+    """What subjects have used at the gateways that have answered, summed over them; those with the most tokens first. since_unix_s:
+    when the first of these gateways started; None: no gateway has answered. omitted: subjects that a gateway left out."""
+
+    gateways: int
+    since_unix_s: float | None
+    omitted: int
+    subjects: tuple[SubjectUsage, ...]
+
+    @classmethod
+    def of(cls, reports: Iterable[UsageReport]) -> MeshUsage:
+        answered = {report.gateway: report for report in reports}.values()
+        sums: dict[str, dict[str, int]] = {}
+        for report in answered:
+            for each in report.subjects:
+                have = sums.setdefault(each.subject, {})
+                for name, value in each.model_dump(exclude={"subject"}).items():
+                    have[name] = have.get(name, 0) + value
+        subjects = [SubjectUsage(subject=subject, **counts) for subject, counts in sums.items()]
+        subjects.sort(key=lambda each: (-(each.prompt_tokens + each.completion_tokens + each.batch_tokens), each.subject))
+        since = min((report.since_unix_s for report in answered), default=None)
+        return cls(len(answered), since, sum(report.omitted for report in answered), tuple(subjects))
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "gateways": self.gateways,
+            "since_unix_s": self.since_unix_s,
+            "omitted": self.omitted,
+            "subjects": [each.model_dump(mode="json") for each in self.subjects],
+        }

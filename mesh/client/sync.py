@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mesh.bus import BusOptions
 from mesh.client.aio import AsyncMeshClient
-from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus
+from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
 from mesh.protocol.batches import BatchStatus, DeadMessage
@@ -154,6 +154,9 @@ class MeshClient:
 
     def shard_stats(self) -> list[ShardStats]:
         return self._run(self._client.shard_stats())
+
+    def usage(self, subject: str | None = None) -> MeshUsage:
+        return self._run(self._client.usage(subject))
 
     def trace(self, session: str, *, model: str | None = None) -> dict[str, Any] | None:
         return self._run(self._client.trace(session, model=model))

@@ -86,6 +86,8 @@ def bus_options(args: argparse.Namespace, section: NatsSection | None = None) ->
         values = {key: value for key, value in values.items() if key not in _WHO or key in kept}
     if "password_file" in given:
         values.pop("password", None)
+    if "@" in given.get("urls", ""):
+        raise ConfigError("--nats: other users of this machine see a password on a command line: give --nats-user and --nats-password-file")
     if "urls" in given:
         given["urls"] = tuple(url if "://" in url else f"nats://{url}" for part in given["urls"].split(",") if (url := part.strip()))
     values |= given

@@ -54,7 +54,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.coordinator.description import find_model
     from mesh.coordinator.metrics import report_coordinator
     from mesh.coordinator.service import Coordinator, CoordinatorOptions
-    from mesh.host.process import give_memory_back, settle
+    from mesh.host.process import give_memory_back, no_core_dumps, settle
     from mesh.host.signals import on_signals, run_loop
     from mesh.protocol.frame_codec import Flags
     from mesh.settings.schema import CoordinatorConfig, load_config
@@ -64,6 +64,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.telemetry.metrics_http import MetricsEndpoint, reporting
     from mesh.telemetry.registry import Registry
 
+    no_core_dumps()
     config = load_config(args.config, CoordinatorConfig)
     name = args.name or f"c-{secrets.token_hex(4)}"
     setup_logging(config.logging, role="coordinator", name=name)

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
 def run_command(args: argparse.Namespace) -> int:
     from mesh.gateway import HttpEdge
     from mesh.gateway.from_config import gateway_settings
-    from mesh.host.process import give_memory_back
+    from mesh.host.process import give_memory_back, no_core_dumps
     from mesh.host.signals import on_signals, run_loop
     from mesh.settings.files import load_environment
     from mesh.settings.schema import GatewayConfig, load_config
@@ -43,6 +43,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.telemetry.metrics_http import MetricsEndpoint, reporting
     from mesh.telemetry.registry import Registry
 
+    no_core_dumps()
     config = load_environment(GatewayConfig) if args.config is None else load_config(args.config, GatewayConfig)
     given = {"listen_host": args.host, "listen_port": args.http_port, "model": args.model}
     section = config.gateway.model_copy(update={name: value for name, value in given.items() if value is not None})  # now set, too

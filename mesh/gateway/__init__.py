@@ -4,8 +4,12 @@ app             the application: routes, errors, middleware; the life of a reque
 serving         an application on a listener, with a client of its own: what a process runs
 settings        the values that a gateway is made with; from_config makes them from a configuration file
 middleware      what every request passes: request id, bounds, headers, log
+origin          which requests of web pages are answered
 tracing         the trace of a request, and its span
-auth, guard     tokens and their limits; routes that need a scope
+auth, guard     what a token permits; routes that need a scope
+accounts        what each subject has spent of its quota, and used
+sharing         the accounts of all gateways, kept together over NATS
+usage_routes    the route that shows what each subject has used
 context, known  what every route gets; which models the mesh serves
 native, batch_routes, schema                  the mesh's own API and its documents
 openai_routes, openai_shapes, openai_schema   OpenAI's API and its documents

@@ -22,6 +22,7 @@ from mesh import __version__
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, MeshError
 from mesh.gateway import native
+from mesh.gateway.accounts import Accounts
 from mesh.gateway.auth import Gate
 from mesh.gateway.batch_routes import batch
 from mesh.gateway.context import Gateway
@@ -36,6 +37,7 @@ from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
 from mesh.gateway.settings import GatewaySettings
 from mesh.gateway.tracing import EdgeTracing
+from mesh.gateway.usage_routes import usage
 from mesh.http.listener import is_loopback
 from mesh.telemetry.export import SpanExport
 from mesh.telemetry.registry import Registry
@@ -51,11 +53,12 @@ def create_app(
     registry: Registry | None = None,
     export: SpanExport | None = None,
     connections: Callable[[], int] = lambda: 0,
+    accounts: Accounts | None = None,
 ) -> ASGIApp:
     """The application of `client`; the caller connects and closes it. `routes`: further routes, such as a dashboard's. They find
     everything at `request.app.state.gateway` (mesh.gateway.context.Gateway). `registry`: the metrics of the process, to which those of this
     edge are added (None: they are its only ones). `connections`: how many are open. `export`: where spans go that leave
-    the mesh."""
+    the mesh. `accounts`: what subjects have spent and used (None: this edge counts for itself)."""
     app = FastAPI(
         title="stagemesh",
         version=__version__,
@@ -70,9 +73,10 @@ def create_app(
         client, models, default=settings.model, fresh_s=settings.health_fresh_s, probe_timeout_s=settings.probe_timeout_s
     )
     registry = Registry("gateway") if registry is None else registry
-    gateway = Gateway(client, settings, Gate(settings.verifier, settings.limits), models, monitor, registry)
+    gate = Gate(settings.verifier, settings.limits, accounts=accounts)
+    gateway = Gateway(client, settings, gate, models, monitor, registry)
     app.state.gateway = gateway
-    for router in (native.generate, batch, native.admin, metrics, openai, health):
+    for router in (native.generate, batch, native.admin, usage, metrics, openai, health):
         app.include_router(router)
     app.router.routes.extend(routes)
     app.add_exception_handler(ClientGone, _nobody)
@@ -89,9 +93,10 @@ def create_app(
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     private = settings.verifier is None and is_loopback(settings.listener.host)
     tracing = EdgeTracing(client, ratio=settings.sample_ratio, export=export)
-    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private)
+    pages_of = settings.cors_origins if settings.verifier is None else None
+    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private, pages_of=pages_of)
     app.state.counters = edge.counters
-    registry.add(lambda: gateway_readings(client, edge.counters, connections))
+    registry.add(lambda: gateway_readings(client, edge.counters, gate.accounts, connections))
     registry.spans_dropped.append(lambda: client.spans_dropped)
     return edge
 

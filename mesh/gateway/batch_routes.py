@@ -48,6 +48,7 @@ async def submit(body: BatchRequest, request: Request, gateway: Gateway = Depend
     for index, item in enumerate(body.requests):
         check_input(item, f"requests.{index}.")
     caller = caller_of(request)
+    caller.check_batch(len(body.requests))
     if body.kept:
         status = await _submit(gateway, caller, body, set(names.values()))
         return _json(_job(status), 202, {"location": f"/api/v1/batch/{status.id}"})
@@ -109,7 +110,9 @@ async def _submit(gateway: Gateway, caller: Caller, body: BatchRequest, models: 
         made.append(fields)
     cost = cost_of(made, gateway.settings.limits)
     caller.charge(cost.tokens, requests=cost.requests, prompt=cost.prompt)
-    return await gateway.client.submit_batch(made, id=_mark(caller) + secrets.token_hex(12), model=model)
+    status = await gateway.client.submit_batch(made, id=_mark(caller) + secrets.token_hex(12), model=model)
+    caller.used_batch(cost.requests, cost.tokens + cost.prompt)
+    return status
 
 
 async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, models: list[str], request: Request) -> Response:
@@ -119,8 +122,9 @@ async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, mode
             f"requests has {len(body.requests)} entries: at most {limits.max_batch} are answered at once, send more with async: true",
             field="requests",
         )
-    gate = asyncio.Semaphore(limits.batch_concurrency)
-    with paying(caller, cost_of([item.generate_fields() for item in body.requests], limits)) as bill:
+    at_once = min(len(body.requests), limits.batch_concurrency, caller.quota.concurrent_sessions or limits.batch_concurrency)
+    gate = asyncio.Semaphore(at_once)
+    with paying(caller, cost_of([item.generate_fields() for item in body.requests], limits), at_once=at_once) as bill:
 
         async def one(index: int) -> Completion | MeshError:
             async with gate:

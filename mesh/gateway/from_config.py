@@ -5,7 +5,8 @@ from __future__ import annotations
 from mesh.gateway.settings import GatewaySettings, Limits
 from mesh.http.from_config import tls_of, verifier_of
 from mesh.http.listener import ListenerOptions
-from mesh.settings.schema import AuthenticationSection, HttpSection, TlsSection, TracingSection
+from mesh.http.tokens import Quota
+from mesh.settings.schema import AuthenticationSection, HttpSection, QuotaSection, TlsSection, TracingSection
 from mesh.telemetry.from_config import sampling_of
 
 __all__ = ["gateway_settings"]
@@ -27,8 +28,8 @@ def gateway_settings(
         max_body_bytes=section.max_body_bytes,
         max_prompt_chars=section.max_prompt_chars,
         request_timeout_s=section.request_timeout,
-        requests_per_minute=authentication.requests_per_minute,
-        tokens_per_minute=authentication.tokens_per_minute,
+        quota=_quota(authentication),
+        subjects={name: _quota(section) for name, section in authentication.subjects.items()},
     )
     return GatewaySettings(
         model=model,
@@ -39,3 +40,7 @@ def gateway_settings(
         cors_origins=tuple(section.cors_origins),
         sample_ratio=sampling_of(tracing).ratio,
     )
+
+
+def _quota(section: QuotaSection) -> Quota:
+    return Quota(section.requests_per_minute, section.tokens_per_minute, section.concurrent_sessions, section.requests_per_batch)

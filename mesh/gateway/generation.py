@@ -25,9 +25,14 @@ _CHARACTERS_A_TOKEN = 4
 
 
 class Bill:
-    """The number of tokens that a request has used so far."""
+    """The tokens that a request has used so far."""
 
-    used = 0
+    prompt_tokens = 0
+    completion_tokens = 0
+
+    @property
+    def used(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +58,17 @@ def cost_of(requests: Iterable[Mapping[str, Any]], limits: Limits, *, default: i
 
 
 @contextmanager
-def paying(caller: Caller, cost: Cost) -> Iterator[Bill]:
-    """Set aside what a call may cost; Busy or BadRequest where its token has not so much. Afterwards what it did not use is given back."""
-    charged = caller.charge(cost.tokens, requests=cost.requests, prompt=cost.prompt)
-    bill = Bill()
-    try:
-        yield bill
-    finally:
-        caller.settle(charged, bill.used)
+def paying(caller: Caller, cost: Cost, *, at_once: int | None = None) -> Iterator[Bill]:
+    """Set aside what a call may cost; Busy or BadRequest where its token has not so much. Afterwards what it did not use is given back.
+    `at_once`: how many of its generations run at the same time; None: all of them."""
+    with caller.session(cost.requests if at_once is None else at_once):
+        charged = caller.charge(cost.tokens, requests=cost.requests, prompt=cost.prompt)
+        bill = Bill()
+        try:
+            yield bill
+        finally:
+            caller.settle(charged, bill.used)
+            caller.used(cost.requests, bill.prompt_tokens, bill.completion_tokens)
 
 
 class HttpGeneration:
@@ -137,8 +145,12 @@ class HttpGeneration:
             await stream.aclose(may_return=self._may_return)
             completion = stream.completion
             keep(None if completion is None else completion.trace)
-            used = given if completion is None else completion.usage.total_tokens
-            self._bill.used += max(used - self._had, 0)
+            if completion is not None:
+                self._bill.prompt_tokens += completion.usage.prompt_tokens
+                given = completion.usage.completion_tokens
+            elif given:  # it was broken off, but the prompt was computed
+                self._bill.prompt_tokens += cost_of([self._fields], limits).prompt + len(self._fields.get("tokens") or ())
+            self._bill.completion_tokens += max(given - self._had, 0)
 
     async def _left(self, error: PromptTooLong) -> int | None:
         """How many tokens the context leaves after the prompt. None: it leaves none, or it is not known."""

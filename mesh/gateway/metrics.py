@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from mesh.bus.metrics import connection_readings
 from mesh.client import AsyncMeshClient
+from mesh.gateway.accounts import Accounts
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.guard import guarded
 from mesh.gateway.middleware import Counters
@@ -27,13 +28,16 @@ async def read(request: Request, gateway: Gateway = Depends(gateway_of)) -> Resp
     return Response(body, headers={"content-type": content_type})
 
 
-def gateway_readings(client: AsyncMeshClient, counters: Counters, connections: Callable[[], int]) -> Iterator[Reading]:
+def gateway_readings(client: AsyncMeshClient, counters: Counters, accounts: Accounts, connections: Callable[[], int]) -> Iterator[Reading]:
     """What an edge reports. `connections`: how many are open."""
     yield counters.durations
     yield "http_server_active_requests", counters.active
     yield "mesh_gateway_connections", connections()
     yield "mesh_gateway_open_streams", counters.streams
     yield "mesh_gateway_retries_total", client.sent_again
+    yield "mesh_gateway_tokens_total", accounts.total.prompt_tokens, "prompt"
+    yield "mesh_gateway_tokens_total", accounts.total.completion_tokens, "completion"
+    yield "mesh_gateway_quota_refusals_total", accounts.total.refused
     bus = client.connection()
     if bus is not None:
         yield from connection_readings("mesh-client", bus)

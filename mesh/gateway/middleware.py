@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import re
 import secrets
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mesh.gateway.errors import BodyRefused, HttpError, error_response, internal_error
 from mesh.gateway.events import ClientGone
+from mesh.gateway.origin import foreign_page
 from mesh.gateway.settings import Limits
 from mesh.gateway.tracing import EdgeTracing, HttpTrace
+from mesh.http.hosts import is_plain
 from mesh.telemetry.log_context import log_context
 from mesh.telemetry.registry import Histogram
 
@@ -52,13 +54,24 @@ class Counters:
 
 class Edge:
     """The outermost part. `secure`: the listener uses TLS. `plain_names_only`: requests are answered only if their Host is an address
-    or a name without a dot. A web page of another host could otherwise rebind its name to reach a listener on its visitor's machine."""
+    or a name without a dot. A web page of another host could otherwise rebind its name to reach a listener on its visitor's machine.
+    `pages_of`: where no token is required, pages of these other origins may send requests; None: a token is required."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, tracing: EdgeTracing, *, secure: bool, plain_names_only: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        tracing: EdgeTracing,
+        *,
+        secure: bool,
+        plain_names_only: bool = False,
+        pages_of: Collection[str] | None = None,
+    ) -> None:
         self._app = app
         self._limits = limits
         self._tracing = tracing
         self._plain_names_only = plain_names_only
+        self._pages_of = pages_of
         self.counters = Counters()
         self._fixed = {
             "x-content-type-options": "nosniff",
@@ -102,7 +115,7 @@ class Edge:
         counters = self.counters
         counters.active += 1
         try:
-            refusal = self._refusal(headers)
+            refusal = self._refusal(scope["method"], headers)
             if refusal is not None:
                 await body.drop()
                 await error_response(refusal, scope["path"], request_id)(scope, receive, answer)
@@ -123,18 +136,25 @@ class Edge:
             self._tracing.ended(trace, scope, status, began_ns, time.time_ns())
             _log_access(scope, status, time.perf_counter() - began)
 
-    def _refusal(self, headers: Headers) -> HttpError | None:
+    def _refusal(self, method: str, headers: Headers) -> HttpError | None:
         """The error of a request that is wrong before its body is read. None: nothing is wrong."""
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._limits.max_body_bytes:
             return _too_large(self._limits)
-        if self._plain_names_only and not _is_plain(headers.get("host", "")):
+        if self._plain_names_only and not is_plain(headers.get("host", "")):
             return HttpError(
                 "no token is asked for here, so only addresses and names without a dot are answered: set authentication.enabled: true",
                 status=421,
                 code="misdirected",
             )
-        return None
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            return HttpError(
+                "the body is compressed, which is not read here: send it without Content-Encoding",
+                status=415,
+                code="encoding_not_supported",
+            )
+        return None if self._pages_of is None else foreign_page(method, headers, self._pages_of)
 
 
 def _method(scope: Scope) -> str:
@@ -210,18 +230,6 @@ class _Body:
                     message = await self._receive()
                     dropped += len(message.get("body", b""))
                     self._more = message["type"] == "http.request" and message.get("more_body", False)
-
-
-def _is_plain(host: str) -> bool:
-    """Whether a Host header is an address, or a name without a dot."""
-    name = host.rpartition(":")[0] if re.search(r":\d*$", host) and not host.endswith("]") else host
-    if "." not in name:
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 def _too_large(limits: Limits) -> HttpError:

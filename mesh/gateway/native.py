@@ -39,7 +39,7 @@ async def inference(body: InferenceRequest, request: Request, gateway: Gateway =
     caller = caller_of(request)
     if body.stream:
         request_id = request.state.request_id
-        progress = Progress(1, request.headers.get(HEADER))
+        progress = Progress(1, request.headers.get(HEADER), owner=caller.owner)
         return EventStream(
             _events(gateway, caller, model, body, progress),
             lambda error: event({"done": True, **error_document(error, request_id)}),

@@ -138,8 +138,9 @@ async def _answer(gateway: Gateway, request: Request, body: Common, prompts: lis
             requests.append(prompt if seed is None else {**prompt, "seed": seed})
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     shape = kind(name, int(time.time()), usage_is_null=bool(body.stream and include_usage))
-    progress = Progress(len(requests), request.headers.get(HEADER) if body.stream else None)
-    work = _Work(gateway, caller_of(request), shape, requests, include_usage, progress)
+    caller = caller_of(request)
+    progress = Progress(len(requests), request.headers.get(HEADER) if body.stream else None, owner=caller.owner)
+    work = _Work(gateway, caller, shape, requests, include_usage, progress)
     if body.stream:
         return EventStream(work.events(), lambda error: event(openai_document(error)), keep_alive_s=limits.keep_alive_s)
     return _json(await until_gone(request.receive, work.complete()))

@@ -20,6 +20,7 @@ _ERRORS = {
     "404": "No coordinator serves that model, or there is no such thing",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
+    "415": "The body is compressed",
     "429": "The mesh is full, or the token has used up its limits; Retry-After says when to try again",
     "500": "An error of the gateway itself",
     "503": "The mesh cannot serve it now",
@@ -47,7 +48,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
             scope = operation.get(SCOPE_KEY)
             if scope is not None:
                 operation["security"] = [{"token": []}, {}]
-                operation["description"] = f"{operation.get('description', '')}\n\nScope: {scope}.".strip()
+                operation["description"] = f"{operation.get('description', '')}\n\nScope: {scope or 'any'}.".strip()
             for status, description in _ERRORS.items():
                 if scope is not None or status in ("400", "500"):
                     responses.setdefault(status, {"description": description, "content": {"application/json": {"schema": {"$ref": error}}}})

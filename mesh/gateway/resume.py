@@ -3,9 +3,10 @@
     NAME.PROGRESS    3f0c...9a.17      of one choice the client has 17 tokens
                      3f0c...9a.17-20e  of the first choice 17; of the second 20, and the text that comes after the last token
 
-NAME is drawn at random for each stream, and is all that proves who asks: nobody else knows it. The sessions and the seeds of the
-generations follow from it. So any gateway can ask any coordinator for the same generations, with the same body, and leave out what the
-client has. A generation that no coordinator remembers is made again, with the same tokens.
+NAME is drawn at random for each stream. The sessions and the seeds of the generations follow from it and from the caller's subject. Nobody
+guesses the name, and another subject that learns it gets a generation of its own. So any gateway can ask any coordinator for the same
+generations, with the same body, and leave out what the client has. A generation that no coordinator remembers is made again, with the
+same tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ _ID = re.compile(r"([0-9a-f]{32})\.([0-9]{1,9}e?(?:-[0-9]{1,9}e?){0,127})")
 class Progress:
     """What the client of one stream has. `resumed`: it had a stream before this one."""
 
-    def __init__(self, choices: int, last_id: str | None = None) -> None:
-        """`last_id`: the header as it came. BadRequest: it is no id of a stream with so many choices."""
+    def __init__(self, choices: int, last_id: str | None = None, *, owner: str = "") -> None:
+        """`last_id`: the header as it came. `owner`: the subject of the caller; empty where no token is required. BadRequest: it is no
+        id of a stream with so many choices."""
+        self._owner = owner
         self.resumed = bool(last_id)
         self._name = secrets.token_hex(_NAME_BYTES)
         self._had = [0] * choices  # tokens
@@ -57,7 +60,8 @@ class Progress:
 
     def session(self, choice: int) -> str:
         """The name of a choice's generation in the mesh."""
-        return f"{self._name}-{choice}"
+        name = self._name if not self._owner else hashlib.sha256(f"{self._name}.{self._owner}".encode()).hexdigest()[:32]
+        return f"{name}-{choice}"
 
     def seed(self, choice: int) -> int:
         """Where the request has none: from 0 to 2**62."""

@@ -11,8 +11,10 @@ from dataclasses import replace
 from mesh.bus import BusOptions
 from mesh.client import AsyncMeshClient
 from mesh.gateway import dashboard
+from mesh.gateway.accounts import Accounts
 from mesh.gateway.app import create_app
 from mesh.gateway.settings import GatewaySettings
+from mesh.gateway.sharing import Sharing
 from mesh.http.listener import Listener, is_loopback
 from mesh.telemetry.export import SpanExport
 from mesh.telemetry.registry import Registry
@@ -61,7 +63,11 @@ class HttpEdge:
         if connected is not None:
             connected()
         watch = self._watch = dashboard.Watch(client)
+        accounts = Accounts()
         try:
+            bus = client.connection()
+            assert bus is not None
+            await Sharing(accounts).start(bus)
             if settings.verifier is None and not is_loopback(settings.listener.host):
                 log.warning("every caller that reaches %s may send requests: authentication.enabled is false", self.url)
             log.info("HTTP on %s", self.url)
@@ -72,6 +78,7 @@ class HttpEdge:
                 registry=registry,
                 connections=lambda: self._listener.connections,
                 export=self._export,
+                accounts=accounts,
             )
             await self._listener.serve(app)
         finally:

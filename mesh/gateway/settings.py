@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mesh.http.listener import ListenerOptions
-from mesh.http.tokens import Verifier
+from mesh.http.tokens import Checks, Quota
 
 __all__ = ["GatewaySettings", "Limits"]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one request. requests_per_minute, tokens_per_minute: for bearer tokens without limits of their own (None: no limit).
+    """Bounds of one request. quota: for bearer tokens without limits of their own. subjects: the quotas of subjects, by name; they come
+    before `quota`.
 
     body_timeout_s: the time for a whole body to arrive. request_timeout_s: the time for a whole generation. keep_alive_s: after this
     time without an event, a stream sends a comment.
@@ -27,8 +29,8 @@ class Limits:
     body_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
     keep_alive_s: float = 10.0
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
+    quota: Quota = field(default_factory=Quota)
+    subjects: Mapping[str, Quota] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class GatewaySettings:
     model: str | None = None
     listener: ListenerOptions = field(default_factory=ListenerOptions)
     limits: Limits = field(default_factory=Limits)
-    verifier: Verifier | None = None
+    verifier: Checks | None = None
     health_fresh_s: float = 2.0
     probe_timeout_s: float = 5.0
     cors_origins: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
-__all__ = ["die_with_parent", "dying_with_parent", "give_memory_back", "settle", "wait_for_end"]
+__all__ = ["die_with_parent", "dying_with_parent", "give_memory_back", "no_core_dumps", "settle", "wait_for_end"]
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -64,6 +64,14 @@ def wait_for_end(children: Iterable[int], timeout_s: float | None) -> None:
             stack.callback(os.close, handle)
             ended.register(handle, select.POLLIN)
         ended.poll(None if timeout_s is None else timeout_s * 1000)
+
+
+def no_core_dumps() -> None:
+    """Write no image of this process when it crashes: its memory has keys, prompts and answers."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def give_memory_back() -> None:

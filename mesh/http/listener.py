@@ -51,6 +51,7 @@ def _body(message: str, kind: str, code: str) -> bytes:
 
 _TOO_MANY = _body("too many connections: try again later", "server_error", "too_many_connections")
 _NOT_HTTP = _body("this is not HTTP/1.1", "invalid_request_error", "not_http")
+_URL_TOO_LONG = _body("the URL is too long", "invalid_request_error", "url_too_long")
 _HEAD_TOO_LARGE = _body("the request head is too large", "invalid_request_error", "head_too_large")
 
 
@@ -93,6 +94,8 @@ class ListenerOptions:
     port: int = DEFAULT_HTTP_PORT
     max_connections: int = 1000
     max_head_bytes: int = 64 * 1024
+    max_url_bytes: int = 8 * 1024
+    max_headers: int = 128
     head_timeout_s: float = 75.0
     idle_timeout_s: float = 75.0
     write_timeout_s: float = 30.0
@@ -198,6 +201,8 @@ class _Connection(HttpToolsProtocol):
     _draining = False  # the request is answered, and the rest of its body is read and thrown away
     _body_due = False  # the head of a request has come, and not yet all of its body
     _head_bytes = 0
+    _url_bytes = 0
+    _headers = 0
     _fed_bytes = 0  # since a head was expected
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -231,16 +236,21 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = 0
+        self._head_bytes = self._url_bytes = self._headers = 0
         if self._head_timer is None:
             self._expect_head()
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
+        self._url_bytes += len(url)
+        if self._url_bytes > self._options.max_url_bytes:
+            self._head_refused(b"414 URI Too Long", _URL_TOO_LONG)
+            raise ValueError("the URL is too long")  # the parser stops
         self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
+        self._headers += 1
         self._count_head(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
@@ -290,7 +300,7 @@ class _Connection(HttpToolsProtocol):
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
-        if self._head_bytes > self._options.max_head_bytes:
+        if self._head_bytes > self._options.max_head_bytes or self._headers > self._options.max_headers:
             self._head_too_large()
             raise ValueError("the request head is too large")  # the parser stops
 
@@ -314,8 +324,11 @@ class _Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _head_too_large(self) -> None:
+        self._head_refused(b"431 Request Header Fields Too Large", _HEAD_TOO_LARGE)
+
+    def _head_refused(self, status: bytes, body: bytes) -> None:
         self._head_arrived()
-        self._say_and_close(b"431 Request Header Fields Too Large", _HEAD_TOO_LARGE)
+        self._say_and_close(status, body)
 
     def send_400_response(self, msg: str) -> None:
         if not self._ended:

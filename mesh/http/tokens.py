@@ -3,17 +3,17 @@
 The configuration chooses the algorithm, never the token: `none` and other algorithms are refused, and a key of one kind is never used as
 one of another. HS256 has one secret on both sides. RS256 and EdDSA sign with a private key, and verifying needs only the public one.
 
-Claims: `sub` the holder, `exp` valid until, `iat` issued at, `jti` the token's id, `scope` words of SCOPES, and optional limits: `rpm`
-(requests a minute) and `tpm` (tokens a minute).
+Claims: `sub` the holder, `exp` valid until, `iat` issued at, `jti` the token's id, `scope` words of SCOPES, and the holder's quota, where
+each part is optional: `rpm` (requests a minute), `tpm` (tokens a minute), `sessions` (generations at once), `batch` (requests in a batch).
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -22,13 +22,29 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from mesh.errors import ConfigError, Denied
 
-__all__ = ["ALGORITHMS", "SCOPES", "Algorithm", "Claims", "Issuer", "Verifier", "peek", "read_secret"]
+__all__ = [
+    "ALGORITHMS",
+    "MAX_SUBJECT",
+    "SCOPES",
+    "Algorithm",
+    "Checks",
+    "Claims",
+    "Issuer",
+    "Quota",
+    "Verifier",
+    "check_scopes",
+    "peek",
+    "read_secret",
+]
 
 Algorithm = Literal["HS256", "RS256", "EdDSA"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 SCOPES = ("generate", "batch", "admin")
 """generate: inference and the list of models. batch: batches as well. admin: everything, including figures of the mesh."""
+
+MAX_SUBJECT = 256
+"""The longest name of a holder, in characters."""
 
 _MIN_SECRET_BYTES = 32
 _MIN_RSA_BITS = 2048
@@ -37,18 +53,42 @@ _LEEWAY_S = 30  # clocks differ
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """What a subject may use. None: no limit. requests_per_batch: of one batch."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_sessions: int | None = None
+    requests_per_batch: int | None = None
+
+    def over(self, other: Quota) -> Quota:
+        """This quota, with the limits of `other` where this one has none."""
+        names = [field.name for field in fields(Quota)]
+        return Quota(*(getattr(other, name) if getattr(self, name) is None else getattr(self, name) for name in names))
+
+
+_CLAIMS = {"rpm": "requests_per_minute", "tpm": "tokens_per_minute", "sessions": "concurrent_sessions", "batch": "requests_per_batch"}
+"""Claim -> the field of Quota."""
+
+
+@dataclass(frozen=True, slots=True)
 class Claims:
-    """The claims of a token that was verified. A limit of None: the token sets none."""
+    """The claims of a token that was verified."""
 
     subject: str
     scopes: frozenset[str]
-    expires_unix_s: int
-    id: str
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
+    quota: Quota = Quota()
+    expires_unix_s: int | None = None  # None: never
 
     def allows(self, scope: str) -> bool:
         return scope in self.scopes or "admin" in self.scopes
+
+
+class Checks(Protocol):
+    """What checks the bearer tokens of requests."""
+
+    def verify(self, token: str) -> Claims:
+        """The claims of a token. Denied, with the reason: it is not valid."""
 
 
 class Issuer:
@@ -73,16 +113,12 @@ class Issuer:
         *,
         now_unix_s: float,
         expiry_s: float,
-        requests_per_minute: int | None = None,
-        tokens_per_minute: int | None = None,
+        quota: Quota = Quota(),
     ) -> str:
         """A signed token. ConfigError: a claim makes no sense."""
-        chosen = sorted(set(scopes))
-        unknown = [scope for scope in chosen if scope not in SCOPES]
-        if unknown or not chosen:
-            raise ConfigError(f"scope {', '.join(unknown) or 'is empty'}: give one or more of {', '.join(SCOPES)}")
-        if not subject or len(subject) > 256:
-            raise ConfigError("the subject says who the token is for: give a name of at most 256 characters")
+        chosen = check_scopes(scopes)
+        if not subject or len(subject) > MAX_SUBJECT:
+            raise ConfigError(f"the subject says who the token is for: give a name of at most {MAX_SUBJECT} characters")
         if expiry_s <= 0:
             raise ConfigError(f"a token that lasts {expiry_s:g} s: give a longer time, such as 24h")
         claims: dict[str, Any] = {
@@ -92,10 +128,11 @@ class Issuer:
             "exp": int(now_unix_s + expiry_s),
             "jti": secrets.token_hex(8),
         }
-        for name, limit in (("rpm", requests_per_minute), ("tpm", tokens_per_minute)):
+        for name, field in _CLAIMS.items():
+            limit = getattr(quota, field)
             if limit is not None:
                 if limit < 1:
-                    raise ConfigError(f"{name} {limit}: give at least 1, or leave it out for no limit")
+                    raise ConfigError(f"{field} {limit}: give at least 1, or leave it out for no limit")
                 claims[name] = limit
         return jwt.encode(claims, self._key, algorithm=self._algorithm)
 
@@ -163,21 +200,24 @@ def _claims(claims: dict[str, Any]) -> Claims:
     scope, subject = claims.get("scope", ""), claims["sub"]
     if not isinstance(scope, str) or not isinstance(subject, str):
         raise Denied("the token's sub and scope are not texts")
+    if not subject or len(subject) > MAX_SUBJECT:
+        raise Denied(f"the token's sub is empty, or has more than {MAX_SUBJECT} characters")
     limits: dict[str, int | None] = {}
-    for name in ("rpm", "tpm"):
+    for name, field in _CLAIMS.items():
         limit = claims.get(name)
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise Denied(f"the token's {name} is not a whole number of at least 1")
-        limits[name] = limit
-    id = claims.get("jti")
-    return Claims(
-        subject=subject,
-        scopes=frozenset(scope.split()),
-        expires_unix_s=int(claims["exp"]),
-        id=id if isinstance(id, str) and id else f"sub:{subject}",
-        requests_per_minute=limits["rpm"],
-        tokens_per_minute=limits["tpm"],
-    )
+        limits[field] = limit
+    return Claims(subject, frozenset(scope.split()), Quota(**limits), int(claims["exp"]))
+
+
+def check_scopes(scopes: Iterable[str]) -> list[str]:
+    """The scopes, sorted, each once. ConfigError: there is none, or one that does not exist."""
+    chosen = sorted(set(scopes))
+    unknown = [scope for scope in chosen if scope not in SCOPES]
+    if unknown or not chosen:
+        raise ConfigError(f"scope {', '.join(unknown) or 'is empty'}: give one or more of {', '.join(SCOPES)}")
+    return chosen
 
 
 def _secret(key: bytes) -> bytes:

@@ -27,7 +27,7 @@ _PASSWORD_VARIABLE = "MESH_EMBEDDED_NATS_PASSWORD"
 
 _CONFIG = f"""\
 max_payload: {MAX_PAYLOAD}
-jetstream {{ store_dir: "./jetstream" }}
+jetstream {{ store_dir: "./jetstream", sync_interval: 1s }}
 # The mesh is told when connections end, as in nats/advisories.conf.
 accounts {{
   SYS {{ exports: [ {{ stream: "$SYS.ACCOUNT.*.DISCONNECT", account_token_position: 3 }} ] }}
@@ -148,7 +148,7 @@ class NatsServer:
         return list(self._tail)
 
     def kill(self) -> None:
-        """Send SIGKILL, as if the machine lost power. The store stays for another server."""
+        """Send SIGKILL. The store stays for another server, with everything that was acknowledged."""
         self._process.kill()
         self._process.wait()
 

@@ -12,6 +12,7 @@ status        what shards and coordinators report about themselves
 events        what has happened, for people and monitors
 spans         spans of traces, on their way to those who keep them or look at them
 batches       durable batches
+usage         what subjects of gateways have spent and used
 instance      one life of a process, and which of two of a name is the later
 headers       names of NATS headers
 failures      errors on the wire

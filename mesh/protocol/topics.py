@@ -21,6 +21,7 @@ from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
 from mesh.protocol.message import Message
 from mesh.protocol.spans import SpanBatch
 from mesh.protocol.status import Alive, Heartbeat, LeaseQuery, ShardLease, ShardStats, StatsRequest, TraceList, TraceQuery
+from mesh.protocol.usage import UsageQuery, UsageReport, UsageSpent
 from mesh.types import LayerRange
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "TOPICS",
     "TRACE",
     "TRACES",
+    "USAGE",
+    "USAGE_SPENT",
     "Address",
     "Topic",
     "table",
@@ -206,6 +209,12 @@ DEAD: Topic[DeadMessage, None] = Topic(
     "mesh.v1.dead.MODEL", DeadMessage, None, "say which message of a queue was set aside", "the stream `mesh_dead`"
 )
 EVENTS: Topic[Event, None] = Topic("mesh.v1.events.KIND", Event, None, "say what has happened", "anyone, and the stream `mesh_events`")
+USAGE_SPENT: Topic[UsageSpent, None] = Topic(
+    "mesh.v1.usage.spent", UsageSpent, None, "say what callers of a gateway have spent of their quotas", "every gateway"
+)
+USAGE: Topic[UsageQuery, UsageReport] = Topic(
+    "mesh.v1.usage", UsageQuery, UsageReport, "ask every gateway what subjects have used", "every gateway"
+)
 
 TOPICS: tuple[Topic[Any, Any], ...] = (
     GENERATE,
@@ -235,6 +244,8 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     BATCH_ITEM,
     DEAD,
     EVENTS,
+    USAGE_SPENT,
+    USAGE,
 )
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "NatsSection",
     "NetworkConfig",
+    "QuotaSection",
     "ReplicationMode",
     "ShardConfig",
     "TlsSection",
@@ -240,9 +241,19 @@ class TlsSection(Section):
         return self
 
 
-class AuthenticationSection(Section):
-    """Who may send requests: holders of a JSON Web Token. The secret of HS256 comes from the environment (`${JWT_SECRET}`) or a file. RS256
-    and EdDSA tokens are checked with `public_key_file` and issued (`mesh token issue`) with `private_key_file`."""
+class QuotaSection(Section):
+    """What a subject may use. None: no limit."""
+
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    concurrent_sessions: Count | None = None
+    requests_per_batch: Count | None = None
+
+
+class AuthenticationSection(QuotaSection):
+    """Who may send requests: holders of a JSON Web Token, or of an API key. The secret of HS256 comes from the environment
+    (`${JWT_SECRET}`) or a file. RS256 and EdDSA tokens are checked with `public_key_file` and issued (`mesh token issue`) with
+    `private_key_file`. The limits of this section are for tokens and keys without limits, of subjects that are not in `subjects`."""
 
     enabled: bool | None = None  # None: if other machines can reach the listener
     method: Literal["jwt"] = "jwt"
@@ -252,8 +263,8 @@ class AuthenticationSection(Section):
     public_key_file: str | None = None
     private_key_file: str | None = None
     token_expiry: Duration = 86400.0  # of tokens issued here
-    requests_per_minute: Count | None = None  # for tokens without a limit of their own
-    tokens_per_minute: Count | None = None
+    api_keys_file: str | None = Field(default=None, min_length=1)  # the hashes of API keys: `mesh token key` adds one
+    subjects: dict[str, QuotaSection] = Field(default_factory=dict)  # by the name of the subject
 
     @model_validator(mode="after")
     def _agree(self) -> AuthenticationSection:

@@ -15,8 +15,9 @@ from typing import Any
 import orjson
 
 from mesh.errors import Denied
-from mesh.http.listener import Listener
-from mesh.http.tokens import Verifier
+from mesh.http.hosts import host_of, is_plain
+from mesh.http.listener import Listener, is_loopback
+from mesh.http.tokens import Checks
 from mesh.shard.service import Shard
 
 __all__ = ["ShardHttp"]
@@ -33,7 +34,7 @@ class ShardHttp:
     """The application and its listener. `check_interval_s`: how often the compute thread is asked for an answer; `timeout_s`: how long
     the answer may take. `shard` is None until the process has made its shard."""
 
-    def __init__(self, listener: Listener, *, check_interval_s: float, timeout_s: float, verifier: Verifier | None = None) -> None:
+    def __init__(self, listener: Listener, *, check_interval_s: float, timeout_s: float, verifier: Checks | None = None) -> None:
         self.listener = listener
         self.shard: Shard | None = None
         self._check_interval_s = check_interval_s
@@ -75,6 +76,8 @@ class ShardHttp:
 
     def _answer(self, scope: Any) -> tuple[int, dict[str, Any], list[tuple[bytes, bytes]]]:
         path = scope["path"]
+        if self._verifier is None and is_loopback(self.listener.options.host) and not is_plain(host_of(scope)):
+            return 421, _error("misdirected", "no token is asked for here, so only addresses and names without a dot are answered"), []
         if path not in ("/api/v1/health", "/api/v1/health/live", "/api/v1/stats"):
             return 404, _error("not_found", "there is no such path: see /api/v1/health and /api/v1/stats"), []
         if scope["method"] not in ("GET", "HEAD"):

@@ -15,7 +15,7 @@ from typing import Any
 
 from mesh.bus import Bus, BusOptions
 from mesh.errors import ConfigError
-from mesh.host.process import settle
+from mesh.host.process import no_core_dumps, settle
 from mesh.host.signals import on_signals, run_loop
 from mesh.shard.http import ShardHttp
 from mesh.shard.metrics import ShardMetrics
@@ -130,6 +130,7 @@ async def _settle(shard: Shard) -> None:
 def run(main: Callable[[], Coroutine[Any, Any, bool]]) -> None:
     """Run `main`, which is `serve` with its arguments, in a new event loop. Does not return while a thread still computes: the process
     ends here."""
+    no_core_dumps()
     if run_loop(main):
         # An interpreter that ends below a thread inside a compiler takes the process down with a signal.
         logging.shutdown()

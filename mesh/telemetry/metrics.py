@@ -218,6 +218,8 @@ _GATEWAY = (
     Metric("mesh_gateway_connections", "gauge", "gateway", "Open HTTP connections."),
     Metric("mesh_gateway_open_streams", "gauge", "gateway", "Answers that are being sent as server-sent events."),
     Metric("mesh_gateway_retries_total", "counter", "gateway", "Requests that the gateway sent to a coordinator again."),
+    Metric("mesh_gateway_tokens_total", "counter", "gateway", "Tokens of callers, by kind: prompt or completion.", ("kind",)),
+    Metric("mesh_gateway_quota_refusals_total", "counter", "gateway", "Calls that were refused because their caller's quota was used."),
 )
 
 _EVERY = (

@@ -13,7 +13,8 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from mesh.http.listener import Listener, ListenerOptions
+from mesh.http.hosts import host_of, is_plain
+from mesh.http.listener import Listener, ListenerOptions, is_loopback
 from mesh.settings.schema import MetricsSection
 from mesh.telemetry.metrics_otlp import OtlpExport
 from mesh.telemetry.registry import Registry
@@ -77,7 +78,9 @@ class MetricsEndpoint:
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         """The ASGI application."""
         status, headers, body = 200, [], b""
-        if scope["path"] != "/metrics":
+        if is_loopback(self._listener.options.host) and not is_plain(host_of(scope)):
+            status, body = 421, b"only addresses and names without a dot are answered here\n"
+        elif scope["path"] != "/metrics":
             status, body = 404, b"see /metrics\n"
         elif scope["method"] not in ("GET", "HEAD"):
             status, headers, body = 405, [(b"allow", b"GET, HEAD")], b"only GET is answered here\n"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from places import NATS
 from running import Run
+from waiting import until
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received
 from mesh.bus.replicas import spread
@@ -97,7 +98,8 @@ def test_cluster_of_three_survives_the_loss_of_one(run: Run, tmp_path: Path) -> 
         run(work(servers))
 
 
-def test_leaf_node_shares_subjects_and_leases_with_its_hub(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["nats", "ws"])
+def test_leaf_node_shares_subjects_and_leases_with_its_hub(run: Run, tmp_path: Path, scheme: str) -> None:
     async def work(hub_url: str, leaf_url: str) -> None:
         async with (
             await Bus.connect(BusOptions((hub_url,)), name="hub") as hub,
@@ -115,16 +117,37 @@ def test_leaf_node_shares_subjects_and_leases_with_its_hub(run: Run, tmp_path: P
             entry = await Bucket(hub, subjects.KV_SHARDS, ttl_s=5.0).get("a")
             assert entry is not None and entry.value == b"from the leaf"
 
-    # the leaf listener's port is the one thing nats-server takes from nowhere but its file
-    (port,) = free_ports(1)
-    for name in ("hub.conf", "single.conf", "common.conf"):
-        text = (NATS / name).read_text()
-        (tmp_path / name).write_text(text.replace("listen: 127.0.0.1:7422", f"listen: 127.0.0.1:{port}"))
+    hub_config, ports = hub_files(tmp_path)
     with (
-        NatsServer.start(config=tmp_path / "hub.conf", directory=tmp_path / "hub") as hub,
-        start("leaf.conf", tmp_path, MESH_HUB=f"nats://127.0.0.1:{port}") as leaf,
+        NatsServer.start(config=hub_config, directory=tmp_path / "hub", environment={"MESH_LEAF_PASSWORD": "secret-of-leaves"}) as hub,
+        start("leaf.conf", tmp_path, MESH_HUB=f"{scheme}://leaf:secret-of-leaves@127.0.0.1:{ports[scheme]}") as leaf,
     ):
         run(work(hub.url, leaf.url))
+
+
+def hub_files(folder: Path) -> tuple[Path, dict[str, int]]:
+    """hub.conf and what it includes, with free ports: nats-server takes those of leaf nodes and WebSockets from nowhere but its file."""
+    leaf, web = free_ports(2)
+    for name in ("hub.conf", "single.conf", "common.conf"):
+        text = (NATS / name).read_text().replace("listen: 127.0.0.1:7422", f"listen: 127.0.0.1:{leaf}")
+        (folder / name).write_text(text.replace("listen: 127.0.0.1:7480", f"listen: 127.0.0.1:{web}"))
+    return folder / "hub.conf", {"nats": leaf, "ws": web}
+
+
+@pytest.mark.parametrize("who", ["", "leaf:wrong@"])
+def test_a_leaf_node_without_the_password_is_refused(run: Run, tmp_path: Path, who: str) -> None:
+    async def work(url: str) -> None:
+        async with await Bus.connect(BusOptions((url,)), name="t") as bus:
+            await until(lambda: any("uthorization" in line for line in leaf.log), because="nats-server says it in its log alone")
+            with pytest.raises(Unavailable):
+                await bus.ask("$JS.API.INFO", b"", timeout_s=2)
+
+    hub_config, ports = hub_files(tmp_path)
+    with (
+        NatsServer.start(config=hub_config, directory=tmp_path / "hub", environment={"MESH_LEAF_PASSWORD": "secret-of-leaves"}),
+        start("leaf.conf", tmp_path, MESH_HUB=f"nats://{who}127.0.0.1:{ports['nats']}") as leaf,
+    ):
+        run(work(leaf.url))
 
 
 def test_a_configuration_that_is_wrong_is_an_error_that_says_so(tmp_path: Path) -> None:

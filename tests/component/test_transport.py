@@ -14,7 +14,7 @@ from running import Run
 from serving import connect
 
 from mesh.bus import Bus, BusOptions, Received
-from mesh.bus.transport import _Protocol, _Short
+from mesh.bus.transport import Incoming, _Short
 from mesh.errors import PayloadTooLarge
 from mesh.local.nats_server import NatsServer
 
@@ -224,7 +224,7 @@ _PAYLOADS = st.lists(
 def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts: list[int]) -> None:
     direct: list[bytes] = []
     unheard: list[str] = []
-    protocol = _Protocol({b"7": direct.append}, {b"9": unheard.append})
+    protocol = Incoming({b"7": direct.append}, {b"9": unheard.append})
     stream, rest = bytearray(), bytearray()
     for kind, data in messages:
         if kind == "direct":
@@ -293,7 +293,7 @@ def test_bytes_that_the_socket_did_not_take_go_before_all_later_bytes(run: Run) 
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         theirs.setblocking(False)
-        transport, protocol = await loop.create_connection(lambda: _Protocol({}, {}), sock=ours)
+        transport, protocol = await loop.create_connection(lambda: Incoming({}, {}), sock=ours)
         short = protocol.short = _Short(transport, loop)
         big, small = b"1" * 1_000_000, b"2" * 10
         assert await asyncio.to_thread(short.send, (big,))

@@ -21,6 +21,7 @@ OPERATIONS = [
     ("GET", "/api/v1/health/live"),
     ("GET", "/api/v1/health/ready"),
     ("GET", "/api/v1/stats"),
+    ("GET", "/api/v1/usage"),
     ("POST", "/api/v1/batch"),
     ("GET", "/api/v1/batch/{id}"),
     ("DELETE", "/api/v1/batch/{id}"),

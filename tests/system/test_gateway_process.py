@@ -152,14 +152,16 @@ def test_tokens_are_issued_and_inspected(tmp_path: Path) -> None:
     assert seen.returncode == 0 and shown["verdict"] == "genuine" and shown["algorithm"] == "HS256"
     claims = shown["claims"]
     assert (claims["sub"], claims["scope"], claims["rpm"], claims["exp"] - claims["iat"]) == ("me", "batch generate", 5, 7200)
-    other = command("token", "inspect", token, MESH_AUTHENTICATION_SECRET_KEY="x" * 32)
+    other = command("token", "inspect", said=token, MESH_AUTHENTICATION_SECRET_KEY="x" * 32)
     assert other.returncode == 1 and json.loads(other.stdout)["verdict"].startswith("refused: the token's signature")
-    unchecked = command("token", "inspect", token)
+    unchecked = command("token", "inspect", said=token)
     assert unchecked.returncode == 1 and json.loads(unchecked.stdout)["verdict"].startswith("not checked")
     for arguments, says in [
         (("token", "issue", "--subject", "me"), "there is no key to sign with"),
         ((*issue, "--scope", "root"), "scope root"),
-        (("token", "inspect", "nonsense"), "not a JSON Web Token"),
+        (("token", "inspect"), "not a JSON Web Token"),
+        (("token", "inspect", token), "on standard input"),
+        (("status", "--nats", "nats://user:secret@127.0.0.1:1"), "--nats-password-file"),
     ]:
         ended = command(*arguments)
         assert ended.returncode == 2 and says in ended.stderr

@@ -3,17 +3,16 @@ is told, and no token is lost."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from checked_load import counted, load, options
+from namespaces import Host, host_of_its_own
 from running import Run
 from system_tools import all_rows_free, until_leases
 
@@ -22,58 +21,12 @@ from mesh.local.mesh import LocalMesh
 from mesh.local.nats_server import NatsServer
 
 HERE, THERE = "10.213.77.1", "10.213.77.2"
-NAME = f"mesh{os.getpid()}"
-
-
-@dataclass(frozen=True)
-class Host:
-    """A network namespace, and the line to it."""
-
-    name: str
-
-    def cut(self) -> None:
-        ip("-n", self.name, "link", "set", "mesh1", "down")
-
-    def heal(self) -> None:
-        ip("-n", self.name, "link", "set", "mesh1", "up")
-
-
-def ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
-
-
-def remove_leftovers() -> None:
-    """Namespaces of test runs that were killed: their lines have the address that this one needs."""
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
-    for name in listed:
-        if name.startswith("mesh") and name[4:].isdigit() and not Path(f"/proc/{name[4:]}").exists():
-            ip("netns", "del", name)
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    if sys.platform != "linux" or shutil.which("ip") is None:
-        pytest.skip("network namespaces are made with Linux's ip, which is not here")
-    if os.geteuid() != 0:
-        pytest.skip("only root may make a network namespace")
-    remove_leftovers()
-    line = f"{NAME}a"[-15:]
-    try:
-        ip("netns", "add", NAME)
-    except OSError as error:
-        pytest.skip(f"this root may not make a network namespace ({error})")
-    try:
-        ip("link", "add", line, "type", "veth", "peer", "name", "mesh1", "netns", NAME)
-        ip("addr", "add", f"{HERE}/30", "dev", line)
-        ip("link", "set", line, "up")
-        ip("-n", NAME, "addr", "add", f"{THERE}/30", "dev", "mesh1")
-        ip("-n", NAME, "link", "set", "lo", "up")
-        ip("-n", NAME, "link", "set", "mesh1", "up")
-        yield Host(NAME)
-    finally:
-        ip("netns", "del", NAME)  # and the line with it
+    with host_of_its_own(HERE, THERE) as made:
+        yield made
 
 
 async def there(mesh: LocalMesh, shard: str, *, wanted: bool) -> None:
@@ -108,7 +61,7 @@ def test_a_shard_is_cut_off_and_comes_back(host: Host, model: Path, undisturbed:
                 }
             )
         )
-        command = [str(shutil.which("ip")), "netns", "exec", NAME, sys.executable, "-m", "mesh.cli", "shard", "--config", str(config)]
+        command = [str(shutil.which("ip")), "netns", "exec", host.name, sys.executable, "-m", "mesh.cli", "shard", "--config", str(config)]
         shard = subprocess.Popen(dying_with_parent([*command, "--quiet"]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             run(disturb(mesh))

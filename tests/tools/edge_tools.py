@@ -16,7 +16,7 @@ from mesh.bus import BusOptions
 from mesh.client import MeshClient
 from mesh.gateway import GatewaySettings, HttpEdge, Limits
 from mesh.http.listener import ListenerOptions
-from mesh.http.tokens import Issuer, Verifier
+from mesh.http.tokens import Issuer, Quota, Verifier
 
 SECRET = b"0123456789abcdef0123456789abcdef-secret"
 
@@ -54,7 +54,7 @@ def verifier() -> Verifier:
 
 def token(*scopes: str, subject: str = "somebody", now_unix_s: float | None = None, expiry_s: float = 3600, **limits: int) -> str:
     began = time.time() if now_unix_s is None else now_unix_s
-    return Issuer("HS256", SECRET).issue(subject, scopes, now_unix_s=began, expiry_s=expiry_s, **limits)
+    return Issuer("HS256", SECRET).issue(subject, scopes, now_unix_s=began, expiry_s=expiry_s, quota=Quota(**limits))
 
 
 def bearer(text: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from mesh.gateway.auth import Gate, NotAuthenticated
 from mesh.gateway.generation import Cost, cost_of
 from mesh.gateway.settings import Limits
 from mesh.http.listener import is_loopback
+from mesh.http.tokens import Quota
 
 
 class Clock:
@@ -22,11 +23,11 @@ class Clock:
 
 
 def gate(clock: Clock, **limits: int) -> Gate:
-    return Gate(verifier(), Limits(**limits), clock)
+    return Gate(verifier(), Limits(quota=Quota(**limits)), clock)
 
 
 def test_without_a_verifier_everyone_may_do_everything() -> None:
-    caller = Gate(None, Limits(requests_per_minute=1)).admit(None, "admin")
+    caller = Gate(None, Limits(quota=Quota(1))).admit(None, "admin")
     for _ in range(5):
         caller.charge(1_000_000)
     assert caller.may("admin")
@@ -50,12 +51,13 @@ def test_a_scope_is_needed_and_admin_has_them_all() -> None:
         door.admit(admin, scope)
 
 
-def test_requests_a_minute_are_counted_for_each_token_and_come_back_evenly() -> None:
+def test_requests_a_minute_are_counted_for_each_subject_and_come_back_evenly() -> None:
     clock = Clock()
     door = gate(clock)
-    one, other = f"Bearer {token('generate', requests_per_minute=3)}", f"Bearer {token('generate', requests_per_minute=3)}"
-    for _ in range(3):
-        door.admit(one, "generate").charge(1)
+    one, same = (f"Bearer {token('generate', requests_per_minute=3)}" for _ in range(2))
+    other = f"Bearer {token('generate', subject='another', requests_per_minute=3)}"
+    for header in (one, same, one):
+        door.admit(header, "generate").charge(1)
     with pytest.raises(Busy) as caught:
         door.admit(one, "generate").charge(1)
     assert caught.value.retry_after_s == pytest.approx(20)
@@ -113,7 +115,7 @@ def test_what_a_call_may_cost_is_known_before_it_begins() -> None:
     assert busy.value.retry_after_s == pytest.approx(24)
     clock.now += 24.1
     assert door.admit(header, "batch").charge(20) == 20
-    assert next(iter(door._buckets.values())).tokens.level >= 0  # type: ignore[union-attr]
+    assert door.accounts.of("somebody").tokens.amount <= 50
 
 
 def test_the_cost_of_a_call_counts_all_its_requests() -> None:
@@ -140,3 +142,56 @@ def test_the_tokens_own_limit_is_over_the_configured_one() -> None:
 )  # fmt: skip
 def test_only_this_machine_reaches_loopback(host: str, alone: bool) -> None:
     assert is_loopback(host) is alone
+
+
+def test_a_subject_has_the_limits_of_its_token_then_its_own_then_those_of_all() -> None:
+    limits = Limits(quota=Quota(1, 10, 1, 1), subjects={"somebody": Quota(2, None, 2, None)})
+    door = Gate(verifier(), limits, Clock())
+    assert door.admit(f"Bearer {token('batch', requests_per_minute=5)}", "batch").quota == Quota(5, 10, 2, 1)
+    assert door.admit(f"Bearer {token('batch', subject='another')}", "batch").quota == Quota(1, 10, 1, 1)
+
+
+def test_sessions_at_once_and_requests_of_a_batch_are_bounded() -> None:
+    door = gate(Clock(), concurrent_sessions=2, requests_per_batch=3)
+    caller = door.admit(f"Bearer {token('batch')}", "batch")
+    caller.check_batch(3)
+    with pytest.raises(BadRequest, match="4 entries"):
+        caller.check_batch(4)
+    with pytest.raises(BadRequest, match="3 generations at once"), caller.session(3):
+        pass
+    with caller.session(), caller.session(), pytest.raises(Busy, match="2 generations at once"), caller.session():
+        pass
+    with caller.session(2):
+        pass
+    assert door.accounts.of("somebody").usage.refused == 1
+
+
+def test_what_one_gateway_says_counts_at_another() -> None:
+    """The second gateway has never seen the subject; it forgets at the rate that the first one measured by."""
+    clock = Clock()
+    here, there = gate(clock), gate(clock)
+    header = f"Bearer {token('generate', requests_per_minute=6, tokens_per_minute=600, concurrent_sessions=2)}"
+    caller = here.admit(header, "generate")
+
+    def share() -> None:
+        for spending in here.accounts.news(100):
+            there.accounts.of(spending.subject).hear("here", spending)
+
+    with caller.session(2):
+        charged = caller.charge(600, requests=4)
+        share()
+        with pytest.raises(Busy, match="at once"), there.admit(header, "generate").session():
+            pass
+        with pytest.raises(Busy, match="tokens a minute"):
+            there.admit(header, "generate").charge(1)
+        clock.now += 4  # the sessions of a gateway that is not heard any more do not count
+        with there.admit(header, "generate").session(2):
+            pass
+        caller.settle(charged, 100)
+    share()
+    assert not here.accounts.news(100)
+    with pytest.raises(Busy, match="6 times a minute"):
+        there.admit(header, "generate").charge(1, requests=3)
+    there.admit(header, "generate").charge(500, requests=2)
+    clock.now += 120
+    there.admit(header, "generate").charge(600, requests=6)

@@ -39,3 +39,12 @@ def test_another_id_is_refused(id: str) -> None:
     with pytest.raises(BadRequest) as raised:
         Progress(1, id)
     assert raised.value.field == "Last-Event-ID"
+
+
+def test_the_generations_of_a_stream_are_those_of_its_owner() -> None:
+    mine = Progress(2, owner="team-a")
+    assert Progress(2, mine.id, owner="team-a").session(1) == mine.session(1)
+    for owner in ("team-b", "", "team-a.", "team"):
+        other = Progress(2, mine.id, owner=owner)
+        assert other.session(1) != mine.session(1) and other.seed(1) != mine.seed(1)
+    assert mine.id.split(".")[0] not in mine.session(0)

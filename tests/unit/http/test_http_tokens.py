@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key a
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from mesh.errors import ConfigError, Denied
-from mesh.http.tokens import Algorithm, Issuer, Verifier, peek, read_secret
+from mesh.http.tokens import Algorithm, Issuer, Quota, Verifier, peek, read_secret
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 DAY_S = 86400.0
@@ -57,10 +57,10 @@ def good_claims() -> dict[str, Any]:
 def test_an_issued_token_is_accepted(algorithm: Algorithm) -> None:
     private, public = PAIRS[algorithm]
     now = time.time()
-    token = Issuer(algorithm, private).issue("team", ["batch", "generate"], now_unix_s=now, expiry_s=DAY_S, requests_per_minute=60)
+    token = Issuer(algorithm, private).issue("team", ["batch", "generate"], now_unix_s=now, expiry_s=DAY_S, quota=Quota(60))
     claims = Verifier(algorithm, public).verify(token)
     assert (claims.subject, claims.scopes, claims.expires_unix_s) == ("team", frozenset({"generate", "batch"}), int(now + DAY_S))
-    assert (claims.requests_per_minute, claims.tokens_per_minute) == (60, None)
+    assert claims.quota == Quota(requests_per_minute=60)
     assert claims.allows("batch") and not claims.allows("admin")
     header, shown = peek(token)
     assert header["alg"] == algorithm and shown["sub"] == "team"
@@ -162,8 +162,8 @@ def test_a_key_that_does_not_go_with_the_algorithm_is_refused() -> None:
 
 def test_claims_that_make_no_sense_are_not_issued() -> None:
     issuer = Issuer("HS256", SECRET)
-    good: dict[str, Any] = {"subject": "a", "scopes": ["admin"], "expiry_s": 1.0, "requests_per_minute": 1}
-    changes: list[dict[str, Any]] = [{"scopes": []}, {"scopes": ["root"]}, {"subject": ""}, {"expiry_s": 0.0}, {"requests_per_minute": 0}]
+    good: dict[str, Any] = {"subject": "a", "scopes": ["admin"], "expiry_s": 1.0, "quota": Quota(1)}
+    changes: list[dict[str, Any]] = [{"scopes": []}, {"scopes": ["root"]}, {"subject": ""}, {"expiry_s": 0.0}, {"quota": Quota(0)}]
     for change in changes:
         with pytest.raises(ConfigError):
             issuer.issue(**{**good, **change}, now_unix_s=0.0)

@@ -1,0 +1,79 @@
+"""A host of its own on this machine: a network namespace, and the line to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+__all__ = ["Host", "host_of_its_own"]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace, and the line to it."""
+
+    name: str
+
+    def cut(self) -> None:
+        ip("-n", self.name, "link", "set", "mesh1", "down")
+
+    def heal(self) -> None:
+        ip("-n", self.name, "link", "set", "mesh1", "up")
+
+    def command(self, *words: str) -> list[str]:
+        """The command, run there."""
+        return [str(shutil.which("ip")), "netns", "exec", self.name, *words]
+
+    def listening(self) -> set[str]:
+        """The addresses on which a TCP port of this host is open, as the kernel writes them."""
+        found = subprocess.run(self.command("cat", "/proc/net/tcp", "/proc/net/tcp6"), capture_output=True, text=True, check=True).stdout
+        rows = [line.split() for line in found.splitlines()]
+        return {row[1].partition(":")[0] for row in rows if len(row) > 3 and row[3] == "0A"}
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+def remove_leftovers() -> None:
+    """Namespaces of test runs that were killed: their lines have the address that this one needs."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+    for name in listed:
+        if name.startswith("mesh") and name[4:].isdigit() and not Path(f"/proc/{name[4:]}").exists():
+            ip("netns", "del", name)
+
+
+@contextmanager
+def host_of_its_own(here: str, there: str) -> Iterator[Host]:
+    """A host whose address is `there`; this machine is `here` for it. The test is skipped where namespaces cannot be made."""
+    if sys.platform != "linux" or shutil.which("ip") is None:
+        pytest.skip("network namespaces are made with Linux's ip, which is not here")
+    if os.geteuid() != 0:
+        pytest.skip("only root may make a network namespace")
+    remove_leftovers()
+    name = f"mesh{os.getpid()}"
+    line = f"{name}a"[-15:]
+    try:
+        ip("netns", "add", name)
+    except OSError as error:
+        pytest.skip(f"this root may not make a network namespace ({error})")
+    try:
+        ip("link", "add", line, "type", "veth", "peer", "name", "mesh1", "netns", name)
+        ip("addr", "add", f"{here}/30", "dev", line)
+        ip("link", "set", line, "up")
+        ip("-n", name, "addr", "add", f"{there}/30", "dev", "mesh1")
+        ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "link", "set", "mesh1", "up")
+        yield Host(name)
+    finally:
+        ip("netns", "del", name)  # and the line with it
