@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from mesh.coordinator.prompt_process import ERROR, LENGTH
+from mesh.coordinator.prompt_process import ERROR, LENGTH, MOST_ANSWER_BYTES
 from mesh.errors import BadRequest, Busy, CorruptModel, MeshError
 from mesh.protocol.failures import ErrorReply
 
@@ -145,9 +145,11 @@ class _Lane:
         raise BadRequest(f"{why}: shorten it", field=field)
 
     async def _receive(self) -> bytes:
-        """EOFError where the process has ended."""
+        """EOFError where the process has ended, or says more than an answer can be."""
         assert self._reader is not None
         (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))  # IncompleteReadError is an EOFError
+        if size > MOST_ANSWER_BYTES:
+            raise EOFError
         return await self._reader.readexactly(size)
 
     async def _end(self) -> None:

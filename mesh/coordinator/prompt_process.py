@@ -27,12 +27,15 @@ from mesh.host.process import die_with_parent
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol.failures import ErrorReply
+from mesh.protocol.message import MAX_TOKENS
 
-__all__ = ["ERROR", "LENGTH", "TOKENS", "tokenize"]
+__all__ = ["ERROR", "LENGTH", "MOST_ANSWER_BYTES", "TOKENS", "tokenize"]
 
 TOKENS: Final = b"T"
 ERROR: Final = b"E"
 LENGTH: Final = struct.Struct("<I")
+MOST_ANSWER_BYTES: Final = 1 + 4 * MAX_TOKENS
+"""No answer is longer; the coordinator's process would have to hold it."""
 
 
 def tokenize(tokenizer: Tokenizer, *, prompt: str | None, messages: list[Mapping[str, Any]] | None, raw: bool) -> list[int]:
@@ -54,7 +57,10 @@ def _answer(tokenizer: Tokenizer, data: bytes) -> bytes:
     request = orjson.loads(data)
     field = "prompt" if request["messages"] is None else "messages"
     try:
-        return TOKENS + np.asarray(tokenize(tokenizer, **request), np.int32).tobytes()
+        ids = tokenize(tokenizer, **request)
+        if len(ids) > MAX_TOKENS:
+            raise BadRequest(f"the prompt has {len(ids):,} tokens, where {MAX_TOKENS:,} are the most: shorten it", field=field)
+        return TOKENS + np.asarray(ids, np.int32).tobytes()
     except MeshError as error:
         return ERROR + ErrorReply.of(error).to_bytes()
     except Exception as error:  # the tokenizers library raises plain Exception, a template whatever its filters raise
