@@ -90,7 +90,7 @@ def run_one(name: str, options: list[str]) -> int:
 
     logging.disable()
 
-    with atheris.instrument_imports(include=["mesh"], enable_loader_override=False):
+    with atheris.instrument_imports(include=["mesh", "jinja2"], enable_loader_override=False):
         import fuzz_targets
 
         target: Any = fuzz_targets.TARGETS[name].make()

@@ -141,9 +141,11 @@ def split() -> Target:
 
     heard: Callable[[Any], None] = lambda data: None  # noqa: E731
 
+    protocol = _Protocol({b"1": heard}, {b"2": heard})
+    protocol.connection_made(Connection())  # type: ignore[arg-type]
+
     def attempt(data: bytes) -> None:
-        protocol = _Protocol({b"1": heard}, {b"2": heard})
-        protocol.connection_made(Connection())  # type: ignore[arg-type]
+        protocol._partial, protocol._rest, protocol._wanted, protocol.held = bytearray(), bytearray(), 0, False
         half = len(data) // 2
         protocol.data_received(data[:half])
         protocol.data_received(data[half:])
