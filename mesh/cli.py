@@ -52,6 +52,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": ("planning:add_plan_parser", "place a model's layers on nodes, and say whether they fit"),
         "shard-model": ("planning:add_shard_model_parser", "write the placement of a model from distributed_config.json"),
         "push": ("push:add_push_parser", "copy a model directory into the mesh"),
+        "sign": ("signing:add_parser", "sign a model"),
         "pull": ("push:add_pull_parser", "copy a model from the mesh"),
         "tune": ("tune:add_parser", "measure the fastest products on this machine"),
     },

@@ -8,6 +8,7 @@ arise. The message is one line that names what is wrong and what would be right;
     ├── ModelError                      a source or a model directory
     │   ├── ModelNotFound               nothing usable at that path
     │   ├── CorruptModel                truncated, wrong checksum, inconsistent
+    │   ├── UntrustedModel              not signed by a key that is trusted
     │   ├── UnsupportedModel            not a decoder, unknown op, unrecognised attention
     │   └── VerificationFailed          blocks disagree with their source
     ├── PlanError                       a placement that cannot be
@@ -62,6 +63,7 @@ __all__ = [
     "ServiceError",
     "Unavailable",
     "UnsupportedModel",
+    "UntrustedModel",
     "VerificationFailed",
     "decoding",
     "internal_error",
@@ -106,6 +108,10 @@ class ModelNotFound(ModelError):
 
 class CorruptModel(ModelError):
     code = "model_corrupt"
+
+
+class UntrustedModel(ModelError):
+    code = "model_untrusted"
 
 
 class UnsupportedModel(ModelError):

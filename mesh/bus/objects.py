@@ -9,6 +9,7 @@ Every file is compared with the manifest's checksum as it arrives, and gets its 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import io
 import os
@@ -28,6 +29,7 @@ from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.host.paths import cache_directory
 from mesh.model.manifest import MAX_MANIFEST_BYTES, FileInfo, Manifest, block_name, check_file
+from mesh.model.signature import Signers
 from mesh.protocol import subjects
 from mesh.types import LayerRange, Progress, no_progress
 
@@ -52,10 +54,11 @@ def kept_at(manifest: Manifest) -> Path:
 
 
 class ModelStore:
-    """The models of a mesh."""
+    """The models of a mesh. `signers`: one of them must have signed every model that is fetched (None: no signature is asked for)."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, signers: Signers | None = None) -> None:
         self._bus = bus
+        self._signers = signers
         self._store: nats.js.object_store.ObjectStore | None = None
 
     async def names(self) -> list[str]:
@@ -77,14 +80,17 @@ class ModelStore:
         return names[0]
 
     async def manifest(self, name: str) -> Manifest:
-        """The manifest of a model. ModelNotFound: no such model was pushed."""
+        """The manifest of a model. ModelNotFound: no such model was pushed. UntrustedModel: none of the signers has signed it."""
         sink = _Meter(io.BytesIO(), lambda count: None, limit=MAX_MANIFEST_BYTES)
         with mapped(f"fetching {name}"):
             try:
                 await (await self._open()).get(f"model.{subjects.token(name)}", writeinto=sink)  # type: ignore[arg-type]  # it only writes
             except nats.js.errors.NotFoundError:
                 raise ModelNotFound(f"the mesh has no model {name}: push it with `mesh push MODEL_DIR`") from None
-        return await asyncio.to_thread(Manifest.parse, sink.content(), f"the manifest of {name} in the object store")
+        manifest = await asyncio.to_thread(Manifest.parse, sink.content(), f"the manifest of {name} in the object store")
+        if self._signers is not None:
+            await asyncio.to_thread(self._signers.check, manifest, f"the model {name} of the mesh")
+        return manifest
 
     async def push(self, directory: Path, progress: Progress = no_progress) -> Manifest:
         """Copy a model directory into the store. Files that are there already are not sent again. CorruptModel: a file differs from the
@@ -166,7 +172,8 @@ class ModelStore:
                 info = await (await self._open()).get_info(_object(file))
             except nats.js.errors.NotFoundError:
                 return False
-        return info.size == file.bytes
+        content = base64.urlsafe_b64encode(bytes.fromhex(file.sha256)).decode()
+        return info.size == file.bytes and info.digest == f"SHA-256={content}"
 
     async def _open(self) -> nats.js.object_store.ObjectStore:
         if self._store is None:

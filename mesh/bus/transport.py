@@ -30,6 +30,10 @@ _READ_AHEAD: Final = 4 * 1024 * 1024
 _WRITE_AHEAD: Final = 1024 * 1024
 """Bytes that the socket has not taken yet before `send` refuses."""
 _CRLF: Final = b"\r\n"
+_MOST_LINE: Final = 1024 * 1024
+"""The longest that a server writes is INFO, with the addresses of its cluster."""
+_MOST_MESSAGE: Final = 128 * 1024 * 1024
+"""With its headers. A server takes at most 64 MiB, by its `max_pending`."""
 _UNHEARD: Final = b"NATS/1.0 503\r\n"
 """The beginning of the headers with which the server reports that no process listens."""
 
@@ -302,7 +306,8 @@ class Incoming(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _split(self, data: bytes) -> int:
-        """Hand over the whole lines and messages in `data`. Returns where the first incomplete one begins."""
+        """Hand over the whole lines and messages in `data`. Returns where the first incomplete one begins. ValueError and IndexError: the
+        bytes are not NATS's."""
         at = 0
         self._wanted = 0
         while (end := data.find(_CRLF, at)) >= 0:
@@ -311,6 +316,8 @@ class Incoming(asyncio.Protocol):
             if message or data.startswith(b"HMSG ", at):
                 fields = data[at:end].split()
                 size = int(fields[-1])
+                if not 0 <= size <= _MOST_MESSAGE:  # a negative one would read the same line for ever
+                    raise ValueError("a message without measure")
                 stop = end + size + 2
                 if stop > len(data):
                     self._wanted = stop - at
@@ -330,4 +337,6 @@ class Incoming(asyncio.Protocol):
                 end = stop
             self._rest += memoryview(data)[begin:end]
             at = end
+        if len(data) - at > _MOST_LINE:
+            raise ValueError("a line without end")
         return at

@@ -3,7 +3,7 @@
 start a mesh   up, shard and join (shard.py), coordinator, gateway, drain and load (drain.py), forget, token
 ask it         generate, chat, batch, bench
 look at it     status, top, doctor, events, trace, usage
-models         import (import_model.py), run, plan and shard-model (planning.py), push and pull (push.py), tune
+models         import (import_model.py), run, plan and shard-model (planning.py), push and pull (push.py), sign (signing.py), tune
 
 What several of them share:
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
+from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--http-port", type=int, metavar="PORT", help="HTTP port; 0 is a free one (default: coordinator.listen_port, or 8080)"
     )
+    add_signature_argument(parser)
     add_metrics_argument(parser)
     parser.add_argument("--free-port", action="store_true", help="use a free port if one of these is taken")
     add_connection_arguments(parser)
@@ -86,6 +88,7 @@ def run_command(args: argparse.Namespace) -> int:
         expected=ExpectedShards(config.distributed.shards_count, config.distributed.replication_factor),
         pool_bytes=round(config.memory.max_pool_size_gb * GB),
         sampling=sampling_of(config.tracing),
+        signers=signers_of(args, config.model.require_signature),
     )
     export = export_of(config.tracing)
     edge = _edge(args, config, export)
@@ -95,7 +98,7 @@ def run_command(args: argparse.Namespace) -> int:
     async def serve() -> None:
         bus = await Bus.connect(connection, name="mesh-coordinator")
         async with bus, reporting(registry, endpoint):
-            coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted)), export)
+            coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted, options.signers)), export)
             if endpoint is not None:
                 coordinator.metrics_url = endpoint.url
                 endpoint.say()
@@ -152,7 +155,7 @@ def _wanted(model: str | None, section: ServedModelSection) -> Wanted:
     """The model to serve: the file's, unless --model is given. --model is a directory if there is one of that path, otherwise a name."""
     from mesh.coordinator.description import Wanted
 
-    said = {key: getattr(section, key) for key in section.model_fields_set}
+    said = {key: getattr(section, key) for key in section.model_fields_set - {"require_signature"}}
     if model is not None:
         directory = Path(model)
         is_path = directory.is_dir() or len(directory.parts) != 1

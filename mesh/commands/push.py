@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
+from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.settings.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def add_pull_parser(subparsers: Any) -> None:
     parser.add_argument("name", metavar="NAME", help="name of a pushed model")
     parser.add_argument("directory", metavar="DIR", type=Path, help="where to copy it")
     parser.add_argument("--layers", metavar="A-B", help="only layers [A, B), with embedding or head if they belong to them")
+    add_signature_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_connection_arguments(parser)
     parser.set_defaults(run=pull_command)
@@ -58,9 +60,9 @@ def pull_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus, ModelStore
 
     async def work() -> None:
-        layers = _one_range(args.layers)
+        layers, signers = _one_range(args.layers), signers_of(args)
         async with await Bus.connect(bus_options(args), name="mesh-pull") as bus:
-            store = ModelStore(bus)
+            store = ModelStore(bus, signers)
             manifest = await store.manifest(args.name)
             if layers is not None:
                 manifest.check_range(layers)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
 from mesh.commands.progress import progress_bar
+from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
 from mesh.settings.units import parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus
+    from mesh.model.signature import Signers
     from mesh.settings.schema import ShardConfig
     from mesh.shard.http import ShardHttp
     from mesh.shard.options import ShardOptions
@@ -43,6 +45,7 @@ def add_shard_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("shard", help="serve one layer range, as a file says", description=_SHARD)
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="config.yaml; MESH_ variables override its keys")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_signature_argument(parser)
     add_metrics_argument(parser)
     parser.add_argument("--free-port", action="store_true", help="use a free port for metrics if that one is taken")
     add_connection_arguments(parser)
@@ -63,6 +66,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
     parser.add_argument("--http-port", type=int, metavar="PORT", help="port of its health and statistics (default: 8080, or a free one)")
+    add_signature_argument(parser)
     add_metrics_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=join_command)
@@ -84,14 +88,14 @@ def shard_command(args: argparse.Namespace) -> int:
     choose_device(gpu=config.resources.enable_gpu)
     prepare()
     layers = LayerRange(config.model.layers_start, config.model.layers_end)
-    connection = bus_options(args, config.nats)
+    connection, signers = bus_options(args, config.nats), signers_of(args, config.model.require_signature)
     http, export = _http(config), export_of(config.tracing)
     metrics = ShardMetrics.bind(config.metrics, port=args.metrics_port, or_free=args.free_port)
 
     with progress_bar(quiet=args.quiet) as progress:
 
         async def make(bus: Bus) -> ShardOptions:
-            directory = await _blocks(bus, config.model.shard_path, layers, config.model.overlap_layers, progress)
+            directory = await _blocks(bus, config.model.shard_path, layers, config.model.overlap_layers, signers, progress)
             return ShardOptions(
                 name=f"shard-{config.shard.shard_id}",
                 directory=directory,
@@ -103,6 +107,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 overlap=config.model.overlap_layers,
                 kv_cache=config.performance.enable_kv_cache,
                 mirror=config.shard.replication_mode == "mirror",
+                signers=signers,
             )
 
         run(partial(serve, connection, make, progress=progress, http=http, metrics=metrics, export=export))
@@ -147,6 +152,7 @@ def join_command(args: argparse.Namespace) -> int:
     )
     metrics = ShardMetrics.bind(load_environment(MetricsConfig).metrics, port=args.metrics_port)
     export = export_of(TracingSection())
+    signers = signers_of(args)
     layers = None
     if args.layers:
         from mesh.planner.from_config import parse_ranges
@@ -170,6 +176,7 @@ def join_command(args: argparse.Namespace) -> int:
                 mirror=None if args.mode is None else args.mode == "mirror",
                 directory=args.dir,
                 layers=layers,
+                signers=signers,
                 progress=progress,
             )
 
@@ -179,20 +186,21 @@ def join_command(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, progress: Progress) -> Path:
+async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, signers: Signers | None, progress: Progress) -> Path:
     """A directory with the blocks of `layers` and of `overlap` more on either side. `models:NAME` is a model of the mesh, kept in the
     cache directory. Anything else is a directory: it is used as it is if the blocks are in it, otherwise it is filled from the mesh's
     model of its name."""
     from mesh.bus import ModelStore, kept_at
     from mesh.errors import CorruptModel, ModelNotFound
     from mesh.model.manifest import Manifest
+    from mesh.model.signature import load_trusted
     from mesh.types import LayerRange
 
     def held(manifest: Manifest) -> LayerRange:
         manifest.check_range(layers)
         return LayerRange(max(0, layers.start - overlap), min(manifest.layers, layers.stop + overlap))
 
-    store = ModelStore(bus)
+    store = ModelStore(bus, signers)
     scheme, _, name = shard_path.partition(":")
     if scheme == "models" and name:
         manifest = await store.manifest(name)
@@ -202,7 +210,7 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, p
         name = directory.name
         missing: ModelNotFound | CorruptModel
         try:
-            manifest = Manifest.load(directory)
+            manifest = load_trusted(directory, signers)
             needed = held(manifest)
             manifest.verify_files(directory, needed, checksums=False, embed=needed.start == 0, head=needed.stop == manifest.layers)
             return directory

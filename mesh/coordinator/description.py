@@ -10,6 +10,7 @@ from pathlib import Path
 from mesh.bus import Bus, ModelStore
 from mesh.errors import BadRequest, ConfigError, ModelNotFound
 from mesh.model.manifest import Manifest
+from mesh.model.signature import Signers, load_trusted
 
 __all__ = ["Wanted", "find_model"]
 
@@ -38,17 +39,17 @@ class Wanted:
                 raise ConfigError(f"model.{key} is {said}, and the model's is {value}: correct it, or leave it out")
 
 
-async def find_model(bus: Bus, wanted: Wanted) -> Path:
+async def find_model(bus: Bus, wanted: Wanted, signers: Signers | None = None) -> Path:
     """A directory with the model's manifest and tokenizer. Waits, and logs it, until the model has been pushed.
 
-    Raises ConfigError where there are several models and none is named, or where a field of `wanted` is not true of the model, and
-    ModelNotFound where there is none at `path`.
+    Raises UntrustedModel where none of `signers` has signed the model, ConfigError where there are several models and none is named, or
+    where a field of `wanted` is not true of the model, and ModelNotFound where there is none at `path`.
     """
     if wanted.path is not None:
         directory = wanted.path.expanduser()
-        wanted.check(Manifest.load(directory))
+        wanted.check(load_trusted(directory, signers))
         return directory
-    store, said = ModelStore(bus), False
+    store, said = ModelStore(bus, signers), False
     while True:
         try:
             directory = await store.pull_description(wanted.name or await store.only_name())
@@ -60,7 +61,7 @@ async def find_model(bus: Bus, wanted: Wanted) -> Path:
                 log.warning("%s, or give its directory with model.path; waiting for it", error)
             said = True
         await asyncio.sleep(_LOOK_AGAIN_S)
-    manifest = Manifest.load(directory)
+    manifest = load_trusted(directory, signers)
     wanted.check(manifest)
     log.info("model %s (%s) from the object store", manifest.name, manifest.model_hash)
     return directory

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from mesh.coordinator.prompt_process import ERROR, LENGTH
+from mesh.coordinator.prompt_process import ERROR, LENGTH, MOST_ANSWER_BYTES
 from mesh.errors import BadRequest, Busy, CorruptModel, MeshError
 from mesh.protocol.failures import ErrorReply
 
@@ -39,14 +39,19 @@ _MEMORY_BYTES: Final = 2 * 1024**3
 class PromptPool:
     """Start it with `start`, end it with `stop`. `counters`: prompts, late (ended for their time), died.
 
+    digest: of the manifest that the processes must find in `directory` (None: any).
+
     timeout_s: for one prompt. queue_limit, long_limit: short and long prompts that may wait. Long prompts give way to everything else
     on the machine's processors.
     """
 
-    def __init__(self, directory: Path, *, timeout_s: float = 5.0, queue_limit: int = 256, long_limit: int = 16) -> None:
+    def __init__(
+        self, directory: Path, *, digest: str | None = None, timeout_s: float = 5.0, queue_limit: int = 256, long_limit: int = 16
+    ) -> None:
         self.counters: Counter[str] = Counter()
-        short = _Lane(directory, timeout_s, queue_limit, self.counters, nice=0)
-        self._lanes = (short, _Lane(directory, timeout_s, long_limit, self.counters, nice=_LONG_NICE))
+        command = (str(directory), digest or "")
+        short = _Lane(command, timeout_s, queue_limit, self.counters, nice=0)
+        self._lanes = (short, _Lane(command, timeout_s, long_limit, self.counters, nice=_LONG_NICE))
 
     async def start(self) -> None:
         """CorruptModel where the tokenizer cannot be read within its limits of time and memory. The lane of long prompts starts with
@@ -65,10 +70,10 @@ class PromptPool:
 
 
 class _Lane:
-    """One process, and the prompts that wait for it."""
+    """One process, and the prompts that wait for it. `model`: its directory, and the digest of its manifest or nothing."""
 
-    def __init__(self, directory: Path, timeout_s: float, queue_limit: int, counters: Counter[str], *, nice: int) -> None:
-        self._directory = directory
+    def __init__(self, model: tuple[str, str], timeout_s: float, queue_limit: int, counters: Counter[str], *, nice: int) -> None:
+        self._model = model
         self._timeout_s = timeout_s
         self._queue_limit = queue_limit
         self._counters = counters
@@ -80,7 +85,7 @@ class _Lane:
         self._waiting = 0
 
     async def start(self) -> None:
-        command = [sys.executable, "-m", "mesh.coordinator.prompt_process", str(self._directory), str(_MEMORY_BYTES), str(self._nice)]
+        command = [sys.executable, "-m", "mesh.coordinator.prompt_process", *self._model, str(_MEMORY_BYTES), str(self._nice)]
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # threads of its own gain nothing for one text
         ours, theirs = socket.socketpair()
         with theirs:
@@ -92,7 +97,7 @@ class _Lane:
         except (TimeoutError, EOFError) as error:
             await self._end()
             why = "takes too long" if isinstance(error, TimeoutError) else "ends the process that reads it"
-            raise CorruptModel(f"{self._directory}/tokenizer.json {why}: import the model again") from None
+            raise CorruptModel(f"the tokenizer or the chat template of {self._model[0]} {why}: import the model again") from None
         if answer[:1] == ERROR:
             await self._end()
             raise CorruptModel(ErrorReply.parse(answer[1:]).message)
@@ -140,9 +145,11 @@ class _Lane:
         raise BadRequest(f"{why}: shorten it", field=field)
 
     async def _receive(self) -> bytes:
-        """EOFError where the process has ended."""
+        """EOFError where the process has ended, or says more than an answer can be."""
         assert self._reader is not None
         (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))  # IncompleteReadError is an EOFError
+        if size > MOST_ANSWER_BYTES:
+            raise EOFError
         return await self._reader.readexactly(size)
 
     async def _end(self) -> None:

@@ -3,11 +3,11 @@
 A chat template is a program, and a tokenizer.json can ask for any amount of work: both come with the model. In a process of its own
 such work has limits of time and memory, and the coordinator's event loop, which carries everyone's tokens, never waits for it.
 
-    mesh.coordinator.prompt_pool starts it as   python -m mesh.coordinator.prompt_process MODEL_DIR MEMORY_BYTES NICE
+    mesh.coordinator.prompt_pool starts it as   python -m mesh.coordinator.prompt_process MODEL_DIR DIGEST MEMORY_BYTES NICE
 
-On stdin and stdout, each message is a little-endian uint32 length and that many bytes. The first answer says whether the tokenizer
-was read. Then each request (JSON: prompt, messages, raw) has one answer: one byte, TOKENS followed by int32 ids, or ERROR followed by
-the JSON of a protocol ErrorReply.
+DIGEST is that of the manifest that must be in MODEL_DIR, or empty. On stdin and stdout, each message is a little-endian uint32 length
+and that many bytes. The first answer says whether the tokenizer was read. Then each request (JSON: prompt, messages, raw) has one
+answer: one byte, TOKENS followed by int32 ids, or ERROR followed by the JSON of a protocol ErrorReply.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import orjson
 
-from mesh.errors import BadRequest, MeshError
+from mesh.errors import BadRequest, CorruptModel, MeshError
 from mesh.host.process import die_with_parent
+from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol.failures import ErrorReply
+from mesh.protocol.message import MAX_TOKENS
 
-__all__ = ["ERROR", "LENGTH", "TOKENS", "tokenize"]
+__all__ = ["ERROR", "LENGTH", "MOST_ANSWER_BYTES", "TOKENS", "tokenize"]
 
 TOKENS: Final = b"T"
 ERROR: Final = b"E"
 LENGTH: Final = struct.Struct("<I")
+MOST_ANSWER_BYTES: Final = 1 + 4 * MAX_TOKENS
+"""No answer is longer; the coordinator's process would have to hold it."""
 
 
 def tokenize(tokenizer: Tokenizer, *, prompt: str | None, messages: list[Mapping[str, Any]] | None, raw: bool) -> list[int]:
@@ -53,7 +57,10 @@ def _answer(tokenizer: Tokenizer, data: bytes) -> bytes:
     request = orjson.loads(data)
     field = "prompt" if request["messages"] is None else "messages"
     try:
-        return TOKENS + np.asarray(tokenize(tokenizer, **request), np.int32).tobytes()
+        ids = tokenize(tokenizer, **request)
+        if len(ids) > MAX_TOKENS:
+            raise BadRequest(f"the prompt has {len(ids):,} tokens, where {MAX_TOKENS:,} are the most: shorten it", field=field)
+        return TOKENS + np.asarray(ids, np.int32).tobytes()
     except MeshError as error:
         return ERROR + ErrorReply.of(error).to_bytes()
     except Exception as error:  # the tokenizers library raises plain Exception, a template whatever its filters raise
@@ -88,13 +95,16 @@ def _limit_memory(limit_bytes: int) -> None:
 def main() -> int:
     """Answer until stdin ends."""
     die_with_parent()
-    directory, limit_bytes = Path(sys.argv[1]), int(sys.argv[2])
+    directory, digest, limit_bytes, nice = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     if hasattr(os, "nice"):
-        os.nice(int(sys.argv[3]))
+        os.nice(nice)
     _limit_memory(limit_bytes)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:
-        tokenizer = Tokenizer.load(directory)
+        manifest = Manifest.load(directory)
+        if digest and manifest.digest != digest:
+            raise CorruptModel(f"{directory} has changed since the coordinator started: start it again")
+        tokenizer = Tokenizer.load(directory, manifest)
     except MeshError as error:
         _write(sink, ERROR + ErrorReply.of(error).to_bytes())
         return 1

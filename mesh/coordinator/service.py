@@ -36,7 +36,7 @@ from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import SHOWN_SESSIONS
 from mesh.coordinator.tracing import Tracing
 from mesh.errors import MeshError, Unavailable
-from mesh.model.manifest import Manifest
+from mesh.model.signature import Signers, load_trusted
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
@@ -68,7 +68,7 @@ class CoordinatorOptions:
     """model: a model directory, of which only the manifest and the tokenizer are read. queue_limit: requests that may wait.
     flags: how hidden states travel (Flags.BF16, Flags.ZSTD). health_check_interval_s: between heartbeats to the shards, and between
     looks whether all expected shards are there. pool_bytes: what the requests that are held may take together. sampling: which traces
-    are kept for others."""
+    are kept for others. signers: one of them must have signed the model (None: no signature is asked for)."""
 
     model: Path
     name: str = ""
@@ -82,6 +82,7 @@ class CoordinatorOptions:
     expected: ExpectedShards | None = None
     pool_bytes: int | None = None
     sampling: TraceSampling = field(default_factory=TraceSampling)
+    signers: Signers | None = None
 
 
 class Coordinator:
@@ -92,9 +93,10 @@ class Coordinator:
         self.bus = bus
         self.options = options
         self.name = subjects.check_token(options.name or f"c-{secrets.token_hex(4)}", "name")
-        self.manifest = Manifest.load(options.model)
-        self.tokenizer = Tokenizer.load(options.model) if self.manifest.tokenizer is not None else None
-        self.prompts = PromptPool(options.model) if self.tokenizer is not None else None
+        self.manifest = load_trusted(options.model, options.signers)
+        has_text = self.manifest.tokenizer is not None
+        self.tokenizer = Tokenizer.load(options.model, self.manifest, template=False) if has_text else None
+        self.prompts = PromptPool(options.model, digest=self.manifest.digest) if has_text else None
         self.ready = asyncio.Event()
         self.http_url: str | None = None
         self.metrics_url = ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import stat
 from pathlib import Path
 
 from mesh.errors import CorruptModel
 
-__all__ = ["cache_directory", "inside"]
+__all__ = ["cache_directory", "inside", "open_inside"]
 
 
 def cache_directory() -> Path:
@@ -31,3 +33,15 @@ def inside(directory: Path, name: str) -> Path:
     if target == root or os.path.commonpath((root, target)) != root:
         raise CorruptModel(f"{name!r} lies outside the model's directory {directory}: a model is read from its own directory only")
     return path
+
+
+def open_inside(directory: Path, name: str) -> io.BufferedReader:
+    """`directory`/`name`, open for reading. CorruptModel: it lies outside `directory`, also by a symbolic link, or is no regular file (a
+    pipe or a device has no end). The errors of `open` otherwise."""
+    path = os.path.realpath(inside(directory, name))
+    # The resolved path has no links; one that takes its place now is not followed. Without O_NONBLOCK opening a pipe waits for ever.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CorruptModel(f"{directory / name} is no regular file: fetch or import the model again")
+    return os.fdopen(handle, "rb")

@@ -12,12 +12,13 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from mesh.errors import CorruptModel
+from mesh.errors import CorruptModel, decoding
 from mesh.host.paths import inside
 from mesh.lowering import static
 
 __all__ = ["PackedFormat", "TensorReader", "unpack"]
 
+_SHOWN = 200  # characters of a name in an error
 # ONNX types stored several to a byte: bits, and whether the type is signed.
 _PACKED: dict[int, tuple[int, bool]] = {
     TensorProto.INT4: (4, True),
@@ -66,7 +67,12 @@ class TensorReader:
         self._files: dict[str, np.ndarray] = {}
 
     def read(self, tensor: TensorProto) -> np.ndarray:
-        """The tensor as numpy, small types (bfloat16, float8, int4 ...) by ml_dtypes, one byte or more an element."""
+        """The tensor as numpy, small types (bfloat16, float8, int4 ...) by ml_dtypes, one byte or more an element. CorruptModel: it is
+        not what its type and shape say."""
+        with decoding(CorruptModel, f"tensor {tensor.name[:_SHOWN]!r}"):
+            return self._read(tensor)
+
+    def _read(self, tensor: TensorProto) -> np.ndarray:
         if uses_external_data(tensor):
             stored = self._external(tensor)
             bits = _stored_bits(tensor)
@@ -87,7 +93,11 @@ class TensorReader:
         return np.asarray(numpy_helper.to_array(tensor))
 
     def read_packed(self, tensor: TensorProto) -> np.ndarray:
-        """The bytes of a packed tensor, uint8 [n]."""
+        """The bytes of a packed tensor, uint8 [n]. CorruptModel as for `read`."""
+        with decoding(CorruptModel, f"tensor {tensor.name[:_SHOWN]!r}"):
+            return self._read_packed(tensor)
+
+    def _read_packed(self, tensor: TensorProto) -> np.ndarray:
         if uses_external_data(tensor):
             return self._external(tensor)
         if tensor.HasField("raw_data"):

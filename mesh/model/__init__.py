@@ -1,7 +1,9 @@
 """The model directory as every process reads it. mesh/importer writes it; docs/model-format.md describes it.
 
 manifest.py    manifest.json: blocks, caches, tokenizer, checksums
+signature.py   who made a model: ed25519 signatures of manifests
 onnx_form.py   the opset of blocks
 tokenizer.py   text to token ids and back, and chat templates
+tokenizer_file.py   tokenizer.json, refused where it could make any amount of text
 memory.py      how much memory a layer range takes, before anything of it is loaded
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -10,13 +11,14 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound
-from mesh.host.paths import inside
+from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound, decoding
+from mesh.host.paths import open_inside
 from mesh.types import DType, LayerRange
 
 __all__ = [
     "EXTRA_FILES",
     "FORMAT",
+    "MAX_EXTRA_BYTES",
     "MAX_LAYERS",
     "MAX_MANIFEST_BYTES",
     "BlockInfo",
@@ -24,6 +26,7 @@ __all__ = [
     "FileInfo",
     "HiddenInfo",
     "Manifest",
+    "SignatureInfo",
     "TokenizerInfo",
     "WeightsInfo",
     "block_name",
@@ -35,8 +38,9 @@ FILE_NAME = "manifest.json"
 # Bounds of everything that a manifest from elsewhere can say: far above any model, far below what would hurt to hold or to loop over.
 MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
 MAX_LAYERS: Final = 4096
-EXTRA_FILES: Final = frozenset({"tokenizer.json", "chat_template.jinja"})
-"""What may lie beside the blocks."""
+MAX_EXTRA_BYTES: Final = {"tokenizer.json": 256 * 1024 * 1024, "chat_template.jinja": 1024 * 1024}
+"""What may lie beside the blocks, and its size at most. The largest tokenizers have 35 MB, the longest templates 30 KB."""
+EXTRA_FILES: Final = frozenset(MAX_EXTRA_BYTES)
 _MAX_COUNT: Final = 2**53
 Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
@@ -96,6 +100,13 @@ class TokenizerInfo(_Strict):
     chat_template: bool = False
 
 
+class SignatureInfo(_Strict):
+    """An ed25519 signature of `Manifest.signed_bytes`; mesh/model/signature.py makes and checks it. Both in hex."""
+
+    key: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]  # the public key
+    value: Annotated[str, StringConstraints(pattern="^[0-9a-f]{128}$")]
+
+
 class Manifest(_Strict):
     format: Literal[1] = FORMAT
     name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -112,6 +123,7 @@ class Manifest(_Strict):
     tokenizer: TokenizerInfo | None = None
     extra_files: Annotated[tuple[FileInfo, ...], Field(max_length=16)] = ()  # tokenizer.json, chat_template.jinja
     report: dict[str, Any] = Field(default_factory=dict)  # what verification measured
+    signature: SignatureInfo | None = None
 
     @property
     def model_hash(self) -> str:
@@ -121,6 +133,19 @@ class Manifest(_Strict):
             for file in block.files:
                 digest.update(file.sha256.encode())
         return digest.hexdigest()[:16]
+
+    def signed_bytes(self) -> bytes:
+        """What a signature covers: the whole manifest but the signature, and so the hash of every file, in one canonical form.
+
+        Keys are sorted and defaults are left out, so that a key that a later version adds does not change the bytes of older manifests.
+        """
+        values = self.model_dump(mode="json", exclude={"signature"}, exclude_defaults=True)
+        return b"stagemesh manifest\n" + orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `signed_bytes`: equal only for models that are equal in everything, tokenizer and chat template included."""
+        return hashlib.sha256(self.signed_bytes()).hexdigest()
 
     def block(self, name: str) -> BlockInfo:
         for block in self.blocks:
@@ -147,7 +172,7 @@ class Manifest(_Strict):
     def load(cls, directory: Path) -> Manifest:
         path = Path(directory) / FILE_NAME
         try:
-            with path.open("rb") as file:
+            with open_inside(Path(directory), FILE_NAME) as file:
                 data = file.read(MAX_MANIFEST_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             raise ModelNotFound(
@@ -180,6 +205,8 @@ class Manifest(_Strict):
         if not set(extra) <= EXTRA_FILES or len(set(extra)) < len(extra):
             allowed = ", ".join(sorted(EXTRA_FILES))
             raise CorruptModel(f"{where}: extra_files are {extra}: only {allowed} may be there, each once; import the model again")
+        with decoding(CorruptModel, f"{where}: report"):  # any JSON can be in it; what cannot be written again cannot be signed or kept
+            manifest.signed_bytes()
         return manifest
 
     def verify_files(self, directory: Path, layers: LayerRange, *, checksums: bool, embed: bool = False, head: bool = False) -> None:
@@ -193,8 +220,33 @@ class Manifest(_Strict):
         if head:
             names.append(block_name("head"))
         for name in names:
-            for file in self.block(name).files:
-                check_file(Path(directory) / file.name, file, checksum=checksums)
+            self.verify_block(directory, name, checksums=checksums)
+
+    def verify_all(self, directory: Path) -> None:
+        """The same for every file of the model, with checksums."""
+        self.verify_files(directory, LayerRange(0, self.layers), checksums=True, embed=True, head=True)
+        for file in self.extra_files:
+            self.read_extra(directory, file.name)
+
+    def verify_block(self, directory: Path, name: str, *, checksums: bool) -> None:
+        """The same for the files of one block."""
+        for file in self.block(name).files:
+            check_file(Path(directory) / file.name, file, checksum=checksums)
+
+    def read_extra(self, directory: Path, name: str) -> bytes:
+        """The content of tokenizer.json or chat_template.jinja. CorruptModel: it is missing, too large, or not the manifest's."""
+        expected = next((file for file in self.extra_files if file.name == name), None)
+        if expected is None:
+            raise CorruptModel(f"{directory}: the manifest does not list {name}: import the model again")
+        limit = MAX_EXTRA_BYTES[name]
+        if expected.bytes > limit:
+            raise CorruptModel(f"{name} has {expected.bytes:,} bytes, where {limit:,} are the most: no model needs more")
+        path = Path(directory) / name
+        with _opened(path, expected) as file:
+            data = file.read(expected.bytes + 1)
+        if hashlib.sha256(data).hexdigest() != expected.sha256:
+            raise CorruptModel(f"{path} does not match its checksum: fetch or import the model again")
+        return data
 
 
 def block_name(block: int | Literal["embed", "head"]) -> str:
@@ -213,11 +265,21 @@ def sha256(path: Path) -> str:
 
 def check_file(path: Path, expected: FileInfo, *, checksum: bool) -> None:
     """CorruptModel unless `path` is a file of its own directory with the expected size and, with `checksum`, content."""
-    path = inside(path.parent, path.name)
-    if not path.exists():
-        raise CorruptModel(f"{path} is missing: fetch or import the model again")
-    size = path.stat().st_size
+    with _opened(path, expected) as file:
+        if checksum and hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+            raise CorruptModel(f"{path} does not match its checksum: fetch or import the model again")
+
+
+def _opened(path: Path, expected: FileInfo) -> io.BufferedReader:
+    """`path`, open for reading. CorruptModel: it is missing, has another size, or lies outside its directory."""
+    try:
+        file = open_inside(path.parent, path.name)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        why = "is missing" if missing else f"cannot be opened ({error.strerror})"
+        raise CorruptModel(f"{path} {why}: fetch or import the model again") from None
+    size = os.fstat(file.fileno()).st_size
     if size != expected.bytes:
+        file.close()
         raise CorruptModel(f"{path} has {size:,} bytes where the manifest says {expected.bytes:,}: fetch or import the model again")
-    if checksum and sha256(path) != expected.sha256:
-        raise CorruptModel(f"{path} does not match its checksum: fetch or import the model again")
+    return file

@@ -9,23 +9,28 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
-from mesh.errors import BadRequest, CorruptModel, ModelNotFound
+from mesh.errors import BadRequest, CorruptModel, ModelNotFound, decoding
 from mesh.model.manifest import Manifest, TokenizerInfo
+from mesh.model.tokenizer_file import read_backend, unreadable
 from mesh.protocol.documents import short
 
 __all__ = ["TextStream", "Tokenizer"]
+
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 _NORMALIZED = 4
 _WINDOW = 8
 """Tokens whose text is waited for. A character takes at most 4 tokens, since it takes at most 4 bytes."""
 _CHARACTER_TOKENS = 4
-_SHOWN = 500  # characters of an error that quotes a file or a template
+_SHOWN = 500  # characters of an error that quotes a template
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character, or none yet
 
 
@@ -33,6 +38,8 @@ class Tokenizer:
     """A model's tokenizer. Thread-safe: nothing changes after construction."""
 
     def __init__(self, backend: tokenizers.Tokenizer, info: TokenizerInfo, chat_template: str | None = None) -> None:
+        backend.no_padding()  # prompts are neither padded nor cut: a file that asks for it could ask for any length
+        backend.no_truncation()
         self._backend = backend
         self.info = info
         self._template = _compile(chat_template) if chat_template else None
@@ -40,21 +47,29 @@ class Tokenizer:
         self._anchor = self.encode("a", add_special=False)[-1:]  # some token: a text's first one may be decoded differently
 
     @classmethod
-    def load(cls, directory: Path) -> Tokenizer:
-        """The tokenizer of a model directory. ModelNotFound if there is none; CorruptModel if a file does not read."""
+    def load(cls, directory: Path, manifest: Manifest | None = None, *, template: bool = True) -> Tokenizer:
+        """The tokenizer of a model directory, whose files are those that the manifest lists, by their hashes.
+
+        `manifest`: the model's (None: that of the directory). `template` False: the chat template, which is a program, is not compiled.
+        ModelNotFound if there is no tokenizer; CorruptModel if a file does not read, or is not the manifest's.
+        """
         directory = Path(directory)
-        info = Manifest.load(directory).tokenizer
-        if info is None:
+        manifest = manifest or Manifest.load(directory)
+        if manifest.tokenizer is None:
             raise ModelNotFound(f"{directory} has no tokenizer: give token ids, or import the model with its tokenizer files")
-        template = directory / "chat_template.jinja"
+        text = None
+        if template and manifest.tokenizer.chat_template:
+            with decoding(CorruptModel, str(directory / TEMPLATE_FILE)):
+                text = manifest.read_extra(directory, TEMPLATE_FILE).decode()
+        path = directory / TOKENIZER_FILE
+        backend = read_backend(manifest.read_extra(directory, TOKENIZER_FILE), path)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-            text = template.read_text(encoding="utf-8") if info.chat_template else None
-            return cls(backend, info, text)
+            return cls(backend, manifest.tokenizer, text)
         except jinja2.TemplateError as error:
-            raise CorruptModel(f"{template} is not a template ({short(str(error), _SHOWN)}): import the model again") from None
+            why = short(str(error), _SHOWN)
+            raise CorruptModel(f"{directory / TEMPLATE_FILE} is not a template ({why}): import the model again") from None
         except Exception as error:  # tokenizers raises plain Exception
-            raise CorruptModel(f"{directory}/tokenizer.json does not read ({short(str(error), _SHOWN)}): import the model again") from None
+            raise unreadable(path, error) from None
 
     @property
     def vocab_size(self) -> int:
@@ -185,15 +200,33 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """Computes nothing while it compiles. Otherwise `{{ "a" * 10**9 }}` would take its memory when the model is loaded."""
+
+    def _output_child_to_const(self, node: jinja2.nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any) -> str:
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+    def visit_EvalContextModifier(self, node: jinja2.nodes.EvalContextModifier, frame: jinja2.compiler.Frame) -> None:
+        self.fail("a prompt has no autoescape", node.lineno)
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    code_generator_class = _CodeGenerator
+
+
 def _compile(template: str) -> jinja2.Template:
     """Compile in a sandbox: templates come with models and are not trusted. They have the globals that Hugging Face gives them."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
+    extensions: list[str | type[jinja2.ext.Extension]] = ["jinja2.ext.loopcontrols", _Generation]
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment.from_string(template)
+    try:
+        return environment.from_string(template)
+    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:  # from Python's compiler
+        raise jinja2.TemplateError(str(error) or type(error).__name__) from None
 
 
 def _raise(message: str) -> NoReturn:

@@ -66,7 +66,8 @@ Counts = Annotated[dict[Label, Natural], Field(max_length=1024)]
 
 
 class Message(BaseModel):
-    """The base class. `to_bytes` and `parse` are inverse. `parse` raises MessageRejected, which names the key that is wrong.
+    """The base class. `to_bytes` and `parse` are inverse. `parse` raises MessageRejected, which names the key that is wrong,
+    or BadRequest for sampling parameters out of their range.
 
     Every integer, text, list and dict of a message has a bound, and every list ends at its first wrong entry
     (tests/unit/protocol/test_bounds.py).

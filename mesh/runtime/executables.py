@@ -9,7 +9,8 @@ and XLA's options.
 
 A program that is damaged or cannot be loaded here is compiled again. If a file cannot be written, the program is just not kept. After a
 failed computation, the files that were loaded are removed (`forget_loaded`), so that the next process does not fail in the same way.
-A user who can write to the cache directory can run code in the processes that read it. So it belongs to one user.
+A program is code, and JAX's own form of it is a pickle. So only files are loaded that belong to this user and that no other user may
+write to. A program never comes from a model, from NATS or from another machine.
 """
 
 from __future__ import annotations
@@ -73,8 +74,13 @@ class Executables:
 
     def _load(self, path: Path) -> Any:
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                trusted = _only_ours(os.fstat(file.fileno()))
+                data = file.read() if trusted else b""
         except OSError:
+            return None
+        if not trusted:
+            log.warning("%s belongs to another user, or others may write to it: compiling it again", path)
             return None
         if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
             log.warning("%s is damaged: compiling it again", path)
@@ -99,9 +105,15 @@ class Executables:
             if not path.parent.exists():
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _forget_old(path.parent.parent)
+            part.touch(mode=0o600)
             part.write_bytes(hashlib.sha256(data).digest() + data)
             part.replace(path)
         return compiled
+
+
+def _only_ours(found: os.stat_result) -> bool:
+    """Whether nobody but this user and root can have written the file: loading a program runs what it says."""
+    return not hasattr(os, "getuid") or (found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022)
 
 
 def _program(key: object, args: tuple[Any, ...]) -> str:

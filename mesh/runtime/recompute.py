@@ -48,12 +48,14 @@ class RecomputingStage:
         directory: Path,
         config: StageConfig,
         *,
+        manifest: Manifest | None = None,
         compiled: Compiled | None = None,
         progress: Progress = no_progress,
     ) -> RecomputingStage:
         """Arguments and errors as of Stage.load."""
-        inner = Stage.load(directory, replace(config, rows=1, kept_rows=config.rows), compiled=compiled, progress=progress)
-        return cls(inner, config.rows)
+        config, rows = replace(config, rows=1, kept_rows=config.rows), config.rows
+        inner = Stage.load(directory, config, manifest=manifest, compiled=compiled, progress=progress)
+        return cls(inner, rows)
 
     @property
     def manifest(self) -> Manifest:

@@ -51,7 +51,7 @@ class StageConfig:
     """What a stage serves, and its limits. embed and head None: held if the range begins at 0 or ends at the last layer.
 
     rows: sessions held at once. context: the most positions of a row (None: the model's). chunk: prefill tokens at a time.
-    max_memory_bytes: refuse to load if more is needed (None: no limit). checksums: read every file first and compare its sha256.
+    max_memory_bytes: refuse to load if more is needed (None: no limit). checksums: compare the sha256 of every file.
     overlap: so many layers on either side are held as well, with embedding or head if that reaches them; see Stage.serve. kept_rows: the
     rows of the RecomputingStage around this one, which keeps input in place of a cache; memory is predicted for that.
     """
@@ -108,14 +108,16 @@ class Stage:
         directory: Path,
         config: StageConfig,
         *,
+        manifest: Manifest | None = None,
         compiled: Compiled | None = None,
         progress: Progress = no_progress,
     ) -> Stage:
-        """Load a stage. `compiled`: programs to share with other stages of this process.
+        """Load a stage. `manifest`: the model's (None: that of the directory). `compiled`: programs to share with other stages of this
+        process. Each block is compared with its checksum just before it is used, while the block before it is loaded.
 
         Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel.
         """
-        manifest = Manifest.load(directory)
+        manifest = manifest or Manifest.load(directory)
         layers = manifest.check_range(config.layers)
         held = _held(manifest, config)
         embed = held.start == 0 if config.embed is None else config.embed
@@ -135,12 +137,18 @@ class Stage:
                 needed_bytes=need.total_bytes,
                 allowed_bytes=allowed,
             )
-        manifest.verify_files(Path(directory), held, checksums=config.checksums, embed=embed, head=head)
+        manifest.verify_files(Path(directory), held, checksums=False, embed=embed, head=head)
         names = block_names(held, embed=embed, head=head)
         blocks, variants = [], VariantTable()
-        for index, name in enumerate(names):
-            progress(f"load {name}", index, len(names))
-            blocks.append(load_block(Path(directory), name, variants=variants.lookup))
+        with ThreadPoolExecutor(1, "checksum") as pool:
+            checks = [pool.submit(manifest.verify_block, Path(directory), name, checksums=config.checksums) for name in names]
+            try:
+                for index, (name, check) in enumerate(zip(names, checks, strict=True)):
+                    progress(f"load {name}", index, len(names))
+                    check.result()
+                    blocks.append(load_block(Path(directory), name, variants=variants.lookup))
+            finally:
+                pool.shutdown(cancel_futures=True)
         progress("loaded", len(names), len(names))
         return cls(manifest, config, blocks, need, compiled)
 

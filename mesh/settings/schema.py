@@ -343,6 +343,7 @@ class ServedModelSection(Section):
     format: Literal["onnx", "safetensors", "gguf"] | None = None
     total_layers: Count | None = None
     vocab_size: Count | None = None
+    require_signature: str | None = Field(default=None, min_length=1)  # PEM file with the public keys of which one must have signed it
 
 
 class CoordinatorConfig(ConfigFile):
@@ -414,6 +415,7 @@ class ShardModelSection(Section):
     layers_start: Annotated[int, Field(ge=0)]
     layers_end: Count
     overlap_layers: Annotated[int, Field(ge=0)] = 0
+    require_signature: str | None = Field(default=None, min_length=1)  # PEM file with the public keys of which one must have signed it
 
 
 class ResourcesSection(Section):

@@ -18,6 +18,7 @@ from mesh.bus import Bucket, Bus, ModelStore, announce, kept_at
 from mesh.errors import BadRequest, MessageRejected, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, predict
+from mesh.model.signature import Signers
 from mesh.protocol import subjects
 from mesh.protocol.message import Label, Message, Natural, Positive
 from mesh.protocol.status import ShardLease
@@ -61,12 +62,14 @@ async def place(
     mirror: bool | None = None,
     directory: Path | None,
     layers: LayerRange | None = None,
+    signers: Signers | None = None,
     progress: Progress,
 ) -> ShardOptions:
-    """Choose a range (unless `layers` gives it), claim it and fetch its blocks. ModelNotFound: no such model was pushed. DoesNotFit: no
-    range that the mesh needs, or not the one that was given, fits in `memory_bytes`."""
+    """Choose a range (unless `layers` gives it), claim it and fetch its blocks. ModelNotFound: no such model was pushed.
+    UntrustedModel: none of `signers` has signed it. DoesNotFit: no range that the mesh needs, or not the one that was given, fits in
+    `memory_bytes`."""
     subjects.check_token(name, "name")
-    store = ModelStore(bus)
+    store = ModelStore(bus, signers)
     model = model or await store.only_name()
     manifest = await store.manifest(model)
     leases = await _leases(bus, manifest)
@@ -78,7 +81,16 @@ async def place(
     kept = directory or kept_at(manifest)
     await store.pull(model, kept, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
     mirror = any(lease.mirrors for lease in leases) if mirror is None else mirror
-    return ShardOptions(name=name, directory=kept, layers=layers, rows=rows, context=context, max_memory_bytes=memory_bytes, mirror=mirror)
+    return ShardOptions(
+        name=name,
+        directory=kept,
+        layers=layers,
+        rows=rows,
+        context=context,
+        max_memory_bytes=memory_bytes,
+        mirror=mirror,
+        signers=signers,
+    )
 
 
 async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:

@@ -34,7 +34,7 @@ from mesh.errors import (
     ServiceError,
     Unavailable,
 )
-from mesh.model.manifest import Manifest
+from mesh.model.signature import load_trusted
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
 from mesh.protocol.events import EventKind
@@ -104,7 +104,7 @@ class Shard:
         self.bus = bus
         self.options = options
         self.instance = new_instance()
-        self.manifest = Manifest.load(options.directory)
+        self.manifest = load_trusted(options.directory, options.signers)
         self.meter = Meter()
         self._start = start or StartTrace()
         self._export = export
@@ -455,11 +455,10 @@ class Shard:
             context=options.context,
             chunk=options.chunk,
             max_memory_bytes=options.max_memory_bytes,
-            checksums=options.checksums,
             overlap=options.overlap,
         )
         kind = Stage if options.kv_cache else RecomputingStage
-        return kind.load(options.directory, config, compiled=self._compiled, progress=self._progress)
+        return kind.load(options.directory, config, manifest=self.manifest, compiled=self._compiled, progress=self._progress)
 
     async def in_thread(self, work: Callable[[], Any]) -> Any:
         """Run `work` in the compute thread and wait for its result. _StoppedError: the shard was told to stop before that."""

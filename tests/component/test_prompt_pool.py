@@ -14,6 +14,7 @@ import tokenizers
 from running import Run
 from serving import connect, coordinator
 
+from mesh.coordinator import prompt_pool, prompt_process
 from mesh.coordinator.prompt_pool import SHORT_CHARACTERS, PromptPool
 from mesh.errors import BadRequest, Busy, CorruptModel, PromptTooLong
 from mesh.local.nats_server import NatsServer
@@ -116,6 +117,28 @@ def test_a_template_that_goes_wild_ends_that_prompt_alone(run: Run, directory: C
                 await bad
             assert longest < 1.0
             assert await pool.tokenize(**chat("good")) == expected
+        finally:
+            await pool.stop()
+
+    run(work())
+
+
+def test_an_answer_has_a_bound_on_both_sides(run: Run, directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template may make far more text of a prompt than the coordinator's process should hold as tokens."""
+    model = directory("{{ 'a' * 9 }}")
+    monkeypatch.setattr(prompt_process, "MAX_TOKENS", 8)
+    said = prompt_process._answer(Tokenizer.load(model), orjson.dumps(chat("x")))
+    assert said[:1] == prompt_process.ERROR and b"are the most" in said
+    monkeypatch.setattr(prompt_pool, "MOST_ANSWER_BYTES", 8)
+
+    async def work() -> None:
+        pool = PromptPool(model)
+        await pool.start()
+        try:
+            with pytest.raises(BadRequest, match="shorten it"):
+                await pool.tokenize(**chat("x"))
+            assert pool.counters["died"] == 1
+            assert len(await pool.tokenize(**plain("x"))) == 1
         finally:
             await pool.stop()
 

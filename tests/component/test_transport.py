@@ -255,6 +255,28 @@ def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts:
     assert bytes(protocol._rest) == bytes(rest) and not protocol._partial
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"MSG a 1 -20\r\n", b"HMSG a 1 0 -20\r\n", b"MSG a 1 1" + b"0" * 18 + b"\r\n", b"x" * (1024 * 1024 + 1), b"MSG a 1 " + b"9" * 5000],
+    ids=["negative", "negative with headers", "an exabyte", "a line without end", "a number without end"],
+)
+def test_bytes_that_are_no_message_end_the_connection(data: bytes) -> None:
+    """A message of a negative size would be read again for ever; one of any size, or a line without end, would be kept whole."""
+
+    class Transport:
+        aborted = False
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    transport = Transport()
+    protocol = Incoming({}, {})
+    protocol.connection_made(transport)  # type: ignore[arg-type]
+    protocol.data_received(data)
+    protocol.data_received(b"\r\n")
+    assert transport.aborted
+
+
 def test_messages_sent_from_other_threads_arrive_whole_between_all_others(run: Run, server: NatsServer) -> None:
     async def work() -> None:
         async with await connect(server) as here, await connect(server) as there:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import tracemalloc
 import zlib
@@ -26,11 +27,12 @@ from mesh.importer.sources import gguf as gguf_source
 from mesh.importer.sources import onnx as onnx_source
 from mesh.importer.sources import safetensors as safetensors_source
 from mesh.importer.sources.gguf_file import GgufCheckpoint
+from mesh.lowering.tensors import TensorReader
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.planner.placement import Placement
 from mesh.protocol import frame_codec
-from mesh.runtime.loading import read_model
+from mesh.runtime.loading import load_block, read_model
 from mesh.settings.schema import CoordinatorConfig, ShardConfig, load_config
 from mesh.types import LayerRange
 
@@ -114,13 +116,18 @@ def an_onnx() -> bytes:
     return bytes(model.SerializeToString())
 
 
-def a_manifest() -> bytes:
+def a_manifest(**extra: bytes) -> bytes:
+    """A manifest that lists the files `extra` with their hashes, so that what is in them is read."""
+    names = {"tokenizer": "tokenizer.json", "template": "chat_template.jinja"}
     block = {"files": [], "weight_bytes": 0, "parameters": 0}
     manifest = {
         "name": "m", "architecture": "a", "source": "onnx", "layers": 1, "vocab_size": 3, "context_length": 64,
         "hidden": {"size": 4, "dtype": "float32"}, "cache": [{"kv_heads": 1, "key_dim": 2, "value_dim": 2}], "cache_dtype": "float32",
         "weights": {"bits": 32}, "blocks": [{"name": name, **block} for name in ("embed", "layer_000", "head")],
         "tokenizer": {"chat_template": True},
+        "extra_files": [
+            {"name": names[key], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in extra.items()
+        ],
     }  # fmt: skip
     return orjson.dumps(manifest)
 
@@ -129,18 +136,19 @@ def a_tokenizer() -> bytes:
     return tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).to_str().encode()
 
 
+def described(directory: Path, tokenizer: bytes, template: bytes) -> Path:
+    (directory / "manifest.json").write_bytes(a_manifest(tokenizer=tokenizer, template=template))
+    (directory / "tokenizer.json").write_bytes(tokenizer)
+    (directory / "chat_template.jinja").write_bytes(template)
+    return directory
+
+
 def read_tokenizer(path: Path) -> None:
-    (path.parent / "manifest.json").write_bytes(a_manifest())
-    (path.parent / "chat_template.jinja").write_text("{{ messages }}")
-    (path.parent / "tokenizer.json").write_bytes(path.read_bytes())
-    Tokenizer.load(path.parent)
+    Tokenizer.load(described(path.parent, path.read_bytes(), b"{{ messages }}"))
 
 
 def read_template(path: Path) -> None:
-    (path.parent / "manifest.json").write_bytes(a_manifest())
-    (path.parent / "tokenizer.json").write_bytes(a_tokenizer())
-    (path.parent / "chat_template.jinja").write_bytes(path.read_bytes())
-    Tokenizer.load(path.parent).apply_chat_template([{"role": "user", "content": "a"}])
+    Tokenizer.load(described(path.parent, a_tokenizer(), path.read_bytes())).apply_chat_template([{"role": "user", "content": "a"}])
 
 
 TEMPLATE = b"{% for message in messages %}{{ message.role | upper }}: {{ message['content'] ~ 1 }}{% endfor %}{{ bos_token }}"
@@ -341,3 +349,154 @@ def test_a_changed_frame_with_a_right_checksum_is_read_or_refused(flags: frame_c
                 assert error.reason
 
     attempt()
+
+
+# -- bombs of tokenizers and templates, which are read in the coordinator's own process too -------------------------------------
+
+
+def grown_tokenizer(**parts: Any) -> bytes:
+    return orjson.dumps(orjson.loads(a_tokenizer()) | parts)
+
+
+TEN = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+FIXED = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Sequence", "normalizers": [TEN] * 9}},
+        {"decoder": {"type": "Sequence", "decoders": [TEN] * 9}},
+        {"decoder": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}},
+        {"normalizer": {"type": "Prepend", "prepend": "a" * 10_000}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [TEN] * 5}] * 5}},
+    ],
+    ids=["normalizer", "decoder", "one step", "prepend", "nested"],
+)
+def test_a_tokenizer_that_would_make_a_text_grow_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    with little_memory(), pytest.raises(CorruptModel, match="times as long"):
+        Tokenizer.load(described(tmp_path, grown_tokenizer(**parts), b""))
+
+
+def test_a_tokenizer_cannot_ask_for_padding(tmp_path: Path) -> None:
+    """2^40 tokens of padding would end the process: the library aborts where memory lacks."""
+    data = grown_tokenizer(padding={"strategy": {"Fixed": 2**40}, **FIXED}, truncation=None)
+    assert Tokenizer.load(described(tmp_path, data, b"{{ messages }}")).encode("ab") == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{{ ("a" * 3000000000) | length }}',
+        '{{ "a" | center(3000000000) | length }}',
+        '{{ "%03000000000d" | format(1) }}',
+        '{% set x = "a" * 3000000000 %}',
+        "{% if 9 ** 9 ** 9 ** 9 %}{% endif %}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+    ],
+)
+def test_a_template_computes_nothing_when_it_is_loaded(text: str, tmp_path: Path) -> None:
+    with little_memory():
+        assert Tokenizer.load(described(tmp_path, a_tokenizer(), text.encode())).has_chat_template
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% autoescape 9 ** 9 ** 9 ** 9 %}{% endautoescape %}",
+        "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}",
+        "{% if x %}" * 5000,
+        "{% break %}",
+        "\xff",
+    ],
+)
+def test_a_template_that_cannot_be_compiled_is_refused(text: str, tmp_path: Path) -> None:
+    with little_memory(), pytest.raises(CorruptModel, match="chat_template"):
+        Tokenizer.load(described(tmp_path, a_tokenizer(), text.encode("latin-1")))
+
+
+def test_external_data_beyond_its_file_is_refused(tmp_path: Path) -> None:
+    """2^60 bytes that are said to be there, in a block and in a source."""
+    model = onnx.load_from_string(an_onnx())
+    (tmp_path / "w.bin").write_bytes(bytes(640))
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    del tensor.dims[:]
+    tensor.dims.extend([2**29, 2**29])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "w.bin"), ("offset", "0"), ("length", str(2**60))):
+        tensor.external_data.add(key=key, value=value)
+    path = tmp_path / "embed.onnx"
+    path.write_bytes(model.SerializeToString())
+    with little_memory(), pytest.raises(CorruptModel, match="ends at"):
+        load_block(tmp_path, "embed")
+    with little_memory(), pytest.raises(CorruptModel, match="ends at"):
+        onnx_source.open_source(path)
+
+
+# -- names that leave the directory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "link.bin", "sub/../../secret.bin"])
+def test_external_data_cannot_lie_elsewhere(location: str, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    (tmp_path / "secret.bin").write_bytes(bytes(640))
+    (directory / "link.bin").symlink_to(tmp_path / "secret.bin")
+    model = onnx.load_from_string(an_onnx())
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    path = directory / "embed.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CorruptModel, match=r"outside|ends at"):
+        onnx_source.open_source(path)
+    with pytest.raises(CorruptModel, match=r"outside|ends at"):
+        load_block(directory, "embed")
+
+
+def test_a_safetensors_index_names_only_files_beside_it(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (tmp_path / "secret.safetensors").write_bytes(save({"a": np.zeros(2, np.float32)}))
+    (directory / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    for name in ("../secret.safetensors", "link.safetensors", str(tmp_path / "secret.safetensors"), "x\0y"):
+        (directory / "model.safetensors.index.json").write_bytes(orjson.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(CorruptModel):
+            safetensors_source.SafetensorsCheckpoint.open(directory)
+
+
+def test_a_snapshot_of_the_hugging_face_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "1", tmp_path / "models--a" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0f").write_bytes(save({"a": np.zeros(2, np.float32)}))
+    (snapshot / "model.safetensors").symlink_to(Path("../../blobs/0f"))
+    assert list(safetensors_source.SafetensorsCheckpoint.open(snapshot)) == ["a"]
+    (tmp_path / "secret").write_bytes((blobs / "0f").read_bytes())
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "secret")
+    with pytest.raises(CorruptModel, match="outside"):
+        safetensors_source.SafetensorsCheckpoint.open(snapshot)
+
+
+def test_a_part_of_a_gguf_file_cannot_be_a_link_out(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    first = directory / "m-00001-of-00002.gguf"
+    first.write_bytes(gguf_header(pairs=1, rest=gguf_pair("split.count", 4, struct.pack("<I", 2)) + bytes(64)))
+    (tmp_path / "secret.gguf").write_bytes(gguf_header(rest=bytes(64)))
+    (directory / "m-00002-of-00002.gguf").symlink_to(tmp_path / "secret.gguf")
+    with pytest.raises(CorruptModel, match="outside"):
+        GgufCheckpoint(first)
+
+
+def test_a_tensor_that_is_not_what_it_says_is_refused_by_its_name() -> None:
+    for made in (
+        TensorProto(name="t"),
+        TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[2, 2]),
+        TensorProto(name="t", data_type=77),
+    ):
+        with pytest.raises(CorruptModel, match="tensor 't'"):
+            TensorReader(None).read(made)

@@ -1,6 +1,7 @@
 """The kinds of source. Each of onnx.py, safetensors.py and gguf.py has `open_source(path) -> Source`.
 
 source.py           Source: what each of them offers
+place.py            that what a source names lies beside it
 onnx.py             exported graphs, cut into blocks; onnx_file.py reads the file and runs the passes
 safetensors.py      Hugging Face directories
 gguf.py             GGUF files; gguf_file.py reads the format, gguf_tokenizer.py builds the tokenizer from it

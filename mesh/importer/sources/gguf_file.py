@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
+from mesh.importer.sources.place import inside_source
 
 __all__ = ["GgufCheckpoint"]
 
@@ -70,7 +71,7 @@ class GgufCheckpoint:
             if match is None or match[2] != "00001":
                 raise ModelNotFound(f"{self.path} is one of {count} parts: give the first, NAME-00001-of-{count:05d}.gguf")
             parts = (self.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(2, count + 1))
-            self._files += [_File(part) for part in parts]
+            self._files += [_File(inside_source(part.parent, part.name)) for part in parts]
         self._entries = {name: entry for file in self._files for name, entry in file.entries.items()}
 
     def __contains__(self, name: str) -> bool:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from mesh.errors import CorruptModel, ModelNotFound
 from mesh.importer.graph.decoder import DecoderGraph, Draft
 from mesh.importer.passes.pipeline import PIPELINE, run_passes
+from mesh.importer.sources.place import inside_source
 
 __all__ = ["load"]
 
@@ -43,7 +44,7 @@ def _check_external_data(path: Path, model: ir.Model) -> None:
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        file = Path(tensor.path)
+        file = inside_source(path.parent, str(tensor.location))
         if not file.is_file():
             raise CorruptModel(f"{path}: weights file {file.name} is missing: put it beside the .onnx file")
         end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)

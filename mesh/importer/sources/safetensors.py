@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.families.registry import open_decoder
+from mesh.importer.sources.place import inside_source
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 
 __all__ = ["SafetensorsCheckpoint", "open_source"]
@@ -91,6 +92,7 @@ class SafetensorsCheckpoint:
             path = directory / file
             if path.parent != directory:
                 raise CorruptModel(f"{index_path}: {file!r} is not a file of this directory")
+            inside_source(directory, file)
             if not path.is_file():
                 raise CorruptModel(f"{path} is missing though {INDEX} names it: fetch it")
             entries.update(_read_header(path))

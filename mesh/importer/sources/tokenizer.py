@@ -101,7 +101,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptModel(f"{path} is not JSON ({error}): fetch it again") from None
     return value if isinstance(value, dict) else {}
 

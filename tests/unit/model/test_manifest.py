@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,50 @@ def test_a_block_behind_a_link_is_refused(tmp_path: Path) -> None:
     manifest = parse(value)
     with pytest.raises(CorruptModel, match="own directory"):
         manifest.verify_files(directory, LayerRange(0, 0), checksums=True, embed=True)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_only_regular_files_of_the_directory_are_read(kind: str, tmp_path: Path) -> None:
+    """A pipe in a block's place would make its reader wait for ever."""
+    directory, secret = tmp_path / "model", tmp_path / "secret"
+    directory.mkdir()
+    secret.write_text(json.dumps(document()))
+    for name in ("manifest.json", "embed.onnx", "tokenizer.json"):
+        path = directory / name
+        if kind == "link":
+            path.symlink_to(secret)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+    manifest = parse(document())
+    for read in (
+        lambda: Manifest.load(directory),
+        lambda: manifest.verify_files(directory, LayerRange(0, 0), checksums=True, embed=True),
+        lambda: manifest.read_extra(directory, "tokenizer.json"),
+    ):
+        with pytest.raises(CorruptModel, match=r"own directory|no regular file|cannot be"):
+            read()
+
+
+def test_a_tokenizer_of_any_size_or_content_but_the_listed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b"abc")
+    value = document()
+    value["extra_files"] = [file_info(path).model_dump()]
+    assert parse(value).read_extra(tmp_path, "tokenizer.json") == b"abc"
+    path.write_bytes(b"abd")
+    with pytest.raises(CorruptModel, match="checksum"):
+        parse(value).read_extra(tmp_path, "tokenizer.json")
+    value["extra_files"][0]["bytes"] = 2**40
+    with pytest.raises(CorruptModel, match="the most"):
+        parse(value).read_extra(tmp_path, "tokenizer.json")
+    with pytest.raises(CorruptModel, match="does not list"):
+        parse(value).read_extra(tmp_path, "chat_template.jinja")
+
+
+@pytest.mark.parametrize("report", ['{"a": 1' + "0" * 30 + "}", '{"a": ' + "[" * 240 + "]" * 240 + "}"], ids=["a long number", "deep"])
+def test_a_report_that_cannot_be_written_again_is_refused(report: str) -> None:
+    data = json.dumps(document())[:-1] + f', "report": {report}}}'
+    with pytest.raises(CorruptModel):
+        Manifest.parse(data.encode(), "manifest.json")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.importer.sources.gguf_tokenizer import PRE_TOKENIZERS, write_gguf_tokenizer
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
-from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, TokenizerInfo, WeightsInfo
+from mesh.model.manifest import EXTRA_FILES, BlockInfo, CacheInfo, HiddenInfo, Manifest, TokenizerInfo, WeightsInfo, file_info
 from mesh.model.tokenizer import Tokenizer
 
 TEXTS = [
@@ -273,6 +273,7 @@ def save_manifest(directory: Path, info: TokenizerInfo | None) -> None:
         weights=WeightsInfo(bits=32),
         blocks=blocks,
         tokenizer=info,
+        extra_files=tuple(file_info(path) for name in sorted(EXTRA_FILES) if (path := directory / name).exists()),
     ).save(directory)
 
 
@@ -282,15 +283,18 @@ def test_a_model_directory_gives_its_tokenizer_or_says_what_to_do(tmp_path: Path
     save_manifest(tmp_path, None)
     with pytest.raises(ModelNotFound, match=r"has no tokenizer: give token ids"):
         Tokenizer.load(tmp_path)
-    save_manifest(tmp_path, TokenizerInfo(eos_ids=(2,), chat_template=True))
+    info = TokenizerInfo(eos_ids=(2,), chat_template=True)
     smollm._backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    save_manifest(tmp_path, info)
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi<|im_end|>"
     assert tokenizer.encode("hi there") == smollm.encode("hi there")
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    save_manifest(tmp_path, info)
     with pytest.raises(CorruptModel, match=r"chat_template.jinja is not a template"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[")
+    save_manifest(tmp_path, info)
     with pytest.raises(CorruptModel, match=r"tokenizer.json does not read"):
         Tokenizer.load(tmp_path)

@@ -55,6 +55,18 @@ def test_a_program_is_traced_once(kept: Executables) -> None:
     assert len(list(kept.directory.iterdir())) == 1
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_program_that_others_may_write_to_is_not_loaded(kept: Executables, mode: int) -> None:
+    traced = Traced()
+    traced.compiled(kept)
+    (file,) = kept.directory.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(mode)
+    traced.compiled(kept)
+    assert traced.times == 2
+    assert next(kept.directory.iterdir()).stat().st_mode & 0o777 == 0o600
+
+
 def test_other_keys_and_other_shapes_are_other_programs(kept: Executables) -> None:
     traced = Traced()
     for key, size in (("double", 3), ("double", 4), ("other", 3)):

@@ -1,0 +1,106 @@
+"""Coverage-guided fuzzing of every decoder of data from elsewhere, with libFuzzer through atheris.
+
+    make fuzz
+    python bench/fuzz.py [--only NAME,...] [--runs N] [--report FILE]
+
+Each decoder runs in a process of its own. An input may give a result or one of the errors that the decoder declares. Any other exception,
+a crash, a hang of SLOW_S seconds, or memory beyond the bound is a finding: the input is kept and the exit code is 1. The seeds are valid
+inputs; libFuzzer changes them and keeps what reaches new branches of our Python code. Needs the extra `fuzz` (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RUNS = 1_000_000
+SLOW_S = 10
+GROWTH_MB = 256
+"""How much memory a decoder's process may gain over all its inputs, libFuzzer's own corpus and tables included."""
+
+
+def main() -> int:
+    import fuzz_targets  # no decoder is imported here: the processes import them instrumented
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME,...", help=f"some of {', '.join(fuzz_targets.TARGETS)}")
+    parser.add_argument("--runs", type=int, default=RUNS, help="inputs for each cheap decoder; the others get fewer (default: a million)")
+    parser.add_argument("--report", type=Path, help="write the table here as well")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return run_one(args.one, args.rest)
+    names = args.only.split(",") if args.only else list(fuzz_targets.TARGETS)
+    lines = ["| decoder | inputs | seconds | branches | corpus | memory gained | findings |", "|---|---|---|---|---|---|---|"]
+    failed = False
+    print("\n".join(lines), flush=True)
+    for name in names:
+        line, well = measure(name, max(args.runs // fuzz_targets.TARGETS[name].cost, 1))
+        failed |= not well
+        lines.append(line)
+        print(line, flush=True)
+    if args.report:
+        args.report.write_text("\n".join(lines) + "\n")
+    return int(failed)
+
+
+def measure(name: str, runs: int) -> tuple[str, bool]:
+    """Run one decoder for `runs` inputs. Returns its line of the table, and whether nothing was found."""
+    import fuzz_targets
+
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        (Path(folder) / "work").mkdir()
+        for index, seed in enumerate(fuzz_targets.seeds(name)):
+            (corpus / f"seed-{index:03d}").write_bytes(seed)
+        kept = Path(tempfile.gettempdir()) / f"fuzz-finding-{name}-"
+        options = [f"-runs={runs}", f"-timeout={SLOW_S}", "-max_len=4096", "-len_control=0", "-print_final_stats=1", "-seed=1"]
+        command = [sys.executable, __file__, "--one", name, "--", *options, f"-artifact_prefix={kept}", str(corpus)]
+        began = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(folder) / "work", check=False)
+        seconds = time.perf_counter() - began
+    text = done.stdout.decode(errors="replace")
+    covered = re.findall(r"cov: (\d+) ft: \d+ corp: (\d+)/", text)
+    tried = re.search(r"number_of_executed_units: (\d+)", text)
+    before, peak = re.search(r"memory before: (\d+)", text), re.search(r"peak_rss_mb: +(\d+)", text)
+    gained = max(int(peak[1]) - int(before[1]), 0) if before and peak else None
+    well = done.returncode == 0 and gained is not None and gained <= GROWTH_MB
+    if not well:
+        print(text[-6000:], file=sys.stderr)
+    coverage, corpus_size = covered[-1] if covered else ("?", "?")
+    count = int(tried[1]) if tried else 0
+    memory = "?" if gained is None else f"{gained} MB"
+    return f"| {name} | {count:,} | {seconds:.0f} | {coverage} | {corpus_size} | {memory} | {'none' if well else 'SEE ABOVE'} |", well
+
+
+def run_one(name: str, options: list[str]) -> int:
+    """The process of one decoder. libFuzzer ends it."""
+    import logging
+
+    import atheris
+
+    logging.disable()
+
+    with atheris.instrument_imports(include=["mesh", "jinja2"], enable_loader_override=False):
+        import fuzz_targets
+
+        target: Any = fuzz_targets.TARGETS[name].make()
+    for seed in fuzz_targets.seeds(name):
+        target(seed)
+    print(f"memory before: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB", flush=True)
+    atheris.Setup([sys.argv[0], *options], target)
+    atheris.Fuzz()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
