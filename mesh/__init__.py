@@ -15,6 +15,7 @@ From the top down; a package imports only those below it (docs/architecture.md, 
     planner         which layers on which machine
     lowering        ONNX graphs to JAX functions
     model           manifest, tokenizer, memory prediction
+    pki             certificates, users of NATS and configurations of its servers
     telemetry       logs, traces, metrics
     protocol        subjects, messages, frames
     http            the HTTP listener and its tokens

@@ -31,6 +31,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "load": ("drain:add_load_parser", "let a shard serve another range of the layers it holds"),
         "forget": ("forget:add_forget_parser", "remove what is left of a shard that is gone"),
         "token": ("token:add_parser", "issue and inspect tokens for HTTP"),
+        "pki": ("pki:add_parser", "certificates: a private authority, issue, rotate, show"),
+        "nats": ("nats:add_parser", "users and configuration of NATS servers, by role"),
     },
     "ask it": {
         "generate": ("generate:add_parser", "generate with a mesh"),

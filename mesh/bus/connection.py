@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from mesh.bus.mapping import is_refusal, mapped, mapped_error
 from mesh.bus.options import BusOptions, without_password
 from mesh.bus.transport import DirectTransport
 from mesh.bus.websocket import WebSocketTransport
-from mesh.errors import ConfigError, DeadlineExceeded, MeshError, MessageRejected, PayloadTooLarge, Unavailable
+from mesh.errors import ConfigError, DeadlineExceeded, Denied, MeshError, MessageRejected, PayloadTooLarge, Unavailable
 from mesh.protocol.failures import ErrorReply
 from mesh.protocol.generation import public_id
 from mesh.protocol.headers import REQUEST_HEADER, SESSION_HEADER
@@ -38,7 +39,7 @@ from mesh.protocol.topics import Address
 from mesh.settings.units import format_bytes
 from mesh.telemetry.seldom import Seldom
 
-__all__ = ["ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "Received", "Subscription", "end_tasks", "reply_error"]
+__all__ = ["DENIED", "ERROR_CODE_HEADER", "ERROR_HEADER", "Bus", "Received", "Subscription", "end_tasks", "reply_error"]
 
 log = logging.getLogger("mesh.bus")
 seldom = Seldom(log)
@@ -63,6 +64,9 @@ _SILENT_PINGS = 4
 life in each: the server stands still, or the network brings nothing from it any more. What is still written there would look like life
 to others."""
 _SUBJECT = re.compile(r"[!-~]+")
+DENIED = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
+"""The server's error, which comes on its own, for a message or a subscription that this user may not send or have. nats-py has made it
+lower-case, and the subject with it."""
 
 
 @lru_cache(maxsize=1024)
@@ -123,6 +127,29 @@ class _Client(nats.aio.client.Client):
     """
 
     refused_replies = 0
+    make_tls: Callable[[], ssl.SSLContext | None] | None = None
+    _tls: ssl.SSLContext | None = None
+    wants_tls = False
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """Also refuses a server without TLS where this side is to have it: nats-py would go on in plain text."""
+        if initial_connection and self.wants_tls and not info.get("tls_required"):
+            raise nats.errors.SecureConnWantedError
+        await super()._process_info(info, initial_connection)
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """Of the next handshake: made from the files as they are now, so that a certificate may be renewed while this process runs. Files
+        that are wrong now, such as a certificate whose key is still being written, leave the context as it was."""
+        try:
+            made = None if self.make_tls is None else self.make_tls()
+        except MeshError as error:
+            if self._tls is None:
+                raise
+            log.warning("TLS files cannot be used, those before serve on: %s", error)
+        else:
+            self._tls = super().ssl_context if made is None else made
+        return self._tls
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         if reply and not self._may_answer(sid, reply):
@@ -185,6 +212,7 @@ class Bus:
         self.counters: Counter[str] = Counter()
         self._watchers: list[Callable[[bool], None]] = []
         self._error_watchers: list[Callable[[Exception], None]] = []
+        self._deaf: list[str] = []  # subjects that the server refused to give to this user
         self._tasks: set[asyncio.Task[Any]] = set()
         self._flushes: set[asyncio.Future[Any]] = set()  # those that wait for the server's answer
         self._closing = False
@@ -204,6 +232,7 @@ class Bus:
             raise ConfigError("nats.urls: servers are reached either by ws:// and wss://, or by nats:// and tls://: give one kind")
         transport = WebSocketTransport() if web else DirectTransport() if direct else None
         client._transport = transport
+        client.make_tls, client.wants_tls = options.ssl_context, options.wants_tls
         bus = cls(client, transport)
         refused: list[Exception] = []
 
@@ -213,6 +242,7 @@ class Bus:
             bus._note(error)
 
         async def on_lost() -> None:
+            bus._deaf.clear()  # the next connection has every subscription anew
             bus._changed(False)
 
         async def on_back() -> None:
@@ -252,6 +282,13 @@ class Bus:
                 raise Unavailable(f"no NATS server answers at {where}: start one, or give its address with nats.urls or --nats")
             connecting.result()
         bus._connected_once = True
+        try:
+            with mapped(f"connecting to {where}"):
+                await client._init_request_sub()
+            await bus.require_subscriptions(name)
+        except BaseException:
+            await bus.close()
+            raise
         return bus
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -384,6 +421,18 @@ class Bus:
                     await answered
         finally:
             self._flushes.discard(answered)
+
+    async def require_subscriptions(self, who: str) -> None:
+        """Wait until the server has every subscription. Denied: it refused some since the last call; the error names their subjects, and
+        `who` it is that cannot work without them: a role, or a program."""
+        await self.flush()
+        deaf, self._deaf = self._deaf, []
+        if deaf:
+            subjects = ", ".join(dict.fromkeys(deaf))
+            raise Denied(
+                f"this NATS user may not subscribe to {subjects}, and {who} hears nothing without: connect as a user of that role "
+                "(`mesh nats users` makes them, with --nats-inbox-prefix where the subject is an inbox), and see `mesh doctor`"
+            )
 
     def new_inbox(self) -> str:
         """A subject that no other process uses."""
@@ -569,6 +618,10 @@ class Bus:
             for call in self._error_watchers:
                 call(error)
             return
+        refused = DENIED.search(str(error))
+        if refused is not None and refused[1].lower() == "subscription":
+            subscriptions = (subscription.subject for subscription in self.client._subs.values())
+            self._deaf.append(next((subject for subject in subscriptions if subject.lower() == refused[2]), refused[2]))
         if isinstance(error, nats.errors.SlowConsumerError):
             self.counters["dropped"] += 1
         ours = mapped_error(error, "NATS")

@@ -6,7 +6,6 @@ everything before it, so after a flush all refusals are there.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ from typing import Any, Final
 
 import orjson
 
-from mesh.bus.connection import Bus
+from mesh.bus.connection import DENIED, Bus
 from mesh.errors import NobodyListens, ServiceError
 
 __all__ = ["JetStreamFacts", "ServerFacts", "StreamFacts", "denied", "jetstream_facts", "round_trips_s", "server_facts", "stream_facts"]
 
 _API: Final = "$JS.API"
 _API_S: Final = 3.0
-_DENIED = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 _NEVER: Final = {"Nats-Expected-Last-Sequence": str(2**62)}
 """A stream stores no message that expects this sequence."""
 
@@ -97,9 +95,9 @@ async def denied(bus: Bus, *, publish: Iterable[str] = (), subscribe: Iterable[s
     refused: dict[str, set[str]] = {"publish": set(), "subscription": set()}
 
     def note(error: Exception) -> None:
-        found = _DENIED.search(str(error))
+        found = DENIED.search(str(error))
         if found is not None:
-            refused[found[1].lower()].add(found[2])
+            refused[found[1].lower()].add(found[2].lower())
 
     async def ignore(received: object) -> None:
         pass
@@ -112,8 +110,8 @@ async def denied(bus: Bus, *, publish: Iterable[str] = (), subscribe: Iterable[s
         for subscription in subscriptions:
             await subscription.stop()
     return (
-        tuple(subject for subject in publish if subject in refused["publish"]),
-        tuple(subject for subject in subscribe if subject in refused["subscription"]),
+        tuple(subject for subject in publish if subject.lower() in refused["publish"]),
+        tuple(subject for subject in subscribe if subject.lower() in refused["subscription"]),
     )
 
 

@@ -17,9 +17,8 @@ __all__ = ["is_refusal", "mapped", "mapped_error"]
 
 def is_refusal(error: BaseException) -> bool:
     """Whether the server refused the user, so that trying again cannot help."""
-    return isinstance(error, (ne.AuthorizationError, ne.InvalidUserCredentialsError, ne.SecureConnRequiredError, ssl.SSLError)) or (
-        isinstance(error, ne.Error) and "authorization violation" in str(error).lower()
-    )
+    kinds = (ne.AuthorizationError, ne.InvalidUserCredentialsError, ne.SecureConnRequiredError, ne.SecureConnWantedError, ssl.SSLError)
+    return isinstance(error, kinds) or (isinstance(error, ne.Error) and "authorization violation" in str(error).lower())
 
 
 def mapped_error(error: BaseException, what: str) -> MeshError | None:
@@ -31,12 +30,12 @@ def mapped_error(error: BaseException, what: str) -> MeshError | None:
             return NobodyListens(f"{what}: nobody listens there")
         case ne.MaxPayloadError():
             return PayloadTooLarge(f"{what}: more than the server takes in one message", size_bytes=0, limit_bytes=0)
+        case ne.SecureConnFailedError() | ne.SecureConnRequiredError() | ne.SecureConnWantedError():
+            return Denied(f"{what}: the NATS server and this side do not agree on TLS ({error})")
         case ne.AuthorizationError() | ne.InvalidUserCredentialsError():
             return Denied(f"{what}: the NATS server refuses these credentials")
         case ne.Error() if is_refusal(error):  # in the handshake nats-py has only the server's text
             return Denied(f"{what}: the NATS server refuses these credentials")
-        case ne.SecureConnFailedError() | ne.SecureConnRequiredError() | ne.SecureConnWantedError():
-            return Denied(f"{what}: the NATS server and this side do not agree on TLS ({error})")
         case ssl.SSLCertVerificationError():
             return Denied(
                 f"{what}: the NATS server's certificate is not to be trusted ({error.verify_message}): give the authority that signed it "

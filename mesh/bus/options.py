@@ -30,6 +30,13 @@ class BusOptions:
     tls_key: str | None = None
     inbox_prefix: str = DEFAULT_INBOX_PREFIX
 
+    @property
+    def wants_tls(self) -> bool:
+        """Whether this side talks over TLS alone. A WebSocket has its TLS below NATS."""
+        return (self.tls_ca is not None or self.tls_cert is not None or any(url.startswith("tls://") for url in self.urls)) and not any(
+            url.startswith("ws") for url in self.urls
+        )
+
     def ssl_context(self) -> ssl.SSLContext | None:
         """The TLS context of the connection; None: a tls:// server is checked against the system's authorities. ConfigError: a file is
         wrong."""

@@ -30,8 +30,8 @@ from mesh.telemetry.context import current
 
 __all__ = ["AsyncMeshClient"]
 
-COORDINATOR_SERVICE = "mesh-coordinator"
-SHARD_SERVICE = "mesh-shard"
+COORDINATOR_SERVICE = subjects.SERVICE_COORDINATOR
+SHARD_SERVICE = subjects.SERVICE_SHARD
 _KEPT_S = 1.0
 """How long the copies of the leases in JetStream are waited for; the shards themselves answer without it."""
 _TRACE_S = 2.0
@@ -350,7 +350,9 @@ class AsyncMeshClient:
         async def on_message(received: Received) -> None:
             call(Event.parse(received.data))
 
-        return await self._connected.subscribe(topics.EVENTS.any(), on_message)
+        subscription = await self._connected.subscribe(topics.EVENTS.every(), on_message)
+        await self._connected.require_subscriptions("a reader of events")
+        return subscription
 
     @property
     def connected(self) -> bool:

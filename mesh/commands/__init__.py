@@ -1,6 +1,6 @@
 """The subcommands of `mesh`: `add_parser(subparsers)` and a function of the parsed arguments that returns the exit code.
 
-start a mesh   up, shard and join (shard.py), coordinator, gateway, drain and load (drain.py), forget, token
+start a mesh   up, shard and join (shard.py), coordinator, gateway, drain and load (drain.py), forget, token, pki, nats
 ask it         generate, chat, batch, bench
 look at it     status, top, doctor, events, trace, usage
 models         import (import_model.py), run, plan and shard-model (planning.py), push and pull (push.py), sign (signing.py), tune

@@ -70,7 +70,8 @@ def port(text: str) -> int:
 
 def bus_options(args: argparse.Namespace, section: NatsSection | None = None) -> BusOptions:
     """The connection that the flags give, over `section` (None: over the environment). Where neither says which servers, it is the
-    `mesh up` that runs on this machine. The password of a `mesh up` is found in any case. ConfigError: they contradict each other."""
+    `mesh up` that runs on this machine. What lets a command into a `mesh up` is found in any case. ConfigError: they contradict each
+    other."""
     from pydantic import ValidationError
 
     from mesh.bus import BusOptions
@@ -95,7 +96,7 @@ def bus_options(args: argparse.Namespace, section: NatsSection | None = None) ->
         values["urls"] = (running.url,)
     urls = values.get("urls", ())
     if len(urls) == 1 and not any(values.get(key) for key in _WHO) and (running := running_mesh(urls[0])) is not None:
-        values |= {"user": running.user, "password_file": running.password_file}
+        values = {**running.settings, **values}
     try:
         made = NatsSection(**values)
     except ValidationError as error:

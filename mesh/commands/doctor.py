@@ -18,6 +18,7 @@ from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
 if TYPE_CHECKING:
     from mesh.bus import BusOptions
     from mesh.doctor import DoctorOptions, Finding
+    from mesh.protocol.rights import Binding
 
 __all__ = ["add_parser", "run_command"]
 
@@ -40,9 +41,11 @@ def add_parser(subparsers: Any) -> None:
     add_mesh_arguments(parser)
     parser.add_argument(
         "--role",
-        choices=("client", "gateway", "coordinator", "shard", "operator"),
+        choices=("client", "gateway", "coordinator", "shard", "monitor", "provisioner", "operator"),
         help="whose subjects are tried (default: that of the user's name, else operator)",
     )
+    parser.add_argument("--shard", metavar="SHARD", help="with --role shard: the name to which this user is bound")
+    parser.add_argument("--layers", metavar="A-B", help="with --shard: the range to which this user is bound")
     parser.add_argument("--nats-monitor", metavar="URL", help="monitoring address of nats-server, such as http://127.0.0.1:8222")
     parser.add_argument(
         "--http-port", type=int, default=DEFAULT_HTTP_PORT, metavar="PORT", help="port that HTTP would take here (default 8080)"
@@ -67,6 +70,7 @@ def run_command(args: argparse.Namespace) -> int:
         monitor=args.nats_monitor,
         generate=not args.no_generate,
         step_timeout_s=args.timeout,
+        bound=_bound(args),
     )
     findings, reached = asyncio.run(_examine(options, show=not args.json))
     if args.json:
@@ -104,8 +108,15 @@ def _listens(url: str) -> bool:
 def _role(connection: BusOptions | None) -> Any:
     from mesh.doctor.needs import ROLES
 
-    user = None if connection is None else connection.user
-    return user if user in ROLES else "operator"
+    user = None if connection is None else connection.user or connection.inbox_prefix.rpartition(".")[2]
+    return next((role for role in ROLES if user == role or str(user).startswith(f"{role}-")), "operator")
+
+
+def _bound(args: argparse.Namespace) -> Binding:
+    from mesh.planner.from_config import parse_ranges
+    from mesh.protocol.rights import Binding
+
+    return Binding(shard=args.shard, layers=None if args.layers is None else parse_ranges(args.layers)[0])
 
 
 async def _examine(options: DoctorOptions, *, show: bool) -> tuple[list[tuple[str, Finding]], bool]:

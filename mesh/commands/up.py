@@ -11,6 +11,7 @@ from typing import Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
+from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
 from mesh.settings.units import format_seconds, parse_bytes
 
@@ -47,6 +48,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--logs", type=Path, metavar="DIR", help="folder for the processes' logs")
     parser.add_argument("--ask", metavar="PROMPT", help="answer this prompt, show where the time went, and stop")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="most tokens of the answer to --ask (default 128)")
+    parser.add_argument(
+        "--secure",
+        action="store_true",
+        help="TLS, and for each process a user with a key of its own and no more rights than it needs (docs/security.md)",
+    )
     add_connection_arguments(parser, nats="use these NATS servers (with JetStream) instead of starting one")
     parser.set_defaults(run=run_command)
 
@@ -57,6 +63,8 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.local.running import announced
     from mesh.protocol import topics
 
+    if args.secure and args.nats:
+        raise ConfigError("--secure is of the server that `mesh up` starts: for servers of your own see `mesh nats --help`")
     options = LocalOptions(
         model=args.model,
         shards=args.shards,
@@ -66,7 +74,10 @@ def run_command(args: argparse.Namespace) -> int:
         nats=args.nats,
         bus=bus_options(args) if args.nats else None,
         port=args.port,
-        password=None if args.nats else f"m{secrets.token_hex(24)}",  # a letter first: to nats-server, digits would be a number
+        secure=args.secure,
+        password=None
+        if args.nats or args.secure
+        else f"m{secrets.token_hex(24)}",  # a letter first: to nats-server, digits would be a number
         http=not args.no_http,
         http_port=args.http_port,
         rows=args.rows,
@@ -96,19 +107,28 @@ def run_command(args: argparse.Namespace) -> int:
 
             return ask(mesh.bus, name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
         password = options.password
-        with announced(mesh.url, user=None if password is None else mesh.bus.user, password=password) as file:
+        user = None if password is None else mesh.bus.user
+        with announced(mesh.url, user=user, password=password, settings=mesh.settings) as file:
             if mesh.http_urls:
                 taken = args.http_port is None and not mesh.http_urls[0].endswith(f":{DEFAULT_HTTP_PORT}")
                 print(_http_lines(mesh.http_urls, taken=taken), file=sys.stderr)
             if mesh.metrics_urls:
                 print(f"metrics {', '.join(f'{url} ({name})' for name, url in mesh.metrics_urls.items())}", file=sys.stderr)
-            if password is not None and file is None:
-                print("mesh: the password's file cannot be written: commands do not find this mesh; set XDG_RUNTIME_DIR", file=sys.stderr)
-            who = "" if file is None else f'NATS_USER={mesh.bus.user} NATS_PASSWORD="$(cat {file})" '
+            if (password is not None or mesh.settings) and file is None:
+                print(
+                    "mesh: the file with the way in cannot be written: commands do not find this mesh; set XDG_RUNTIME_DIR", file=sys.stderr
+                )
+            bus, who, how, flags = mesh.bus, "", "", ""
+            if mesh.settings:
+                how = f", TLS, user operator, key in {bus.nkey_seed}"
+                files = f"--nkey {bus.nkey_seed} --tlsca {bus.tls_ca} --tlscert {bus.tls_cert} --tlskey {bus.tls_key}"
+                flags = f" {files} --inbox-prefix {bus.inbox_prefix}"
+            elif file is not None:
+                who, how = f'NATS_USER={bus.user} NATS_PASSWORD="$(cat {file})" ', f", user {bus.user}, password in {file}"
             print(
-                f"NATS {mesh.url}{'' if file is None else f', user {mesh.bus.user}, password in {file}'}\n"
+                f"NATS {mesh.url}{how}\n"
                 f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
-                f'  {who}nats -s {mesh.url} req {topics.GENERATE.at(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
+                f'  {who}nats -s {mesh.url}{flags} req {topics.GENERATE.at(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
                 "Ctrl-C ends it.",
                 file=sys.stderr,
             )

@@ -49,7 +49,7 @@ __all__ = ["SERVICE_NAME", "Coordinator", "CoordinatorOptions"]
 
 log = logging.getLogger("mesh.coordinator")
 
-SERVICE_NAME = "mesh-coordinator"
+SERVICE_NAME = subjects.SERVICE_COORDINATOR
 
 EXACT = Flags(0)
 """Hidden states travel as they were computed."""
@@ -212,7 +212,7 @@ class Coordinator:
                 ],
             )
             await self.batches.start()
-            await self.bus.flush()
+            await self.bus.require_subscriptions("a coordinator")
             self.ready.set()
             await self._announce("coordinator_joined", self.name, f"serves {model}")
             log.info("ready: %s serves %s as %s", self.name, model, topics.GENERATE.at(model))

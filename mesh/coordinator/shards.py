@@ -89,7 +89,7 @@ class Shards:
 
     async def start(self) -> None:
         """Hear the leases from now on, and ask every shard for its lease."""
-        self._subscription = await self._bus.subscribe(topics.LEASE.any(self._model), self._on_lease)
+        self._subscription = await self._bus.subscribe(topics.LEASE.every(self._model), self._on_lease)
         await self._ask_all()
         self._watcher = self._bus.spawn(self._watch(), "watching shards")
         self._bus.on_change(self._on_connection)

@@ -1,25 +1,31 @@
 """The subjects that each role publishes to and subscribes to, as `mesh doctor` tries them.
 
-Each is a subject of a process that does not exist, so that trying it disturbs nobody: a permission is for a pattern, such as
-`mesh.v1.control.*.ping`. JetStream's subjects are those of reading; what a role writes to a bucket is tried with a message that the
-bucket never stores.
+They are those of its rights (mesh/protocol/rights.py), with the name of a process that does not exist in each place of a wildcard, so that
+trying one disturbs nobody. What a role writes to a bucket is tried with a message that the bucket never stores. Subjects whose bare name
+makes every service answer, and those that empty a stream, are left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, replace
+from typing import Final
 
-from mesh.protocol import subjects, topics
-from mesh.types import LayerRange
+from mesh.protocol import subjects
+from mesh.protocol.rights import Binding, rights_of
+from mesh.protocol.roles import ROLES as ALL
+from mesh.protocol.roles import Role
 
 __all__ = ["NOBODY", "ROLES", "Needs", "Role", "needs_of"]
 
-Role = Literal["client", "gateway", "coordinator", "shard", "operator"]
-ROLES: Final[tuple[Role, ...]] = ("client", "gateway", "coordinator", "shard", "operator")
+ROLES: Final[tuple[Role, ...]] = tuple(role for role in ALL if role != "system")
+"""Those with rights in the account of the mesh."""
 
+_ANY: Final = Binding()
 NOBODY: Final = "doctor-nobody"
-_RANGE: Final = LayerRange(0, 1)
+_LEFT_OUT: Final = (
+    *(f"$SRV.{verb}" for verb in ("PING", "INFO", "STATS")),
+    *(f"$JS.API.STREAM.PURGE.{name}" for name in (subjects.STREAM_BATCH, f"OBJ_{subjects.OBJECTS_MODELS}")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,116 +36,17 @@ class Needs:
     subscribe: tuple[str, ...]
 
 
-def needs_of(role: Role, *, inbox: str) -> Needs:
-    """`inbox`: a subject for answers of this connection."""
-    publish, subscribe = _NEEDS[role]
-    return Needs(publish, (inbox, *subscribe))
+def needs_of(role: Role, *, inbox: str, bound: Binding = _ANY) -> Needs:
+    """`inbox`: a subject for answers of this connection. `bound`: the shard to which the user is bound. An operator needs what every other
+    role needs, the inboxes apart."""
+    publish: dict[str, None] = {}
+    subscribe: dict[str, None] = {inbox: None}
+    for each in [one for one in ROLES if one != "operator"] if role == "operator" else [role]:
+        rights = rights_of(each, replace(bound, inbox=inbox))
+        publish |= {_of_nobody(subject): None for subject in rights.publish if subject not in _LEFT_OUT}
+        subscribe |= {_of_nobody(subject): None for subject in rights.subscribe if not subject.startswith(inbox)}
+    return Needs(tuple(publish), tuple(subscribe))
 
 
-def _client() -> tuple[str, ...]:
-    return (
-        topics.GENERATE.at(NOBODY).subject,
-        topics.CANCEL.at(NOBODY, NOBODY).subject,
-        topics.TRACE.at(NOBODY, NOBODY).subject,
-        topics.BATCH_SUBMIT.at(NOBODY).subject,
-        topics.BATCH_STATUS.at(NOBODY).subject,
-        topics.BATCH_RESULT.at(NOBODY).subject,
-        topics.BATCH_CANCEL.at(NOBODY).subject,
-        topics.LEASES.at().subject,
-        f"$SRV.STATS.{NOBODY}",
-        f"$SRV.PING.{NOBODY}",
-        topics.BATCH_ITEM.at(NOBODY, NOBODY, 0).subject,
-        f"$KV.{subjects.KV_BATCHES}.{NOBODY}.batch",
-        f"$JS.API.STREAM.INFO.KV_{subjects.KV_SHARDS}",
-    )
-
-
-_GATEWAY: Final = (
-    *_client(),
-    topics.INSPECT.at(NOBODY, NOBODY).subject,
-    f"$JS.API.STREAM.INFO.{subjects.STREAM_EVENTS}",
-)
-_COORDINATOR: Final = (
-    topics.FRAMES.at(NOBODY, _RANGE, NOBODY).subject,
-    topics.OPEN_ANY.at(NOBODY, _RANGE).subject,
-    topics.OPEN.at(NOBODY).subject,
-    topics.CLOSE.at(NOBODY).subject,
-    topics.PING.at(NOBODY).subject,
-    topics.STATS.at(NOBODY).subject,
-    topics.LEASES.at().subject,
-    topics.HEARTBEATS.at(NOBODY).subject,
-    topics.ALIVE.at(NOBODY, NOBODY).subject,
-    topics.GENERATE_AT.at(NOBODY, NOBODY).subject,
-    topics.DEAD.at(NOBODY).subject,
-    topics.EVENTS.at(NOBODY).subject,
-    f"$KV.{subjects.KV_SESSIONS}.{NOBODY}.{NOBODY}",
-    f"$KV.{subjects.KV_BATCHES}.{NOBODY}.running.0",
-    "$JS.API.INFO",
-    f"$JS.API.STREAM.INFO.KV_{subjects.KV_SESSIONS}",
-    f"$JS.API.STREAM.INFO.{subjects.STREAM_BATCH}",
-)
-_SHARD: Final = (
-    topics.FRAMES.at(NOBODY, _RANGE, NOBODY).subject,
-    topics.TOKENS.at(NOBODY, NOBODY).subject,
-    topics.LEASE.at(NOBODY, NOBODY).subject,
-    topics.LEASES.at().subject,
-    topics.EVENTS.at(NOBODY).subject,
-    f"$KV.{subjects.KV_SHARDS}.{NOBODY}",
-    f"$KV.{subjects.KV_PLACEMENT}.{NOBODY}",
-    "$JS.API.INFO",
-    f"$JS.API.STREAM.INFO.KV_{subjects.KV_SHARDS}",
-    f"$JS.API.STREAM.INFO.OBJ_{subjects.OBJECTS_MODELS}",
-)
-_EVENTS: Final = (topics.EVENTS.any().subject,)
-
-_NEEDS: Final[dict[Role, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "client": (_client(), ()),
-    "gateway": (_GATEWAY, _EVENTS),
-    "coordinator": (
-        _COORDINATOR,
-        (
-            *_EVENTS,
-            topics.GENERATE.at(NOBODY).subject,
-            topics.GENERATE_AT.at(NOBODY, NOBODY).subject,
-            topics.TOKENS.at(NOBODY, NOBODY).subject,
-            topics.CANCEL.at(NOBODY, NOBODY).subject,
-            topics.TRACE.at(NOBODY, NOBODY).subject,
-            topics.INSPECT.at(NOBODY, NOBODY).subject,
-            topics.ALIVE.at(NOBODY, NOBODY).subject,
-            topics.HEARTBEATS.at(NOBODY).subject,
-            topics.LEASE.at(NOBODY, NOBODY).subject,
-            topics.BATCH_SUBMIT.at(NOBODY).subject,
-            f"$SRV.PING.{NOBODY}",
-        ),
-    ),
-    "shard": (
-        _SHARD,
-        (
-            topics.FRAMES.at(NOBODY, _RANGE, NOBODY).subject,
-            topics.OPEN_ANY.at(NOBODY, _RANGE).subject,
-            topics.OPEN.at(NOBODY).subject,
-            topics.DRAIN.at(NOBODY).subject,
-            topics.LEASES.at().subject,
-            topics.LEASE.at(NOBODY, NOBODY).subject,
-            topics.HEARTBEATS.at(NOBODY).subject,
-            f"$SRV.PING.{NOBODY}",
-        ),
-    ),
-    "operator": (
-        (
-            *_GATEWAY,
-            topics.DRAIN.at(NOBODY).subject,
-            topics.LOAD.at(NOBODY).subject,
-            topics.OPEN.at(NOBODY).subject,
-            topics.CLOSE.at(NOBODY).subject,
-            topics.PING.at(NOBODY).subject,
-            topics.STATS.at(NOBODY).subject,
-            topics.FRAMES.at(NOBODY, _RANGE, NOBODY).subject,
-            f"$KV.{subjects.KV_PLACEMENT}.{NOBODY}",
-            "$JS.API.INFO",
-            f"$JS.API.STREAM.INFO.OBJ_{subjects.OBJECTS_MODELS}",
-            f"$JS.API.STREAM.INFO.{subjects.STREAM_DEAD}",
-        ),
-        (*_EVENTS, topics.TOKENS.at(NOBODY, NOBODY).subject),
-    ),
-}
+def _of_nobody(pattern: str) -> str:
+    return ".".join(NOBODY if word in ("*", ">") else word for word in pattern.split("."))

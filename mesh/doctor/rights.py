@@ -8,14 +8,16 @@ from mesh.bus import Bus
 from mesh.bus.inspect import denied
 from mesh.doctor.findings import Finding, error, ok
 from mesh.doctor.needs import Role, needs_of
+from mesh.protocol.rights import Binding
 
 __all__ = ["check_rights"]
 
 _SHOWN = 6
+_ANY = Binding()
 
 
-async def check_rights(bus: Bus, role: Role) -> AsyncIterator[Finding]:
-    needs = needs_of(role, inbox=bus.new_inbox())
+async def check_rights(bus: Bus, role: Role, bound: Binding = _ANY) -> AsyncIterator[Finding]:
+    needs = needs_of(role, inbox=bus.new_inbox(), bound=bound)
     publish, subscribe = await denied(bus, publish=needs.publish, subscribe=needs.subscribe)
     for what, refused, key in (("publish to", publish, "publish"), ("subscribe to", subscribe, "subscribe")):
         if refused:
@@ -23,8 +25,8 @@ async def check_rights(bus: Bus, role: Role) -> AsyncIterator[Finding]:
             yield error(
                 "permissions",
                 f"this user may not {what} {shown}",
-                f"a {role} needs that: add the subjects to `{key}` of the user in the server's configuration (see nats/accounts.conf), "
-                "connect as another user with --nats-user, or name the role that is meant with --role",
+                f"a {role} needs that: make the server's configuration anew with `mesh nats config`, or add the subjects to `{key}` of the "
+                "user, connect as another user, or name the role that is meant with --role",
             )
     if not publish and not subscribe:
         count = len(needs.publish) + len(needs.subscribe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from mesh.bus import Bucket, Bus, BusOptions
@@ -17,6 +17,7 @@ from mesh.doctor.routes import check_generation, check_routes
 from mesh.doctor.server import check_jetstream, check_monitor, check_servers
 from mesh.doctor.site import look
 from mesh.errors import MeshError, MessageRejected
+from mesh.protocol.rights import Binding
 from mesh.protocol.status import ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
@@ -32,6 +33,7 @@ _KEPT_S: Final = 1.0
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
     """bus: the servers and the user; None: no mesh is known here, and this machine alone is looked at. role: whose subjects are tried.
+    bound: the shard to which the user is bound.
     model: only this one. http_port: of HTTP on this machine. monitor: the address of nats-server's monitoring. generate False: no token
     is generated."""
 
@@ -42,6 +44,7 @@ class DoctorOptions:
     monitor: str | None = None
     generate: bool = True
     step_timeout_s: float = 30.0
+    bound: Binding = field(default_factory=Binding)
 
 
 async def examine(options: DoctorOptions) -> AsyncIterator[tuple[str, Finding | None]]:
@@ -68,7 +71,7 @@ async def examine(options: DoctorOptions) -> AsyncIterator[tuple[str, Finding | 
         for finding in await asyncio.to_thread(check_monitor, options.monitor):
             yield "NATS", finding
         yield "permissions", None
-        async for finding in check_rights(bus, options.role):
+        async for finding in check_rights(bus, options.role, options.bound):
             yield "permissions", finding
         yield "mesh", None
         site = await look(bus, await _kept(bus))

@@ -12,13 +12,13 @@ import orjson
 
 from mesh.bus import Bus, EventLog
 from mesh.errors import MeshError, MessageRejected, NobodyListens
-from mesh.protocol import topics
+from mesh.protocol import subjects, topics
 from mesh.protocol.control import Ping
 from mesh.protocol.status import CoordinatorStats, LeaseQuery, ShardLease, ShardStats, StatsRequest
 
 __all__ = ["Clock", "CoordinatorSeen", "ShardSeen", "Site", "look"]
 
-_SERVICE: Final = "mesh-coordinator"
+_SERVICE: Final = subjects.SERVICE_COORDINATOR
 _ANSWER_S: Final = 2.0
 _EVENTS_S: Final = 3.0
 _LATELY_S: Final = 3600.0

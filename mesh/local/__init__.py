@@ -3,5 +3,6 @@
 mesh         NATS server, coordinators and shards as child processes
 supervisor   start again what ends, and give up after too many failures
 running      where a mesh runs on this machine, and the password of its server
+secure       certificates and users for a secure one
 nats_server  a nats-server process of our own
 """

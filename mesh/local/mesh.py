@@ -26,6 +26,7 @@ from mesh.errors import BadRequest, DeadlineExceeded
 from mesh.host.process import dying_with_parent
 from mesh.host.scratch import ScratchFolder
 from mesh.local.nats_server import USER, NatsServer
+from mesh.local.secure import OPERATOR, SecureSite
 from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
 from mesh.protocol.status import CoordinatorStats, ShardLease
@@ -50,7 +51,8 @@ class LocalOptions:
 
     shards: layer ranges. replicas: shards of each range. mode: how replicas stand in for each other (mesh/settings/schema.py). nats: use
     these servers instead of starting one. port: of the server that is started (None: a free one). password: that this server asks for
-    (None: every user of this machine may connect). rows, context: of each shard (None: the
+    (None: every user of this machine may connect). secure: it asks for TLS and keys instead; each process has a user of its own, with the
+    rights of its role alone. rows, context: of each shard (None: the
     model's context). memory_bytes: the most that a shard may take (None: the machine's memory). http: whether each coordinator serves HTTP;
     the first one does on http_port (None: 8080, or a free port). coordinator_arguments: further arguments of `mesh coordinator`.
     """
@@ -63,6 +65,7 @@ class LocalOptions:
     nats: str | None = None
     port: int | None = None
     password: str | None = field(default=None, repr=False)
+    secure: bool = False
     rows: int = 8
     context: int | None = None
     memory_bytes: int | None = None
@@ -95,10 +98,26 @@ class LocalMesh:
         self._children: dict[str, Child] = {}
         self._supervisor = Supervisor(say)
         self._folder: ScratchFolder | None = None
+        self._secure: SecureSite | None = None
 
     @property
     def bus(self) -> BusOptions:
-        """How to connect to this mesh."""
+        """How to connect to this mesh, as its operator."""
+        return self._bus_of(OPERATOR)
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """The keys of the `nats` section with which the operator of a secure mesh connects: paths of files, no secret."""
+        return _files(self.bus) | {"inbox_prefix": self.bus.inbox_prefix} if self._secure is not None else {}
+
+    @property
+    def site(self) -> SecureSite | None:
+        """The certificates and users of a secure mesh."""
+        return self._secure
+
+    def _bus_of(self, name: str) -> BusOptions:
+        if self._secure is not None:
+            return self._secure.bus(name, self.url)
         options = replace(self.options.bus or BusOptions(), urls=tuple(self.url.split(",")))
         password = self.options.password
         return options if self._server is None or password is None else replace(options, user=USER, password=password)
@@ -120,7 +139,7 @@ class LocalMesh:
         logs.mkdir(parents=True, exist_ok=True)
         try:
             if options.nats is None:
-                self._server = NatsServer.start(port=options.port, password=options.password)
+                self._server = self._start_server()
                 self._supervisor.watch("nats-server", self._server)
                 self.url = self._server.url
             else:
@@ -131,11 +150,19 @@ class LocalMesh:
                     number += 1
                     config = self._write(f"shard-{number}.yaml", self._shard_config(number, layers))
                     self._spawn(f"shard-{number}", ["shard", "--config", str(config), "--free-port", "--metrics-port", "0"], logs)
-            config = self._write("coordinator.yaml", self._coordinator_config())
-            arguments = ["coordinator", "--config", str(config), "--model", str(options.model.absolute()), *options.coordinator_arguments]
             for index in range(options.coordinators):
+                name = f"coordinator-{index + 1}"
+                config = self._write(f"{name}.yaml", self._coordinator_config(name))
+                arguments = [
+                    "coordinator",
+                    "--config",
+                    str(config),
+                    "--model",
+                    str(options.model.absolute()),
+                    *options.coordinator_arguments,
+                ]
                 other = ["--free-port"] if options.http_port is None else ["--http-port", "0"] if index else []
-                self._spawn(f"coordinator-{index + 1}", [*arguments, *other, "--metrics-port", "0"], logs)
+                self._spawn(name, [*arguments, *other, "--metrics-port", "0"], logs)
             asyncio.run(self._wait_ready(timeout_s, progress))
         except BaseException:
             self.stop()
@@ -196,16 +223,21 @@ class LocalMesh:
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
 
-    def _nats_section(self) -> object:
-        """The `nats` section of a child's file. Secrets are not in it; `_environment` passes them."""
-        bus = self.bus
-        files = {
-            "credentials_file": bus.credentials,
-            "nkey_seed_file": bus.nkey_seed,
-            "tls_ca_file": bus.tls_ca,
-            "tls_cert_file": bus.tls_cert,
-            "tls_key_file": bus.tls_key,
-        }
+    def _start_server(self) -> NatsServer:
+        assert self._folder is not None
+        options = self.options
+        if not options.secure:
+            return NatsServer.start(port=options.port, password=options.password)
+        shards = [f"shard-{number + 1}" for number in range(self.shard_count)]
+        self._secure = SecureSite(
+            self._folder.path / "secure", shards=shards, coordinators=[f"coordinator-{index + 1}" for index in range(options.coordinators)]
+        )
+        return NatsServer.start(config=self._secure.config, port=options.port)
+
+    def _nats_section(self, name: str) -> object:
+        """The `nats` section of the file of a child of this name. Secrets are not in it; `_environment` passes them."""
+        bus = self._bus_of(name)
+        files = _files(bus)
         section = {"urls": list(bus.urls), "user": bus.user, "inbox_prefix": bus.inbox_prefix}
         section |= {key: str(Path(file).absolute()) for key, file in files.items() if file is not None}
         return {key: value for key, value in section.items() if value is not None}
@@ -226,13 +258,13 @@ class LocalMesh:
             performance["max_sequence_length"] = options.context
         return {
             "shard": {"shard_id": number, "listen_port": 0, "replication_mode": options.mode},
-            "nats": self._nats_section(),
+            "nats": self._nats_section(f"shard-{number}"),
             "model": {"shard_path": str(options.model.absolute()), "layers_start": layers.start, "layers_end": layers.stop},
             "resources": {"max_memory_gb": memory / GB},
             "performance": performance,
         }
 
-    def _coordinator_config(self) -> object:
+    def _coordinator_config(self, name: str) -> object:
         options = self.options
         interval = min(5.0, options.failover_timeout_s / 2)
         return {
@@ -242,7 +274,7 @@ class LocalMesh:
                 "listen_port": DEFAULT_HTTP_PORT if options.http_port is None else options.http_port,
                 "drain_timeout": _HTTP_DRAIN_S,
             },
-            "nats": self._nats_section(),
+            "nats": self._nats_section(name),
             "distributed": {
                 "shards_count": len(self.ranges),
                 "replication_factor": options.replicas,
@@ -303,3 +335,14 @@ class LocalMesh:
 
     def _last_words(self) -> str:
         return "; ".join(f"{name}: {(child.log or ['nothing said'])[-1]}" for name, child in self._children.items())
+
+
+def _files(bus: BusOptions) -> dict[str, str | None]:
+    """The files of a connection, by the keys of the `nats` section."""
+    return {
+        "credentials_file": bus.credentials,
+        "nkey_seed_file": bus.nkey_seed,
+        "tls_ca_file": bus.tls_ca,
+        "tls_cert_file": bus.tls_cert,
+        "tls_key_file": bus.tls_key,
+    }

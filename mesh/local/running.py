@@ -1,6 +1,7 @@
 """Where `mesh up` runs on this machine, and the password of its NATS server: how commands find it by themselves.
 
-    up-PORT.json        {"url", "pid", "user", "password_file"} of the mesh whose server listens on that port
+    up-PORT.json        {"url", "pid", "user", "password_file"} of the mesh whose server listens on that port; for a secure one
+                        {"url", "pid", "nkey_seed_file", "inbox_prefix", "tls_ca_file", "tls_cert_file", "tls_key_file"}: paths
     up-PORT.password    the password, in a file that only this user reads
 
 Both are in `stagemesh` in $XDG_RUNTIME_DIR, or in the user's cache folder. A file whose process has ended does not count.
@@ -10,24 +11,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 __all__ = ["RunningMesh", "announced", "running_mesh"]
 
+_SETTINGS = ("user", "password_file", "nkey_seed_file", "inbox_prefix", "tls_ca_file", "tls_cert_file", "tls_key_file")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
 class RunningMesh:
-    """A `mesh up` that runs here. `user` and `password_file` are None where its server asks for neither."""
+    """A `mesh up` that runs here. `settings`: keys of the `nats` section with which its operator connects; none where its server asks for
+    nothing."""
 
     url: str
-    user: str | None = None
-    password_file: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def running_mesh(url: str | None = None) -> RunningMesh | None:
@@ -37,7 +39,8 @@ def running_mesh(url: str | None = None) -> RunningMesh | None:
         try:
             said = json.loads(path.read_text())
             os.kill(int(said["pid"]), 0)
-            found.append((path.stat().st_mtime_ns, RunningMesh(str(said["url"]), said["user"], said["password_file"])))
+            settings = {key: str(said[key]) for key in _SETTINGS if said.get(key) is not None}
+            found.append((path.stat().st_mtime_ns, RunningMesh(str(said["url"]), settings)))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # it has ended, or this is not its file
     found.sort(key=lambda one: one[0])
@@ -46,12 +49,15 @@ def running_mesh(url: str | None = None) -> RunningMesh | None:
 
 
 @contextmanager
-def announced(url: str, *, user: str | None = None, password: str | None = None) -> Iterator[Path | None]:
-    """While this context is open, `running_mesh` finds this mesh. The value is the password's file; None: there is no password, or the
-    files cannot be written, and then nobody finds this mesh."""
+def announced(
+    url: str, *, user: str | None = None, password: str | None = None, settings: Mapping[str, str | None] | None = None
+) -> Iterator[Path | None]:
+    """While this context is open, `running_mesh` finds this mesh. `settings`: further keys of the `nats` section, which hold no secret.
+    The value is the file that lets a command in: the password's, or else the description of this mesh where it has `settings`. None:
+    nothing is needed, or the files cannot be written, and then nobody finds this mesh."""
     folder, name = _folder(), f"up-{urlsplit(url).port}"
     said, secret = folder / f"{name}.json", folder / f"{name}.password"
-    mesh = {"url": url, "pid": os.getpid(), "user": user, "password_file": None if password is None else str(secret)}
+    mesh = {"url": url, "pid": os.getpid(), "user": user, "password_file": None if password is None else str(secret), **(settings or {})}
     written = False
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -62,7 +68,7 @@ def announced(url: str, *, user: str | None = None, password: str | None = None)
     except OSError:
         pass
     try:
-        yield secret if written and password is not None else None
+        yield None if not written else secret if password is not None else said if settings else None
     finally:
         if written:
             for path in (said, secret):

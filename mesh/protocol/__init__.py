@@ -2,6 +2,8 @@
 
 subjects      names: versions, tokens, buckets, streams, queue groups
 topics        which subject carries which message, and who listens
+roles         the roles of processes and people
+rights        what each role may publish and subscribe to
 documents     JSON from outside, bounded before it is checked
 message       Message, the base of all JSON messages, and the types that several share
 sampling      the sampling parameters, stated once for every API

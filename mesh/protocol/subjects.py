@@ -26,6 +26,9 @@ __all__ = [
     "OBJECTS_MODELS",
     "RENEW_S",
     "REPLICAS_QUEUE",
+    "SERVER_TRACES",
+    "SERVICE_COORDINATOR",
+    "SERVICE_SHARD",
     "STREAM_BATCH",
     "STREAM_DEAD",
     "STREAM_EVENTS",
@@ -43,6 +46,10 @@ __all__ = [
 VERSION: Final = "v1"
 COORDINATORS_QUEUE: Final = "coordinators"
 REPLICAS_QUEUE: Final = "replicas"
+
+SERVICE_COORDINATOR: Final = "mesh-coordinator"
+SERVICE_SHARD: Final = "mesh-shard"
+"""The names of the micro services: $SRV.PING.mesh-shard asks every shard."""
 
 KV_SHARDS: Final = "mesh_shards"
 KV_PLACEMENT: Final = "mesh_placement"
@@ -106,6 +113,10 @@ def all_frames(model: str, held: LayerRange) -> str:
 @lru_cache(maxsize=1024)
 def tokens(model: str, coordinator: str) -> str:
     return f"mesh.{VERSION}.{token(model)}.tokens.{check_token(coordinator, 'coordinator')}"
+
+
+SERVER_TRACES: Final = f"mesh.{VERSION}.servertraces.*"
+"""Every subject of `server_traces`."""
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
 """Which subject carries which message: every topic of the mesh, declared once.
 
 A topic has a subject template, the types of its request and its reply, its queue group, and who listens. `TOPIC.at(...)` is an Address:
-a subject that knows its topic. The bus sends and requests JSON on addresses alone, so both ends agree on the types.
+a subject that knows its topic. The bus sends and requests JSON on addresses alone, so both ends agree on the types. A topic also names the
+roles that send it and those that hear it: users of NATS get their permissions from that (mesh/protocol/rights.py).
 
 `python -m mesh.protocol.topics` prints the table in nats/README.md.
 """
@@ -19,6 +20,7 @@ from mesh.protocol.events import Event
 from mesh.protocol.frame import Frame
 from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
 from mesh.protocol.message import Message
+from mesh.protocol.roles import Role
 from mesh.protocol.spans import SpanBatch
 from mesh.protocol.status import Alive, Heartbeat, LeaseQuery, ShardLease, ShardStats, StatsRequest, TraceList, TraceQuery
 from mesh.protocol.usage import UsageQuery, UsageReport, UsageSpent
@@ -70,7 +72,8 @@ class Topic(Generic[Request, Reply]):
     """One kind of subject. A word in capitals in `template` stands for one token.
 
     `request` is a Message, or Frame. `reply` None: there is no reply, or `answers` says which. `purpose` and `listens` are words for
-    people; with a queue group, one of its members gets each request.
+    people; with a queue group, one of its members gets each request. `sends`, `hears`: the roles that publish it, and those that subscribe
+    to it. An operator may do both, and is in neither.
     """
 
     template: str
@@ -80,6 +83,8 @@ class Topic(Generic[Request, Reply]):
     listens: str = ""
     queue: str = ""
     answers: str = ""
+    sends: tuple[Role, ...] = ()
+    hears: tuple[Role, ...] = ()
 
     def at(self, *parts: str | int | LayerRange) -> Address[Request, Reply]:
         """The address with `parts` in the places of the template, in order. BadRequest: a part is not a token."""
@@ -87,6 +92,19 @@ class Topic(Generic[Request, Reply]):
         if sum(word.isupper() for word in words) != len(parts):
             raise TypeError(f"{self.template} does not have {len(parts)} places")
         return Address(".".join([_token(word, next(values)) if word.isupper() else word for word in words]), self)
+
+    def pattern(self, **places: str) -> str:
+        """The subject of a permission: `*` in each place of the template that `places` does not fill (SHARD="shard-1")."""
+        words = self.template.split(".")
+        return ".".join(places.get(word.replace("-", "_"), "*") if word.isupper() else word for word in words)
+
+    def every(self, *parts: str) -> Address[Request, Reply]:
+        """The address with `parts` in the first places of the template, in order, and `*` in all others."""
+        values = iter(parts)
+        words = [
+            (_token(word, part) if (part := next(values, None)) else "*") if word.isupper() else word for word in self.template.split(".")
+        ]
+        return Address(".".join(words), self)
 
     def any(self, *parts: str) -> Address[Request, Reply]:
         """The wildcard address of every subject that begins with `parts`; a part may be `*`."""
@@ -128,10 +146,19 @@ def _token(place: str, part: str | int | LayerRange) -> str:
     return subjects.token(part) if place == "MODEL" else subjects.check_token(part, "id" if place == "BATCH" else place.lower())
 
 
+_ASK: tuple[Role, ...] = ("client", "gateway", "coordinator")  # a coordinator serves HTTP itself, as its own user
+_LOOK: tuple[Role, ...] = ("gateway", "coordinator", "monitor")
 _STREAM = "documents of `mesh/protocol/stream.py`"
 
 GENERATE: Topic[Generate, None] = Topic(
-    "mesh.v1.MODEL.generate", Generate, None, "generate text or tokens", queue=subjects.COORDINATORS_QUEUE, answers=_STREAM
+    "mesh.v1.MODEL.generate",
+    Generate,
+    None,
+    "generate text or tokens",
+    queue=subjects.COORDINATORS_QUEUE,
+    answers=_STREAM,
+    sends=_ASK,
+    hears=("coordinator",),
 )
 GENERATE_AT: Topic[Generate, None] = Topic(
     "mesh.v1.MODEL.generate.INSTANCE",
@@ -140,30 +167,98 @@ GENERATE_AT: Topic[Generate, None] = Topic(
     "go on with a generation that this coordinator has",
     "that coordinator's process",
     answers=_STREAM,
+    sends=("coordinator",),
+    hears=("coordinator",),
 )
-CANCEL: Topic[Cancel, None] = Topic("mesh.v1.MODEL.cancel.COORDINATOR", Cancel, None, "stop a generation", "that coordinator")
+CANCEL: Topic[Cancel, None] = Topic(
+    "mesh.v1.MODEL.cancel.COORDINATOR",
+    Cancel,
+    None,
+    "stop a generation",
+    "that coordinator",
+    sends=_ASK,
+    hears=("coordinator",),
+)
 TRACE: Topic[TraceRequest, TraceReply] = Topic(
-    "mesh.v1.MODEL.trace.COORDINATOR", TraceRequest, TraceReply, "say where the time of a generation went", "that coordinator"
+    "mesh.v1.MODEL.trace.COORDINATOR",
+    TraceRequest,
+    TraceReply,
+    "say where the time of a generation went",
+    "that coordinator",
+    sends=_ASK,
+    hears=("coordinator",),
 )
 INSPECT: Topic[TraceRequest, TraceReply] = Topic(
-    "mesh.v1.MODEL.inspect.COORDINATOR", TraceRequest, TraceReply, "the same by its public id, for operators", "that coordinator"
+    "mesh.v1.MODEL.inspect.COORDINATOR",
+    TraceRequest,
+    TraceReply,
+    "the same by its public id, for operators",
+    "that coordinator",
+    sends=_LOOK,
+    hears=("coordinator",),
 )
 TRACES: Topic[TraceQuery, TraceList] = Topic(
-    "mesh.v1.MODEL.traces.COORDINATOR", TraceQuery, TraceList, "list the last generations, for operators", "that coordinator"
+    "mesh.v1.MODEL.traces.COORDINATOR",
+    TraceQuery,
+    TraceList,
+    "list the last generations, for operators",
+    "that coordinator",
+    sends=_LOOK,
+    hears=("coordinator",),
 )
-SPANS: Topic[SpanBatch, None] = Topic("mesh.v1.spans", SpanBatch, None, "keep the spans of a gateway or a shard", "every coordinator")
+SPANS: Topic[SpanBatch, None] = Topic(
+    "mesh.v1.spans",
+    SpanBatch,
+    None,
+    "keep the spans of a gateway or a shard",
+    "every coordinator",
+    sends=("gateway", "shard", "coordinator"),
+    hears=("coordinator",),
+)
 ALIVE: Topic[Alive, Heartbeat] = Topic(
-    "mesh.v1.MODEL.alive.INSTANCE", Alive, Heartbeat, "ask a coordinator whether it lives", "that coordinator's process"
+    "mesh.v1.MODEL.alive.INSTANCE",
+    Alive,
+    Heartbeat,
+    "ask a coordinator whether it lives",
+    "that coordinator's process",
+    sends=("coordinator",),
+    hears=("coordinator",),
 )
 HEARTBEATS: Topic[Heartbeat, None] = Topic(
-    "mesh.v1.MODEL.coordinators", Heartbeat, None, "a coordinator says that it lives", "every shard and coordinator of the model"
+    "mesh.v1.MODEL.coordinators",
+    Heartbeat,
+    None,
+    "a coordinator says that it lives",
+    "every shard and coordinator of the model",
+    sends=("coordinator",),
+    hears=("coordinator", "shard"),
 )
 LEASE: Topic[ShardLease, None] = Topic(
-    "mesh.v1.MODEL.shards.SHARD", ShardLease, None, "a shard says what it serves", "every coordinator of the model"
+    "mesh.v1.MODEL.shards.SHARD",
+    ShardLease,
+    None,
+    "a shard says what it serves",
+    "every coordinator of the model",
+    sends=("shard", "provisioner"),
+    hears=("coordinator", "shard", "monitor"),
 )
-LEASES: Topic[LeaseQuery, ShardLease] = Topic("mesh.v1.shards", LeaseQuery, ShardLease, "ask what every shard serves", "every shard")
+LEASES: Topic[LeaseQuery, ShardLease] = Topic(
+    "mesh.v1.shards",
+    LeaseQuery,
+    ShardLease,
+    "ask what every shard serves",
+    "every shard",
+    sends=("client", "gateway", "coordinator", "shard", "monitor", "provisioner"),
+    hears=("shard",),
+)
 OPEN_ANY: Topic[Open, Opened] = Topic(
-    "mesh.v1.MODEL.layers.A-B", Open, Opened, "open a session on layers [A, B)", queue=subjects.REPLICAS_QUEUE
+    "mesh.v1.MODEL.layers.A-B",
+    Open,
+    Opened,
+    "open a session on layers [A, B)",
+    queue=subjects.REPLICAS_QUEUE,
+    sends=("coordinator",),
+    hears=("shard",),
 )
 FRAMES: Topic[Frame, Frame] = Topic(
     "mesh.v1.MODEL.layers.A-B.SHARD",
@@ -172,6 +267,8 @@ FRAMES: Topic[Frame, Frame] = Topic(
     "compute a step",
     "that shard; in mirror mode its range",
     answers="to the frame's next subject",
+    sends=("coordinator", "shard"),
+    hears=("shard",),
 )
 TOKENS: Topic[Frame, None] = Topic(
     "mesh.v1.MODEL.tokens.INSTANCE",
@@ -179,41 +276,141 @@ TOKENS: Topic[Frame, None] = Topic(
     None,
     "give a coordinator sampled tokens, acknowledgements and nacks",
     "that coordinator's process",
+    sends=("shard",),
+    hears=("coordinator",),
 )
-OPEN: Topic[Open, Opened] = Topic("mesh.v1.control.SHARD.open", Open, Opened, "open a session on this shard", "that shard")
-CLOSE: Topic[Close, Closed] = Topic("mesh.v1.control.SHARD.close", Close, Closed, "close sessions and free their rows", "that shard")
-DRAIN: Topic[Drain, Drained] = Topic("mesh.v1.control.SHARD.drain", Drain, Drained, "take no new sessions, and stop", "that shard")
-LOAD: Topic[Load, Loaded] = Topic("mesh.v1.control.SHARD.load", Load, Loaded, "serve another range of layers", "that shard")
+OPEN: Topic[Open, Opened] = Topic(
+    "mesh.v1.control.SHARD.open",
+    Open,
+    Opened,
+    "open a session on this shard",
+    "that shard",
+    sends=("coordinator",),
+    hears=("shard",),
+)
+CLOSE: Topic[Close, Closed] = Topic(
+    "mesh.v1.control.SHARD.close",
+    Close,
+    Closed,
+    "close sessions and free their rows",
+    "that shard",
+    sends=("coordinator",),
+    hears=("shard",),
+)
+DRAIN: Topic[Drain, Drained] = Topic(
+    "mesh.v1.control.SHARD.drain",
+    Drain,
+    Drained,
+    "take no new sessions, and stop",
+    "that shard",
+    sends=("provisioner",),
+    hears=("shard",),
+)
+LOAD: Topic[Load, Loaded] = Topic(
+    "mesh.v1.control.SHARD.load",
+    Load,
+    Loaded,
+    "serve another range of layers",
+    "that shard",
+    sends=("provisioner",),
+    hears=("shard",),
+)
 PING: Topic[Ping, Pong] = Topic(
-    "mesh.v1.control.SHARD.ping", Ping, Pong, "ask a shard whether it lives, and what it is doing", "that shard"
+    "mesh.v1.control.SHARD.ping",
+    Ping,
+    Pong,
+    "ask a shard whether it lives, and what it is doing",
+    "that shard",
+    sends=("coordinator", "monitor"),
+    hears=("shard",),
 )
 STATS: Topic[StatsRequest, ShardStats] = Topic(
-    "mesh.v1.control.SHARD.stats", StatsRequest, ShardStats, "report counts and times", "that shard"
+    "mesh.v1.control.SHARD.stats",
+    StatsRequest,
+    ShardStats,
+    "report counts and times",
+    "that shard",
+    sends=("coordinator", "shard", "monitor", "provisioner"),
+    hears=("shard",),
 )
 BATCH_SUBMIT: Topic[BatchSubmit, BatchStatus] = Topic(
-    "mesh.v1.MODEL.batch", BatchSubmit, BatchStatus, "submit a durable batch", queue=subjects.COORDINATORS_QUEUE
+    "mesh.v1.MODEL.batch",
+    BatchSubmit,
+    BatchStatus,
+    "submit a durable batch",
+    queue=subjects.COORDINATORS_QUEUE,
+    sends=_ASK,
+    hears=("coordinator",),
 )
 BATCH_STATUS: Topic[BatchQuery, BatchStatus] = Topic(
-    "mesh.v1.MODEL.batch.status", BatchQuery, BatchStatus, "say how far a batch is", queue=subjects.COORDINATORS_QUEUE
+    "mesh.v1.MODEL.batch.status",
+    BatchQuery,
+    BatchStatus,
+    "say how far a batch is",
+    queue=subjects.COORDINATORS_QUEUE,
+    sends=_ASK,
+    hears=("coordinator",),
 )
 BATCH_RESULT: Topic[BatchQuery, BatchResults] = Topic(
-    "mesh.v1.MODEL.batch.result", BatchQuery, BatchResults, "give results of a batch", queue=subjects.COORDINATORS_QUEUE
+    "mesh.v1.MODEL.batch.result",
+    BatchQuery,
+    BatchResults,
+    "give results of a batch",
+    queue=subjects.COORDINATORS_QUEUE,
+    sends=_ASK,
+    hears=("coordinator",),
 )
 BATCH_CANCEL: Topic[BatchQuery, BatchStatus] = Topic(
-    "mesh.v1.MODEL.batch.cancel", BatchQuery, BatchStatus, "take a batch back", queue=subjects.COORDINATORS_QUEUE
+    "mesh.v1.MODEL.batch.cancel",
+    BatchQuery,
+    BatchStatus,
+    "take a batch back",
+    queue=subjects.COORDINATORS_QUEUE,
+    sends=_ASK,
+    hears=("coordinator",),
 )
 BATCH_ITEM: Topic[Generate, None] = Topic(
-    "mesh.v1.batches.MODEL.BATCH.INDEX", Generate, None, "keep one request of a batch", "the stream `mesh_batch`"
+    "mesh.v1.batches.MODEL.BATCH.INDEX",
+    Generate,
+    None,
+    "keep one request of a batch",
+    "the stream `mesh_batch`",
+    sends=_ASK,
 )
 DEAD: Topic[DeadMessage, None] = Topic(
-    "mesh.v1.dead.MODEL", DeadMessage, None, "say which message of a queue was set aside", "the stream `mesh_dead`"
+    "mesh.v1.dead.MODEL",
+    DeadMessage,
+    None,
+    "say which message of a queue was set aside",
+    "the stream `mesh_dead`",
+    sends=("coordinator",),
 )
-EVENTS: Topic[Event, None] = Topic("mesh.v1.events.KIND", Event, None, "say what has happened", "anyone, and the stream `mesh_events`")
+EVENTS: Topic[Event, None] = Topic(
+    "mesh.v1.events.KIND",
+    Event,
+    None,
+    "say what has happened",
+    "anyone, and the stream `mesh_events`",
+    sends=("coordinator", "shard", "provisioner"),
+    hears=("coordinator", "gateway", "monitor"),
+)
 USAGE_SPENT: Topic[UsageSpent, None] = Topic(
-    "mesh.v1.usage.spent", UsageSpent, None, "say what callers of a gateway have spent of their quotas", "every gateway"
+    "mesh.v1.usage.spent",
+    UsageSpent,
+    None,
+    "say what callers of a gateway have spent of their quotas",
+    "every gateway",
+    sends=("gateway", "coordinator"),
+    hears=("gateway", "coordinator"),
 )
 USAGE: Topic[UsageQuery, UsageReport] = Topic(
-    "mesh.v1.usage", UsageQuery, UsageReport, "ask every gateway what subjects have used", "every gateway"
+    "mesh.v1.usage",
+    UsageQuery,
+    UsageReport,
+    "ask every gateway what subjects have used",
+    "every gateway",
+    sends=("gateway", "coordinator", "monitor"),
+    hears=("gateway", "coordinator"),
 )
 
 TOPICS: tuple[Topic[Any, Any], ...] = (

@@ -492,7 +492,7 @@ class Shard:
         name, shape = self.options.name, self.state.shape
         self._service = await Service.start(
             self.bus,
-            name="mesh-shard",
+            name=subjects.SERVICE_SHARD,
             version=__version__,
             description=f"layers {shape.layers} of {self.manifest.name}",
             metadata={"shard": name, "instance": self.instance, "model": self.manifest.name, "layers": str(shape.layers)},
@@ -538,7 +538,7 @@ class Shard:
         self._subscriptions.append(await self.bus.subscribe(topics.HEARTBEATS.at(model), self.on_heartbeat))
         await self._service.add(Endpoint("open", topics.OPEN.at(name), self.on_open))
         await self._service.add(Endpoint("open-any", topics.OPEN_ANY.at(model, shape.layers), self.on_open))
-        await self.bus.flush()
+        await self.bus.require_subscriptions(f"a shard of layers {shape.layers}")
 
     async def _require_alone(self) -> None:
         """ConfigError if a shard of this name answers. One that does not answer is replaced: this instance is later than it."""

@@ -249,6 +249,10 @@ def test_the_bus_reconnects_to_a_server_that_restarted_without_its_memory(run: R
     first.stop()
 
 
+def stands_still(pid: int) -> bool:
+    return all(task.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "T" for task in Path(f"/proc/{pid}/task").iterdir())
+
+
 def test_a_flush_outlives_the_server_that_it_asked(run: Run, tmp_path: Path) -> None:
     """A shard that has loaded its layers flushes before it says that it is ready; it must not end because a server stood still."""
 
@@ -260,6 +264,7 @@ def test_a_flush_outlives_the_server_that_it_asked(run: Run, tmp_path: Path) -> 
                 got.set()
 
             os.kill(server.pid, signal.SIGSTOP)
+            await until(lambda: stands_still(server.pid), because="a thread of the server may run on for a moment, and answer")
             await bus.subscribe("flushed", note)
             flushing = asyncio.create_task(bus.flush())
             await until(lambda: bus._flushes, because="a flush tells nobody that it has begun")

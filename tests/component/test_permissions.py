@@ -26,12 +26,12 @@ from mesh.gateway import GatewaySettings, HttpEdge
 from mesh.http.listener import ListenerOptions
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
+from mesh.protocol.rights import inbox_prefix
+from mesh.protocol.roles import ROLES
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 from mesh.shard.service import Shard, ShardOptions
 from mesh.types import even_ranges
-
-ROLES = ("operator", "coordinator", "shard", "client", "gateway")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,9 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
     with NatsServer.start(config=NATS / "secure.conf", directory=folder / "server", environment=environment) as server:
 
         def options(role: str) -> BusOptions:
-            prefix = "_INBOX" if role == "operator" else f"_INBOX_{role}"
-            return BusOptions((server.url,), user=role, password=f"{role}-secret", tls_ca=str(authority.ca), inbox_prefix=prefix)
+            return BusOptions(
+                (server.url,), user=role, password=f"{role}-secret", tls_ca=str(authority.ca), inbox_prefix=inbox_prefix(role)
+            )
 
         yield options
 
@@ -188,7 +189,7 @@ def test_a_role_may_not_publish_on_subjects_of_another_role(run: Run, secure: Ca
 
 def test_a_role_may_not_listen_to_answers_or_tokens_of_another_role(run: Run, secure: Callable[[str], BusOptions]) -> None:
     async def work() -> None:
-        for role, subject in (("client", "_INBOX_gateway.>"), ("client", "mesh.v1.tiny.tokens.*"), ("shard", "_INBOX_client.>")):
+        for role, subject in (("client", "_INBOX.gateway.>"), ("client", "mesh.v1.tiny.tokens.*"), ("shard", "_INBOX.client.>")):
             async with (
                 await Bus.connect(secure("operator"), name="o", timeout_s=60) as operator,
                 await Bus.connect(secure(role), name=role, timeout_s=60) as bus,

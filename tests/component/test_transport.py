@@ -178,8 +178,10 @@ def test_a_reader_that_does_not_read_stops_posts_and_not_the_loop(run: Run) -> N
         async def serve() -> socket.socket:
             peer, _ = await loop.sock_accept(listener)
             await loop.sock_sendall(peer, b'INFO {"server_id":"x","version":"2.15.0","max_payload":1048576,"headers":true}\r\n')
-            await loop.sock_recv(peer, 65536)
-            await loop.sock_sendall(peer, b"PONG\r\n")
+            for _ in range(2):  # the connection asks twice: to begin, and once it listens to its inbox
+                while b"PING" not in await loop.sock_recv(peer, 65536):
+                    pass
+                await loop.sock_sendall(peer, b"PONG\r\n")
             return peer
 
         serving = asyncio.ensure_future(serve())

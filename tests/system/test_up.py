@@ -22,7 +22,7 @@ from waiting import Talking
 
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
-from mesh.errors import Denied
+from mesh.errors import Denied, MeshError
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 
@@ -248,3 +248,22 @@ def test_a_mesh_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
     with Up(model, tmp_path, "--memory", "1kB") as up:
         assert up.ended() == 2
         assert "need" in up.said and "are allowed" in up.said
+
+
+def test_a_secure_mesh_is_found_by_commands_and_each_child_has_its_own_key(model: Path, tmp_path: Path, run: Run) -> None:
+    with Up(model, tmp_path, "--shards", "2", "--secure", "--no-http") as up:
+        url = up.wait(r"NATS (nats://\S+), TLS, user operator")[1]
+        up.wait("Ctrl-C ends it")
+        assert "serving" in up.command("status")
+        assert up.command("generate", "hello", "--max-tokens", "3").strip()
+        doctor = json.loads(up.command("doctor", "--json", "--no-generate"))
+        assert [one["level"] for one in doctor["findings"] if one["section"] == "permissions"] == ["ok"]
+        keys = set()
+        for name in ("shard-1.yaml", "shard-2.yaml", "coordinator-1.yaml"):
+            config = Path(re.search(r"--config\0(\S+?)\0", Path(f"/proc/{up.child(name)}/cmdline").read_text())[1])  # type: ignore[index]
+            keys |= set(re.findall(r"nkey_seed_file: (\S+)", config.read_text()))
+        assert len(keys) == 3 and not any("operator" in key for key in keys)
+        assert all(Path(key).stat().st_mode & 0o077 == 0 for key in keys)
+        for options in (BusOptions((url,)), BusOptions((url,), user="mesh", password="x")):
+            with pytest.raises(MeshError):
+                run(Bus.connect(options, name="stranger", timeout_s=5))

@@ -20,7 +20,7 @@ LAYERS = [
     {"settings"},
     {"host"},
     {"http", "protocol"},
-    {"telemetry"},
+    {"telemetry", "pki"},
     {"model"},
     {"lowering", "planner", "bus"},
     {"runtime", "client"},
