@@ -82,7 +82,7 @@ def test_a_request_joins_its_senders_trace_and_the_server_reports_its_frames(ser
             await until(lambda: len(record.server_hops) >= 6, because=REPORTS)
             above = Span(trace=TRACE, span=PARENT, name="POST /v1/x", service="gateway", start_ns=1, end_ns=2**62)
             await bus.send(topics.SPANS.at(), SpanBatch(spans=(above,)))
-            await until(lambda: len(serving.tracing.store) == 1, because=SENT)
+            await until(lambda: serving.tracing.store.of(TRACE), because=SENT)
             trace = await client.trace("a" * 32)
             assert trace is not None
             assert trace["spans"][0]["name"] == "POST /v1/x" and trace["spans"][0]["span"] == PARENT
