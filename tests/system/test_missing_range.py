@@ -136,7 +136,8 @@ def test_the_client_hears_at_once_which_layers_are_missing_and_for_how_long(gap:
                 await anext(stream)
         assert heard[0][0] < 1.0
         assert {(waiting.missing, waiting.patience_s) for _, waiting in heard} == {(("2-3",), PATIENCE_S)}
-        assert [round(waiting.waited_s) for _, waiting in heard] == [0, 1, 2]
+        waited = [round(waiting.waited_s) for _, waiting in heard]
+        assert waited[:3] == [0, 1, 2] and len(waited) <= 4, "the last word may come just before the error"
         async with raw(gap, {**REQUEST, "stream": True}) as answers:
             first, second = [orjson.loads((await answers.get()).data) for _ in range(2)]
             assert "cancel" in first and second["missing"] == ["2-3"] and second["waited_s"] < 1 and not second["done"]
