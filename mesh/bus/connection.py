@@ -285,7 +285,7 @@ class Bus:
         try:
             with mapped(f"connecting to {where}"):
                 await client._init_request_sub()
-            await bus.require_subscriptions(name)
+            await bus.require_subscriptions(name, timeout_s=_FLUSH_S if timeout_s is None else min(timeout_s, _FLUSH_S))
         except BaseException:
             await bus.close()
             raise
@@ -422,10 +422,10 @@ class Bus:
         finally:
             self._flushes.discard(answered)
 
-    async def require_subscriptions(self, who: str) -> None:
+    async def require_subscriptions(self, who: str, *, timeout_s: float = _FLUSH_S) -> None:
         """Wait until the server has every subscription. Denied: it refused some since the last call; the error names their subjects, and
         `who` it is that cannot work without them: a role, or a program."""
-        await self.flush()
+        await self.flush(timeout_s)
         deaf, self._deaf = self._deaf, []
         if deaf:
             subjects = ", ".join(dict.fromkeys(deaf))

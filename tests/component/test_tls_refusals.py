@@ -66,7 +66,7 @@ def secure(tmp_path: Path) -> Iterator[Secure]:
 
 async def connects(options: BusOptions) -> bool:
     """ServiceError and the like where it is refused."""
-    async with await Bus.connect(options, name="test", timeout_s=5) as bus:
+    async with await Bus.connect(options, name="test", timeout_s=2) as bus:
         await bus.flush()
         return bus.connected
 

@@ -57,7 +57,7 @@ async def owner(mesh: LocalMesh) -> int:
                 while True:
                     answer = await asyncio.wait_for(answers.get(), 0.1)
                     data = next(e["data"] for e in orjson.loads(answer.data)["endpoints"] if e["name"] == "generate")
-                    if data["live"]:
+                    if data["live"] and data["records"].get("written"):  # before that another coordinator knows nothing of it
                         return int(data["pid"])
 
 

@@ -102,7 +102,7 @@ def test_nothing_is_left_of_mesh_up(up: Up, number: signal.Signals) -> None:
     [
         (1, "shard-2", "shard-2.yaml"),
         (2, "shard-1", "shard-1.yaml"),
-        (1, "coordinator-1", "coordinator.yaml"),
+        (1, "coordinator-1", "coordinator-1.yaml"),
         (1, "nats-server", "embedded.conf"),
     ],
     ids=["a shard", "one of two shards", "the coordinator", "the nats-server"],

@@ -58,6 +58,11 @@ def _open(path: Path, checkpoint: GgufCheckpoint) -> DecoderSource:
     return DecoderSource("gguf", path.stem, spec, weights, lambda out: write_gguf_tokenizer(checkpoint.metadata, str(path), out))
 
 
+_LARGEST_HEAD = 1 << 16
+_LARGEST = 1 << 27
+"""Of a count or a size in the metadata: the longest contexts have 10 million positions. Tables are made as long as a head."""
+
+
 class _Metadata:
     """Metadata of the architecture: `get("block_count")` is llama.block_count."""
 
@@ -82,6 +87,8 @@ class _Metadata:
             value = value[0]
         if not isinstance(value, int) or value < 1:
             raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {value!r} where a positive integer is needed")
+        if value > _LARGEST:
+            raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {value:,} where at most {_LARGEST:,} is believed")
         return value
 
 
@@ -91,6 +98,8 @@ def _spec(metadata: _Metadata, checkpoint: GgufCheckpoint) -> DecoderSpec:
     layers, hidden, heads = metadata.integer("block_count"), metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     kv_heads = metadata.integer("attention.head_count_kv", heads)
     head_dim = metadata.integer("attention.key_length", hidden // heads)
+    if head_dim > _LARGEST_HEAD:
+        raise CorruptModel(f"{metadata.path}: a head of {head_dim:,} dimensions: at most {_LARGEST_HEAD:,} are believed")
     if metadata.integer("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModel(f"{metadata.path}: keys and values of different sizes are not supported")
     context = metadata.integer("context_length")
