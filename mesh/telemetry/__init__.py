@@ -5,6 +5,7 @@ log_context  what every log line of a request has in common
 seldom       failures that repeat, said once in a few seconds
 context      W3C trace contexts
 from_config  from a configuration file to what a process does with its spans
+otel_environment  what OpenTelemetry's standard variables say
 export       spans leave the process, through OpenTelemetry's exporters
 conventions  the names of spans and their attributes
 metrics      the metrics: every name and its meaning

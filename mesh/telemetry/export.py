@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from opentelemetry.sdk.trace import ReadableSpan
@@ -18,8 +18,9 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from mesh.errors import ConfigError
 from mesh.protocol.spans import Span
 from mesh.telemetry.otel import readable
+from mesh.telemetry.otel_environment import protocol_of, wants_otlp
 
-__all__ = ["SpanExport", "exporters", "wants_otlp"]
+__all__ = ["SpanExport", "exporters"]
 
 log = logging.getLogger("mesh.telemetry")
 
@@ -32,20 +33,12 @@ _LAST_S: Final = 2.0
 Make = Callable[[], Sequence[Span]]
 
 
-def wants_otlp(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment names a collector for spans."""
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
-        return False
-    return any(environment.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
-
-
 def exporters(endpoint: str | None = None, protocol: str | None = None) -> list[SpanExporter]:
     """The exporters that the configuration (`endpoint`, `protocol`) or the environment asks for; none where no collector is named.
     ConfigError: the extra is not installed, or the protocol is not known."""
-    if endpoint is None and not wants_otlp():
+    if endpoint is None and not wants_otlp("TRACES", os.environ):
         return []
-    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-    protocol = protocol or next((os.environ[name] for name in names if os.environ.get(name)), "http/protobuf")
+    protocol = protocol or protocol_of("TRACES", os.environ) or "http/protobuf"
     try:
         if protocol == "grpc":
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as ByGrpc

@@ -9,6 +9,7 @@ from mesh.errors import ConfigError
 from mesh.settings.schema import TracingSection
 from mesh.telemetry.context import TraceSampling
 from mesh.telemetry.export import SpanExport, exporters
+from mesh.telemetry.otel_environment import sdk_disabled
 
 __all__ = ["export_of", "sampling_of"]
 
@@ -22,7 +23,7 @@ def sampling_of(section: TracingSection, environment: Mapping[str, str] = os.env
     ratio = section.sample_ratio
     if "sample_ratio" not in section.model_fields_set:
         ratio = _ratio(environment, ratio)
-    enabled = section.enabled and environment.get("OTEL_SDK_DISABLED", "").lower() != "true"
+    enabled = section.enabled and not sdk_disabled(environment)
     return TraceSampling(ratio, section.slow_request, section.slow_first_token, section.content, enabled)
 
 

@@ -1,7 +1,5 @@
-"""The same metrics over OTLP, where the standard environment asks for it and the extra `otlp` is installed.
+"""The same metrics over OTLP, where the standard environment (otel_environment.py) asks for it and the extra `otlp` is installed.
 
-    OTEL_METRICS_EXPORTER=otlp, or an endpoint (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_METRICS_ENDPOINT) without it
-    OTEL_EXPORTER_OTLP_PROTOCOL       http/protobuf (default) or grpc
     OTEL_METRIC_EXPORT_INTERVAL       milliseconds between two exports (default 60000)
 
 A thread asks the event loop for the values and hands them to the exporter of opentelemetry. The loop waits for nothing: a collector that
@@ -22,27 +20,19 @@ from prometheus_client.metrics_core import Metric as Family
 
 from mesh import __version__
 from mesh.telemetry.metrics import ATTRIBUTES, Metric, declared
+from mesh.telemetry.otel_environment import protocol_of, wants_otlp
 from mesh.telemetry.registry import Registry
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricExporter, MetricsData
 
-__all__ = ["OtlpExport", "metrics_data", "wanted"]
+__all__ = ["OtlpExport", "metrics_data"]
 
 log = logging.getLogger("mesh.metrics")
 
-_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _UNITS: Final = {"seconds": "s", "bytes": "By", "ratio": "1", "": "1"}
 _EVERY_S: Final = 60.0
 _COLLECT_S: Final = 5.0
-
-
-def wanted(environment: Mapping[str, str]) -> bool:
-    """Whether the environment asks for metrics over OTLP."""
-    named = environment.get("OTEL_METRICS_EXPORTER", "").strip().lower()
-    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    return "otlp" in named.split(",") if named else any(environment.get(name) for name in _ENDPOINTS)
 
 
 class OtlpExport:
@@ -62,10 +52,10 @@ class OtlpExport:
     @classmethod
     def start(cls, registry: Registry, loop: asyncio.AbstractEventLoop) -> OtlpExport | None:
         """None where the environment does not ask for it, or the exporter is not installed (then the log says so)."""
-        if not wanted(os.environ):
+        if not wants_otlp("METRICS", os.environ):
             return None
         try:
-            exporter = _exporter(os.environ.get("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL"))
+            exporter = _exporter(protocol_of("METRICS", os.environ))
         except ImportError:
             log.warning("OTEL_ variables ask for metrics over OTLP: install stagemesh[otlp]")
             return None

@@ -12,8 +12,9 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from mesh.errors import ConfigError
 from mesh.protocol.spans import Span
 from mesh.settings.schema import TracingSection
-from mesh.telemetry.export import SpanExport, exporters, wants_otlp
+from mesh.telemetry.export import SpanExport, exporters
 from mesh.telemetry.from_config import export_of
+from mesh.telemetry.otel_environment import wants_otlp
 
 SPAN = Span(trace="ab" * 16, span="cd" * 8, name="x", service="gateway", start_ns=0, end_ns=1)
 
@@ -66,7 +67,7 @@ def test_spans_that_cannot_be_made_do_not_end_the_thread() -> None:
     ],
 )
 def test_the_environment_names_a_collector(environment: dict[str, str], wanted: bool) -> None:
-    assert wants_otlp(environment) is wanted
+    assert wants_otlp("TRACES", environment) is wanted
 
 
 def test_a_protocol_that_is_not_known_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from mesh.telemetry.metrics_otlp import metrics_data, wanted
+from mesh.telemetry.metrics_otlp import metrics_data
+from mesh.telemetry.otel_environment import wants_otlp
 from mesh.telemetry.registry import Histogram, Reading, Registry
 
 
@@ -23,7 +24,7 @@ from mesh.telemetry.registry import Histogram, Reading, Registry
     ],
 )
 def test_the_standard_variables_decide(environment: dict[str, str], answer: bool) -> None:
-    assert wanted(environment) is answer
+    assert wants_otlp("METRICS", environment) is answer
 
 
 def test_names_units_attributes_and_buckets_are_those_of_the_conventions() -> None:
