@@ -37,6 +37,10 @@ class LayerRange:
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(range(self.start, self.stop))
 
+    def widened(self, overlap: int, layers: int) -> LayerRange:
+        """This range and `overlap` layers on either side, as far as a model of so many `layers` has them: what a shard holds."""
+        return LayerRange(max(0, self.start - overlap), min(layers, self.stop + overlap))
+
 
 def even_ranges(layers: int, shards: int) -> list[LayerRange]:
     """Layers 0 .. layers cut into `shards` contiguous ranges whose lengths differ by at most one. BadRequest: that many shards cannot

@@ -77,7 +77,7 @@ class Stage:
         self.manifest = manifest
         self.config = config
         self.layers = config.layers
-        self.held = _held(manifest, config)
+        self.held = config.layers.widened(config.overlap, manifest.layers)
         self.first = self.last = False  # `serve` sets them
         self.rows = config.rows
         self.context = config.context or manifest.context_length
@@ -119,7 +119,7 @@ class Stage:
         """
         manifest = manifest or Manifest.load(directory)
         layers = manifest.check_range(config.layers)
-        held = _held(manifest, config)
+        held = config.layers.widened(config.overlap, manifest.layers)
         embed = held.start == 0 if config.embed is None else config.embed
         head = held.stop == manifest.layers if config.head is None else config.head
         context = min(config.context or manifest.context_length, manifest.context_length)
@@ -372,8 +372,3 @@ def _compilers() -> int:
     """How many programs to compile at a time. One alone leaves part of two cores idle, and each takes memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4)
-
-
-def _held(manifest: Manifest, config: StageConfig) -> LayerRange:
-    """The layers that are served, and the overlap on either side."""
-    return LayerRange(max(0, config.layers.start - config.overlap), min(manifest.layers, config.layers.stop + config.overlap))

@@ -7,7 +7,6 @@ from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
 from mesh.protocol.status import MachineReport
 from mesh.shard.options import ShardOptions
-from mesh.types import LayerRange
 
 __all__ = ["machine_report", "predicted_bytes"]
 
@@ -29,8 +28,7 @@ def machine_report() -> MachineReport:
 
 def predicted_bytes(manifest: Manifest, options: ShardOptions) -> int:
     """Weights, caches and workspace of the layers that the shard holds, as they are predicted before they are loaded."""
-    layers = options.layers
-    held = LayerRange(max(0, layers.start - options.overlap), min(manifest.layers, layers.stop + options.overlap))
+    held = options.layers.widened(options.overlap, manifest.layers)
     need = predict(
         manifest,
         held,
