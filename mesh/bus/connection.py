@@ -469,9 +469,8 @@ class Bus:
 
     async def subscribe_direct(self, to: Address[Any, Any] | str, handler: Callable[[bytes], None]) -> Subscription:
         """Call `handler` with the payload of each message as soon as its bytes arrive. Messages of other subscriptions may be handled later
-        although they came earlier. The handler itself limits what it keeps. Its errors are logged and
-        counted; the subscription continues."""
-
+        although they came earlier. The handler itself limits what it keeps. Its errors are logged and counted; the subscription continues.
+        """
         return await self._subscribe_short(
             str(to), handler, lambda message: message.data, None if self._direct is None else self._direct.direct
         )

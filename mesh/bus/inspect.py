@@ -1,4 +1,4 @@
-"""What a NATS server says of itself, what it permits this user, and what its JetStream keeps: for `mesh doctor`.
+"""What a NATS server says of itself, what it permits this user, and what its JetStream keeps: for `mesh doctor` and metrics.
 
 The server refuses a publication or a subscription by an error that comes later, on its own. It answers a flush only after it has handled
 everything before it, so after a flush all refusals are there.
@@ -51,7 +51,8 @@ class JetStreamFacts:
 
 @dataclass(frozen=True, slots=True)
 class StreamFacts:
-    """`servers`: how many keep it. `behind`: those of them that are away or not up to date."""
+    """`servers`: how many keep it. `behind`: those of them that are away or not up to date. max_bytes: -1 where there is no limit.
+    refuses: at its limit it takes no more, instead of dropping what is old."""
 
     name: str
     durable: bool
@@ -60,6 +61,7 @@ class StreamFacts:
     messages: int
     bytes: int
     max_bytes: int
+    refuses: bool
 
 
 def server_facts(bus: Bus) -> ServerFacts:
@@ -144,6 +146,7 @@ async def stream_facts(bus: Bus, name: str) -> StreamFacts | None:
         messages=int(state.get("messages", 0)),
         bytes=int(state.get("bytes", 0)),
         max_bytes=int(config.get("max_bytes", -1)),
+        refuses=config.get("discard") == "new",
     )
 
 

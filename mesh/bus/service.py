@@ -10,14 +10,15 @@ from typing import Any, Generic, TypeVar
 import nats.micro
 import nats.micro.request
 import nats.micro.service
+import orjson
 
 from mesh.bus.connection import Bus, Received
 from mesh.bus.mapping import mapped
-from mesh.errors import MeshError
+from mesh.errors import MeshError, MessageRejected
 from mesh.protocol.topics import Address
 from mesh.telemetry.seldom import Seldom
 
-__all__ = ["Endpoint", "Service"]
+__all__ = ["Endpoint", "Service", "endpoint_data"]
 
 log = logging.getLogger("mesh.bus")
 seldom = Seldom(log)
@@ -132,3 +133,12 @@ class Service:
                 shown._num_errors += 1
                 shown._last_error = f"{error.code}: {error}"
         await self._bus.respond_error(received, error)
+
+
+def endpoint_data(answer: bytes, endpoint: str) -> bytes:
+    """What a service shows as the data of one endpoint, as JSON, in an answer to $SRV.STATS. MessageRejected: it shows none; the service
+    is of another version, or another one."""
+    try:
+        return orjson.dumps(next(one["data"] for one in orjson.loads(answer)["endpoints"] if one["name"] == endpoint))
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, StopIteration):
+        raise MessageRejected(f"a service shows no data of {endpoint}") from None

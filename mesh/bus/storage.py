@@ -7,11 +7,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Final
 
-import nats.js.api
-import nats.js.errors
-
 from mesh.bus.connection import Bus
-from mesh.bus.mapping import mapped
+from mesh.bus.inspect import jetstream_facts, stream_facts
 from mesh.errors import MeshError
 from mesh.protocol import subjects
 
@@ -20,7 +17,6 @@ __all__ = ["Storage", "StorageWatch", "StreamSize"]
 log = logging.getLogger("mesh.bus")
 
 EVERY_S: Final = 15.0
-_TIMEOUT_S: Final = 5.0
 _STREAMS: Final = (
     f"KV_{subjects.KV_SESSIONS}",
     f"KV_{subjects.KV_SHARDS}",
@@ -68,18 +64,15 @@ class StorageWatch:
             await asyncio.sleep(EVERY_S)
 
     async def look(self) -> Storage:
-        """What JetStream says now. Unavailable, DeadlineExceeded: it does not answer."""
-        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
+        """What JetStream says now. ServiceError, Unavailable, DeadlineExceeded: it does not answer."""
+        account = await jetstream_facts(self._bus)
         streams: dict[str, StreamSize] = {}
-        with mapped("asking JetStream about its storage"):
-            account = await js.account_info()
-            for name in _STREAMS:
-                try:
-                    info = await js.stream_info(name)
-                except nats.js.errors.NotFoundError:
-                    continue
-                refuses = info.config.discard == nats.js.api.DiscardPolicy.NEW
-                limit = info.config.max_bytes if refuses else None
-                streams[name] = StreamSize(info.state.messages, info.state.bytes, limit if limit is not None and limit > 0 else None)
-        limit = account.limits.max_storage
-        return Storage(True, account.storage, limit if limit is not None and limit > 0 else None, streams)
+        for name in _STREAMS:
+            facts = await stream_facts(self._bus, name)
+            if facts is not None:
+                streams[name] = StreamSize(facts.messages, facts.bytes, _limit(facts.max_bytes) if facts.refuses else None)
+        return Storage(True, account.storage_bytes, _limit(account.storage_limit_bytes), streams)
+
+
+def _limit(size: int) -> int | None:
+    return size if size > 0 else None

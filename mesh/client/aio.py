@@ -14,6 +14,7 @@ import orjson
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.bus.batches import BatchStore
 from mesh.bus.dead import DeadList
+from mesh.bus.service import endpoint_data
 from mesh.bus.spans import SpanPublisher
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Retry, Stream
@@ -22,6 +23,7 @@ from mesh.protocol import subjects, topics
 from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStatus, DeadMessage
 from mesh.protocol.events import Event
 from mesh.protocol.generation import Generate, TraceReply, TraceRequest
+from mesh.protocol.message import Message
 from mesh.protocol.spans import Span
 from mesh.protocol.status import CoordinatorStats, SessionReport, ShardLease, ShardStats, TraceQuery
 from mesh.protocol.stream import Waiting
@@ -38,7 +40,8 @@ _TRACE_S = 2.0
 _BATCH_S = 30.0
 _PAGE = 200
 Reply = TypeVar("Reply", BatchStatus, BatchResults)
-_UNREADABLE = (MessageRejected, LookupError, TypeError, ValueError, AttributeError, StopIteration)
+Asked = TypeVar("Asked", bound=Message)
+Answered = TypeVar("Answered", bound=Message)
 
 
 class AsyncMeshClient:
@@ -230,9 +233,8 @@ class AsyncMeshClient:
         found = []
         for answer in await self._connected.gather(f"$SRV.STATS.{COORDINATOR_SERVICE}"):
             try:
-                data = next(endpoint["data"] for endpoint in orjson.loads(answer.data)["endpoints"] if endpoint["name"] == "generate")
-                found.append(CoordinatorStatus(CoordinatorStats.parse(orjson.dumps(data))))
-            except _UNREADABLE:
+                found.append(CoordinatorStatus(CoordinatorStats.parse(endpoint_data(answer.data, "generate"))))
+            except MessageRejected:
                 continue  # of another version, or of another service
         return tuple(sorted(found, key=lambda c: (c.model, c.name)))
 
@@ -273,8 +275,8 @@ class AsyncMeshClient:
         found = []
         for answer in await self._connected.gather(f"$SRV.STATS.{SHARD_SERVICE}"):
             try:
-                found.append(ShardStats.parse(orjson.dumps(orjson.loads(answer.data)["endpoints"][0]["data"])))
-            except _UNREADABLE:
+                found.append(ShardStats.parse(endpoint_data(answer.data, "stats")))
+            except MessageRejected:
                 continue  # of another version, or of another service
         return found
 
@@ -305,14 +307,8 @@ class AsyncMeshClient:
     ) -> list[SessionReport]:
         """The last generations that ended: all, or those that failed, or those that were slow; the latest first. For operators."""
         found: list[SessionReport] = []
-        for coordinator in await self.coordinators():
-            if (model or self._model) not in (None, coordinator.model):
-                continue
-            try:
-                to = topics.TRACES.at(coordinator.model, coordinator.name)
-                found += (await self._connected.request(to, TraceQuery(kind=kind, limit=limit), timeout_s=_TRACE_S)).requests
-            except (Unavailable, DeadlineExceeded):
-                continue  # it has just gone
+        async for answer in self._each(topics.TRACES, TraceQuery(kind=kind, limit=limit), model):
+            found += answer.requests
         return sorted(found, key=lambda report: report.began_unix_s + report.total_s, reverse=True)[:limit]
 
     async def trace(self, session: str, *, model: str | None = None) -> dict[str, Any] | None:
@@ -325,8 +321,14 @@ class AsyncMeshClient:
         return await self._trace(topics.INSPECT, request, model)
 
     async def _trace(self, topic: topics.Topic[TraceRequest, TraceReply], request: str, model: str | None) -> dict[str, Any] | None:
+        async for answer in self._each(topic, TraceRequest(request=request), model):
+            if answer.trace is not None:
+                return answer.trace
+        return None
+
+    async def _each(self, topic: topics.Topic[Asked, Answered], question: Asked, model: str | None) -> AsyncIterator[Answered]:
+        """The answer of each coordinator of the model, one after the other."""
         name = model or self._model
-        question = TraceRequest(request=request)
         for coordinator in await self.coordinators():
             if name not in (None, coordinator.model):
                 continue
@@ -334,9 +336,7 @@ class AsyncMeshClient:
                 answer = await self._connected.request(topic.at(coordinator.model, coordinator.name), question, timeout_s=_TRACE_S)
             except (Unavailable, DeadlineExceeded):
                 continue  # it has gone since
-            if answer.trace is not None:
-                return answer.trace
-        return None
+            yield answer
 
     async def events(self, *, last: int | None = None, since_unix_s: float | None = None, follow: bool = False) -> AsyncIterator[Event]:
         """The events of the mesh, oldest first: the `last` ones, or those since a time, otherwise all of the last week. `follow`: then

@@ -11,6 +11,7 @@ from typing import Final
 import orjson
 
 from mesh.bus import Bus, EventLog
+from mesh.bus.service import endpoint_data
 from mesh.errors import MeshError, MessageRejected, NobodyListens
 from mesh.protocol import subjects, topics
 from mesh.protocol.control import Ping
@@ -170,10 +171,9 @@ async def _coordinators(bus: Bus) -> tuple[tuple[CoordinatorSeen, ...], tuple[st
         try:
             reply = await bus.ask(f"$SRV.STATS.{_SERVICE}.{id}", b"", timeout_s=_ANSWER_S)
             took_s = time.perf_counter() - began
-            data = next(one["data"] for one in orjson.loads(reply.data)["endpoints"] if one["name"] == "generate")
-            stats = CoordinatorStats.parse(orjson.dumps(data))
+            stats = CoordinatorStats.parse(endpoint_data(reply.data, "generate"))
             clock = _clock(began_unix_s, took_s, stats.unix_s)
-        except (MeshError, orjson.JSONDecodeError, LookupError, TypeError, ValueError, StopIteration):
+        except MeshError:
             pass
         found.append(CoordinatorSeen(name, version, model, model_hash, stats, clock))
     return tuple(sorted(found, key=lambda one: (one.model, one.name))), tuple(unreadable)

@@ -36,7 +36,7 @@ class Sharing:
     async def start(self, bus: Bus) -> None:
         await bus.subscribe(topics.USAGE_SPENT.at(), self._on_spent)
         await bus.subscribe(topics.USAGE.at(), lambda received: self._on_question(bus, received))
-        await bus.flush()
+        await bus.require_subscriptions("a gateway")
         bus.keep(lambda: self._tell(bus), "sharing quotas")
 
     async def _tell(self, bus: Bus) -> None:
