@@ -110,12 +110,14 @@ class Intake:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
         id, context = message.session or secrets.token_hex(16), TraceContext.parse(message.traceparent)
         with log_context(request=generation.public_id(id), trace=context.trace):
-            job = await self._prepare(message, id, received, direct=direct)
+            job = await self._prepare(message, id, context, received, direct=direct)
         if job is not None:  # its turn of the core is about other requests too
-            job.context, job.arrived = context, arrived
+            job.arrived = arrived
             await self._jobs.begin(job)
 
-    async def _prepare(self, message: generation.Generate, id: str, received: Received, *, direct: bool) -> Job | None:
+    async def _prepare(
+        self, message: generation.Generate, id: str, context: TraceContext, received: Received, *, direct: bool
+    ) -> Job | None:
         """The job of a new request; None: its session is known, here or elsewhere, and is answered from there."""
         digest = digest_of(message)
         if await self._known(id, digest, message, received.reply):
@@ -133,7 +135,7 @@ class Intake:
         if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster
             return None
         self._jobs.require_room(request)
-        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch))
+        job = Job.of(message, request, received.reply, self._tokenizer, digest=digest, epoch=new_epoch(message.epoch), context=context)
         job.start = job.delivered = len(message.given)
         return job
 

@@ -22,7 +22,7 @@ __all__ = ["StepMeter"]
 _MOST_FRAMES: Final = 4096
 """Frames whose sending time is kept. Frames that never come back would fill the table otherwise."""
 _TRACED_A_SECOND: Final = 50.0
-"""The most steps whose frames nat-server reports, in a second; so many may be saved up."""
+"""The most steps whose frames nats-server reports, in a second; so many may be saved up."""
 _MOST_TRACED: Final = 256
 """Steps that nats-server may still report."""
 
@@ -89,13 +89,13 @@ class StepMeter:
         sent_at = self._sent_at.pop(frame.step, None)
         if sent_at is None or flight is None:
             return
-        wall_s = arrived - sent_at
+        wall_s, sessions = arrived - sent_at, flight.ids
         if self._traces.sampling.enabled:
-            self._record(frame, flight, sent_at, arrived)
+            self._record(frame, flight.out, sessions, sent_at, arrived)
         self.steps.observe(wall_s, flight.out.kind)
         if not flight.decode:
             return
-        self.rows.observe(len(flight.sessions))
+        self.rows.observe(len(sessions))
         queue_us = compute_us = codec_us = 0
         for timing in frame.timings:
             queue_us += timing.queue_us
@@ -104,15 +104,15 @@ class StepMeter:
         compute_s, queue_s, codec_s = compute_us / 1e6, queue_us / 1e6, codec_us / 1e6
         hops = len(frame.route) + 1
         self.hops.add(wall_s, compute_s, queue_s, codec_s, hops)
-        for session in flight.ids:
+        for session in sessions:
             job = self._job_of(session)
             if job is not None:
                 job.hops.add(wall_s, compute_s, queue_s, codec_s, hops)
 
-    def _record(self, frame: Frame, flight: Flight, sent_at: float, arrived: float) -> None:
+    def _record(self, frame: Frame, out: FrameOut, sessions: tuple[str, ...], sent_at: float, arrived: float) -> None:
         """Add the step to the traces of its requests."""
-        out, timings = flight.out, frame.timings
+        timings = frame.timings
         zero_us = (time.time() - time.perf_counter()) * 1e6
         ways_us = self._clocks.ways(out.route, timings, zero_us + sent_at * 1e6, zero_us + arrived * 1e6)
-        tokens = len(out.rows) if flight.decode else len(out.rows[0].tokens)
-        self._traces.step(out, Step(sent_at, arrived - sent_at, tokens, timings, ways_us, flight.ids, frame.step, out.rows[0].start))
+        tokens = len(out.rows) if out.kind == "decode" else len(out.rows[0].tokens)
+        self._traces.step(out, Step(sent_at, arrived - sent_at, tokens, timings, ways_us, sessions, frame.step, out.rows[0].start))

@@ -96,11 +96,12 @@ class Job:
         *,
         digest: str = "",
         epoch: int = 1,
+        context: TraceContext | None = None,
     ) -> Job:
-        """A job that has the request's prefix, as if it had been generated here."""
+        """A job that has the request's prefix, as if it had been generated here. `context`: None: that of the message."""
         text = None if tokenizer is None else tokenizer.stream()
-        job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch)
-        job.context = TraceContext.parse(message.traceparent)
+        context = context or TraceContext.parse(message.traceparent)
+        job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch, context=context)
         for id in request.prefix:
             job._take(Token(id))
         return job

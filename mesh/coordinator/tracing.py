@@ -123,7 +123,7 @@ class Tracing:
         self.traces.end(ended, time.perf_counter())
 
     def _attributes(self, job: Job) -> dict[str, Value]:
-        message, sampling = job.message, job.message
+        message = job.message
         attributes: dict[str, Value] = {
             "gen_ai.operation.name": "text_completion" if message.messages is None else "chat",
             "gen_ai.provider.name": "mesh",
@@ -131,14 +131,14 @@ class Tracing:
             "gen_ai.response.model": self._model,
             "gen_ai.response.id": job.id,
             "gen_ai.request.max_tokens": message.max_tokens,
-            "gen_ai.request.temperature": float(sampling.temperature),
+            "gen_ai.request.temperature": float(message.temperature),
             "gen_ai.request.stream": message.stream,
             "gen_ai.usage.input_tokens": len(job.request.prompt),
         }
-        if sampling.top_p != 1:
-            attributes["gen_ai.request.top_p"] = float(sampling.top_p)
-        if sampling.top_k:
-            attributes["gen_ai.request.top_k"] = sampling.top_k
+        if message.top_p != 1:
+            attributes["gen_ai.request.top_p"] = float(message.top_p)
+        if message.top_k:
+            attributes["gen_ai.request.top_k"] = message.top_k
         if message.seed is not None:
             attributes["gen_ai.request.seed"] = message.seed
         if self._sampling.content:
