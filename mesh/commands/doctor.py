@@ -113,10 +113,10 @@ def _role(connection: BusOptions | None) -> Any:
 
 
 def _bound(args: argparse.Namespace) -> Binding:
-    from mesh.planner.from_config import parse_ranges
+    from mesh.planner.from_config import parse_range
     from mesh.protocol.rights import Binding
 
-    return Binding(shard=args.shard, layers=None if args.layers is None else parse_ranges(args.layers)[0])
+    return Binding(shard=args.shard, layers=None if args.layers is None else parse_range(args.layers))
 
 
 async def _examine(options: DoctorOptions, *, show: bool) -> tuple[list[tuple[str, Finding]], bool]:

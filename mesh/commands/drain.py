@@ -58,23 +58,20 @@ compiled; sessions that are open may end first, the rest go on on other replicas
 
 def load_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus
-    from mesh.errors import ConfigError
-    from mesh.planner.from_config import parse_ranges
+    from mesh.planner.from_config import parse_range
     from mesh.protocol import topics
     from mesh.protocol.control import Load
 
-    ranges = parse_ranges(args.layers)
-    if len(ranges) != 1:
-        raise ConfigError(f"--layers {args.layers}: give one half-open range, such as 0-12")
+    layers = parse_range(args.layers)
     timeout_s = parse_seconds(args.timeout)
-    message = Load(layers_start=ranges[0].start, layers_end=ranges[0].stop, timeout_s=timeout_s, force=args.force)
+    message = Load(layers_start=layers.start, layers_end=layers.stop, timeout_s=timeout_s, force=args.force)
 
     async def work() -> None:
         async with await Bus.connect(bus_options(args), name="mesh-load") as bus:
             with _advising(args):
                 loaded = await bus.request(topics.LOAD.at(_name(args.shard)), message, timeout_s=timeout_s + 30)
         moved = f"; {loaded.sessions} sessions go on elsewhere" if loaded.sessions else ""
-        print(f"{loaded.shard} serves layers {ranges[0]} after {loaded.took_s * 1e3:.0f} ms{moved}{_left(loaded.gap)}")
+        print(f"{loaded.shard} serves layers {layers} after {loaded.took_s * 1e3:.0f} ms{moved}{_left(loaded.gap)}")
 
     asyncio.run(work())
     return 0

@@ -157,11 +157,6 @@ def _tls(args: argparse.Namespace) -> TlsFiles | None:
 
 
 def _layers(text: str | None) -> LayerRange | None:
-    if text is None:
-        return None
-    from mesh.planner.from_config import parse_ranges
+    from mesh.planner.from_config import parse_range
 
-    layers, *more = parse_ranges(text)
-    if more:
-        raise ConfigError(f"--layers {text}: give one half-open range, such as 0-12")
-    return layers
+    return None if text is None else parse_range(text)

@@ -6,15 +6,12 @@ import argparse
 import asyncio
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.settings.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from mesh.types import LayerRange
 
 __all__ = ["add_pull_parser", "add_push_parser"]
 
@@ -58,9 +55,10 @@ def push_command(args: argparse.Namespace) -> int:
 
 def pull_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus, ModelStore
+    from mesh.planner.from_config import parse_range
 
     async def work() -> None:
-        layers, signers = _one_range(args.layers), signers_of(args)
+        layers, signers = None if args.layers is None else parse_range(args.layers), signers_of(args)
         async with await Bus.connect(bus_options(args), name="mesh-pull") as bus:
             store = ModelStore(bus, signers)
             manifest = await store.manifest(args.name)
@@ -73,15 +71,3 @@ def pull_command(args: argparse.Namespace) -> int:
 
     asyncio.run(work())
     return 0
-
-
-def _one_range(text: str | None) -> LayerRange | None:
-    from mesh.errors import ConfigError
-    from mesh.planner.from_config import parse_ranges
-
-    if text is None:
-        return None
-    found = parse_ranges(text)
-    if len(found) != 1:
-        raise ConfigError(f"--layers {text}: give one half-open range, such as 0-12")
-    return found[0]

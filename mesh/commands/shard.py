@@ -155,11 +155,9 @@ def join_command(args: argparse.Namespace) -> int:
     signers = signers_of(args)
     layers = None
     if args.layers:
-        from mesh.planner.from_config import parse_ranges
+        from mesh.planner.from_config import parse_range
 
-        layers, *more = parse_ranges(args.layers)
-        if more:
-            raise ConfigError(f"--layers {args.layers}: give one half-open range, such as 0-12")
+        layers = parse_range(args.layers)
     memory = parse_bytes(args.memory) if args.memory else round(0.8 * _free_memory())
     with progress_bar(quiet=args.quiet) as progress:
 
@@ -194,11 +192,10 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, s
     from mesh.errors import CorruptModel, ModelNotFound
     from mesh.model.manifest import Manifest
     from mesh.model.signature import load_trusted
-    from mesh.types import LayerRange
 
     def held(manifest: Manifest) -> LayerRange:
         manifest.check_range(layers)
-        return LayerRange(max(0, layers.start - overlap), min(manifest.layers, layers.stop + overlap))
+        return layers.widened(overlap, manifest.layers)
 
     store = ModelStore(bus, signers)
     scheme, _, name = shard_path.partition(":")

@@ -15,7 +15,7 @@ from mesh.settings.schema import DistributedConfig, ModelConfig
 from mesh.settings.units import parse_bytes, parse_count, parse_rate, parse_seconds
 from mesh.types import LayerRange
 
-__all__ = ["config_class", "from_distributed", "from_model_config", "guess_shape", "locate", "parse_nodes", "parse_ranges"]
+__all__ = ["config_class", "from_distributed", "from_model_config", "guess_shape", "locate", "parse_nodes", "parse_range", "parse_ranges"]
 
 _SIZE_IN_NAME = re.compile(r"(?:^|[^a-z0-9.])(\d+(?:\.\d+)?[mbt])(?![a-z0-9])", re.IGNORECASE)
 _GUESSED_VOCAB = 50_000
@@ -58,15 +58,23 @@ def parse_nodes(text: str) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def parse_ranges(text: str) -> tuple[LayerRange, ...]:
-    """Half-open layer ranges from a text such as `0-12,12-24`."""
+def parse_ranges(text: str, *, option: str = "--ranges") -> tuple[LayerRange, ...]:
+    """Half-open layer ranges from a text such as `0-12,12-24`, given as `option`. ConfigError: it is none."""
     ranges = []
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", item)
         if match is None:
-            raise ConfigError(f"--ranges: {item.strip()!r} is not a layer range: write half-open ranges such as 0-12,12-24")
+            raise ConfigError(f"{option}: {item.strip()!r} is not a layer range: write half-open ranges such as 0-12,12-24")
         ranges.append(LayerRange(int(match[1]), int(match[2])))
     return tuple(ranges)
+
+
+def parse_range(text: str, *, option: str = "--layers") -> LayerRange:
+    """The one half-open layer range of a text such as `0-12`, given as `option`. ConfigError: it is none, or several."""
+    layers, *more = parse_ranges(text, option=option)
+    if more:
+        raise ConfigError(f"{option} {text}: give one half-open range, such as 0-12")
+    return layers
 
 
 def config_class(path: Path) -> type[DistributedConfig] | type[ModelConfig]:

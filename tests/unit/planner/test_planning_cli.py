@@ -13,7 +13,7 @@ from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, MeshError, Model
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo, block_name
 from mesh.model.memory import ModelShape, predict
-from mesh.planner.from_config import parse_nodes, parse_ranges
+from mesh.planner.from_config import parse_nodes, parse_range, parse_ranges
 from mesh.planner.placement import Placement
 from mesh.planner.plan import place
 from mesh.planner.request import PlanRequest, same_nodes
@@ -291,6 +291,14 @@ def test_nodes_are_read_with_their_names_counts_and_traits() -> None:
     assert [node.name for node in nodes] == ["node-1", "node-2", "gpu", "node-4", "node-5", "big-1", "big-2"]
     assert (nodes[2].speed, nodes[2].bandwidth, nodes[2].latency_s, nodes[3].memory_bytes) == (12, 1.25e9, 0.0005, 2**33)
     assert parse_ranges("0-12, 12-24") == (LayerRange(0, 12), LayerRange(12, 24))
+
+
+def test_one_range_is_one_range_of_the_option_it_was_given_to() -> None:
+    assert parse_range("0-12") == LayerRange(0, 12)
+    with pytest.raises(ConfigError, match=r"^--layers 0-12,12-24: give one half-open range, such as 0-12$"):
+        parse_range("0-12,12-24")
+    with pytest.raises(ConfigError, match=r"^--layers: 'all' is not a layer range"):
+        parse_range("all")
 
 
 @pytest.mark.parametrize("shards", range(1, LAYERS + 1))
