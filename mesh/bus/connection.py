@@ -206,8 +206,9 @@ class Bus:
     `keep` began again), and rejected.
     """
 
-    def __init__(self, client: nats.aio.client.Client, direct: DirectTransport | None = None) -> None:
+    def __init__(self, client: nats.aio.client.Client, options: BusOptions, direct: DirectTransport | None = None) -> None:
         self.client = client
+        self._options = options
         self._direct = direct
         self.counters: Counter[str] = Counter()
         self._watchers: list[Callable[[bool], None]] = []
@@ -233,7 +234,7 @@ class Bus:
         transport = WebSocketTransport() if web else DirectTransport() if direct else None
         client._transport = transport
         client.make_tls, client.wants_tls = options.ssl_context, options.wants_tls
-        bus = cls(client, transport)
+        bus = cls(client, options, transport)
         refused: list[Exception] = []
 
         async def on_error(error: Exception) -> None:
@@ -291,6 +292,10 @@ class Bus:
             raise
         return bus
 
+    async def another(self, name: str) -> Bus:
+        """One more connection to the same servers as the same user, for what may come in any amount and must not hold up this one."""
+        return await Bus.connect(self._options, name=name)
+
     # -- state ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -320,6 +325,15 @@ class Bus:
             yield
         finally:
             self._error_watchers.remove(call)
+
+    def limit(self, sid: int, most_bytes: Callable[[], int]) -> None:
+        """Drop the payloads of longer messages of this subscription as they arrive. Its handler gets them without, with UNREAD_HEADER."""
+        if self._direct is not None:
+            self._direct.limits[str(sid).encode()] = most_bytes
+
+    def unlimit(self, sid: int) -> None:
+        if self._direct is not None:
+            self._direct.limits.pop(str(sid).encode(), None)
 
     # -- sending -------------------------------------------------------------------------------------------------------
 

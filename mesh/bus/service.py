@@ -15,6 +15,8 @@ import orjson
 from mesh.bus.connection import Bus, Received
 from mesh.bus.mapping import mapped
 from mesh.errors import MeshError, MessageRejected
+from mesh.protocol import documents
+from mesh.protocol.headers import UNREAD_HEADER
 from mesh.protocol.topics import Address
 from mesh.telemetry.seldom import Seldom
 
@@ -35,6 +37,9 @@ class Endpoint(Generic[R]):
 
     `concurrent`: each request is a task of its own, and the handler itself refuses what is too much. Otherwise requests are handled one
     after the other.
+
+    `most_bytes`: a longer request is not even read; it is answered with the error `too_large(size in bytes)`. By default the bound of the
+    topic's type.
     """
 
     name: str
@@ -42,6 +47,14 @@ class Endpoint(Generic[R]):
     handler: Callable[[Received], Awaitable[R]]
     concurrent: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
+    most_bytes: Callable[[], int] | None = None
+    too_large: Callable[[int], MeshError] | None = None
+
+    def most(self) -> int:
+        return self.to.topic.request.limit_bytes if self.most_bytes is None else self.most_bytes()
+
+    def refusal(self, size: int) -> MeshError:
+        return documents.too_large(self.to.topic.request, size, self.most()) if self.too_large is None else self.too_large(size)
 
 
 class Service:
@@ -85,7 +98,9 @@ class Service:
 
         async def handle(request: nats.micro.request.Request) -> None:
             received = Received(request.subject, request._msg.reply, request.data, request.headers or {})
-            if endpoint.concurrent:
+            if UNREAD_HEADER in received.headers:
+                await self._fail(endpoint, received, endpoint.refusal(_size(received.headers[UNREAD_HEADER])))
+            elif endpoint.concurrent:
                 self._bus.spawn(self._answer(endpoint, received), f"request on {received.subject}")
             else:
                 await self._answer(endpoint, received)
@@ -99,11 +114,16 @@ class Service:
                 queue_group=endpoint.to.topic.queue or f"one-{self.id}",
                 metadata=endpoint.metadata,
             )
+        added = self._inner._endpoints[-1]._subscription
+        if added is not None:
+            self._bus.limit(added._id, endpoint.most)
 
     async def remove(self, name: str) -> None:
         """Stop serving the endpoints of this name."""
         for endpoint in [e for e in self._inner._endpoints if e._name == name]:
             self._inner._endpoints.remove(endpoint)
+            if endpoint._subscription is not None:
+                self._bus.unlimit(endpoint._subscription._id)
             with mapped(f"ending {endpoint._subject}"):
                 await endpoint._stop()
 
@@ -133,6 +153,11 @@ class Service:
                 shown._num_errors += 1
                 shown._last_error = f"{error.code}: {error}"
         await self._bus.respond_error(received, error)
+
+
+def _size(header: str) -> int:
+    """The number in UNREAD_HEADER, which a sender may have written too."""
+    return int(header) if header.isdecimal() and len(header) < 20 else 0
 
 
 def endpoint_data(answer: bytes, endpoint: str) -> bytes:

@@ -15,11 +15,14 @@ import logging
 import os
 import ssl
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 from urllib.parse import ParseResult
 
 import nats.aio.transport
+
+from mesh.protocol.headers import UNREAD_HEADER
 
 __all__ = ["DirectTransport", "Incoming"]
 
@@ -34,6 +37,8 @@ _MOST_LINE: Final = 1024 * 1024
 """The longest that a server writes is INFO, with the addresses of its cluster."""
 _MOST_MESSAGE: Final = 128 * 1024 * 1024
 """With its headers. A server takes at most 64 MiB, by its `max_pending`."""
+_MOST_HEADERS: Final = 64 * 1024
+"""Of a message whose payload is dropped."""
 _UNHEARD: Final = b"NATS/1.0 503\r\n"
 """The beginning of the headers with which the server reports that no process listens."""
 
@@ -44,11 +49,15 @@ class DirectTransport(nats.aio.transport.Transport):
     `direct` maps a subscription's id, as the protocol writes it, to the function that is called with the payload of each of its messages,
     in the event loop and in order; it must not raise. `unheard` does the same for the server's reports that no process listens, with the
     subject of the report. All other messages go to nats-py.
+
+    `limits` gives a subscription the most bytes that its messages may have. What is longer is dropped as it arrives: the message goes to
+    nats-py without its payload, with UNREAD_HEADER.
     """
 
     def __init__(self) -> None:
         self.direct: dict[bytes, Callable[[bytes], None]] = {}
         self.unheard: dict[bytes, Callable[[str], None]] = {}
+        self.limits: dict[bytes, Callable[[], int]] = {}
         self._socket: asyncio.Transport | None = None
         self._protocol: Incoming | None = None
         self._short: _Short | None = None  # writes past the transport's buffer; None under TLS
@@ -89,7 +98,7 @@ class DirectTransport(nats.aio.transport.Transport):
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
         assert uri.hostname is not None and uri.port is not None  # nats-py has filled them in
         loop = asyncio.get_running_loop()
-        connecting = loop.create_connection(lambda: Incoming(self.direct, self.unheard), uri.hostname, uri.port)
+        connecting = loop.create_connection(lambda: Incoming(self.direct, self.unheard, self.limits), uri.hostname, uri.port)
         socket, protocol = await asyncio.wait_for(connecting, connect_timeout)
         self._socket, self._protocol = socket, protocol
         self._short = protocol.short = _Short(socket, loop)
@@ -100,7 +109,7 @@ class DirectTransport(nats.aio.transport.Transport):
         if self._short is not None:
             self._short.close()
             self._short = None
-        plain, protocol = self._protocol, Incoming(self.direct, self.unheard)
+        plain, protocol = self._protocol, Incoming(self.direct, self.unheard, self.limits)
         securing = asyncio.get_running_loop().start_tls(self._socket, protocol, ssl_context, server_hostname=name)
         try:
             secured = await asyncio.wait_for(securing, connect_timeout)
@@ -200,15 +209,24 @@ class _Short:
 class Incoming(asyncio.Protocol):
     """One connection. It hands direct messages on as they arrive, and keeps everything else until nats-py reads it."""
 
-    def __init__(self, direct: dict[bytes, Callable[[bytes], None]], unheard: dict[bytes, Callable[[str], None]]) -> None:
+    def __init__(
+        self,
+        direct: dict[bytes, Callable[[bytes], None]],
+        unheard: dict[bytes, Callable[[str], None]],
+        limits: dict[bytes, Callable[[], int]],
+    ) -> None:
         self.closed = asyncio.Event()
         self.reads = 0
         self._direct = direct
         self._unheard = unheard
+        self._limits = limits
         self._transport: asyncio.Transport | None = None
-        self._partial = bytearray()  # the beginning of a line or message
+        self._partial: list[bytes] = []  # the beginning of a line or message, as it arrived: joined once, when the rest is there
+        self._partial_bytes = 0
         self._wanted = 0  # bytes that it must have before reading continues
-        self._rest = bytearray()  # for nats-py
+        self._skip = 0  # bytes of a dropped payload that are still to come
+        self._rest: deque[bytes] = deque()  # for nats-py
+        self._rest_bytes = 0
         self._arrived = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -224,11 +242,14 @@ class Incoming(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.reads += 1
+        if self._skip:
+            dropped = min(self._skip, len(data))
+            self._skip, data = self._skip - dropped, data[dropped:]
         if self._partial:
-            self._partial += data
-            if len(self._partial) < self._wanted:
+            self._keep(data)
+            if self._partial_bytes < self._wanted:
                 return
-            data, self._partial = bytes(self._partial), bytearray()
+            data, self._partial, self._partial_bytes = b"".join(self._partial), [], 0
         try:
             left = self._split(data)
         except (ValueError, IndexError):
@@ -237,10 +258,10 @@ class Incoming(asyncio.Protocol):
             self._transport.abort()
             return
         if left < len(data):
-            self._partial += memoryview(data)[left:]
+            self._keep(data[left:])
         if self._rest:
             self._arrived.set()
-            if len(self._rest) > _READ_AHEAD and not self.held and self._transport is not None:
+            if self._rest_bytes > _READ_AHEAD and not self.held and self._transport is not None:
                 self.held = True
                 self._transport.pause_reading()
 
@@ -276,19 +297,20 @@ class Incoming(asyncio.Protocol):
             await self._arrived.wait()
         if self._error is not None and not self._rest:
             raise self._error
-        taken, self._rest = bytes(self._rest), bytearray()
-        self._go_on()
+        taken = self._rest.popleft() if self._rest else b""
+        self._rest_bytes -= len(taken)
+        if not self._rest:
+            self._go_on()
         return taken
 
     async def readline(self) -> bytes:
         """One line of those bytes; an incomplete line at the end of the connection."""
-        while (end := self._rest.find(_CRLF)) < 0 and not self._ended:
+        while (end := (whole := b"".join(self._rest)).find(_CRLF)) < 0 and not self._ended:
             self._arrived.clear()
             await self._arrived.wait()
-        end = len(self._rest) if end < 0 else end + 2
-        taken = bytes(self._rest[:end])
-        del self._rest[:end]
-        return taken
+        end = len(whole) if end < 0 else end + 2
+        self._rest, self._rest_bytes = deque([whole[end:]] if whole[end:] else []), len(whole[end:])
+        return whole[:end]
 
     async def drain(self) -> None:
         if not self._writable.is_set():
@@ -305,13 +327,22 @@ class Incoming(asyncio.Protocol):
             self.held = False
             self._transport.resume_reading()
 
+    def _keep(self, data: bytes) -> None:
+        self._partial.append(data)
+        self._partial_bytes += len(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        if data:
+            self._rest.append(data)
+            self._rest_bytes += len(data)
+
     def _split(self, data: bytes) -> int:
         """Hand over the whole lines and messages in `data`. Returns where the first incomplete one begins. ValueError and IndexError: the
         bytes are not NATS's."""
-        at = 0
+        at = passed = 0  # what is nats-py's is passed on in one piece, up to the next message that is not
         self._wanted = 0
         while (end := data.find(_CRLF, at)) >= 0:
-            begin, end = at, end + 2
+            end += 2
             message = data.startswith(b"MSG ", at)
             if message or data.startswith(b"HMSG ", at):
                 fields = data[at:end].split()
@@ -319,24 +350,44 @@ class Incoming(asyncio.Protocol):
                 if not 0 <= size <= _MOST_MESSAGE:  # a negative one would read the same line for ever
                     raise ValueError("a message without measure")
                 stop = end + size + 2
+                limit = self._limits.get(fields[2])
+                if limit is not None and size > limit():
+                    kept = 0 if message or int(fields[-2]) > _MOST_HEADERS else int(fields[-2])
+                    if end + kept > len(data):
+                        self._wanted = end + kept - at
+                        break
+                    self._pass_on(data[passed:at])
+                    self._pass_on(_without_payload(fields[1 : -1 if message else -2], data[end : end + kept], size))
+                    self._skip = max(stop - len(data), 0)
+                    at = passed = min(stop, len(data))
+                    continue
                 if stop > len(data):
                     self._wanted = stop - at
-                    return at
+                    break
                 call = self._direct.get(fields[2])
                 if call is not None:
                     headers = 0 if message else int(fields[-2])
                     if not 0 <= headers <= size:
                         raise ValueError("headers longer than their message")
+                    self._pass_on(data[passed:at])
                     call(data[end + headers : end + size])
-                    at = stop
+                    at = passed = stop
                     continue
                 if not message and fields[2] in self._unheard and data.startswith(_UNHEARD, end):
+                    self._pass_on(data[passed:at])
                     self._unheard[fields[2]](fields[1].decode())
-                    at = stop
+                    at = passed = stop
                     continue
                 end = stop
-            self._rest += memoryview(data)[begin:end]
             at = end
-        if len(data) - at > _MOST_LINE:
+        self._pass_on(data[passed:at])
+        if not self._wanted and len(data) - at > _MOST_LINE:
             raise ValueError("a line without end")
         return at
+
+
+def _without_payload(address: list[bytes], headers: bytes, size: int) -> bytes:
+    """What is left of a message: its headers, and its size in one more. `address`: subject, subscription, reply subject if any."""
+    unread = f"{UNREAD_HEADER}: {size}\r\n\r\n".encode()
+    block = (headers[:-2] if headers.endswith(b"\r\n\r\n") else b"NATS/1.0\r\n") + unread
+    return b"HMSG %s %d %d\r\n%s\r\n" % (b" ".join(address), len(block), len(block), block)

@@ -40,7 +40,7 @@ class WebSocketTransport(DirectTransport):
     async def _open(self, uri: ParseResult, tls: ssl.SSLContext | None, timeout_s: float) -> None:
         assert uri.hostname is not None
         loop = asyncio.get_running_loop()
-        inner = Incoming(self.direct, self.unheard)
+        inner = Incoming(self.direct, self.unheard, self.limits)
         port = uri.port or _PORTS[uri.scheme]
         named = f"[{uri.hostname}]" if ":" in uri.hostname else uri.hostname
         async with asyncio.timeout(timeout_s):

@@ -30,6 +30,7 @@ from mesh.coordinator.replies import Job
 from mesh.coordinator.requests import Requests
 from mesh.coordinator.translate import event_of
 from mesh.errors import BadRequest, FrameRejected, MeshError
+from mesh.host.turns import Turns
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import frame_codec, generation, subjects, topics
@@ -79,15 +80,17 @@ class Intake:
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._requests = requests
+        self._reading = Turns()
         self._subscriptions: list[Subscription] = []
 
-    async def start(self) -> None:
-        """Subscribe to everything but the shared request subject, which is the service's endpoint (`on_generate`)."""
+    async def start(self, requests: Bus) -> None:
+        """Subscribe to everything but the shared request subject, which is the service's endpoint (`on_generate`). What clients write
+        comes by the connection `requests`, in the order in which it was sent; answers of shards do not wait behind it."""
         model = self._manifest.name
         self._subscriptions = [
-            await self._bus.subscribe(topics.GENERATE_AT.at(model, self._continuity.instance), self._on_passed_on),
+            await requests.subscribe(topics.GENERATE_AT.at(model, self._continuity.instance), self._on_passed_on),
+            await requests.subscribe_direct(topics.CANCEL.at(model, self._name), self._on_cancel),
             await self._bus.subscribe_direct(subjects.tokens(model, self._continuity.instance), self._on_answer),
-            await self._bus.subscribe_direct(topics.CANCEL.at(model, self._name), self._on_cancel),
             await self._bus.subscribe_unheard(f"{self._outbox.unheard}.*", self._on_unheard),
             await self._bus.subscribe(subjects.DISCONNECTS, self._on_disconnect),
         ]
@@ -102,7 +105,7 @@ class Intake:
         """Take a request. Its answer comes later, from outbox.py; an error that is raised here is the answer. `direct`: another
         coordinator passed it on, which believes that the session is here."""
         arrived = time.perf_counter()
-        message = self._requests.parse(received.data)
+        message = await self._reading.run(len(received.data), lambda: self._requests.parse(received.data))
         traceparent = received.headers.get(TRACE_HEADER)
         if traceparent is not None and message.traceparent is None:
             message = message.model_copy(update={"traceparent": traceparent[:128]})

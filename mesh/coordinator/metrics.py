@@ -28,8 +28,13 @@ def report_coordinator(registry: Registry, coordinator: Coordinator) -> None:
     for source in (_load, _requests, _steps, _records):
         registry.add(lambda source=source: source(coordinator), **fixed)  # type: ignore[misc]
     registry.add(lambda: _storage(storage), **fixed)
-    registry.add(lambda: connection_readings("mesh-coordinator", coordinator.bus))
+    registry.add(lambda: _connections(coordinator))
     registry.spans_dropped.append(lambda: sum(count for kind, count in coordinator.tracing.counters.items() if kind != "sent"))
+
+
+def _connections(coordinator: Coordinator) -> Iterator[Reading]:
+    for name, bus in zip(("mesh-coordinator", "mesh-requests"), coordinator.connections(), strict=False):
+        yield from connection_readings(name, bus)
 
 
 def _load(coordinator: Coordinator) -> Iterator[Reading]:

@@ -12,10 +12,10 @@ from typing import Final
 
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.prompt_pool import PromptPool
-from mesh.errors import BadRequest, Busy, PromptTooLong
+from mesh.errors import BadRequest, Busy, MeshError, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol import topics
+from mesh.protocol import documents, topics
 from mesh.protocol.generation import Generate
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
 
@@ -61,12 +61,23 @@ class Requests:
         """A longer prompt does not fit, whatever it says. None: the model has no tokenizer."""
         return None if self._tokenizer is None else self.context * self._tokenizer.characters_per_token
 
+    def most_bytes(self) -> int:
+        """No request that fits has more."""
+        characters = self.max_prompt_characters or 0
+        fits = _OTHER_BYTES + characters * _CHARACTER_BYTES + self.context * (2 * _TOKEN_BYTES + _MESSAGE_BYTES)
+        return min(fits, Generate.limit_bytes)
+
+    def too_large(self, size: int) -> MeshError:
+        """The answer to a request of so many bytes."""
+        if size > Generate.limit_bytes:
+            return documents.too_large(Generate, size, Generate.limit_bytes)
+        return _too_long(f"the request has {size:,} bytes", f"no request that fits has more than {self.most_bytes():,}", self.context)
+
     def parse(self, data: bytes) -> Generate:
         """The request in `data`. PromptTooLong where it cannot fit, unread where its size alone says so."""
+        if len(data) > self.most_bytes():
+            raise self.too_large(len(data))
         context, characters = self.context, self.max_prompt_characters or 0
-        most = _OTHER_BYTES + characters * _CHARACTER_BYTES + context * (2 * _TOKEN_BYTES + _MESSAGE_BYTES)
-        if most < len(data) <= Generate.limit_bytes:
-            raise _too_long(f"the request has {len(data):,} bytes", f"no request that fits has more than {most:,}", context)
         message = topics.GENERATE.parse(data)
         if message.tokens is not None:
             self._require_tokens(len(message.tokens), message.max_tokens)

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -102,6 +103,7 @@ class Coordinator:
         self.metrics_url = ""
         self._stop = asyncio.Event()
         self._service: Service | None = None
+        self._front: Bus | None = None  # the connection by which requests come
         model, model_hash = self.manifest.name, self.manifest.model_hash
         config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
         self.core = Core(config, Random(secrets.randbits(64)))
@@ -194,25 +196,34 @@ class Coordinator:
             if self.prompts is not None:
                 await self.prompts.start()
             await self.tracing.start()
-            await self.intake.start()
+            self._front = front = await self.bus.another("mesh-requests")
+            await self.intake.start(front)
             await self.shards.start()
             await keep_events(self._events)
             await self.continuity.start()
             heartbeats = self.bus.keep(self._send_heartbeats, "heartbeats")  # not before: the others answer them
             self._service = await Service.start(
-                self.bus,
+                front,
                 name=SERVICE_NAME,
                 version=__version__,
                 description=f"generation with {model}",
                 metadata={"coordinator": self.name, "model": model, "model_hash": self.manifest.model_hash},
                 stats=lambda: self.stats().document(),
                 endpoints=[
-                    Endpoint("generate", topics.GENERATE.at(model), self.intake.on_generate, concurrent=True),
+                    Endpoint(
+                        "generate",
+                        topics.GENERATE.at(model),
+                        self.intake.on_generate,
+                        concurrent=True,
+                        most_bytes=self.requests.most_bytes,
+                        too_large=self.requests.too_large,
+                    ),
                     *self.batches.endpoints(),
                 ],
             )
             await self.batches.start()
-            await self.bus.require_subscriptions("a coordinator")
+            for bus in (self.bus, front):
+                await bus.require_subscriptions("a coordinator")
             self.ready.set()
             await self._announce("coordinator_joined", self.name, f"serves {model}")
             log.info("ready: %s serves %s as %s", self.name, model, topics.GENERATE.at(model))
@@ -249,7 +260,7 @@ class Coordinator:
             http=self.http_url,
             metrics=self.metrics_url,
             rejected_frames=dict(self.intake.rejected),
-            refused_replies=self.bus.refused_replies,
+            refused_replies=sum(bus.refused_replies for bus in self.connections()),
             resumed=self.continuity.resumed,
             records=dict(self.continuity.recorder.counters),
             batches=dict(self.batches.counters),
@@ -271,10 +282,14 @@ class Coordinator:
         """What was lost in JetStream and made again, and how often."""
         return {"sessions": self.continuity.recorder.bucket.remade, "events": self._events.remade, "batches": self.batches.remade}
 
+    def connections(self) -> tuple[Bus, ...]:
+        """The connection of frames and documents, then the one by which requests come, if it is there."""
+        return (self.bus,) if self._front is None else (self.bus, self._front)
+
     def errors(self) -> dict[str, int]:
         """What failed unexpectedly, by where."""
-        bus = self.bus.counters
-        counts = {"tasks": bus["task_failures"], "handlers": bus["handler_errors"], "outbox": self.outbox.failed}
+        of = sum((bus.counters for bus in self.connections()), Counter[str]())
+        counts = {"tasks": of["task_failures"], "handlers": of["handler_errors"], "outbox": self.outbox.failed}
         return counts | self.effects.counters | self.driver.counters
 
     async def _leave(self) -> None:
@@ -296,6 +311,8 @@ class Coordinator:
         await self.shards.stop()
         await self.intake.stop()
         await self.tracing.stop()
+        if self._front is not None:
+            await self._front.close()
         if self.prompts is not None:
             await self.prompts.stop()
 

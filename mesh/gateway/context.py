@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -11,6 +11,7 @@ from mesh.gateway.auth import Gate
 from mesh.gateway.health import HealthMonitor
 from mesh.gateway.known import KnownModels
 from mesh.gateway.settings import GatewaySettings
+from mesh.host.turns import Turns
 from mesh.telemetry.registry import Registry
 
 __all__ = ["Gateway", "gateway_of"]
@@ -18,7 +19,7 @@ __all__ = ["Gateway", "gateway_of"]
 
 @dataclass(frozen=True)
 class Gateway:
-    """One HTTP edge. The code that made `client` connects and closes it."""
+    """One HTTP edge. The code that made `client` connects and closes it. `reading`: the turns in which large bodies are read."""
 
     client: AsyncMeshClient
     settings: GatewaySettings
@@ -26,6 +27,7 @@ class Gateway:
     models: KnownModels
     health: HealthMonitor
     metrics: Registry
+    reading: Turns = field(default_factory=Turns)
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -32,7 +32,8 @@ class _Bounded(Request):
     async def json(self) -> Any:
         data = await self.body()
         try:
-            return documents.read(self.model, data, limit_bytes=len(data))  # the edge has bounded the bytes
+            # the edge has bounded the bytes
+            return await gateway_of(self).reading.run(len(data), lambda: documents.read(self.model, data, limit_bytes=len(data)))
         except MessageRejected as error:
             raise BodyRefused(BadRequest(str(error), field=error.field)) from None
 

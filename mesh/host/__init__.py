@@ -3,6 +3,7 @@
 signals    the event loop, and what SIGTERM and SIGINT do
 process    children that end with their parent, memory, the garbage collector
 machine    memory, processors, open files, ports and disk, with the limits of a container
+turns      large pieces of work on the event loop, one at a time
 processor  what the machine computes with
 scratch    temporary folders that are always removed
 paths      the cache folder

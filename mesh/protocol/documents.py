@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 
 from mesh.errors import MessageRejected
 
-__all__ = ["MAX_PARTS", "problem", "read", "short"]
+__all__ = ["MAX_PARTS", "problem", "read", "short", "too_large"]
 
 MAX_PARTS: Final = 250_000
 """Objects, lists, keys and texts of one document. Parsing so many takes some 50 ms."""
@@ -42,7 +42,7 @@ def read(model: type[BaseModel], data: bytes, *, limit_bytes: int) -> Any:
     """The document in `data`, parsed, with only keys of `model` and no list longer than the model allows. Its values are still to be
     checked. MessageRejected names the key that is wrong and says what would be right."""
     if len(data) > limit_bytes:
-        raise MessageRejected(f"a {model.__name__} of {len(data):,} bytes: at most {limit_bytes:,} are read")
+        raise too_large(model, len(data), limit_bytes)
     _require_few_parts(data)
     try:
         document = pydantic_core.from_json(data, cache_strings="keys")
@@ -50,6 +50,10 @@ def read(model: type[BaseModel], data: bytes, *, limit_bytes: int) -> Any:
         raise MessageRejected(_NOT_JSON) from None
     _look(_shape_of(model), document, ())
     return document
+
+
+def too_large(model: type[BaseModel], size: int, limit_bytes: int) -> MessageRejected:
+    return MessageRejected(f"a {model.__name__} of {size:,} bytes: at most {limit_bytes:,} are read")
 
 
 def problem(error: ValidationError) -> tuple[str, str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["EPOCH_HEADER", "FRAME_HEADER", "REQUEST_HEADER", "SERVER_TRACE_HEADER", "SESSION_HEADER", "TRACE_HEADER"]
+__all__ = ["EPOCH_HEADER", "FRAME_HEADER", "REQUEST_HEADER", "SERVER_TRACE_HEADER", "SESSION_HEADER", "TRACE_HEADER", "UNREAD_HEADER"]
 
 EPOCH_HEADER: Final = "Mesh-Epoch"
 """On each message of a token stream: the epoch of the coordinator that sent it. A client drops messages of an older epoch."""
@@ -23,3 +23,6 @@ SERVER_TRACE_HEADER: Final = "Nats-Trace-Dest"
 
 FRAME_HEADER: Final = "Mesh-Frame"
 """On such a frame: STEP.HOP, by which the coordinator knows the server's report."""
+
+UNREAD_HEADER: Final = "Mesh-Unread"
+"""On a message whose payload its receiver dropped as it arrived, because it is too large: how many bytes it had."""

@@ -226,7 +226,7 @@ _PAYLOADS = st.lists(
 def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts: list[int]) -> None:
     direct: list[bytes] = []
     unheard: list[str] = []
-    protocol = Incoming({b"7": direct.append}, {b"9": unheard.append})
+    protocol = Incoming({b"7": direct.append}, {b"9": unheard.append}, {})
     stream, rest = bytearray(), bytearray()
     for kind, data in messages:
         if kind == "direct":
@@ -254,7 +254,35 @@ def test_the_stream_may_be_cut_anywhere(messages: list[tuple[str, bytes]], cuts:
         at, turn = at + count, turn + 1
     assert direct == [data for kind, data in messages if kind in ("direct", "headers")]
     assert unheard == [f"a.b.{len(data)}" for kind, data in messages if kind == "unheard"]
-    assert bytes(protocol._rest) == bytes(rest) and not protocol._partial
+    assert b"".join(protocol._rest) == bytes(rest) and protocol._rest_bytes == len(rest) and not protocol._partial
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.binary(max_size=60)), min_size=1, max_size=8),
+    st.lists(st.integers(1, 30), min_size=1),
+)
+def test_what_is_too_large_is_dropped_as_it_arrives(messages: list[tuple[bool, bool, bytes]], cuts: list[int]) -> None:
+    protocol = Incoming({}, {}, {b"5": lambda: 20})
+    stream, expected, head = bytearray(), bytearray(), b"NATS/1.0\r\nMesh-Session: s\r\n\r\n"
+    for answered, headers, data in messages:
+        to, block = b"a.b 5 _INBOX.x" if answered else b"a.b 5", head if headers else b""
+        sizes = b"%d %d" % (len(block), len(block) + len(data)) if headers else b"%d" % len(data)
+        whole = b"%s %s %s\r\n%s%s\r\n" % (b"HMSG" if headers else b"MSG", to, sizes, block, data)
+        stream += whole
+        if (size := len(block) + len(data)) <= 20:
+            expected += whole
+        else:
+            left = (head[:-2] if headers else b"NATS/1.0\r\n") + b"Mesh-Unread: %d\r\n\r\n" % size
+            expected += b"HMSG %s %d %d\r\n%s\r\n" % (to, len(left), len(left), left)
+    stream += b"PING\r\n"
+    expected += b"PING\r\n"
+    at, turn, most = 0, 0, 0
+    while at < len(stream):
+        count = cuts[turn % len(cuts)]
+        protocol.data_received(bytes(stream[at : at + count]))
+        at, turn, most = at + count, turn + 1, max(most, protocol._partial_bytes)
+    assert b"".join(protocol._rest) == bytes(expected) and not protocol._partial
+    assert most <= len(head) + 60  # nothing of what is dropped is kept meanwhile
 
 
 @pytest.mark.parametrize(
@@ -272,7 +300,7 @@ def test_bytes_that_are_no_message_end_the_connection(data: bytes) -> None:
             self.aborted = True
 
     transport = Transport()
-    protocol = Incoming({}, {})
+    protocol = Incoming({}, {}, {})
     protocol.connection_made(transport)  # type: ignore[arg-type]
     protocol.data_received(data)
     protocol.data_received(b"\r\n")
@@ -317,7 +345,7 @@ def test_bytes_that_the_socket_did_not_take_go_before_all_later_bytes(run: Run) 
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         theirs.setblocking(False)
-        transport, protocol = await loop.create_connection(lambda: Incoming({}, {}), sock=ours)
+        transport, protocol = await loop.create_connection(lambda: Incoming({}, {}, {}), sock=ours)
         short = protocol.short = _Short(transport, loop)
         big, small = b"1" * 1_000_000, b"2" * 10
         assert await asyncio.to_thread(short.send, (big,))
