@@ -349,15 +349,18 @@ class Incoming(asyncio.Protocol):
                 size = int(fields[-1])
                 if not 0 <= size <= _MOST_MESSAGE:  # a negative one would read the same line for ever
                     raise ValueError("a message without measure")
+                headers = 0 if message else int(fields[-2])
+                if not 0 <= headers <= size:
+                    raise ValueError("headers longer than their message")
                 stop = end + size + 2
                 limit = self._limits.get(fields[2])
-                if limit is not None and size > limit():
-                    kept = 0 if message or int(fields[-2]) > _MOST_HEADERS else int(fields[-2])
+                if limit is not None and size - headers > limit():
+                    kept = 0 if headers > _MOST_HEADERS else headers
                     if end + kept > len(data):
                         self._wanted = end + kept - at
                         break
                     self._pass_on(data[passed:at])
-                    self._pass_on(_without_payload(fields[1 : -1 if message else -2], data[end : end + kept], size))
+                    self._pass_on(_without_payload(fields[1 : -1 if message else -2], data[end : end + kept], size - headers))
                     self._skip = max(stop - len(data), 0)
                     at = passed = min(stop, len(data))
                     continue
@@ -366,9 +369,6 @@ class Incoming(asyncio.Protocol):
                     break
                 call = self._direct.get(fields[2])
                 if call is not None:
-                    headers = 0 if message else int(fields[-2])
-                    if not 0 <= headers <= size:
-                        raise ValueError("headers longer than their message")
                     self._pass_on(data[passed:at])
                     call(data[end + headers : end + size])
                     at = passed = stop

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from running import Run
 from serving import LONG, connect, coordinator, shards
@@ -21,6 +22,8 @@ from mesh.client import AsyncMeshClient
 from mesh.coordinator.service import Coordinator
 from mesh.errors import MeshError
 from mesh.local.nats_server import NatsServer
+from mesh.protocol.generation import public_id
+from mesh.protocol.headers import REQUEST_HEADER, SESSION_HEADER
 from mesh.types import even_ranges
 
 BAD = "bad"
@@ -102,6 +105,36 @@ def test_a_turn_of_the_core_that_fails_ends_its_request_and_not_the_loop(
                     await client.generate(**LONG)
             assert serving.stats().errors["core"] == 1 and not serving.jobs.table
             assert list((await client.generate(**LONG)).tokens) == expected
+
+    run(work())
+
+
+def test_a_request_that_cannot_fit_is_answered_without_being_read(
+    server: NatsServer, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The payload is dropped as it arrives. The error still names the request, and other sizes of other endpoints have their own bounds."""
+
+    async def work() -> None:
+        async with coordinator(server.url, model, idle=False) as serving, await connect(server) as bus:
+            read: list[int] = []
+            parse = serving.requests.parse
+
+            def parsed(data: bytes) -> object:
+                read.append(len(data))
+                return parse(data)
+
+            monkeypatch.setattr(serving.requests, "parse", parsed)
+            most = serving.requests.most_bytes()
+            for size, code, context in ((most + 1, "prompt_too_long", "context"), (most, "message_rejected", "objects")):
+                answer = await bus.client.request(
+                    "mesh.v1.tiny.generate", b"{" * size, headers={SESSION_HEADER: "mine", "other": "kept"}, timeout=10
+                )
+                error = orjson.loads(answer.data)
+                assert error["code"] == code and context in error["message"]
+                assert (answer.headers or {})[REQUEST_HEADER] == public_id("mine")
+            assert read == [most]
+            with pytest.raises(MeshError, match="at most 65,536 are read"):
+                await bus.ask("mesh.v1.tiny.batch.status", b"{" * 700_000, timeout_s=10)
 
     run(work())
 
