@@ -84,7 +84,7 @@ def main() -> None:
             tokens = asyncio.run(tokens_of(mesh.url, name, args.prompts))
             same = sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True))
             for count in counts:
-                steps = [asyncio.run(through_the_mesh(mesh.url, name, count))[0] for _ in range(args.rounds)]
+                steps = [asyncio.run(through_the_mesh(BusOptions(urls=(mesh.url,)), name, count))[0] for _ in range(args.rounds)]
                 speed = count / statistics.median(steps)
                 results.append({"shards": shards, "sessions": count, "tokens_per_s": speed, "ready_s": ready_s, "same": same})
                 print(

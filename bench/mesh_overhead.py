@@ -57,9 +57,9 @@ def in_one_process(model: Path, shards: int, rows: int) -> None:
         print(statistics.median(seconds), flush=True)
 
 
-async def through_the_mesh(url: str, model: str, sessions: int) -> tuple[float, dict[str, float]]:
+async def through_the_mesh(options: BusOptions, model: str, sessions: int) -> tuple[float, dict[str, float]]:
     """(median seconds in which each session gets a token while all of them decode, the means of a step's parts)"""
-    async with AsyncMeshClient(options=BusOptions(urls=(url,)), model=model) as client:
+    async with AsyncMeshClient(options=options, model=model) as client:
 
         async def one(index: int) -> tuple[list[float], dict[str, float]]:
             async with client.stream(tokens=prompt(index), max_tokens=STEPS, ignore_eos=True, temperature=0) as stream:
@@ -110,7 +110,7 @@ def main() -> None:
                 alone.stdin.write(f"{count}\n")
                 alone.stdin.flush()
                 result["one_process_s"].append(float(alone.stdout.readline()))
-                step_s, parts = asyncio.run(through_the_mesh(mesh.url, manifest.name, count))
+                step_s, parts = asyncio.run(through_the_mesh(options, manifest.name, count))
                 result["mesh_s"].append(step_s)
                 result["step"].append(parts)
         alone.stdin.close()
