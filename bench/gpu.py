@@ -81,15 +81,14 @@ def main() -> None:
         began = time.monotonic()
         with LocalMesh(LocalOptions(model=args.model, shards=shards, rows=max(counts), context=CONTEXT, http=False)) as mesh:
             ready_s, before = time.monotonic() - began, shard_metrics(mesh)
+            print(f"{shards} shards were ready after {ready_s:.1f} s", flush=True)
             tokens = asyncio.run(tokens_of(mesh.url, name, args.prompts))
             same = sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True))
             for count in counts:
                 steps = [asyncio.run(through_the_mesh(BusOptions(urls=(mesh.url,)), name, count))[0] for _ in range(args.rounds)]
                 speed = count / statistics.median(steps)
                 results.append({"shards": shards, "sessions": count, "tokens_per_s": speed, "ready_s": ready_s, "same": same})
-                print(
-                    f"{shards} shards, {count} sessions: {speed:.1f} tokens/s; {same} of {args.prompts} answers are the CPU's", flush=True
-                )
+                print(f"{shards} shards, {count} sessions: {speed:.1f} tokens/s; {same} of {args.prompts} are the CPU's", flush=True)
             after = shard_metrics(mesh)
         if args.out:
             for which, texts in (("before", before), ("after", after)):
