@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
@@ -82,19 +81,19 @@ def create_app(
     app.add_exception_handler(ClientGone, _nobody)
     for kind in (MeshError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "last-event-id", "traceparent", "x-request-id"],
-            expose_headers=["x-request-id", "x-trace-id", "retry-after"],
-        )
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     private = settings.verifier is None and is_loopback(settings.listener.host)
     tracing = EdgeTracing(client, ratio=settings.sample_ratio, export=export)
     pages_of = settings.cors_origins if settings.verifier is None else None
-    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private, pages_of=pages_of)
+    edge = Edge(
+        app,
+        settings.limits,
+        tracing,
+        secure=settings.listener.tls is not None,
+        plain_names_only=private,
+        pages_of=pages_of,
+        cors_origins=settings.cors_origins,
+    )
     app.state.counters = edge.counters
     registry.add(lambda: gateway_readings(client, edge.counters, gate.accounts, connections))
     registry.spans_dropped.append(lambda: client.spans_dropped)
