@@ -38,6 +38,7 @@ from mesh.gateway.settings import GatewaySettings
 from mesh.gateway.tracing import EdgeTracing
 from mesh.gateway.usage_routes import usage
 from mesh.http.listener import is_loopback
+from mesh.protocol.documents import problem_of
 from mesh.telemetry.export import SpanExport
 from mesh.telemetry.registry import Registry
 
@@ -121,9 +122,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 def _wrong_field(error: RequestValidationError) -> MeshError:
     """The first problem."""
     first: dict[str, Any] = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
-    message = {
-        "missing": "is missing: give it" if field else "the body is missing: send a JSON object with content-type application/json",
-        "model_attributes_type": "should be a JSON object, sent with content-type application/json",
-    }.get(first["type"], str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should"))
+    field, kind, message = problem_of({**first, "loc": first["loc"][1:]})
+    if kind == "missing" and not field:
+        message = "the body is missing: send a JSON object with content-type application/json"
     return BadRequest(f"{field}: {message}" if field else message, field=field)

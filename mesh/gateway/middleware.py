@@ -55,7 +55,7 @@ class Counters:
         return {"active": self.active, "requests": dict(self.requests)}
 
 
-class _HeadAnswered(Exception):  # noqa: N818 (it is no error)
+class _HeadAnswered(Exception):
     """The head of an answer has been sent, and the request was for no more."""
 
 
