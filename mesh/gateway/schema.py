@@ -87,18 +87,23 @@ class Timing(ResponseBody):
 
 
 class TopToken(ResponseBody):
+    """`piece`: the token's own text. `bytes`: what it adds to the text, where that is not its piece: part of a character, or nothing
+    for a control token."""
+
     token: int
     piece: str | None
     logprob: float
+    bytes: list[int] | None = None
 
 
 class TokenLogprob(ResponseBody):
-    """`piece`: the token's own text."""
+    """As TopToken."""
 
     token: int
     piece: str | None
     logprob: float | None
     top: list[TopToken]
+    bytes: list[int] | None = None
 
 
 class InferenceResponse(ResponseBody):

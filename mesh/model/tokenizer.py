@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.compiler
@@ -21,7 +23,7 @@ from mesh.model.manifest import Manifest, TokenizerInfo
 from mesh.model.tokenizer_file import read_backend, unreadable
 from mesh.protocol.documents import short
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["Piece", "TextStream", "Tokenizer"]
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -32,6 +34,21 @@ _WINDOW = 8
 _CHARACTER_TOKENS = 4
 _SHOWN = 500  # characters of an error that quotes a template
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character, or none yet
+_PIECES_KEPT = 8192
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_PRINTABLE: Final = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF: Final = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + index): byte for index, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
+}
+"""The character that stands for each byte in the vocabulary of a byte-level tokenizer."""
+
+
+class Piece(NamedTuple):
+    """The text that a token adds inside a longer text, leading spaces included; U+FFFD stands for bytes that are no whole character. `raw`:
+    what the token adds, where it is something else than that text: such bytes, or nothing for a control token. None: it is the text."""
+
+    text: str
+    raw: bytes | None = None
 
 
 class Tokenizer:
@@ -45,6 +62,8 @@ class Tokenizer:
         self._template = _compile(chat_template) if chat_template else None
         self._longest = max(map(len, backend.get_vocab()), default=1)
         self._anchor = self.encode("a", add_special=False)[-1:]  # some token: a text's first one may be decoded differently
+        self._special = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.piece = lru_cache(_PIECES_KEPT)(self._piece)
 
     @classmethod
     def load(cls, directory: Path, manifest: Manifest | None = None, *, template: bool = True) -> Tokenizer:
@@ -97,12 +116,23 @@ class Tokenizer:
         text: str | None = self._backend.id_to_token(id)
         return text
 
-    def piece(self, id: int) -> str:
-        """The text that `id` adds inside a longer text, leading spaces included. U+FFFD stands for bytes that are no whole character."""
+    def _piece(self, id: int) -> Piece:
         anchor = self._anchor
         before = self.decode(anchor, skip_special=False)
         whole = self.decode([*anchor, id], skip_special=False)
-        return whole[len(before) :] if anchor and whole.startswith(before) else self.decode([id], skip_special=False)
+        text = whole[len(before) :] if anchor and whole.startswith(before) else self.decode([id], skip_special=False)
+        if id in self._special:
+            return Piece(text, b"")
+        return Piece(text, self._bytes_of(id)) if REPLACEMENT in text else Piece(text)
+
+    def _bytes_of(self, id: int) -> bytes | None:
+        """The bytes that a token stands for, as the vocabulary spells them. None: it spells none."""
+        token = self.token(id) or ""
+        byte = _BYTE_TOKEN.fullmatch(token)
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        values = [_BYTE_OF.get(character) for character in token]
+        return None if None in values else bytes(value for value in values if value is not None)
 
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that come one by one."""

@@ -110,10 +110,10 @@ def test_without_max_tokens_the_context_is_the_end(http: httpx.Client) -> None:
     [
         ({"max_tokens": 3}, "prompt", "exactly one of prompt, messages and tokens"),
         ({"prompt": "a", "tokens": [1]}, "prompt", "exactly one of prompt, messages and tokens"),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "1 or more"),
         ({"prompt": "a", "max_tokens": "3"}, "max_tokens", "whole number"),
         ({"prompt": "a", "colour": "red"}, "colour", "not a key here"),
-        ({"prompt": "a", "temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"prompt": "a", "temperature": -1}, "temperature", "0 or more"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
         ({"prompt": 7}, "prompt", "a text"),
         ({"tokens": [96], "max_tokens": 1}, "tokens", "not in the vocabulary"),
