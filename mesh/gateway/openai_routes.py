@@ -41,8 +41,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for completions
 @openai.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
 async def chat_completions(body: ChatRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """The assistant's next message."""
-    messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
-    fields = {"messages": messages, **body.sampling()}
+    fields = {**body.turns(), **body.sampling()}
     if body.longest is not None:
         fields["max_tokens"] = body.longest
     if body.logprobs:

@@ -160,8 +160,13 @@ class Common(SamplingFields, RequestBody):
 
 
 class ChatRequest(Common):
+    """add_generation_prompt, continue_final_message and parse_special are additions: see mesh.protocol.generation.Generate."""
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    parse_special: bool = False
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: Annotated[Any, Unmet(NO_FORMS, ({"type": "text"},))] = None
@@ -183,6 +188,12 @@ class ChatRequest(Common):
     @classmethod
     def _of_logprobs(cls, value: Any, info: ValidationInfo) -> Any:
         return _needs(value, info, "logprobs")
+
+    def turns(self) -> dict[str, Any]:
+        """The fields of mesh.protocol.generation.Generate about messages."""
+        messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages]
+        names = {"add_generation_prompt", "continue_final_message", "parse_special"}
+        return {"messages": messages, **self.model_dump(include=names & self.model_fields_set)}
 
     @property
     def longest(self) -> int | None:

@@ -62,7 +62,7 @@ class Tokenizer:
         self._template = _compile(chat_template) if chat_template else None
         self._longest = max(map(len, backend.get_vocab()), default=1)
         self._anchor = self.encode("a", add_special=False)[-1:]  # some token: a text's first one may be decoded differently
-        self._special = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._special = frozenset(self.control_tokens())
         self.piece = lru_cache(_PIECES_KEPT)(self._piece)
 
     @classmethod
@@ -133,6 +133,17 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         values = [_BYTE_OF.get(character) for character in token]
         return None if None in values else bytes(value for value in values if value is not None)
+
+    def control_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """The tokens that a text does not spell: begins and ends of turns, and the like."""
+        return {id: token for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    def normalize(self, text: str) -> str:
+        return text if self._backend.normalizer is None else str(self._backend.normalizer.normalize_str(text))
+
+    def copy(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer once more, for a caller that changes it."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that come one by one."""
