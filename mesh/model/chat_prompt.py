@@ -90,11 +90,11 @@ class ChatPrompts:
         """A tokenizer to which control tokens are text, and stand-ins are tokens; and the control tokens that these mean."""
         backend = self.tokenizer.copy()
         backend.encode_special_tokens = True
-        meant = {}
+        meant: dict[int, int] = {}
         for place, (id, token) in enumerate(self._control):
             name, kept = _stand_in(_OWN, place), {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+            meant[backend.get_vocab_size()] = id
             backend.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False, **kept)])
-            meant[backend.token_to_id(name)] = id
         return backend, meant
 
 

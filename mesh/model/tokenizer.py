@@ -100,12 +100,11 @@ class Tokenizer:
         return self._longest * (1 if self._backend.normalizer is None else _NORMALIZED)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of `text`. `add_special`: with a leading bos where the model wants one (a chat prompt already has one)."""
+        """Token ids of `text`. `add_special`: with the leading tokens that the model wants, such as a bos (a chat prompt has them)."""
         # This form lets other threads run meanwhile, and leaves out offsets, which are not used: 2.7 times as fast as `encode`.
         ids = list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-        if add_special and self.info.add_bos and self.info.bos_id is not None and ids[:1] != [self.info.bos_id]:
-            ids.insert(0, self.info.bos_id)
-        return ids
+        leading = list(self.info.leading) if add_special else []
+        return ids if ids[: len(leading)] == leading else leading + ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -43,6 +43,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory: Path = tmp_path_factory.mktemp("smollm")
     info, _ = write_gguf_tokenizer(GgufCheckpoint(smollm2_gguf()).metadata, "smollm", directory)
     backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert info is not None
     return Tokenizer(backend, info, (directory / "chat_template.jinja").read_text())
 
 
