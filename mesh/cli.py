@@ -75,7 +75,19 @@ how a model would be placed on your machines:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line, with what was perhaps meant, and where to read on."""
+    """Errors are one line, with what was perhaps meant, and where to read on. Options and positionals come in any order."""
+
+    _between_options = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse alone would give `mesh run DIR --shards 2 PROMPT` the prompt None before it reads the options."""
+        if self._between_options or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._between_options = True  # argparse reads the options first, then the rest, with this method
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._between_options = False
 
     def error(self, message: str) -> NoReturn:
         print(f"mesh: {_plain(message)}: see `{self.prog} --help`", file=sys.stderr)

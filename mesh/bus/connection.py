@@ -308,6 +308,15 @@ class Bus:
         return self.client.max_payload
 
     @property
+    def server_version(self) -> tuple[int, int]:
+        """Of the server that this connection has now; (0, 0) where it says nothing that can be read."""
+        version = self.client.connected_server_version
+        try:
+            return version.major, version.minor
+        except ValueError:
+            return 0, 0
+
+    @property
     def refused_replies(self) -> int:
         """Requests that were dropped because their answers would have gone to another subject than an inbox."""
         return getattr(self.client, "refused_replies", 0)

@@ -146,9 +146,11 @@ def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: str
             return [int(part) for part in args.tokens.split(",") if part.strip()]
         except ValueError:
             raise BadRequest(f"--tokens {args.tokens} is no list of token ids: give numbers such as 5,17,33", field="tokens") from None
+    from mesh.model.chat_prompt import ChatPrompts
+
     if tokenizer is None:
         raise ModelNotFound(f"{model} has no tokenizer: give token ids with --tokens 5,17,33")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if tokenizer.has_chat_template and not args.raw:
-        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]), add_special=False)
+        return ChatPrompts(tokenizer).encode([{"role": "user", "content": prompt}])
     return tokenizer.encode(prompt)

@@ -29,6 +29,7 @@ The files:
     driver.py        one turn of the core: an event in, its effects out in the right order
     effects.py       what the core wants done is passed to the part that does it
     shards.py        leases, rows and probes of shards
+    listeners.py     whether the senders of requests without a stream still listen
     outbox.py        what goes out, in order
     requests.py      a request is checked, and its prompt made tokens
     prompt_pool.py   the processes that make tokens of prompts; prompt_process.py is what one of them runs

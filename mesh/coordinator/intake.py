@@ -205,10 +205,14 @@ class Intake:
 
     def _on_unheard(self, subject: str) -> None:
         """The client of a session no longer listens."""
-        if self._driver.connected_for_s() > _RECONNECTED_S:
+        if self.settled():
             session = self._jobs.session_of(subject.rpartition(".")[2])
             if session is not None:
                 self._driver.handle_now(CancelSession(session, gone=True))
+
+    def settled(self) -> bool:
+        """Whether clients are back where this coordinator was disconnected."""
+        return self._driver.connected_for_s() > _RECONNECTED_S
 
     async def _on_disconnect(self, received: Received) -> None:
         """A shard's connection has ended. Only a hint: the core finds out whose it was."""

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from mesh.coordinator.prompt_process import ERROR, LENGTH, MOST_ANSWER_BYTES
+from mesh.coordinator.prompt_process import ERROR, LENGTH, MOST_ANSWER_BYTES, TEMPLATE_AS_USUAL, ChatOptions
 from mesh.errors import BadRequest, Busy, CorruptModel, MeshError
 from mesh.protocol.failures import ErrorReply
 
@@ -61,12 +61,14 @@ class PromptPool:
     async def stop(self) -> None:
         await asyncio.gather(*(lane.stop() for lane in self._lanes))
 
-    async def tokenize(self, *, prompt: str | None, messages: list[dict[str, Any]] | None, raw: bool) -> list[int]:
+    async def tokenize(
+        self, *, prompt: str | None, messages: list[dict[str, Any]] | None, raw: bool, options: ChatOptions = TEMPLATE_AS_USUAL
+    ) -> list[int]:
         """Token ids. BadRequest: the template or the tokenizer refuses it, or takes too long or too much memory. Busy: too many wait."""
         size = len(prompt or "") + sum(len(str(message.get("content") or "")) for message in messages or ())
         lane = self._lanes[size > SHORT_CHARACTERS]
         self.counters["prompts"] += 1
-        return await lane.tokenize({"prompt": prompt, "messages": messages, "raw": raw})
+        return await lane.tokenize({"prompt": prompt, "messages": messages, "raw": raw, "options": options})
 
 
 class _Lane:

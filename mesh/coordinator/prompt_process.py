@@ -6,7 +6,7 @@ such work has limits of time and memory, and the coordinator's event loop, which
     mesh.coordinator.prompt_pool starts it as   python -m mesh.coordinator.prompt_process MODEL_DIR DIGEST MEMORY_BYTES NICE
 
 DIGEST is that of the manifest that must be in MODEL_DIR, or empty. On stdin and stdout, each message is a little-endian uint32 length
-and that many bytes. The first answer says whether the tokenizer was read. Then each request (JSON: prompt, messages, raw) has one
+and that many bytes. The first answer says whether the tokenizer was read. Then each request (JSON: prompt, messages, raw, options) has one
 answer: one byte, TOKENS followed by int32 ids, or ERROR followed by the JSON of a protocol ErrorReply.
 """
 
@@ -17,19 +17,29 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypedDict
 
 import numpy as np
 import orjson
 
 from mesh.errors import BadRequest, CorruptModel, MeshError
 from mesh.host.process import die_with_parent
+from mesh.model.chat_prompt import ChatPrompts
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol.failures import ErrorReply
 from mesh.protocol.message import MAX_TOKENS
 
-__all__ = ["ERROR", "LENGTH", "MOST_ANSWER_BYTES", "TOKENS", "tokenize"]
+__all__ = ["ERROR", "LENGTH", "MOST_ANSWER_BYTES", "TEMPLATE_AS_USUAL", "TOKENS", "ChatOptions", "tokenize"]
+
+
+class ChatOptions(TypedDict):
+    """How messages become a prompt (mesh.model.chat_prompt)."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    parse_special: bool
+
 
 TOKENS: Final = b"T"
 ERROR: Final = b"E"
@@ -38,26 +48,36 @@ MOST_ANSWER_BYTES: Final = 1 + 4 * MAX_TOKENS
 """No answer is longer; the coordinator's process would have to hold it."""
 
 
-def tokenize(tokenizer: Tokenizer, *, prompt: str | None, messages: list[Mapping[str, Any]] | None, raw: bool) -> list[int]:
+TEMPLATE_AS_USUAL: Final = ChatOptions(add_generation_prompt=True, continue_final_message=False, parse_special=False)
+
+
+def tokenize(
+    chat: ChatPrompts,
+    *,
+    prompt: str | None,
+    messages: list[Mapping[str, Any]] | None,
+    raw: bool,
+    options: ChatOptions = TEMPLATE_AS_USUAL,
+) -> list[int]:
     """The token ids of a prompt, or of chat messages through the model's template; BadRequest names the field that is wrong.
 
-    A chat model gets its template around a plain prompt, too, unless `raw`.
+    A chat model gets its template around a plain prompt, too, unless `raw`. A raw prompt may spell control tokens.
     """
     if messages is not None:
         if not messages:
             raise BadRequest("messages is empty: give at least one", field="messages")
-        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special=False)
+        return chat.encode(messages, **options)
     assert prompt is not None
-    if tokenizer.has_chat_template and not raw:
-        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]), add_special=False)
-    return tokenizer.encode(prompt)
+    if chat.tokenizer.has_chat_template and not raw:
+        return chat.encode([{"role": "user", "content": prompt}], **options)
+    return chat.tokenizer.encode(prompt)
 
 
-def _answer(tokenizer: Tokenizer, data: bytes) -> bytes:
+def _answer(chat: ChatPrompts, data: bytes) -> bytes:
     request = orjson.loads(data)
     field = "prompt" if request["messages"] is None else "messages"
     try:
-        ids = tokenize(tokenizer, **request)
+        ids = tokenize(chat, **request)
         if len(ids) > MAX_TOKENS:
             raise BadRequest(f"the prompt has {len(ids):,} tokens, where {MAX_TOKENS:,} are the most: shorten it", field=field)
         return TOKENS + np.asarray(ids, np.int32).tobytes()
@@ -104,13 +124,13 @@ def main() -> int:
         manifest = Manifest.load(directory)
         if digest and manifest.digest != digest:
             raise CorruptModel(f"{directory} has changed since the coordinator started: start it again")
-        tokenizer = Tokenizer.load(directory, manifest)
+        chat = ChatPrompts(Tokenizer.load(directory, manifest))
     except MeshError as error:
         _write(sink, ERROR + ErrorReply.of(error).to_bytes())
         return 1
     _write(sink, TOKENS)
     while (data := _read(source)) is not None:
-        _write(sink, _answer(tokenizer, data))
+        _write(sink, _answer(chat, data))
     return 0
 
 

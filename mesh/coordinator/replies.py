@@ -186,5 +186,6 @@ class Job:
         """`token` with the texts of itself and its alternatives."""
         if self.tokenizer is None:
             return token
-        piece = self.tokenizer.piece
-        return replace(token, piece=piece(token.id), top_pieces=tuple([piece(id) for id, _ in token.top]))
+        own, *others = [self.tokenizer.piece(id) for id in (token.id, *(id for id, _ in token.top))]
+        texts, raws = tuple([each.text for each in others]), tuple([each.raw for each in others])
+        return replace(token, piece=own.text, top_pieces=texts, raw=own.raw, top_raws=raws)

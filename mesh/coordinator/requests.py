@@ -12,6 +12,7 @@ from typing import Final
 
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.prompt_pool import PromptPool
+from mesh.coordinator.prompt_process import ChatOptions
 from mesh.errors import BadRequest, Busy, MeshError, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -110,7 +111,13 @@ class Requests:
             if self._pool is None:
                 raise BadRequest(f"{manifest.name} has no tokenizer: send token ids as `tokens`", field=field)
             messages = None if message.messages is None else [part.model_dump() for part in message.messages]
-            tokens = await self._pool.tokenize(prompt=message.prompt, messages=messages, raw=message.raw)
+            begin = message.add_generation_prompt is not False and not message.continue_final_message
+            options = ChatOptions(
+                add_generation_prompt=begin,
+                continue_final_message=message.continue_final_message,
+                parse_special=message.parse_special,
+            )
+            tokens = await self._pool.tokenize(prompt=message.prompt, messages=messages, raw=message.raw, options=options)
         if not tokens:
             raise BadRequest("the prompt is empty: give at least one token", field=field)
         if max(tokens) >= manifest.vocab_size:

@@ -29,6 +29,7 @@ from mesh.coordinator.effects import Effects
 from mesh.coordinator.generations import GenerationMeter
 from mesh.coordinator.intake import Intake
 from mesh.coordinator.jobs import Jobs
+from mesh.coordinator.listeners import Listeners
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.prompt_pool import PromptPool
 from mesh.coordinator.replies import Job
@@ -182,6 +183,13 @@ class Coordinator:
             tokenizer=self.tokenizer,
             requests=self.requests,
         )
+        self.listeners = Listeners(
+            bus,
+            jobs,
+            instance=instance,
+            settled=self.intake.settled,
+            gone=lambda session: self.driver.handle_now(CancelSession(session, gone=True)),
+        )
         self._events = EventLog(bus)
         self.batches = BatchWorker(
             bus, self.core, model, self.continuity.instance, lambda session: self.driver.handle_now(CancelSession(session))
@@ -198,6 +206,7 @@ class Coordinator:
             await self.tracing.start()
             self._front = front = await self.bus.another("mesh-requests")
             await self.intake.start(front)
+            await self.listeners.start()
             await self.shards.start()
             await keep_events(self._events)
             await self.continuity.start()
@@ -309,6 +318,7 @@ class Coordinator:
             await self._announce("coordinator_left", self.name, f"{len(released)} sessions were left to others" if released else "")
         self.driver.stop()
         await self.shards.stop()
+        await self.listeners.stop()
         await self.intake.stop()
         await self.tracing.stop()
         if self._front is not None:

@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
@@ -39,6 +38,7 @@ from mesh.gateway.settings import GatewaySettings
 from mesh.gateway.tracing import EdgeTracing
 from mesh.gateway.usage_routes import usage
 from mesh.http.listener import is_loopback
+from mesh.protocol.documents import problem_of
 from mesh.telemetry.export import SpanExport
 from mesh.telemetry.registry import Registry
 
@@ -82,19 +82,19 @@ def create_app(
     app.add_exception_handler(ClientGone, _nobody)
     for kind in (MeshError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "last-event-id", "traceparent", "x-request-id"],
-            expose_headers=["x-request-id", "x-trace-id", "retry-after"],
-        )
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     private = settings.verifier is None and is_loopback(settings.listener.host)
     tracing = EdgeTracing(client, ratio=settings.sample_ratio, export=export)
     pages_of = settings.cors_origins if settings.verifier is None else None
-    edge = Edge(app, settings.limits, tracing, secure=settings.listener.tls is not None, plain_names_only=private, pages_of=pages_of)
+    edge = Edge(
+        app,
+        settings.limits,
+        tracing,
+        secure=settings.listener.tls is not None,
+        plain_names_only=private,
+        pages_of=pages_of,
+        cors_origins=settings.cors_origins,
+    )
     app.state.counters = edge.counters
     registry.add(lambda: gateway_readings(client, edge.counters, gate.accounts, connections))
     registry.spans_dropped.append(lambda: client.spans_dropped)
@@ -122,9 +122,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 def _wrong_field(error: RequestValidationError) -> MeshError:
     """The first problem."""
     first: dict[str, Any] = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
-    message = {
-        "missing": "is missing: give it" if field else "the body is missing: send a JSON object with content-type application/json",
-        "model_attributes_type": "should be a JSON object, sent with content-type application/json",
-    }.get(first["type"], str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should"))
+    field, kind, message = problem_of({**first, "loc": first["loc"][1:]})
+    if kind == "missing" and not field:
+        message = "the body is missing: send a JSON object with content-type application/json"
     return BadRequest(f"{field}: {message}" if field else message, field=field)

@@ -45,13 +45,15 @@ class Cost:
     prompt: int
 
 
-def cost_of(requests: Iterable[Mapping[str, Any]], limits: Limits, *, default: int | None = None) -> Cost:
+def cost_of(requests: Iterable[Mapping[str, Any]], limits: Limits, *, default: int | None = None, choices: int = 1) -> Cost:
     """The cost of a call of these requests, as mesh.client takes them. `default`: tokens where a request gives no max_tokens; None: those
-    of `limits`."""
+    of `limits`. `choices`: so many requests in a row have the same prompt, which counts once."""
     count = tokens = characters = 0
     for fields in requests:
         count += 1
         tokens += fields.get("max_tokens") or default or limits.default_max_tokens
+        if (count - 1) % choices:
+            continue
         tokens += len(fields.get("tokens") or ())
         characters += len(fields.get("prompt") or "") + sum(len(message["content"]) for message in fields.get("messages") or ())
     return Cost(count, tokens, characters // _CHARACTERS_A_TOKEN)
@@ -76,13 +78,23 @@ class HttpGeneration:
     leaves if that is less.
 
     `progress`, `choice`: the generation is a choice of a stream that may be resumed (resume.py). Its chunks come from the first one on.
+    `prompt_counts`: whether its prompt is on the bill; it is there once, for all choices.
     Iterate over `chunks`. The last chunk has no token; when it comes, `completion` is set. Closing the iterator early cancels the
     generation. `request`: the name of the generation in the mesh, once it has begun.
     """
 
     def __init__(
-        self, gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any], progress: Progress | None = None, choice: int = 0
+        self,
+        gateway: Gateway,
+        bill: Bill,
+        model: str,
+        fields: Mapping[str, Any],
+        progress: Progress | None = None,
+        choice: int = 0,
+        *,
+        prompt_counts: bool = True,
     ) -> None:
+        self._prompt_counts = prompt_counts
         self._gateway = gateway
         self._bill = bill
         self._model = model
@@ -145,11 +157,12 @@ class HttpGeneration:
             await stream.aclose(may_return=self._may_return)
             completion = stream.completion
             keep(None if completion is None else completion.trace)
+            prompt = 0
             if completion is not None:
-                self._bill.prompt_tokens += completion.usage.prompt_tokens
-                given = completion.usage.completion_tokens
+                prompt, given = completion.usage.prompt_tokens, completion.usage.completion_tokens
             elif given:  # it was broken off, but the prompt was computed
-                self._bill.prompt_tokens += cost_of([self._fields], limits).prompt + len(self._fields.get("tokens") or ())
+                prompt = cost_of([self._fields], limits).prompt + len(self._fields.get("tokens") or ())
+            self._bill.prompt_tokens += prompt if self._prompt_counts else 0
             self._bill.completion_tokens += max(given - self._had, 0)
 
     async def _left(self, error: PromptTooLong) -> int | None:

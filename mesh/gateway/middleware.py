@@ -1,5 +1,7 @@
 """What every request passes: a request id, bounds on its body, headers for browsers, errors as documents, a line in the log.
 
+HEAD is answered as GET would be, without the body; a path with a slash at its end is the path without it.
+
 It is plain ASGI, so a token of a stream costs no more than two counters.
 """
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mesh.gateway.errors import BodyRefused, HttpError, error_response, internal_error
@@ -52,10 +55,15 @@ class Counters:
         return {"active": self.active, "requests": dict(self.requests)}
 
 
+class _HeadAnswered(Exception):
+    """The head of an answer has been sent, and the request was for no more."""
+
+
 class Edge:
     """The outermost part. `secure`: the listener uses TLS. `plain_names_only`: requests are answered only if their Host is an address
     or a name without a dot. A web page of another host could otherwise rebind its name to reach a listener on its visitor's machine.
-    `pages_of`: where no token is required, pages of these other origins may send requests; None: a token is required."""
+    `pages_of`: where no token is required, pages of these other origins may send requests; None: a token is required. `cors_origins`:
+    pages of these other origins may read answers."""
 
     def __init__(
         self,
@@ -66,8 +74,10 @@ class Edge:
         secure: bool,
         plain_names_only: bool = False,
         pages_of: Collection[str] | None = None,
+        cors_origins: Collection[str] = (),
     ) -> None:
-        self._app = app
+        self._cors_origins = cors_origins
+        self._app = self._readable(app)
         self._limits = limits
         self._tracing = tracing
         self._plain_names_only = plain_names_only
@@ -90,8 +100,22 @@ class Edge:
         with self._tracing.of(headers) as trace, log_context(http_request=request_id, trace=trace.context.trace):
             await self._answer(scope, receive, send, headers, request_id, trace)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str, trace: HttpTrace) -> None:
+    def _readable(self, app: ASGIApp) -> ASGIApp:
+        """`app`, whose answers pages of `cors_origins` may read. These pages may send any header: OpenAI's client sends a dozen of its
+        own, and none of them gives a right, except a token, which a page cannot know."""
+        if not self._cors_origins:
+            return app
+        return CORSMiddleware(
+            app,
+            allow_origins=list(self._cors_origins),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-trace-id", "retry-after", "x-should-retry"],
+        )
+
+    async def _answer(self, outer: Scope, receive: Receive, send: Send, headers: Headers, request_id: str, trace: HttpTrace) -> None:
         began, began_ns = time.perf_counter(), time.time_ns()
+        scope, without_body = _as_routes_have_it(outer), outer["method"] == "HEAD"
         status = 0
         streams = False
 
@@ -110,31 +134,37 @@ class Edge:
                     counters.streams += 1
                 out["x-trace-id"] = trace.context.trace
             await send(message)
+            if without_body:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                raise _HeadAnswered
 
         body = _Body(receive, self._limits)
         counters = self.counters
         counters.active += 1
         try:
-            refusal = self._refusal(scope["method"], headers)
+            refusal = self._refusal(outer["method"], headers)
             if refusal is not None:
                 await body.drop()
-                await error_response(refusal, scope["path"], request_id)(scope, receive, answer)
+                await self._readable(error_response(refusal, scope["path"], request_id))(scope, receive, answer)
             else:
                 await self._app(scope, body.receive, answer)
+        except _HeadAnswered:
+            pass
         except ClientGone:
             status = status or 499
         except Exception:
-            log.exception("%s %s", scope["method"], _route(scope))
+            log.exception("%s %s", outer["method"], _route(scope))
             if status:  # the response has begun, so only its connection can be ended
                 raise
-            await error_response(internal_error(), scope["path"], request_id)(scope, receive, answer)
+            with contextlib.suppress(_HeadAnswered):
+                await self._readable(error_response(internal_error(), scope["path"], request_id))(scope, receive, answer)
         finally:
             counters.active -= 1
             counters.streams -= streams
             counters.requests[str(status)] += 1
-            counters.durations.observe(time.perf_counter() - began, _method(scope), _route(scope), str(status))
+            counters.durations.observe(time.perf_counter() - began, _method(outer), _route(scope), str(status))
             self._tracing.ended(trace, scope, status, began_ns, time.time_ns())
-            _log_access(scope, status, time.perf_counter() - began)
+            _log_access(scope, outer["method"], status, time.perf_counter() - began)
 
     def _refusal(self, method: str, headers: Headers) -> HttpError | None:
         """The error of a request that is wrong before its body is read. None: nothing is wrong."""
@@ -157,18 +187,26 @@ class Edge:
         return None if self._pages_of is None else foreign_page(method, headers, self._pages_of)
 
 
+def _as_routes_have_it(scope: Scope) -> Scope:
+    """The request as the routes know it: GET for HEAD, and no slash at the end of the path."""
+    method, path = scope["method"], scope["path"]
+    if method != "HEAD" and not path.endswith("/"):
+        return scope
+    return {**scope, "method": "GET" if method == "HEAD" else method, "path": path.rstrip("/") or "/"}
+
+
 def _method(scope: Scope) -> str:
     return scope["method"] if scope["method"] in _METHODS else "_OTHER"
 
 
-def _log_access(scope: Scope, status: int, seconds: float) -> None:
+def _log_access(scope: Scope, method: str, status: int, seconds: float) -> None:
     """One line for a request that has ended."""
     level = logging.DEBUG if status == 200 and "/health" in scope["path"] else logging.INFO
     if not access.isEnabledFor(level):
         return
     fields = {
         "client": (scope.get("client") or ("-",))[0],
-        "method": scope["method"],
+        "method": method,
         "route": _route(scope),
         "status": status,
         "seconds": round(seconds, 6),

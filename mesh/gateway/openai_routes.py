@@ -23,7 +23,7 @@ from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import openai_document
 from mesh.gateway.events import EventStream, event, until_gone
-from mesh.gateway.generation import Cost, HttpGeneration, cost_of, paying
+from mesh.gateway.generation import Bill, Cost, HttpGeneration, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
 from mesh.gateway.openai_shapes import ChatShape, Shape, TextShape
@@ -41,8 +41,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for completions
 @openai.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
 async def chat_completions(body: ChatRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """The assistant's next message."""
-    messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
-    fields = {"messages": messages, **body.sampling()}
+    fields = {**body.turns(), **body.sampling()}
     if body.longest is not None:
         fields["max_tokens"] = body.longest
     if body.logprobs:
@@ -76,32 +75,36 @@ async def model(model: str, gateway: Gateway = Depends(gateway_of)) -> Response:
 
 @dataclass(slots=True)
 class _Work:
-    """The generations of one request, in the order of their choices."""
+    """The generations of one request, in the order of their choices. `choices`: of each prompt."""
 
     gateway: Gateway
     caller: Caller
     shape: Shape
     requests: list[dict[str, Any]]
+    choices: int
     include_usage: bool
     progress: Progress
 
     @property
     def cost(self) -> Cost:
-        return cost_of(self.requests, self.gateway.settings.limits)
+        return cost_of(self.requests, self.gateway.settings.limits, choices=self.choices)
+
+    def generations(self, bill: Bill, progress: Progress | None = None) -> list[HttpGeneration]:
+        return [
+            HttpGeneration(self.gateway, bill, self.shape.model, request, progress, choice, prompt_counts=choice % self.choices == 0)
+            for choice, request in enumerate(self.requests)
+        ]
 
     async def complete(self) -> dict[str, Any]:
         with paying(self.caller, self.cost) as bill:
-            tasks = [HttpGeneration(self.gateway, bill, self.shape.model, request).complete() for request in self.requests]
-            completions = await _together(tasks)
+            completions = await _together([generation.complete() for generation in self.generations(bill)])
         self.shape.name(completions[0].request)
         return self.shape.whole(completions)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape, progress = self.shape, self.progress
         with paying(self.caller, self.cost) as bill:
-            generations = [
-                HttpGeneration(self.gateway, bill, shape.model, request, progress, choice) for choice, request in enumerate(self.requests)
-            ]
+            generations = self.generations(bill, progress)
             async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
                 async for index, chunk in chunks:
                     shape.name(generations[0].request)
@@ -137,10 +140,10 @@ async def _answer(gateway: Gateway, request: Request, body: Common, prompts: lis
             seed = body.seed_of(choice)
             requests.append(prompt if seed is None else {**prompt, "seed": seed})
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    shape = kind(name, int(time.time()), usage_is_null=bool(body.stream and include_usage))
+    shape = kind(name, int(time.time()), choices=body.n or 1, usage_is_null=bool(body.stream and include_usage))
     caller = caller_of(request)
     progress = Progress(len(requests), request.headers.get(HEADER) if body.stream else None, owner=caller.owner)
-    work = _Work(gateway, caller, shape, requests, include_usage, progress)
+    work = _Work(gateway, caller, shape, requests, body.n or 1, include_usage, progress)
     if body.stream:
         return EventStream(work.events(), lambda error: event(openai_document(error)), keep_alive_s=limits.keep_alive_s)
     return _json(await until_gone(request.receive, work.complete()))

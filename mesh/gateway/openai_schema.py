@@ -1,12 +1,17 @@
-"""The documents of OpenAI's API, as far as a mesh supports them. A field that it does not support is refused by name."""
+"""The documents of OpenAI's API, as far as a mesh supports them.
+
+A key that cannot change an answer is taken, whatever its value (Harmless). A key that asks for what a mesh does not do is refused by name,
+with the reason (unmet). Null is the same as a key that is left out. Any other key is refused: it may be a misspelt one.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
-from mesh.gateway.bodies import RequestBody, ResponseBody, Usage
+from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, Usage, allow_null
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
@@ -28,24 +33,58 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_INT)]], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
+NO_TOOLS = "a mesh calls no tools: leave it out, and ask for the form of the answer in a message"
+NO_FORMS = "a mesh does not force the form of an answer: ask for it in a message, and leave this out"
+NoTools = Annotated[Any, Unmet(NO_TOOLS, ([],), {"type": "array", "maxItems": 0})]
+
+
 class StreamOptions(RequestBody):
+    """Usage comes with the last part, which has the final counts."""
+
     include_usage: bool = False
-    include_obfuscation: bool = False  # accepted, but nothing is ever added to hide the length of tokens
+    include_obfuscation: Harmless = None  # nothing is ever added to hide the length of tokens
+    continuous_usage_stats: Harmless = None
 
 
 class TextPart(RequestBody):
+    """The keys of other types are known so that the error is about the type."""
+
     type: Literal["text"]
     text: Text
+    cache_control: Harmless = None
+    annotations: Harmless = None
+    image_url: Harmless = None
+    input_audio: Harmless = None
+    file: Harmless = None
 
 
 class ChatMessage(RequestBody):
-    """`content` is a text or parts of one. The role developer means system."""
+    """`content` is a text or parts of one. The role developer means system. A message of an earlier answer may come back with everything
+    that clients add to it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-    name: Label | None = None
-    refusal: Text | None = None
-    tool_call_id: Label | None = None
+    content: (
+        Annotated[
+            Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)],
+            ByKind('a text or a list of parts, each {"type": "text", "text": ...}'),
+        ]
+        | None
+    ) = None
+    tool_calls: NoTools = None
+    function_call: Annotated[Any, Unmet(NO_TOOLS)] = None
+    audio: Annotated[Any, Unmet("a mesh takes text alone: leave it out")] = None
+    name: Harmless = None
+    refusal: Harmless = None
+    tool_call_id: Harmless = None
+    id: Harmless = None
+    status: Harmless = None
+    annotations: Harmless = None
+    provider_specific_fields: Harmless = None
+    reasoning: Harmless = None
+    reasoning_content: Harmless = None
+    reasoning_details: Harmless = None
+    thinking_blocks: Harmless = None
+    images: Harmless = None
 
     @property
     def text(self) -> str:
@@ -54,22 +93,22 @@ class ChatMessage(RequestBody):
         return self.content or ""
 
 
-class ResponseFormat(RequestBody):
-    type: Literal["text"]
+def _needs(value: Any, info: ValidationInfo, other: str) -> Any:
+    """The value of a key that means something only where the key `other`, which comes before it, is true."""
+    if value is not None and not info.data.get(other):
+        raise PydanticCustomError("unmet", "needs {other}: true", {"other": other})
+    return value
 
 
 def _describe(schema: dict[str, Any]) -> None:
-    """In a JSON schema, give every sampling parameter its description, and allow null for it."""
+    """In a JSON schema, give every sampling parameter its description."""
+    allow_null(schema)
     for name, field in SamplingFields.model_fields.items():
-        value = schema["properties"][name]
-        value.setdefault("description", field.description)
-        if "anyOf" not in value:
-            outer = {key: value.pop(key) for key in ("title", "description", "default") if key in value}
-            schema["properties"][name] = {"anyOf": [value, {"type": "null"}], **outer}
+        schema["properties"][name].setdefault("description", field.description)
 
 
 class Common(SamplingFields, RequestBody):
-    """The fields of both kinds of completion. A sampling parameter that is null has its default.
+    """The fields of both kinds of completion.
 
     ignore_eos and the sampling parameters that OpenAI does not have are additions. Where OpenAI's range or default differs from the
     mesh's, OpenAI's holds.
@@ -85,18 +124,26 @@ class Common(SamplingFields, RequestBody):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
+    stop: (
+        Annotated[
+            StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)],
+            ByKind("a text or a list of at most 4 texts"),
+        ]
+        | None
+    ) = None
     max_tokens: Positive | None = None
-    user: Label | None = None
-    logit_bias: Annotated[dict[Label, float], Field(max_length=0)] | None = None
     ignore_eos: bool | None = None
+    logit_bias: Annotated[Any, Unmet("a mesh does not bias tokens: leave it out", ({},), {"type": "object", "maxProperties": 0})] = None
+    user: Harmless = None
+    safety_identifier: Harmless = None
+    prompt_cache_key: Harmless = None
+    prompt_cache_retention: Harmless = None
+    metadata: Harmless = None
 
-    @model_validator(mode="before")
+    @field_validator("stream_options", mode="before")
     @classmethod
-    def _null_is_the_default(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None or name not in SamplingFields.model_fields}
+    def _options_of_a_stream(cls, value: Any, info: ValidationInfo) -> Any:
+        return _needs(value, info, "stream")
 
     def sampling(self) -> dict[str, Any]:
         """The fields of mesh.protocol.generation.Generate that the request has, and the temperature. Without seed and logprobs, which
@@ -113,25 +160,40 @@ class Common(SamplingFields, RequestBody):
 
 
 class ChatRequest(Common):
+    """add_generation_prompt, continue_final_message and parse_special are additions: see mesh.protocol.generation.Generate."""
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    parse_special: bool = False
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[Label, Annotated[str, Field(max_length=1000)]], Field(max_length=64)] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    reasoning_effort: Label | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=16, fail_fast=True)] | None = None
+    response_format: Annotated[Any, Unmet(NO_FORMS, ({"type": "text"},))] = None
+    tools: NoTools = None
+    functions: NoTools = None
+    tool_choice: Annotated[Any, Unmet(NO_TOOLS, ("none", "auto"))] = None
+    function_call: Annotated[Any, Unmet(NO_TOOLS, ("none", "auto"))] = None
+    modalities: Annotated[Any, Unmet('a mesh answers with text alone: give ["text"], or leave it out', (["text"],))] = None
+    audio: Annotated[Any, Unmet("a mesh answers with text alone: leave it out")] = None
+    web_search_options: Annotated[Any, Unmet("a mesh searches nothing: leave it out")] = None
+    service_tier: Annotated[Any, Unmet("a mesh has one tier: leave it out", ("auto", "default"))] = None
+    parallel_tool_calls: Harmless = None
+    prediction: Harmless = None
+    reasoning_effort: Harmless = None
+    store: Harmless = None
+    verbosity: Harmless = None
 
-    @model_validator(mode="after")
-    def _agree(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
+    @field_validator("top_logprobs", mode="before")
+    @classmethod
+    def _of_logprobs(cls, value: Any, info: ValidationInfo) -> Any:
+        return _needs(value, info, "logprobs")
+
+    def turns(self) -> dict[str, Any]:
+        """The fields of mesh.protocol.generation.Generate about messages."""
+        messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages]
+        names = {"add_generation_prompt", "continue_final_message", "parse_special"}
+        return {"messages": messages, **self.model_dump(include=names & self.model_fields_set)}
 
     @property
     def longest(self) -> int | None:
@@ -141,21 +203,23 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     """`prompt`: a text, several texts, token ids, or several lists of token ids. It is used as it is, without a chat template."""
 
-    prompt: (
+    prompt: Annotated[
         Text
         | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
-    )
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
+        ByKind("a text, a list of texts, a list of token ids, or a list of such lists"),
+    ]
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
+    echo: Annotated[Any, Unmet("a mesh gives the answer alone: leave it out, or false", (False,))] = None
+    suffix: Annotated[Any, Unmet("a mesh continues a text, and inserts nothing: leave it out", ("",))] = None
 
-    @model_validator(mode="after")
-    def _agree(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of is not n: a mesh gives out every choice it makes")
-        return self
+    @field_validator("best_of")
+    @classmethod
+    def _all_are_given_out(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value != (info.data.get("n") or 1):
+            raise PydanticCustomError("unmet", "is not n: a mesh gives out every choice it makes")
+        return value
 
     def prompts(self) -> list[dict[str, Any]]:
         """Each prompt as fields of mesh.protocol.generation.Generate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,16 +10,14 @@ from mesh.client import Chunk, Completion, Token
 
 __all__ = ["ChatShape", "Shape", "TextShape"]
 
-_REPLACEMENT = "\ufffd"  # a token that is part of a character has no text of its own
-
 
 class Shape(Protocol):
-    """The documents of one request. Its id is the name of its first generation in the mesh. `part`: the documents for one chunk of
-    choice `index`; `reason` is set with the last chunk."""
+    """The documents of one request. Its id is the name of its first generation in the mesh. `choices`: of each prompt. `part`: the
+    documents for one chunk of choice `index`; `reason` is set with the last chunk."""
 
     model: str
 
-    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None: ...
+    def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None: ...
     def name(self, request: str) -> None: ...
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
     def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]: ...
@@ -30,10 +29,11 @@ class _Documents:
     object: str
     part_object: str
 
-    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None:
+    def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None:
         self.model = model
         self._id = ""
         self._created = created
+        self._choices = choices
         self._null = {"usage": None} if usage_is_null else {}
 
     def name(self, request: str) -> None:
@@ -50,14 +50,20 @@ class _Documents:
         }
 
     def usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        return self._document([], part=True, usage=_usage(completions))
+        return self._document([], part=True, usage=self._usage(completions))
+
+    def _usage(self, completions: Sequence[Completion]) -> dict[str, int]:
+        """The usage of all choices, in their order. A prompt counts once, however many choices it has."""
+        prompt = sum(completion.usage.prompt_tokens for completion in completions[:: self._choices])
+        given = sum(completion.usage.completion_tokens for completion in completions)
+        return {"prompt_tokens": prompt, "completion_tokens": given, "total_tokens": prompt + given}
 
 
 class ChatShape(_Documents):
     prefix, object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None:
-        super().__init__(model, created, usage_is_null=usage_is_null)
+    def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None:
+        super().__init__(model, created, choices=choices, usage_is_null=usage_is_null)
         self._begun: set[int] = set()
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -70,7 +76,7 @@ class ChatShape(_Documents):
             }
             for index, completion in enumerate(completions)
         ]
-        return self._document(choices, part=False, usage=_usage(completions), system_fingerprint=None)
+        return self._document(choices, part=False, usage=self._usage(completions), system_fingerprint=None)
 
     def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]:
         documents = []
@@ -92,43 +98,48 @@ class ChatShape(_Documents):
 class TextShape(_Documents):
     prefix, object, part_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, created: int, *, usage_is_null: bool) -> None:
-        super().__init__(model, created, usage_is_null=usage_is_null)
-        self._offsets: dict[int, int] = {}
+    def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None:
+        super().__init__(model, created, choices=choices, usage_is_null=usage_is_null)
+        self._offsets: dict[int, _Offsets] = {}
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
                 "text": completion.text or "",
-                "logprobs": None if completion.logprobs is None else _text_logprobs(completion.logprobs, 0),
+                "logprobs": None if completion.logprobs is None else _text_logprobs(completion.logprobs, _Offsets()),
                 "finish_reason": completion.finish_reason,
             }
             for index, completion in enumerate(completions)
         ]
-        return self._document(choices, part=False, usage=_usage(completions), system_fingerprint=None)
+        return self._document(choices, part=False, usage=self._usage(completions), system_fingerprint=None)
 
     def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]:
         logprobs = None
         if chunk.token is not None and chunk.token.logprob is not None:
-            offset = self._offsets.get(index, 0)
-            logprobs = _text_logprobs((chunk.token,), offset)
-            self._offsets[index] = offset + len(_piece(chunk.token))
+            logprobs = _text_logprobs((chunk.token,), self._offsets.setdefault(index, _Offsets()))
         if not chunk.text and logprobs is None and reason is None:
             return []
         choice = {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": reason}
         return [self._document([choice], part=True, **self._null)]
 
 
-def _usage(completions: Sequence[Completion]) -> dict[str, int]:
-    """The usage of all choices. A prompt with several choices is processed, and counted, once for each choice."""
-    prompt = sum(completion.usage.prompt_tokens for completion in completions)
-    given = sum(completion.usage.completion_tokens for completion in completions)
-    return {"prompt_tokens": prompt, "completion_tokens": given, "total_tokens": prompt + given}
+class _Offsets:
+    """Where each token of a text begins, in characters. A token that is part of a character begins where the character does."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, token: Token) -> int:
+        begins = self._next
+        self._next += len(self._decoder.decode(_bytes(token.piece, token.raw) or b""))
+        return begins
 
 
-def _piece(token: Token) -> str:
-    return f"<{token.id}>" if token.piece is None else token.piece
+def _bytes(piece: str | None, raw: bytes | None) -> bytes | None:
+    """What a token adds to the text. None: nothing, as a control token does, or nobody knows."""
+    return None if piece is None else piece.encode() if raw is None else raw or None
 
 
 def _chat_logprobs(tokens: Sequence[Token] | None) -> dict[str, Any] | None:
@@ -136,29 +147,33 @@ def _chat_logprobs(tokens: Sequence[Token] | None) -> dict[str, Any] | None:
         return None
     content = []
     for token in tokens:
-        top = [
-            _entry(f"<{id}>" if piece is None else piece, logprob)
-            for (id, logprob), piece in zip(token.top, token.top_pieces or (None,) * len(token.top), strict=True)
-        ]
-        content.append({**_entry(_piece(token), token.logprob or 0.0), "top_logprobs": top})
+        top = [_entry(*alternative) for alternative in token.alternatives()]
+        content.append({**_entry(token.id, token.logprob or 0.0, token.piece, token.raw), "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": None if _REPLACEMENT in text else list(text.encode())}
+def _entry(id: int, logprob: float, piece: str | None, raw: bytes | None) -> dict[str, Any]:
+    added = _bytes(piece, raw)
+    return {"token": f"<{id}>" if piece is None else piece, "logprob": logprob, "bytes": None if added is None else list(added)}
 
 
-def _text_logprobs(tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-    pieces = [_piece(token) for token in tokens]
-    offsets = []
-    for piece in pieces:
-        offsets.append(offset)
-        offset += len(piece)
-    top = [
-        {
-            (f"<{id}>" if piece is None else piece): logprob
-            for (id, logprob), piece in zip(token.top, token.top_pieces or (None,) * len(token.top), strict=True)
-        }
-        for token in tokens
-    ]
-    return {"tokens": pieces, "token_logprobs": [token.logprob for token in tokens], "top_logprobs": top, "text_offset": offsets}
+def _text_logprobs(tokens: Sequence[Token], offsets: _Offsets) -> dict[str, Any]:
+    names = [_name(token.id, token.piece, token.raw) for token in tokens]
+    return {
+        "tokens": names,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_top(token, name) for token, name in zip(tokens, names, strict=True)],
+        "text_offset": [offsets.take(token) for token in tokens],
+    }
+
+
+def _top(token: Token, name: str) -> dict[str, float]:
+    """The likeliest tokens, and the one that was drawn, where it is none of them."""
+    return {_name(id, piece, raw): logprob for id, logprob, piece, raw in token.alternatives()} | {name: token.logprob or 0.0}
+
+
+def _name(id: int, piece: str | None, raw: bytes | None) -> str:
+    """A token in a document that has no place for its bytes: those of part of a character are spelled out, as OpenAI does."""
+    if piece is None:
+        return f"<{id}>"
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if raw else piece

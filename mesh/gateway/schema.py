@@ -46,12 +46,16 @@ class Sampling(SamplingFields, RequestBody):
 
 
 class InferenceItem(Sampling):
-    """Exactly one of prompt, messages and tokens. `raw`: no chat template around the prompt."""
+    """Exactly one of prompt, messages and tokens. `raw`: no chat template around the prompt. `continue_final_message`: the answer goes on
+    with the last message, the assistant's. `parse_special`: a control token that a message spells is that token, and not plain text."""
 
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)] | None = None
     raw: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    parse_special: bool = False
     model: Label | None = None
 
     def generate_fields(self) -> dict[str, Any]:
@@ -87,18 +91,23 @@ class Timing(ResponseBody):
 
 
 class TopToken(ResponseBody):
+    """`piece`: the token's own text. `bytes`: what it adds to the text, where that is not its piece: part of a character, or nothing
+    for a control token."""
+
     token: int
     piece: str | None
     logprob: float
+    bytes: list[int] | None = None
 
 
 class TokenLogprob(ResponseBody):
-    """`piece`: the token's own text."""
+    """As TopToken."""
 
     token: int
     piece: str | None
     logprob: float | None
     top: list[TopToken]
+    bytes: list[int] | None = None
 
 
 class InferenceResponse(ResponseBody):

@@ -92,12 +92,20 @@ class WeightsInfo(_Strict):
 
 
 class TokenizerInfo(_Strict):
-    """What generation needs to know beside tokenizer.json: token ids, and whether a plain prompt gets a leading bos (`add_bos`)."""
+    """What generation needs to know beside tokenizer.json: token ids, and whether a plain prompt gets a leading bos (`add_bos`), or other
+    leading tokens (`leading_ids`)."""
 
     bos_id: TokenId | None = None
     eos_ids: Annotated[tuple[TokenId, ...], Field(max_length=4096)] = ()
     add_bos: bool = False
+    leading_ids: Annotated[tuple[TokenId, ...], Field(max_length=64)] = ()
     chat_template: bool = False
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The tokens before a plain prompt."""
+        bos = (self.bos_id,) if self.add_bos and self.bos_id is not None else ()
+        return self.leading_ids or bos
 
 
 class SignatureInfo(_Strict):

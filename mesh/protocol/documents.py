@@ -9,6 +9,8 @@ document is looked at in steps, each much cheaper than the next, and the first p
     4. its keys and the lengths of its lists, compared with the model's fields
     5. the model's own check, in which lists end at their first wrong entry (`fail_fast`)
 
+In a request, null stands for a key that is left out: many clients send every key that they know.
+
 `read` does the first four. NATS messages (message.py) and the bodies of HTTP requests (mesh/gateway/guard.py) come through it.
 """
 
@@ -27,7 +29,7 @@ from pydantic.fields import FieldInfo
 
 from mesh.errors import MessageRejected
 
-__all__ = ["MAX_PARTS", "problem", "read", "short", "too_large"]
+__all__ = ["BRANCH", "MAX_PARTS", "problem", "problem_of", "read", "short", "too_large"]
 
 MAX_PARTS: Final = 250_000
 """Objects, lists, keys and texts of one document. Parsing so many takes some 50 ms."""
@@ -35,12 +37,14 @@ _TEXT: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _FEW_TEXTS: Final = 20_000
 """With more texts than this, brackets inside texts are not told apart: that would take as long as parsing."""
 _SHOWN: Final = 64
+BRANCH: Final = "({})"
+"""The tag of one of several types that a key may have. A path leaves it out: it is ours, not the caller's."""
 _NOT_JSON: Final = "this is not JSON: send one JSON object"
 
 
 def read(model: type[BaseModel], data: bytes, *, limit_bytes: int) -> Any:
-    """The document in `data`, parsed, with only keys of `model` and no list longer than the model allows. Its values are still to be
-    checked. MessageRejected names the key that is wrong and says what would be right."""
+    """The document in `data`, parsed, with only keys of `model` and no list longer than the model allows, and without keys that are null.
+    Its values are still to be checked. MessageRejected names the key that is wrong and says what would be right."""
     if len(data) > limit_bytes:
         raise too_large(model, len(data), limit_bytes)
     _require_few_parts(data)
@@ -58,9 +62,42 @@ def too_large(model: type[BaseModel], size: int, limit_bytes: int) -> MessageRej
 
 def problem(error: ValidationError) -> tuple[str, str, str]:
     """(key, kind, message) of the first problem, all of bounded length."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return _path(first["loc"]), first["type"], _NOT_JSON if first["type"] == "json_invalid" else short(message, 500)
+    return problem_of(error.errors(include_url=False, include_input=False)[0])
+
+
+def problem_of(first: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The same of one entry of pydantic's list."""
+    kind, context = first["type"], first.get("ctx", {})
+    said = _SAID[kind].format(**context) if kind in _SAID else first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return _path(first["loc"]), kind, short(said, 500)
+
+
+_SAID: Final = {
+    "json_invalid": _NOT_JSON,
+    "missing": "is missing: give it",
+    "string_type": "should be a text",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "float_type": "should be a number",
+    "float_parsing": "should be a number",
+    "bool_type": "should be true or false",
+    "list_type": "should be a list",
+    "tuple_type": "should be a list",
+    "dict_type": "should be a JSON object",
+    "model_type": "should be a JSON object",
+    "model_attributes_type": "should be a JSON object, sent with content-type application/json",
+    "string_too_long": "should have at most {max_length} characters",
+    "string_too_short": "should have at least {min_length} character(s)",
+    "too_short": "has {actual_length} entries: give at least {min_length}",
+    "greater_than": "should be greater than {gt}",
+    "greater_than_equal": "should be {ge} or more",
+    "less_than": "should be less than {lt}",
+    "less_than_equal": "should be {le} or less",
+    "literal_error": "should be {expected}",
+    "finite_number": "should be a finite number",
+}
+"""What an error says, by pydantic's type of it, where pydantic's own words are those of Python."""
 
 
 def short(text: str, most: int = _SHOWN) -> str:
@@ -138,6 +175,8 @@ def _look(shape: _Shape, value: Any, at: tuple[str | int, ...]) -> None:
         if shape.keys is None:
             _require_length(shape, value, at, "keys")
             return
+        for key in [key for key, inner in value.items() if inner is None]:
+            del value[key]
         if shape.closed and not value.keys() <= shape.keys.keys():
             unknown = next(key for key in value if key not in shape.keys)
             field = _path((*at, unknown))
@@ -159,4 +198,8 @@ def _require_length(shape: _Shape, value: Any, at: tuple[str | int, ...], what: 
 
 
 def _path(parts: tuple[str | int, ...]) -> str:
-    return short(".".join(short(str(part)) for part in parts), 200)
+    return short(".".join(short(str(part)) for part in parts if not _is_branch(part)), 200)
+
+
+def _is_branch(part: str | int) -> bool:
+    return isinstance(part, str) and part.startswith("(") and part.endswith(")")

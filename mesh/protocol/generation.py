@@ -75,7 +75,10 @@ class Generate(SamplingFields, Input):
 
     `seed` None: the coordinator draws one. `session`: the caller's own name for the request; two requests of one name are the same
     request. It is also the caller's proof that the generation is its own, so it should be one that nobody guesses. `raw`: the prompt is
-    used as it is, without the model's chat template. `attempt`: how often a named request was sent before; 0 promises that this is the
+    used as it is, without the model's chat template. `add_generation_prompt`: the template begins the assistant's turn (None: it does,
+    unless the last message is continued). `continue_final_message`: the last message, the assistant's, is the beginning of the answer,
+    which goes on from there. `parse_special`: a control token that a message spells, such as <|im_end|>, is that token; otherwise it is
+    plain text. In a raw prompt it always is one. `attempt`: how often a named request was sent before; 0 promises that this is the
     first time. `given`: the tokens of the answer that the caller already has; the answer continues after them.
     `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
     `waited_s`: how long the generation has waited already for layers that no shard serves; the wait goes on from there, with whichever
@@ -87,6 +90,9 @@ class Generate(SamplingFields, Input):
     stop: Annotated[tuple[StopText, ...], Field(max_length=MAX_STOPS, fail_fast=True)] = ()
     ignore_eos: bool = False
     raw: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    parse_special: bool = False
     stream: bool = False
     session: Token | None = None
     attempt: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -94,6 +100,16 @@ class Generate(SamplingFields, Input):
     epoch: AnswerEpoch | None = None
     waited_s: Seconds = 0.0
     traceparent: Annotated[str, Field(max_length=128)] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_continued(self) -> Self:
+        if not self.continue_final_message:
+            return self
+        if not self.messages or self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message needs messages, of which the last one is the assistant's")
+        if self.add_generation_prompt:
+            raise ValueError("continue_final_message goes on with a turn, and add_generation_prompt begins one: give one of them")
+        return self
 
     def answer_bytes(self, tokens: int | None = None) -> int:
         """About what the answer takes in one message, if it has `tokens` tokens; None: max_tokens."""

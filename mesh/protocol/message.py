@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Final, TypeVar
 
 import orjson
+import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mesh.errors import MessageRejected
@@ -82,9 +83,16 @@ class Message(BaseModel):
     @classmethod
     def parse(cls: type[M], data: bytes, *, limit_bytes: int | None = None) -> M:
         """The message in `data`. `limit_bytes`: refuse more than this unread, where the reader knows a tighter bound than the type's."""
-        documents.read(cls, data, limit_bytes=cls.limit_bytes if limit_bytes is None else min(limit_bytes, cls.limit_bytes))
+        limit = cls.limit_bytes if limit_bytes is None else min(limit_bytes, cls.limit_bytes)
+        document = documents.read(cls, data, limit_bytes=limit)
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            field, _, message = documents.problem(error)
-            raise MessageRejected(f"{field}: {message}" if field else message, field=field) from None
+            first = error
+        if b"null" in data:  # which stands for a key that is left out
+            try:
+                return cls.model_validate_json(pydantic_core.to_json(document))
+            except ValidationError as error:
+                first = error
+        field, _, message = documents.problem(first)
+        raise MessageRejected(f"{field}: {message}" if field else message, field=field) from None

@@ -4,7 +4,8 @@
                                      subject; "recorded": another coordinator goes on if this one dies
     stream, waiting  Waiting         {"waiting": n, "missing", "waited_s", "patience_s", "done": false}    every few seconds: n others
                                      come first; or no shard serves the layers `missing`, and the error comes after `patience_s`
-    stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" if asked for
+    stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" if asked for;
+                                     "bytes" of a token that is part of a character, or of a control token (none)
     last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"; "omitted" names
                                      the parts that did not fit in the message: the token documents of a stream have them
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
@@ -22,7 +23,7 @@ The "text" of the token documents and the "rest" of the last one, joined, are th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,30 +51,50 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Token:
     """A generated token. Only the id is set unless log-probabilities were asked for. `top`: (token, logprob) pairs, likeliest first.
-    `piece`, `top_pieces`: the texts of these tokens by themselves (None: the model has no tokenizer)."""
+    `piece`, `top_pieces`: the texts of these tokens by themselves (None: the model has no tokenizer). `raw`, `top_raws`: what they add to
+    the text, where that is not their piece: bytes that are no whole character, or nothing for a control token ("bytes" on the wire)."""
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     piece: str | None = None
     top_pieces: tuple[str | None, ...] = ()
+    raw: bytes | None = None
+    top_raws: tuple[bytes | None, ...] = ()
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Token:
         if "logprob" not in document:
             return cls(document["token"])
         entries = document.get("top") or ()
-        top = tuple([(entry["token"], entry["logprob"]) for entry in entries])
-        return cls(document["token"], document["logprob"], top, document.get("piece"), tuple([entry.get("piece") for entry in entries]))
+        return cls(
+            document["token"],
+            document["logprob"],
+            tuple([(entry["token"], entry["logprob"]) for entry in entries]),
+            document.get("piece"),
+            tuple([entry.get("piece") for entry in entries]),
+            _raw(document),
+            tuple([_raw(entry) for entry in entries]),
+        )
+
+    def alternatives(self) -> Iterator[tuple[int, float, str | None, bytes | None]]:
+        """(id, logprob, piece, raw) of each of `top`."""
+        for place, (id, logprob) in enumerate(self.top):
+            piece = self.top_pieces[place] if self.top_pieces else None
+            yield id, logprob, piece, self.top_raws[place] if self.top_raws else None
 
     def details(self) -> dict[str, Any]:
         """The keys of a document about its log-probabilities."""
-        if self.top_pieces:
-            pairs = zip(self.top, self.top_pieces, strict=True)
-            top = [{"token": id, "logprob": logprob, "piece": piece} for (id, logprob), piece in pairs]
-        else:
-            top = [{"token": id, "logprob": logprob, "piece": None} for id, logprob in self.top]
-        return {"logprob": self.logprob, "piece": self.piece, "top": top}
+        top = [{"token": id, "logprob": logprob, "piece": piece} | _bytes(raw) for id, logprob, piece, raw in self.alternatives()]
+        return {"logprob": self.logprob, "piece": self.piece, "top": top} | _bytes(self.raw)
+
+
+def _bytes(raw: bytes | None) -> dict[str, Any]:
+    return {} if raw is None else {"bytes": list(raw)}
+
+
+def _raw(document: Mapping[str, Any]) -> bytes | None:
+    return bytes(document["bytes"]) if "bytes" in document else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +250,7 @@ def parse(data: bytes) -> Document:
             return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch, id, recorded)
         missing, waited_s, patience_s = document.get("missing", ()), document.get("waited_s", 0.0), document.get("patience_s", 0.0)
         return Waiting(document.get("waiting", 0), epoch, id, tuple(missing), waited_s, patience_s)
-    except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
+    except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise MessageRejected(f"this is no document of a generation: {error!r}") from None
 
 

@@ -18,6 +18,7 @@ from mesh.coordinator import prompt_pool, prompt_process
 from mesh.coordinator.prompt_pool import SHORT_CHARACTERS, PromptPool
 from mesh.errors import BadRequest, Busy, CorruptModel, PromptTooLong
 from mesh.local.nats_server import NatsServer
+from mesh.model.chat_prompt import ChatPrompts
 from mesh.model.manifest import FileInfo, Manifest, TokenizerInfo, file_info
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import topics
@@ -127,7 +128,7 @@ def test_an_answer_has_a_bound_on_both_sides(run: Run, directory: Callable[[str]
     """A template may make far more text of a prompt than the coordinator's process should hold as tokens."""
     model = directory("{{ 'a' * 9 }}")
     monkeypatch.setattr(prompt_process, "MAX_TOKENS", 8)
-    said = prompt_process._answer(Tokenizer.load(model), orjson.dumps(chat("x")))
+    said = prompt_process._answer(ChatPrompts(Tokenizer.load(model)), orjson.dumps(chat("x")))
     assert said[:1] == prompt_process.ERROR and b"are the most" in said
     monkeypatch.setattr(prompt_pool, "MOST_ANSWER_BYTES", 8)
 

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
-from edge_tools import edge, token, verifier
+from edge_tools import bearer, edge, token, verifier
 
 from mesh.client import MeshClient
 from mesh.local.mesh import LocalMesh
@@ -104,6 +105,21 @@ def test_several_choices_differ_and_are_the_same_again_for_the_same_seed(client:
     assert [again[index] for index in range(3)] == texts and sorted(ends) == [0, 1, 2]
     other = client.chat.completions.create(**{**request, "seed": 70}).choices
     assert [choice.message.content for choice in other] != texts
+
+
+def test_a_prompt_counts_once_for_all_its_choices(mesh: LocalMesh) -> None:
+    """In usage, and in what the caller's subject has used."""
+    with edge(mesh.url, verifier=verifier()) as url:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=token("generate", subject="three"), max_retries=0) as client:
+            whole = client.chat.completions.create(**CHAT, n=3)
+            *_, last = client.chat.completions.create(**CHAT, n=3, stream=True, stream_options={"include_usage": True})
+            texts = client.completions.create(model="tiny", prompt=["rain", "snow!"], n=2, max_tokens=2)
+        for usage in (whole.usage, last.usage):
+            assert usage is not None and (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (9, 24, 33)
+        assert texts.usage is not None and (texts.usage.prompt_tokens, texts.usage.completion_tokens) == (9, 8)
+        used = httpx.get(f"{url}/api/v1/usage", headers=bearer(token("generate", subject="three"))).json()
+    (mine,) = [each for each in used["subjects"] if each["subject"] == "three"]
+    assert (mine["prompt_tokens"], mine["completion_tokens"]) == (27, 24 + 24 + 8)
 
 
 def test_log_probabilities(client: openai.OpenAI, expected: str) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel, decoding
 from mesh.model.manifest import FileInfo, TokenizerInfo, file_info
 
 __all__ = ["CHAT_TEMPLATE", "TOKENIZER", "write_huggingface_tokenizer", "write_tokenizer_files"]
+
+log = logging.getLogger("mesh.importer")
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -28,9 +31,9 @@ def write_huggingface_tokenizer(source: Path, out: Path) -> Written:
     CorruptModel if a file does not read; UnsupportedModel for a SentencePiece model without tokenizer.json.
     """
     target = out / TOKENIZER
+    settings = _optional_json(source / "tokenizer_config.json")
     if (source / TOKENIZER).is_file():
-        shutil.copyfile(source / TOKENIZER, target)
-        tokenizer = _load(source / TOKENIZER)
+        tokenizer = _with_named_tokens(_load(source / TOKENIZER), source / TOKENIZER, target, settings)
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
         tokenizer = _byte_level(source)
         tokenizer.save(str(target))
@@ -41,19 +44,63 @@ def write_huggingface_tokenizer(source: Path, out: Path) -> Written:
         )
     else:
         return None, ()
-    settings = _optional_json(source / "tokenizer_config.json")
     names = {**_optional_json(source / "special_tokens_map.json"), **{k: v for k, v in settings.items() if v is not None}}
     config, generation = _optional_json(source / "config.json"), _optional_json(source / "generation_config.json")
     config = {**(config.get("text_config") or {}), **config}
     bos = _id(tokenizer, names.get("bos_token"), config.get("bos_token_id"))
     eos = [_id(tokenizer, names.get("eos_token"), None), *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
-    plain, special = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    leading = _leading(tokenizer)
     info = TokenizerInfo(
         bos_id=bos,
         eos_ids=_unique(eos, tokenizer.get_vocab_size()),
-        add_bos=bool(settings.get("add_bos_token")) or (bos is not None and special[:1] == [bos] and plain[:1] != [bos]),
+        add_bos=bool(settings.get("add_bos_token")) or (bos is not None and leading[:1] == (bos,)),
+        leading_ids=() if leading == (bos,) else leading,
     )
     return write_tokenizer_files(out, info, _chat_template(source, settings))
+
+
+def _leading(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that the post-processor puts before a text."""
+    plain, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    begins = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+    return tuple(whole[:begins])
+
+
+def _with_named_tokens(tokenizer: Tokenizer, source: Path, target: Path, settings: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of `source`, also written to `target`, with the tokens that tokenizer_config.json alone names (`added_tokens_decoder`).
+    Without them a control token would be spelled out where it is encoded, and shown where it is decoded."""
+    have = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    named = _named_tokens(settings, source)
+    control = {text for text, token in named.values() if token.special and text in have and not have[text].special}
+    lacking = {id: token for id, (text, token) in sorted(named.items()) if text not in have}
+    if not control and not lacking:
+        shutil.copyfile(source, target)
+        return tokenizer
+    if control:  # the library does not change a token that it has
+        document = json.loads(tokenizer.to_str())
+        for entry in document["added_tokens"]:
+            entry["special"] = entry["special"] or entry["content"] in control
+        tokenizer = Tokenizer.from_str(json.dumps(document))
+    for id, token in lacking.items():
+        if tokenizer.token_to_id(token.content) not in (None, id):
+            continue  # the vocabulary has the text elsewhere: its own id counts
+        if tokenizer.token_to_id(token.content) is None and id != tokenizer.get_vocab_size():
+            log.warning("%s: the token %r of tokenizer_config.json has no place at id %d: it is left out", source, token.content, id)
+            continue
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    tokenizer.save(str(target))
+    return tokenizer
+
+
+def _named_tokens(settings: dict[str, Any], source: Path) -> dict[int, tuple[str, AddedToken]]:
+    """The tokens of `added_tokens_decoder`, with their texts, by id."""
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    found = {}
+    with decoding(CorruptModel, str(source.parent / "tokenizer_config.json")):
+        for id, entry in (settings.get("added_tokens_decoder") or {}).items():
+            text = str(entry["content"])
+            found[int(id)] = text, AddedToken(text, **{flag: bool(entry[flag]) for flag in flags if flag in entry})
+    return found
 
 
 def write_tokenizer_files(out: Path, info: TokenizerInfo, chat_template: str | None) -> Written:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +61,42 @@ def test_help_imports_no_heavy_package() -> None:
     code = f"import sys, mesh.cli; mesh.cli.main(['--help']); print([m for m in {heavy} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
+
+
+def _parsers() -> list[tuple[str, argparse.ArgumentParser]]:
+    """Every parser that reads positionals, those of actions such as `mesh pki issue` included."""
+    found = []
+    waiting: list[tuple[str, argparse.ArgumentParser]] = [(name, cli._parser_of(name)) for name in NAMES]
+    while waiting:
+        name, parser = waiting.pop()
+        actions = next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
+        waiting += [(f"{name} {action}", inner) for action, inner in actions.items()]
+        if any(not action.option_strings and action.choices is None for action in parser._actions):
+            found.append((name, parser))
+    return sorted(found, key=lambda each: each[0])
+
+
+PARSERS = _parsers()
+
+
+@pytest.mark.parametrize("place", range(len(PARSERS)), ids=[name for name, _ in PARSERS])
+def test_options_and_positionals_come_in_any_order(place: int) -> None:
+    _, parser = PARSERS[place]
+    positionals = [f"word{index}" for index, action in enumerate(a for a in parser._actions if not a.option_strings)]
+    required = [action for action in parser._actions if action.required and action.option_strings]
+    action = next(a for a in [*required, *parser._actions] if a.option_strings and a.nargs is None and a.type in (None, int, float, Path))
+    option = [action.option_strings[-1], "3" if action.choices is None else str(next(iter(action.choices)))]
+    others = [word for a in required if a is not action for word in (a.option_strings[-1], "x")]
+    lines = [[*others, *positionals[:at], *option, *positionals[at:]] for at in range(len(positionals) + 1)]
+    first, *rest = (vars(parser.parse_args(line)) for line in lines)
+    assert all(values == first for values in rest)
+    assert {word for word in positionals if word in map(str, _flat(first.values()))} == set(positionals)
+
+
+def _flat(values: Iterable[object]) -> list[object]:
+    return [each for value in values for each in (value if isinstance(value, list) else [value])]
+
+
+def test_a_prompt_may_follow_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "nowhere", "--max-tokens", "4", "hi"]) == 2
+    assert "nowhere is not a model directory" in capsys.readouterr().err

@@ -217,6 +217,67 @@ def test_a_hugging_face_directory_gives_its_files_and_ids(tmp_path: Path, smollm
         write_huggingface_tokenizer(source, out)
 
 
+def small_huggingface(folder: Path, **settings: Any) -> tuple[TokenizerInfo, Tokenizer]:
+    """A directory with a tokenizer of bytes and of `</s>`, imported. `settings`: of tokenizer_config.json; `post`: the post-processor."""
+    source, out = folder / "source", folder / "out"
+    for path in (source, out):
+        path.mkdir(exist_ok=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: id for id, token in enumerate([*alphabet, "<gap>"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.add_tokens(["<tool>"])
+    template = settings.pop("post", None)
+    if template is not None:
+        names = [name for name in ("</s>", "<tool>") if name in template]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[(name, backend.token_to_id(name)) for name in names]
+        )
+    backend.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    info, _ = write_huggingface_tokenizer(source, out)
+    assert info is not None
+    return info, read(out, info)
+
+
+def test_the_leading_tokens_of_a_post_processor_come_before_a_plain_prompt(tmp_path: Path) -> None:
+    info, tokenizer = small_huggingface(tmp_path, post="<tool> </s> $A")
+    assert info.leading_ids == (258, 257) and not info.add_bos
+    assert tokenizer.encode("ab")[:2] == [258, 257] and len(tokenizer.encode("ab")) == 4
+    assert tokenizer.encode("<tool></s>ab") == tokenizer.encode("ab")  # they are there already
+    assert tokenizer.encode("ab", add_special=False) == tokenizer.encode("ab")[2:]
+
+    info, tokenizer = small_huggingface(tmp_path, post="</s> $A", bos_token="</s>")
+    assert (info.leading_ids, info.add_bos) == ((), True) and tokenizer.encode("ab")[:1] == [257]
+    info, tokenizer = small_huggingface(tmp_path, post="$A </s>", bos_token="</s>")
+    assert (info.leading_ids, info.add_bos) == ((), False)
+
+
+def test_tokens_that_the_configuration_alone_names(tmp_path: Path) -> None:
+    """A control token of the vocabulary, one that it lacks, one that the tokenizer has as a plain one, and one that has no place."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    named = {"256": ("<gap>", True), "258": ("<tool>", True), "259": ("<new>", True), "260": ("<word>", False), "900": ("<far>", True)}
+    decoder = {id: {"content": text, "special": special, **flags} for id, (text, special) in named.items()}
+    _, before = small_huggingface(tmp_path)
+    assert before.encode("<gap>") != [256] and before.decode([*before.encode("a"), 258]) == "a<tool>"
+    info, tokenizer = small_huggingface(tmp_path, added_tokens_decoder=decoder, eos_token="<new>")
+    assert info.eos_ids == (259,)
+    text = "a<gap>b<tool>c<new>d<word>"
+    ids = tokenizer.encode(text)
+    assert [id for id in ids if id >= 256] == [256, 258, 259, 260]
+    assert tokenizer.decode(ids) == "abcd<word>" and tokenizer.decode(ids, skip_special=False) == text
+    assert tokenizer.vocab_size == 261
+
+
+def test_a_configuration_whose_tokens_do_not_read(tmp_path: Path) -> None:
+    kinds: list[Any] = [{"x": {"content": "a"}}, {"5": {}}, {"5": "a"}, ["a"]]
+    for wrong in kinds:
+        with pytest.raises(CorruptModel, match=r"tokenizer_config\.json"):
+            small_huggingface(tmp_path, added_tokens_decoder=wrong)
+
+
 def test_gpt2_files_make_a_tokenizer(tmp_path: Path) -> None:
     from tiny_gguf import byte_vocabulary
 

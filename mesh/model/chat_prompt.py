@@ -1,0 +1,119 @@
+"""Chat messages to token ids.
+
+The control tokens of the template count as such. What a message spells does not: `<|im_end|>` typed by a user is nine or so plain tokens,
+or a user could end the turn and begin another one as the system. In steps:
+
+    1. each control token that a message spells is replaced by a stand-in before the template sees it
+    2. in the template's text, each control token is replaced by a stand-in of another kind, and the text of step 1 is put back
+    3. a copy of the tokenizer that knows no control tokens, but the stand-ins of step 2, makes ids; they become those of the tokens
+
+Where no message spells a control token, the template's text is simply encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final
+
+import tokenizers
+
+from mesh.errors import BadRequest
+from mesh.model.tokenizer import Tokenizer
+
+__all__ = ["ChatPrompts"]
+
+# Characters of Unicode's private areas, which no text has that is meant for others. They are taken out of messages where they would count.
+_OWN, _SPELLED, _END = "\ue000", "\ue001", "\ue002"
+_FIRST: Final = 0xF0000
+_MOST: Final = 0xFFFD
+
+
+class ChatPrompts:
+    """The prompts of one tokenizer's template. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        control = sorted(tokenizer.control_tokens().items(), key=lambda each: -len(each[1].content))[:_MOST]
+        self._control = [(id, token) for id, token in control if token.content]
+        texts = [token.content for _, token in self._control]
+        self._texts = texts
+        self._common = _shared(min(texts, default=""), max(texts, default=""))
+        self._normalized = any(token.normalized for _, token in self._control)
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        parse_special: bool = False,
+    ) -> list[int]:
+        """Token ids. `add_generation_prompt`: the assistant's turn is begun. `continue_final_message`: the last message is the beginning
+        of the answer. `parse_special`: a control token that a message spells is that token. BadRequest as for apply_chat_template."""
+        contents = [str(message.get("content") or "") for message in messages]
+        spelled = not parse_special and any(map(self._spells, contents))
+        if spelled:
+            contents = [self._set_aside(content) for content in contents]
+        if continue_final_message and contents:
+            contents[-1] = contents[-1].replace(_END, "") + _END + " "  # the space shows whether the template strips messages
+        given = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+        text = self.tokenizer.apply_chat_template(given, add_generation_prompt=add_generation_prompt and not continue_final_message)
+        if continue_final_message:
+            text = _until_end(text)
+        return self._encode_spelled(text) if spelled else self.tokenizer.encode(text, add_special=False)
+
+    def _spells(self, content: str) -> bool:
+        if self._normalized:
+            content = f"{content}\n{self.tokenizer.normalize(content)}"
+        return self._common in content and any(text in content for text in self._texts)
+
+    def _set_aside(self, content: str) -> str:
+        """`content` with a stand-in for each control token that it spells."""
+        if self._normalized:
+            content = self.tokenizer.normalize(content)
+        content = content.replace(_OWN, "").replace(_SPELLED, "")
+        for place, text in enumerate(self._texts):
+            content = content.replace(text, _stand_in(_SPELLED, place))
+        return content
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        for place, own in enumerate(self._texts):
+            text = text.replace(own, _stand_in(_OWN, place))
+        for place, spelled in enumerate(self._texts):
+            text = text.replace(_stand_in(_SPELLED, place), spelled)
+        backend, meant = self._plain
+        return [meant.get(id, id) for id in backend.encode_batch_fast([text], add_special_tokens=False)[0].ids]
+
+    @cached_property
+    def _plain(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A tokenizer to which control tokens are text, and stand-ins are tokens; and the control tokens that these mean."""
+        backend = self.tokenizer.copy()
+        backend.encode_special_tokens = True
+        meant: dict[int, int] = {}
+        for place, (id, token) in enumerate(self._control):
+            name, kept = _stand_in(_OWN, place), {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+            meant[backend.get_vocab_size()] = id
+            backend.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False, **kept)])
+        return backend, meant
+
+
+def _stand_in(kind: str, place: int) -> str:
+    return kind + chr(_FIRST + place)
+
+
+def _shared(first: str, last: str) -> str:
+    """What all texts between two, in their order, begin with."""
+    length = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
+def _until_end(text: str) -> str:
+    """The template's text up to where the last message ends."""
+    before, found, after = text.rpartition(_END)
+    if not found:
+        raise BadRequest(
+            "the chat template leaves the last message out, so it cannot be continued: leave out continue_final_message",
+            field="continue_final_message",
+        )
+    return before if after.startswith(" ") else before.rstrip()
