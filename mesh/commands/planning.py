@@ -18,6 +18,7 @@ import yaml
 
 from mesh.commands.import_model import import_quietly
 from mesh.commands.placement_table import print_placement
+from mesh.commands.sources import import_target, is_imported
 from mesh.errors import ConfigError, ModelNotFound, PlanError
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, ModelShape
@@ -200,9 +201,9 @@ def _base(path: Path) -> tuple[PlanRequest | None, ModelShape]:
         return request, request.model
     config = load_config(path, DistributedConfig)
     located = locate(config, path)
-    if located is not None and not _imported(located):
-        located = _import_target(located)
-        if not _imported(located):
+    if located is not None and not is_imported(located):
+        located = import_target(located)
+        if not is_imported(located):
             raise ModelNotFound(f"{config.model_path} is not imported: run `mesh import {config.model_path} {located}`, then plan again")
     shape = guess_shape(config, path) if located is None else _shape(located)
     request = from_distributed(config, shape, path)
@@ -213,14 +214,6 @@ def _shape(directory: Path) -> ModelShape:
     return ModelShape.of(Manifest.load(directory))
 
 
-def _imported(path: Path) -> bool:
-    return (path / "manifest.json").exists()
-
-
-def _import_target(source: Path) -> Path:
-    return source.with_name((source.name if source.is_dir() else source.stem) + ".mesh")
-
-
 def _model_directory(config: DistributedConfig, where: Path, importer: Importer | None) -> Path:
     """The model directory that model_path is, or the one that it is imported into."""
     source = locate(config, where)
@@ -229,10 +222,10 @@ def _model_directory(config: DistributedConfig, where: Path, importer: Importer 
         estimate = plan(from_distributed(config, guess_shape(config, where), where))
         fit = "by its size it would fit" if estimate.fits else f"it would not fit either: {_reason(estimate)}"
         raise ModelNotFound(f"{where}: model_path {config.model_path} does not exist: put the model there; {fit}")
-    if _imported(source):
+    if is_imported(source):
         return source
-    target = _import_target(source)
-    if not _imported(target):
+    target = import_target(source)
+    if not is_imported(target):
         if importer is None:
             raise ModelNotFound(f"{where}: {config.model_path} is not imported: run `mesh import {source} {target}` first")
         importer(source, target, config.quantization_bits)
