@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeshError as error:
         print(f"mesh: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"mesh: {_missing(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mesh: interrupted", file=sys.stderr)
         return 130
@@ -102,6 +105,15 @@ def _log(level: str | None) -> None:
         from mesh.telemetry.logs import setup_logging
 
         setup_logging(LoggingSection.model_validate({"level": level, "format": "text"}), role="command")
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install for a command that needs more than a client."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "mesh"):
+        raise error
+    extra = "import" if package in ("onnxruntime", "gguf", "safetensors") else "server"
+    return f"this needs the package {package}, which is not installed: pip install 'stagemesh[{extra}]'"
 
 
 def _parser_of(name: str) -> _Parser:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import nats.js.api
 import nats.js.errors
@@ -30,9 +30,11 @@ from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.host.paths import cache_directory
 from mesh.model.manifest import MAX_MANIFEST_BYTES, FileInfo, Manifest, block_name, check_file
-from mesh.model.signature import Signers
 from mesh.protocol import subjects
 from mesh.types import LayerRange, Progress, no_progress
+
+if TYPE_CHECKING:  # a client is installed without cryptography
+    from mesh.model.signature import Signers
 
 __all__ = ["ModelStore", "Progress", "files_of", "kept_at"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 
 from mesh.commands.progress import progress_bar
@@ -103,7 +103,7 @@ def run_command(args: argparse.Namespace) -> int:
         pieces.append(text.finish())
         if not args.json:
             print(pieces[-1], end="")
-    median = float(np.median(generation.step_s)) if generation.step_s else 0.0
+    median = statistics.median(generation.step_s) if generation.step_s else 0.0
     if args.json:
         answer: dict[str, Any] = {
             "tokens": generation.ids,
