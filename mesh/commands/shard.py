@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import secrets
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +125,10 @@ def _http(config: ShardConfig) -> ShardHttp:
     section = config.shard
     verifier = verifier_of(config.authentication, section.listen_host)
     options = ListenerOptions(section.listen_host, section.listen_port, _HTTP_CONNECTIONS, grace_s=0, tls=tls_of(config.tls))
-    listener = Listener.bind(options, or_free="listen_port" not in section.model_fields_set)
-    return ShardHttp(listener, check_interval_s=config.health.check_interval, timeout_s=config.health.timeout, verifier=verifier)
+    listener, also = Listener.bind(options, or_free="listen_port" not in section.model_fields_set), []
+    if config.health.port is not None and config.health.port != section.listen_port:
+        also.append(Listener.bind(replace(options, port=config.health.port)))
+    return ShardHttp(listener, check_interval_s=config.health.check_interval, timeout_s=config.health.timeout, verifier=verifier, also=also)
 
 
 def join_command(args: argparse.Namespace) -> int:

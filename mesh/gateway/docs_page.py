@@ -54,9 +54,7 @@ def _operation(method: str, path: str, operation: dict[str, Any], schemas: dict[
     if body is not None:
         found = schemas.get(str(body.get("$ref", "")).rpartition("/")[2], body)
         needed = found.get("required", [])
-        rows += [
-            (name, _type(field), name in needed, _default(field)) for name, field in found.get("properties", {}).items()
-        ]
+        rows += [(name, _type(field), name in needed, _default(field)) for name, field in found.get("properties", {}).items()]
     text = escape(operation.get("description") or operation.get("summary", ""))
     return (
         f'<h2><code><span class="method">{escape(method.upper())}</span> {escape(path)}</code></h2><p>{text}</p>{_table(rows)}'
@@ -73,7 +71,8 @@ def _table(rows: list[tuple[str, str, bool, str]]) -> str:
         for name, kind, needed, text in rows
     )
     head = '<tr><th scope="col">field</th><th scope="col">type</th><th scope="col">needed</th><th scope="col">what it is</th></tr>'
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Fields"><table><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
+    table = f"<table><thead>{head}</thead><tbody>{lines}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="Fields">{table}</div>'
 
 
 def _type(field: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ class HttpEdge:
         """Connect to the mesh and answer requests until `stop`. `model` overrides the model of the settings. `registry`: the metrics of the
         process. `connected` is called once there is a connection."""
         settings = self.settings if model is None else replace(self.settings, model=model)
-        client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
+        client = AsyncMeshClient(options=options, model=settings.model, retries=settings.retries, retry_busy=False)
         await client.connect()
         if connected is not None:
             connected()
