@@ -57,7 +57,7 @@ class ChatArguments(_Fields, _Sending, total=False):
     """Those of `chat`, which takes the messages itself."""
 
 
-_NAMES: Final = ("prompt", *GenerateArguments.__annotations__)
+_NAMES: Final = tuple(dict.fromkeys(("prompt", "messages", "tokens", *GenerateArguments.__annotations__)))
 _OWN: Final = frozenset({"stream", "attempt", "given", "epoch", "waited_s"})
 """Fields that this package itself sets: they say how a request goes on."""
 

@@ -23,9 +23,9 @@ def ask(client: MeshClient, question: str) -> str:
     with client.stream(messages=[{"role": "user", "content": question}], logprobs=2) as stream:
         texts = [chunk.text for chunk in stream]
     results = client.batch(["One.", {"prompt": "Two.", "max_tokens": 3}], max_tokens=20)
-    good = [result.text for result in results if not isinstance(result, MeshError)]
+    good = [result.text or "" for result in results if not isinstance(result, MeshError)]
     status = client.submit_batch(["One."], id="mine", max_tokens=3)
-    return answer.text + "".join(texts) + "".join(good) + status.id + str(answer.usage.completion_tokens)
+    return f"{answer.text} {texts} {good} {status.id} {answer.usage.completion_tokens}"
 
 async def later() -> float | None:
     async with AsyncMeshClient("nats://127.0.0.1:4222", model="tiny") as client:
