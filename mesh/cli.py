@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 from mesh import __version__
@@ -49,8 +49,8 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"there is no option {option}" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, *, loaded: Callable[[], None] = lambda: None) -> int:
+    """Run the command line; returns the exit code. `loaded` is called when the command is imported and is about to begin."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     level = _log_level(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _log(level)
         parser = _parser_of(arguments[0])
+        loaded()
         args, extra = parser.parse_known_args(arguments[1:])
         if extra:
             parser.refuse(extra)

@@ -70,7 +70,7 @@ class HttpEdge:
             await Sharing(accounts).start(bus)
             if settings.verifier is None and not is_loopback(settings.listener.host):
                 log.warning("every caller that reaches %s may send requests: authentication.enabled is false", self.url)
-            log.info("HTTP on %s", self.url)
+            log.info("HTTP on %s", self._listener.where)
             app = create_app(
                 client,
                 settings,

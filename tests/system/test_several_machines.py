@@ -1,6 +1,7 @@
 """docs/several-machines.md, command by command, on three machines that are network namespaces.
 
-What differs from the page is in REPLACED: a tiny model stands for the demo model, unless MESH_TEST_DEMO_MODEL is set. `scp` is a program that copies to the other machine's folder.
+What differs from the page is in REPLACED: a tiny model stands for the demo model, unless MESH_TEST_DEMO_MODEL is set. `scp` is
+a program that copies to the other machine's folder.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import { Picture } from "./picture.js";
 const STATES = { ready: "Serving", degraded: "Serving, with a loss", starting: "Getting ready", down: "Not serving" };
 const LINKS = { connecting: "Looking for the mesh", lost: "The gateway does not answer", denied: "A token is needed" };
 const TELLS = {
-  joined: "joined", ready: "is ready", left: "left", suspected: "is suspected", failed_over: "failed over", drained: "drained",
+  joined: "joined", ready: "is ready", left: "left", lost: "is lost", suspected: "is suspected", failed_over: "failed over", drained: "drained",
   plan_changed: "placement changed", rejected: "was refused", forgotten: "was forgotten", coordinator_joined: "joined",
   coordinator_left: "left", resumed: "took over",
 };
