@@ -18,10 +18,11 @@ from pathlib import Path
 
 from places import ROOT
 
-__all__ = ["PAGES", "Block", "blocks_of", "commands_of", "mesh_lines"]
+__all__ = ["PAGES", "Block", "blocks_of", "commands_of", "mesh_lines", "mesh_spans"]
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "nats" / "README.md")
 _BLOCK = re.compile(r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_SPAN = re.compile(r"(?<!`)`(?:\.venv/bin/)?mesh ([^`\n]+)`(?!`)")
 _HERE = re.compile(r"<<'?(\w+)'?")
 _ENVIRONMENT = re.compile(r"^\w+=\S*$")
 _COMMANDS = re.compile(r"^(make|\.venv/bin/\w+|mesh|nats|nats-server|curl|export) ")
@@ -90,4 +91,14 @@ def mesh_lines(text: str) -> Iterator[list[str]]:
             while words and _ENVIRONMENT.match(words[0]):
                 words = words[1:]
             if words and words[0].rpartition("/")[2] == "mesh":
-                yield [word for word in words[1:] if word not in ("&", ">", "<")]
+                redirected = {place + 1 for place, word in enumerate(words) if word in (">", "<")}
+                yield [word for place, word in enumerate(words[1:], 1) if word not in ("&", ">", "<") and place not in redirected]
+
+
+def mesh_spans(text: str) -> Iterator[list[str]]:
+    """The words of every `mesh ...` in the prose of a page."""
+    for match in _SPAN.finditer(_BLOCK.sub("", text)):
+        try:
+            yield shlex.split(match[1])
+        except ValueError:
+            yield match[1].split()
