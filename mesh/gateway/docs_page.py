@@ -16,10 +16,13 @@ __all__ = ["docs", "page_of"]
 docs = APIRouter()
 
 _STYLE: Final = (
-    ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1.5rem}"
-    "h2{margin:2.5rem 0 .25rem;font-size:1.1rem}code{font-family:ui-monospace,monospace;overflow-wrap:anywhere}"
-    "table{border-collapse:collapse;width:100%;margin:.5rem 0}th,td{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;"
-    "border-top:1px solid light-dark(#ccc,#444)}.method{display:inline-block;min-width:4.5rem}.scroll{overflow-x:auto}"
+    ":root{color-scheme:light dark}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1.5rem;"
+    "background:light-dark(#fff,#161618);color:light-dark(#1c1b18,#ecebe6)}"
+    "a{color:light-dark(#1f3bb3,#a9b8ff)}h2{margin:2.5rem 0 .25rem;font-size:1.1rem}"
+    "code{font-family:ui-monospace,monospace;overflow-wrap:anywhere}table{border-collapse:collapse;width:100%;margin:.5rem 0}"
+    "th,td{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-top:1px solid light-dark(#ccc,#444)}"
+    ".method{display:inline-block;min-width:4.5rem}.scroll{overflow-x:auto}"
 )
 _POLICY: Final = f"default-src 'none'; style-src 'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'; frame-ancestors 'none'"
 
@@ -55,14 +58,14 @@ def _operation(method: str, path: str, operation: dict[str, Any], schemas: dict[
         found = schemas.get(str(body.get("$ref", "")).rpartition("/")[2], body)
         needed = found.get("required", [])
         rows += [(name, _type(field), name in needed, _default(field)) for name, field in found.get("properties", {}).items()]
-    text = escape(operation.get("description") or operation.get("summary", ""))
+    text, table = escape(operation.get("description") or operation.get("summary", "")), _table(rows, f"Fields of {method.upper()} {path}")
     return (
-        f'<h2><code><span class="method">{escape(method.upper())}</span> {escape(path)}</code></h2><p>{text}</p>{_table(rows)}'
+        f'<h2><code><span class="method">{escape(method.upper())}</span> {escape(path)}</code></h2><p>{text}</p>{table}'
         f"<p>Answers: {escape(answers)}</p>"
     )
 
 
-def _table(rows: list[tuple[str, str, bool, str]]) -> str:
+def _table(rows: list[tuple[str, str, bool, str]], label: str) -> str:
     if not rows:
         return ""
     lines = "".join(
@@ -72,7 +75,7 @@ def _table(rows: list[tuple[str, str, bool, str]]) -> str:
     )
     head = '<tr><th scope="col">field</th><th scope="col">type</th><th scope="col">needed</th><th scope="col">what it is</th></tr>'
     table = f"<table><thead>{head}</thead><tbody>{lines}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Fields">{table}</div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
 def _type(field: dict[str, Any]) -> str:

@@ -262,6 +262,19 @@ def test_everything_is_reached_from_the_keyboard(mesh: LocalMesh, browser: Brows
         " e.getAttribute('aria-label') || (e.labels && e.labels.length))).map(e => e.outerHTML)"
     )
     assert unnamed == []
+    for view in VIEWS:
+        page(browser, mesh, view)
+        regions = browser.js(
+            "const name = e => e.getAttribute('aria-label') || document.getElementById(e.getAttribute('aria-labelledby'))?.textContent;"
+            "return [...document.querySelectorAll('section, nav, [role=region]')].filter(e => e.offsetParent).map(name)"
+        )
+        assert all(regions) and len(regions) == len(set(regions)), regions
+        unreached = browser.js(
+            "const scrolls = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowY) && e.scrollHeight > e.clientHeight;"
+            "return [...document.querySelectorAll('main *')].filter(e => e.offsetParent && scrolls(e) && e.tabIndex < 0)"
+            ".map(e => e.outerHTML.slice(0, 80))"
+        )
+        assert unreached == [], "what scrolls is reached with the keyboard"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
