@@ -38,17 +38,20 @@ def selected_context() -> str | None:
         return named
     try:
         return (_folder() / "context.txt").read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: this user has no home
         return None
 
 
 def read_context(name: str) -> dict[str, Any]:
     """The keys of the `nats` section that a context gives. ConfigError: there is no such context, or it asks for what is not supported."""
-    path = _folder() / "context" / f"{name}.json"
     if "/" in name or name.startswith("."):
         raise ConfigError(f"{name!r} is no name of a context: `nats context ls` lists them")
+    path = Path("context") / f"{name}.json"
     try:
+        path = _folder() / path
         said = orjson.loads(path.read_bytes())
+    except RuntimeError:
+        raise ConfigError("this user has no home, and so no NATS contexts: set XDG_CONFIG_HOME") from None
     except OSError as error:
         raise ConfigError(f"there is no NATS context {name} ({path}: {error.strerror}): `nats context ls` lists them") from None
     except orjson.JSONDecodeError:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from tiny_mesh_model import make_source
 from waiting import Talking
@@ -21,6 +23,7 @@ shard: {shard_id: 9}
 model: {shard_path: "models:source", layers_start: 0, layers_end: 2}
 resources: {max_memory_gb: 1}
 performance: {batch_size: 2, max_sequence_length: 64}
+health: {port: PORT}
 """
 
 
@@ -72,9 +75,13 @@ def test_every_command_finds_the_mesh(machine: Machine) -> None:
     assert "2 shards serve source" in machine.run("models", "remove", "source", code=2)
     with machine.going("gateway", "--http-port", "0", "--metrics-port", "0") as gateway:
         gateway.wait("HTTP on http://127.0.0.1:")
-    (machine.folder / "shard.yaml").write_text(SHARD)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (machine.folder / "shard.yaml").write_text(SHARD.replace("PORT", str(port)))
     with machine.going("shard", "--config", "shard.yaml", "--quiet", "--metrics-port", "0") as shard:
         shard.wait("ready: layers 0-2")
+        assert httpx.get(f"http://127.0.0.1:{port}/api/v1/health", timeout=30).json()["state"] == "ready", "its port of health"
     with machine.going("join", "--quiet", "--http-port", "0", "--metrics-port", "0", "--name", "joined", "--layers", "0-2") as joined:
         joined.wait("ready: layers 0-2")
         assert "shard-1 is draining" in machine.run("drain", "shard-1"), "another shard serves its layers now"
