@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import sys
 from typing import Any
 
 import nats
 import nats.errors
+import nats.js.errors
 
 
 def seconds(text: str) -> float:
@@ -56,7 +58,8 @@ async def act(client: Any, words: list[str], args: argparse.Namespace) -> int:
         case ["kv", "get", bucket, key]:
             print((await (await client.jetstream().key_value(bucket)).get(key)).value)
         case ["kv", "ls", bucket]:
-            print(await (await client.jetstream().key_value(bucket)).keys())
+            with contextlib.suppress(nats.js.errors.NoKeysError):
+                print(await (await client.jetstream().key_value(bucket)).keys())
         case ["kv", "watch", bucket]:
             watcher = await (await client.jetstream().key_value(bucket)).watchall()
             async for entry in watcher:
