@@ -2,7 +2,7 @@
 
 From the top down; a package imports only those below it (docs/architecture.md, tests/unit/test_imports.py).
 
-    cli, commands   the command line
+    entry, cli, commands   the command line
     doctor          the checks of `mesh doctor`
     gateway         HTTP, and the dashboard
     local           a whole mesh on one machine

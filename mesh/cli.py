@@ -10,56 +10,14 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
-from importlib import import_module
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, cast
 
 from mesh import __version__
+from mesh.commands.table import COMMANDS, LOG_LEVELS, add_command, descriptions
 from mesh.errors import MeshError
 
 __all__ = ["COMMANDS", "main"]
-
-# group -> command -> (module of mesh.commands and the function that adds its parser, help)
-COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
-    "run a mesh": {
-        "up": ("up:add_parser", "a whole mesh on this machine"),
-        "shard": ("shard:add_shard_parser", "serve one layer range, as a file says"),
-        "join": ("shard:add_join_parser", "serve what the mesh lacks most"),
-        "coordinator": ("coordinator:add_parser", "take requests and drive the shards"),
-        "gateway": ("gateway:add_parser", "HTTP for a mesh"),
-        "drain": ("drain:add_drain_parser", "stop a shard without losing a session"),
-        "load": ("drain:add_load_parser", "let a shard serve another range of the layers it holds"),
-        "forget": ("forget:add_forget_parser", "remove what is left of a shard that is gone"),
-        "token": ("token:add_parser", "issue and inspect tokens for HTTP"),
-        "pki": ("pki:add_parser", "certificates: a private authority, issue, rotate, show"),
-        "nats": ("nats:add_parser", "users and configuration of NATS servers, by role"),
-    },
-    "ask it": {
-        "generate": ("generate:add_parser", "generate with a mesh"),
-        "chat": ("chat:add_parser", "talk with a mesh"),
-        "batch": ("batch:add_batch_parser", "requests that survive every process"),
-        "bench": ("bench:add_parser", "load a mesh and measure it"),
-    },
-    "look at it": {
-        "status": ("status:add_parser", "shards and coordinators of a mesh"),
-        "top": ("top:add_parser", "what a mesh does, live"),
-        "doctor": ("doctor:add_parser", "what is well, what is not, and what to do"),
-        "events": ("events:add_events_parser", "what happened in the mesh"),
-        "trace": ("trace:add_parser", "where the time of a request went"),
-        "usage": ("usage:add_parser", "what each subject has used over HTTP"),
-    },
-    "models": {
-        "import": ("import_model:add_parser", "make a model directory from ONNX, safetensors or GGUF"),
-        "run": ("run:add_parser", "generate in one process, without a mesh"),
-        "plan": ("planning:add_plan_parser", "place a model's layers on nodes, and say whether they fit"),
-        "shard-model": ("planning:add_shard_model_parser", "write the placement of a model from distributed_config.json"),
-        "push": ("push:add_push_parser", "copy a model directory into the mesh"),
-        "sign": ("signing:add_parser", "sign a model"),
-        "pull": ("push:add_pull_parser", "copy a model from the mesh"),
-        "tune": ("tune:add_parser", "measure the fastest products on this machine"),
-    },
-}
-_BY_NAME = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
 
 _DESCRIPTION = "Run a language model that fits no single machine: layer shards in JAX over NATS."
 _EPILOG = """\
@@ -103,21 +61,20 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"there is no option {option}" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, *, loaded: Callable[[], None] = lambda: None) -> int:
+    """Run the command line; returns the exit code. `loaded` is called when the command is imported and is about to begin."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    level = _log_level(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version", "version"):
         print(f"mesh {__version__}")
         return 0
-    import logging  # not for a list of commands, which is answered at once
-
-    # An error is one line at the end: what the connection logs meanwhile is for commands that set up a log.
-    logging.getLogger("mesh").addHandler(logging.NullHandler())
     try:
+        _log(level)
         parser = _parser_of(arguments[0])
+        loaded()
         args, extra = parser.parse_known_args(arguments[1:])
         if extra:
             parser.refuse(extra)
@@ -125,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeshError as error:
         print(f"mesh: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"mesh: {_missing(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mesh: interrupted", file=sys.stderr)
         return 130
@@ -133,18 +93,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _log_level(arguments: list[str]) -> str | None:
+    """Take --log-level out of the arguments, wherever it stands before a `--`; its value. It goes to every process that this one starts."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    at = next((i for i, word in enumerate(arguments[:end]) if word == "--log-level" or word.startswith("--log-level=")), None)
+    if at is None or (arguments[at] == "--log-level" and at + 1 >= end):
+        return None  # the command's own parser says what is missing
+    word = arguments.pop(at)
+    level = word.partition("=")[2] if "=" in word else arguments.pop(at)
+    if level not in LOG_LEVELS:
+        print(f"mesh: --log-level: '{level}' is none of {', '.join(LOG_LEVELS)}", file=sys.stderr)
+        raise SystemExit(2)
+    os.environ["MESH_LOGGING_LEVEL"] = level
+    return level
+
+
+def _log(level: str | None) -> None:
+    """An error is one line at the end. What is logged meanwhile is for commands that set up a log, or for --log-level."""
+    import logging  # not for a list of commands, which is answered at once
+
+    logging.getLogger("mesh").addHandler(logging.NullHandler())
+    if level is not None:
+        from mesh.settings.schema import LoggingSection
+        from mesh.telemetry.logs import setup_logging
+
+        setup_logging(LoggingSection.model_validate({"level": level, "format": "text"}), role="command")
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install for a command that needs more than a client."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "mesh"):
+        raise error
+    extra = "import" if package in ("onnxruntime", "gguf", "safetensors") else "server"
+    return f"this needs the package {package}, which is not installed: pip install 'stagemesh[{extra}]'"
+
+
 def _parser_of(name: str) -> _Parser:
     """The parser of a command; SystemExit(2) for a word that is none."""
-    if name not in _BY_NAME:
-        near = difflib.get_close_matches(name, _BY_NAME, 1)
+    names = descriptions()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
         meant = f" (did you mean `mesh {near[0]}`?)" if near else ""
         print(f"mesh: there is no command {name}{meant}: see `mesh --help`", file=sys.stderr)
         raise SystemExit(2)
-    module, function = _BY_NAME[name][0].split(":")
     subparsers: Any = _Parser(prog="mesh").add_subparsers(metavar="COMMAND")
-    getattr(import_module(f"mesh.commands.{module}"), function)(subparsers)
-    parser: _Parser = subparsers.choices[name]
-    return parser
+    return cast("_Parser", add_command(subparsers, name))
 
 
 def _help() -> str:

@@ -221,6 +221,21 @@ class BatchStore:
         except MessageRejected as error:  # no coordinator wrote this
             return BatchItem(index=index, state="failed", error=ErrorReply.of(error))
 
+    async def all(self) -> list[BatchStatus]:
+        """Every batch that is kept, the latest first. Whoever knows an id may read and cancel its batch, so operators alone list them."""
+        ids = [subject.split(".")[2] for subject in await self._subjects("*.batch", "listing the batches")]
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(id: str) -> BatchStatus | None:
+            async with gate:
+                try:
+                    return await self.status(id)
+                except BadRequest:  # it has ended meanwhile
+                    return None
+
+        found = [status for status in await asyncio.gather(*map(one, ids)) if status is not None]
+        return sorted(found, key=lambda status: status.submitted_unix_s, reverse=True)
+
     # -- for the coordinators ------------------------------------------------------------------------------------------
 
     async def require(self, id: str, index: int, model: str) -> None:
@@ -324,18 +339,25 @@ class BatchStore:
             raise BadRequest(f"batch {id} cannot be read: {error}", field="id") from None
 
     async def _progress(self, id: str) -> _Progress:
-        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
         prefix = f"$KV.{subjects.KV_BATCHES}.{id}."
-        with mapped(f"looking at batch {id}"):
-            state = (await js.stream_info(f"KV_{subjects.KV_BATCHES}", subjects_filter=f"{prefix}*.*")).state
         found = _Progress()
-        for subject in state.subjects or ():
+        for subject in await self._subjects(f"{id}.*.*", f"looking at batch {id}"):
             kind, _, index = subject.removeprefix(prefix).partition(".")
             if (kind, index) == ("cancelled", "batch"):
                 found.taken_back = True
             elif index.isascii() and index.isdigit():
                 getattr(found, kind, set[int]()).add(int(index))
         return found
+
+    async def _subjects(self, keys: str, doing: str) -> list[str]:
+        """The subjects of the keys of the store that match."""
+        js = self._bus.client.jetstream(timeout=_TIMEOUT_S)
+        with mapped(doing):
+            try:
+                info = await js.stream_info(f"KV_{subjects.KV_BATCHES}", subjects_filter=f"$KV.{subjects.KV_BATCHES}.{keys}")
+            except nats.js.errors.NotFoundError:  # nothing was ever submitted
+                return []
+        return list(info.state.subjects or ())
 
 
 class Work:

@@ -15,9 +15,10 @@ import io
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import nats.js.api
 import nats.js.errors
@@ -29,9 +30,11 @@ from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.host.paths import cache_directory
 from mesh.model.manifest import MAX_MANIFEST_BYTES, FileInfo, Manifest, block_name, check_file
-from mesh.model.signature import Signers
 from mesh.protocol import subjects
 from mesh.types import LayerRange, Progress, no_progress
+
+if TYPE_CHECKING:  # a client is installed without cryptography
+    from mesh.model.signature import Signers
 
 __all__ = ["ModelStore", "Progress", "files_of", "kept_at"]
 
@@ -139,6 +142,24 @@ class ModelStore:
         directory = directory or kept_at(manifest)
         await self._bring(manifest, list(manifest.extra_files), directory, no_progress)
         return directory
+
+    async def remove(self, name: str) -> int:
+        """Remove a model, and the files that no other model of the store has; returns their bytes. Copies that shards keep stay.
+        ModelNotFound: no such model was pushed."""
+        manifest = await self.manifest(name)
+        others = [await self.manifest(other) for other in await self.names() if other != name]
+        kept = {file.sha256 for other in others for file in files_of(other)}
+        store, freed, removed = await self._open(), 0, set[str]()
+        with mapped(f"removing {name}"):
+            await store.delete(f"model.{subjects.token(name)}")  # first: a model that can be seen is complete
+            for file in files_of(manifest):
+                if file.sha256 in kept or file.sha256 in removed:
+                    continue
+                removed.add(file.sha256)
+                with suppress(nats.js.errors.NotFoundError):  # it was lost before
+                    await store.delete(_object(file))
+                    freed += file.bytes
+        return freed
 
     async def _bring(self, manifest: Manifest, files: list[FileInfo], directory: Path, progress: Progress) -> None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,14 @@ AsyncMeshClient is the same for asyncio. Both speak to coordinators over NATS an
 
 aio          AsyncMeshClient
 sync         MeshClient
+request      the arguments of a request, for type checkers
 stream       one generation request: sending it, repeating it, ordering its answers
 results      what both clients return
 read_model   the picture of a mesh for the dashboard, `mesh top` and `mesh status`
 """
 
 from mesh.client.aio import AsyncMeshClient
+from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments
 from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage, Timing, Token, Usage
 from mesh.client.stream import Stream
 from mesh.client.sync import MeshClient, SyncStream
@@ -27,13 +29,16 @@ __all__ = [
     "AsyncMeshClient",
     "BatchResult",
     "BatchStatus",
+    "ChatArguments",
     "Chunk",
     "Completion",
     "CoordinatorStatus",
+    "GenerateArguments",
     "Health",
     "MeshClient",
     "MeshStatus",
     "MeshUsage",
+    "RequestArguments",
     "Stream",
     "SyncStream",
     "Timing",

@@ -7,22 +7,21 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeVar
-
-import orjson
+from typing import Any, Literal, TypeVar, Unpack
 
 from mesh.bus import Bucket, Bus, BusOptions, EventLog, Received, Subscription
 from mesh.bus.batches import BatchStore
 from mesh.bus.dead import DeadList
 from mesh.bus.service import endpoint_data
 from mesh.bus.spans import SpanPublisher
+from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments, message_of
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, ServiceError, Unavailable
 from mesh.protocol import subjects, topics
 from mesh.protocol.batches import BatchItem, BatchQuery, BatchResults, BatchStatus, DeadMessage
 from mesh.protocol.events import Event
-from mesh.protocol.generation import Generate, TraceReply, TraceRequest
+from mesh.protocol.generation import TraceReply, TraceRequest
 from mesh.protocol.message import Message
 from mesh.protocol.spans import Span
 from mesh.protocol.status import CoordinatorStats, SessionReport, ShardLease, ShardStats, TraceQuery
@@ -106,10 +105,10 @@ class AsyncMeshClient:
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
-    async def open_stream(self, prompt: str | None = None, **request: Any) -> Stream:
+    async def open_stream(self, prompt: str | None = None, **request: Unpack[GenerateArguments]) -> Stream:
         """Like `stream`, but it also finds out the model. Returns the stream before anything of it is read."""
-        model = request.pop("model", None) or self._model or await self._only_model()
-        return self.stream(prompt, model=model, **request)
+        request["model"] = request.get("model") or self._model or await self._only_model()
+        return self.stream(prompt, **request)
 
     def stream(
         self,
@@ -118,7 +117,7 @@ class AsyncMeshClient:
         model: str | None = None,
         timeout_s: float | None = None,
         on_waiting: Callable[[Waiting], None] | None = None,
-        **request: Any,
+        **request: Unpack[RequestArguments],
     ) -> Stream:
         """Generate token by token. `on_waiting` is called every few seconds while the request waits for a row, or for layers that no shard
         serves. `request`: fields of mesh.protocol.generation.Generate, such as messages or tokens instead of a
@@ -127,10 +126,10 @@ class AsyncMeshClient:
         name = model or self._model
         if name is None:
             raise BadRequest("say which model: AsyncMeshClient(..., model=NAME), or use open_stream, which finds it out", field="model")
-        message = _message(prompt, {"traceparent": current(), **request})
+        message = message_of(prompt, {"traceparent": current(), **request})
         return Stream(self._connected, name, message, timeout_s=timeout_s or self._timeout_s, retry=self._retry, on_waiting=on_waiting)
 
-    async def generate(self, prompt: str | None = None, **request: Any) -> Completion:
+    async def generate(self, prompt: str | None = None, **request: Unpack[GenerateArguments]) -> Completion:
         """Generate, and return the whole answer. The arguments are those of `stream`. Cancelling the task cancels the generation."""
         async with await self.open_stream(prompt, **request) as stream:
             async for _ in stream:
@@ -138,12 +137,12 @@ class AsyncMeshClient:
         assert stream.completion is not None
         return stream.completion
 
-    async def chat(self, messages: Iterable[Mapping[str, str]], **request: Any) -> Completion:
+    async def chat(self, messages: Iterable[Mapping[str, str]], **request: Unpack[ChatArguments]) -> Completion:
         """Generate the assistant's next message after `messages` ({"role", "content"})."""
         return await self.generate(messages=list(messages), **request)
 
     async def batch(
-        self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Any
+        self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Unpack[GenerateArguments]
     ) -> list[Completion | MeshError]:
         """Generate for many requests, `concurrency` at a time. Returns the completion or the error of each request, in order. A request
         is a prompt, or a mapping of arguments of `generate`; `common` holds the arguments that all requests share."""
@@ -164,7 +163,12 @@ class AsyncMeshClient:
     # -- durable batches -----------------------------------------------------------------------------------------------
 
     async def submit_batch(
-        self, requests: Iterable[str | Mapping[str, Any]], *, id: str | None = None, model: str | None = None, **common: Any
+        self,
+        requests: Iterable[str | Mapping[str, Any]],
+        *,
+        id: str | None = None,
+        model: str | None = None,
+        **common: Unpack[RequestArguments],
     ) -> BatchStatus:
         """Submit requests that are answered later, each once, whichever processes die meanwhile. `requests` and `common` are those of
         `batch`. Returns when the NATS server has stored them; no coordinator has to run. The same `id` with the same requests is the
@@ -175,10 +179,9 @@ class AsyncMeshClient:
         name = model or self._model or await self._only_model()
         made = []
         for index, request in enumerate(requests):
-            own = {"prompt": request} if isinstance(request, str) else dict(request)
-            own = {**common, **own}
+            own = {**common, **({"prompt": request} if isinstance(request, str) else request)}
             try:
-                made.append(_message(own.pop("prompt", None), own))
+                made.append(message_of(own.pop("prompt", None), own))
             except BadRequest as error:
                 raise BadRequest(f"requests.{index}.{error}", field=f"requests.{index}.{error.field}") from None
         return await BatchStore(self._connected).submit(name, made, id=id, known=self.batch_status)
@@ -187,6 +190,10 @@ class AsyncMeshClient:
         """How far a batch is: state queued, running, done, failed or cancelled, and counts. BadRequest: there is no such batch.
         Whoever knows the id may ask: one that you choose should be one that nobody guesses."""
         return await self._of_batch(topics.BATCH_STATUS, BatchQuery(id=_batch_id(id)), lambda store: store.status(id))
+
+    async def batches(self) -> list[BatchStatus]:
+        """Every batch of the last week, the latest first. Whoever knows an id may read its results, so operators alone list them."""
+        return await BatchStore(self._connected).all()
 
     async def cancel_batch(self, id: str) -> BatchStatus:
         """Take a batch back: what has not begun is not begun, what runs is cancelled within seconds, what has ended keeps its result.
@@ -415,14 +422,3 @@ async def _page(store: BatchStore, query: BatchQuery) -> BatchResults:
     following = query.offset + query.limit
     items = await store.results(query.id, offset=query.offset, limit=query.limit)
     return BatchResults(id=query.id, items=tuple(items), next=following if following < total else None)
-
-
-def _message(prompt: str | None, request: Mapping[str, Any]) -> Generate:
-    """Convert through JSON, so that a tuple passes as a list and an integer as a float, as from any other client."""
-    values = {"prompt": prompt, **request}
-    try:
-        return Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
-    except MessageRejected as error:
-        raise BadRequest(str(error), field=error.field) from None
-    except TypeError as error:
-        raise BadRequest(f"the request cannot be written as JSON: {error}", field="request") from None

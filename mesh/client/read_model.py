@@ -111,7 +111,7 @@ class MeshReadModel:
             return
         if event.kind == "left":
             self._left.add(event.who)
-        elif event.kind in ("suspected", "failed_over"):
+        elif event.kind in ("lost", "suspected", "failed_over"):
             self._suspected[event.who] = event.at_unix_s
         elif event.kind in ("joined", "ready"):
             self._suspected.pop(event.who, None)
@@ -307,12 +307,15 @@ def _recent(coordinators: Sequence[CoordinatorStatus]) -> list[tuple[SessionRepo
 
 
 def _latency(coordinators: Sequence[CoordinatorStatus], unix_s: float) -> dict[str, float] | None:
-    """Latency of the requests that run or ended lately: median and worst time to the first token, median seconds for each later one."""
+    """Latency of the requests that run or ended lately: median and worst time to the first token, median seconds for each later one. A
+    request that still waits for its first token counts with the time that it has waited, once that is longer than the median."""
     running = [session for c in coordinators for session in c.stats.sessions]
     ended = [session for session, _ in _recent(coordinators) if session.began_unix_s + session.total_s > unix_s - FRESH_S]
     timed = [(session, session.first_token_s) for session in running + ended if session.first_token_s is not None]
-    if not timed:
-        return None
     first = [first_s for _, first_s in timed]
+    usual = median(first) if first else 0.0
+    first += [session.total_s for session in running if session.first_token_s is None and session.total_s > usual]
+    if not first:
+        return None
     paces = [(session.total_s - first_s) / (session.tokens - 1) for session, first_s in timed if session.tokens > 1]
-    return {"requests": len(timed), "first_token_s": median(first), "worst_s": max(first), "token_s": median(paces) if paces else 0.0}
+    return {"requests": len(first), "first_token_s": median(first), "worst_s": max(first), "token_s": median(paces) if paces else 0.0}

@@ -6,10 +6,11 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from mesh.bus import BusOptions
 from mesh.client.aio import AsyncMeshClient
+from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments
 from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
@@ -111,25 +112,35 @@ class MeshClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def stream(self, prompt: str | None = None, **request: Any) -> SyncStream:
+    def stream(self, prompt: str | None = None, **request: Unpack[GenerateArguments]) -> SyncStream:
         return SyncStream(self, self._run(self._client.open_stream(prompt, **request)))
 
-    def generate(self, prompt: str | None = None, **request: Any) -> Completion:
+    def generate(self, prompt: str | None = None, **request: Unpack[GenerateArguments]) -> Completion:
         return self._run(self._client.generate(prompt, **request))
 
-    def chat(self, messages: Iterable[Mapping[str, str]], **request: Any) -> Completion:
+    def chat(self, messages: Iterable[Mapping[str, str]], **request: Unpack[ChatArguments]) -> Completion:
         return self._run(self._client.chat(messages, **request))
 
-    def batch(self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Any) -> list[Completion | MeshError]:
+    def batch(
+        self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Unpack[GenerateArguments]
+    ) -> list[Completion | MeshError]:
         return self._run(self._client.batch(requests, concurrency=concurrency, **common))
 
     def submit_batch(
-        self, requests: Iterable[str | Mapping[str, Any]], *, id: str | None = None, model: str | None = None, **common: Any
+        self,
+        requests: Iterable[str | Mapping[str, Any]],
+        *,
+        id: str | None = None,
+        model: str | None = None,
+        **common: Unpack[RequestArguments],
     ) -> BatchStatus:
         return self._run(self._client.submit_batch(requests, id=id, model=model, **common))
 
     def batch_status(self, id: str) -> BatchStatus:
         return self._run(self._client.batch_status(id))
+
+    def batches(self) -> list[BatchStatus]:
+        return self._run(self._client.batches())
 
     def cancel_batch(self, id: str) -> BatchStatus:
         return self._run(self._client.cancel_batch(id))

@@ -15,8 +15,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
-import numpy as np
-
 from mesh.bus import Bus, BusOptions, Received
 from mesh.errors import Unavailable
 from mesh.host.signals import run_loop
@@ -62,12 +60,15 @@ class _Reader:
     """Reads `size` bytes of memory with every processor."""
 
     def __init__(self, size: int) -> None:
+        import numpy as np  # a client is installed without it, and may measure its mesh with --no-hop
+
         workers = os.cpu_count() or 1
+        self._sum = np.sum
         self._parts = np.array_split(np.ones(size // 8), workers) if size else []
         self._pool = ThreadPoolExecutor(workers, "read")
 
     def read(self) -> None:
-        list(self._pool.map(np.sum, self._parts))
+        list(self._pool.map(self._sum, self._parts))
 
 
 async def _answer(bus: Bus, reader: _Reader) -> str:

@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mesh.commands.batch_lines import at_its_line, read_lines, result_line
 from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.errors import BadRequest, PayloadTooLarge, RequestError
 
 if TYPE_CHECKING:
     from mesh.client import BatchStatus
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["add_batch_parser"]
 
 _DESCRIPTION = """\
-Durable batches: every line of a file is a request, either a JSON string (a prompt) or an object with the fields of a request (prompt,
-messages or tokens, max_tokens, temperature ...). The NATS server keeps the requests, and they are answered when rows are free, even if
-every process is restarted meanwhile. Results are kept for a week."""
+Durable batches: every line of a file is a request: a JSON string (a prompt), an object with the fields of a request (prompt, messages or
+tokens, max_tokens, temperature ...), or a line of OpenAI's batches ({"custom_id", "url", "body"}). The NATS server keeps the requests, and
+they are answered when rows are free, even if every process is restarted meanwhile. Results are kept for a week."""
 
 _CANCEL = """\
 Take a batch back. Requests that have not begun are not begun, those that run are cancelled within seconds, and what has ended keeps its
 result."""
+_LIST = """\
+The batches of the last week, the latest first. Whoever knows the id of a batch may read its results, so the connection must be an
+operator's."""
 _DEAD = """\
 Messages of the queue that no coordinator could handle, the oldest first: where each one was, its size, and what was wrong with it. They
 are no longer in the queue. The last 1,000 of a week are kept."""
@@ -50,6 +54,14 @@ def add_batch_parser(subparsers: Any) -> None:
     result = verbs.add_parser("result", help="the answers", description="The answers so far, one object a line, in the order of the file.")
     result.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
     result.add_argument("--wait", action="store_true", help="wait until all answers are there")
+    result.add_argument(
+        "--requests",
+        metavar="FILE.jsonl",
+        help="the file that was submitted: answers to lines of OpenAI's form have that form and their custom_id",
+    )
+
+    listing = verbs.add_parser("list", help="the batches of the last week", description=_LIST)
+    listing.add_argument("--json", action="store_true", help="one object a line")
 
     cancel = verbs.add_parser("cancel", help="take a batch back", description=_CANCEL)
     cancel.add_argument("id", metavar="ID", help="as `mesh batch submit` printed it")
@@ -58,7 +70,7 @@ def add_batch_parser(subparsers: Any) -> None:
     dead = verbs.add_parser("dead", help="what was set aside", description=_DEAD)
     dead.add_argument("--last", type=int, default=100, metavar="N", help="show the last N (default 100)")
     dead.add_argument("--json", action="store_true", help="one object a line")
-    for verb, command in ((submit, _submit), (status, _status), (result, _result), (cancel, _cancel), (dead, _dead)):
+    for verb, command in ((submit, _submit), (status, _status), (result, _result), (listing, _list), (cancel, _cancel), (dead, _dead)):
         add_connection_arguments(verb)
         verb.set_defaults(run=command)
 
@@ -67,13 +79,36 @@ def _submit(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
 
     common = {} if args.max_tokens is None else {"max_tokens": args.max_tokens}
-    requests = _requests(args.file)
+    lines = read_lines(args.file)
     with MeshClient(options=bus_options(args), model=args.model) as client:
-        status = client.submit_batch(requests, id=args.id, **common)
+        try:
+            status = client.submit_batch([{**common, **_as_object(line.request)} for line in lines], id=args.id)
+        except (RequestError, PayloadTooLarge) as error:
+            raise at_its_line(error, args.file, lines) from None
         if args.wait:
             print(f"batch {status.id}: waiting for {status.total} answers", file=sys.stderr)
             status = client.wait_batch(status.id)
     print(status.model_dump_json() if args.json else status.id)
+    return 0
+
+
+def _as_object(request: str | dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": request} if isinstance(request, str) else request
+
+
+def _list(args: argparse.Namespace) -> int:
+    from mesh.client import MeshClient
+
+    with MeshClient(options=bus_options(args)) as client:
+        found = client.batches()
+    for status in found:
+        if args.json:
+            print(status.model_dump_json())
+        else:
+            at = datetime.fromtimestamp(status.submitted_unix_s).strftime("%Y-%m-%d %H:%M:%S")
+            print(f"{at}  {status.id:34}  {status.state:9}  {status.done + status.failed} of {status.total}  {status.model}")
+    if not found and not args.json:
+        print("no batches: `mesh batch submit FILE.jsonl` makes one", file=sys.stderr)
     return 0
 
 
@@ -107,26 +142,23 @@ def _show(status: BatchStatus, *, as_json: bool) -> None:
 
 def _result(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.errors import Cancelled
 
     page = 200
+    lines = {} if args.requests is None else dict(enumerate(read_lines(args.requests)))
     with MeshClient(options=bus_options(args)) as client:
         total = (client.wait_batch(args.id) if args.wait else client.batch_status(args.id)).total
+        if lines and len(lines) != total:
+            raise BadRequest(
+                f"{args.requests} has {len(lines)} requests, and the batch {total}: give the file that was submitted", field="requests"
+            )
         for offset in range(0, total, page):
             for item in client.batch_results(args.id, offset=offset, limit=page):
-                failed = "cancelled" if isinstance(item.error, Cancelled) else "failed"
-                line: dict[str, Any] = {"index": item.index, "state": "done" if item.error is None else failed}
-                if item.completion is not None:
-                    line |= {name: value for name, value in item.completion.document().items() if name not in ("request", "timing")}
-                if item.error is not None:
-                    line |= {"error": str(item.error), "code": item.error.code}
-                print(json.dumps(line, ensure_ascii=False))
+                print(json.dumps(result_line(item, lines.get(item.index)), ensure_ascii=False))
     return 0
 
 
 def _dead(args: argparse.Namespace) -> int:
     from mesh.client import MeshClient
-    from mesh.errors import BadRequest
 
     if args.last < 1:
         raise BadRequest(f"--last {args.last}: give 1 or more", field="last")
@@ -139,24 +171,3 @@ def _dead(args: argparse.Namespace) -> int:
             at = datetime.fromtimestamp(message.at_unix_s).strftime("%Y-%m-%d %H:%M:%S")
             print(f"{at}  {message.subject}  {message.size_bytes} bytes  {message.reason}")
     return 0
-
-
-def _requests(name: str) -> list[str | dict[str, Any]]:
-    from mesh.errors import BadRequest
-
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{name}: {error}: give a file with one request a line, or - for standard input", field="file") from None
-    requests: list[str | dict[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line)
-        except ValueError as error:
-            raise BadRequest(f"{name}, line {number}: {error}: give a JSON string or object", field="file") from None
-        if not isinstance(request, (str, dict)):
-            raise BadRequest(f"{name}, line {number} is neither a JSON string nor an object", field="file")
-        requests.append(request)
-    return requests

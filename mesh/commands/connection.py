@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,13 @@ _WHO = ("credentials_file", "nkey_seed_file", "user", "password", "password_file
 def add_connection_arguments(
     parser: argparse.ArgumentParser,
     *,
-    nats: str = "NATS servers (default: $MESH_NATS_URLS, else the `mesh up` of this machine, else nats://127.0.0.1:4222)",
+    nats: str = "NATS servers (default: $MESH_NATS_URLS, else the `mesh up` of this machine, else the context that `nats context select` "
+    "has chosen, else nats://127.0.0.1:4222)",
 ) -> None:
     """Add --nats, with `nats` as its help, and the flags of credentials and TLS."""
     group = parser.add_argument_group("connection", "also from the environment: MESH_NATS_URLS, MESH_NATS_USER, MESH_NATS_PASSWORD ...")
     group.add_argument("--nats", metavar="URL,...", help=nats)
+    group.add_argument("--nats-context", metavar="NAME", help="a context of the nats command (default: $NATS_CONTEXT)")
     group.add_argument("--nats-creds", metavar="FILE", help="credentials of a NATS user (.creds)")
     group.add_argument("--nats-nkey", metavar="FILE", help="nkey seed of a NATS user")
     group.add_argument("--nats-user", metavar="NAME", help="with --nats-password-file or $MESH_NATS_PASSWORD")
@@ -69,34 +72,17 @@ def port(text: str) -> int:
 
 
 def bus_options(args: argparse.Namespace, section: NatsSection | None = None) -> BusOptions:
-    """The connection that the flags give, over `section` (None: over the environment). Where neither says which servers, it is the
-    `mesh up` that runs on this machine. What lets a command into a `mesh up` is found in any case. ConfigError: they contradict each
-    other."""
+    """The connection that the flags give, over a context of the nats command, over `section` (None: over the environment). Where none says
+    which servers, it is the `mesh up` that runs on this machine, else the context that is selected. What lets a command into a `mesh up`
+    is found in any case. ConfigError: they contradict each other."""
     from pydantic import ValidationError
 
     from mesh.bus import BusOptions
-    from mesh.local.running import running_mesh
     from mesh.settings.files import load_environment
     from mesh.settings.schema import ConnectionConfig, NatsSection
 
     base = section or load_environment(ConnectionConfig).nats
-    values: dict[str, Any] = {key: getattr(base, key) for key in base.model_fields_set}
-    given = {key: getattr(args, flag) for flag, key in _FLAGS.items() if getattr(args, flag, None)}
-    if given.keys() & {"credentials_file", "nkey_seed_file", "user", "token_file"}:  # another user than the section's
-        kept = ("password", "password_file") if given.keys() & {"user"} else ()
-        values = {key: value for key, value in values.items() if key not in _WHO or key in kept}
-    if "password_file" in given:
-        values.pop("password", None)
-    if "@" in given.get("urls", ""):
-        raise ConfigError("--nats: other users of this machine see a password on a command line: give --nats-user and --nats-password-file")
-    if "urls" in given:
-        given["urls"] = tuple(url if "://" in url else f"nats://{url}" for part in given["urls"].split(",") if (url := part.strip()))
-    values |= given
-    if section is None and "urls" not in values and (running := running_mesh()) is not None:
-        values["urls"] = (running.url,)
-    urls = values.get("urls", ())
-    if len(urls) == 1 and not any(values.get(key) for key in _WHO) and (running := running_mesh(urls[0])) is not None:
-        values = {**running.settings, **values}
+    values = _found(_given(args, {key: getattr(base, key) for key in base.model_fields_set}))
     try:
         made = NatsSection(**values)
     except ValidationError as error:
@@ -119,9 +105,45 @@ def bus_options(args: argparse.Namespace, section: NatsSection | None = None) ->
     )
 
 
+def _given(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the `nats` section: those of the flags, over those of the context that a flag names, over `values`."""
+    from mesh.settings.nats_context import read_context
+
+    if (name := getattr(args, "nats_context", None)) is not None:
+        values = read_context(name)
+    given = {key: getattr(args, flag) for flag, key in _FLAGS.items() if getattr(args, flag, None)}
+    if given.keys() & {"credentials_file", "nkey_seed_file", "user", "token_file"}:  # another user than the section's
+        kept = ("password", "password_file") if given.keys() & {"user"} else ()
+        values = {key: value for key, value in values.items() if key not in _WHO or key in kept}
+    if "password_file" in given:
+        values.pop("password", None)
+    if "@" in given.get("urls", ""):
+        raise ConfigError("--nats: other users of this machine see a password on a command line: give --nats-user and --nats-password-file")
+    if "urls" in given:
+        given["urls"] = tuple(url if "://" in url else f"nats://{url}" for part in given["urls"].split(",") if (url := part.strip()))
+    return values | given
+
+
+def _found(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`; where they do not say which servers, with those of the `mesh up` of this machine or of the context that is selected; and
+    with what lets a command into that `mesh up`."""
+    from mesh.local.running import running_mesh
+    from mesh.settings.nats_context import read_context, selected_context
+
+    named = None if "NATS_CONTEXT" not in os.environ else selected_context()
+    if "urls" not in values and named is None and (running := running_mesh()) is not None:
+        values = {**values, "urls": (running.url,)}
+    if "urls" not in values and (name := selected_context()) is not None:
+        values = {**read_context(name), **values}
+    urls = values.get("urls", ())
+    if len(urls) == 1 and not any(values.get(key) for key in _WHO) and (running := running_mesh(urls[0])) is not None:
+        values = {**running.settings, **values}
+    return values
+
+
 def repeated_flags(args: argparse.Namespace) -> str:
     """The connection flags that were given, to be written behind another command; they begin with a blank."""
-    given = [(flag, getattr(args, flag)) for flag in _FLAGS if getattr(args, flag, None)]
+    given = [(flag, getattr(args, flag)) for flag in ("nats_context", *_FLAGS) if getattr(args, flag, None)]
     return "".join(f" --{flag.replace('_', '-')} {shlex.quote(str(value))}" for flag, value in given)
 
 

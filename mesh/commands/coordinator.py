@@ -38,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--name", default="", metavar="NAME", help="name of this coordinator (default: a random one)")
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait for a row (default 256)")
-    parser.add_argument("--step-timeout", type=float, default=15.0, metavar="SECONDS", help="the longest that a step may take (default 15)")
+    parser.add_argument(
+        "--step-timeout", type=float, metavar="SECONDS", help="the longest that a step may take (default: distributed.step_timeout, or 15)"
+    )
     parser.add_argument("--bf16-wire", action="store_true", help="send hidden states as bfloat16: half the bytes, not bit-exact")
     parser.add_argument(
         "--http-port", type=int, metavar="PORT", help="HTTP port; 0 is a free one (default: coordinator.listen_port, or 8080)"
@@ -82,7 +84,7 @@ def run_command(args: argparse.Namespace) -> int:
         strategy=config.distributed.load_balancing_strategy,
         queue_limit=args.queue,
         failover_timeout_s=config.distributed.failover_timeout,
-        step_timeout_s=min(args.step_timeout, config.distributed.failover_timeout),
+        step_timeout_s=min(args.step_timeout or config.distributed.step_timeout, config.distributed.failover_timeout),
         flags=flags,
         health_check_interval_s=config.coordinator.health_check_interval,
         expected=ExpectedShards(config.distributed.shards_count, config.distributed.replication_factor),

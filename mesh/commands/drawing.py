@@ -26,26 +26,33 @@ def headline(model: Mapping[str, Any]) -> Text:
     return line.append(f": {model['reason']}" if model["reason"] else "")
 
 
-def shard_table(shards: Sequence[Mapping[str, Any]], *, rates: bool = True) -> Table:
+def shard_table(shards: Sequence[Mapping[str, Any]], *, rates: bool = True, width: int = 200) -> Table:
+    """`width`: columns of the terminal. What it has no room for is left out, the least needed first: bars, sending, host, step."""
+    bars, wide, middle = width >= 110, width >= 90, width >= 70
     table = Table("layers", "shard", "state", "rows", "load", **_PLAIN)
-    columns = ("step", "memory", "sends") if rates else ("step", "memory")
-    for title in columns:
+    for title in ("step", "memory") if middle else ("memory",):
         table.add_column(title, justify="right")
-    table.add_column("host")
+    if rates and wide:
+        table.add_column("sends", justify="right")
+    if middle:
+        table.add_column("host")
+    for column in table.columns:
+        column.no_wrap = True
     for shard in sorted(shards, key=lambda shard: (shard["start"], shard["stop"], shard["name"])):
         gone = shard["state"] in ("lost", "left")
-        table.add_row(
+        cells = [
             f"{shard['start']}-{shard['stop']}",
             shard["name"],
             f"{shard['state']} {shard['gone_s']:.0f} s ago" if gone else shard["state"],
-            "" if gone else f"{_bar(shard['used'] / shard['rows'])} {shard['used']} of {shard['rows']}",
-            "" if gone else f"{_bar(shard['load'])} {shard['load']:4.0%}",
-            format_seconds(shard["step_s"]) if shard["step_s"] else "",
-            "" if gone else format_bytes(shard["memory_bytes"]),
-            *([] if not rates else [""] if gone else [f"{format_bytes(round(shard['out_bytes_per_s']))}/s"]),
-            shard["host"],
-            style=_SHARD_STYLES.get(shard["state"], "yellow"),
-        )
+        ]
+        cells.append("" if gone else f"{_bar(shard['used'] / shard['rows'], bars)}{shard['used']} of {shard['rows']}")
+        cells.append("" if gone else f"{_bar(shard['load'], bars)}{shard['load']:4.0%}")
+        if middle:
+            cells.append(format_seconds(shard["step_s"]) if shard["step_s"] else "")
+        cells.append("" if gone else format_bytes(shard["memory_bytes"]))
+        if rates and wide:
+            cells.append("" if gone else f"{format_bytes(round(shard['out_bytes_per_s']))}/s")
+        table.add_row(*cells, *([shard["host"]] if middle else []), style=_SHARD_STYLES.get(shard["state"], "yellow"))
     return table
 
 
@@ -60,17 +67,26 @@ def session_table(sessions: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def coordinator_table(coordinators: Sequence[Mapping[str, Any]]) -> Table:
+def coordinator_table(coordinators: Sequence[Mapping[str, Any]], *, width: int = 200) -> Table:
+    """`width`: columns of the terminal; a narrow one shows the most needed counts."""
     table = Table("coordinator", **_PLAIN)
-    titles = ("live", "waiting", "finished", "failed", "cancelled", "restarts", "tokens")
+    narrow, all_of_them = (
+        ("live", "waiting", "finished", "failed", "tokens"),
+        ("live", "waiting", "finished", "failed", "cancelled", "restarts", "tokens"),
+    )
+    titles: Sequence[str] = narrow if width < 80 else all_of_them
     for title in titles:
         table.add_column(title, justify="right")
+    for column in table.columns:
+        column.no_wrap = True
     for coordinator in coordinators:
         values = {**coordinator, "live": coordinator["live"] - coordinator["queued"], "waiting": coordinator["queued"]}
         table.add_row(coordinator["name"], *(f"{values[title]:,}" for title in titles))
     return table
 
 
-def _bar(share: float) -> str:
+def _bar(share: float, drawn: bool) -> str:
+    if not drawn:
+        return ""
     full = round(min(max(share, 0.0), 1.0) * _BAR)
-    return "█" * full + "░" * (_BAR - full)
+    return "█" * full + "░" * (_BAR - full) + " "

@@ -15,14 +15,15 @@ from mesh.types import DType
 __all__ = ["add_parser", "import_command", "import_quietly"]
 
 _DESCRIPTION = """\
-Turn an exported ONNX decoder, a Hugging Face directory (config.json + safetensors) or a GGUF file into a model directory:
+Turn an exported ONNX decoder, a Hugging Face directory (config.json + safetensors), a model of the Hugging Face hub (hf:ORG/NAME, or
+hf:ORG/NAME@REVISION, where the package huggingface_hub is installed) or a GGUF file into a model directory:
 one standard ONNX block for each layer, verified against onnxruntime. If anything goes wrong, nothing is left on disk."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("import", help="make a model directory from ONNX, safetensors or GGUF", description=_DESCRIPTION)
-    parser.add_argument("source", metavar="SRC", type=Path, help=".onnx or .gguf file, or a Hugging Face directory")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the model directory to make")
+    parser.add_argument("source", metavar="SRC", type=Path, help=".onnx or .gguf file, a Hugging Face directory, or hf:ORG/NAME")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the model directory to make, such as models/NAME")
     parser.add_argument("--name", help="default: the source's; letters, digits, - and _")
     parser.add_argument(
         "--dtype",

@@ -6,18 +6,16 @@ Both exit with 0 if the plan fits and with 2 if it does not. With --json only th
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mesh.commands.import_model import import_quietly
+from mesh.commands.placement_files import Target, write_files
 from mesh.commands.placement_table import print_placement
+from mesh.commands.sources import import_target, is_imported
 from mesh.errors import ConfigError, ModelNotFound, PlanError
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, ModelShape
@@ -25,16 +23,18 @@ from mesh.planner.from_config import config_class, from_distributed, from_model_
 from mesh.planner.placement import Node, Placement, Strategy
 from mesh.planner.plan import place, plan, ranges_of
 from mesh.planner.request import PlanRequest, same_nodes
-from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_NATS_URL
-from mesh.settings.schema import DistributedConfig, ModelConfig, load_config
-from mesh.settings.units import GB, parse_bytes
+from mesh.settings.defaults import DEFAULT_NATS_URL
+from mesh.settings.schema import DistributedConfig, ModelConfig, NetworkConfig, load_config
+from mesh.settings.units import parse_bytes
 
 __all__ = ["Importer", "add_plan_parser", "add_shard_model_parser", "plan_command", "shard_model_command"]
 
 Importer = Callable[[Path, Path, int | None], object]
 """importer(source, model directory to make, weight bits or None for its own)"""
 
-_HEADER = "# Written by `mesh shard-model`; the next run of it writes it anew.\n"
+_SHARD_MODEL = """\
+From distributed_config.json write placement.json, a config.yaml for each shard and one for the coordinator. Import the model first if need
+be. Each config.yaml works on any machine that reaches the NATS servers: the shard fetches its blocks from the mesh."""
 
 
 def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -65,14 +65,17 @@ def add_shard_model_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "shard-model",
         help="write the placement of a model from distributed_config.json",
-        description="Write placement.json and one config.yaml a shard from distributed_config.json; import the model first if need be.",
+        description=_SHARD_MODEL,
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="distributed_config.json")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: placement/placement.json beside the configuration")
     parser.add_argument(
-        "--shard-path", metavar="DIR", help="where the model directory lies on the shards' machines; default: where it is here"
+        "--shard-path",
+        metavar="DIR",
+        help="where the model directory lies on the shards' machines; default: models:NAME, which they fetch from the mesh (`mesh push`)",
     )
-    parser.add_argument("--nats", metavar="URLS", help="comma separated, for the shards' configuration; default: nats://127.0.0.1:4222")
+    parser.add_argument("--nats", metavar="URLS", help="comma separated, for the files; default: nats://127.0.0.1:4222")
+    parser.add_argument("--network", type=Path, metavar="FILE", help="network config.yaml: ports and times, for all files")
     parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
     parser.set_defaults(run=lambda args: shard_model_command(args, import_quietly))
     return parser
@@ -101,11 +104,15 @@ def shard_model_command(args: argparse.Namespace, importer: Importer | None = No
         )
     placement = plan(from_distributed(config, shape, args.config)).require_fit()
     out = args.out or args.config.parent / "placement" / "placement.json"
-    shard_path = args.shard_path or str(directory.resolve())
-    _write(placement, config, out, shard_path, args.nats or DEFAULT_NATS_URL)
+    network = NetworkConfig() if args.network is None else load_config(args.network, NetworkConfig)
+    target = Target(args.shard_path or f"models:{shape.name}", args.nats or DEFAULT_NATS_URL, network, given=args.network is not None)
+    write_files(placement, config, out, target)
     _show(placement, args.json)
     if not args.json:
-        print(f"Wrote {out} and {len(placement.shards)} x {out.parent / 'shard_N' / 'config.yaml'}")
+        files = f"{len(placement.shards)} x {out.parent / 'shard_N' / 'config.yaml'} and {out.parent / 'coordinator' / 'config.yaml'}"
+        print(f"Wrote {out}, {files}")
+        if args.shard_path is None:
+            print(f"Then: mesh push {directory}; copy each config.yaml to its machine, and run `mesh shard --config config.yaml` there")
     return 0
 
 
@@ -200,9 +207,9 @@ def _base(path: Path) -> tuple[PlanRequest | None, ModelShape]:
         return request, request.model
     config = load_config(path, DistributedConfig)
     located = locate(config, path)
-    if located is not None and not _imported(located):
-        located = _import_target(located)
-        if not _imported(located):
+    if located is not None and not is_imported(located):
+        located = import_target(located)
+        if not is_imported(located):
             raise ModelNotFound(f"{config.model_path} is not imported: run `mesh import {config.model_path} {located}`, then plan again")
     shape = guess_shape(config, path) if located is None else _shape(located)
     request = from_distributed(config, shape, path)
@@ -213,14 +220,6 @@ def _shape(directory: Path) -> ModelShape:
     return ModelShape.of(Manifest.load(directory))
 
 
-def _imported(path: Path) -> bool:
-    return (path / "manifest.json").exists()
-
-
-def _import_target(source: Path) -> Path:
-    return source.with_name((source.name if source.is_dir() else source.stem) + ".mesh")
-
-
 def _model_directory(config: DistributedConfig, where: Path, importer: Importer | None) -> Path:
     """The model directory that model_path is, or the one that it is imported into."""
     source = locate(config, where)
@@ -229,10 +228,10 @@ def _model_directory(config: DistributedConfig, where: Path, importer: Importer 
         estimate = plan(from_distributed(config, guess_shape(config, where), where))
         fit = "by its size it would fit" if estimate.fits else f"it would not fit either: {_reason(estimate)}"
         raise ModelNotFound(f"{where}: model_path {config.model_path} does not exist: put the model there; {fit}")
-    if _imported(source):
+    if is_imported(source):
         return source
-    target = _import_target(source)
-    if not _imported(target):
+    target = import_target(source)
+    if not is_imported(target):
         if importer is None:
             raise ModelNotFound(f"{where}: {config.model_path} is not imported: run `mesh import {source} {target}` first")
         importer(source, target, config.quantization_bits)
@@ -242,43 +241,3 @@ def _model_directory(config: DistributedConfig, where: Path, importer: Importer 
 def _reason(placement: Placement) -> str:
     ways = "; or ".join(remedy.text for remedy in placement.remedies)
     return f"{placement.problem}. What would fit: {ways}"
-
-
-def _write(placement: Placement, config: DistributedConfig, out: Path, shard_path: str, nats: str) -> None:
-    """Write placement.json at `out` and shard_N/config.yaml beside it. Remove configurations of an earlier, larger placement."""
-    files = {out: placement.to_json().decode()}
-    for shard in placement.shards:
-        content = {
-            "shard": {"shard_id": shard.shard_id, "listen_port": DEFAULT_HTTP_PORT},
-            "nats": {"urls": [url.strip() for url in nats.split(",")]},
-            "model": {
-                "shard_path": shard_path,
-                "layers_start": shard.layers_start,
-                "layers_end": shard.layers_end,
-                "overlap_layers": placement.overlap_layers,
-            },
-            "resources": {"max_memory_gb": config.max_shard_memory_bytes / GB},
-            "performance": {
-                "batch_size": placement.batch_size,
-                "max_sequence_length": placement.max_sequence_length,
-                "enable_kv_cache": placement.enable_kv_cache,
-            },
-        }
-        files[out.parent / f"shard_{shard.shard_id}" / "config.yaml"] = _HEADER + yaml.safe_dump(content, sort_keys=False)
-    try:
-        for path, text in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(path.name + ".new")
-            fresh.write_text(text, encoding="utf-8")
-        for path in files:
-            path.with_name(path.name + ".new").replace(path)
-        for path in out.parent.glob("shard_*/config.yaml"):
-            if path not in files and re.fullmatch(r"shard_\d+", path.parent.name) and path.read_text(encoding="utf-8").startswith(_HEADER):
-                path.unlink()
-                if not any(path.parent.iterdir()):
-                    path.parent.rmdir()
-    except OSError as error:
-        for path in files:
-            with suppress(OSError):  # it may be the folder that cannot be
-                path.with_name(path.name + ".new").unlink()
-        raise ConfigError(f"{error.filename}: {error.strerror}: give a place that can be written with --out") from None

@@ -7,9 +7,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-__all__ = ["progress_bar"]
+from mesh.settings.units import format_bytes
+
+__all__ = ["amount", "progress_bar"]
+
+
+_BYTES_FROM = 100_000
+"""A larger total is of bytes. Everything else that is counted (blocks, steps, shards) is fewer."""
+
+
+class _DoneColumn(ProgressColumn):
+    """How much is done, in units that people read."""
+
+    def render(self, task: Task) -> Text:
+        return Text(amount(int(task.completed), None if task.total is None else int(task.total)), style="progress.download")
+
+
+def amount(done: int, total: int | None) -> str:
+    """`12 of 30`, or `1.2 GB of 4.8 GB`."""
+    if total is None:
+        return ""
+    return f"{format_bytes(done)} of {format_bytes(total)}" if total >= _BYTES_FROM else f"{done} of {total}"
 
 
 @contextmanager
@@ -18,7 +39,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], N
     if quiet or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), _DoneColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
 

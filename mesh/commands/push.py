@@ -11,16 +11,17 @@ from typing import Any
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.commands.signing import add_signature_argument, signers_of
+from mesh.commands.sources import MODEL_HELP, model_directory
 from mesh.settings.units import format_bytes, format_seconds
 
 __all__ = ["add_pull_parser", "add_push_parser"]
 
 
 def add_push_parser(subparsers: Any) -> None:
-    text = """Copy a model directory into the mesh, so that shards anywhere can fetch the blocks that they serve. Files that are there
+    text = """Copy a model into the mesh, so that shards anywhere can fetch the blocks that they serve. Files that are there
 already are not sent."""
     parser = subparsers.add_parser("push", help="copy a model directory into the mesh", description=text)
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="the model directory to copy")
+    parser.add_argument("model", metavar="MODEL", type=Path, help=MODEL_HELP)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_connection_arguments(parser)
     parser.set_defaults(run=push_command)
@@ -41,11 +42,13 @@ def add_pull_parser(subparsers: Any) -> None:
 def push_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus, ModelStore
 
+    directory = model_directory(args.model)
+
     async def work() -> None:
         began = time.perf_counter()
         async with await Bus.connect(bus_options(args), name="mesh-push") as bus:
             with progress_bar(quiet=args.quiet) as progress:
-                manifest = await ModelStore(bus).push(args.model, progress)
+                manifest = await ModelStore(bus).push(directory, progress)
         size = sum(file.bytes for block in manifest.blocks for file in block.files)
         print(f"{manifest.name} is in the mesh: {format_bytes(size)} in {format_seconds(time.perf_counter() - began)}")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 
 from mesh.commands.progress import progress_bar
+from mesh.commands.sources import MODEL_HELP, model_directory
 from mesh.errors import BadRequest, ModelNotFound
 from mesh.protocol.sampling import SamplingFields, SamplingParams
 from mesh.settings.units import format_seconds, parse_bytes
@@ -29,7 +30,7 @@ If the model has a chat template, the prompt is given as a user's message; with 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("run", help="generate in one process, without a mesh", description=_DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("model", metavar="MODEL", type=Path, help=MODEL_HELP)
     add_generation_arguments(parser)
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of stages that the layers are cut into (default 1)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions to make room for (default: prompt + max-tokens)")
@@ -70,6 +71,7 @@ def run_command(args: argparse.Namespace) -> int:
     from mesh.runtime.generate import Generation, Pipeline, check_request
 
     prepare()
+    args.model = model_directory(args.model)
     manifest = Manifest.load(args.model)
     tokenizer = Tokenizer.load(args.model) if manifest.tokenizer is not None else None
     params = SamplingParams(**sampling_of(args))
@@ -101,7 +103,7 @@ def run_command(args: argparse.Namespace) -> int:
         pieces.append(text.finish())
         if not args.json:
             print(pieces[-1], end="")
-    median = float(np.median(generation.step_s)) if generation.step_s else 0.0
+    median = statistics.median(generation.step_s) if generation.step_s else 0.0
     if args.json:
         answer: dict[str, Any] = {
             "tokens": generation.ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import secrets
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from mesh.commands.progress import progress_bar
 from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
-from mesh.settings.units import parse_bytes
+from mesh.settings.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus
@@ -30,6 +31,7 @@ log = logging.getLogger("mesh.shard")
 
 _HTTP_CONNECTIONS = 64
 _JOIN_CONNECT_S = 10.0
+_JOIN_SHARE = 0.8  # of the free memory
 
 _SHARD = """\
 Serve one layer range of a model, as a configuration file says. If the blocks are not in the model directory model.shard_path, they are
@@ -87,7 +89,7 @@ def shard_command(args: argparse.Namespace) -> int:
     limit_threads(config.resources.worker_threads, turn=config.shard.shard_id - 1)
     choose_device(gpu=config.resources.enable_gpu)
     prepare()
-    layers = LayerRange(config.model.layers_start, config.model.layers_end)
+    layers, most_memory = LayerRange(config.model.layers_start, config.model.layers_end), _most_memory(config)
     connection, signers = bus_options(args, config.nats), signers_of(args, config.model.require_signature)
     http, export = _http(config), export_of(config.tracing)
     metrics = ShardMetrics.bind(config.metrics, port=args.metrics_port, or_free=args.free_port)
@@ -102,7 +104,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 layers=layers,
                 rows=config.performance.batch_size,
                 context=config.performance.max_sequence_length,
-                max_memory_bytes=config.resources.max_memory_bytes,
+                max_memory_bytes=most_memory,
                 drain_s=config.health.timeout,
                 overlap=config.model.overlap_layers,
                 kv_cache=config.performance.enable_kv_cache,
@@ -123,8 +125,10 @@ def _http(config: ShardConfig) -> ShardHttp:
     section = config.shard
     verifier = verifier_of(config.authentication, section.listen_host)
     options = ListenerOptions(section.listen_host, section.listen_port, _HTTP_CONNECTIONS, grace_s=0, tls=tls_of(config.tls))
-    listener = Listener.bind(options, or_free="listen_port" not in section.model_fields_set)
-    return ShardHttp(listener, check_interval_s=config.health.check_interval, timeout_s=config.health.timeout, verifier=verifier)
+    listener, also = Listener.bind(options, or_free="listen_port" not in section.model_fields_set), []
+    if config.health.port is not None and config.health.port != section.listen_port:
+        also.append(Listener.bind(replace(options, port=config.health.port)))
+    return ShardHttp(listener, check_interval_s=config.health.check_interval, timeout_s=config.health.timeout, verifier=verifier, also=also)
 
 
 def join_command(args: argparse.Namespace) -> int:
@@ -158,7 +162,7 @@ def join_command(args: argparse.Namespace) -> int:
         from mesh.planner.from_config import parse_range
 
         layers = parse_range(args.layers)
-    memory = parse_bytes(args.memory) if args.memory else round(0.8 * _free_memory())
+    memory = parse_bytes(args.memory) if args.memory else round(_JOIN_SHARE * _free_memory())
     with progress_bar(quiet=args.quiet) as progress:
 
         async def make(bus: Bus) -> ShardOptions:
@@ -169,6 +173,7 @@ def join_command(args: argparse.Namespace) -> int:
                 name,
                 model=args.model,
                 memory_bytes=memory,
+                shared=args.memory is None,
                 rows=args.rows,
                 context=args.context,
                 mirror=None if args.mode is None else args.mode == "mirror",
@@ -223,12 +228,24 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, s
 
 
 def _free_memory() -> int:
-    """Bytes that can be used without swapping. ConfigError: the system does not say."""
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    """Bytes that can be used without swapping, in this machine or its container. ConfigError: the system does not say."""
+    from mesh.host.machine import machine
+
+    if free := machine().available_bytes:
+        return free
     raise ConfigError("this system does not say how much memory is free: give --memory, such as --memory 8GB")
+
+
+def _most_memory(config: ShardConfig) -> int:
+    """resources.max_memory_gb, but no more than this machine or its container has. A GPU has memory of its own."""
+    from mesh.host.machine import machine
+
+    asked, limit = config.resources.max_memory_bytes, machine().limit_bytes
+    if config.resources.enable_gpu or not limit or asked <= limit:
+        return asked
+    log.warning(
+        "resources.max_memory_gb is %s, and this machine or its container has %s: it may take no more",
+        format_bytes(asked),
+        format_bytes(limit),
+    )
+    return limit

@@ -59,10 +59,10 @@ def run_command(args: argparse.Namespace) -> int:
         if args.model in (None, model["name"]):
             console.print(headline(model))
             if model["shards"]:
-                console.print(shard_table(model["shards"], rates=False))
+                console.print(shard_table(model["shards"], rates=False, width=console.width))
             if model["coordinators"]:
                 console.print()
-                console.print(coordinator_table(model["coordinators"]))
+                console.print(coordinator_table(model["coordinators"], width=console.width))
             console.print()
     if not status.jetstream:
         console.print("JetStream does not answer: tokens flow, but sessions are not written down and batches wait")

@@ -47,12 +47,12 @@ def run_command(args: argparse.Namespace) -> int:
                 read_model.look(status, stats, now=time.monotonic(), unix_s=time.time())
             except MeshError as error:  # a server that restarts: it is shown as soon as it is back
                 read_model.failed(str(error), now=time.monotonic(), unix_s=time.time())
-            live.update(render(read_model.snapshot(), args.model), refresh=True)
+            live.update(render(read_model.snapshot(), args.model, width=live.console.width), refresh=True)
             time.sleep(args.interval)
 
 
-def render(snapshot: Mapping[str, Any], name: str | None = None) -> RenderableType:
-    """Draw a read model's snapshot; `name`: of one model only."""
+def render(snapshot: Mapping[str, Any], name: str | None = None, *, width: int = 200) -> RenderableType:
+    """Draw a read model's snapshot; `name`: of one model only; `width`: of the terminal."""
     parts: list[RenderableType] = []
     if snapshot["error"]:
         seen = "" if snapshot["seen_s"] is None else f" What is shown was seen {format_seconds(snapshot['seen_s'])} ago."
@@ -61,7 +61,7 @@ def render(snapshot: Mapping[str, Any], name: str | None = None) -> RenderableTy
     if not models and not snapshot["error"]:
         parts.append(Text(f"nothing serves {name or 'a model'} here: `mesh up MODEL_DIR` starts a mesh on this machine"))
     for model in models:
-        parts += [headline(model), _figures(model), shard_table(model["shards"])]
+        parts += [headline(model), _figures(model), shard_table(model["shards"], width=width)]
         if model["sessions"]:
             parts.append(session_table(model["sessions"]))
         parts.append(Text())

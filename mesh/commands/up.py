@@ -7,13 +7,17 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
+from mesh.commands.sources import MODEL_HELP, model_directory
 from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
-from mesh.settings.units import format_seconds, parse_bytes
+from mesh.settings.units import format_bytes, format_seconds, parse_bytes
+
+if TYPE_CHECKING:
+    from mesh.local.mesh import LocalMesh
 
 __all__ = ["add_parser", "run_command"]
 
@@ -24,7 +28,7 @@ started again; Ctrl-C ends them all. The NATS server asks for a password, which 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("up", help="a whole mesh on this machine", description=_DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="the model directory to serve")
+    parser.add_argument("model", metavar="MODEL", type=Path, help=MODEL_HELP)
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of layer ranges (default 1)")
     parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
     parser.add_argument(
@@ -38,8 +42,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--http-port", type=int, metavar="PORT", help="port of HTTP (default: 8080, or a free one)")
     parser.add_argument("--no-http", action="store_true", help="serve only over NATS, without HTTP")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="sessions at once in each shard (default 8)")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a session may have (default: the model's)")
-    parser.add_argument("--memory", metavar="SIZE", help="the most memory of each shard, such as 8GB")
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="positions a session may have (default: the model's, or fewer on a small machine)"
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="the most memory of each shard, such as 8GB (default: its share of what is free)")
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait for a row (default 256)")
     parser.add_argument(
         "--strategy", choices=("least_loaded", "round_robin", "queue_group"), default="least_loaded", help="which replica serves a session"
@@ -66,7 +72,7 @@ def run_command(args: argparse.Namespace) -> int:
     if args.secure and args.nats:
         raise ConfigError("--secure is of the server that `mesh up` starts: for servers of your own see `mesh nats --help`")
     options = LocalOptions(
-        model=args.model,
+        model=model_directory(args.model),
         shards=args.shards,
         replicas=args.replicas,
         mode=args.mode,
@@ -99,7 +105,7 @@ def run_command(args: argparse.Namespace) -> int:
         where = ", ".join(str(layers) for layers in mesh.ranges)
         print(
             f"{name} is served by {mesh.shard_count} shard{'s' if mesh.shard_count > 1 else ''} (layers {where}) after "
-            f"{format_seconds(time.perf_counter() - began)}",
+            f"{format_seconds(time.perf_counter() - began)}\n{_sizes(mesh)}",
             file=sys.stderr,
         )
         if args.ask is not None:
@@ -140,6 +146,15 @@ def run_command(args: argparse.Namespace) -> int:
         ignore_signals()  # a second Ctrl-C does not interrupt the end; after a SIGKILL the kernel ends the children
         mesh.stop()
     return 0
+
+
+def _sizes(mesh: LocalMesh) -> str:
+    """The rows and the context, and what they take."""
+    sizing, longest = mesh.sizing, mesh.manifest.context_length
+    free = f" of {format_bytes(mesh.free_bytes)} that are free" if mesh.free_bytes else ""
+    rows = "1 session" if mesh.options.rows == 1 else f"{mesh.options.rows} sessions at once"
+    more = "" if sizing.context >= longest else f"; the model could take {longest:,}: --context"
+    return f"{rows}, {sizing.context:,} tokens each, in at most {format_bytes(sizing.needed_bytes)}{free}{more}"
 
 
 def _http_lines(urls: tuple[str, ...], *, taken: bool) -> str:

@@ -24,6 +24,7 @@ from mesh.coordinator.core.events import CancelSession, FrameLost
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.routing import Strategy
+from mesh.coordinator.crashes import report_lost
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.effects import Effects
 from mesh.coordinator.generations import GenerationMeter
@@ -235,6 +236,7 @@ class Coordinator:
                 await bus.require_subscriptions("a coordinator")
             self.ready.set()
             await self._announce("coordinator_joined", self.name, f"serves {model}")
+            self.bus.spawn(report_lost(self.bus, self._events, model, self.name), "coordinators that crashed")
             log.info("ready: %s serves %s as %s", self.name, model, topics.GENERATE.at(model))
             await self._stop.wait()
         finally:

@@ -125,8 +125,9 @@ class Shards:
         if lease.state == "left":
             self._leases.gone(shard)
         if self._core.knows(shard):
-            log.info("shard %s is %s", shard, "gone" if lease.state == "left" else lease.state)
-            await self._lose(shard)
+            left = lease.state == "left"
+            log.info("shard %s is %s", shard, "gone" if left else lease.state)
+            await self._lose(shard, "" if left else "another process has taken its place")
 
     async def _watch(self) -> None:
         before = time.monotonic()
@@ -139,7 +140,7 @@ class Shards:
             for shard in gone:
                 if self._core.knows(shard):
                     log.info("shard %s is gone: neither its lease nor an answer came", shard)
-                    await self._lose(shard)
+                    await self._lose(shard, "neither its lease nor an answer came")
             for shard in silent:
                 self._bus.spawn(self.probe(Probe(shard, now)), "probing a shard")
             await asyncio.sleep(_LOOK_S)
@@ -257,10 +258,12 @@ class Shards:
         if not self._core.knows(shard):
             return
         log.info("no process listens on the subject of shard %s", shard)
-        await self._lose(shard)
+        await self._lose(shard, "its process has ended")
 
-    async def _lose(self, shard: str) -> None:
-        """A shard that took part is gone."""
+    async def _lose(self, shard: str, why: str) -> None:
+        """A shard that took part is gone. `why` empty: it has said so itself."""
+        if why:
+            self._announce("lost", shard, why)
         count = self.gone.pop(shard, 0) + 1
         while len(self.gone) >= _MOST_GONE:
             del self.gone[next(iter(self.gone))]

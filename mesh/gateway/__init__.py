@@ -20,7 +20,7 @@ health, health_routes                         whether the mesh can generate now
 metrics         what the metrics say of an edge, and the route that shows them
 events          server-sent events
 errors          errors as HTTP responses
-openapi         the OpenAPI description
+openapi         the OpenAPI description; docs_page shows it at `/docs`
 dashboard       the page at `/`
 """
 

@@ -39,6 +39,7 @@ def gateway_settings(
         probe_timeout_s=section.health_check_interval,
         cors_origins=tuple(section.cors_origins),
         sample_ratio=sampling_of(tracing).ratio,
+        retries=section.retry_count,
     )
 
 

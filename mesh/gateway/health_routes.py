@@ -27,6 +27,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
 @health.get("/api/v1/health", response_model=HealthResponse, responses=_NOT_READY)
 @health.get("/api/v1/health/ready", response_model=HealthResponse, responses=_NOT_READY)
 @health.get("/health/ready", include_in_schema=False)
+@health.get("/health", include_in_schema=False)
 async def ready(request: Request, model: str | None = None, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """Whether a token can be generated now: 200, or 503 with the reason. `model`: only that model; otherwise all models."""
     report = await gateway.health.check()
@@ -41,6 +42,7 @@ async def ready(request: Request, model: str | None = None, gateway: Gateway = D
 
 @health.get("/api/v1/health/live", response_model=LiveResponse)
 @health.get("/health/live", include_in_schema=False)
+@health.get("/healthz", include_in_schema=False)
 async def live() -> Response:
     """This process answers. /api/v1/health/ready says whether the mesh does."""
     return Response(b'{"status":"live"}', media_type="application/json")

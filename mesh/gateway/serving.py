@@ -58,7 +58,7 @@ class HttpEdge:
         """Connect to the mesh and answer requests until `stop`. `model` overrides the model of the settings. `registry`: the metrics of the
         process. `connected` is called once there is a connection."""
         settings = self.settings if model is None else replace(self.settings, model=model)
-        client = AsyncMeshClient(options=options, model=settings.model, retries=3, retry_busy=False)
+        client = AsyncMeshClient(options=options, model=settings.model, retries=settings.retries, retry_busy=False)
         await client.connect()
         if connected is not None:
             connected()
@@ -70,7 +70,7 @@ class HttpEdge:
             await Sharing(accounts).start(bus)
             if settings.verifier is None and not is_loopback(settings.listener.host):
                 log.warning("every caller that reaches %s may send requests: authentication.enabled is false", self.url)
-            log.info("HTTP on %s", self.url)
+            log.info("HTTP on %s", self._listener.where)
             app = create_app(
                 client,
                 settings,

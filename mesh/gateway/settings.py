@@ -37,7 +37,8 @@ class Limits:
 class GatewaySettings:
     """model: the model of a request without a model's name (None: the only one that is served). verifier None: every caller that can
     reach the listener may do everything. health_fresh_s: a probe is made if the last step is older. cors_origins: the origins whose pages
-    may call; none by default. sample_ratio: of the traces that begin here, so many are kept for a collector."""
+    may call; none by default. sample_ratio: of the traces that begin here, so many are kept for a collector. retries: how often a request
+    is sent to the mesh again after a loss."""
 
     model: str | None = None
     listener: ListenerOptions = field(default_factory=ListenerOptions)
@@ -47,3 +48,4 @@ class GatewaySettings:
     probe_timeout_s: float = 5.0
     cors_origins: tuple[str, ...] = ()
     sample_ratio: float = 0.0
+    retries: int = 3

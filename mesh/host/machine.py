@@ -60,7 +60,7 @@ def machine() -> Machine:
     limit, used = _cgroup_memory()
     available = _meminfo("MemAvailable")
     if limit is not None:
-        available = min(available, max(limit - used, 0))
+        available = min(available, max(limit - used, 0)) if available else max(limit - used, 0)
     return Machine(
         processor=_processor(),
         features=_features(),
@@ -131,36 +131,53 @@ def _meminfo(key: str) -> int:
     return 0
 
 
-def _cgroup_folders() -> list[Path]:
-    """The folders of this process's control group, the innermost first: each may have a limit."""
+def _cgroup_folders(controller: str) -> list[Path]:
+    """The folders of this process's control group, the innermost first: each may have a limit. Where version 1 has the controller, they
+    are those of version 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return []
-    below = next((line.partition("::")[2].lstrip("/") for line in lines if line.startswith("0::")), "")
-    inner = _CGROUP / below
-    return [path for path in (inner, *inner.parents) if path == _CGROUP or _CGROUP in path.parents]
+    below = {name: path for _, names, path in (line for line in lines if len(line) == 3) for name in names.split(",")}
+    root = _CGROUP / controller if controller in below else _CGROUP
+    inner = root / below.get(controller, below.get("", "")).lstrip("/")
+    return [path for path in (inner, *inner.parents) if path == root or root in path.parents]
 
 
 def _cgroup_memory() -> tuple[int | None, int]:
-    """(limit, used) in bytes of the tightest control group; None: there is no limit."""
+    """(limit, used) in bytes of the tightest control group; None: there is no limit. Pages of files that the system can drop are not
+    used."""
     found: list[tuple[int, int]] = []
-    for folder in _cgroup_folders():
-        for limit_name, used_name in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for folder in _cgroup_folders("memory"):
+        for limit_name, used_name, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
             limit, used = _number(folder / limit_name), _number(folder / used_name)
             if limit is not None and limit < 2**60:
-                found.append((limit, used or 0))
-    return min(found) if found else (None, 0)
+                files = _statistics(folder / "memory.stat")
+                dropped = sum(files.get(f"{prefix}{name}_file", 0) for name in ("active", "inactive"))
+                found.append((limit, max((used or 0) - dropped, 0)))
+    return min(found, key=lambda one: (one[0] - one[1], one[0])) if found else (None, 0)
+
+
+def _statistics(path: Path) -> dict[str, int]:
+    """The lines `NAME NUMBER` of a file."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+        return {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    except (OSError, ValueError):
+        return {}
 
 
 def _cgroup_cores() -> float | None:
     found = []
-    for folder in _cgroup_folders():
+    for folder in _cgroup_folders("cpu"):
         try:
             quota, period = (folder / "cpu.max").read_text().split()
             found.append(int(quota) / int(period))
         except (OSError, ValueError):
-            quota_us, period_us = _number(folder / "cpu/cpu.cfs_quota_us"), _number(folder / "cpu/cpu.cfs_period_us")
+            quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
             if quota_us and period_us and quota_us > 0:
                 found.append(quota_us / period_us)
     return min(found) if found else None

@@ -137,6 +137,12 @@ class Listener:
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         return f"{'https' if self._context is not None else 'http'}://{host}:{self.port}"
 
+    @property
+    def where(self) -> str:
+        """The URL, and for a listener on every address of the machine what it listens on."""
+        every = self.options.host in ("0.0.0.0", "::", "")
+        return f"{self.url} (listening on {self.options.host or '0.0.0.0'}, port {self.port})" if every else self.url
+
     async def serve(self, app: Any) -> None:
         """Answer requests with `app` (ASGI) until `stop`. Requests under way may then continue for `grace_s`."""
         if self._stopped:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mesh.errors import ConfigError, CorruptModel, ModelNotFound
 from mesh.importer.options import ImportOptions
+from mesh.importer.sources.hub import fetch, is_hub_name
 from mesh.importer.sources.source import Source
 from mesh.importer.verify.oracle import OrtParts, open_oracle
 from mesh.importer.verify.verify import Reference, verify
@@ -49,9 +50,13 @@ def import_model(
     out = Path(out)
     if out.exists() and not (force and (out / "manifest.json").exists()) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another directory, or give --force to replace a model directory")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent} is no directory: create it first")
-    opened = open_source(Path(source))
+    opened = open_source(fetch(source) if is_hub_name(source) else Path(source))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out.parent} cannot be made ({error.strerror}): give a model directory in a folder that can be written"
+        ) from None
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         manifest = _write(opened, staging, options, name, progress)

@@ -23,10 +23,12 @@ import yaml
 from mesh.bus import Bucket, Bus, BusOptions, LeaseTable
 from mesh.client import AsyncMeshClient
 from mesh.errors import BadRequest, DeadlineExceeded
+from mesh.host.machine import machine
 from mesh.host.process import dying_with_parent
 from mesh.host.scratch import ScratchFolder
 from mesh.local.nats_server import USER, NatsServer
 from mesh.local.secure import OPERATOR, SecureSite
+from mesh.local.sizing import size
 from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
 from mesh.protocol.status import CoordinatorStats, ShardLease
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 
 _STOP_S = 10.0
 _HTTP_DRAIN_S = 2.0
+_MUCH = 10**15
+"""Bytes that a shard may take where the system does not say how much is free."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ class LocalOptions:
     shards: layer ranges. replicas: shards of each range. mode: how replicas stand in for each other (mesh/settings/schema.py). nats: use
     these servers instead of starting one. port: of the server that is started (None: a free one). password: that this server asks for
     (None: every user of this machine may connect). secure: it asks for TLS and keys instead; each process has a user of its own, with the
-    rights of its role alone. rows, context: of each shard (None: the
-    model's context). memory_bytes: the most that a shard may take (None: the machine's memory). http: whether each coordinator serves HTTP;
-    the first one does on http_port (None: 8080, or a free port). coordinator_arguments: further arguments of `mesh coordinator`.
+    rights of its role alone. rows, context: of each shard (None: as long as the machine has room for). memory_bytes: the most that a shard
+    may take (None: its share of what is free). http: whether each coordinator serves HTTP; the first one does on http_port (None: 8080, or
+    a free port). coordinator_arguments: further arguments of `mesh coordinator`.
     """
 
     model: Path
@@ -91,6 +95,15 @@ class LocalMesh:
         for name in ("replicas", "coordinators", "rows"):
             if getattr(options, name) < 1:
                 raise BadRequest(f"{name} is {getattr(options, name)}: give at least 1", field=name)
+        self.free_bytes = machine().available_bytes
+        self.sizing = size(
+            self.manifest,
+            self.ranges,
+            replicas=options.replicas,
+            rows=options.rows,
+            context=options.context,
+            available_bytes=self.free_bytes,
+        )
         self.url = ""
         self.http_urls: tuple[str, ...] = ()
         self.metrics_urls: dict[str, str] = {}
@@ -251,17 +264,14 @@ class LocalMesh:
         return kept | {name: value for name, value in secrets.items() if value is not None}
 
     def _shard_config(self, number: int, layers: LayerRange) -> object:
-        options = self.options
-        memory = options.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        performance: dict[str, object] = {"batch_size": options.rows}
-        if options.context is not None:
-            performance["max_sequence_length"] = options.context
+        options, shares = self.options, self.sizing.allowed_bytes
+        memory = options.memory_bytes or (_MUCH if shares is None else shares[self.ranges.index(layers)])
         return {
             "shard": {"shard_id": number, "listen_port": 0, "replication_mode": options.mode},
             "nats": self._nats_section(f"shard-{number}"),
             "model": {"shard_path": str(options.model.absolute()), "layers_start": layers.start, "layers_end": layers.stop},
             "resources": {"max_memory_gb": memory / GB},
-            "performance": performance,
+            "performance": {"batch_size": options.rows, "max_sequence_length": self.sizing.context},
         }
 
     def _coordinator_config(self, name: str) -> object:

@@ -35,7 +35,11 @@ class RunningMesh:
 def running_mesh(url: str | None = None) -> RunningMesh | None:
     """The mesh that was started last, or the one whose server is at `url`; None: there is none."""
     found = []
-    for path in _folder().glob("up-*.json"):
+    try:
+        paths = list(_folder().glob("up-*.json"))
+    except RuntimeError:  # this user has no home
+        return None
+    for path in paths:
         try:
             said = json.loads(path.read_text())
             os.kill(int(said["pid"]), 0)

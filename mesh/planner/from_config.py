@@ -9,6 +9,7 @@ from pathlib import Path
 from mesh.errors import ConfigError, ModelNotFound
 from mesh.model.memory import ModelShape
 from mesh.planner.placement import Node
+from mesh.planner.plan import with_most_rows
 from mesh.planner.request import PlanRequest, same_nodes
 from mesh.settings.files import read_mapping
 from mesh.settings.schema import DistributedConfig, ModelConfig
@@ -116,17 +117,18 @@ def from_distributed(config: DistributedConfig, shape: ModelShape, where: Path) 
         )
     if config.quantization_bits is not None:
         shape = shape.with_bits(config.quantization_bits)
-    return PlanRequest(
+    request = PlanRequest(
         model=shape,
         nodes=same_nodes(config.shards_count * config.replication_factor, config.max_shard_memory_bytes),
         shards_count=config.shards_count,
         replication_factor=config.replication_factor,
         overlap_layers=config.overlap_layers,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or 1,
         max_sequence_length=config.max_sequence_length,
         enable_kv_cache=config.enable_kv_cache,
         load_balancing_strategy=config.load_balancing_strategy,
     )
+    return request if config.batch_size is not None else with_most_rows(request)
 
 
 def locate(config: DistributedConfig, where: Path) -> Path | None:

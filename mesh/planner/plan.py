@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mesh.errors import BadLayerRange
 from mesh.model.memory import MemoryNeed, predict
@@ -28,11 +28,13 @@ from mesh.planner.request import PlanRequest
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange, even_ranges
 
-__all__ = ["BASE_BANDWIDTH", "fits", "place", "plan", "ranges_of"]
+__all__ = ["BASE_BANDWIDTH", "ROWS", "fits", "place", "plan", "ranges_of", "with_most_rows"]
 
 BASE_BANDWIDTH = 20e9
 """Bytes/s that a node of speed 1.0 reads from memory: an ordinary VM with a few cores."""
 
+ROWS = 8
+"""Sessions at once of a shard whose configuration does not say."""
 _TOKEN_BYTES = 4  # what the last stage sends for a row
 
 
@@ -56,6 +58,14 @@ def place(request: PlanRequest) -> Placement:
 def fits(request: PlanRequest) -> bool:
     """The same as place(request).fits, with less work."""
     return _Weighted(request, _Book(request)).possible() if request.strategy == "weighted" else place(request).fits
+
+
+def with_most_rows(request: PlanRequest) -> PlanRequest:
+    """`request` with ROWS rows, or as many of them as fit; with one if none do."""
+    rows = ROWS
+    while rows > 1 and not fits(replace(request, batch_size=rows)):
+        rows //= 2
+    return replace(request, batch_size=rows)
 
 
 def ranges_of(layers: int, layers_per_shard: int) -> tuple[LayerRange, ...]:

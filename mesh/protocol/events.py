@@ -15,6 +15,7 @@ EventKind = Literal[
     "ready",
     "drained",
     "left",
+    "lost",  # a shard, or a coordinator, is gone without having left
     "suspected",  # a shard, or a coordinator, does not answer
     "failed_over",  # sessions take another route
     "plan_changed",

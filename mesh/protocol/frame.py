@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, IntFlag
-from typing import Final, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.protocol import subjects
 from mesh.protocol.headers import FRAME_HEADER, SERVER_TRACE_HEADER
 from mesh.types import LayerRange
+
+if TYPE_CHECKING:  # a client knows that there are frames, makes none, and is installed without numpy
+    import numpy as np
 
 __all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming", "traced_headers"]
 
@@ -149,8 +150,8 @@ class Frame:
         """The last stage's answer to the coordinator: TOKENS with their positions, or ACK."""
         positions = self.positions
         if self.kind is Kind.PREFILL:
-            positions = positions + np.uint32(len(self.tokens) - 1)
-        sampled = np.zeros(0, np.int32) if tokens is None else tokens
+            positions = positions + positions.dtype.type(len(self.tokens) - 1)
+        sampled = self.tokens[:0] if tokens is None else tokens
         return replace(
             self,
             kind=kind,
@@ -164,6 +165,8 @@ class Frame:
 
     def nack(self, reason: Nack, rows: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> Frame:
         """The NACK for these rows (indices). `positions` [len(rows)]: where the stage would go on; None: the positions of this frame."""
+        import numpy as np
+
         chosen = np.asarray(rows, np.intp)
         return replace(
             self,

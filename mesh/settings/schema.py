@@ -5,7 +5,7 @@
     coordinator config.yaml    CoordinatorConfig    `mesh coordinator`
     gateway config.yaml        GatewayConfig        `mesh gateway`
     shard config.yaml          ShardConfig          `mesh shard`
-    network config.yaml        NetworkConfig        both
+    network config.yaml        NetworkConfig        `mesh shard-model --network`
 
 `load_config(path, Class)` reads one; the environment can override any key (see mesh/settings/files.py). GB and MB are 10^9 and
 10^6 bytes; durations are `5s`, `24h` or a number of seconds.
@@ -128,7 +128,7 @@ class ConnectionConfig(ConfigFile):
 class PerformanceSection(Section):
     """How much memory is set aside: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
 
-    batch_size: Count = 1
+    batch_size: Count = 8
     max_sequence_length: Count | None = None  # None: the model's context
     enable_kv_cache: bool = True  # false: nothing is kept between steps, every step computes the whole prefix
 
@@ -144,7 +144,7 @@ class DistributedConfig(ConfigFile):
     load_balancing_strategy: LoadBalancing = "least_loaded"
     layers_per_shard: Count | None = None
     overlap_layers: Annotated[int, Field(ge=0)] = 0
-    batch_size: Count = 1
+    batch_size: Count | None = None  # None: 8, or as many as fit
     max_sequence_length: Count | None = None
     enable_kv_cache: bool = True
     quantization_bits: QuantizationBits | None = None
@@ -223,6 +223,7 @@ class HttpSection(Section):
     request_timeout: Duration = 600.0  # for a whole generation
     drain_timeout: Duration = 10.0  # how long requests may continue when the process is told to end
     cors_origins: list[str] = Field(default_factory=list)  # web pages of these origins may send requests
+    retry_count: Annotated[int, Field(ge=0)] = 3  # how often a request is sent to the mesh again after a loss
 
 
 class TlsSection(Section):
@@ -286,6 +287,7 @@ class DistributedSection(Section):
     shards_count: Count
     replication_factor: Count = 1
     failover_timeout: Duration = 30.0
+    step_timeout: Duration = 15.0  # the longest that a step may take
     load_balancing_strategy: LoadBalancing = "least_loaded"
 
 
@@ -431,6 +433,7 @@ class ResourcesSection(Section):
 class HealthSection(Section):
     check_interval: Duration = 10.0
     timeout: Duration = 30.0
+    port: FreePort | None = None  # health and statistics are answered there too
 
 
 class ShardConfig(ConfigFile):
@@ -478,6 +481,9 @@ class BalancingSection(Section):
 
 
 class NetworkConfig(ConfigFile):
+    """Ports and times of a whole mesh. `mesh shard-model --network` writes them into the files of the processes, which is where they have
+    an effect."""
+
     network: PortsSection = PortsSection()
     communication: CommunicationSection = CommunicationSection()
     load_balancing: BalancingSection = BalancingSection()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -32,10 +33,19 @@ _HEADERS = [
 
 class ShardHttp:
     """The application and its listener. `check_interval_s`: how often the compute thread is asked for an answer; `timeout_s`: how long
-    the answer may take. `shard` is None until the process has made its shard."""
+    the answer may take. `shard` is None until the process has made its shard. `also`: further listeners, which answer the same."""
 
-    def __init__(self, listener: Listener, *, check_interval_s: float, timeout_s: float, verifier: Checks | None = None) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        *,
+        check_interval_s: float,
+        timeout_s: float,
+        verifier: Checks | None = None,
+        also: Sequence[Listener] = (),
+    ) -> None:
         self.listener = listener
+        self._also = also
         self.shard: Shard | None = None
         self._check_interval_s = check_interval_s
         self._timeout_s = timeout_s
@@ -45,9 +55,13 @@ class ShardHttp:
     async def run(self) -> None:
         """Answer requests until cancelled or stopped."""
         checking = asyncio.create_task(self._check())
+        also = [asyncio.create_task(listener.serve(self.app)) for listener in self._also]
         try:
             await self.listener.serve(self.app)
         finally:
+            for listener in self._also:
+                listener.stop(now=True)
+            await asyncio.gather(*also)
             checking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await checking

@@ -7,8 +7,9 @@ key is the epoch of the placement: a shard that decided on an older revision is 
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -39,6 +40,7 @@ class RangeClaim(Message):
     layers_start: Natural
     layers_end: Positive
     at_unix_s: float
+    host: Label = ""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -57,6 +59,7 @@ async def place(
     *,
     model: str | None,
     memory_bytes: int,
+    shared: bool = False,
     rows: int | None,
     context: int | None,
     mirror: bool | None = None,
@@ -66,6 +69,7 @@ async def place(
     progress: Progress,
 ) -> ShardOptions:
     """Choose a range (unless `layers` gives it), claim it and fetch its blocks. ModelNotFound: no such model was pushed.
+    `shared`: `memory_bytes` is what was free on this host, and shards of this host that are still loading take their part of it.
     UntrustedModel: none of `signers` has signed it. DoesNotFit: no range that the mesh needs, or not the one that was given, fits in
     `memory_bytes`."""
     subjects.check_token(name, "name")
@@ -77,7 +81,7 @@ async def place(
         raise BadRequest(f"a shard {name} is there already: give another --name", field="name")
     rows = rows or max((lease.rows for lease in leases), default=_DEFAULT_ROWS)
     context = min(context or max((lease.context for lease in leases), default=_DEFAULT_CONTEXT), manifest.context_length)
-    layers = await _claim(bus, name, manifest, layers, rows=rows, context=context, memory_bytes=memory_bytes)
+    layers = await _claim(bus, name, manifest, layers, rows=rows, context=context, memory_bytes=memory_bytes, shared=shared)
     kept = directory or kept_at(manifest)
     await store.pull(model, kept, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
     mirror = any(lease.mirrors for lease in leases) if mirror is None else mirror
@@ -106,7 +110,7 @@ async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:
 
 
 async def _claim(
-    bus: Bus, name: str, manifest: Manifest, wanted: LayerRange | None, *, rows: int, context: int, memory_bytes: int
+    bus: Bus, name: str, manifest: Manifest, wanted: LayerRange | None, *, rows: int, context: int, memory_bytes: int, shared: bool
 ) -> LayerRange:
     bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True)
     key = f"claims.{subjects.token(manifest.name)}"
@@ -124,18 +128,22 @@ async def _claim(
         claims = [claim for claim in claims if claim.shard not in there]
         held = [Held(lease.shard, lease.layers, lease.load if lease.state == "ready" else 0.0) for lease in leases]
         held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
-        layers = (
-            choose_range(manifest.layers, held, needed, memory_bytes)
-            if wanted is None
-            else _checked(manifest, wanted, needed, memory_bytes)
-        )
-        mine = RangeClaim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now)
+        left = max(memory_bytes - sum(map(needed, _loading_here(leases, claims))), 0) if shared else memory_bytes
+        layers = choose_range(manifest.layers, held, needed, left) if wanted is None else _checked(manifest, wanted, needed, left)
+        mine = RangeClaim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now, host=socket.gethostname())
         epoch = await bucket.update(key, RangeClaims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
         if epoch is not None:
             detail = f"{name} takes layers {layers}"
             await announce(bus, "plan_changed", name, model=manifest.name, detail=detail, layers=str(layers), epoch=epoch)
             return layers
     raise Unavailable("other shards keep joining at the same moment: try again")
+
+
+def _loading_here(leases: Sequence[ShardLease], claims: Sequence[RangeClaim]) -> list[LayerRange]:
+    """The ranges of shards on this host that do not have their memory yet: the system counts it as free."""
+    here = socket.gethostname()
+    loading = [lease.layers for lease in leases if lease.host == here and lease.state in ("loading", "warming")]
+    return loading + [LayerRange(claim.layers_start, claim.layers_end) for claim in claims if claim.host == here]
 
 
 def _checked(manifest: Manifest, layers: LayerRange, needed: Callable[[LayerRange], int], memory_bytes: int) -> LayerRange:

@@ -106,7 +106,7 @@ async def _serve(
         shard = Shard(bus, options, progress=progress, start=start, export=export)
         if http is not None:
             http.shard, shard.http_url = shard, http.listener.url
-            log.info("HTTP on %s", shard.http_url)
+            log.info("HTTP on %s", http.listener.where)
         if metrics is not None:
             metrics.of(shard)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import orjson
 
@@ -55,6 +55,17 @@ def setup_logging(section: LoggingSection | None = None, *, role: str, name: str
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     CONTENT.disabled = not section.content
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Standard error as it is at the moment: a progress bar puts something in its place that writes above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def readable(line: str) -> str:
@@ -120,7 +131,7 @@ def _fields_of(record: logging.LogRecord) -> dict[str, Any]:
 def _handler(section: LoggingSection) -> logging.Handler:
     """Standard error, or the file. A file that is rotated by another program (max_bytes: 0) is opened anew when that has happened."""
     if section.file is None:
-        return logging.StreamHandler(sys.stderr)
+        return _StandardError()
     try:
         Path(section.file).parent.mkdir(parents=True, exist_ok=True)
         if section.max_bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -122,3 +123,16 @@ def test_a_client_that_sends_its_body_after_the_answer_uses_the_connection_again
         writer.close()
 
     run(listening(SHORT, work))
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("127.0.0.1", r"http://127\.0\.0\.1:\d+"),
+        ("0.0.0.0", r"http://127\.0\.0\.1:(\d+) \(listening on 0\.0\.0\.0, port \1\)"),
+    ],
+)
+def test_the_log_names_the_address_that_is_listened_on(host: str, words: str) -> None:
+    listener = Listener.bind(ListenerOptions(host, 0))
+    assert re.fullmatch(words, listener.where)
+    listener.stop(now=True)

@@ -65,3 +65,40 @@ def test_machines_that_join_at_once_take_different_layers(run: Run, model: Path,
 
     with NatsServer.start() as server:
         run(work(server.url))
+
+
+def test_shards_that_join_on_one_host_share_its_free_memory(run: Run, model: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(model)
+
+    def needed(layers: LayerRange) -> int:
+        embed, head = layers.start == 0, layers.stop == 3
+        return predict(manifest, layers, embed=embed, head=head, rows=2, context=64, chunk=256).total_bytes
+
+    free = needed(LayerRange(0, 2)) + needed(LayerRange(2, 3)) - 1  # either fits alone; both do not
+
+    async def work(url: str) -> None:
+        async with await Bus.connect(BusOptions((url,)), name="t") as bus:
+            await ModelStore(bus).push(model)
+
+            async def join(name: str, layers: LayerRange, *, shared: bool) -> Any:
+                directory = tmp_path / name
+                return await place(
+                    bus,
+                    name,
+                    model=None,
+                    memory_bytes=free,
+                    shared=shared,
+                    rows=2,
+                    context=64,
+                    directory=directory,
+                    layers=layers,
+                    progress=quiet,
+                )
+
+            await join("first", LayerRange(0, 2), shared=True)
+            with pytest.raises(DoesNotFit):  # the first has claimed its memory and does not have it yet
+                await join("second", LayerRange(2, 3), shared=True)
+            assert (await join("third", LayerRange(2, 3), shared=False)).layers == LayerRange(2, 3), "its --memory was given"
+
+    with NatsServer.start() as server:
+        run(work(server.url))

@@ -11,6 +11,7 @@ import pytest
 
 from mesh.bus import BusOptions
 from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.errors import ConfigError
 from mesh.local.running import announced, running_mesh
 
 URL, OTHER = "nats://127.0.0.1:41001", "nats://127.0.0.1:41002"
@@ -19,7 +20,8 @@ URL, OTHER = "nats://127.0.0.1:41001", "nats://127.0.0.1:41002"
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    for name in [name for name in os.environ if name.startswith("MESH_NATS")]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in [name for name in os.environ if name.startswith(("MESH_NATS", "NATS_"))]:
         monkeypatch.delenv(name)
     return tmp_path / "stagemesh"
 
@@ -51,6 +53,41 @@ def test_the_environment_is_over_the_mesh_that_runs(monkeypatch: pytest.MonkeyPa
         assert options() == BusOptions(("nats://example.org:4222",))
         monkeypatch.setenv("MESH_NATS_URLS", URL)
         assert options().password == "secret"
+
+
+@pytest.fixture
+def contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Contexts as `nats context save` and `nats context select` write them."""
+    folder = tmp_path / "config" / "nats"
+    (folder / "context").mkdir(parents=True)
+    unused = dict.fromkeys(("token", "creds", "nkey", "cert", "key", "ca", "nsc", "inbox_prefix", "socks_proxy", "user_jwt"), "")
+    team = {**unused, "description": "", "url": "nats://nats.example.org:4222", "user": "ann", "password": "secret"}
+    (folder / "context" / "team.json").write_text(json.dumps(team))
+    (folder / "context" / "proxied.json").write_text(json.dumps({**team, "socks_proxy": "socks5://127.0.0.1:1"}))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("NATS_CONTEXT", raising=False)
+    return folder
+
+
+def test_a_context_of_the_nats_command_is_read(contexts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    team = BusOptions(("nats://nats.example.org:4222",), user="ann", password="secret")
+    assert options() == BusOptions() and options("--nats-context", "team") == team
+    assert options("--nats-context", "team", "--nats", "other:4222").urls == ("nats://other:4222",)
+    with announced(URL, user="mesh", password="pw"):
+        monkeypatch.setenv("NATS_CONTEXT", "team")
+        assert options() == team, "what was named goes before the mesh that runs here"
+        monkeypatch.delenv("NATS_CONTEXT")
+        (contexts / "context.txt").write_text("team\n")
+        assert options().urls == (URL,), "the mesh that runs here goes before what was selected"
+    assert options() == team
+    monkeypatch.setenv("MESH_NATS_URLS", "nats://example.org:4222")
+    assert options().urls == ("nats://example.org:4222",)
+
+
+def test_a_context_that_cannot_be_used_is_refused_by_name(contexts: Path) -> None:
+    for name, words in {"nobody": "no NATS context nobody", "../team": "no name of a context", "proxied": "socks_proxy"}.items():
+        with pytest.raises(ConfigError, match=words):
+            options("--nats-context", name)
 
 
 def test_what_is_left_of_a_mesh_that_was_killed_does_not_count(folder: Path) -> None:

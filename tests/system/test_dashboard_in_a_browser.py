@@ -18,6 +18,7 @@ from chromium import CONTRAST, Browser, chromium
 from mesh.bus import BusOptions
 from mesh.client import MeshClient
 from mesh.gateway import GatewaySettings, HttpEdge
+from mesh.gateway.dashboard import watch
 from mesh.http.listener import ListenerOptions
 from mesh.http.tokens import Issuer, Verifier
 from mesh.local.mesh import LocalMesh, LocalOptions
@@ -110,6 +111,60 @@ def test_a_request_is_seen_and_its_time_is_laid_out(mesh: LocalMesh, browser: Br
     browser.keys("\ue012")  # the step before, with the left arrow
     browser.until("document.querySelector('.step:nth-last-child(2).chosen')")
     assert "after the request came" in browser.js("return document.querySelector('.stairs caption').innerText")
+
+
+class Clock:
+    """The clocks of `time`, `ahead_s` seconds ahead."""
+
+    ahead_s = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+FEED = "import('/dashboard/static/feed.js').then(feed => window.feed = feed.state)"
+SEEN = "window.feed?.snapshot?.at_unix_s"
+
+
+@pytest.mark.parametrize("away_s", [130, 170, 600], ids=["two-minutes", "three-minutes", "ten-minutes"])
+def test_a_page_that_is_idle_for_minutes_goes_on(mesh: LocalMesh, browser: Browser, monkeypatch: pytest.MonkeyPatch, away_s: int) -> None:
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    with gateway(mesh.url) as edge:
+        browser.open(edge.url)
+        browser.until(SERVING)
+        browser.js(FEED)
+        with MeshClient(mesh.url, model="tiny") as client:
+            client.generate(tokens=[5, 17, 33], max_tokens=10, ignore_eos=True)
+        browser.until("window.feed?.series.tiny?.filter(point => point[2] !== null).length >= 2")  # the chart of first tokens is drawn
+        assert browser.js("return document.querySelector('.figure-first .spark-line').getAttribute('d')")
+        clock.ahead_s = away_s
+        later = time.time() + away_s - 10
+        browser.until(f"{SEEN} > arguments[0]", later)
+        seen = browser.js(f"return {SEEN}")
+        browser.until(f"{SEEN} > arguments[0] + 1", seen)  # the feed goes on
+        assert browser.js("return document.querySelector('#state').innerText").strip() == "Serving"
+        assert browser.js("return document.querySelector('#notice').hidden")
+        assert browser.js("return document.querySelector('.figure-first .spark-line').getAttribute('d')") is None
+
+
+def test_a_view_that_fails_ends_neither_the_feed_nor_the_others(mesh: LocalMesh, browser: Browser) -> None:
+    page(browser, mesh)
+    browser.js(FEED)
+    browser.js(
+        "import('/dashboard/static/charts.js').then("
+        " m => { m.Spark.prototype.draw = () => { throw new Error('a chart') }; window.broken = 1 })"
+    )
+    browser.until("window.broken && !document.querySelector('#notice').hidden")
+    assert "the figures (a chart)" in browser.js("return document.querySelector('#notice').innerText")
+    seen = browser.js(f"return {SEEN}")
+    browser.until(f"{SEEN} > arguments[0] + 2", seen)
+    assert browser.js("return document.querySelector('#state').innerText").strip() == "Serving"
+    said = browser.errors()
+    assert len(said) == 1 and "the figures could not be drawn" in said[0], "once, not each second"
 
 
 def draw(browser: Browser, document: dict[str, Any]) -> None:
@@ -207,6 +262,19 @@ def test_everything_is_reached_from_the_keyboard(mesh: LocalMesh, browser: Brows
         " e.getAttribute('aria-label') || (e.labels && e.labels.length))).map(e => e.outerHTML)"
     )
     assert unnamed == []
+    for view in VIEWS:
+        page(browser, mesh, view)
+        regions = browser.js(
+            "const name = e => e.getAttribute('aria-label') || document.getElementById(e.getAttribute('aria-labelledby'))?.textContent;"
+            "return [...document.querySelectorAll('section, nav, [role=region]')].filter(e => e.offsetParent).map(name)"
+        )
+        assert all(regions) and len(regions) == len(set(regions)), regions
+        unreached = browser.js(
+            "const scrolls = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowY) && e.scrollHeight > e.clientHeight;"
+            "return [...document.querySelectorAll('main *')].filter(e => e.offsetParent && scrolls(e) && e.tabIndex < 0)"
+            ".map(e => e.outerHTML.slice(0, 80))"
+        )
+        assert unreached == [], "what scrolls is reached with the keyboard"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

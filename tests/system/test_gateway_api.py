@@ -400,3 +400,13 @@ def test_health_is_asked_of_the_mesh_once_by_many(mesh: LocalMesh) -> None:
 def _counter(mesh: LocalMesh, name: str) -> int:
     with MeshClient(mesh.url) as client:
         return sum(getattr(coordinator.stats, name) for coordinator in client.status().coordinators)
+
+
+def test_short_paths_of_health_and_a_page_of_the_api(http: httpx.Client) -> None:
+    assert http.get("/health").json()["status"] == "ready" and http.get("/healthz").json() == {"status": "live"}
+    page = http.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "unsafe" not in page.headers["content-security-policy"] and "<script" not in page.text and "http://" not in page.text
+    for path, operations in http.get("/openapi.json").json()["paths"].items():
+        assert path in page.text and all(method.upper() in page.text for method in operations)
+    assert "max_tokens" in page.text

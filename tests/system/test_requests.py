@@ -106,7 +106,7 @@ def test_the_client_raises_errors_of_the_one_tree(mesh: LocalMesh) -> None:
             client.generate(tokens=[1], max_tokens=3, temperature=200)
         assert caught.value.field == "temperature"
         with pytest.raises(BadRequest) as caught:
-            client.generate(tokens=[1], colour="red")
+            client.generate(tokens=[1], colour="red")  # type: ignore[call-arg]
         assert caught.value.field == "colour"
         with pytest.raises(PromptTooLong):
             client.generate(tokens=[1] * 60, max_tokens=30)

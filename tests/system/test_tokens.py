@@ -9,7 +9,7 @@ from typing import Any
 from oracle import Oracle
 from running import Run
 
-from mesh.client import AsyncMeshClient, Completion, MeshClient
+from mesh.client import AsyncMeshClient, Completion, GenerateArguments, MeshClient
 from mesh.errors import MeshError
 from mesh.local.mesh import LocalMesh
 
@@ -45,7 +45,7 @@ def test_sixteen_sessions_of_different_lengths_joining_and_leaving_equal_one_pro
 
 
 def test_sampled_tokens_follow_the_seed_alone(any_mesh: LocalMesh, oracle: Oracle, run: Run) -> None:
-    params = {"temperature": 0.9, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
+    params: GenerateArguments = {"temperature": 0.9, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
 
     async def generate() -> list[Completion | MeshError]:
         async with AsyncMeshClient(any_mesh.url, model="tiny") as client:
@@ -54,7 +54,7 @@ def test_sampled_tokens_follow_the_seed_alone(any_mesh: LocalMesh, oracle: Oracl
     requests = _requests(8, seed=3)
     for request, answer in zip(requests, run(generate()), strict=True):
         assert isinstance(answer, Completion), answer
-        assert list(answer.tokens) == oracle.sampled(request["tokens"], request["max_tokens"], **params)
+        assert list(answer.tokens) == oracle.sampled(request["tokens"], request["max_tokens"], **dict[str, Any](params))
 
 
 def test_a_stream_brings_each_token_once_and_in_order(any_mesh: LocalMesh, oracle: Oracle, run: Run) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Host", "host_of_its_own"]
+__all__ = ["Host", "host_of_its_own", "hosts_on_one_network"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,37 @@ def host_of_its_own(here: str, there: str) -> Iterator[Host]:
         yield Host(name)
     finally:
         ip("netns", "del", name)  # and the line with it
+
+
+@contextmanager
+def hosts_on_one_network(*addresses: str) -> Iterator[list[Host]]:
+    """A host for each address, all on one line of their own; nothing else reaches them."""
+    if sys.platform != "linux" or shutil.which("ip") is None:
+        pytest.skip("network namespaces are made with Linux's ip, which is not here")
+    if os.geteuid() != 0:
+        pytest.skip("only root may make a network namespace")
+    switch = f"mesh{os.getpid()}s"
+    hosts = [Host(f"mesh{os.getpid()}h{index}") for index in range(len(addresses))]
+    try:
+        ip("netns", "add", switch)
+    except OSError as error:
+        pytest.skip(f"this root may not make a network namespace ({error})")
+    try:
+        try:
+            ip("-n", switch, "link", "add", "line", "type", "bridge")
+        except OSError as error:
+            pytest.skip(f"no bridge can be made here ({error})")
+        ip("-n", switch, "link", "set", "line", "up")
+        for index, (host, address) in enumerate(zip(hosts, addresses, strict=True)):
+            ip("netns", "add", host.name)
+            ip("-n", switch, "link", "add", f"port{index}", "type", "veth", "peer", "name", "mesh1", "netns", host.name)
+            ip("-n", switch, "link", "set", f"port{index}", "master", "line", "up")
+            ip("-n", host.name, "addr", "add", f"{address}/24", "dev", "mesh1")
+            for link in ("lo", "mesh1"):
+                ip("-n", host.name, "link", "set", link, "up")
+        yield hosts
+    finally:
+        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+        for name in (*(host.name for host in hosts), switch):
+            if name in listed:
+                ip("netns", "del", name)

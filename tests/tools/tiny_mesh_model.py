@@ -18,7 +18,13 @@ TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endf
 
 def make_model(folder: Path) -> Path:
     """The model directory, named "tiny". Its 96 tokens are the 95 printable characters of ASCII and one unknown token."""
-    source, out = folder / "source", folder / "tiny"
+    out = folder / "tiny"
+    import_model(make_source(folder / "source"), out, ImportOptions(), name="tiny")
+    return out
+
+
+def make_source(source: Path) -> Path:
+    """The folder that it is imported from."""
     source.mkdir()
     shutil.copy(EXPORTS / "llama-dynamo.onnx", source / "model.onnx")
     characters = {chr(32 + index): index for index in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
@@ -27,5 +33,4 @@ def make_model(folder: Path) -> Path:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(source / "tokenizer.json"))
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    import_model(source, out, ImportOptions(), name="tiny")
-    return out
+    return source

@@ -29,6 +29,7 @@ LAYERS = [
     {"doctor"},
     {"commands"},
     {"cli"},
+    {"entry"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

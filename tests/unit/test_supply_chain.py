@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 from places import PACKAGE
 
 ROOT = PACKAGE.parent
-LOCKS = {"requirements.lock": ("import", "otlp"), "requirements-dev.lock": ("import", "otlp", "dev")}
+LOCKS = {"requirements.lock": ("server", "import", "otlp"), "requirements-dev.lock": ("server", "import", "otlp", "dev")}
 
 
 def entries(name: str) -> dict[str, list[tuple[Requirement, int]]]:

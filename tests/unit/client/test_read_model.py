@@ -167,3 +167,23 @@ def test_series_and_events_are_bounded() -> None:
     read_model.look(MeshStatus((), ()), [], now=1000.0, unix_s=1000.0)
     read_model.look(MeshStatus((), ()), [], now=1000.0 + module.GHOST_S + 1, unix_s=2000.0)
     assert read_model.history()["series"] == {} and read_model.snapshot()["models"] == []
+
+
+def test_the_time_to_the_first_token_counts_a_wait_that_is_not_over() -> None:
+    read_model = MeshReadModel()
+
+    def session(request: str, total_s: float, first_s: float | None) -> dict[str, Any]:
+        state = "queued" if first_s is None else "decoding"
+        return {
+            "request": request, "state": state, "route": [], "prompt_tokens": 3, "max_tokens": 9, "tokens": 1, "prefilled": 0,
+            "queue_s": 0.0, "first_token_s": first_s, "total_s": total_s, "restarts": 0,
+        }  # fmt: skip
+
+    fast = session("a", 1.0, 0.2)
+    read_model.look(MeshStatus(BOTH, (coordinator(sessions=[fast, session("b", 0.1, None)]),)), [], now=1.0, unix_s=100.0)
+    assert only(read_model)["latency"] == {"requests": 1, "first_token_s": 0.2, "worst_s": 0.2, "token_s": 0.0}, "it may come any moment"
+    read_model.look(MeshStatus(BOTH, (coordinator(sessions=[fast, session("b", 30.0, None)]),)), [], now=2.0, unix_s=101.0)
+    latency = only(read_model)["latency"]
+    assert (latency["requests"], latency["worst_s"]) == (2, 30.0) and latency["first_token_s"] > 15
+    read_model.look(MeshStatus(BOTH, (coordinator(sessions=[session("b", 31.0, None)]),)), [], now=3.0, unix_s=102.0)
+    assert only(read_model)["latency"]["first_token_s"] == 31.0, "nobody has had a token"

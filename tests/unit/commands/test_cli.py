@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ def test_the_list_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("upp", "there is no command upp (did you mean `mesh up`?): see `mesh --help`"),
         ("frobnicate", "there is no command frobnicate: see `mesh --help`"),
-        ("up", "MODEL_DIR is missing: see `mesh up --help`"),
+        ("up", "MODEL is missing: see `mesh up --help`"),
         ("up m --shards three", "--shards: 'three' is no whole number: see `mesh up --help`"),
         ("up m --strategy fast", "--strategy: 'fast' is none of least_loaded, round_robin, queue_group: see `mesh up --help`"),
         ("up m --repliccas=3", "there is no option --repliccas (did you mean --replicas?): see `mesh up --help`"),
@@ -54,6 +55,18 @@ def test_a_wrong_line_is_answered_in_one_line(arguments: str, words: str, capsys
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments.split())
     assert ended.value.code == 2 and capsys.readouterr().err == f"mesh: {words}\n"
+
+
+@pytest.mark.parametrize(
+    "line", ["--log-level debug models --json", "models --json --log-level=debug", "models list --log-level debug --json"]
+)
+def test_a_log_is_asked_for_anywhere_in_the_line(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the log is the process's."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "MESH_CACHE_DIR": str(tmp_path), "MESH_NATS_URLS": "nats://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-m", "mesh.cli", *line.split()], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0 and " mesh.bus" in done.stderr, done.stderr
+    with pytest.raises(SystemExit):
+        cli.main(["status", "--log-level", "loud"])
 
 
 def test_help_imports_no_heavy_package() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mesh.planner.from_config import parse_nodes, parse_range, parse_ranges
 from mesh.planner.placement import Placement
 from mesh.planner.plan import place
 from mesh.planner.request import PlanRequest, same_nodes
-from mesh.settings.schema import ShardConfig, load_config
+from mesh.settings.schema import CoordinatorConfig, ShardConfig, load_config
 from mesh.settings.units import GB
 from mesh.types import LayerRange, even_ranges
 
@@ -203,9 +204,42 @@ def test_shard_model_writes_the_placement_and_a_configuration_that_each_shard_re
             shard.layers_end,
         )
         assert (config.resources.max_memory_bytes, config.model.overlap_layers) == (50_000_000, 1)
-        assert (config.performance.batch_size, config.performance.max_sequence_length) == (1, 128)
-        assert Path(config.model.shard_path) == model.resolve()
-    assert "Wrote" in capsys.readouterr().out
+        assert (config.performance.batch_size, config.performance.max_sequence_length) == (8, 128)
+        assert config.model.shard_path == "models:tiny", "it works on a machine that does not have this one's folders"
+    coordinator = load_config(tmp_path / "placement" / "coordinator" / "config.yaml", CoordinatorConfig)
+    assert (coordinator.model.name, coordinator.distributed.shards_count, coordinator.distributed.replication_factor) == ("tiny", 3, 2)
+    said = capsys.readouterr().out
+    assert "Wrote" in said and f"mesh push {model.resolve()}" in said
+
+
+def test_as_many_rows_as_fit_are_planned_where_the_file_does_not_say(tmp_path: Path, model: Path) -> None:
+    rows = []
+    for memory_mb in (50, 2, 1):
+        with contextlib.suppress(DoesNotFit):
+            assert _mesh("shard-model", "--config", _config(tmp_path, max_shard_memory_mb=memory_mb, max_sequence_length=256)) == 0
+            rows.append(Placement.load(tmp_path / "placement" / "placement.json").batch_size)
+    assert rows[0] == 8 and rows == sorted(rows, reverse=True)
+
+
+NETWORK_YAML = """
+network: {coordinator_port: 8090, shard_base_port: 8181, health_check_port: 9190, metrics_port: 9191}
+communication: {protocol: nats, compression: gzip, timeout_seconds: 20, retry_count: 5}
+load_balancing: {strategy: round_robin, health_check_interval: 4s, failover_timeout: 25s}
+"""
+
+
+@pytest.mark.usefixtures("model")
+def test_the_network_s_file_goes_into_every_process_s(tmp_path: Path) -> None:
+    (tmp_path / "network.yaml").write_text(NETWORK_YAML)
+    assert _mesh("shard-model", "--config", _config(tmp_path), "--network", tmp_path / "network.yaml") == 0
+    folder = tmp_path / "placement"
+    shard = load_config(folder / "shard_3" / "config.yaml", ShardConfig)
+    assert (shard.shard.listen_port, shard.health.port, shard.metrics.port) == (8183, 9190, 9191)
+    config = load_config(folder / "coordinator" / "config.yaml", CoordinatorConfig)
+    http, spread = config.coordinator, config.distributed
+    assert (http.listen_port, http.health_check_interval, http.retry_count, config.metrics.port) == (8090, 4.0, 5, 9191)
+    assert (spread.failover_timeout, spread.step_timeout, spread.load_balancing_strategy) == (25.0, 20.0, "round_robin")
+    assert config.memory.enable_compression
 
 
 def test_shard_model_again_with_fewer_shards_leaves_no_configuration_behind(tmp_path: Path, model: Path) -> None:
@@ -223,6 +257,7 @@ def test_shard_model_again_with_fewer_shards_leaves_no_configuration_behind(tmp_
     )
     left = sorted(path.relative_to(tmp_path / "placement").as_posix() for path in (tmp_path / "placement").rglob("*") if path.is_file())
     assert left == [
+        "coordinator/config.yaml",
         "placement.json",
         "shard_1/config.yaml",
         "shard_2/config.yaml",

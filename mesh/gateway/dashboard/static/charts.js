@@ -17,20 +17,19 @@ export class Spark {
   draw(points, { floor = 0 } = {}) {
     const width = this.element.clientWidth || 200;
     attributes(this.element, { viewBox: `0 0 ${width} ${HEIGHT}` });
-    const known = points.filter((point) => point[1] !== null && point[1] !== undefined);
+    const end = points.length ? points[points.length - 1][0] : 0;
+    const known = points.filter(([at, value]) => value !== null && value !== undefined && at >= end - SPAN_S - GAP_S);
     if (known.length < 2) {
       for (const part of [this.area, this.line]) part.removeAttribute("d");
       this.dot.setAttribute("visibility", "hidden");
       return;
     }
-    const end = points[points.length - 1][0];
     const top = Math.max(floor, ...known.filter((p) => p[0] > end - SPAN_S).map((p) => p[1])) || 1;
     const x = (at) => ((at - (end - SPAN_S)) / SPAN_S) * (width - 4);
     const y = (value) => HEIGHT - 2 - (value / top) * (HEIGHT - 8);
     const runs = [];
     let before = null;
     for (const [at, value] of known) {
-      if (at < end - SPAN_S - GAP_S) continue;
       if (before === null || at - before > GAP_S) runs.push([]);
       runs[runs.length - 1].push([x(at), y(value)]);
       before = at;

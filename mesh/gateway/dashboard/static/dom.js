@@ -45,3 +45,17 @@ export function list(parent, items, key, make, update) {
   }
 }
 export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+/** What of the page could not be drawn lately: its name -> why. */
+export const faults = new Map();
+
+/** Draw one part of the page. If that fails, the other parts and the feed go on; the console says it once. */
+export function part(name, draw) {
+  try {
+    draw();
+    faults.delete(name);
+  } catch (error) {
+    if (faults.get(name) !== error.message) console.error(`the ${name} could not be drawn:`, error);
+    faults.set(name, error.message);
+  }
+}

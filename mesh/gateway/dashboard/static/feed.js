@@ -21,7 +21,12 @@ let again = 0;
 let tries = 0;
 
 export const on = (call) => { listeners.add(call); };
-const tell = (what, detail) => { for (const call of listeners) call(what, detail); };
+/** A listener that fails ends neither the feed nor the other listeners. */
+function tell(what, detail) {
+  for (const call of listeners) {
+    try { call(what, detail); } catch (error) { console.error("what the mesh says could not be shown:", error); }
+  }
+}
 
 export function start() {
   document.addEventListener("visibilitychange", () => {

@@ -1,5 +1,5 @@
 // The page: which view, which model, which theme, the token, the keyboard.
-import { $, attributes, h, list, text } from "./dom.js";
+import { $, attributes, faults, h, list, part, text } from "./dom.js";
 import * as feed from "./feed.js";
 import * as meshView from "./mesh-view.js";
 import { hasToken, setToken } from "./net.js";
@@ -20,11 +20,11 @@ function model() {
 
 function draw() {
   const now = model();
-  drawModels();
-  drawNotice(now);
-  if (view === "mesh") meshView.draw(feed.state, now);
-  if (view === "requests") requests.draw(now);
-  playground.draw(now);
+  part("choice of models", drawModels);
+  if (view === "mesh") part("mesh", () => meshView.draw(feed.state, now));
+  if (view === "requests") part("list of requests", () => requests.draw(now));
+  part("playground", () => playground.draw(now));
+  part("notice", () => drawNotice(now));
   const kind = meshView.standing(feed.state, now)[0];
   document.documentElement.dataset.standing = kind;
   document.title = `${kind === "down" ? "○ " : ""}${TITLES[view]} · stagemesh`;
@@ -36,12 +36,14 @@ function drawModels() {
   if (models.length > 1) list($("model"), models, (one) => one.name, (one) => h("option", { value: one.name }, one.name), () => {});
 }
 
-/** On the other views the state of the mesh is a line at the top, where it is not well. */
+/** On the other views the state of the mesh is a line at the top, where it is not well; on every view, a part that could not be drawn. */
 function drawNotice(now) {
   const [kind, words, more] = meshView.standing(feed.state, now);
-  const needed = view !== "mesh" && kind !== "ready" && feed.state.link !== "connecting";
-  $("notice").hidden = !needed;
-  if (needed) { attributes($("notice"), { class: `notice is-${kind}` }); text($("notice"), [words, more].filter(Boolean).join(". ")); }
+  const unwell = view !== "mesh" && kind !== "ready" && feed.state.link !== "connecting";
+  const [broken] = faults.keys();
+  $("notice").hidden = !unwell && !broken;
+  if (unwell) { attributes($("notice"), { class: `notice is-${kind}` }); text($("notice"), [words, more].filter(Boolean).join(". ")); }
+  else if (broken) { attributes($("notice"), { class: "notice is-degraded" }); text($("notice"), `A part of this page could not be drawn: the ${broken} (${faults.get(broken)}). The rest goes on.`); }
 }
 
 function route() {

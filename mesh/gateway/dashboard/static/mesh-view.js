@@ -1,13 +1,13 @@
 // The mesh's page: state, figures, picture, shards, events.
 import { Spark } from "./charts.js";
-import { $, attributes, h, list, text } from "./dom.js";
+import { $, attributes, h, list, part, text } from "./dom.js";
 import { NONE, bytes, clock, duration, durationParts, number, percent, plural, range } from "./format.js";
 import { Picture } from "./picture.js";
 
 const STATES = { ready: "Serving", degraded: "Serving, with a loss", starting: "Getting ready", down: "Not serving" };
 const LINKS = { connecting: "Looking for the mesh", lost: "The gateway does not answer", denied: "A token is needed" };
 const TELLS = {
-  joined: "joined", ready: "is ready", left: "left", suspected: "is suspected", failed_over: "failed over", drained: "drained",
+  joined: "joined", ready: "is ready", left: "left", lost: "is lost", suspected: "is suspected", failed_over: "failed over", drained: "drained",
   plan_changed: "placement changed", rejected: "was refused", forgotten: "was forgotten", coordinator_joined: "joined",
   coordinator_left: "left", resumed: "took over",
 };
@@ -37,16 +37,15 @@ function figure(label, name, value, floor) {
 }
 
 export function draw(state, model) {
-  drawState(state, model);
+  part("state of the mesh", () => drawState(state, model));
   const known = model || { shards: [], coordinators: [], sessions: [], missing: [], layers: 0 };
   const old = state.link !== "live" || Boolean(state.snapshot && state.snapshot.error);
   $("view-mesh").classList.toggle("old", old && Boolean(model));
-  drawFigures(known, (model && state.series[model.name]) || []);
+  part("figures", () => drawFigures(known, (model && state.series[model.name]) || []));
   $("picture").parentElement.hidden = !model || (!known.shards.length && !known.coordinators.length);
-  if (model) picture.draw(model);
-  picture.flow.halt(old);
-  drawShards(known.shards);
-  drawEvents(state.events, model);
+  part("picture", () => { if (model) picture.draw(model); picture.flow.halt(old); });
+  part("table of shards", () => drawShards(known.shards));
+  part("list of events", () => drawEvents(state.events, model));
 }
 
 /** [kind, words, more] of how it stands. */

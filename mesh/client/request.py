@@ -1,0 +1,81 @@
+"""What a request may have: the keyword arguments of both clients, as type checkers see them, and the message that is made of them.
+
+A test compares them with mesh.protocol.generation.Generate, which says what each one means.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypedDict
+
+import orjson
+
+from mesh.errors import BadRequest, MessageRejected
+from mesh.protocol.generation import Generate
+from mesh.protocol.stream import Waiting
+
+__all__ = ["ChatArguments", "GenerateArguments", "RequestArguments", "message_of"]
+
+
+class _Fields(TypedDict, total=False):
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    logprobs: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    raw: bool
+    session: str | None
+    traceparent: str | None
+
+
+class RequestArguments(_Fields, total=False):
+    """The fields of a request. One of the prompt, `messages` ({"role", "content"}) and `tokens` is given."""
+
+    messages: Sequence[Mapping[str, str]]
+    tokens: Sequence[int]
+
+
+class _Sending(TypedDict, total=False):
+    model: str | None
+    timeout_s: float | None
+    on_waiting: Callable[[Waiting], None] | None
+
+
+class GenerateArguments(RequestArguments, _Sending, total=False):
+    """Those of `generate` and `open_stream`: the fields of a request, and how it is sent."""
+
+
+class ChatArguments(_Fields, _Sending, total=False):
+    """Those of `chat`, which takes the messages itself."""
+
+
+_NAMES: Final = tuple(dict.fromkeys(("prompt", "messages", "tokens", *GenerateArguments.__annotations__)))
+_OWN: Final = frozenset({"stream", "attempt", "given", "epoch", "waited_s"})
+"""Fields that this package itself sets: they say how a request goes on."""
+
+
+def message_of(prompt: str | None, request: Mapping[str, Any]) -> Generate:
+    """The message of a request. BadRequest: an argument is unknown or wrong.
+
+    Converted through JSON, so that a tuple passes as a list and an integer as a float, as from any other client.
+    """
+    for name in request:
+        if name not in _NAMES and name not in _OWN:
+            near = difflib.get_close_matches(name, _NAMES, 1)
+            right = f"did you mean {near[0]}?" if near else f"there are {', '.join(_NAMES)}"
+            raise BadRequest(f"{name} is no argument of a request: {right}", field=name)
+    values = {"prompt": prompt, **request}
+    try:
+        return Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
+    except MessageRejected as error:
+        raise BadRequest(str(error), field=error.field) from None
+    except TypeError as error:
+        raise BadRequest(f"the request cannot be written as JSON: {error}", field="request") from None

@@ -1,0 +1,65 @@
+"""What the shards of one machine may take, and the context that this leaves room for."""
+
+from __future__ import annotations
+
+import pytest
+
+from mesh.errors import DoesNotFit
+from mesh.local.sizing import size
+from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo
+from mesh.types import even_ranges
+
+GB = 10**9
+LAYERS = 30
+
+
+def smollm2() -> Manifest:
+    """The demo model's sizes: 651 MB of weights, a context of 8,192."""
+    layer, table = BlockInfo(name="layer_000", files=(), weight_bytes=14_160_000, parameters=3_540_000), 113_000_000
+    blocks = tuple(layer.model_copy(update={"name": f"layer_{i:03}"}) for i in range(LAYERS))
+    return Manifest(
+        name="smollm2",
+        architecture="llama",
+        source="gguf",
+        layers=LAYERS,
+        vocab_size=49_152,
+        context_length=8_192,
+        hidden=HiddenInfo(size=576, dtype="float32"),
+        cache=(CacheInfo(kv_heads=3, key_dim=64, value_dim=64),) * LAYERS,
+        cache_dtype="float32",
+        weights=WeightsInfo(bits=32),
+        blocks=(
+            BlockInfo(name="embed", files=(), weight_bytes=table, parameters=table // 4),
+            *blocks,
+            BlockInfo(name="head", files=(), weight_bytes=table, parameters=table // 4),
+        ),
+    )
+
+
+def sized(free: int, *, context: int | None = None, replicas: int = 1, rows: int = 8) -> tuple[int, int]:
+    found = size(smollm2(), even_ranges(LAYERS, 3), replicas=replicas, rows=rows, context=context, available_bytes=free)
+    assert found.allowed_bytes is None or sum(found.allowed_bytes) * replicas <= free, "the shards share what is free"
+    return found.context, found.needed_bytes
+
+
+def test_a_small_machine_gets_a_shorter_context_and_a_large_one_the_model_s() -> None:
+    contexts = [sized(free * GB)[0] for free in (2, 4, 8, 16, 32, 64)]
+    assert contexts == sorted(contexts) and contexts[0] < 1024 and contexts[-1] == 8_192
+    for free in (4, 8, 16, 32, 64):
+        assert sized(free * GB)[1] <= 0.651 * GB + free * GB / 8 + 0.05 * GB, "beside the weights, an eighth of what is free"
+
+
+def test_a_context_that_was_asked_for_is_used_if_it_fits_and_refused_with_a_better_one_if_not() -> None:
+    assert sized(16 * GB, context=8_192)[0] == 8_192
+    with pytest.raises(DoesNotFit, match=r"3 GB are free on this machine: give --context (4096|2048|1024)"):
+        sized(3 * GB, context=8_192)
+    with pytest.raises(DoesNotFit, match="fewer --rows or --replicas"):
+        sized(GB // 2)
+
+
+def test_replicas_share_the_machine_too() -> None:
+    assert sized(8 * GB, replicas=2)[0] < sized(8 * GB)[0]
+
+
+def test_without_figures_of_the_system_the_model_s_context_is_used() -> None:
+    assert sized(0)[0] == 8_192
