@@ -1,6 +1,6 @@
 """Print the Secrets of deploy/kubernetes: certificates, a NATS user for each role, the servers' configuration, a secret of tokens.
 
-    python deploy/kubernetes/make_secrets.py --folder keys --host mesh.example.org | kubectl apply -f -
+    python deploy/kubernetes/make_secrets.py --folder keys --host llm.example.org | kubectl apply -f -
 
 The folder keeps the authority and the keys: run it again with the same folder, and the same Secrets are printed. Keep it off the cluster.
 """

@@ -191,7 +191,9 @@ class Pull:
             return False
         try:
             with part:
-                if not await asyncio.to_thread(_is_there, path, file):  # the one that had the claim may have been of this directory
+                if await asyncio.to_thread(_is_there, path, file):  # the pull that had the claim was of this directory
+                    Path(part.name).unlink(missing_ok=True)
+                else:
                     await self._fill(file, _Part(part, file))
                     await _thread(os.replace, part.name, path)
         except CorruptModel:

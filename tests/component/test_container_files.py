@@ -320,10 +320,10 @@ def test_policies_let_through_what_the_pods_use_and_nothing_else(built: dict[str
 
 
 def test_the_secrets_are_what_the_pods_mount(built: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    documents = make_secrets.documents(tmp_path, ["mesh.example.org"])
+    documents = make_secrets.documents(tmp_path, ["llm.example.org"])
     for document in documents:
         check_strictly(document)
-    assert make_secrets.documents(tmp_path, ["mesh.example.org"]) == documents
+    assert make_secrets.documents(tmp_path, ["llm.example.org"]) == documents
     made = {each["metadata"]["name"] for each in documents}
     mounted = {
         volume["secret"]["secretName"]

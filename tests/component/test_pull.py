@@ -221,6 +221,23 @@ def test_pulls_of_one_host_fetch_each_file_once(run: Run, server: NatsServer, la
     run(work())
 
 
+def test_pulls_into_one_directory_agree_without_a_cache_folder(run: Run, server: NatsServer, large: Path, tmp_path: Path) -> None:
+    """As two users of one machine, who know nothing of each other's files."""
+
+    async def work() -> None:
+        async with await connect(server) as bus:
+            store = ModelStore(bus)
+            manifest = await store.push(large)
+            (tmp_path / "file").write_bytes(b"")
+            known = KnownFiles(tmp_path / "file" / "no folder")
+            pulls = [Pull(bus, store._find, manifest, files_of(manifest), tmp_path / "in", known) for _ in range(3)]
+            await asyncio.gather(*(pull.run() for pull in pulls))
+            assert sum(pull.fetched_bytes for pull in pulls) == sum(file.bytes for file in files_of(manifest))
+            check_whole(manifest, tmp_path / "in")
+
+    run(work())
+
+
 def test_a_file_of_a_neighbour_that_has_changed_is_fetched(
     run: Run, server: NatsServer, large: Path, tmp_path: Path, elsewhere: None
 ) -> None:
