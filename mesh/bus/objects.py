@@ -36,6 +36,7 @@ from mesh.types import LayerRange, Progress, no_progress
 __all__ = ["ModelStore", "Progress", "Pull", "files_of", "kept_at"]
 
 _CHUNK_BYTES = 512 * 1024
+_API_S = 30.0
 
 
 def files_of(manifest: Manifest, layers: LayerRange | None = None, *, embed: bool = True, head: bool = True) -> list[FileInfo]:
@@ -94,7 +95,7 @@ class ModelStore:
         """Copy a model directory into the store. Files that are there already are not sent again. CorruptModel: a file differs from the
         manifest."""
         manifest = await asyncio.to_thread(Manifest.load, directory)
-        store = await self._open()
+        store = await self._made()
         files = files_of(manifest)
         total, done = sum(file.bytes for file in files), 0
         for file in files:
@@ -172,15 +173,20 @@ class ModelStore:
             return False
 
     async def _open(self) -> nats.js.object_store.ObjectStore:
+        """The store. NotFoundError: nothing was ever pushed."""
         if self._store is None:
-            js = self._bus.client.jetstream(timeout=30)
-            with mapped("opening the object store"):
-                try:
-                    self._store = await js.object_store(subjects.OBJECTS_MODELS)
-                except nats.js.errors.NotFoundError:
-                    self._store = await replicated(self._bus, lambda count: js.create_object_store(subjects.OBJECTS_MODELS, replicas=count))
-                else:
-                    await spread(self._bus, f"OBJ_{subjects.OBJECTS_MODELS}")
+            self._store = await self._bus.client.jetstream(timeout=_API_S).object_store(subjects.OBJECTS_MODELS)
+            await spread(self._bus, f"OBJ_{subjects.OBJECTS_MODELS}")
+        return self._store
+
+    async def _made(self) -> nats.js.object_store.ObjectStore:
+        """The store, made if it is not there. Only those who push may make it."""
+        js = self._bus.client.jetstream(timeout=_API_S)
+        with mapped("opening the object store"):
+            try:
+                return await self._open()
+            except nats.js.errors.NotFoundError:
+                self._store = await replicated(self._bus, lambda count: js.create_object_store(subjects.OBJECTS_MODELS, replicas=count))
         return self._store
 
 
