@@ -1,12 +1,14 @@
 """The pods of deploy/kubernetes for `podman kube play`, which knows no StatefulSet: one manifest a pod, as the controllers would make it.
 
-What podman lacks is replaced: claims by folders that end with the pod, services by addresses in /etc/hosts, probes over HTTP by none.
+What podman lacks is replaced: claims by volumes of podman, services by addresses in /etc/hosts, probes over HTTP by none. Podman 4.3 mounts
+Secrets without decoding them, shares volumes of one name between pods, publishes every port
+and leaves `$(NAME)` in arguments: so Secrets become ConfigMaps, volumes get the pod's name, ports go, and arguments are filled in.
 """
 
 from __future__ import annotations
 
-import base64
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +37,11 @@ def pods(documents: list[dict[str, Any]], secrets: list[dict[str, Any]], image: 
     servers = {name: ip for name, ip in addresses.items() if name.startswith("mesh-nats-")}
     aliases = [{"ip": ip, "hostnames": [f"{name}.mesh-nats"]} for name, ip in servers.items()]
     aliases.append({"ip": servers["mesh-nats-0"], "hostnames": ["mesh-nats-client"]})
-    shared = [_plain(each) for each in secrets] + [each for each in documents if each["kind"] == "ConfigMap"]
+    shared = [_as_config_map(each) for each in secrets] + [each for each in documents if each["kind"] == "ConfigMap"]
     for each, number in wanted:
         name = f"{each['metadata']['name']}-{number}"
         pod = _pod(each, name, image, aliases, ports.get(name, {}))
-        used = [volume.get("secret", {}).get("secretName") or volume.get("configMap", {}).get("name") for volume in pod["spec"]["volumes"]]
+        used = [volume.get("configMap", {}).get("name") for volume in pod["spec"]["volumes"]]
         mounted = [one for one in shared if one["metadata"]["name"] in used]
         yield Pod(name, addresses[name], yaml.safe_dump_all([*_without_namespace(mounted), pod], sort_keys=False))
 
@@ -48,9 +50,13 @@ def _replicas(each: dict[str, Any]) -> range:
     return range(3 if each["metadata"]["name"] == "mesh-nats" else 1)
 
 
-def _plain(secret: dict[str, Any]) -> dict[str, Any]:
-    data = {name: base64.b64encode(text.encode()).decode() for name, text in secret["stringData"].items()}
-    return {key: value for key, value in secret.items() if key != "stringData"} | {"data": data}
+def _as_config_map(secret: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"secret-{secret['metadata']['name']}"},
+        "data": secret["stringData"],
+    }
 
 
 def _without_namespace(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,16 +72,19 @@ def _pod(of: dict[str, Any], name: str, image: str, aliases: list[dict[str, Any]
     for claim in of["spec"].get("volumeClaimTemplates", ()):
         spec["volumes"].append({"name": claim["metadata"]["name"], "emptyDir": {}})
     for volume in spec["volumes"]:
+        volume["name"] = f"{name}-{volume['name']}"
         if "emptyDir" in volume:
             volume["emptyDir"] = {}
         if "secret" in volume:
-            volume["secret"]["defaultMode"] = 0o444  # there is no fsGroup here
+            volume["configMap"] = {"name": f"secret-{volume.pop('secret')['secretName']}"}
     (container,) = spec["containers"]
+    for mount in container["volumeMounts"]:
+        mount["name"] = f"{name}-{mount['name']}"
+    values = {one["name"]: one.get("value", name) for one in container["env"]}
+    container["args"] = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], part) for part in container["args"]]
     container["image"], container["imagePullPolicy"] = image, "Never"
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         if "httpGet" in container.get(probe, {}):
             del container[probe]
-    for port in container["ports"]:
-        if port["containerPort"] in ports:
-            port |= {"hostPort": ports[port["containerPort"]], "hostIP": "127.0.0.1"}
+    container["ports"] = [{"containerPort": port, "hostPort": here, "hostIP": "127.0.0.1"} for port, here in ports.items()]
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": template["metadata"]["labels"]}, "spec": spec}
