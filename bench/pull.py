@@ -92,6 +92,7 @@ def pulled(name: str, flags: Sequence[str], rounds: int) -> list[float]:
         with place() as here:
             count, took_s = ended(here.start(name, flags))
             speeds.append(count / took_s / 1e6)
+            print(f"{speeds[-1]:.0f} MB/s", file=sys.stderr, flush=True)
     return speeds
 
 
@@ -224,7 +225,10 @@ def main() -> None:
         with LocalMesh(LocalOptions(model=args.model, shards=3, rows=2, context=CONTEXT, http=False)) as mesh:
             asyncio.run(push(BusOptions((mesh.url,)), args.model))
             cases: list[tuple[int, list[str]]] = [(0, []), (1, []), (5, []), (5, ["--pull-rate", LIMIT])]
-            results["streaming"] = [{**beside(mesh.url, manifest.name, count, flags), "flags": flags} for count, flags in cases]
+            results["streaming"] = []
+            for count, flags in cases:
+                results["streaming"].append({**beside(mesh.url, manifest.name, count, flags), "flags": flags})
+                print(results["streaming"][-1], file=sys.stderr, flush=True)
     print(json.dumps(results, indent=1))
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
