@@ -2,6 +2,7 @@
 # make test        everything that must pass
 # make test-monitoring   a live Prometheus scrapes a mesh: every panel, every alert; two minutes
 # make test-machines     docs/several-machines.md with the demo model, in three network namespaces; two minutes, as root
+# make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some ten minutes, not part of CI
 # make check       formatting, lints, types of the package, the tests and the benchmarks
 # make chaos       everything is killed and suspended under load, and every token compared; not part of CI, and takes its time
 # make soak        half an hour of load, cancels and hostile calls; what grows is a fault; not part of CI
@@ -22,7 +23,7 @@ FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet
 
-.PHONY: demo test test-monitoring test-machines check chaos soak fuzz lock licences sbom audit smollm2 install
+.PHONY: demo test test-monitoring test-machines test-containers check chaos soak fuzz lock licences sbom audit smollm2 install
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
@@ -34,6 +35,11 @@ test-monitoring: install
 
 test-machines: | models/smollm2
 	MESH_TEST_DEMO_MODEL=1 $(BIN)/python -m pytest -s tests/system/test_several_machines.py
+
+# podman must be installed for this one, and the images that deploy/docker/compose.yaml names in its reach.
+test-containers:
+	$(MAKE) install EXTRAS=dev,containers
+	MESH_TEST_CONTAINERS=1 $(BIN)/python -m pytest -s tests/component/test_container_files.py tests/system/test_containers.py
 
 check: install
 	$(BIN)/ruff check .

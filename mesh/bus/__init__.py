@@ -15,6 +15,9 @@ metrics      what a connection reports of itself
 spans        spans on their way to the coordinators, dropped rather than waited for
 losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums
+pulling      the files of a model on their way into a directory
+chunks       one object, at the speed of the network
+pace         how fast bytes may come, and when the rest will be there
 inspect      what a server says of itself, and what it permits
 mapping      from nats-py's errors to ours
 """
@@ -22,8 +25,9 @@ mapping      from nats-py's errors to ours
 from mesh.bus.connection import Bus, Received, Subscription, end_tasks
 from mesh.bus.events import EventLog, announce, keep_events
 from mesh.bus.kv import Bucket, LeaseTable
-from mesh.bus.objects import ModelStore, kept_at
+from mesh.bus.objects import ModelStore, files_of, kept_at
 from mesh.bus.options import BusOptions
+from mesh.bus.pulling import Pull
 from mesh.bus.service import Endpoint, Service
 
 __all__ = [
@@ -34,11 +38,13 @@ __all__ = [
     "EventLog",
     "LeaseTable",
     "ModelStore",
+    "Pull",
     "Received",
     "Service",
     "Subscription",
     "announce",
     "end_tasks",
+    "files_of",
     "keep_events",
     "kept_at",
 ]

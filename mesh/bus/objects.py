@@ -9,11 +9,8 @@ Every file is compared with the manifest's checksum as it arrives, and gets its 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import io
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -24,10 +21,13 @@ import nats.js.api
 import nats.js.errors
 import nats.js.object_store
 
+from mesh.bus.chunks import StoredObject, missing_chunks
 from mesh.bus.connection import Bus
 from mesh.bus.mapping import mapped
+from mesh.bus.pulling import Pull, is_object_of, object_name, stored_object
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
+from mesh.host.known_files import KnownFiles
 from mesh.host.paths import cache_directory
 from mesh.model.manifest import MAX_MANIFEST_BYTES, FileInfo, Manifest, block_name, check_file
 from mesh.protocol import subjects
@@ -36,11 +36,10 @@ from mesh.types import LayerRange, Progress, no_progress
 if TYPE_CHECKING:  # a client is installed without cryptography
     from mesh.model.signature import Signers
 
-__all__ = ["ModelStore", "Progress", "files_of", "kept_at"]
-
-"""(what, bytes done, bytes in all)"""
+__all__ = ["ModelStore", "Progress", "Pull", "files_of", "kept_at"]
 
 _CHUNK_BYTES = 512 * 1024
+_API_S = 30.0
 
 
 def files_of(manifest: Manifest, layers: LayerRange | None = None, *, embed: bool = True, head: bool = True) -> list[FileInfo]:
@@ -99,7 +98,7 @@ class ModelStore:
         """Copy a model directory into the store. Files that are there already are not sent again. CorruptModel: a file differs from the
         manifest."""
         manifest = await asyncio.to_thread(Manifest.load, directory)
-        store = await self._open()
+        store = await self._made()
         files = files_of(manifest)
         total, done = sum(file.bytes for file in files), 0
         for file in files:
@@ -109,8 +108,8 @@ class ModelStore:
                 meter = _Meter(await asyncio.to_thread(path.open, "rb"), partial(_step, progress, file.name, done, total))
                 with mapped(f"pushing {file.name}"), meter:
                     options = nats.js.api.ObjectMetaOptions(max_chunk_size=min(_CHUNK_BYTES, self._bus.max_payload // 2))
-                    meta = nats.js.api.ObjectMeta(name=_object(file), options=options)
-                    await store.put(_object(file), meter, meta=meta)  # type: ignore[arg-type]  # it only reads
+                    meta = nats.js.api.ObjectMeta(name=object_name(file), options=options)
+                    await store.put(object_name(file), meter, meta=meta)  # type: ignore[arg-type]  # it only reads
             done += file.bytes
             progress(file.name, done, total)
         with mapped(f"pushing {manifest.name}"):
@@ -126,21 +125,36 @@ class ModelStore:
         embed: bool = True,
         head: bool = True,
         progress: Progress = no_progress,
+        bytes_per_s: float | None = None,
     ) -> Manifest:
         """Copy a model, or what a range of it needs, into `directory`. Files that are there already and right stay as they are.
 
         A file gets its name only once it is complete. CorruptModel: a file that arrived differs from the manifest.
         """
         manifest = await self.manifest(name)
-        await self._bring(manifest, files_of(manifest, layers, embed=embed, head=head), directory, progress)
+        files = files_of(manifest, layers, embed=embed, head=head)
+        await self.pulling(manifest, files, directory, progress=progress, bytes_per_s=bytes_per_s).run()
         return manifest
+
+    def pulling(
+        self,
+        manifest: Manifest,
+        files: list[FileInfo],
+        directory: Path,
+        *,
+        progress: Progress = no_progress,
+        bytes_per_s: float | None = None,
+    ) -> Pull:
+        """A pull of `files` that is to be run or started. `bytes_per_s`: at most so fast."""
+        known = KnownFiles(cache_directory() / "files")
+        return Pull(self._bus, self._find, manifest, files, directory, known, bytes_per_s=bytes_per_s, progress=progress)
 
     async def pull_description(self, name: str, directory: Path | None = None) -> Path:
         """Copy everything but the blocks (manifest, tokenizer, chat template) into `directory` (None: the cache's folder). Returns the
         folder."""
         manifest = await self.manifest(name)
         directory = directory or kept_at(manifest)
-        await self._bring(manifest, list(manifest.extra_files), directory, no_progress)
+        await self.pulling(manifest, list(manifest.extra_files), directory).run()
         return directory
 
     async def remove(self, name: str) -> int:
@@ -157,72 +171,48 @@ class ModelStore:
                     continue
                 removed.add(file.sha256)
                 with suppress(nats.js.errors.NotFoundError):  # it was lost before
-                    await store.delete(_object(file))
+                    await store.delete(object_name(file))
                     freed += file.bytes
         return freed
 
-    async def _bring(self, manifest: Manifest, files: list[FileInfo], directory: Path, progress: Progress) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        total, done = sum(file.bytes for file in files), 0
-        for file in files:
-            if not await asyncio.to_thread(_is_there, directory / file.name, file):
-                await self._fetch(file, directory, partial(_step, progress, file.name, done, total))
-            done += file.bytes
-            progress(file.name, done, total)
-        await asyncio.to_thread(manifest.save, directory)
-
-    async def _fetch(self, file: FileInfo, directory: Path, progress: Callable[[int], None]) -> None:
-        handle, part = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=directory)
-        try:
-            with _Meter(os.fdopen(handle, "wb"), progress, limit=file.bytes) as sink, mapped(f"fetching {file.name}"):
-                try:
-                    await (await self._open()).get(_object(file), writeinto=sink)  # type: ignore[arg-type]  # it only writes
-                except nats.js.errors.NotFoundError:
-                    raise CorruptModel(f"{file.name} is not in the object store: push the model again") from None
-                except nats.js.errors.DigestMismatchError:
-                    raise CorruptModel(f"{file.name} arrived damaged: fetch it again, or push the model again") from None
-            if sink.count != file.bytes or sink.digest.hexdigest() != file.sha256:
-                raise CorruptModel(f"{file.name} of the object store does not match the manifest: push the model again")
-            await asyncio.to_thread(os.replace, part, directory / file.name)
-        finally:
-            Path(part).unlink(missing_ok=True)
+    async def _find(self, file: FileInfo) -> StoredObject:
+        with mapped(f"fetching {file.name}"):
+            try:
+                info = await (await self._open()).get_info(object_name(file))
+            except nats.js.errors.NotFoundError:
+                raise CorruptModel(f"{file.name} is not in the object store: push the model again") from None
+        if not is_object_of(info, file):
+            more = f", with more than the {file.bytes:,} bytes that were announced" if (info.size or 0) > file.bytes else ""
+            raise CorruptModel(f"{file.name} of the object store does not match the manifest{more}: push the model again")
+        return stored_object(info, file, self._bus.max_payload)
 
     async def _has(self, file: FileInfo) -> bool:
-        with mapped(f"looking for {file.name}"):
-            try:
-                info = await (await self._open()).get_info(_object(file))
-            except nats.js.errors.NotFoundError:
-                return False
-        content = base64.urlsafe_b64encode(bytes.fromhex(file.sha256)).decode()
-        return info.size == file.bytes and info.digest == f"SHA-256={content}"
+        """Whether the store has the file, with all its chunks."""
+        try:
+            return not await missing_chunks(self._bus, await self._find(file))
+        except CorruptModel:
+            return False
 
     async def _open(self) -> nats.js.object_store.ObjectStore:
+        """The store. NotFoundError: nothing was ever pushed."""
         if self._store is None:
-            js = self._bus.client.jetstream(timeout=30)
-            with mapped("opening the object store"):
-                try:
-                    self._store = await js.object_store(subjects.OBJECTS_MODELS)
-                except nats.js.errors.NotFoundError:
-                    self._store = await replicated(self._bus, lambda count: js.create_object_store(subjects.OBJECTS_MODELS, replicas=count))
-                else:
-                    await spread(self._bus, f"OBJ_{subjects.OBJECTS_MODELS}")
+            self._store = await self._bus.client.jetstream(timeout=_API_S).object_store(subjects.OBJECTS_MODELS)
+            await spread(self._bus, f"OBJ_{subjects.OBJECTS_MODELS}")
+        return self._store
+
+    async def _made(self) -> nats.js.object_store.ObjectStore:
+        """The store, made if it is not there. Only those who push may make it."""
+        js = self._bus.client.jetstream(timeout=_API_S)
+        with mapped("opening the object store"):
+            try:
+                return await self._open()
+            except nats.js.errors.NotFoundError:
+                self._store = await replicated(self._bus, lambda count: js.create_object_store(subjects.OBJECTS_MODELS, replicas=count))
         return self._store
 
 
 def _step(progress: Progress, name: str, before: int, total: int, count: int) -> None:
     progress(name, before + count, total)
-
-
-def _object(file: FileInfo) -> str:
-    return f"sha256.{file.sha256}"
-
-
-def _is_there(path: Path, file: FileInfo) -> bool:
-    try:
-        check_file(path, file, checksum=True)
-    except CorruptModel:
-        return False
-    return True
 
 
 class _Meter(io.RawIOBase):

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from mesh.settings.units import format_bytes
@@ -34,12 +43,14 @@ def amount(done: int, total: int | None) -> str:
 
 
 @contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that draws one bar, starting anew for each total."""
+def progress_bar(*, quiet: bool = False, sizes: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what, done, total) that draws one bar, starting anew for each total. `sizes`: they are bytes, and the bar says how fast
+    they come and how long the rest will take."""
     if quiet or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), _DoneColumn(), TimeElapsedColumn())
+    pace: tuple[ProgressColumn, ...] = (TransferSpeedColumn(), TimeRemainingColumn()) if sizes else (TimeElapsedColumn(),)
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), _DoneColumn(), *pace)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
 

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
 from mesh.commands.progress import progress_bar
+from mesh.commands.push import add_rate_argument
 from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
-from mesh.settings.units import format_bytes, parse_bytes
+from mesh.settings.units import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
-    from mesh.bus import Bus
+    from mesh.bus import Bus, Pull
     from mesh.model.signature import Signers
-    from mesh.settings.schema import ShardConfig
+    from mesh.settings.schema import ShardConfig, ShardModelSection
     from mesh.shard.http import ShardHttp
     from mesh.shard.options import ShardOptions
-    from mesh.types import LayerRange, Progress
+    from mesh.types import LayerRange
 
 __all__ = ["add_join_parser", "add_shard_parser"]
 
@@ -58,6 +59,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("join", help="serve what the mesh lacks most", description=_JOIN)
     add_connection_arguments(parser)
     parser.add_argument("--model", metavar="NAME", help="default: the only one that was pushed")
+    parser.add_argument("--wait", action="store_true", help="wait until the model has been pushed")
     parser.add_argument("--layers", metavar="A-B", help="half-open range, such as 0-12 (default: what the mesh lacks most)")
     parser.add_argument("--name", help="name of this shard (default: a random one)")
     parser.add_argument("--memory", metavar="SIZE", help="the most memory to use, such as 8GB (default: 80 %% of what is free)")
@@ -65,6 +67,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a row (default: as the other shards, or 2048)")
     parser.add_argument("--mode", choices=("balance", "mirror"), help="replication mode (default: as the other shards, or balance)")
     parser.add_argument("--dir", metavar="DIR", type=Path, help="where blocks are kept (default: the cache directory)")
+    add_rate_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
     parser.add_argument("--http-port", type=int, metavar="PORT", help="port of its health and statistics (default: 8080, or a free one)")
@@ -97,7 +100,7 @@ def shard_command(args: argparse.Namespace) -> int:
     with progress_bar(quiet=args.quiet) as progress:
 
         async def make(bus: Bus) -> ShardOptions:
-            directory = await _blocks(bus, config.model.shard_path, layers, config.model.overlap_layers, signers, progress)
+            directory, incoming = await _blocks(bus, config.model, layers, signers)
             return ShardOptions(
                 name=f"shard-{config.shard.shard_id}",
                 directory=directory,
@@ -110,6 +113,7 @@ def shard_command(args: argparse.Namespace) -> int:
                 kv_cache=config.performance.enable_kv_cache,
                 mirror=config.shard.replication_mode == "mirror",
                 signers=signers,
+                incoming=incoming,
             )
 
         run(partial(serve, connection, make, progress=progress, http=http, metrics=metrics, export=export))
@@ -162,6 +166,7 @@ def join_command(args: argparse.Namespace) -> int:
         from mesh.planner.from_config import parse_range
 
         layers = parse_range(args.layers)
+    rate = parse_rate(args.pull_rate) if args.pull_rate else None
     memory = parse_bytes(args.memory) if args.memory else round(_JOIN_SHARE * _free_memory())
     with progress_bar(quiet=args.quiet) as progress:
 
@@ -180,7 +185,8 @@ def join_command(args: argparse.Namespace) -> int:
                 directory=args.dir,
                 layers=layers,
                 signers=signers,
-                progress=progress,
+                bytes_per_s=rate,
+                wait=args.wait,
             )
 
         run(
@@ -189,33 +195,33 @@ def join_command(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, signers: Signers | None, progress: Progress) -> Path:
-    """A directory with the blocks of `layers` and of `overlap` more on either side. `models:NAME` is a model of the mesh, kept in the
-    cache directory. Anything else is a directory: it is used as it is if the blocks are in it, otherwise it is filled from the mesh's
-    model of its name."""
-    from mesh.bus import ModelStore, kept_at
+async def _blocks(bus: Bus, section: ShardModelSection, layers: LayerRange, signers: Signers | None) -> tuple[Path, Pull | None]:
+    """The directory of the blocks of `layers` and of the overlap on either side, and what brings those that are not in it. `models:NAME` is
+    a model of the mesh, kept in the cache directory. Anything else is a directory: it is used as it is if the blocks are in it, otherwise
+    it is filled from the mesh's model of its name."""
+    from mesh.bus import ModelStore, files_of, kept_at
     from mesh.errors import CorruptModel, ModelNotFound
     from mesh.model.manifest import Manifest
     from mesh.model.signature import load_trusted
 
     def held(manifest: Manifest) -> LayerRange:
         manifest.check_range(layers)
-        return layers.widened(overlap, manifest.layers)
+        return layers.widened(section.overlap_layers, manifest.layers)
 
     store = ModelStore(bus, signers)
-    scheme, _, name = shard_path.partition(":")
+    scheme, _, name = section.shard_path.partition(":")
     if scheme == "models" and name:
         manifest = await store.manifest(name)
         directory = kept_at(manifest)
     else:
-        directory = Path(shard_path).expanduser()
+        directory = Path(section.shard_path).expanduser()
         name = directory.name
         missing: ModelNotFound | CorruptModel
         try:
             manifest = load_trusted(directory, signers)
             needed = held(manifest)
             manifest.verify_files(directory, needed, checksums=False, embed=needed.start == 0, head=needed.stop == manifest.layers)
-            return directory
+            return directory, None
         except (ModelNotFound, CorruptModel) as error:
             missing = error
         try:
@@ -223,8 +229,8 @@ async def _blocks(bus: Bus, shard_path: str, layers: LayerRange, overlap: int, s
         except ModelNotFound:
             raise ModelNotFound(f"{missing}; and the mesh has no model {name} (`mesh push`)") from None
     needed = held(manifest)
-    await store.pull(name, directory, needed, embed=needed.start == 0, head=needed.stop == manifest.layers, progress=progress)
-    return directory
+    files = files_of(manifest, needed, embed=needed.start == 0, head=needed.stop == manifest.layers)
+    return directory, store.pulling(manifest, files, directory, bytes_per_s=section.pull_rate)
 
 
 def _free_memory() -> int:

@@ -17,12 +17,13 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
-__all__ = ["die_with_parent", "dying_with_parent", "give_memory_back", "no_core_dumps", "settle", "wait_for_end"]
+__all__ = ["die_with_parent", "dying_with_parent", "give_memory_back", "give_way", "no_core_dumps", "settle", "wait_for_end"]
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGE_BYTES = 256 * 1024
 _POLL_S = 0.2
+_GIVES_WAY = 15
 
 _WRAPPER = """\
 import ctypes, os, sys
@@ -72,6 +73,12 @@ def no_core_dumps() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def give_way() -> None:
+    """Compute only with what other processes of this machine leave over. There is no way back without privileges."""
+    if sys.platform != "win32":
+        os.nice(_GIVES_WAY)
 
 
 def give_memory_back() -> None:

@@ -10,7 +10,8 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO
+
+from mesh.host.locks import try_lock
 
 __all__ = ["ScratchFolder"]
 
@@ -25,7 +26,7 @@ class ScratchFolder:
         _remove_stale(prefix)
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
         self._lock = (self.path / _LOCK).open("w")
-        _take(self._lock)
+        try_lock(self._lock)
 
     def remove(self) -> None:
         """Idempotent."""
@@ -41,21 +42,8 @@ def _remove_stale(prefix: str) -> None:
             if lock.lstat().st_uid != os.getuid():
                 continue
             with lock.open("r+") as file:  # a folder without the file is still being made
-                stale = _take(file)
+                stale = try_lock(file)
         except OSError:  # another process removed it meanwhile
             continue
         if stale:
             shutil.rmtree(lock.parent, ignore_errors=True)
-
-
-def _take(file: IO[str]) -> bool:
-    """Lock the file. False if another process holds the lock."""
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -47,7 +47,7 @@ class Binding:
 @dataclass(frozen=True, slots=True)
 class Store:
     """A stream of JetStream, or the one under a bucket. The roles that make it, read what is in it, see how full it is, take work from it,
-    empty it; and the subjects that a role writes, other than those of topics."""
+    empty it; and the subjects that a role writes, other than those of topics. `bulky`: its readers ask for messages in numbers."""
 
     stream: str
     makes: tuple[Role, ...]
@@ -56,6 +56,7 @@ class Store:
     works: tuple[Role, ...] = ()
     purges: tuple[Role, ...] = ()
     writes: dict[Role, tuple[str, ...]] = field(default_factory=dict)
+    bulky: bool = False
 
 
 _SHARDS, _PLACEMENT = f"$KV.{subjects.KV_SHARDS}", f"$KV.{subjects.KV_PLACEMENT}"
@@ -106,6 +107,7 @@ STORES: Final[tuple[Store, ...]] = (
         sees=("monitor",),
         purges=("provisioner",),
         writes={"provisioner": (f"$O.{subjects.OBJECTS_MODELS}.>",)},
+        bulky=True,
     ),
 )
 """Every stream of the mesh."""
@@ -170,6 +172,7 @@ def _jetstream(role: Role, bound: Binding) -> list[str]:
             found += [f"{_API}.STREAM.MSG.GET.{name}", f"{_API}.DIRECT.GET.{name}", f"{_API}.DIRECT.GET.{name}.>"]
             found += [f"{_API}.CONSUMER.CREATE.{name}", f"{_API}.CONSUMER.CREATE.{name}.>"]
             found += [f"{_API}.CONSUMER.INFO.{name}.*", f"{_API}.CONSUMER.DELETE.{name}.*"]
+            found += [f"{_API}.CONSUMER.MSG.NEXT.{name}.*"] if store.bulky else []
         if role in store.works:
             found += [f"{_API}.CONSUMER.DURABLE.CREATE.{name}.*", f"{_API}.CONSUMER.MSG.NEXT.{name}.*", f"$JS.ACK.{name}.>"]
         if role in store.purges:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mesh.errors import BadRequest
+from mesh.model.arrivals import Arrivals
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed
 from mesh.runtime.engine import SampledToken, StageCounters
@@ -51,10 +52,11 @@ class RecomputingStage:
         manifest: Manifest | None = None,
         compiled: Compiled | None = None,
         progress: Progress = no_progress,
+        arrivals: Arrivals | None = None,
     ) -> RecomputingStage:
         """Arguments and errors as of Stage.load."""
         config, rows = replace(config, rows=1, kept_rows=config.rows), config.rows
-        inner = Stage.load(directory, config, manifest=manifest, compiled=compiled, progress=progress)
+        inner = Stage.load(directory, config, manifest=manifest, compiled=compiled, progress=progress, arrivals=arrivals)
         return cls(inner, rows)
 
     @property

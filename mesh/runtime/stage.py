@@ -26,6 +26,7 @@ import numpy as np
 
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
+from mesh.model.arrivals import Arrivals
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
 from mesh.runtime.buckets import Buckets
@@ -111,9 +112,11 @@ class Stage:
         manifest: Manifest | None = None,
         compiled: Compiled | None = None,
         progress: Progress = no_progress,
+        arrivals: Arrivals | None = None,
     ) -> Stage:
         """Load a stage. `manifest`: the model's (None: that of the directory). `compiled`: programs to share with other stages of this
-        process. Each block is compared with its checksum just before it is used, while the block before it is loaded.
+        process. `arrivals`: files are still being fetched; each block is loaded once it is there. Each block is compared with its
+        checksum just before it is used, while the block before it is loaded.
 
         Errors: ModelNotFound, CorruptModel, BadLayerRange, DoesNotFit (with the figures), UnsupportedModel.
         """
@@ -137,17 +140,26 @@ class Stage:
                 needed_bytes=need.total_bytes,
                 allowed_bytes=allowed,
             )
-        manifest.verify_files(Path(directory), held, checksums=False, embed=embed, head=head)
+        if arrivals is None:
+            manifest.verify_files(Path(directory), held, checksums=False, embed=embed, head=head)
         names = block_names(held, embed=embed, head=head)
         blocks, variants = [], VariantTable()
+
+        def check_block(name: str) -> None:
+            if arrivals is not None:
+                arrivals.wait(file.name for file in manifest.block(name).files)
+            manifest.verify_block(Path(directory), name, checksums=config.checksums)
+
         with ThreadPoolExecutor(1, "checksum") as pool:
-            checks = [pool.submit(manifest.verify_block, Path(directory), name, checksums=config.checksums) for name in names]
+            checks = [pool.submit(check_block, name) for name in names]
             try:
                 for index, (name, check) in enumerate(zip(names, checks, strict=True)):
                     progress(f"load {name}", index, len(names))
                     check.result()
                     blocks.append(load_block(Path(directory), name, variants=variants.lookup))
             finally:
+                if arrivals is not None:
+                    arrivals.stop()  # no check waits any more
                 pool.shutdown(cancel_futures=True)
         progress("loaded", len(names), len(names))
         return cls(manifest, config, blocks, need, compiled)

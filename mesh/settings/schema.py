@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_METRICS_PORT, DEFAULT_NATS_URL, INBOX_ROOT
 from mesh.settings.files import ConfigFile, Section, load_config
-from mesh.settings.units import GB, MB, parse_seconds
+from mesh.settings.units import GB, MB, parse_rate, parse_seconds
 
 __all__ = [
     "AuthenticationConfig",
@@ -65,6 +65,13 @@ def _duration(value: Any) -> float:
         raise ValueError(str(error)) from None
 
 
+def _rate(value: Any) -> float:
+    try:
+        return parse_rate(str(value))
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 def _url_list(value: Any) -> Any:
     urls = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
     if not isinstance(urls, (list, tuple)) or not urls:
@@ -77,6 +84,9 @@ def _url_list(value: Any) -> Any:
 
 Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
 """Seconds; written `5s`, `1m30s`, `24h` or a number."""
+
+Rate = Annotated[float, BeforeValidator(_rate), Field(gt=0)]
+"""Bytes per second; written `1Gbit/s` or `100MB/s`."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 FreePort = Annotated[int, Field(ge=0, le=65535)]
@@ -417,6 +427,7 @@ class ShardModelSection(Section):
     layers_start: Annotated[int, Field(ge=0)]
     layers_end: Count
     overlap_layers: Annotated[int, Field(ge=0)] = 0
+    pull_rate: Rate | None = None  # at most so fast blocks are fetched from the mesh; None: as fast as the network allows
     require_signature: str | None = Field(default=None, min_length=1)  # PEM file with the public keys of which one must have signed it
 
 

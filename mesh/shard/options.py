@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mesh.bus import Pull
 from mesh.model.memory import DEFAULT_CHUNK
 from mesh.model.signature import Signers
 from mesh.protocol import subjects
@@ -26,7 +27,7 @@ class ShardOptions:
     warm_up False: programs are compiled when they are first needed (for tests). drain_s: how long a drain waits for open sessions.
     mirror: also compute the frames of the range's other replicas, for sessions that are open on both. overlap: so many layers of
     each neighbour are held as well (mesh/shard/moving.py). kv_cache False: keep the incoming hidden states and compute keys and
-    values again (mesh/runtime/recompute.py).
+    values again (mesh/runtime/recompute.py). incoming: brings the files that are not in the directory yet, while the shard loads.
     """
 
     name: str
@@ -43,3 +44,4 @@ class ShardOptions:
     mirror: bool = False
     overlap: int = 0
     kv_cache: bool = True
+    incoming: Pull | None = None

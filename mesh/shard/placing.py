@@ -1,4 +1,4 @@
-"""`mesh join`: agree with the other shards on a range, and fetch its blocks.
+"""`mesh join`: agree with the other shards on a range, whose blocks the shard then fetches.
 
 Two machines that join at the same moment must not take the same range. So a shard claims its range in the KV bucket `mesh_placement`
 before it loads, by compare and set. A claim counts until the lease of its shard is there, but for CLAIM_S at most. The revision of the
@@ -7,6 +7,8 @@ key is the epoch of the placement: a shard that decided on an older revision is 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +17,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from mesh.bus import Bucket, Bus, ModelStore, announce, kept_at
-from mesh.errors import BadRequest, MessageRejected, Unavailable
+from mesh.bus import Bucket, Bus, ModelStore, announce, files_of, kept_at
+from mesh.errors import BadRequest, MessageRejected, ModelNotFound, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, predict
 from mesh.model.signature import Signers
@@ -25,12 +27,15 @@ from mesh.protocol.message import Label, Message, Natural, Positive
 from mesh.protocol.status import ShardLease
 from mesh.shard.join import Held, choose_range, too_big
 from mesh.shard.options import ShardOptions
-from mesh.types import LayerRange, Progress
+from mesh.types import LayerRange
 
 __all__ = ["place"]
 
+log = logging.getLogger("mesh.shard")
+
 CLAIM_S = 300.0
 _TRIES = 20
+_LOOK_AGAIN_S = 2.0
 _DEFAULT_ROWS = 8
 _DEFAULT_CONTEXT = 2048
 
@@ -66,16 +71,16 @@ async def place(
     directory: Path | None,
     layers: LayerRange | None = None,
     signers: Signers | None = None,
-    progress: Progress,
+    bytes_per_s: float | None = None,
+    wait: bool = False,
 ) -> ShardOptions:
-    """Choose a range (unless `layers` gives it), claim it and fetch its blocks. ModelNotFound: no such model was pushed.
+    """Choose a range (unless `layers` gives it) and claim it; the shard fetches its blocks, at most at `bytes_per_s`, while it loads.
     `shared`: `memory_bytes` is what was free on this host, and shards of this host that are still loading take their part of it.
-    UntrustedModel: none of `signers` has signed it. DoesNotFit: no range that the mesh needs, or not the one that was given, fits in
-    `memory_bytes`."""
+    ModelNotFound: no such model was pushed, unless it is to `wait` for that. UntrustedModel: none of `signers` has signed it. DoesNotFit:
+    no range that the mesh needs, or not the one that was given, fits in `memory_bytes`."""
     subjects.check_token(name, "name")
     store = ModelStore(bus, signers)
-    model = model or await store.only_name()
-    manifest = await store.manifest(model)
+    manifest = await _manifest(store, model, wait=wait)
     leases = await _leases(bus, manifest)
     if any(lease.shard == name for lease in leases):
         raise BadRequest(f"a shard {name} is there already: give another --name", field="name")
@@ -83,7 +88,7 @@ async def place(
     context = min(context or max((lease.context for lease in leases), default=_DEFAULT_CONTEXT), manifest.context_length)
     layers = await _claim(bus, name, manifest, layers, rows=rows, context=context, memory_bytes=memory_bytes, shared=shared)
     kept = directory or kept_at(manifest)
-    await store.pull(model, kept, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, progress=progress)
+    files = files_of(manifest, layers, embed=layers.start == 0, head=layers.stop == manifest.layers)
     mirror = any(lease.mirrors for lease in leases) if mirror is None else mirror
     return ShardOptions(
         name=name,
@@ -94,7 +99,23 @@ async def place(
         max_memory_bytes=memory_bytes,
         mirror=mirror,
         signers=signers,
+        incoming=store.pulling(manifest, files, kept, bytes_per_s=bytes_per_s),
     )
+
+
+async def _manifest(store: ModelStore, model: str | None, *, wait: bool) -> Manifest:
+    """That of the model of this name, or of the only one."""
+    said = False
+    while True:
+        try:
+            return await store.manifest(model or await store.only_name())
+        except ModelNotFound as error:
+            if not wait:
+                raise
+            if not said:
+                log.warning("%s; waiting for it", error)
+            said = True
+        await asyncio.sleep(_LOOK_AGAIN_S)
 
 
 async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:

@@ -101,8 +101,7 @@ async def _serve(
     async with await Bus.connect(bus_options, name="mesh-shard", timeout_s=connect_s) as bus:
         # The loop and the compute thread take turns with the interpreter; at the usual 5 ms a frame could wait for a step's dispatch.
         sys.setswitchinterval(_SWITCH_S)
-        with start.part("fetch model"):
-            options = await make(bus)
+        options = await make(bus)
         shard = Shard(bus, options, progress=progress, start=start, export=export)
         if http is not None:
             http.shard, shard.http_url = shard, http.listener.url

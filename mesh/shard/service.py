@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from mesh import __version__
-from mesh.bus import Bus, Endpoint, EventLog, Received, Service, Subscription, announce, end_tasks, keep_events
+from mesh.bus import Bus, Endpoint, EventLog, Pull, Received, Service, Subscription, announce, end_tasks, keep_events
 from mesh.bus.spans import SpanPublisher
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import (
@@ -104,7 +104,7 @@ class Shard:
         self.bus = bus
         self.options = options
         self.instance = new_instance()
-        self.manifest = load_trusted(options.directory, options.signers)
+        self.manifest = load_trusted(options.directory, options.signers) if options.incoming is None else options.incoming.manifest
         self.meter = Meter()
         self._start = start or StartTrace()
         self._export = export
@@ -156,6 +156,9 @@ class Shard:
         """Load, serve until `stop`, `drain` or a failure, and leave. Raises the failure."""
         model, shape = self.manifest.name, self.state.shape
         await self._require_alone()
+        if self.options.incoming is not None:
+            self.options.incoming.start()
+            self.bus.spawn(self._time_fetch(self.options.incoming), "timing what is fetched")
         loop = asyncio.get_running_loop()
         self._compute = ComputeThread(loop.call_soon_threadsafe)
         expiring = self.bus.keep(self._expire, "closing the sessions of coordinators that are gone")
@@ -440,6 +443,10 @@ class Shard:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    async def _time_fetch(self, incoming: Pull) -> None:
+        with self._start.part("fetch model"):
+            await incoming.wait()
+
     def _report_start(self) -> None:
         spans = self._start.spans(self.options.name, self.state.shape.layers)
         self._spans.put(*spans)
@@ -458,7 +465,14 @@ class Shard:
             overlap=options.overlap,
         )
         kind = Stage if options.kv_cache else RecomputingStage
-        return kind.load(options.directory, config, manifest=self.manifest, compiled=self._compiled, progress=self._progress)
+        return kind.load(
+            options.directory,
+            config,
+            manifest=self.manifest,
+            compiled=self._compiled,
+            progress=self._progress,
+            arrivals=None if options.incoming is None else options.incoming.arrivals,
+        )
 
     async def in_thread(self, work: Callable[[], Any]) -> Any:
         """Run `work` in the compute thread and wait for its result. _StoppedError: the shard was told to stop before that."""
@@ -624,6 +638,8 @@ class Shard:
         """Delete the lease and announce the end, if the server can be reached. Never raises."""
         for ending in [s.stop() for s in self._subscriptions] + ([self._service.stop()] if self._service else []):
             await ending
+        if self.options.incoming is not None:
+            await self.options.incoming.stop()
         if self._compute is not None:
             compute = self._compute
             if not await asyncio.to_thread(compute.stop):

@@ -63,7 +63,7 @@ SPANS: Final = (
     SpanType("detokenize", "coordinator", "the generation", "the token's text and stop texts"),
     SpanType("failover", "coordinator", "the generation", "the time without a route after a loss; `mesh.replay` says how it was mended"),
     SpanType("start shard", "shard", "", "a shard from its start until it is ready"),
-    SpanType("fetch model", "shard", "start shard", "copying the model's files from the mesh"),
+    SpanType("fetch model", "shard", "start shard", "copying the model's files from the mesh, while those that are there are loaded"),
     SpanType("load model", "shard", "start shard", "reading the weights and building the stage"),
     SpanType("warm up", "shard", "start shard", "compiling programs, or loading compiled ones"),
 )

@@ -28,3 +28,9 @@ def server() -> Iterator[NatsServer]:
 def expected(model: Path) -> list[int]:
     """The greedy tokens of the request `LONG`, by one process."""
     return Pipeline.load(model, context=CONTEXT).complete(PROMPT, SamplingParams(temperature=0.0), max_tokens=LONG_TOKENS).ids
+
+
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another machine: nothing of this one's cache folder is known, so that models come over the network."""
+    monkeypatch.setenv("MESH_CACHE_DIR", str(tmp_path_factory.mktemp("elsewhere")))

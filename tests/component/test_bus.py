@@ -320,7 +320,7 @@ def test_a_model_is_pushed_and_pulled(run: Run, server: NatsServer, model: Path,
     run(work())
 
 
-def test_right_files_are_left_and_the_others_fetched(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+def test_right_files_are_left_and_the_others_fetched(run: Run, server: NatsServer, model: Path, tmp_path: Path, elsewhere: None) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             store = ModelStore(bus)
@@ -338,7 +338,7 @@ def test_right_files_are_left_and_the_others_fetched(run: Run, server: NatsServe
     run(work())
 
 
-def test_a_damaged_object_is_refused_and_leaves_nothing(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+def test_a_damaged_object_is_refused_and_leaves_nothing(run: Run, server: NatsServer, model: Path, tmp_path: Path, elsewhere: None) -> None:
     async def work() -> None:
         async with await connect(server) as bus:
             store = ModelStore(bus)
@@ -349,14 +349,16 @@ def test_a_damaged_object_is_refused_and_leaves_nothing(run: Run, server: NatsSe
             await inner.put(f"sha256.{file.sha256}", b"\0" + right[1:])
             with pytest.raises(CorruptModel, match=r"layer_002\.onnx\.data"):
                 await store.pull("tiny", tmp_path)
-            assert not (tmp_path / file.name).exists() and not list(tmp_path.glob(".*"))
+            assert not (tmp_path / file.name).exists() and not list(tmp_path.glob(f".{file.name}*"))
             assert not (tmp_path / "manifest.json").exists()
             await inner.put(f"sha256.{file.sha256}", right)
 
     run(work())
 
 
-def test_a_planted_manifest_writes_nothing_outside_and_nothing_too_large(run: Run, server: NatsServer, model: Path, tmp_path: Path) -> None:
+def test_a_planted_manifest_writes_nothing_outside_and_nothing_too_large(
+    run: Run, server: NatsServer, model: Path, tmp_path: Path, elsewhere: None
+) -> None:
     """A manifest whose file names lead elsewhere, one without end, and an object longer than its manifest says."""
 
     async def work() -> None:
@@ -378,7 +380,7 @@ def test_a_planted_manifest_writes_nothing_outside_and_nothing_too_large(run: Ru
             await inner.put(f"sha256.{file.sha256}", right + b"more" * 1_000_000)
             with pytest.raises(CorruptModel, match="announced"):
                 await store.pull("tiny", tmp_path / "in")
-            assert not (tmp_path / "in" / file.name).exists() and not list((tmp_path / "in").glob(".*"))
+            assert not (tmp_path / "in" / file.name).exists() and not list((tmp_path / "in").glob(f".{file.name}*"))
             await inner.put(f"sha256.{file.sha256}", right)
             await inner.delete("model.planted")
 

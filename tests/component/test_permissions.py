@@ -21,7 +21,7 @@ from mesh.bus import Bucket, Bus, BusOptions, ModelStore
 from mesh.client import AsyncMeshClient
 from mesh.coordinator.description import Wanted, find_model
 from mesh.coordinator.service import Coordinator, CoordinatorOptions
-from mesh.errors import Denied, MeshError
+from mesh.errors import Denied, MeshError, ModelNotFound
 from mesh.gateway import GatewaySettings, HttpEdge
 from mesh.http.listener import ListenerOptions
 from mesh.local.nats_server import NatsServer
@@ -114,6 +114,21 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
     run(work())
 
 
+def test_a_mesh_without_a_model_says_so_to_those_who_may_not_make_the_store(run: Run, secure: Callable[[str], BusOptions]) -> None:
+    """The first test of this module has pushed: this one begins anew."""
+
+    async def work() -> None:
+        async with await Bus.connect(secure("operator"), name="operator", timeout_s=60) as operator:
+            await operator.client.jetstream().delete_object_store(subjects.OBJECTS_MODELS)
+        for role in ("coordinator", "shard"):
+            async with await Bus.connect(secure(role), name=role, timeout_s=60) as bus:
+                assert await ModelStore(bus).names() == []
+                with pytest.raises(ModelNotFound, match="mesh push"):
+                    await ModelStore(bus).manifest("tiny")
+
+    run(work())
+
+
 @pytest.mark.parametrize(
     ("role", "subject"),
     [
@@ -141,6 +156,12 @@ def test_a_mesh_of_least_privilege_answers(run: Run, secure: Callable[[str], Bus
         ("shard", "mesh.v1.tiny.generate"),
         ("shard", "mesh.v1.control.p0.drain"),
         ("shard", "$O.mesh_models.C.x"),
+        ("shard", "$JS.API.CONSUMER.MSG.NEXT.KV_mesh_shards.x"),
+        ("shard", "$JS.API.CONSUMER.MSG.NEXT.mesh_batch.x"),
+        ("shard", "$JS.API.STREAM.PURGE.OBJ_mesh_models"),
+        ("client", "$JS.API.CONSUMER.MSG.NEXT.OBJ_mesh_models.x"),
+        ("gateway", "$JS.API.CONSUMER.MSG.NEXT.OBJ_mesh_models.x"),
+        ("monitor", "$JS.API.CONSUMER.MSG.NEXT.OBJ_mesh_models.x"),
         ("shard", "$KV.mesh_sessions.x"),
         ("shard", "$KV.mesh_batches.x.end.0"),
         ("shard", "$JS.API.STREAM.MSG.GET.KV_mesh_sessions"),

@@ -20,10 +20,6 @@ from mesh.shard.placing import place
 from mesh.types import LayerRange
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
 def test_machines_that_join_at_once_take_different_layers(run: Run, model: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(model)
 
@@ -39,9 +35,10 @@ def test_machines_that_join_at_once_take_different_layers(run: Run, model: Path,
         async with await Bus.connect(BusOptions((url,)), name="t") as bus:
 
             async def join(name: str, memory_bytes: int = memory) -> Any:
-                return await place(
-                    bus, name, model=None, memory_bytes=memory_bytes, rows=2, context=64, directory=tmp_path / name, progress=quiet
-                )
+                options = await place(bus, name, model=None, memory_bytes=memory_bytes, rows=2, context=64, directory=tmp_path / name)
+                assert options.incoming is not None
+                await options.incoming.run()
+                return options
 
             with pytest.raises(ModelNotFound, match="mesh push"):
                 await join("early")
@@ -92,7 +89,6 @@ def test_shards_that_join_on_one_host_share_its_free_memory(run: Run, model: Pat
                     context=64,
                     directory=directory,
                     layers=layers,
-                    progress=quiet,
                 )
 
             await join("first", LayerRange(0, 2), shared=True)

@@ -23,7 +23,7 @@ from mesh.model.signature import Signers, load_trusted, make_key, sign, signing_
 from mesh.shard.options import ShardOptions
 from mesh.shard.placing import place
 from mesh.shard.service import Shard
-from mesh.types import LayerRange, no_progress
+from mesh.types import LayerRange
 
 
 def test_only_a_signed_model_is_fetched_placed_and_served(run: Run, model: Path, tmp_path: Path) -> None:
@@ -47,7 +47,6 @@ def test_only_a_signed_model_is_fetched_placed_and_served(run: Run, model: Path,
                 with pytest.raises(UntrustedModel):
                     await place(
                         bus, "j", model=None, memory_bytes=1 << 30, rows=1, context=64, directory=tmp_path / "j", signers=signers,
-                        progress=no_progress,
                     )  # fmt: skip
                 with pytest.raises(UntrustedModel):
                     Shard(bus, options)
