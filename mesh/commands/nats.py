@@ -52,8 +52,12 @@ def add_parser(subparsers: Any) -> None:
     config.add_argument("--cert", type=Path, metavar="FILE", help="the server's certificate, of your own authority")
     config.add_argument("--key", type=Path, metavar="FILE", help="its private key")
     config.add_argument("--ca", type=Path, metavar="FILE", help="the authority that signs the certificates of clients")
+    config.add_argument("--there", action="store_true", help="these files lie on the server's machine: they are not looked for here")
     config.add_argument("--store", default="./jetstream", metavar="DIR", help="JetStream's folder (default ./jetstream)")
     config.add_argument("--sync-interval", metavar="TIME", help="how long JetStream may wait before it writes to the disk, or `always`")
+    config.add_argument("--max-file", default="100GB", metavar="SIZE", help="the most that JetStream keeps on the disk (default 100GB)")
+    config.add_argument("--monitor", metavar="HOST:PORT", help="where the server says how it is (/healthz, /varz); not encrypted")
+    config.add_argument("--lame-duck", metavar="TIME", help="how long a server that is to stop moves its clients to the others")
     config.add_argument("--cluster", metavar="HOST:PORT", help="where the other servers of the cluster connect")
     config.add_argument("--routes", default="", metavar="URL,...", help="the servers of the cluster, such as nats://a:6222,nats://b:6222")
     config.set_defaults(run=config_command)
@@ -131,7 +135,18 @@ def _server(args: argparse.Namespace) -> ServerOptions:
         raise BadRequest(f"--listen {args.listen}: give HOST:PORT", field="listen")
     routes = tuple(route.strip() for route in args.routes.split(",") if route.strip())
     cluster = None if args.cluster is None else Cluster("mesh", args.cluster, routes)
-    return ServerOptions(args.name, host.strip("[]"), int(port), _tls(args), args.store, sync_interval=args.sync_interval, cluster=cluster)
+    return ServerOptions(
+        args.name,
+        host.strip("[]"),
+        int(port),
+        _tls(args),
+        args.store,
+        max_file=args.max_file,
+        sync_interval=args.sync_interval,
+        cluster=cluster,
+        monitor=args.monitor,
+        lame_duck=args.lame_duck,
+    )
 
 
 def _tls(args: argparse.Namespace) -> TlsFiles | None:
@@ -149,7 +164,9 @@ def _tls(args: argparse.Namespace) -> TlsFiles | None:
     if not all(given):
         raise ConfigError("--cert, --key and --ca belong together: give all three")
     for file in given:
-        if not file.is_file():
+        if args.there and not file.is_absolute():
+            raise ConfigError(f"{file}: with --there give the whole path on the server's machine, such as /etc/mesh-nats/{file.name}")
+        if not args.there and not file.is_file():
             raise ConfigError(
                 f"{file} is not there: make it with `mesh pki init` and `mesh pki issue {args.server} --kind server --host HOST`"
             )
