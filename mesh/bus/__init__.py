@@ -15,6 +15,7 @@ metrics      what a connection reports of itself
 spans        spans on their way to the coordinators, dropped rather than waited for
 losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums
+backup       JetStream's streams in a folder, and back
 inspect      what a server says of itself, and what it permits
 mapping      from nats-py's errors to ours
 """

@@ -9,7 +9,6 @@ resource "aws_instance" "this" {
   iam_instance_profile   = var.instance_profile
   key_name               = var.key_name
   ebs_optimized          = true
-  monitoring             = true
 
   metadata_options {
     http_endpoint               = "enabled"

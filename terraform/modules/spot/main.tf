@@ -21,10 +21,6 @@ resource "aws_launch_template" "this" {
     instance_metadata_tags      = "enabled"
   }
 
-  monitoring {
-    enabled = true
-  }
-
   block_device_mappings {
     device_name = "/dev/xvda"
     ebs {
