@@ -194,7 +194,7 @@ def _frames(lab: Lab, shard: str) -> int:
     said = {each["shard"]: each for each in json.loads(lab.outside("operator", "status", "--json").stdout)["shards"]}
     url = said[shard]["http"] + "/api/v1/stats"
     return int(
-        json.loads(lab.on("node-3", f"python3 -c 'import urllib.request as u; print(u.urlopen(\"{url}\").read().decode())'"))["frames"]
+        json.loads(lab.on("node-3", f"python3 -c 'import urllib.request as u; print(u.urlopen(\"{url}\").read().decode())'"))["frames_in"]
     )
 
 

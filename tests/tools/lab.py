@@ -233,7 +233,7 @@ class Lab:
             outcome.report = _ended(process.stdin, process.stdout)
         finally:
             process.kill()
-            process.wait()
+            process.communicate()  # which closes its pipes
         gaps = [(at, length) for at, length in outcome.report["gaps"] if at + length > began]
         outcome.pause_s = max((length for _, length in gaps), default=0.0)
         report = outcome.report

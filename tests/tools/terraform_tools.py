@@ -59,7 +59,7 @@ class Environment:
             text=True,
             timeout=timeout_s,
         )
-        assert done.returncode in codes, f"terraform {' '.join(words)}: {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode in codes, f"terraform {' '.join(words)}: {done.returncode}\n{done.stdout[-9000:]}\n{done.stderr[-4000:]}"
         return done
 
     def init(self, *words: str) -> None:
