@@ -90,12 +90,24 @@ def _to_json(value: Any) -> str:
 
 
 def test_the_mesh_reads_the_configuration_of_a_shard(tmp_path: Path) -> None:
-    process = {"id": 3, "layers": "10-20", "max_memory_gb": 1.5}
-    text = render("shard", "config.yaml.j2", shard_process=process, shard_urls=["tls://10.0.0.1:4222"], shard_model="tiny",
-                  shard_replication_mode="mirror", shard_overlap_layers=1, shard_worker_threads=2, shard_enable_gpu=False,
-                  shard_batch_size=4, shard_max_sequence_length=512, shard_enable_kv_cache=True, shard_drain_timeout="30s",
-                  shard_log_level="info", shard_otlp_endpoint="", mesh_shard_http_base=8100, mesh_shard_metrics_base=9200,
-                  mesh_address="10.0.0.2")  # fmt: skip
+    options = {
+        "process": {"id": 3, "layers": "10-20", "max_memory_gb": 1.5},
+        "urls": ["tls://10.0.0.1:4222"],
+        "model": "tiny",
+        "replication_mode": "mirror",
+        "overlap_layers": 1,
+        "worker_threads": 2,
+        "enable_gpu": False,
+        "batch_size": 4,
+        "max_sequence_length": 512,
+        "enable_kv_cache": True,
+        "drain_timeout": "30s",
+        "log_level": "info",
+        "otlp_endpoint": "",
+    }
+    values = {f"shard_{name}": value for name, value in options.items()}
+    ports = {"mesh_shard_http_base": 8100, "mesh_shard_metrics_base": 9200}
+    text = render("shard", "config.yaml.j2", mesh_address="10.0.0.2", **ports, **values)
     (tmp_path / "config.yaml").write_text(text)
     config = load_config(tmp_path / "config.yaml", ShardConfig)
     assert (config.shard.shard_id, config.model.layers_start, config.model.layers_end) == (3, 10, 20)
@@ -104,12 +116,24 @@ def test_the_mesh_reads_the_configuration_of_a_shard(tmp_path: Path) -> None:
 
 
 def test_the_mesh_reads_the_configuration_of_a_coordinator(tmp_path: Path) -> None:
-    text = render("coordinator", "config.yaml.j2", coordinator_name="coordinator-a", coordinator_urls=["tls://10.0.0.1:4222"],
-                  coordinator_model="tiny", coordinator_shards_count=3, coordinator_replication_factor=2, coordinator_max_connections=1000,
-                  coordinator_failover_timeout="30s", coordinator_health_check_interval="5s", coordinator_load_balancing_strategy="least_loaded",
-                  coordinator_max_pool_size_gb=1, coordinator_enable_compression=False, coordinator_authentication={"requests_per_minute": 60},
-                  coordinator_log_level="info", coordinator_otlp_endpoint="http://10.0.0.9:4318", mesh_address="10.0.0.1", mesh_http_port=8080,
-                  mesh_metrics_port=9091)  # fmt: skip
+    options = {
+        "name": "coordinator-a",
+        "urls": ["tls://10.0.0.1:4222"],
+        "model": "tiny",
+        "shards_count": 3,
+        "replication_factor": 2,
+        "max_connections": 1000,
+        "failover_timeout": "30s",
+        "health_check_interval": "5s",
+        "load_balancing_strategy": "least_loaded",
+        "max_pool_size_gb": 1,
+        "enable_compression": False,
+        "authentication": {"requests_per_minute": 60},
+        "log_level": "info",
+        "otlp_endpoint": "http://10.0.0.9:4318",
+    }
+    values = {f"coordinator_{name}": value for name, value in options.items()}
+    text = render("coordinator", "config.yaml.j2", mesh_address="10.0.0.1", mesh_http_port=8080, mesh_metrics_port=9091, **values)
     (tmp_path / "config.yaml").write_text(text)
     config = load_config(tmp_path / "config.yaml", CoordinatorConfig)
     assert config.authentication.enabled and config.authentication.algorithm == "EdDSA" and config.authentication.requests_per_minute == 60

@@ -74,3 +74,10 @@ def model_shape(model: Path) -> object:
     from mesh.model.memory import ModelShape
 
     return ModelShape.of(Manifest.load(model))
+
+
+def test_the_tables_are_those_of_the_variables() -> None:
+    import terraform_docs
+
+    readme = (HERE / "README.md").read_text()
+    assert readme == terraform_docs.page(readme), "run deploy/provision/terraform_docs.py"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from terraform_tools import TERRAFORM, Environment, moto
+from terraform_tools import MOTO, TERRAFORM, Environment, moto
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(TERRAFORM is None, reason="terraform is not installed"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("moto") is None and "MOTO_PYTHON" not in os.environ,
-        reason="moto is not installed: pip install moto[server]",
-    ),
+    pytest.mark.skipif(MOTO is None, reason="moto is not installed: make provision-tools"),
     pytest.mark.skipif(not os.environ.get("MESH_TEST_PROVISION"), reason="takes minutes: make test-provision"),
 ]
 

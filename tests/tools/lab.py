@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ansible_tools import ANSIBLE, TOOLS
 from places import ROOT
 from terraform_tools import Environment
 
 __all__ = ["Lab", "Outcome"]
 
 NETWORK = "mesh-lab"
-TOOLS = Path(os.environ.get("MESH_PROVISION_TOOLS", Path(sys.executable).parent))
 PROMPTS = [[5, 17, 33, 90, 12], [90, 4, 4, 8], list(range(30, 70))]
 TOKENS = 120
 
@@ -63,7 +63,7 @@ class Lab:
 
     def prepare(self) -> None:
         if not (self.wheels / "SHA256SUMS").exists():
-            subprocess.run([ROOT / "deploy" / "wheelhouse.sh", self.wheels, self.python], check=True)
+            subprocess.run([ROOT / "deploy" / "provision" / "wheelhouse.sh", self.wheels, self.python], check=True)
         if not self.key.exists():
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.key], check=True)
         self.mesh("plan", str(self.model), "--shards", "3", "--replicas", "2", "--nodes", "2x4GB", "--rows", "4", "--context", "1024",
@@ -258,6 +258,6 @@ def missing() -> str | None:
         return "only root may start hosts"
     needed = ("terraform", "systemd-nspawn", "mmdebstrap", "dpkg-scanpackages", "ip", "nft", "ssh", "nc", "openssl")
     absent = [tool for tool in needed if shutil.which(tool) is None]
-    if not (TOOLS / "ansible-playbook").exists():
-        absent.append("ansible-playbook (pip install ansible-core, or MESH_PROVISION_TOOLS)")
+    if ANSIBLE is None:
+        absent.append("ansible-playbook (make provision-tools)")
     return f"{', '.join(absent)}: not installed" if absent else None

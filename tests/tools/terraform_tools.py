@@ -15,13 +15,22 @@ from typing import Any
 
 import httpx
 import pytest
+from ansible_tools import TOOLS
 from places import ROOT
 from waiting import until_true
 
-__all__ = ["TERRAFORM", "Environment", "moto", "plugins"]
+__all__ = ["MOTO", "TERRAFORM", "Environment", "moto", "plugins"]
+
+_REGION = "eu-central-1"
+
+
+def _has_moto(python: Path) -> bool:
+    return bool(list(python.parent.parent.glob("lib/python*/site-packages/moto/server.py")))
+
 
 TERRAFORM = shutil.which("terraform")
-_REGION = "eu-central-1"
+MOTO = next((python for python in (TOOLS / "python", Path(sys.executable)) if _has_moto(python)), None)
+"""A Python that has moto."""
 
 
 def plugins() -> Path | None:
@@ -87,7 +96,7 @@ def moto(folder: Path) -> Iterator[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [os.environ.get("MOTO_PYTHON", sys.executable), "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [str(MOTO), "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (folder / "moto.log").open("w") as log:
         environment = {**os.environ, "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}  # those of AWS itself, such as Session Manager's
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

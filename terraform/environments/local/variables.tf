@@ -41,7 +41,7 @@ variable "folder" {
 }
 
 variable "wheelhouse" {
-  description = "Folder of wheels that deploy/wheelhouse.sh filled; the hosts install from it and reach no network."
+  description = "Folder of wheels that deploy/provision/wheelhouse.sh filled; the hosts install from it and reach no network."
   type        = string
 }
 

@@ -91,13 +91,14 @@ boot() {
     "--network-namespace-path=/run/netns/$(namespace "$name")" --resolv-conf=off --capability=CAP_NET_ADMIN --console=read-only --boot)
   for bind in ${SHARED//,/ }; do command+=("--bind-ro=$bind"); done
   if has_systemd; then
-    systemd-run --quiet --collect "--unit=$NET-$name" --property=Delegate=yes "${command[@]}" > "$at/console" 2>&1
+    systemd-run --quiet --collect "--unit=$NET-$name" --property=Delegate=yes --property=RestartForceExitStatus=133 \
+      --property=SuccessExitStatus=133 "${command[@]}" > "$at/console" 2>&1
     return
   fi
   for group in $(groups_of "$name"); do mkdir -p "$group"; done
-  # the shell joins the groups, and becomes the host's first process
-  setsid bash -c 'for group in $1; do echo $$ > "$group/cgroup.procs"; done; shift; exec "$@"' boot "$(groups_of "$name")" \
-    "${command[@]}" < /dev/null > "$at/console" 2>&1 &
+  # the shell joins the groups, and the host with it; with 133 a host asks to be started again
+  setsid bash -c 'for group in $1; do echo $$ > "$group/cgroup.procs"; done; shift; while "$@"; test $? = 133; do :; done' boot \
+    "$(groups_of "$name")" "${command[@]}" < /dev/null > "$at/console" 2>&1 &
   disown
 }
 

@@ -4,7 +4,7 @@
 set -euo pipefail
 FOLDER=${1:?a folder for the wheels}
 PYTHON=${2:-python3}
-HERE=$(cd "$(dirname "$0")/.." && pwd)
+HERE=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$FOLDER"
 pip() { "$PYTHON" -m pip --quiet --disable-pip-version-check "$@"; }
 # one of the packages has no wheel in the index: it is built here, so that no machine needs a compiler
