@@ -60,9 +60,8 @@ def main() -> int:
     args = parser.parse_args()
     traffic = traffic_price(args.hops, args.hidden_bytes, args.price_per_gb)
     price = per_million(args.host, args.tokens_per_second, args.busy, traffic=traffic)
-    print(
-        f"{price:.2f} a million tokens, of which {traffic:.2f} is traffic between zones; {sum(h.count * h.price for h in args.host):.2f} an hour"
-    )
+    an_hour = sum(each.count * each.price for each in args.host)
+    print(f"{price:.2f} a million tokens, of which {traffic:.2f} is traffic between zones; {an_hour:.2f} an hour")
     return 0
 
 

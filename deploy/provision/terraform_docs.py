@@ -1,4 +1,4 @@
-"""Writes the tables of variables and outputs into terraform/README.md: `python deploy/provision/terraform_docs.py`. A test compares them."""
+"""Writes the tables of variables and outputs into terraform/README.md. A test compares them."""
 
 from __future__ import annotations
 

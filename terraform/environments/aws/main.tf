@@ -1,5 +1,10 @@
 data "aws_availability_zones" "available" {
   state = "available"
+
+  filter {
+    name   = "opt-in-status"
+    values = ["opt-in-not-required"] # no local zones
+  }
 }
 
 data "aws_caller_identity" "me" {}
@@ -16,11 +21,11 @@ data "aws_ami" "debian" {
 }
 
 locals {
-  zones = slice(data.aws_availability_zones.available.names, 0, var.zones)
+  zones = length(var.availability_zones) > 0 ? var.availability_zones : slice(data.aws_availability_zones.available.names, 0, var.zones)
   ami   = var.ami == "" ? data.aws_ami.debian[0].id : var.ami
   ports = { nats = 4222, routes = 6222, http = 8080, https = 443, metrics = 9091, shard_metrics_from = 9201, shard_metrics_to = 9499 }
 
-  subnet = { for index in range(60) : index => module.network.private_subnet_ids[index % var.zones] }
+  subnet = { for index in range(60) : index => module.network.private_subnet_ids[index % length(local.zones)] }
 }
 
 module "network" {

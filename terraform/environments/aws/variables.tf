@@ -25,6 +25,17 @@ variable "zones" {
   }
 }
 
+variable "availability_zones" {
+  description = "Exactly these zones, by name. Empty for the first ones of the region that need no opting in."
+  type        = list(string)
+  default     = []
+
+  validation {
+    condition     = length(var.availability_zones) == 0 || length(var.availability_zones) >= 2
+    error_message = "Give at least two zones, or none to have them chosen."
+  }
+}
+
 variable "cidr" {
   description = "Addresses of the network."
   type        = string
