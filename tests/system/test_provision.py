@@ -49,7 +49,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 def goes_on(seconds: float = LAST_S) -> None:
     """The load goes on for so long: that is what the clients do meanwhile, and no wait for anything."""
-    time.sleep(seconds)
+    time.sleep(seconds)  # the pace of the drill
 
 
 def test_a_mesh_from_hosts_with_nothing(lab: Lab) -> None:

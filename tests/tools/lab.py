@@ -153,7 +153,7 @@ class Lab:
         """The host's packets of one way are dropped: `output`, it is not heard; `input`, it hears nothing."""
         inside = ["ip", "netns", "exec", f"{NETWORK}-{host}", "nft"]
         loopback = "oifname lo accept" if hook == "output" else "iifname lo accept"
-        rules = f"table inet drill {{ chain cut {{ type filter hook {hook} priority -300; policy drop; {loopback}; }} }}"
+        rules = f"table inet drill {{ chain cut {{ type filter hook {hook} priority -300; policy drop; {loopback}; }} ; }}"
         subprocess.run([*inside, rules], check=True)
         try:
             yield
@@ -194,7 +194,7 @@ class Lab:
             if found.get("ready") and len(ready) == shards and len(found["coordinators"]) == 2:
                 return time.monotonic() - began
             assert time.monotonic() - began < within_s, f"{len(ready)} of {shards} shards are ready: {found.get('reason')}"
-            time.sleep(0.5)
+            time.sleep(0.5)  # the processes are on other hosts: nothing here is told
 
     def expected(self) -> Path:
         """The prompts and what one process answers, undisturbed."""
