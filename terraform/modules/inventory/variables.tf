@@ -38,7 +38,7 @@ variable "placement" {
 }
 
 variable "extra_shards" {
-  description = "Shards beside those of the plan: further replicas of its ranges."
+  description = "Shards beside those of the plan: further replicas of its ranges, or those of another plan that is to follow it."
   type = list(object({
     shard_id     = number
     node         = string
@@ -53,8 +53,8 @@ variable "extra_shards" {
     error_message = "Two shards have the same shard_id: give the extra ones numbers that the plan has not."
   }
   validation {
-    condition     = alltrue([for extra in var.extra_shards : anytrue([for shard in var.placement.shards : shard.layers_start == extra.layers_start && shard.layers_end == extra.layers_end])])
-    error_message = "An extra shard serves a range of the plan: give the layers_start and layers_end of one of them."
+    condition     = alltrue([for extra in var.extra_shards : extra.layers_start >= 0 && extra.layers_start < extra.layers_end])
+    error_message = "A shard serves at least one layer: layers_end is more than layers_start."
   }
 }
 

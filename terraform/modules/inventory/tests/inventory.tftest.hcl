@@ -49,11 +49,11 @@ run "a_further_replica_of_a_range" {
   }
 }
 
-run "a_range_that_the_plan_has_not" {
+run "a_range_without_a_layer" {
   command = plan
 
   variables {
-    extra_shards = [{ shard_id = 9, node = "node-2", layers_start = 5, layers_end = 30, memory_bytes = 2000000000 }]
+    extra_shards = [{ shard_id = 9, node = "node-2", layers_start = 5, layers_end = 5, memory_bytes = 2000000000 }]
   }
 
   expect_failures = [var.extra_shards]
