@@ -1,5 +1,7 @@
 # Hosts with encrypted disks, without public addresses, whose metadata answers only to sessions (IMDSv2).
 
+data "aws_region" "here" {}
+
 resource "aws_instance" "this" {
   for_each               = var.hosts
   ami                    = var.ami
@@ -9,6 +11,7 @@ resource "aws_instance" "this" {
   iam_instance_profile   = var.instance_profile
   key_name               = var.key_name
   ebs_optimized          = true
+  user_data              = templatefile("${path.module}/files/user_data.sh.tftpl", { region = data.aws_region.here.name })
 
   metadata_options {
     http_endpoint               = "enabled"
@@ -26,6 +29,6 @@ resource "aws_instance" "this" {
   tags = { Name = "${var.name}-${each.key}" }
 
   lifecycle {
-    ignore_changes = [ami] # a newer image replaces no host by itself
+    ignore_changes = [ami, user_data] # a newer image replaces no host by itself, and nothing restarts one
   }
 }

@@ -43,6 +43,7 @@ resource "aws_launch_template" "this" {
     layers       = each.key
     mesh_version = var.mesh_version
     drain        = file("${path.module}/files/spot_drain.py")
+    agent        = templatefile("${path.module}/../hosts/files/user_data.sh.tftpl", { region = var.region })
   }))
 }
 
