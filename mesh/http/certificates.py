@@ -38,7 +38,7 @@ def renewing(make: Callable[[], ssl.SSLContext], files: tuple[str, ...]) -> ssl.
                 log.warning("%s; the certificate before it serves on", error)
         connection.context = fresh
 
-    context.sni_callback = choose  # type: ignore[assignment]  # a function that returns None lets the handshake go on
+    context.sni_callback = choose  # it returns None: the handshake goes on
     return context
 
 

@@ -24,7 +24,7 @@ async def _fill(bus: Bus, name: str, count: int) -> None:
     await bucket.put("key-0", b"the second value")
 
 
-async def _values(bus: Bus, name: str) -> dict[str, tuple[int, bytes]]:
+async def _values(bus: Bus, name: str) -> dict[str, tuple[int, bytes | None]]:
     return {entry.key: (entry.revision, entry.value) for entry in await Bucket(bus, name, durable=True).entries()}
 
 

@@ -19,6 +19,8 @@ from demo_model import smollm2_gguf
 from lab import Lab, missing
 from places import ROOT
 
+from mesh import __version__
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not os.environ.get("MESH_TEST_PROVISION"), reason="takes half an hour: make test-provision"),
@@ -203,7 +205,7 @@ def _frames(lab: Lab, shard: str) -> int:
 
 def test_an_upgrade_of_everything(lab: Lab, tmp_path: Path) -> None:
     current = lab.on("node-1", "readlink /opt/mesh/current").strip().removeprefix("releases/")
-    following = "0.1.1" if current == "0.1.0" else "0.1.0"
+    following = f"{current}.post1"
     if not list(lab.wheels.glob(f"stagemesh-{following}-*.whl")):
         _wheel(lab, tmp_path, following)
     with lab.load(f"rolling upgrade of every process, {current} to {following}") as outcome:
@@ -211,7 +213,12 @@ def test_an_upgrade_of_everything(lab: Lab, tmp_path: Path) -> None:
         goes_on(2)
     outcome.require_nothing_lost()
     assert {lease["version"] for lease in lab.status()["shards"]} == {following}
-    lab.play("upgrade", "-e", f"mesh_version={current}")
+
+
+def test_going_back_to_the_version_before(lab: Lab) -> None:
+    lab.play("upgrade")
+    assert {lease["version"] for lease in lab.status()["shards"]} == {__version__}
+    assert not any(counts["changed"] for counts in lab.play("site").values())
 
 
 def _wheel(lab: Lab, folder: Path, version: str) -> None:

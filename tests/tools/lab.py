@@ -95,7 +95,7 @@ class Lab:
         """Run a playbook; the counts of each host."""
         for socket in (Path.home() / ".ansible" / "cp").glob("*"):
             socket.unlink(missing_ok=True)  # connections to hosts that were another's
-        command = [TOOLS / "ansible-playbook", "-i", self.inventory, "--private-key", self.key, f"playbooks/{playbook}.yml"]
+        command = [str(TOOLS / "ansible-playbook"), "-i", str(self.inventory), "--private-key", str(self.key), f"playbooks/{playbook}.yml"]
         environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "ANSIBLE_CALLBACKS_ENABLED": "", "ANSIBLE_NOCOLOR": "1"}
         mesh = f"mesh_command={Path(self.python).parent / 'mesh'}"
         done = subprocess.run(
