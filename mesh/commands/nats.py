@@ -1,12 +1,15 @@
-"""`mesh nats`: users of NATS with the rights of their roles, and the configuration of a server that knows them."""
+"""`mesh nats`: users of NATS with the rights of their roles, the configuration of a server that knows them, and backups of JetStream."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mesh.commands.connection import add_connection_arguments, bus_options
+from mesh.commands.progress import progress_bar
 from mesh.errors import BadRequest, ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +30,14 @@ may be bound to its name (--shard) and to a range of layers (--layers): then it 
 _CONFIG = """\
 Write the configuration of a nats-server with those users. A listener that other machines can reach takes TLS, and asks clients for a
 certificate (--pki, made by `mesh pki`, or --cert, --key and --ca of your own authority)."""
+
+_BACKUP = """\
+Write JetStream's streams into a folder: batches and their results, models, claims, events. Leases and the records of running sessions are
+left out: they are said anew. Connect as an operator. The folder holds requests and answers, so keep it as you keep those."""
+
+_RESTORE = """\
+Bring the streams of a folder back, after all of JetStream's data was lost. Streams that are there and empty make room; those with messages
+only with --replace. Coordinators and shards may run meanwhile. Connect as an operator."""
 
 _ROLES = ("coordinator", "shard", "gateway", "client", "monitor", "provisioner", "operator", "system")
 
@@ -52,8 +63,12 @@ def add_parser(subparsers: Any) -> None:
     config.add_argument("--cert", type=Path, metavar="FILE", help="the server's certificate, of your own authority")
     config.add_argument("--key", type=Path, metavar="FILE", help="its private key")
     config.add_argument("--ca", type=Path, metavar="FILE", help="the authority that signs the certificates of clients")
+    config.add_argument("--there", action="store_true", help="these files lie on the server's machine: they are not looked for here")
     config.add_argument("--store", default="./jetstream", metavar="DIR", help="JetStream's folder (default ./jetstream)")
     config.add_argument("--sync-interval", metavar="TIME", help="how long JetStream may wait before it writes to the disk, or `always`")
+    config.add_argument("--max-file", default="100GB", metavar="SIZE", help="the most that JetStream keeps on the disk (default 100GB)")
+    config.add_argument("--monitor", metavar="HOST:PORT", help="where the server says how it is (/healthz, /varz); not encrypted")
+    config.add_argument("--lame-duck", metavar="TIME", help="how long a server that is to stop moves its clients to the others")
     config.add_argument("--cluster", metavar="HOST:PORT", help="where the other servers of the cluster connect")
     config.add_argument("--routes", default="", metavar="URL,...", help="the servers of the cluster, such as nats://a:6222,nats://b:6222")
     config.set_defaults(run=config_command)
@@ -64,6 +79,16 @@ def add_parser(subparsers: Any) -> None:
     rights.add_argument("--layers", metavar="A-B", help="as for users")
     rights.add_argument("--mirror", action="store_true", help="as for users")
     rights.set_defaults(run=rights_command)
+    backup = actions.add_parser("backup", help="write JetStream's streams into a folder", description=_BACKUP)
+    backup.add_argument("--without-models", action="store_true", help="leave out the models, which can be pushed again")
+    backup.set_defaults(run=backup_command)
+    restore = actions.add_parser("restore", help="bring JetStream's streams back", description=_RESTORE)
+    restore.add_argument("--replace", action="store_true", help="lose what is in the streams that are there")
+    restore.set_defaults(run=restore_command)
+    for action in (backup, restore):
+        action.add_argument("into", metavar="DIR", type=Path, help="the folder of the backup")
+        action.add_argument("--quiet", action="store_true", help="no progress bar")
+        add_connection_arguments(action)
     for action in (users, config):
         action.add_argument("--folder", type=Path, default=Path("users"), metavar="DIR", help="folder of the users (default ./users)")
 
@@ -123,6 +148,36 @@ def rights_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def backup_command(args: argparse.Namespace) -> int:
+    from mesh.bus import Bus
+    from mesh.bus.backup import save_streams
+    from mesh.settings.units import format_bytes
+
+    async def work() -> None:
+        async with await Bus.connect(bus_options(args), name="mesh-backup") as bus:
+            with progress_bar(quiet=args.quiet) as progress:
+                backup = await save_streams(bus, args.into, models=not args.without_models, progress=progress)
+        for stream in backup.streams:
+            print(f"{stream.name}: {stream.messages} messages, {format_bytes(stream.bytes)}")
+
+    asyncio.run(work())
+    return 0
+
+
+def restore_command(args: argparse.Namespace) -> int:
+    from mesh.bus import Bus
+    from mesh.bus.backup import restore_streams
+
+    async def work() -> None:
+        async with await Bus.connect(bus_options(args), name="mesh-restore") as bus:
+            with progress_bar(quiet=args.quiet) as progress:
+                names = await restore_streams(bus, args.into, replace=args.replace, progress=progress)
+        print(f"restored {', '.join(names)}")
+
+    asyncio.run(work())
+    return 0
+
+
 def _server(args: argparse.Namespace) -> ServerOptions:
     from mesh.pki.server import Cluster, ServerOptions
 
@@ -131,7 +186,18 @@ def _server(args: argparse.Namespace) -> ServerOptions:
         raise BadRequest(f"--listen {args.listen}: give HOST:PORT", field="listen")
     routes = tuple(route.strip() for route in args.routes.split(",") if route.strip())
     cluster = None if args.cluster is None else Cluster("mesh", args.cluster, routes)
-    return ServerOptions(args.name, host.strip("[]"), int(port), _tls(args), args.store, sync_interval=args.sync_interval, cluster=cluster)
+    return ServerOptions(
+        args.name,
+        host.strip("[]"),
+        int(port),
+        _tls(args),
+        args.store,
+        max_file=args.max_file,
+        sync_interval=args.sync_interval,
+        cluster=cluster,
+        monitor=args.monitor,
+        lame_duck=args.lame_duck,
+    )
 
 
 def _tls(args: argparse.Namespace) -> TlsFiles | None:
@@ -149,7 +215,9 @@ def _tls(args: argparse.Namespace) -> TlsFiles | None:
     if not all(given):
         raise ConfigError("--cert, --key and --ca belong together: give all three")
     for file in given:
-        if not file.is_file():
+        if args.there and not file.is_absolute():
+            raise ConfigError(f"{file}: with --there give the whole path on the server's machine, such as /etc/mesh-nats/{file.name}")
+        if not args.there and not file.is_file():
             raise ConfigError(
                 f"{file} is not there: make it with `mesh pki init` and `mesh pki issue {args.server} --kind server --host HOST`"
             )

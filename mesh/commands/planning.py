@@ -23,6 +23,7 @@ from mesh.planner.from_config import config_class, from_distributed, from_model_
 from mesh.planner.placement import Node, Placement, Strategy
 from mesh.planner.plan import place, plan, ranges_of
 from mesh.planner.request import PlanRequest, same_nodes
+from mesh.planner.terraform import terraform_variables
 from mesh.settings.defaults import DEFAULT_NATS_URL
 from mesh.settings.schema import DistributedConfig, ModelConfig, NetworkConfig, load_config
 from mesh.settings.units import parse_bytes
@@ -57,6 +58,9 @@ def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help=f"tokens of a prefill step (default {DEFAULT_CHUNK})")
     parser.add_argument("--overlap", type=int, metavar="LAYERS", help="layers of each neighbour that a shard holds as well")
     parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
+    parser.add_argument(
+        "--terraform", type=Path, metavar="FILE", help="also write the placement for terraform/, such as placement.auto.tfvars.json"
+    )
     parser.set_defaults(run=plan_command)
     return parser
 
@@ -82,8 +86,10 @@ def add_shard_model_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def plan_command(args: argparse.Namespace) -> int:
-    """Print the plan; 0 if it fits, 2 if not. Errors are MeshErrors."""
+    """Print the plan; 0 if it fits, 2 if not. Errors are MeshErrors; DoesNotFit where machines are to be made for what does not fit."""
     placement = plan(_request(args))
+    if args.terraform is not None:
+        _write_terraform(placement.require_fit(), args.terraform)
     _show(placement, args.json)
     return 0 if placement.fits else 2
 
@@ -241,3 +247,12 @@ def _model_directory(config: DistributedConfig, where: Path, importer: Importer 
 def _reason(placement: Placement) -> str:
     ways = "; or ".join(remedy.text for remedy in placement.remedies)
     return f"{placement.problem}. What would fit: {ways}"
+
+
+def _write_terraform(placement: Placement, out: Path) -> None:
+    """Write the variables of terraform/environments: the machines are chosen to have the memory that each node's shards take."""
+    try:
+        out.write_bytes(terraform_variables(placement))
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror}: give a file that can be written with --terraform") from None
+    print(f"Wrote {out}: terraform/environments take it as it is", file=sys.stderr)

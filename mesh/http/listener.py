@@ -32,6 +32,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mesh.errors import ConfigError
+from mesh.http.certificates import renewing
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
 
 __all__ = ["Listener", "ListenerOptions", "Tls", "is_loopback"]
@@ -117,7 +118,8 @@ class Listener:
     @classmethod
     def bind(cls, options: ListenerOptions, *, or_free: bool = False) -> Listener:
         """Take the port. ConfigError: it is taken (unless `or_free`: then any free port is used), or TLS files are wrong."""
-        context = None if options.tls is None else options.tls.context()
+        tls = options.tls
+        context = None if tls is None else renewing(tls.context, (tls.cert, tls.key))
         try:
             sock = _listening(options, options.port)
         except OSError as error:

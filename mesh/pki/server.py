@@ -21,6 +21,7 @@ from mesh.settings.units import parse_seconds
 __all__ = ["Cluster", "ServerOptions", "TlsFiles", "accounts_with_passwords", "server_config"]
 
 MAX_ANSWERS: Final = 1
+LEAST_LAME_DUCK_S: Final = 30
 ANSWER_WITHIN: Final = "30m"
 """How long a shard may take to answer: loading another range waits for its sessions to end."""
 
@@ -55,7 +56,8 @@ class Cluster:
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """`tls`: required where `host` or the cluster's is not loopback; each side then shows a certificate. `store`: JetStream's folder.
-    `sync_interval`: how long JetStream may wait before it writes to the disk; "always" is before each answer."""
+    `sync_interval`: how long JetStream may wait before it writes to the disk; "always" is before each answer. `monitor`: HOST:PORT of its
+    health and figures over plain HTTP. `lame_duck`: the time in which a server that is to stop gives its clients to the others."""
 
     name: str = "mesh"
     host: str = "127.0.0.1"
@@ -66,6 +68,8 @@ class ServerOptions:
     max_memory: str = "256MB"
     sync_interval: str | None = None
     cluster: Cluster | None = None
+    monitor: str | None = None
+    lame_duck: str | None = None
 
 
 def server_config(options: ServerOptions, users: Sequence[User]) -> str:
@@ -78,6 +82,10 @@ def server_config(options: ServerOptions, users: Sequence[User]) -> str:
         f"server_name: {_text(options.name)}\nlisten: {_text(_address(options.host, options.port))}\n\n{_COMMON}",
         _jetstream(options),
     ]
+    if options.monitor is not None:
+        parts.append(f"http: {_text(options.monitor)}\n")
+    if options.lame_duck is not None:
+        parts.append(_lame_duck(options.lame_duck))
     if options.tls is not None:
         parts.append(_tls(options.tls))
     if options.cluster is not None:
@@ -141,6 +149,12 @@ def _jetstream(options: ServerOptions) -> str:
         f"jetstream {{\n  store_dir: {_text(options.store)}\n  max_memory_store: {options.max_memory}\n"
         f"  max_file_store: {options.max_file}\n{sync}}}\n"
     )
+
+
+def _lame_duck(time: str) -> str:
+    if parse_seconds(time) < LEAST_LAME_DUCK_S:
+        raise ConfigError(f"a lame duck of {time}: nats-server takes {LEAST_LAME_DUCK_S} s or more; it ends sooner where few are connected")
+    return f'lame_duck_duration: {_text(time)}\nlame_duck_grace_period: "2s"  # so long its clients may leave by themselves\n'
 
 
 def _tls(files: TlsFiles) -> str:

@@ -6,4 +6,5 @@ plan         from a PlanRequest to a Placement: ranges, shards on nodes, memory,
 partition    the exact cut of layers into ranges that makes the slowest stage fastest
 remedies     the nearest changes with which a plan fits
 placement    Placement: the result, and placement.json
+terraform    the result as variables of terraform/
 """

@@ -58,6 +58,15 @@ def test_a_listener_that_others_can_reach_takes_tls(tmp_path: Path) -> None:
         server_config(ServerOptions(store='x" } evil {'), [user])
 
 
+def test_what_a_server_elsewhere_needs(tmp_path: Path) -> None:
+    user = UserFolder(tmp_path).add("client", "client")
+    text = server_config(ServerOptions(monitor="127.0.0.1:8222", lame_duck="45s", max_file="20GB"), [user])
+    assert 'http: "127.0.0.1:8222"' in text and 'lame_duck_duration: "45s"' in text and "max_file_store: 20GB" in text
+    assert "http:" not in server_config(ServerOptions(), [user])
+    with pytest.raises(ConfigError, match="30 s or more"):
+        server_config(ServerOptions(lame_duck="10s"), [user])
+
+
 def test_no_secret_is_in_a_configuration(tmp_path: Path) -> None:
     folder = UserFolder(tmp_path)
     users = [folder.add(role, role) for role in ROLES]

@@ -321,6 +321,22 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, model: Path
         _mesh("shard-model", "--config", _config(tmp_path), "--out", tmp_path / "file" / "placement.json")
 
 
+def test_the_variables_of_terraform(tmp_path: Path) -> None:
+    _write_model(tmp_path)
+    out = tmp_path / "placement.auto.tfvars.json"
+    assert _mesh("plan", tmp_path, "--nodes", "2x1GB", "--shards", "2", "--replicas", "2", "--terraform", out) == 0
+    placement = json.loads(out.read_text())["placement"]
+    assert [shard["shard_id"] for shard in placement["shards"]] == [1, 2, 3, 4]
+    assert {shard["node"] for shard in placement["shards"]} == {"node-1", "node-2"}
+    assert all(shard["memory_bytes"] > shard["weights_bytes"] > 0 for shard in placement["shards"])
+    out.unlink()
+    with pytest.raises(DoesNotFit):
+        _mesh("plan", tmp_path, "--nodes", "2x1KB", "--terraform", out)
+    assert not out.exists()  # no machine is made for what does not fit
+    with pytest.raises(ConfigError, match="--terraform"):
+        _mesh("plan", tmp_path, "--nodes", "1GB", "--terraform", tmp_path / "no" / "folder.json")
+
+
 def test_nodes_are_read_with_their_names_counts_and_traits() -> None:
     nodes = parse_nodes("2x16GB, gpu=80GB:speed=12:bandwidth=10Gbit/s:latency=0.5ms, 2x8GiB, big=2x1GB")
     assert [node.name for node in nodes] == ["node-1", "node-2", "gpu", "node-4", "node-5", "big-1", "big-2"]

@@ -1,0 +1,16 @@
+#!/bin/bash
+# wheelhouse.sh FOLDER [PYTHON]: fills FOLDER with the wheels of stagemesh and of everything in requirements.lock, for machines that
+# reach no package index. PYTHON must be of the version that those machines have. What is fetched is checked against the lock's hashes.
+set -euo pipefail
+FOLDER=${1:?a folder for the wheels}
+PYTHON=${2:-python3}
+HERE=$(cd "$(dirname "$0")/../.." && pwd)
+mkdir -p "$FOLDER"
+pip() { "$PYTHON" -m pip --quiet --disable-pip-version-check "$@"; }
+# one of the packages has no wheel in the index: it is built here, so that no machine needs a compiler
+pip wheel --require-hashes --no-deps -r "$HERE/requirements.lock" --wheel-dir "$FOLDER"
+rm -f "$FOLDER"/stagemesh-*.whl
+pip wheel --no-deps --wheel-dir "$FOLDER" "$HERE"
+rm -rf "$HERE/build"
+(cd "$FOLDER" && sha256sum -- *.whl > SHA256SUMS)
+echo "$FOLDER: $(wc -l < "$FOLDER/SHA256SUMS") wheels, $(du -sh "$FOLDER" | cut -f1)" >&2

@@ -1,0 +1,229 @@
+"""JetStream's streams in a folder, and back: by the server's own snapshots, so that sequences, consumers and limits come back as they were.
+
+    backup.json          what is in the folder: each stream, its file, size and SHA-256; written last, so a folder that has it is complete
+    STREAM.snapshot      what the server sent (a compressed tar of its own)
+
+Leases are in memory and said anew within seconds; records of running sessions are of value for two minutes. Neither is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mesh.bus.connection import Bus, Received
+from mesh.errors import BadRequest, ConfigError, DeadlineExceeded, ServiceError
+from mesh.protocol import subjects
+from mesh.types import Progress, no_progress
+
+__all__ = ["Backup", "SavedStream", "restore_streams", "save_streams"]
+
+_API: Final = "$JS.API.STREAM"
+_SKIPPED: Final = (f"KV_{subjects.KV_SHARDS}", f"KV_{subjects.KV_SESSIONS}")
+_MODELS: Final = f"OBJ_{subjects.OBJECTS_MODELS}"
+_CHUNK_BYTES: Final = 512 * 1024
+_API_S: Final = 10.0
+_SILENCE_S: Final = 30.0
+_INDEX: Final = "backup.json"
+_NO_STREAM: Final = 10059
+_NOT_READY: Final = (10008, 10104)  # the cluster has no leader yet
+_MOST_INDEX_BYTES: Final = 4 * 1024 * 1024
+
+
+class SavedStream(BaseModel):
+    """`config` and `state` are the server's own documents. `bytes`: of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    bytes: int
+    sha256: str
+    messages: int
+    config: dict[str, Any]
+    state: dict[str, Any]
+
+
+class Backup(BaseModel):
+    """The index of a folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = 1
+    made_unix_s: float
+    server_version: str
+    streams: tuple[SavedStream, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> Backup:
+        """The index. ConfigError: the folder has none, or a damaged one."""
+        file = folder / _INDEX
+        try:
+            with file.open("rb") as opened:
+                data = opened.read(_MOST_INDEX_BYTES)
+            return cls.model_validate_json(data)
+        except OSError as error:
+            raise ConfigError(f"{file}: {error.strerror}: give a folder that `mesh nats backup` made and finished") from None
+        except ValidationError as error:
+            raise ConfigError(f"{file}: not as `mesh nats backup` writes it ({error.error_count()} faults)") from None
+
+
+@dataclass
+class _Sink:
+    """Takes the chunks of a snapshot, and counts and hashes them."""
+
+    file: BinaryIO
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        self.hash = hashlib.sha256()
+
+    def write(self, chunk: bytes) -> None:
+        self.file.write(chunk)
+        self.hash.update(chunk)
+        self.size += len(chunk)
+
+
+async def save_streams(bus: Bus, folder: Path, *, models: bool = True, progress: Progress = no_progress) -> Backup:
+    """Write every stream of this account into `folder`. ConfigError: a backup is there already. ServiceError: the server refuses."""
+    if (folder / _INDEX).exists():
+        raise ConfigError(f"{folder} has a backup already: give another folder, such as one with the date in its name")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    names = [name for name in await _names(bus) if name not in _SKIPPED and (models or name != _MODELS)]
+    saved = [await _save(bus, name, folder, progress) for name in names]
+    backup = Backup(made_unix_s=time.time(), server_version=str(bus.client._server_info.get("version", "")), streams=tuple(saved))
+    fresh = folder / f"{_INDEX}.new"
+    fresh.write_bytes(orjson.dumps(backup.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+    fresh.replace(folder / _INDEX)
+    return backup
+
+
+async def restore_streams(bus: Bus, folder: Path, *, replace: bool = False, progress: Progress = no_progress) -> list[str]:
+    """Bring the streams of `folder` back. Returns their names. A stream that is there and empty makes room. BadRequest: one has messages,
+    and `replace` is not given; then nothing is changed. ConfigError: a file is not what the index says."""
+    backup = Backup.load(folder)
+    for stream in backup.streams:
+        await asyncio.to_thread(_check, folder, stream)
+    there = {stream.name: await _messages(bus, stream.name) for stream in backup.streams}
+    full = [f"{name} ({count} messages)" for name, count in there.items() if count]
+    if full and not replace:
+        raise BadRequest(
+            f"{', '.join(full)}: there already, and nothing was changed. Give --replace to lose what is in them", field="replace"
+        )
+    for stream in backup.streams:
+        if there[stream.name] is not None:
+            await _api(bus, f"DELETE.{stream.name}", {})
+        await _restore(bus, stream, folder, progress)
+    return [stream.name for stream in backup.streams]
+
+
+async def _names(bus: Bus) -> list[str]:
+    said = await _api(bus, "NAMES", {"offset": 0})
+    return sorted(said.get("streams") or [])
+
+
+async def _messages(bus: Bus, name: str) -> int | None:
+    """How many messages a stream has; None if there is no such stream."""
+    try:
+        said = await _api(bus, f"INFO.{name}", {})
+    except ServiceError as error:
+        if str(_NO_STREAM) in str(error):
+            return None
+        raise
+    return int(said["state"]["messages"])
+
+
+async def _save(bus: Bus, name: str, folder: Path, progress: Progress) -> SavedStream:
+    """Chunks come as long as each is acknowledged; an empty one ends them."""
+    chunks: asyncio.Queue[Received] = asyncio.Queue()
+    inbox = bus.new_inbox()
+    subscription = await bus.subscribe(inbox, chunks.put)
+    file = folder / f"{name}.snapshot"
+    try:
+        await bus.flush()
+        said = await _api(bus, f"SNAPSHOT.{name}", {"deliver_subject": inbox, "chunk_size": _CHUNK_BYTES, "jsck": True})
+        expected = int(said["state"]["bytes"])
+        with await asyncio.to_thread(file.open, "wb") as opened:
+            sink = _Sink(opened)
+            while chunk := await _next(chunks, name):
+                await asyncio.to_thread(sink.write, chunk.data)
+                progress(name, min(sink.size, expected), max(expected, sink.size))
+                if chunk.reply:
+                    await bus.publish(chunk.reply, b"")
+    finally:
+        await subscription.stop()
+    state = said["state"]
+    return SavedStream(
+        name=name,
+        bytes=sink.size,
+        sha256=sink.hash.hexdigest(),
+        messages=int(state["messages"]),
+        config=said["config"],
+        state=state,
+    )
+
+
+async def _next(chunks: asyncio.Queue[Received], name: str) -> Received | None:
+    """The next chunk; None after the last one. ServiceError: the server has given up."""
+    try:
+        async with asyncio.timeout(_SILENCE_S):
+            chunk = await chunks.get()
+    except TimeoutError:
+        raise DeadlineExceeded(f"the snapshot of {name} stands still: nothing came for {_SILENCE_S:g} s") from None
+    if chunk.data:
+        return chunk
+    status = chunk.headers.get("Status", "204")
+    if status not in ("", "200", "204"):
+        raise ServiceError(f"the snapshot of {name} broke off: {status} {chunk.headers.get('Description', '')}".rstrip())
+    return None
+
+
+async def _restore(bus: Bus, stream: SavedStream, folder: Path, progress: Progress) -> None:
+    said = await _api(bus, f"RESTORE.{stream.name}", {"config": stream.config, "state": stream.state})
+    to, done = str(said["deliver_subject"]), 0
+    with await asyncio.to_thread((folder / f"{stream.name}.snapshot").open, "rb") as file:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+            _raise_error(await bus.ask(to, chunk, timeout_s=_SILENCE_S), f"restoring {stream.name}")
+            done += len(chunk)
+            progress(stream.name, done, stream.bytes)
+    restored = _raise_error(await bus.ask(to, b"", timeout_s=_SILENCE_S), f"restoring {stream.name}")
+    messages = int(restored["state"]["messages"])
+    if messages != stream.messages:
+        raise ServiceError(f"{stream.name} has {messages} messages after it was restored, and had {stream.messages}")
+
+
+def _check(folder: Path, stream: SavedStream) -> None:
+    file = folder / f"{stream.name}.snapshot"
+    try:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}: the backup is not complete") from None
+    if found != stream.sha256:
+        raise ConfigError(f"{file} is not what {_INDEX} says: it was changed or damaged after the backup, and nothing was restored")
+
+
+async def _api(bus: Bus, what: str, request: dict[str, Any]) -> dict[str, Any]:
+    """An answer of JetStream. A cluster that has just lost a server chooses a leader first: it is asked again for some seconds."""
+    deadline = time.monotonic() + _SILENCE_S
+    while True:
+        answer = await bus.ask(f"{_API}.{what}", orjson.dumps(request), timeout_s=_API_S)
+        said: dict[str, Any] = orjson.loads(answer.data)
+        code = int((said.get("error") or {}).get("err_code", 0))
+        if code not in _NOT_READY or time.monotonic() > deadline:
+            return _raise_error(answer, what)
+        await asyncio.sleep(0.2)
+
+
+def _raise_error(answer: Received, what: str) -> dict[str, Any]:
+    said: dict[str, Any] = orjson.loads(answer.data) if answer.data else {}
+    error = said.get("error")
+    if error:
+        raise ServiceError(f"JetStream: {what}: {error.get('description', 'refused')} ({error.get('err_code', error.get('code'))})")
+    return said

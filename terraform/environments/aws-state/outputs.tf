@@ -1,0 +1,4 @@
+output "bucket" {
+  description = "The bucket, for backend.hcl."
+  value       = module.storage.bucket
+}
