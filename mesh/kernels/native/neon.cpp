@@ -1,8 +1,11 @@
-// Advanced SIMD is part of every 64-bit Arm processor: the compiler uses it for the vector types without being asked.
+// Advanced SIMD, which every 64-bit Arm processor has.
 #include "weight.h"
 
 #if defined(__aarch64__)
+#include <arm_neon.h>
+
 #include <cstdlib>
+#define LANES_NEON 1
 #define NAME "neon"
 
 namespace kernels {
