@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -31,9 +32,17 @@ class Kernels:
         return self.name or f"none ({self.reason}): {_SLOWER}"
 
 
-@cache
+_lock = threading.Lock()
+
+
 def kernels() -> Kernels:
     """The kernels of this process. MESH_KERNELS chooses among those that the processor has (avx512, avx2, neon, portable), or none."""
+    with _lock:  # XLA is told once, whichever of several stages that load at the same time is first
+        return _found()
+
+
+@cache
+def _found() -> Kernels:
     if os.environ.get("MESH_KERNELS") == "none":
         return Kernels(None, "MESH_KERNELS is none")
     if jax.default_backend() != "cpu":
