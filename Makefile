@@ -5,6 +5,7 @@
 # make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some ten minutes, not part of CI
 # make test-provision   Terraform and Ansible for real: AWS against moto, five systemd hosts, faults, upgrade, restore; an hour, as root
 # make wheelhouse  dist/wheels: every package for machines that reach no index
+# make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes
 # make check       formatting, lints, types of the package, the tests and the benchmarks
 # make chaos       everything is killed and suspended under load, and every token compared; not part of CI, and takes its time
 # make soak        half an hour of load, cancels and hostile calls; what grows is a fault; not part of CI
@@ -25,12 +26,21 @@ FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet
 
-.PHONY: demo test test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
+.PHONY: demo test test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
 test: check
 	$(BIN)/python -m pytest -n 2
+	MESH_KERNELS=none $(BIN)/python -m pytest -n 2 tests/unit/runtime/test_stage.py tests/unit/runtime/test_cache.py tests/unit/lowering/test_join_products.py
+
+# The sanitizers end the program at the first fault; each seed makes other shapes.
+SANITIZED := /tmp/mesh-kernels-$(shell id -u)
+SANITIZERS := -std=c++17 -O1 -g -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-psabi
+test-kernels:
+	mkdir -p $(SANITIZED)
+	g++ $(SANITIZERS) tests/native/check_kernels.cpp $(filter-out %/handlers.cpp,$(wildcard mesh/kernels/native/*.cpp)) -pthread -o $(SANITIZED)/check
+	for each in avx512 avx2 portable; do MESH_KERNELS=$$each $(SANITIZED)/check $(SEED) || exit 1; done
 
 test-monitoring: install
 	MESH_TEST_PROMETHEUS=1 $(BIN)/python -m pytest -s tests/system/test_prometheus.py tests/component/test_monitoring_files.py tests/unit/test_monitoring.py

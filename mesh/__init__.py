@@ -14,6 +14,7 @@ From the top down; a package imports only those below it (docs/architecture.md, 
     bus             NATS; nothing else imports it
     planner         which layers on which machine
     lowering        ONNX graphs to JAX functions
+    kernels         products and attention in C++, where they are compiled
     model           manifest, tokenizer, memory prediction
     pki             certificates, users of NATS and configurations of its servers
     telemetry       logs, traces, metrics

@@ -31,7 +31,9 @@ def add_parser(subparsers: Any) -> None:
         default="float32",
         help="type of the arithmetic and the KV cache (default float32)",
     )
-    parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), default=32, help="stored width of the weights (quantization_bits)")
+    parser.add_argument(
+        "--bits", type=int, choices=(32, 16, 8, 4), help="stored width of the weights (default: as the source has them, quantized or not)"
+    )
     parser.add_argument("--group-size", type=int, metavar="N", help="number of inputs that share a scale, at 8 and 4 bits")
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
@@ -56,7 +58,7 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def import_quietly(source: Path, out: Path, bits: int | None) -> None:
-    """How `mesh shard-model` imports a source: `bits` None means the source's 32."""
+    """How `mesh shard-model` imports a source: `bits` None means as the source has them."""
     from mesh.host.process import give_memory_back
     from mesh.importer.options import ImportOptions
     from mesh.importer.run import import_model
@@ -65,7 +67,7 @@ def import_quietly(source: Path, out: Path, bits: int | None) -> None:
     give_memory_back()
     prepare()
     with progress_bar() as progress:
-        import_model(source, out, ImportOptions(bits=bits or 32), progress=progress)  # type: ignore[arg-type]
+        import_model(source, out, ImportOptions(bits=bits), progress=progress)  # type: ignore[arg-type]
 
 
 def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
@@ -73,6 +75,8 @@ def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
     stored = sum(block.weight_bytes for block in manifest.blocks)
     weights = manifest.weights
     width = f"{weights.bits}-bit" + (f", groups of {weights.group_size}" if weights.group_size else "")
+    if weights.kept is not None:
+        width = f"the source's own {weights.kept}"
     report = manifest.report
     print(f"{manifest.name} ({manifest.architecture}) in {out}, {format_seconds(seconds)}")
     print(f"  {manifest.layers} layers, {format_count(parameters)} parameters, {format_bytes(stored)} of {width} weights")

@@ -65,6 +65,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    from mesh.kernels.library import kernels
     from mesh.model.manifest import Manifest
     from mesh.model.tokenizer import Tokenizer
     from mesh.runtime.device import prepare
@@ -133,7 +134,7 @@ def run_command(args: argparse.Namespace) -> int:
     rate = f", {1 / median:.1f} tokens/s (median step {format_seconds(median)})" if median else ""
     print(
         f"{len(prompt)} prompt tokens in {format_seconds(generation.prefill_s)}, {len(generation.tokens)} generated{rate}, "
-        f"{args.shards} stage{'s' if args.shards > 1 else ''}, ready after {format_seconds(load_s)}",
+        f"{args.shards} stage{'s' if args.shards > 1 else ''}, ready after {format_seconds(load_s)}, kernels: {kernels()}",
         file=sys.stderr,
     )
     return 0

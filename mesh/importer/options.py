@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,8 @@ class ImportOptions:
 
     dtype: type of the hidden state, the cache and all arithmetic.
     bits: width of the stored MatMul weights and embedding tables (at least 8 for tables and the output projection); 32 under
-    16-bit compute means 16.
+    16-bit compute means 16. None: as the source has them. Weights that it has quantized are kept as they are under float32
+    compute, all others are 32 bits.
     group_size: input elements that share a scale, for 8 and 4 bits; None is one scale an output channel at 8 bits and
     groups of 32 at 4 bits.
 
@@ -29,12 +30,16 @@ class ImportOptions:
     """
 
     dtype: DType = "float32"
-    bits: Literal[32, 16, 8, 4] = 32
+    bits: Literal[32, 16, 8, 4] | None = None
+    keep: bool = field(default=False, init=False)
     group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in NUMPY_DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not known: use one of {', '.join(NUMPY_DTYPES)}")
+        if self.bits is None:
+            object.__setattr__(self, "keep", self.dtype == "float32")
+            object.__setattr__(self, "bits", 32)
         if self.bits not in (32, 16, 8, 4):
             raise ConfigError(f"weights of {self.bits!r} bits are not supported: use 32, 16, 8 or 4")
         if self.bits == 32 and self.dtype != "float32":
@@ -60,5 +65,11 @@ class ImportOptions:
         return replace(self, bits=8, group_size=None) if self.bits == 4 else self
 
     @property
+    def width(self) -> Literal[32, 16, 8, 4]:
+        """The width of weights that are not kept."""
+        assert self.bits is not None  # __post_init__ has replaced it
+        return self.bits
+
+    @property
     def weights(self) -> WeightsInfo:
-        return WeightsInfo(bits=self.bits, group_size=self.group_size)
+        return WeightsInfo(bits=self.width, group_size=self.group_size)

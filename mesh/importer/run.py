@@ -133,7 +133,7 @@ def _write(source: Source, staging: Path, options: ImportOptions, name: str | No
         hidden=HiddenInfo(size=source.hidden_size, dtype=options.dtype),
         cache=source.cache,
         cache_dtype=options.dtype,
-        weights=options.weights,
+        weights=source.kept_weights or options.weights if options.keep else options.weights,
         blocks=blocks,
         tokenizer=tokenizer,
         extra_files=extra,

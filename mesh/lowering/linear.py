@@ -10,8 +10,10 @@ variants, for x [rows, in] and W [out, in]:
     tile64   the same with 64, tile96 with 96
     rows     x_i @ W.T, row by row: XLA fuses the widening of a narrow weight into it, so that it reads 8 bits where float32 reads 32
     stream   a loop over tiles of at most 512 outputs: many rows of a narrow weight, widened a tile at a time
+    kernel   a call of mesh/kernels, for any number of rows; see docs/adr/0013-kernels.md
 
-A narrow weight in any other variant is first widened whole, by one thread, into memory.
+A narrow weight in any variant before those two is first widened whole, by one thread, into memory. All variants but the kernel are XLA's
+own forms: they are what the kernel is compared with, and what a machine without kernels uses.
 """
 
 from __future__ import annotations
@@ -21,16 +23,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["VARIANTS", "Codes", "candidates", "default_variant", "measure", "parts", "product"]
+from mesh.kernels import calls
+from mesh.kernels.library import kernels
+
+__all__ = ["VARIANTS", "Codes", "Factors", "candidates", "default_variant", "in_kernel", "measure", "parts", "product"]
 
 _TILES = {"tile32": 32, "tile64": 64, "tile96": 96}
-VARIANTS = ("dot", "split", *_TILES, "rows", "stream")
+VARIANTS = ("dot", "split", *_TILES, "rows", "stream", "kernel")
 _STREAMED = 512
 _BEYOND_CACHE = 96 << 20
 _LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: smaller parts cost more calls; with larger ones the last core works longer alone
@@ -38,52 +43,118 @@ _LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: smaller parts cost more
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Codes:
-    """A weight [out, in] as stored: value = (data - zero_point) * scale, seen as `dtype` (None: data's own).
+class Factors:
+    """A number for each output or group of a weight: [out], [out, groups] or one for all. In two steps, `data` [out, groups] is multiplied
+    with the numbers of `step` [out, groups / n]."""
 
-    `scale` and `zero_point` are [out], [out, groups] along `in`, scalars, or None; a group is `group` elements, the last one maybe
-    fewer. With `nibbles`, data is uint8 [out, in / 2], two 4-bit codes a byte, the even one low.
+    data: Any
+    step: Any = None
+
+    def values(self, dtype: Any) -> Any:
+        if self.step is None:
+            return self.data.astype(dtype)
+        each = self.data.shape[1] // self.step.shape[1]
+        return self.data.astype(dtype) * jnp.repeat(self.step.astype(dtype), each, axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Codes:
+    """A weight [out, in] as stored: (code - offset - zero_point) * scale - minimum, seen as `dtype` (None: data's own).
+
+    A group is `group` elements along `in`, the last one maybe fewer (0: an output is one group). With `bits`, data is uint8 [out, in / 2]
+    with the low four bits of codes in blocks of 32: those of code j in the low half of byte j, those of code j + 16 in its high half. 5
+    bits have the others in `high` [out, in / 8], the first code lowest; 6 bits in `high` [out, in / 4], in blocks of 64: byte j has two
+    bits each of the codes j, j + 16, j + 32 and j + 48.
     """
 
     data: Any
-    scale: Any = None
-    zero_point: Any = None
+    scale: Factors | None = None
+    zero_point: Factors | None = None
+    minimum: Factors | None = None
+    high: Any = None
     dtype: Any = field(default=None, metadata={"static": True})
     group: int = field(default=0, metadata={"static": True})
-    nibbles: Literal["signed", "unsigned"] | None = field(default=None, metadata={"static": True})
+    bits: int = field(default=0, metadata={"static": True})
+    offset: int = field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
         out, width = self.data.shape
-        return (out, width * 2 if self.nibbles else width)
+        return (out, width * 2 if self.bits else width)
 
     @property
     def narrow(self) -> bool:
-        return self.nibbles is not None or np.dtype(self.data.dtype).itemsize < 4
+        return bool(self.bits) or np.dtype(self.data.dtype).itemsize < 4
+
+    @property
+    def stored_as(self) -> str:
+        """The width and type of the codes, for a reader."""
+        return f"{self.bits} bits" if self.bits else str(np.dtype(self.data.dtype).name)
 
     def integers(self, dtype: Any) -> Any:
-        """The codes [out, in] as `dtype`, before zero point and scale."""
-        if self.nibbles is None:
-            return self.data.astype(dtype)
-        low, high = self.data & 15, self.data >> 4
-        if self.nibbles == "signed":
-            low, high = ((nibble.astype(jnp.int8) ^ 8) - 8 for nibble in (low, high))
-        return jnp.stack([low.astype(dtype), high.astype(dtype)], axis=-1).reshape(self.shape)
+        """The codes [out, in] as `dtype`, less the offset, before zero point and scale."""
+        codes = self.data
+        if self.bits:
+            blocks = codes.reshape(codes.shape[0], -1, 16)
+            codes = jnp.concatenate([blocks & 15, blocks >> 4], axis=-1).reshape(self.shape)
+        if self.bits == 5:
+            codes = codes | ((self.high[..., None] >> np.arange(8, dtype=np.uint8)) & 1).reshape(self.shape) << 4
+        if self.bits == 6:
+            blocks = self.high.reshape(self.shape[0], -1, 1, 16)
+            codes = codes | ((blocks >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3).reshape(self.shape) << 4
+        if self.offset:
+            codes = codes.astype(jnp.int8) - np.int8(self.offset)
+        return codes.astype(dtype)
 
     def widened(self, dtype: Any) -> Any:
-        """The weight [out, in] as `dtype`."""
-        values = self.integers(dtype)
-        if self.scale is None:
-            return values
+        """The weight [out, in] as `dtype`. Its arithmetic is the blocks' own, rounded to the type that they widen to."""
+        work = np.dtype(self.dtype or dtype)
+        values = self.integers(work)
         if self.zero_point is not None:
-            values = values - self._spread(self.zero_point.astype(dtype))
-        return values * self._spread(self.scale.astype(dtype))
+            values = values - self._spread(self.zero_point.values(work))
+        if self.scale is not None:
+            values = values * self._spread(self.scale.values(work))
+        if self.minimum is not None:
+            values = values - self._spread(self.minimum.values(work))
+        return values.astype(dtype)
 
     def _spread(self, each: Any) -> Any:
         """One number a channel or a group, over the elements it is for: broadcasts to [out, in]."""
         if each.ndim < 2:
             return each.reshape(-1, 1)
-        return jnp.repeat(each, self.group, axis=1)[:, : self.shape[1]]
+        return jnp.repeat(each, self.group, axis=1)[:, : self.shape[1]] if self.group else each
+
+    def for_kernels(self) -> calls.Weight | None:
+        """The same as the kernels are given it; None where none reads it."""
+        out, depth = self.shape
+        names = {np.dtype(name): name for name in ("float32", "float16", "bfloat16", "int8", "uint8")}
+        kind: Any = f"{self.bits} bits" if self.bits else names.get(np.dtype(self.data.dtype))
+        floating = kind in ("float32", "float16", "bfloat16")
+        if kind is None or floating == (self.scale is not None) or (floating and (self.zero_point or self.minimum) is not None):
+            return None
+        if self.group and self.group < depth and (self.group < 16 or self.group & (self.group - 1)):
+            return None
+        if self.zero_point is not None and self.minimum is not None:
+            return None
+        if (kind in ("5 bits", "6 bits", "int8") and self.minimum is not None and kind != "5 bits") or (
+            kind in ("5 bits", "6 bits") and self.zero_point is not None
+        ):
+            return None
+        groups = -(-depth // self.group) if self.group else 1
+        factors = [_each_group(each, out, groups) for each in (self.scale, self.zero_point, self.minimum)]
+        scale, zero, minimum = factors
+        return calls.Weight(kind, (out, depth), self.data, self.high, self.group, self.offset, scale, zero, minimum)
+
+
+def _each_group(factors: Factors | None, out: int, groups: int) -> calls.Factors | None:
+    """The same with a number for every group of every output."""
+    if factors is None:
+        return None
+    data = factors.data if factors.data.ndim == 2 else factors.data.reshape(-1, 1)
+    if data.shape != (out, groups):
+        data = jnp.broadcast_to(data, (out, groups))
+    return calls.Factors(data, factors.step)
 
 
 def product(x: Any, weight: Codes, *, variant: str) -> Any:
@@ -91,13 +162,26 @@ def product(x: Any, weight: Codes, *, variant: str) -> Any:
 
     A scale an output channel is applied to the result, so that the product reads the codes themselves.
     """
+    if variant == "kernel":
+        return calls.products(x, [_known(weight)])[0]
     if variant == "stream":
         return _stream(x, weight)
-    if weight.scale is None:
-        return _VARIANTS[variant](x, weight.integers(x.dtype))
-    if weight.scale.ndim < 2 and weight.zero_point is None:
-        return _VARIANTS[variant](x, weight.integers(x.dtype)) * weight.scale.astype(x.dtype)
+    scale = weight.scale
+    if scale is not None and scale.data.ndim < 2 and weight.zero_point is None and weight.minimum is None:
+        return _VARIANTS[variant](x, weight.integers(x.dtype)) * scale.values(x.dtype)
     return _VARIANTS[variant](x, weight.widened(x.dtype))
+
+
+def in_kernel(dtype: Any, weight: Codes) -> bool:
+    """Whether the kernels of this process multiply x of this type with the weight."""
+    return kernels().name is not None and np.dtype(dtype) == np.float32 and weight.for_kernels() is not None
+
+
+def _known(weight: Codes) -> calls.Weight:
+    known = weight.for_kernels()
+    if known is None:
+        raise ValueError(f"no kernel reads a weight of {weight.stored_as}")
+    return known
 
 
 def default_variant(rows: int, weight: Codes) -> str:
@@ -106,7 +190,7 @@ def default_variant(rows: int, weight: Codes) -> str:
         return "dot"
     if weight.narrow:
         # XLA would widen a weight that needs more than a conversion once for all rows, into memory.
-        few = 1 if weight.nibbles or (weight.scale is not None and weight.scale.ndim == 2) else 8
+        few = 1 if weight.bits or (weight.scale is not None and weight.scale.data.ndim == 2) else 8
         return "rows" if rows <= few else "stream"
     if rows == 1:
         return "split"
@@ -193,8 +277,8 @@ def _per_output(weight: Codes) -> Codes:
     """The same with its scale and zero point spread over the outputs, where they are one number for all."""
     out = weight.shape[0]
 
-    def spread(each: Any) -> Any:
-        return jnp.broadcast_to(each.reshape(-1), (out,)) if each is not None and each.ndim < 2 else each
+    def spread(each: Factors | None) -> Factors | None:
+        return Factors(jnp.broadcast_to(each.data.reshape(-1), (out,))) if each is not None and each.data.ndim < 2 else each
 
     return replace(weight, scale=spread(weight.scale), zero_point=spread(weight.zero_point))
 

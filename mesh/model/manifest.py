@@ -85,10 +85,12 @@ class HiddenInfo(_Strict):
 
 
 class WeightsInfo(_Strict):
-    """How weights are stored: bits 32, 16, 8 or 4; group_size None: per output channel (or not quantized)."""
+    """How weights are stored: bits 32, 16, 8 or 4; group_size None: per output channel (or not quantized). `kept`: the names of the
+    source's own quantization, which most of the weights have; `bits` is then the nearest width."""
 
     bits: Literal[32, 16, 8, 4]
     group_size: Positive | None = None
+    kept: Annotated[str, Field(max_length=200)] | None = None
 
 
 class TokenizerInfo(_Strict):

@@ -136,6 +136,7 @@ class ShardLease(Message):
     version: Label = ""
     host: Label = ""
     processor: Label = ""  # the name of the processor that computes for it; shards that share a processor have the same name
+    kernels: Label = ""  # the compiled kernels that it multiplies with, or "none"
     pid: Natural = 0
     started_unix_s: float = 0.0
     http: Line = ""  # the address of its health page

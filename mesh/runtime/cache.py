@@ -13,13 +13,16 @@ others take the padding of a prefill chunk. No mask ever shows them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mesh.kernels import calls
+from mesh.lowering.ops.attention import rotate
 
 __all__ = ["SLACK", "CacheView", "attend", "in_blocks"]
 
@@ -95,7 +98,62 @@ class CacheView:
                 raise ValueError("a block's Attention has an explicit mask")
             scale = attrs.get("scale") or float(args[0].shape[-1]) ** -0.5
             return attend(args[0], args[1], args[2], jnp.asarray(mask), scale=scale, softcap=attrs.get("softcap", 0.0))
+        if op_type == "CachedAttention" and isinstance(args[3], CacheView) and isinstance(args[4], CacheView):
+            return _decode_step(args, attrs)
         return NotImplemented
+
+
+def _decode_step(args: tuple[Any, ...], attrs: Mapping[str, Any]) -> tuple[Any, CacheView, CacheView]:
+    """CachedAttention of one token a row (mesh/lowering/fuse.py): rotation, writing and attention as one call of the kernels."""
+    q, k, v, keys, values, positions, writes, *rotation = args
+    rows = keys.rows
+    q, k, v = (x.reshape(rows, heads, -1) for x, heads in ((q, attrs["heads"]), (k, attrs["kv_heads"]), (v, attrs["kv_heads"])))
+    tables = [jnp.broadcast_to(table, (rows, *table.shape[1:])).reshape(rows, -1) for table in rotation]
+    if not _in_kernel(q, keys, values):
+        return _decode_step_in_parts((q, k, v), tables, keys, values, positions.reshape(rows), writes, attrs)
+    context, key_array, value_array = calls.attention(
+        q,
+        k,
+        v,
+        (tables[0], tables[1]) if tables else None,
+        (positions.reshape(rows), writes, keys.row),
+        (keys.array, values.array),
+        length=keys.length,
+        scale=attrs["scale"],
+        softcap=attrs["softcap"],
+        window=attrs["window"] or None,
+        interleaved=bool(attrs["interleaved"]),
+    )
+    return context.reshape(rows, 1, -1), replace(keys, array=key_array), replace(values, array=value_array)
+
+
+def _in_kernel(q: Any, keys: CacheView, values: CacheView) -> bool:
+    """Whether a kernel attends over these caches: float32, heads of whole vectors, keys as large as values."""
+    floats = all(np.dtype(each.dtype) == np.float32 for each in (q, keys, values))
+    return floats and q.shape[-1] % 16 == 0 and keys.array.shape == values.array.shape
+
+
+def _decode_step_in_parts(
+    heads: tuple[Any, Any, Any],
+    tables: Sequence[Any],
+    keys: CacheView,
+    values: CacheView,
+    positions: Any,
+    writes: Any,
+    attrs: Mapping[str, Any],
+) -> tuple[Any, CacheView, CacheView]:
+    """The same by the operations that it is made of."""
+    q, k, v = (x[:, :, None] for x in heads)  # [rows, heads, 1, dim]
+    if tables:
+        cos, sin = (table[:, None, None] for table in tables)
+        q, k = (rotate(x, cos, sin, bool(attrs["interleaved"]), 2 * cos.shape[-1]) for x in (q, k))
+    keys, values = keys.write(k, writes), values.write(v, writes)
+    slots, at = jnp.arange(keys.length), positions[:, None, None, None]
+    mask = slots <= at
+    if attrs["window"]:
+        mask = mask & (slots > at - attrs["window"])
+    context = attend(q, keys, values, mask, scale=attrs["scale"], softcap=attrs["softcap"])
+    return context.reshape(len(positions), 1, -1), keys, values
 
 
 def in_blocks() -> bool:

@@ -33,13 +33,14 @@ from jax.experimental import serialize_executable
 import mesh
 from mesh.host.paths import cache_directory
 from mesh.host.processor import processor_features
+from mesh.kernels.library import kernels
 from mesh.runtime.device import keeps_programs
 
 __all__ = ["Executables", "forget_loaded"]
 
 log = logging.getLogger("mesh.runtime")
 
-_CODE: Final = ("lowering", "runtime", "protocol")  # the protocol says which columns the sampler reads
+_CODE: Final = ("kernels", "lowering", "runtime", "protocol")  # the protocol says which columns the sampler reads
 _ENVIRONMENTS: Final = 4
 """How many are kept, those used last: a new version of anything begins an empty one."""
 _DIGEST_BYTES: Final = 32
@@ -129,7 +130,7 @@ def _environment() -> str:
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     set_here: Any = jax.config  # its attributes are made as it is imported
-    told = (os.environ.get("XLA_FLAGS", ""), set_here.jax_default_matmul_precision, set_here.jax_enable_x64)
+    told = (os.environ.get("XLA_FLAGS", ""), set_here.jax_default_matmul_precision, set_here.jax_enable_x64, kernels().digest)
     versions = (jax.__version__, jaxlib.version.__version__, device.client.platform_version)
     digest.update(repr((versions, device.platform, device.device_kind, os.cpu_count(), cores, told, processor_features())).encode())
     root = Path(mesh.__file__).parent

@@ -49,7 +49,7 @@ class VariantTable:
 
     def _key(self, weight: PackedWeight) -> str:
         codes = weight.codes
-        return f"{self._machine}: {codes.shape[0]}x{codes.shape[1]} {codes.nibbles or codes.data.dtype.name}"
+        return f"{self._machine}: {codes.shape[0]}x{codes.shape[1]} {codes.stored_as}"
 
     def _load(self) -> dict[str, dict[str, str]]:
         try:

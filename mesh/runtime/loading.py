@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ import numpy as np
 import onnx
 
 from mesh.errors import CorruptModel
+from mesh.kernels.library import kernels
 from mesh.lowering import Lowered, lower
+from mesh.lowering.fuse import fuse
 from mesh.lowering.join import join_products
+from mesh.lowering.operands import Operand, operands
+from mesh.lowering.tensors import PackedFormat
 from mesh.lowering.weights import PackedWeight, Variants, pack
 from mesh.model.manifest import block_name
 from mesh.runtime.canonical import canonical
@@ -36,6 +41,8 @@ class Block:
     signature: str
     lowered: Lowered
     weights: dict[str, Any]
+    decode: Lowered
+    """The same for a step of one token a row, where kernels do more at once; equal to `lowered` without them."""
 
     @property
     def weight_bytes(self) -> int:
@@ -60,25 +67,44 @@ def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight],
     """Read one block; `variants` chooses the product variants of each packed weight (None: the defaults)."""
     path = Path(directory) / f"{name}.onnx"
     signature, lowered = canonical(lower(read_model(path), base_dir=path.parent))
-    packable = _matmul_weights(lowered)
-    graph, joined = join_products(lowered, packable)
-    names = {part: (part,) for part in lowered.weights} | joined
-    for parts in joined.values():
-        for part in parts:
-            del names[part]
+    graph, found = operands(lowered)
+    parts: dict[str, tuple[str, ...]] = {operand: (operand,) for operand in found}
+    if kernels().name is None:  # they take several weights in one call
+        graph, parts = join_products(graph, found, partial(_stored_as, lowered))
+
+    def read(name: str) -> tuple[np.ndarray, PackedFormat | None]:
+        array = lowered.weights[name] if name in lowered.weights else lowered.graph.constants[name]
+        return array, lowered.packed.get(name)
+
     weights: dict[str, Any] = {}
-    for key, parts in names.items():
-        arrays = [lowered.weights[part] for part in parts]
-        if parts[0] in packable:
-            weight = pack([(array, lowered.packed.get(part)) for array, part in zip(arrays, parts, strict=True)])
-            weights[key] = weight if variants is None else weight.with_variants(variants(weight))
-            for array in arrays:
-                _forget_pages(array)
-        else:
-            weights[key] = jnp.asarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1))
+    for key, names in parts.items():
+        weight = pack([found[part] for part in names], read)
+        weights[key] = weight if variants is None else weight.with_variants(variants(weight))
+        for part in names:
+            for each in found[part].names:
+                _forget_pages(read(each)[0])
+    packed = {each for operand in found.values() for each in operand.names}
+    weights |= {each: jnp.asarray(array) for each, array in lowered.weights.items() if each not in packed}
     # From here on the graph needs only the names of the weights: release the mapped file.
-    bare = Lowered(graph, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs)
-    return Block(name, signature, bare, weights)
+    graphs = [graph, graph] if kernels().name is None else [fuse(graph, weights, decode=decode) for decode in (False, True)]
+    bare, decode = (Lowered(each, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs) for each in graphs)
+    held = hashlib.sha256(str(jax.tree.structure(weights)).encode()).hexdigest()  # codes of few bits are packed by their values
+    return Block(name, f"{signature} {held} {kernels().digest}", bare, weights, decode)
+
+
+def _stored_as(lowered: Lowered, operand: Operand) -> tuple[Any, ...]:
+    """What two operands must have in common to be joined."""
+
+    def of(name: str | None) -> Any:
+        if name is None:
+            return None
+        if name in lowered.packed:
+            return lowered.packed[name].bits, lowered.packed[name].signed
+        array = lowered.weights[name] if name in lowered.weights else lowered.graph.constants[name]
+        return array.dtype, array.ndim if array.size > 1 else array.tobytes()
+
+    factors = (None if each is None else (of(each.name), of(each.step)) for each in (operand.scale, operand.zero, operand.minimum))
+    return (of(operand.codes), operand.dtype, operand.group, operand.sign, *factors)
 
 
 def _forget_pages(array: np.ndarray) -> None:
@@ -94,25 +120,3 @@ def _forget_pages(array: np.ndarray) -> None:
     length = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0:
         mapped.madvise(mmap.MADV_DONTNEED, first, length)
-
-
-def _matmul_weights(lowered: Lowered) -> set[str]:
-    """The weights [in, out] that only serve as right operands of MatMul, directly or through one Cast or DequantizeLinear."""
-    uses: dict[str, list[tuple[str, int, tuple[str, ...]]]] = defaultdict(list)  # value -> (op, position, outputs)
-    for node in lowered.graph.nodes:
-        for position, name in enumerate(node.inputs):
-            uses[name].append((node.op.op_type if node.op.domain == "" else "", position, node.outputs))
-
-    def right_operand(name: str) -> bool:
-        return bool(uses[name]) and all(op == "MatMul" and position == 1 for op, position, _ in uses[name])
-
-    def through(name: str) -> bool:
-        return bool(uses[name]) and all(
-            op in ("Cast", "DequantizeLinear") and position == 0 and right_operand(outputs[0]) for op, position, outputs in uses[name]
-        )
-
-    def rank(name: str) -> int:
-        return len(lowered.packed[name].shape) if name in lowered.packed else int(lowered.weights[name].ndim)
-
-    outputs = set(lowered.graph.outputs)
-    return {name for name in lowered.weights if rank(name) == 2 and name not in outputs and (right_operand(name) or through(name))}

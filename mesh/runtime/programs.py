@@ -327,7 +327,8 @@ def _embed(bucket: ShapeBucket, block: Block, state: Any, x: Any) -> _Program:
 def _layers(bucket: ShapeBucket, group: Group, caches: Sequence[LayerCache], x: Any) -> _Program:
     weights, tree = _flat([block.weights for block in group.blocks])
     # Equal layers are traced once. XLA inlines the calls, so the program is the same.
-    traced = {block.signature: jax.jit(partial(step.layer, block.lowered, length=bucket.length)) for block in group.blocks}
+    graphs = {block.signature: block.lowered if bucket.prefill else block.decode for block in group.blocks}
+    traced = {signature: jax.jit(partial(step.layer, graph, length=bucket.length)) for signature, graph in graphs.items()}
 
     def layers(flat: Any, caches: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mesh import __version__
 from mesh.bus import Bus
+from mesh.kernels.library import kernels
 from mesh.model.manifest import Manifest
 from mesh.protocol import frame_codec
 from mesh.protocol.status import ShardLease, ShardStats
@@ -114,6 +115,7 @@ def lease_of(shard: ReportingShard, now: float) -> ShardLease:
         version=__version__,
         host=socket.gethostname(),
         processor=processor() if shard.stage is not None else "",
+        kernels=(kernels().name or "none") if shard.stage is not None else "",
         pid=os.getpid(),
         started_unix_s=shard.started_unix_s,
         http=shard.http_url,

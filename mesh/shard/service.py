@@ -34,6 +34,7 @@ from mesh.errors import (
     ServiceError,
     Unavailable,
 )
+from mesh.kernels.library import kernels
 from mesh.model.signature import load_trusted
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
@@ -170,6 +171,7 @@ class Shard:
             log.info("loading layers %s of %s", shape.layers, model)
             with self._start.part("load model"):
                 self.stage = await self.in_thread(self._load)
+            log.info("kernels: %s", kernels())
             if self.options.warm_up:
                 self._set_status("warming")
                 log.info("compiling")

@@ -21,7 +21,7 @@ LAYERS = [
     {"host"},
     {"http", "protocol"},
     {"telemetry", "pki"},
-    {"model"},
+    {"model", "kernels"},
     {"lowering", "planner", "bus"},
     {"runtime", "client"},
     {"importer", "shard", "coordinator"},

@@ -24,5 +24,5 @@ def test_every_file_that_is_not_python_is_shipped() -> None:
     shipped = {
         file for package, patterns in data.items() for pattern in patterns for file in (ROOT / package.replace(".", "/")).glob(pattern)
     }
-    there = {file for file in (ROOT / "mesh").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    there = {file for file in (ROOT / "mesh").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc", ".so")}
     assert ROOT / "mesh/py.typed" in shipped and shipped == there

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from mesh.importer.families.decoder import write_decoder
-from mesh.importer.families.spec import DecoderSpec, DecoderWeights
+from mesh.importer.families.spec import DecoderSpec, DecoderWeights, LayerWeights
 from mesh.importer.options import ImportOptions
+from mesh.importer.write.kept import SourceMatrix
 from mesh.importer.write.writer import BlockWriter
-from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo
+from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress
 
 __all__ = ["DecoderSource"]
@@ -48,6 +49,10 @@ class DecoderSource:
         return self.spec.context_length
 
     @property
+    def kept_weights(self) -> WeightsInfo | None:
+        return kept_weights(self.weights.layer(0))
+
+    @property
     def cache(self) -> tuple[CacheInfo, ...]:
         return self.spec.cache
 
@@ -56,3 +61,15 @@ class DecoderSource:
 
     def write_tokenizer(self, directory: Path) -> tuple[TokenizerInfo | None, tuple[FileInfo, ...]]:
         return self.tokenizer(directory)
+
+
+def kept_weights(layer: LayerWeights) -> WeightsInfo | None:
+    """How the quantized matrices of a layer are said to be stored: the nearest width, the group of the first, and the names of all."""
+    linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+    forms = [
+        each.weight.form for each in linears if each is not None and isinstance(each.weight, SourceMatrix) and each.weight.form is not None
+    ]
+    if not forms:
+        return None
+    bits = sum(form.bits for form in forms) / len(forms)
+    return WeightsInfo(bits=4 if bits < 6 else 8, group_size=forms[0].group, kept=", ".join(dict.fromkeys(form.name for form in forms)))

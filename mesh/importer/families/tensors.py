@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mesh.errors import CorruptModel
 from mesh.importer.families.spec import Linear, Norm
+from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
 
 __all__ = ["Checkpoint", "Tensors"]
 
@@ -22,6 +23,11 @@ class Checkpoint(Protocol):
     def __contains__(self, name: str) -> bool: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str) -> Array: ...
+    def form(self, name: str) -> KeptForm | None:
+        """How the tensor is quantized, if a block can hold that; `kept` reads it so."""
+        ...
+
+    def kept(self, name: str) -> Kept: ...
     def release(self) -> None: ...
 
 
@@ -67,8 +73,16 @@ class Tensors:
     ) -> Linear:
         """`name`.weight stored [out, in] = `shape`, and `name`.bias if there is one. `part` takes some of the output rows of both."""
         pick = part if callable(part) else (lambda array: array[part]) if part is not None else (lambda array: array)
-        weight = self.tensor(f"{name}.weight", lambda array: pick(array).T, shape=shape)
-        return Linear(weight, self.optional(f"{name}.bias", pick))
+        return Linear(self.matrix(f"{name}.weight", pick, shape=shape), self.optional(f"{name}.bias", pick))
+
+    def matrix(
+        self, name: str, pick: Callable[[Array], Array] = lambda array: array, *, shape: tuple[int | None, int | None] = (None, None)
+    ) -> SourceMatrix:
+        """The weight `name`, stored [out, in] = `shape`, with `pick` applied to its outputs."""
+        read = self.tensor(name, pick, shape=shape)
+        full = self.prefix + name
+        form = self.checkpoint.form(full)
+        return SourceMatrix(read, form, None if form is None else lambda: self.checkpoint.kept(full).rows(pick))
 
     def stack(self, names: Sequence[str]) -> Callable[[], Array]:
         """Weights stored [out, in] of several experts, as [experts, in, out]."""

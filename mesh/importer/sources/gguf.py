@@ -169,13 +169,13 @@ class _Weights:
         self.tensors.checkpoint.release()
 
     def embed(self) -> EmbedWeights:
-        return EmbedWeights(self.tensors.tensor("token_embd.weight"))
+        return EmbedWeights(self.tensors.matrix("token_embd.weight"))
 
     def head(self) -> HeadWeights:
         norm = self.tensors.norm("output_norm")
         if "output.weight" in self.tensors:
             return HeadWeights(self.tensors.linear("output"), norm)
-        return HeadWeights(Linear(self.tensors.tensor("token_embd.weight", lambda table: table.T)), norm)
+        return HeadWeights(Linear(self.tensors.matrix("token_embd.weight")), norm)
 
     def layer(self, index: int) -> LayerWeights:
         spec, tensors, name = self.spec, self.tensors, f"blk.{index}."

@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
+from mesh.importer.sources.gguf_blocks import FORMS, kept
 from mesh.importer.sources.place import inside_source
+from mesh.importer.write.kept import Kept, KeptForm
 
 __all__ = ["GgufCheckpoint"]
 
@@ -92,6 +94,18 @@ class GgufCheckpoint:
                 count = math.prod(entry.shape)
                 return np.frombuffer(entry.file.map, dtype, count, entry.offset).reshape(entry.shape)
             return _dequantize(entry, name)
+
+    def form(self, name: str) -> KeptForm | None:
+        return FORMS.get(self._entry(name).kind)
+
+    def kept(self, name: str) -> Kept:
+        """The tensor as it is quantized, of a type that has a `form`."""
+        entry = self._entry(name)
+        with decoding(CorruptModel, f"{entry.file.path}: tensor {name}"):
+            out = math.prod(entry.shape[:-1])
+            elements, size = block_sizes(entry.kind)
+            stored = np.frombuffer(entry.file.map, np.uint8, entry.nbytes, entry.offset)
+            return kept(entry.kind, stored.reshape(out, entry.shape[-1] // elements, size))
 
     def release(self) -> None:
         """Let go of the pages that reading brought in; the next read brings them back."""
@@ -189,11 +203,17 @@ class _File:
         return [self._value(item, depth + 1) for _ in range(count)]
 
 
-def _nbytes(path: Path, name: str, kind: int, shape: tuple[int, ...]) -> int:
+def block_sizes(kind: int) -> tuple[int, int]:
+    """Elements and bytes of a block of tensor type `kind`."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return int(elements), int(size)
+
+
+def _nbytes(path: Path, name: str, kind: int, shape: tuple[int, ...]) -> int:
     try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        block, size = block_sizes(kind)
     except (ValueError, KeyError):
         raise UnsupportedModel(f"{path}: tensor {name} has type {kind}, which is not known") from None
     if block > 1 and (not shape or shape[-1] % block):

@@ -94,6 +94,10 @@ class OnnxSource:
         return len(self.patterns)
 
     @property
+    def kept_weights(self) -> None:
+        """Weights of an export are re-emitted as its graph has them; none is a tensor that is kept or not."""
+
+    @property
     def cache(self) -> tuple[CacheInfo, ...]:
         return tuple(
             CacheInfo(kv_heads=i.kv_heads, key_dim=i.k.layout.width, value_dim=i.v.layout.width, window=rule.window)

@@ -17,6 +17,7 @@ from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.families.registry import open_decoder
 from mesh.importer.sources.place import inside_source
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
+from mesh.importer.write.kept import Kept
 
 __all__ = ["SafetensorsCheckpoint", "open_source"]
 
@@ -113,6 +114,12 @@ class SafetensorsCheckpoint:
             raise UnsupportedModel(f"{entry.path}: tensor {name} has type {entry.dtype}: only {', '.join(DTYPES)} are supported")
         with _opened(entry.path) as file, decoding(CorruptModel, f"{entry.path}: tensor {name}"):
             return np.asarray(file.get_tensor(name), DTYPES[entry.dtype])
+
+    def form(self, name: str) -> None:
+        """No tensor is quantized in a way that a block holds."""
+
+    def kept(self, name: str) -> Kept:
+        raise UnsupportedModel(f"{self._directory}: tensor {name} is not quantized")
 
     def release(self) -> None:
         """Nothing is held between reads."""

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from mesh.importer.options import ImportOptions
 from mesh.importer.write.writer import BlockWriter
-from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo
+from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress
 
 __all__ = ["Source"]
@@ -34,6 +34,11 @@ class Source(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def kept_weights(self) -> WeightsInfo | None:
+        """How its quantized weights are said to be stored if they are kept; None where it has none."""
+        ...
+
     @property
     def cache(self) -> tuple[CacheInfo, ...]: ...
 

@@ -54,7 +54,7 @@ def measure_against_float32(
     """
     tokens = _tokens(directory, manifest)
     mine = _Score(tokens)
-    if options.bits == 32 and options.dtype == "float32":
+    if options.bits == 32 and options.dtype == "float32" and manifest.weights.kept is None:
         for logits in runtime_logits(directory, manifest, tokens):
             mine.add(logits)
         return {"perplexity": mine.perplexity, "perplexity_float32": mine.perplexity, "logits_error_float32": 0.0, "tokens": len(tokens)}
@@ -79,7 +79,7 @@ def measure_against_float32(
 
 
 def _float32(source: Source, scratch: Path, manifest: Manifest, progress: Progress) -> Manifest:
-    options = ImportOptions()
+    options = ImportOptions(bits=32)
     blocks = source.write_blocks(BlockWriter(scratch), options, progress)
     update = {"hidden": HiddenInfo(size=manifest.hidden.size, dtype="float32"), "cache_dtype": "float32", "blocks": blocks}
     exact = manifest.model_copy(update={**update, "weights": options.weights, "tokenizer": None, "extra_files": ()})

@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.importer.options import ImportOptions
+from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
 from mesh.importer.write.quantize import EXPERT_GROUP, half_type, quantize_rows, quantize_weight
 from mesh.importer.write.writer import INLINE_BYTES, BlockWriter, Weight, WeightValue, as_callable, block_model
 from mesh.model.manifest import BlockInfo
@@ -41,6 +42,7 @@ class GraphBuilder:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self.weights: dict[str, WeightValue] = {}
+        self.kept: list[KeptForm] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._count = 0
 
@@ -96,6 +98,8 @@ class GraphBuilder:
     def matrix(self, name: str, weight: WeightValue, *, experts: bool = False) -> str:
         """A MatMul weight [in, out], or [experts, in, out], stored as the options say; returns its value in the compute type."""
         options, produce = self.options, as_callable(weight)
+        if options.keep and isinstance(weight, SourceMatrix) and weight.form is not None and weight.keep is not None:
+            return self._kept(name, weight.form, weight.keep)
         if options.bits == 32:
             return self.parameter(f"{name}.weight", weight)
         if options.bits == 16:
@@ -116,7 +120,12 @@ class GraphBuilder:
 
         Only the rows asked for are converted: a table is large and a step reads few rows of it.
         """
-        options, produce = self.options, as_callable(table)
+        options = self.options
+        if isinstance(table, SourceMatrix):
+            if options.keep and table.form is not None and table.keep is not None:
+                return self._kept_rows(ids, name, table.form, table.keep, out)
+            table = table.read
+        produce = as_callable(table)
         if options.bits == 32 or (options.bits == 16 and options.dtype != "float32"):
             return self.op("Gather", self.parameter(f"{name}.weight", table), ids, out=out)
         if options.bits == 16:
@@ -126,6 +135,58 @@ class GraphBuilder:
         codes = self.op("Gather", self.weight(f"{name}.weight", lambda: quantized.get()[0]), ids)
         scale = self.op("Gather", self.weight(f"{name}.scale", lambda: quantized.get()[1]), ids)
         return self.op("Mul", self.op("Cast", codes, to=self._type(None)), scale, out=out)
+
+    def _kept(self, name: str, form: KeptForm, keep: Callable[[], Kept]) -> str:
+        """A MatMul weight as its source has quantized it, stored [out, in]; returns its value [in, out]."""
+        codes, scale, minimum = self._stored(name, form, keep)
+        values = self.op("DequantizeLinear", codes, self._factors(form, *scale), axis=1, block_size=form.group)
+        if minimum is not None:
+            lifted = self.op("Unsqueeze", self._factors(form, *minimum), self.const([2]))
+            grouped = self.op("Reshape", values, self.const([0, -1, form.group]))
+            shifted = self.op("Add" if form.minimum == "add" else "Sub", grouped, lifted)
+            values = self.op("Reshape", shifted, self.const([0, -1]))
+        return self.op("Transpose", values, perm=[1, 0])
+
+    def _kept_rows(self, ids: str, name: str, form: KeptForm, keep: Callable[[], Kept], out: str | None) -> str:
+        """Rows `ids` of a table as its source has quantized it. Its codes are bytes: Gather has no smaller ones everywhere."""
+        codes, scale, minimum = self._stored(name, form, keep, codes=np.dtype(np.int8 if form.codes.name.startswith("int") else np.uint8))
+
+        def rows(each: str, last: int) -> str:
+            taken = self.op("Cast", self.op("Gather", each, ids), to=TensorProto.FLOAT)
+            return self.op("Reshape", taken, self.const([0, 0, -1, last]))
+
+        def factors(data: str, step: str | None) -> str:
+            if step is None or form.each is None:
+                return rows(data, 1)
+            return self.op("Reshape", self.op("Mul", rows(data, form.each), rows(step, 1)), self.const([0, 0, -1, 1]))
+
+        values = self.op("Mul", rows(codes, form.group), factors(*scale))
+        if minimum is not None:
+            values = self.op("Add" if form.minimum == "add" else "Sub", values, factors(*minimum))
+        return self.op("Reshape", values, self.const([0, 0, -1]), out=out)
+
+    def _stored(
+        self, name: str, form: KeptForm, keep: Callable[[], Kept], codes: np.dtype[Any] | None = None
+    ) -> tuple[str, tuple[str, str | None], tuple[str, str | None] | None]:
+        """The weights of a kept tensor: its codes, and data and step of its scale and its minimum. It is read once for all of them."""
+        steps = 1 if form.each is None else 2
+        source = _Once(keep, uses=1 + steps * (1 if form.minimum is None else 2))
+        self.kept.append(form)
+
+        def factors(what: str) -> tuple[str, str | None]:
+            data = self.weight(f"{name}.{what}", Weight(lambda: getattr(source.get(), what)[0], counted=False))
+            if form.each is None:
+                return data, None
+            return data, self.weight(f"{name}.{what}_step", Weight(lambda: getattr(source.get(), what)[1], counted=False))
+
+        stored = self.weight(f"{name}.weight", Weight(lambda: source.get().codes, codes, counted=True))
+        return stored, factors("scale"), None if form.minimum is None else factors("minimum")
+
+    def _factors(self, form: KeptForm, data: str, step: str | None) -> str:
+        """Numbers of groups [out, groups] as float32."""
+        if step is None:
+            return self.op("Cast", data, to=TensorProto.FLOAT)
+        return self.op("DequantizeLinear", data, self.op("Cast", step, to=TensorProto.FLOAT), axis=1, block_size=form.each)
 
     def model(self) -> ModelProto:
         """The graph without its weights, which BlockWriter adds."""

@@ -36,11 +36,13 @@ Array = npt.NDArray[Any]
 class Weight:
     """A weight that is produced only when it is written: an array of any strides, stored as `dtype` (None: its own type).
 
-    Conversion and transposition happen slice by slice while writing, so `produce` may return a view of a mapped file.
+    Conversion and transposition happen slice by slice while writing, so `produce` may return a view of a mapped file. `counted`: whether
+    its elements are parameters of the model (None: what it is used for says it).
     """
 
     produce: Callable[[], Array]
     dtype: np.dtype[Any] | Callable[[Array], np.dtype[Any]] | None = None
+    counted: bool | None = None
 
 
 WeightValue = Array | Callable[[], Array] | Weight
@@ -74,10 +76,14 @@ class BlockWriter:
         data = _DataFile(data_path)
         try:
             for weight_name in [key for key in values if key in used]:
-                tensor, stored_bytes = data.store(weight_name, values.pop(weight_name))
+                value = values.pop(weight_name)
+                tensor, stored_bytes = data.store(weight_name, value)
                 graph.initializer.append(tensor)
                 weight_bytes += stored_bytes
-                if weight_name not in scales and (weight_name in quantized or _is_float(tensor.data_type)):
+                counted = value.counted if isinstance(value, Weight) else None
+                if counted is None:
+                    counted = weight_name not in scales and (weight_name in quantized or _is_float(tensor.data_type))
+                if counted:
                     parameters += int(np.prod(tensor.dims, dtype=np.int64))
         finally:
             data.close()

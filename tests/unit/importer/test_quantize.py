@@ -53,7 +53,7 @@ def rounded(model: Any, options: ImportOptions) -> Any:
             if name == "lm_head.weight":
                 new = stored(array.T, options.for_head()).T
             elif name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight")):
-                if options.bits <= 8:
+                if options.width <= 8:
                     codes, scale = quantize_rows(array, options)
                     new = codes.astype(np.float32) * scale.astype(np.float32)
                 else:

@@ -9,8 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mesh.lowering import lower
+from mesh.lowering import Lowered, lower
 from mesh.lowering.join import join_products
+from mesh.lowering.operands import operands
 from mesh.lowering.weights import pack
 
 DEPTH, WIDTHS = 32, (48, 16, 16)
@@ -58,18 +59,16 @@ def test_joined_products_give_the_same_numbers(kind: str, monkeypatch: pytest.Mo
     lowered = lower(model(kind))
     x = np.random.default_rng(2).standard_normal((1, 5, DEPTH)).astype(np.float32)
     expected = lowered({name: lowered.weights[name] for name in lowered.weights}, {"x": x})
-    graph, parts = join_products(lowered, {"w0", "w1", "w2"})
+    graph, found = operands(lowered)
+    graph, parts = join_products(graph, found, lambda operand: operand.dtype)
     assert products(graph) == 1
-    assert parts["w0|w1|w2"] == ("w0", "w1", "w2")
-    weights: dict[str, Any] = {name: array for name, array in lowered.weights.items() if not any(name in names for names in parts.values())}
-    for name, names in parts.items():
-        arrays = [lowered.weights[part] for part in names]
-        packs = name.startswith("w")
-        weights[name] = (
-            pack([(a, lowered.packed.get(n)) for a, n in zip(arrays, names, strict=True)]) if packs else np.concatenate(arrays, axis=-1)
-        )
-    joined = type(lowered)(graph, weights, lowered.packed, lowered.static_inputs)
-    result = joined(weights, {"x": x})
+    assert parts == {"w0|w1|w2": ("w0", "w1", "w2")}
+
+    def read(name: str) -> Any:
+        return lowered.weights.get(name, lowered.graph.constants.get(name)), lowered.packed.get(name)
+
+    weights: dict[str, Any] = {name: pack([found[part] for part in names], read) for name, names in parts.items()}
+    result = Lowered(graph, weights, lowered.packed, lowered.static_inputs)(weights, {"x": x})
     for name in ("y0", "y1", "y2"):
         np.testing.assert_allclose(np.asarray(result[name]), np.asarray(expected[name]), rtol=1e-5, atol=1e-5)
 
@@ -77,7 +76,8 @@ def test_joined_products_give_the_same_numbers(kind: str, monkeypatch: pytest.Mo
 def test_a_weight_that_something_else_reads_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.lowering.prepare.WEIGHT_ELEMENTS", 64)
     lowered = lower(model("float32", shared=True))
-    graph, parts = join_products(lowered, {"w1", "w2"})
+    graph, found = operands(lowered)
+    graph, parts = join_products(graph, found, lambda operand: operand.dtype)
     assert products(graph) == 2
     assert set(parts) == {"w1|w2"}
 
@@ -88,6 +88,7 @@ def test_unlike_weights_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     proto = model("float32")
     proto.graph.node[1].input[0] = "x2"
     proto.graph.input.append(helper.make_tensor_value_info("x2", TensorProto.FLOAT, [1, 5, DEPTH]))
-    graph, parts = join_products(lower(proto), {"w0", "w1", "w2"})
-    assert set(parts) == {"w0|w2"}
+    graph, found = operands(lower(proto))
+    graph, parts = join_products(graph, found, lambda operand: operand.dtype)
+    assert set(parts) == {"w0|w2", "w1"}
     assert products(graph) == 2

@@ -1,0 +1,153 @@
+"""Calls of the kernels inside a program that JAX traces.
+
+    products    norm or activation of the input, one or more products of it, bias and residual: one custom call
+    attention   rotation, writing to the cache in place, and attention of one token a row: one custom call
+
+The arguments of a custom call are checked in mesh/kernels/native/handlers.cpp, which reads the description of a weight in the order of
+`Weight.described`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+__all__ = ["KINDS", "Factors", "Gated", "Norm", "Weight", "attention", "products"]
+
+Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits"]
+KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits")
+MOST_WEIGHTS = 8
+"""Of one call."""
+
+_AS_GIVEN, _NORM, _GATED = 0, 1, {"silu": 2, "gelu_tanh": 3}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A number for each output or group, [out, groups] or [out]; in two steps: `data` times the number of `step` [out, groups / n]."""
+
+    data: Any
+    step: Any = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return (self.data,) if self.step is None else (self.data, self.step)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight [out, in] as the kernels read it: (code - offset - zero) * scale - minimum. See mesh/kernels/native/weight.h."""
+
+    kind: Kind
+    shape: tuple[int, int]
+    codes: Any
+    high: Any = None
+    group: int = 0
+    offset: int = 0
+    scale: Factors | None = None
+    zero: Factors | None = None
+    minimum: Factors | None = None
+    bias: Any = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        factors = (array for each in (self.scale, self.zero, self.minimum) if each is not None for array in each.arrays)
+        return (self.codes, *(() if self.high is None else (self.high,)), *factors, *(() if self.bias is None else (self.bias,)))
+
+    @property
+    def described(self) -> tuple[int, ...]:
+        counts = (0 if each is None else len(each.arrays) for each in (self.scale, self.zero, self.minimum))
+        return (KINDS.index(self.kind), *self.shape, self.group, self.offset, *counts, int(self.bias is not None))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS normalisation of the input: its scale [in]."""
+
+    scale: Any
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The input is a gate, whose activation is multiplied with `up` [rows, in]."""
+
+    activation: Literal["silu", "gelu_tanh"]
+    up: Any
+
+
+def products(x: Any, weights: Sequence[Weight], *, before: Norm | Gated | None = None, residual: Any = None) -> list[Any]:
+    """x [rows, in], normalised or gated, times each weight -> [rows, out] float32 of each; `residual` is added to the only one."""
+    first: tuple[Any, ...] = ()
+    prologue, epsilon = _AS_GIVEN, 0.0
+    if isinstance(before, Norm):
+        prologue, epsilon, first = _NORM, before.epsilon, (before.scale,)
+    elif before is not None:
+        prologue, first = _GATED[before.activation], (before.up,)
+    rows = x.shape[0]
+    arrays = (array for weight in weights for array in weight.arrays)
+    call = jax.ffi.ffi_call("mesh_products", [jax.ShapeDtypeStruct((rows, weight.shape[0]), np.float32) for weight in weights])
+    described = np.array([number for weight in weights for number in weight.described], np.int64)
+    results: Any = call(
+        x,
+        *first,
+        *arrays,
+        *(() if residual is None else (residual,)),
+        weights=described,
+        rows=np.int64(rows),
+        prologue=np.int64(prologue),
+        epsilon=np.float32(epsilon),
+        residual=np.int64(residual is not None),
+    )
+    return list(results)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    rotation: tuple[Any, Any] | None,
+    steps: tuple[Any, Any, Any],
+    caches: tuple[Any, Any],
+    *,
+    length: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | None = None,
+    interleaved: bool = False,
+) -> tuple[Any, Any, Any]:
+    """One token of each row: rotate it, write its key and value into the caches, and attend over them.
+
+    q [rows, heads, dim], k, v [rows, kv_heads, dim] float32; rotation: cosines and sines [rows, pairs]; steps: positions [rows], writes
+    [rows] and the first row, int32; caches: keys and values [R, kv_heads, slots, dim] float32. Returns (context [rows, heads, dim], keys,
+    values); donated caches are written in place. A row sees the positions up to its own, `window` of them at most.
+    """
+    rows, heads, dim = q.shape
+    positions, writes, row = steps
+    turned = () if rotation is None else rotation
+    first = 3 + len(turned) + 3  # the place of the caches among the arguments
+    shapes = [jax.ShapeDtypeStruct((rows, heads, dim), np.float32)] + [jax.ShapeDtypeStruct(each.shape, np.float32) for each in caches]
+    call = jax.ffi.ffi_call("mesh_attention", shapes, input_output_aliases={first: 1, first + 1: 2})
+    context, keys, values = call(
+        q,
+        k,
+        v,
+        *turned,
+        positions,
+        writes,
+        row.reshape(1),
+        *caches,
+        rows=np.int64(rows),
+        heads=np.int64(heads),
+        rotated_pairs=np.int64(0 if rotation is None else rotation[0].shape[-1]),
+        interleaved=np.int64(interleaved),
+        length=np.int64(length),
+        window=np.int64(window or 0),
+        scale=np.float32(scale),
+        softcap=np.float32(softcap),
+    )
+    return context, keys, values

@@ -1,0 +1,314 @@
+// What XLA calls: the arguments of a custom call, checked against each other, and the kernels run on them in pieces.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <optional>
+#include <string>
+
+#include "pool.h"
+#include "weight.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace kernels {
+
+namespace {
+
+constexpr int64_t kOutputsStep = 16;          // pieces are multiples of so many outputs
+constexpr int64_t kPieceBytes = 32 << 10;     // of weights, for few rows
+constexpr int64_t kAloneBytes = 24 << 10;     // so small a product is not worth another thread
+constexpr int64_t kAloneScores = 96 << 10;    // elements of keys, times queries
+constexpr int kMostWeights = 8;
+
+ffi::Error wrong(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "mesh kernels: " + what); }
+
+// Memory of the calling thread, kept from call to call. A thread makes one call at a time.
+float* scratch(int which, int64_t floats) {
+  struct Kept {
+    float* data[2] = {};
+    int64_t size[2] = {};
+    ~Kept() { std::free(data[0]), std::free(data[1]); }
+  };
+  static thread_local Kept kept;
+  if (floats > kept.size[which]) {
+    std::free(kept.data[which]);
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, (size_t)floats * sizeof(float))) p = nullptr;
+    kept.data[which] = (float*)p;
+    kept.size[which] = p ? floats : 0;
+  }
+  return kept.data[which];
+}
+
+// The arguments one after the other. `ok` is false once one was missing or not as it must be.
+struct Arguments {
+  ffi::RemainingArgs args;
+  size_t at = 0;
+  bool ok = true;
+  std::string problem;
+
+  const void* next(int64_t count, ffi::DataType type, const char* what) {
+    auto buffer = args.get<ffi::AnyBuffer>(at++);
+    if (!buffer.has_value()) return miss(std::string(what) + " is missing");
+    if (buffer->element_type() != type || (count >= 0 && (int64_t)buffer->element_count() != count))
+      return miss(std::string(what) + " has " + std::to_string(buffer->element_count()) + " elements where " + std::to_string(count) +
+                  " are needed, or another type");
+    return buffer->untyped_data();
+  }
+  const float* floats(int64_t count, const char* what) { return (const float*)next(count, ffi::DataType::F32, what); }
+  const int32_t* integers(int64_t count, const char* what) { return (const int32_t*)next(count, ffi::DataType::S32, what); }
+  const void* any(int64_t count, Kind* kind, int64_t* found, const char* what) {
+    auto buffer = args.get<ffi::AnyBuffer>(at++);
+    if (!buffer.has_value()) return miss(std::string(what) + " is missing");
+    *found = (int64_t)buffer->element_count();
+    switch (buffer->element_type()) {
+      case ffi::DataType::F32: *kind = kFloat32; break;
+      case ffi::DataType::F16: *kind = kFloat16; break;
+      case ffi::DataType::BF16: *kind = kBfloat16; break;
+      case ffi::DataType::S8: *kind = kInt8; break;
+      case ffi::DataType::U8: *kind = kUint8; break;
+      default: return miss(std::string(what) + " has a type that no kernel reads");
+    }
+    if (count >= 0 && *found != count) return miss(std::string(what) + " has " + std::to_string(*found) + " elements where " + std::to_string(count) + " are needed");
+    return buffer->untyped_data();
+  }
+  std::nullptr_t miss(std::string why) {
+    if (ok) problem = std::move(why);
+    ok = false;
+    return nullptr;
+  }
+};
+
+// How one weight is described: see mesh/kernels/calls.py.
+enum Field { kKindField, kOutField, kInField, kGroupField, kOffsetField, kScaleField, kZeroField, kMinimumField, kBiasField, kFields };
+
+Numbers numbers(Arguments& args, int64_t parts, int64_t count, const char* what) {
+  Numbers n;
+  if (!parts) return n;
+  int64_t found = 0;
+  n.data = args.any(count, &n.kind, &found, what);
+  if (parts > 1) {
+    n.step = args.any(-1, &n.step_kind, &found, what);
+    if (!found || count % found) args.miss(std::string(what) + " has a step for a part of a number");
+    else n.each = count / found;
+  }
+  return n;
+}
+
+Weight weight(Arguments& args, const int64_t* field) {
+  Weight w;
+  w.kind = (Kind)field[kKindField], w.out = field[kOutField], w.in = field[kInField];
+  w.group = field[kGroupField], w.offset = (float)field[kOffsetField];
+  const bool packed = w.kind >= kNibbles;
+  if (w.kind < kFloat32 || w.kind > kSixBits || w.out < 1 || w.in < 1 || w.group < 0) args.miss("a weight is described wrongly");
+  if (packed && w.in % (w.kind == kSixBits ? 64 : 32)) args.miss("a weight of packed codes is not made of whole blocks");
+  if (w.group && w.group < w.in && (w.group & (w.group - 1) || w.group < 16)) args.miss("a group is no power of two from 16 on");
+  if (!args.ok) return w;
+  Kind kind = w.kind;
+  int64_t found = 0;
+  const int64_t count = w.out * w.in;
+  w.codes = args.any(packed ? count / 2 : count, &kind, &found, "a weight");
+  if (kind != (packed ? kUint8 : w.kind)) args.miss("a weight's codes have another type than was said");
+  if (w.kind == kFiveBits) w.high = (const uint8_t*)args.next(count / 8, ffi::DataType::U8, "the upper bits of a weight");
+  if (w.kind == kSixBits) w.high = (const uint8_t*)args.next(count / 4, ffi::DataType::U8, "the upper bits of a weight");
+  const int64_t factors = w.out * w.groups();
+  w.scale = numbers(args, field[kScaleField], factors, "a scale");
+  w.zero = numbers(args, field[kZeroField], factors, "a zero point");
+  w.minimum = numbers(args, field[kMinimumField], factors, "a minimum");
+  if (field[kBiasField]) w.bias = args.floats(w.out, "a bias");
+  const bool floating = w.kind <= kBfloat16;
+  if (floating == (w.scale.data != nullptr) || (floating && (w.zero.data || w.minimum.data))) args.miss("a weight has factors that its kind has not");
+  return w;
+}
+
+int64_t bytes_of(const Weight& w) {
+  static const int bits[] = {32, 16, 16, 8, 8, 4, 5, 6};
+  return w.out * w.in * bits[w.kind] / 8;
+}
+
+enum Prologue : int64_t { kAsGiven, kRmsNorm, kGatedSilu, kGatedGelu };
+
+struct Products {
+  Weight weights[kMostWeights];
+  float* results[kMostWeights];
+  int64_t firsts[kMostWeights + 1];  // the first piece of each weight
+  int64_t outputs[kMostWeights];     // of each of its pieces
+  int count;
+  Prologue prologue;
+  const float *x, *second, *residual;
+  float epsilon;
+  int64_t rows, in, stride;
+  float* prepared;
+
+  static constexpr int64_t kRowsAPiece = 4;
+
+  void prepare(int64_t piece) const {
+    const int64_t first = piece * kRowsAPiece, some = rows - first < kRowsAPiece ? rows - first : kRowsAPiece;
+    const float *from = x + first * in, *up = second + first * in;
+    float* to = prepared + first * stride;
+    if (prologue == kRmsNorm) return best().rms_norm(from, second, epsilon, some, in, stride, to);
+    if (prologue == kGatedSilu) return best().gated(kSilu, from, up, some, in, stride, to);
+    if (prologue == kGatedGelu) return best().gated(kGeluTanh, from, up, some, in, stride, to);
+    for (int64_t r = 0; r < some; r++) {
+      std::memcpy(to + r * stride, from + r * in, (size_t)in * sizeof(float));
+      std::memset(to + r * stride + in, 0, (size_t)(stride - in) * sizeof(float));
+    }
+  }
+
+  void multiply(int64_t piece) const {
+    int i = 0;
+    while (piece >= firsts[i + 1]) i++;
+    const Weight& w = weights[i];
+    const int64_t first = (piece - firsts[i]) * outputs[i];
+    const int64_t last = first + outputs[i] < w.out ? first + outputs[i] : w.out;
+    best().tile(Tile{&w, first, last, prepared ? prepared : x, rows, stride, results[i], residual});
+  }
+};
+
+ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::RemainingRets results, ffi::Span<const int64_t> described,
+                    int64_t rows, int64_t prologue, float epsilon, int64_t residual) {
+  Products call;
+  call.count = (int)(described.size() / kFields);
+  if (call.count < 1 || call.count > kMostWeights || described.size() % kFields || results.size() != (size_t)call.count || rows < 1)
+    return wrong("a call of products is described wrongly");
+  Arguments args{given, 0, true, ""};
+  call.prologue = (Prologue)prologue, call.epsilon = epsilon, call.rows = rows;
+  call.in = described[kInField], call.stride = (call.in + 15) / 16 * 16;
+  call.x = args.floats(rows * call.in, "the input");
+  call.second = nullptr;
+  if (prologue == kRmsNorm) call.second = args.floats(call.in, "the norm's scale");
+  if (prologue == kGatedSilu || prologue == kGatedGelu) call.second = args.floats(rows * call.in, "the gated input");
+  int64_t size = 0;
+  for (int i = 0; i < call.count && args.ok; i++) {
+    const Weight w = call.weights[i] = weight(args, described.begin() + i * kFields);
+    if (w.in != call.in) return wrong("the weights of one input differ in its size");
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (!result.has_value() || (*result)->element_type() != ffi::DataType::F32 || (int64_t)(*result)->element_count() != rows * w.out)
+      return wrong("a result has another size than its product");
+    call.results[i] = (float*)(*result)->untyped_data();
+    size += bytes_of(w);
+  }
+  call.residual = residual && args.ok ? args.floats(rows * call.weights[0].out, "the residual") : nullptr;
+  if (!args.ok) return wrong(args.problem);
+  if (residual && call.count > 1) return wrong("a residual is added to one product");
+
+  const bool prepares = prologue != kAsGiven || call.stride != call.in;
+  call.prepared = prepares ? scratch(0, rows * call.stride) : nullptr;
+  if (prepares && !call.prepared) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for the input of a product");
+  const int64_t most = 8 * (threads.num_threads() + 1);
+  const bool alone = size * (rows < 4 ? 1 : rows) < kAloneBytes;
+  const int64_t piece_bytes = alone ? size + 1 : size / most > kPieceBytes ? size / most : kPieceBytes;
+  call.firsts[0] = 0;
+  for (int i = 0; i < call.count; i++) {
+    const Weight& w = call.weights[i];
+    int64_t outputs = (w.out * piece_bytes / bytes_of(w) + kOutputsStep - 1) / kOutputsStep * kOutputsStep;
+    if (rows > 8 && outputs > 64 && !alone) outputs = 64;
+    call.outputs[i] = outputs < kOutputsStep ? kOutputsStep : outputs;
+    call.firsts[i + 1] = call.firsts[i] + (w.out + call.outputs[i] - 1) / call.outputs[i];
+  }
+  Plan* plan = new (std::nothrow) Plan(&call);
+  if (!plan) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory");
+  const int64_t rows_pieces = (rows + Products::kRowsAPiece - 1) / Products::kRowsAPiece;
+  plan->add(prepares ? rows_pieces : 0, [](void* c, int64_t piece) { ((Products*)c)->prepare(piece); });
+  plan->add(call.firsts[call.count], [](void* c, int64_t piece) { ((Products*)c)->multiply(piece); });
+  run(plan, threads);
+  return ffi::Error::Success();
+}
+
+ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys_out,
+                     ffi::Result<ffi::AnyBuffer> values_out, int64_t rows, int64_t heads, int64_t rotated_pairs, int64_t interleaved,
+                     int64_t length, int64_t window, float scale, float softcap) {
+  Attention a{};
+  const auto cache = keys_out->dimensions();
+  if (cache.size() != 4 || keys_out->element_type() != ffi::DataType::F32 || values_out->element_type() != ffi::DataType::F32 ||
+      keys_out->element_count() != values_out->element_count())
+    return wrong("a cache is float32 [rows, heads, positions, size], keys like values");
+  a.cache_rows = cache[0], a.kv_heads = cache[1], a.slots = cache[2], a.dim = cache[3];
+  a.rows = rows, a.heads = heads, a.half = rotated_pairs, a.interleaved = interleaved != 0;
+  a.length = length, a.window = window, a.scale = scale, a.softcap = softcap;
+  if (rows < 1 || rows > a.cache_rows || a.kv_heads < 1 || heads < a.kv_heads || heads % a.kv_heads || a.dim % 16 || a.dim < 16 || length < 1 ||
+      length > a.slots || 2 * rotated_pairs > a.dim || out->element_type() != ffi::DataType::F32 ||
+      (int64_t)out->element_count() != rows * heads * a.dim)
+    return wrong("a call of attention is described wrongly");
+  Arguments args{given, 0, true, ""};
+  a.q = args.floats(rows * heads * a.dim, "the queries");
+  a.k = args.floats(rows * a.kv_heads * a.dim, "the keys");
+  a.v = args.floats(rows * a.kv_heads * a.dim, "the values");
+  if (rotated_pairs) {
+    a.cos = args.floats(rows * rotated_pairs, "the cosines");
+    a.sin = args.floats(rows * rotated_pairs, "the sines");
+  }
+  a.positions = args.integers(rows, "the positions");
+  a.writes = args.integers(rows, "the positions to write to");
+  a.row = args.integers(1, "the first row");
+  const void* keys = args.floats((int64_t)keys_out->element_count(), "the cache of keys");
+  const void* values = args.floats((int64_t)values_out->element_count(), "the cache of values");
+  if (!args.ok) return wrong(args.problem);
+  a.keys = (float*)keys_out->untyped_data(), a.values = (float*)values_out->untyped_data(), a.out = (float*)out->untyped_data();
+  if (keys != a.keys) std::memcpy(a.keys, keys, keys_out->size_bytes());
+  if (values != a.values) std::memcpy(a.values, values, values_out->size_bytes());
+  if (*a.row < 0 || *a.row + rows > a.cache_rows) return wrong("the rows are not all in the cache");
+  int64_t work = 0;
+  for (int64_t b = 0; b < rows; b++) {
+    if (a.positions[b] < 0 || a.writes[b] < 0 || a.writes[b] >= a.slots) return wrong("a position is outside the cache");
+    work += (a.positions[b] + 1) * heads * a.dim;
+  }
+  a.scratch = scratch(1, attention_scratch(a));
+  if (!a.scratch) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for attention");
+  const int64_t items = rows * a.kv_heads;
+  if (work < kAloneScores) {
+    for (int64_t i = 0; i < items; i++) best().attention_write(a, i);
+    for (int64_t i = 0; i < items; i++)
+      for (int64_t span = 0; span < attention_spans(a); span++) best().attention_span(a, i, span);
+    for (int64_t i = 0; i < items; i++) best().attention_merge(a, i);
+    return ffi::Error::Success();
+  }
+  Plan* plan = new (std::nothrow) Plan(&a);
+  if (!plan) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory");
+  plan->add(items, [](void* c, int64_t piece) { best().attention_write(*(Attention*)c, piece); });
+  plan->add(items * attention_spans(a), [](void* c, int64_t piece) {
+    const Attention& a = *(Attention*)c;
+    best().attention_span(a, piece / attention_spans(a), piece % attention_spans(a));
+  });
+  plan->add(items, [](void* c, int64_t piece) { best().attention_merge(*(Attention*)c, piece); });
+  run(plan, threads);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+}  // namespace kernels
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_products, kernels::products,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("weights")
+                                  .Attr<int64_t>("rows")
+                                  .Attr<int64_t>("prologue")
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("residual"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("rows")
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("rotated_pairs")
+                                  .Attr<int64_t>("interleaved")
+                                  .Attr<int64_t>("length")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap"));
+
+extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
+
+#pragma GCC visibility pop

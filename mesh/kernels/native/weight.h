@@ -1,0 +1,97 @@
+// What the kernels are given: a weight as it is stored, and what one call does with it.
+#pragma once
+
+#include <cstdint>
+
+namespace kernels {
+
+// How a number is stored. The first five are types of arrays, the others are codes of a weight.
+enum Kind : int32_t { kFloat32, kFloat16, kBfloat16, kInt8, kUint8, kNibbles, kFiveBits, kSixBits };
+
+// One number for each output or group of a weight, [out, groups]: data, or data * step with a step for `each` numbers in a row.
+struct Numbers {
+  const void* data = nullptr;  // nullptr: there are none
+  Kind kind = kFloat32;
+  const void* step = nullptr;
+  Kind step_kind = kFloat32;
+  int64_t each = 1;
+};
+
+// A weight [out, in]: (code - offset - zero) * scale - minimum.
+//
+// Codes of 4, 5 and 6 bits lie in blocks of 32 along `in`. The 16 bytes of a block have the low four bits of code j and, above them, those
+// of code j + 16. The fifth bits of a block are 32 bits of `high`, the first one lowest. The upper two bits of 64 codes are 16 bytes of
+// `high`: byte j has those of the codes j, j + 16, j + 32 and j + 48, the first ones lowest.
+struct Weight {
+  Kind kind = kFloat32;
+  int64_t out = 0, in = 0;
+  int64_t group = 0;  // elements of `in` that share scale, zero and minimum; 0: all of them
+  float offset = 0;
+  const void* codes = nullptr;
+  const uint8_t* high = nullptr;
+  Numbers scale, zero, minimum;
+  const float* bias = nullptr;  // [out], or nullptr
+
+  int64_t groups() const { return group ? (in + group - 1) / group : 1; }
+  // Of 8 bits, a scale for a whole output is applied to the sum, not to each weight.
+  bool late() const { return kind == kInt8 && scale.data && groups() == 1 && !scale.step && !zero.data && !minimum.data; }
+};
+
+// Some outputs of a product: y[r, o] = x[r] . weight[o] + bias[o] + residual[r, o]
+struct Tile {
+  const Weight* weight;
+  int64_t first, last;  // outputs
+  const float* x;       // [rows, stride], zero from weight->in on to the next multiple of 16
+  int64_t rows, stride;
+  float* y;               // [rows, out]
+  const float* residual;  // [rows, out], or nullptr
+};
+
+// Attention of one token of each row over the cache.
+struct Attention {
+  int64_t rows, heads, kv_heads, dim, half;  // half: how many pairs of each head are rotated
+  const float *q, *k, *v;                    // [rows, heads * dim], [rows, kv_heads * dim]
+  const float *cos, *sin;                    // [rows, half], or nullptr: nothing is rotated
+  bool interleaved;                          // pairs side by side, else half a head apart
+  const int32_t *positions, *writes, *row;   // [rows], [rows], one number
+  float *keys, *values;                      // the cache [all rows, kv_heads, slots, dim], written in place
+  int64_t cache_rows, slots, length;         // length: the most positions that are read
+  int64_t window;                            // positions that a token sees, its own included; 0: all
+  float scale, softcap;
+  float* out;      // [rows, heads * dim]
+  float* scratch;  // see attention_scratch
+};
+
+inline constexpr int64_t kSpan = 256;  // positions that one piece of work attends over
+
+inline int64_t attention_spans(const Attention& a) { return (a.length + kSpan - 1) / kSpan; }
+// Floats: the rotated queries, and for each span of a head its highest score, its sum and its context.
+inline int64_t attention_scratch(const Attention& a) {
+  return a.rows * a.heads * (a.dim + attention_spans(a) * (a.dim + 16));
+}
+
+// The kernels for one kind of processor.
+struct Kernels {
+  const char* name;
+  // Every sum is over 16 lanes, lane l adding the elements l, l + 16, ... in order: a row gives the same bits in any company.
+  void (*tile)(const Tile&);
+  // y [rows, stride] = x [rows, in] / rms * scale
+  void (*rms_norm)(const float* x, const float* scale, float epsilon, int64_t rows, int64_t in, int64_t stride, float* y);
+  // y [rows, stride] = act(gate) * up
+  void (*gated)(int activation, const float* gate, const float* up, int64_t rows, int64_t in, int64_t stride, float* y);
+  void (*attention_write)(const Attention&, int64_t item);             // item: row * kv_heads + head
+  void (*attention_span)(const Attention&, int64_t item, int64_t span);
+  void (*attention_merge)(const Attention&, int64_t item);
+};
+
+enum Activation : int { kSilu, kGeluTanh };
+
+const Kernels* avx512();
+const Kernels* avx2();
+const Kernels* neon();
+const Kernels* portable();
+
+// The fastest that this processor has; MESH_KERNELS names another one that it has as well.
+const Kernels& best();
+
+}  // namespace kernels

@@ -1,0 +1,215 @@
+"""What the right operand of a product is made of, where it follows from initializers alone.
+
+A block says how its weights are stored in standard ONNX, before the product that reads them:
+
+    W [in, out]                                       as it is
+    Cast(W)                                           16 bits
+    DequantizeLinear(W, scale, zero)                  8 or 4 bits, a scale for each output or each group of inputs
+    Transpose(...)                                    any of these, stored [out, in]
+    Reshape(Add or Sub(Reshape(...), Unsqueeze(m)))   a minimum for each group, of a weight stored [out, in]
+
+A scale or a minimum may be a Cast of its initializer, or a DequantizeLinear of one with a step for several groups. `operands` replaces each
+such chain by one name, and says in an `Operand` what stands behind it; mesh/lowering/weights.py makes one array of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mesh.lowering.lower import Lowered
+from mesh.lowering.op_helpers import numpy_type
+from mesh.lowering.prepare import Graph, GraphNode, with_last_use
+from mesh.lowering.tensors import PackedFormat
+
+__all__ = ["Operand", "Stored", "operands"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Numbers of a weight's groups: an initializer's, times those of `step` where there is one. `axis`: that of the groups."""
+
+    name: str
+    step: str | None = None
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight: (codes - zero) * scale - minimum. `turned`: stored [out, in]. `pending`: so far the graph has it as [out, in] as well.
+    `sign`: what the minimum is multiplied with to be subtracted. `dtype`: what it is widened to (None: the codes' own type)."""
+
+    codes: str
+    shape: tuple[int, int]  # as it is stored
+    turned: bool = False
+    pending: bool = False
+    dtype: np.dtype[Any] | None = None
+    scale: Stored | None = None
+    zero: Stored | None = None
+    minimum: Stored | None = None
+    sign: int = 1
+    group: int = 0
+
+    @property
+    def depth(self) -> int:
+        return self.shape[1] if self.turned else self.shape[0]
+
+    @property
+    def out(self) -> int:
+        return self.shape[0] if self.turned else self.shape[1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The initializers that it is made of."""
+        factors = (each for each in (self.scale, self.zero, self.minimum) if each is not None)
+        return (self.codes, *(name for each in factors for name in (each.name, each.step) if name is not None))
+
+
+def operands(lowered: Lowered) -> tuple[Graph, dict[str, Operand]]:
+    """(the graph in which each right operand made of initializers is one name, and the operands by those names)."""
+    found = _Finder(lowered)
+    nodes, result = [], {}
+    for node in lowered.graph.nodes:
+        if (node.op.domain, node.op.op_type) == ("", "MatMul"):
+            operand = found.operand(node.inputs[1])
+            if operand is not None and not operand.pending:
+                result[operand.codes] = operand
+                node = replace(node, inputs=(node.inputs[0], operand.codes))
+        nodes.append(node)
+    return _live(lowered.graph, nodes), result
+
+
+def _live(graph: Graph, nodes: list[GraphNode]) -> Graph:
+    """The graph with these nodes, less those whose results nothing needs any more."""
+    wanted = set(graph.outputs)
+    kept = []
+    for node in reversed(nodes):
+        if wanted & set(node.outputs):
+            kept.append(node)
+            wanted |= {*node.inputs} | node.captured()
+    constants = {name: value for name, value in graph.constants.items() if name in wanted}
+    return with_last_use(Graph(graph.inputs, graph.outputs, tuple(reversed(kept)), constants))
+
+
+class _Finder:
+    """Follows values back to initializers. A value that something else reads as well is not followed."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        graph = lowered.graph
+        self._weights: Mapping[str, Any] = lowered.weights
+        self._packed: Mapping[str, PackedFormat] = lowered.packed
+        self._constants = graph.constants
+        self._uses = Counter(name for node in graph.nodes for name in (*node.inputs, *node.captured()))
+        self._uses.update(graph.outputs)
+        self._made_by = {name: node for node in graph.nodes for name in node.outputs if node.op.domain == ""}
+
+    def operand(self, name: str) -> Operand | None:
+        """What the right operand `name` of a product is, or None."""
+        if self._uses[name] != 1:
+            return None
+        if name in self._weights:
+            shape = self._shape(name)
+            return Operand(name, (shape[0], shape[1])) if len(shape) == 2 else None
+        node = self._made_by.get(name)
+        known = None if node is None else _KNOWN.get(node.op.op_type)
+        return None if node is None or known is None else known(self, node)
+
+    def _cast(self, node: GraphNode) -> Operand | None:
+        inner = self.operand(node.inputs[0])
+        if inner is None or inner.dtype is not None:
+            return None
+        return replace(inner, dtype=numpy_type(node.attributes["to"]))
+
+    def _dequantize(self, node: GraphNode) -> Operand | None:
+        inner = self.operand(node.inputs[0])
+        if inner is None or inner.dtype is not None or inner.turned or set(node.attributes) - {"axis", "block_size"}:
+            return None
+        axis, group = node.attributes.get("axis", 1) % 2, node.attributes.get("block_size", 0)
+        scale = self._factors(node.inputs[1], axis)
+        zero = self._initializer(node.inputs[2], axis) if len(node.inputs) > 2 and node.inputs[2] else None
+        if scale is None or (len(node.inputs) > 2 and node.inputs[2] and zero is None):
+            return None
+        rank = len(self._shape(scale.name))
+        if group and rank != 2:
+            return None
+        # Groups lie along the inputs, a scale without groups belongs to an output: which axis is which follows from that.
+        turned = axis == (1 if group else 0) and self._size(scale.name) > 1
+        dtype = self._type_of(scale, node.inputs[1])
+        return replace(inner, dtype=dtype, scale=scale, zero=zero, group=group, turned=turned, pending=turned)
+
+    def _transpose(self, node: GraphNode) -> Operand | None:
+        inner = self.operand(node.inputs[0])
+        if inner is None or tuple(node.attributes.get("perm", (1, 0))) != (1, 0):
+            return None
+        if inner.turned:
+            return replace(inner, pending=False) if inner.pending else None
+        return replace(inner, turned=True) if inner.scale is None or self._size(inner.scale.name) == 1 else None
+
+    def _reshape(self, node: GraphNode) -> Operand | None:
+        """Reshape(Sub(Reshape(W, [0, -1, group]), Unsqueeze(m, 2)), [0, -1]) of W [out, in]."""
+        middle = self._made_by.get(node.inputs[0])
+        if middle is None or middle.op.op_type not in ("Add", "Sub") or self._uses[node.inputs[0]] != 1:
+            return None
+        grouped, lifted = (self._made_by.get(name) for name in middle.inputs)
+        if grouped is None or lifted is None or grouped.op.op_type != "Reshape" or lifted.op.op_type != "Unsqueeze":
+            return None
+        inner = self.operand(grouped.inputs[0])
+        minimum = self._factors(lifted.inputs[0], 1)
+        axes = self._constants.get(lifted.inputs[1])
+        if inner is None or minimum is None or inner.minimum is not None or not inner.pending or not inner.group or axes is None:
+            return None
+        shapes = (self._constants.get(grouped.inputs[1]), self._constants.get(node.inputs[1]))
+        if [None if shape is None else shape.tolist() for shape in shapes] != [[0, -1, inner.group], [0, -1]]:
+            return None
+        if axes.tolist() not in ([-1], [2]) or any(self._uses[name] != 1 for name in middle.inputs):
+            return None
+        return replace(inner, minimum=minimum, sign=1 if middle.op.op_type == "Sub" else -1)
+
+    def _factors(self, name: str, axis: int) -> Stored | None:
+        """Numbers of groups along `axis`, through a Cast or a DequantizeLinear with a step of their own."""
+        node = self._made_by.get(name)
+        if node is None:
+            return self._initializer(name, axis)
+        if self._uses[name] != 1:
+            return None
+        if node.op.op_type == "Cast":
+            return self._initializer(node.inputs[0], axis)
+        if node.op.op_type != "DequantizeLinear" or len(node.inputs) > 2 or not node.attributes.get("block_size"):
+            return None
+        inner, step = self._initializer(node.inputs[0], axis), self._factors(node.inputs[1], axis)
+        if inner is None or step is None or step.step is not None or node.attributes.get("axis", 1) % 2 != axis:
+            return None
+        return replace(inner, step=step.name)
+
+    def _initializer(self, name: str, axis: int) -> Stored | None:
+        known = (name in self._weights and name not in self._packed) or name in self._constants
+        return Stored(name, axis=axis) if known and self._uses[name] == 1 else None
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in self._packed:
+            return tuple(self._packed[name].shape)
+        return tuple((self._weights[name] if name in self._weights else self._constants[name]).shape)
+
+    def _size(self, name: str) -> int:
+        return math.prod(self._shape(name))
+
+    def _type_of(self, factors: Stored, value: str) -> np.dtype[Any]:
+        node = self._made_by.get(value)
+        if node is not None and node.op.op_type == "Cast":
+            return numpy_type(node.attributes["to"])
+        if node is not None:
+            return self._type_of(factors, node.inputs[1])
+        return np.dtype((self._weights.get(value, self._constants.get(value))).dtype)
+
+
+_KNOWN = {
+    "Cast": _Finder._cast,
+    "DequantizeLinear": _Finder._dequantize,
+    "Transpose": _Finder._transpose,
+    "Reshape": _Finder._reshape,
+}

@@ -1,0 +1,353 @@
+// The kernels on odd shapes, against sums in double precision, with every array exactly as long as it has to be: a read or a write past
+// one of them ends this program when it is compiled with -fsanitize=address. Prints "ok N" after N comparisons.
+//
+//     check_kernels [seed]            MESH_KERNELS names the processor's kernels
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../mesh/kernels/native/pool.h"
+#include "../../mesh/kernels/native/weight.h"
+
+using namespace kernels;
+
+namespace {
+
+std::mt19937 source;
+int compared = 0;
+
+float normal() { return std::normal_distribution<float>()(source); }
+int below(int n) { return (int)(source() % (unsigned)n); }
+
+// Exactly `count` elements, so that one more is out of bounds.
+template <typename T>
+struct Exact {
+  std::unique_ptr<T[]> data;
+  size_t count;
+  explicit Exact(size_t n) : data(new T[n]()), count(n) {}
+  T& operator[](size_t i) { return data[i]; }
+  T* get() { return data.get(); }
+};
+
+uint16_t to_half(float f) {  // normal numbers only, truncated
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const int exponent = (int)(bits >> 23 & 255) - 127 + 15;
+  if (exponent <= 0) return 0;
+  return (uint16_t)((bits >> 16 & 0x8000) | (unsigned)exponent << 10 | (bits >> 13 & 1023));
+}
+double of_half(uint16_t h) {
+  const int exponent = h >> 10 & 31;
+  const double value = exponent ? std::ldexp(1024 + (h & 1023), exponent - 25) : std::ldexp(h & 1023, -24);
+  return h & 0x8000 ? -value : value;
+}
+
+void fail(const char* what, double got, double want) {
+  std::printf("%s: %.9g where %.9g is right\n", what, got, want);
+  std::exit(1);
+}
+
+void compare(const char* what, double got, double want, double scale) {
+  compared++;
+  if (!(std::fabs(got - want) <= 2e-6 * scale + 1e-30)) fail(what, got, want);
+}
+
+struct Stored {
+  Weight weight;
+  std::vector<std::shared_ptr<void>> held;
+  std::vector<double> values;  // [out, in]
+};
+
+template <typename T>
+T* hold(Stored& s, size_t n) {
+  auto array = std::make_shared<Exact<T>>(n);
+  s.held.push_back(array);
+  return array->get();
+}
+
+// Factors [out, groups] in some form, and what they are.
+Numbers numbers(Stored& s, int64_t out, int64_t groups, int form, std::vector<double>& values) {
+  Numbers n;
+  values.resize(out * groups);
+  const size_t count = out * groups;
+  if (form == 0) {
+    float* data = hold<float>(s, count);
+    for (size_t i = 0; i < count; i++) values[i] = data[i] = normal();
+    n.data = data;
+  } else if (form == 1) {
+    uint16_t* data = hold<uint16_t>(s, count);
+    for (size_t i = 0; i < count; i++) data[i] = to_half(normal()), values[i] = of_half(data[i]);
+    n.data = data, n.kind = kFloat16;
+  } else if (form == 2) {
+    int8_t* data = hold<int8_t>(s, count);
+    for (size_t i = 0; i < count; i++) values[i] = data[i] = (int8_t)below(16);
+    n.data = data, n.kind = kInt8;
+  } else {  // in two steps
+    n.each = form == 3 ? 8 : 16;
+    uint8_t* data = hold<uint8_t>(s, count);
+    uint16_t* step = hold<uint16_t>(s, count / n.each);
+    for (size_t i = 0; i < count / n.each; i++) step[i] = to_half(normal());
+    for (size_t i = 0; i < count; i++) data[i] = (uint8_t)below(64), values[i] = data[i] * of_half(step[i / n.each]);
+    n.data = data, n.kind = kUint8, n.step = step, n.step_kind = kFloat16;
+  }
+  return n;
+}
+
+Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int mode) {
+  Stored s;
+  Weight& w = s.weight;
+  w.kind = kind, w.out = out, w.in = in, w.group = group;
+  std::vector<double> codes(out * in);
+  const size_t count = out * in;
+  const int bits = kind == kNibbles ? 4 : kind == kFiveBits ? 5 : 6;
+  if (kind == kFloat32) {
+    float* data = hold<float>(s, count);
+    for (size_t i = 0; i < count; i++) codes[i] = data[i] = normal();
+    w.codes = data;
+  } else if (kind == kFloat16 || kind == kBfloat16) {
+    uint16_t* data = hold<uint16_t>(s, count);
+    for (size_t i = 0; i < count; i++) {
+      const float f = normal();
+      uint32_t word;
+      std::memcpy(&word, &f, 4);
+      data[i] = kind == kFloat16 ? to_half(f) : (uint16_t)(word >> 16);
+      word = (uint32_t)data[i] << 16;
+      float back;
+      std::memcpy(&back, &word, 4);
+      codes[i] = kind == kFloat16 ? of_half(data[i]) : back;
+    }
+    w.codes = data;
+  } else if (kind == kInt8 || kind == kUint8) {
+    int8_t* data = hold<int8_t>(s, count);
+    w.offset = kind == kUint8 ? 16 : 0;
+    for (size_t i = 0; i < count; i++) {
+      data[i] = (int8_t)below(256);
+      codes[i] = kind == kInt8 ? data[i] : (uint8_t)data[i] - w.offset;
+    }
+    w.codes = data;
+  } else {
+    uint8_t* data = hold<uint8_t>(s, count / 2);
+    uint8_t* high = kind == kNibbles ? nullptr : hold<uint8_t>(s, kind == kFiveBits ? count / 8 : count / 4);
+    w.offset = mode == 1 ? 0 : (float)(1 << (bits - 1));
+    for (size_t i = 0; i < count; i++) {
+      const int code = below(1 << bits);
+      const size_t at = i % 32;
+      data[i / 32 * 16 + at % 16] |= (uint8_t)((code & 15) << (at < 16 ? 0 : 4));
+      if (kind == kFiveBits) high[i / 8] |= (uint8_t)(code >> 4 << (i % 8));
+      if (kind == kSixBits) high[i / 64 * 16 + i % 16] |= (uint8_t)(code >> 4 << (i % 64 / 16 * 2));
+      codes[i] = code - w.offset;
+    }
+    w.codes = data, w.high = high;
+  }
+  const int64_t groups = w.groups();
+  std::vector<double> scale, other;
+  if (form >= 0) w.scale = numbers(s, out, groups, form, scale);
+  if (mode == 1) w.minimum = numbers(s, out, groups, form, other);
+  if (mode == 2) w.zero = numbers(s, out, groups, 2, other);
+  s.values.resize(count);
+  for (int64_t o = 0; o < out; o++) {
+    for (int64_t k = 0; k < in; k++) {
+      const int64_t g = o * groups + (group ? k / group : 0);
+      double v = codes[o * in + k];
+      if (mode == 2) v -= other[g];
+      if (form >= 0) v *= scale[g];
+      if (mode == 1) v -= other[g];
+      s.values[o * in + k] = v;
+    }
+  }
+  return s;
+}
+
+void check_product(const Stored& s, int64_t rows) {
+  const Weight& w = s.weight;
+  const int64_t stride = (w.in + 15) / 16 * 16;
+  Exact<float> x(rows * stride), y(rows * w.out), alone(w.out), residual(rows * w.out), bias(w.out);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t k = 0; k < w.in; k++) x[r * stride + k] = normal();
+  for (size_t i = 0; i < residual.count; i++) residual[i] = normal();
+  for (size_t i = 0; i < bias.count; i++) bias[i] = normal();
+  Weight biased = w;
+  biased.bias = bias.get();
+  const int64_t middle = below((int)w.out + 1);
+  for (auto [first, last] : {std::pair<int64_t, int64_t>{0, middle}, {middle, w.out}})
+    best().tile(Tile{&biased, first, last, x.get(), rows, stride, y.get(), residual.get()});
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t o = 0; o < w.out; o++) {
+      double want = bias[o] + residual[r * w.out + o], scale = std::fabs(want);
+      for (int64_t k = 0; k < w.in; k++) {
+        want += s.values[o * w.in + k] * x[r * stride + k];
+        scale += std::fabs(s.values[o * w.in + k] * x[r * stride + k]);
+      }
+      compare("product", y[r * w.out + o], want, scale);
+    }
+  }
+  const int64_t r = below((int)rows);
+  best().tile(Tile{&biased, 0, w.out, x.get() + r * stride, 1, stride, alone.get(), residual.get() + r * w.out});
+  if (std::memcmp(alone.get(), y.get() + r * w.out, w.out * 4)) fail("a row alone differs from the same row among others", r, rows);
+}
+
+void products() {
+  const int rows[] = {1, 2, 3, 4, 5, 8, 13, 33};
+  for (int round = 0; round < 40; round++) {
+    const int64_t out = 1 + below(37), odd = 1 + below(150), blocks = 64 * (1 + below(4));
+    for (Kind kind : {kFloat32, kFloat16, kBfloat16}) check_product(stored(kind, out, odd, 0, -1, 0), rows[below(8)]);
+    check_product(stored(kInt8, out, odd, 0, below(2), 0), rows[below(8)]);
+    for (int64_t group : {16, 32, 64}) {
+      check_product(stored(kInt8, out, odd, group, below(2), 0), rows[below(8)]);
+      check_product(stored(kInt8, out, odd, group, below(2), 2), rows[below(8)]);
+      check_product(stored(kUint8, out, odd, group, below(2), 1), rows[below(8)]);
+      check_product(stored(kUint8, out, odd, group, below(2), 2), rows[below(8)]);
+      for (int mode : {0, 1, 2}) check_product(stored(kNibbles, out, blocks, group, below(3), mode), rows[below(8)]);
+    }
+    check_product(stored(kNibbles, out, 32 * (1 + below(9)), 32, below(3), below(2)), rows[below(8)]);
+    check_product(stored(kNibbles, out, 32 * (1 + below(9)), 0, below(3), below(3)), rows[below(8)]);
+    for (int mode : {0, 1}) {
+      check_product(stored(kNibbles, out, 256 * (1 + below(2)), 32, 3, mode), rows[below(8)]);
+      check_product(stored(kFiveBits, out, 256 * (1 + below(2)), 32, 3, mode), rows[below(8)]);
+      check_product(stored(kFiveBits, out, 32 * (1 + below(9)), 32, below(2), mode), rows[below(8)]);
+    }
+    check_product(stored(kSixBits, out, 256 * (1 + below(2)), 16, 4, 0), rows[below(8)]);
+  }
+}
+
+void norms() {
+  for (int round = 0; round < 40; round++) {
+    const int64_t in = 1 + below(100), rows = 1 + below(4), stride = (in + 15) / 16 * 16;
+    Exact<float> x(rows * in), up(rows * in), scale(in), y(rows * stride);
+    for (size_t i = 0; i < x.count; i++) x[i] = 3 * normal(), up[i] = normal();
+    for (size_t i = 0; i < scale.count; i++) scale[i] = normal();
+    best().rms_norm(x.get(), scale.get(), 1e-5f, rows, in, stride, y.get());
+    for (int64_t r = 0; r < rows; r++) {
+      double squares = 0;
+      for (int64_t k = 0; k < in; k++) squares += (double)x[r * in + k] * x[r * in + k];
+      for (int64_t k = 0; k < stride; k++) {
+        const double want = k < in ? x[r * in + k] / std::sqrt(squares / in + 1e-5) * scale[k] : 0;
+        compare("norm", y[r * stride + k], want, 1 + std::fabs(want));
+      }
+    }
+    for (int activation : {kSilu, kGeluTanh}) {
+      best().gated(activation, x.get(), up.get(), rows, in, stride, y.get());
+      for (int64_t r = 0; r < rows; r++) {
+        for (int64_t k = 0; k < stride; k++) {
+          double want = 0;
+          if (k < in) {
+            const double g = x[r * in + k];
+            want = activation == kSilu ? g / (1 + std::exp(-g)) : 0.5 * g * (1 + std::tanh(0.7978845608 * (g + 0.044715 * g * g * g)));
+            want *= up[r * in + k];
+          }
+          compare("activation", y[r * stride + k], want, 1 + std::fabs(want));
+        }
+      }
+    }
+  }
+}
+
+void attention() {
+  for (int round = 0; round < 60; round++) {
+    Attention a{};
+    a.rows = 1 + below(3), a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(6)), a.dim = 16 * (1 + below(6));
+    a.length = 1 + below(600), a.slots = a.length + 16, a.cache_rows = a.rows + below(2);
+    a.half = below(3) ? a.dim / 2 : below((int)a.dim / 2) + 1;
+    a.interleaved = below(2), a.window = below(3) ? 0 : 1 + below(300), a.softcap = below(3) ? 0 : 20, a.scale = 0.2f;
+    Exact<float> q(a.rows * a.heads * a.dim), k(a.rows * a.kv_heads * a.dim), v(k.count), cos(a.rows * a.half), sin(cos.count);
+    Exact<float> keys(a.cache_rows * a.kv_heads * a.slots * a.dim), values(keys.count), out(q.count), scratch(attention_scratch(a));
+    for (auto* array : {&q, &k, &v, &cos, &sin, &keys, &values})
+      for (size_t i = 0; i < array->count; i++) (*array)[i] = normal();
+    Exact<int32_t> positions(a.rows), writes(a.rows), row(1);
+    row[0] = below((int)(a.cache_rows - a.rows) + 1);
+    for (int64_t b = 0; b < a.rows; b++) positions[b] = below((int)a.length), writes[b] = below(4) ? positions[b] : (int)a.slots - 1;
+    a.q = q.get(), a.k = k.get(), a.v = v.get(), a.keys = keys.get(), a.values = values.get(), a.out = out.get();
+    a.positions = positions.get(), a.writes = writes.get(), a.row = row.get(), a.scratch = scratch.get();
+    if (below(4)) a.cos = cos.get(), a.sin = sin.get();
+    for (int64_t item = 0; item < a.rows * a.kv_heads; item++) best().attention_write(a, item);
+    for (int64_t item = 0; item < a.rows * a.kv_heads; item++)
+      for (int64_t span = 0; span < attention_spans(a); span++) best().attention_span(a, item, span);
+    for (int64_t item = 0; item < a.rows * a.kv_heads; item++) best().attention_merge(a, item);
+    auto turn = [&](const float* x, int64_t b, std::vector<double>& y) {
+      y.assign(x, x + a.dim);
+      if (!a.cos) return;
+      for (int64_t i = 0; i < a.half; i++) {
+        const int64_t re = a.interleaved ? 2 * i : i, im = a.interleaved ? re + 1 : i + a.half;
+        const double c = cos[b * a.half + i], s = sin[b * a.half + i];
+        y[re] = x[re] * c - x[im] * s, y[im] = x[re] * s + x[im] * c;
+      }
+    };
+    std::vector<double> key, query;
+    for (int64_t b = 0; b < a.rows; b++) {
+      for (int64_t h = 0; h < a.heads; h++) {
+        const int64_t kv = h / (a.heads / a.kv_heads), base = ((row[0] + b) * a.kv_heads + kv) * a.slots;
+        turn(&k[(b * a.kv_heads + kv) * a.dim], b, key);
+        for (int64_t d = 0; d < a.dim; d++) compare("key", keys[(base + writes[b]) * a.dim + d], key[d], 2 + std::fabs(key[d]));
+        turn(&q[(b * a.heads + h) * a.dim], b, query);
+        const int64_t first = a.window ? std::max<int64_t>(0, positions[b] + 1 - a.window) : 0;
+        std::vector<double> p;
+        double most = -1e300, total = 0;
+        for (int64_t j = first; j <= positions[b]; j++) {
+          double score = 0;
+          for (int64_t d = 0; d < a.dim; d++) score += query[d] * a.scale * keys[(base + j) * a.dim + d];
+          if (a.softcap > 0) score = a.softcap * std::tanh(score / a.softcap);
+          p.push_back(score), most = std::max(most, score);
+        }
+        for (double& e : p) total += e = std::exp(e - most);
+        for (int64_t d = 0; d < a.dim; d++) {
+          double want = 0;
+          for (size_t j = 0; j < p.size(); j++) want += p[j] / total * values[(base + first + j) * a.dim + d];
+          compare("attention", out[(b * a.heads + h) * a.dim + d], want, 10);
+        }
+      }
+    }
+  }
+}
+
+// Threads that begin late, or never while a call runs.
+struct Lazy {
+  std::vector<std::thread> threads;
+  int delay;
+  int64_t num_threads() const { return 4; }
+  template <typename F>
+  void Schedule(F f) {
+    threads.emplace_back([f, this] {
+      std::this_thread::sleep_for(std::chrono::microseconds(delay));
+      f();
+    });
+  }
+};
+
+void plans() {
+  for (int delay : {0, 50, 20000}) {
+    Lazy lazy{{}, delay};
+    for (int round = 0; round < 200; round++) {
+      struct Call {
+        std::atomic<int> first{0}, second{0};
+        bool early = false;
+      } call;
+      Plan* plan = new Plan(&call);
+      plan->add(37, [](void* c, int64_t) { ((Call*)c)->first++; });
+      plan->add(11, [](void* c, int64_t) {
+        if (((Call*)c)->first != 37) ((Call*)c)->early = true;
+        ((Call*)c)->second++;
+      });
+      run(plan, lazy);
+      compare("pieces", call.first * 100 + call.second, 37 * 100 + 11, 0);
+      if (call.early) fail("a phase began before the one before it was done", 0, 0);
+    }
+    for (std::thread& t : lazy.threads) t.join();
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  source.seed(argc > 1 ? (unsigned)std::atoi(argv[1]) : 0);
+  products();
+  norms();
+  attention();
+  plans();
+  std::printf("%s: ok %d\n", best().name, compared);
+}

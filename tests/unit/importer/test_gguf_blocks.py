@@ -1,0 +1,76 @@
+"""Quantized tensors of GGUF are kept: the blocks' values are those that the gguf package dequantizes, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from mesh.importer.options import ImportOptions
+from mesh.importer.sources.gguf_blocks import FORMS, kept
+from mesh.importer.write.blocks import BlockWriter, GraphBuilder
+from mesh.importer.write.kept import SourceMatrix, dequantized
+from mesh.runtime.loading import load_block
+
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+OUT, IN = 24, 512
+
+
+def stored(name: str, out: int = OUT) -> tuple[int, np.ndarray, np.ndarray]:
+    """(the type's number, random blocks uint8 [out, blocks, bytes], the numbers [out, in] that the gguf package makes of them)."""
+    kind = GGMLQuantizationType[name]
+    elements, size = GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(int(kind))
+    blocks = rng.integers(0, 256, (out, IN // elements, size), np.uint8)
+    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2)}.get(name, (0,))
+    for at in halves:  # random bits would be infinities among others
+        numbers = rng.standard_normal(blocks.shape[:2]).astype(np.float16)
+        numbers[0] = [6e-8] + [0] * (len(numbers[0]) - 1)  # the smallest there is, and zeros
+        blocks[:, :, at : at + 2] = numbers[..., None].view(np.uint8)
+    return int(kind), blocks, quants.dequantize(blocks.reshape(out, -1), kind)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_codes_and_scales_are_the_same_numbers(name: str) -> None:
+    kind, blocks, numbers = stored(name)
+    assert FORMS[kind].name == name
+    np.testing.assert_array_equal(dequantized(kept(kind, blocks)), numbers)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_block_has_the_same_numbers_in_onnxruntime_and_here(name: str, tmp_path: Path) -> None:
+    """A product with the unit matrix gives the weight itself, and a table's rows are the table."""
+    kind, blocks, numbers = stored(name)
+    weight = SourceMatrix(lambda: numbers, FORMS[kind], lambda: kept(kind, blocks))
+    builder = GraphBuilder("layer_000", ImportOptions())
+    builder.linear(builder.input("x", ["rows", IN]), "w", weight, out="y")
+    builder.output("y", ["rows", OUT])
+    ids = builder.input("ids", ["batch", "chunk"], 7)
+    builder.output(builder.embedding(ids, "table", weight, out="rows_of_table"), ["batch", "chunk", IN])
+    info = builder.write(BlockWriter(tmp_path))
+    assert {form.name for form in builder.kept} == {name}
+    given = {"x": np.eye(IN, dtype=np.float32), "ids": np.arange(OUT)[None]}
+    session = onnxruntime.InferenceSession(tmp_path / "layer_000.onnx", providers=["CPUExecutionProvider"])
+    y, rows = session.run(["y", "rows_of_table"], given)
+    np.testing.assert_array_equal(y.T, numbers)
+    np.testing.assert_array_equal(rows[0], numbers)
+    assert info.parameters == 2 * OUT * IN
+    block = load_block(tmp_path, "layer_000")
+    ours = block.lowered(block.weights, {"x": jnp.asarray(given["x"]), "ids": jnp.asarray(given["ids"], jnp.int32)})
+    np.testing.assert_array_equal(np.asarray(ours["y"]).T, numbers)
+    np.testing.assert_array_equal(np.asarray(ours["rows_of_table"])[0], numbers)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_in_memory_a_weight_takes_about_what_it_takes_in_the_file(name: str, tmp_path: Path) -> None:
+    kind, blocks, numbers = stored(name, 64)
+    builder = GraphBuilder("layer_000", ImportOptions())
+    weight = SourceMatrix(lambda: numbers, FORMS[kind], lambda: kept(kind, blocks))
+    builder.linear(builder.input("x", ["rows", IN]), "w", weight, out="y")
+    builder.output("y", ["rows", 64])
+    builder.write(BlockWriter(tmp_path))
+    assert load_block(tmp_path, "layer_000").weight_bytes <= 1.06 * blocks.nbytes

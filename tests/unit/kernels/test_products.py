@@ -1,0 +1,150 @@
+"""The kernels give what XLA's own forms give, for every kind of weight and odd shapes, and a row the same bits in any company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.kernels import calls
+from mesh.kernels.library import kernels
+from mesh.lowering import linear
+from mesh.lowering.linear import Codes, Factors
+
+pytestmark = pytest.mark.skipif(kernels().name is None, reason=f"kernels: {kernels()}")
+
+KINDS = (
+    "float32", "float16", "bfloat16", "int8", "int8 groups", "int8 zero", "uint8 minimum",
+    "4 bits", "4 bits minimum", "4 bits zero", "4 bits steps", "5 bits", "5 bits minimum", "5 bits steps", "6 bits steps",
+)  # fmt: skip
+
+
+def weight(kind: str, out: int, depth: int, group: int, seed: int) -> Codes:
+    """Random codes of a kind; `depth` fits it."""
+    rng = np.random.default_rng(seed)
+    if kind in ("float32", "float16", "bfloat16"):
+        return Codes(jnp.asarray(rng.standard_normal((out, depth)), kind))
+    groups = -(-depth // group)
+
+    def halves(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape), np.float16)
+
+    steps = {"4 bits steps": 8, "5 bits steps": 8, "6 bits steps": 16}.get(kind)
+    if steps:
+        sub = [jnp.asarray(rng.integers(0, 64, (out, groups)), np.uint8) for _ in range(2)]
+        scale, minimum = (Factors(each, halves(out, groups // steps)) for each in sub)
+    else:
+        scale, minimum = Factors(halves(out, groups)), Factors(halves(out, groups))
+    bits = 0 if "int8" in kind else int(kind[0])
+    if not bits:
+        kind_, zero = kind.partition(" ")[::2]
+        codes = jnp.asarray(rng.integers(-128, 128, (out, depth)), np.int8).astype(kind_)
+        if not zero:
+            return Codes(codes, scale=Factors(halves(out)), dtype=np.dtype(np.float32))
+        return Codes(
+            codes,
+            scale=scale,
+            zero_point=Factors(jnp.asarray(rng.integers(-9, 9, (out, groups)), np.int8)) if zero == "zero" else None,
+            minimum=minimum if zero == "minimum" else None,
+            dtype=np.dtype(np.float32),
+            group=group,
+        )
+    high = {4: 0, 5: depth // 8, 6: depth // 4}[bits]
+    return Codes(
+        jnp.asarray(rng.integers(0, 256, (out, depth // 2)), np.uint8),
+        scale=scale,
+        zero_point=Factors(jnp.asarray(rng.integers(0, 16, (out, groups)), np.uint8)) if kind.endswith("zero") else None,
+        minimum=minimum if kind.endswith("minimum") or (bits < 6 and steps) else None,
+        high=jnp.asarray(rng.integers(0, 256, (out, high)), np.uint8) if high else None,
+        dtype=np.dtype(np.float32),
+        group=group,
+        bits=bits,
+        offset=0 if minimum is not None and kind.endswith("minimum") else 1 << (bits - 1),
+    )
+
+
+def fitting(kind: str, size: int) -> int:
+    """The length nearest to `size` that a weight of this kind may have."""
+    unit = 256 if kind.endswith("steps") else 1 if kind.startswith(("int", "uint", "float", "bfloat")) else 32
+    return -(-size // unit) * unit
+
+
+def multiplied(x: Any, codes: Codes, variant: str = "kernel") -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(lambda x, w: linear.product(x, w, variant=variant))(x, codes))
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 300), st.sampled_from((16, 32, 128)), st.integers(1, 40), st.integers(0, 99))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_that_of_the_widened_weight(kind: str, out: int, size: int, group: int, rows: int, seed: int) -> None:
+    depth = fitting(kind, size)
+    group = {"6 bits steps": 16}.get(kind, 32 if kind.endswith("steps") else group)
+    codes = weight(kind, out, depth, group, seed)
+    assert linear.in_kernel(np.float32, codes)
+    x = np.random.default_rng(seed).standard_normal((rows, depth)).astype(np.float32)
+    wide = np.asarray(codes.widened(np.float32)).astype(np.float64)
+    bound = np.abs(x).astype(np.float64) @ np.abs(wide).T
+    assert np.all(np.abs(multiplied(x, codes) - x.astype(np.float64) @ wide.T) <= 2e-6 * bound + 1e-30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_alone_and_among_others(kind: str) -> None:
+    codes = weight(kind, 67, fitting(kind, 512), 16 if kind.startswith("6") else 32, 1)
+    x = np.random.default_rng(2).standard_normal((33, codes.shape[1])).astype(np.float32)
+    alone = np.concatenate([multiplied(x[row : row + 1], codes) for row in (0, 1, 15, 31, 32)])
+    for rows in (2, 4, 7, 32, 33):
+        among = multiplied(x[:rows], codes)
+        for row, expected in zip((0, 1, 15, 31, 32), alone, strict=True):
+            if row < rows:
+                np.testing.assert_array_equal(among[row], expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] in "456"])
+@pytest.mark.parametrize("variant", ["dot", "rows", "stream"])
+def test_the_forms_without_kernels_read_the_same_codes(kind: str, variant: str) -> None:
+    codes = weight(kind, 64, fitting(kind, 256), 16 if kind.startswith("6") else 32, 3)
+    x = np.random.default_rng(4).standard_normal((3, codes.shape[1])).astype(np.float32)
+    exact = multiplied(x, codes)
+    np.testing.assert_allclose(multiplied(x, codes, variant), exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("before", ["nothing", "norm", "silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "depth"), [(1, 64), (9, 50)])
+def test_what_comes_before_and_after_a_product(before: str, rows: int, depth: int) -> None:
+    rng = np.random.default_rng(5)
+    x, up, residual = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, depth), (rows, depth), (rows, 20)))
+    scale, w, bias = (rng.standard_normal(shape).astype(np.float32) for shape in (depth, (20, depth), 20))
+    first: Any = None
+    expected: Any = x
+    if before == "norm":
+        first, expected = calls.Norm(scale, 1e-5), x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+    elif before == "silu":
+        first, expected = calls.Gated("silu", up), jax.nn.silu(x) * up
+    elif before == "gelu_tanh":
+        first, expected = calls.Gated("gelu_tanh", up), jax.nn.gelu(x, approximate=True) * up
+    described = calls.Weight("float32", (20, depth), w, bias=bias)
+    (got,) = jax.jit(lambda x: calls.products(x, [described], before=first, residual=residual))(x)
+    np.testing.assert_allclose(got, np.asarray(expected) @ w.T + bias + residual, rtol=1e-4, atol=1e-4)
+
+
+def test_several_weights_of_one_input() -> None:
+    x = np.random.default_rng(6).standard_normal((3, 256)).astype(np.float32)
+    several = [
+        weight(kind, 30 + 7 * place, 256, 16 if kind[0] == "6" else 32, place)
+        for place, kind in enumerate(("4 bits", "6 bits steps", "int8"))
+    ]
+    together = jax.jit(lambda x: calls.products(x, [codes.for_kernels() for codes in several]))(x)  # type: ignore[misc]
+    for got, codes in zip(together, several, strict=True):
+        np.testing.assert_array_equal(got, multiplied(x, codes))
+
+
+def test_a_call_that_is_described_wrongly_is_refused() -> None:
+    w = calls.Weight("4 bits", (8, 64), np.zeros((8, 16), np.uint8), group=32, scale=calls.Factors(np.zeros((8, 2), np.float32)))
+    with pytest.raises(Exception, match="has 128 elements where 256 are needed"):
+        jax.jit(lambda x: calls.products(x, [w]))(np.zeros((1, 64), np.float32))[0].block_until_ready()
