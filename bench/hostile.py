@@ -64,6 +64,8 @@ BODIES: dict[str, Callable[[], bytes]] = {
     "not-json": lambda: b"{" * 3_900_000,
     "attempt": lambda: b'{"tokens": [1], "session": "s", "attempt": 1' + b"0" * 30 + b"}",
     "max-tokens": lambda: b'{"tokens": [1], "max_tokens": 1' + b"0" * 30 + b"}",
+    "null-keys": lambda: json.dumps({"tokens": ["x"], **{f"key{index}": None for index in range(180_000)}}).encode(),
+    "many-stops": lambda: json.dumps({"model": "tiny", "prompt": "a", "stop": [["x"]] * 100_000}).encode(),
     "seed": lambda: b'{"tokens": [1], "seed": 1' + b"0" * 30 + b"}",
     "temperature": lambda: b'{"tokens": [1], "temperature": 1e999, "top_p": -1e308}',
 }

@@ -4,6 +4,7 @@ manifest.py    manifest.json: blocks, caches, tokenizer, checksums
 signature.py   who made a model: ed25519 signatures of manifests
 onnx_form.py   the opset of blocks
 tokenizer.py   text to token ids and back, and chat templates
+chat_prompt.py chat messages to token ids: control tokens that a message spells are plain text
 tokenizer_file.py   tokenizer.json, refused where it could make any amount of text
 arrivals.py    files that are still on their way, and threads that wait for them
 memory.py      how much memory a layer range takes, before anything of it is loaded

@@ -22,6 +22,7 @@ class BatchSubmit(Message):
     """Requests to be answered later, whichever processes die meanwhile. `id`: the caller's own name for the batch."""
 
     limit_bytes: ClassVar[int] = 8 * 1024 * 1024
+    null_is_absent: ClassVar[bool] = True
 
     requests: Annotated[tuple[Generate, ...], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
     id: BatchId | None = None

@@ -86,6 +86,7 @@ class Generate(SamplingFields, Input):
     """
 
     limit_bytes: ClassVar[int] = MAX_CHARACTERS
+    null_is_absent: ClassVar[bool] = True
 
     stop: Annotated[tuple[StopText, ...], Field(max_length=MAX_STOPS, fail_fast=True)] = ()
     ignore_eos: bool = False
