@@ -132,7 +132,6 @@ def reader(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Re
     shutil.copytree(model, folder / "models" / "smollm2")
     make_source(folder / "source")
     shutil.copytree(NATS, folder / "nats")
-    shutil.copy(ROOT / "Makefile", folder)
     (folder / "config.yaml").write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MESH_NATS", "NATS_"))}
     environment |= {"PATH": f"{bin}:{os.environ['PATH']}", "XDG_RUNTIME_DIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
@@ -170,7 +169,7 @@ def test_every_command_of_the_page_runs(reader: Reader, page: Path) -> None:
             if reason is not None:
                 used.add(reason)
             elif command.startswith("make "):
-                reader.run(block, command.replace("make ", "make -n ", 1))
+                reader.run(block, command.replace("make ", f"make -n -C {ROOT} ", 1))
             else:
                 reader.run(block, command)
     assert used == reasons.keys(), f"no command begins so any more: {sorted(reasons.keys() - used)}"

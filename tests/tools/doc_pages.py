@@ -25,7 +25,9 @@ _BLOCK = re.compile(r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w*)\n(?P<text
 _SPAN = re.compile(r"(?<!`)`(?:\.venv/bin/)?mesh ([^`\n]+)`(?!`)")
 _HERE = re.compile(r"<<'?(\w+)'?")
 _ENVIRONMENT = re.compile(r"^\w+=\S*$")
-_COMMANDS = re.compile(r"^(make|\.venv/bin/\w+|mesh|nats|nats-server|curl|export) ")
+_COMMANDS = re.compile(
+    r"^(# \w.*\n)?(\w+=\S+ )*(make|\.venv/bin/\w+|mesh|nats|nats-server|curl|export|free|jq|nc|journalctl)( |$)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
