@@ -28,9 +28,12 @@ __all__ = ["Backup", "SavedStream", "restore_streams", "save_streams"]
 _API: Final = "$JS.API.STREAM"
 _SKIPPED: Final = (f"KV_{subjects.KV_SHARDS}", f"KV_{subjects.KV_SESSIONS}")
 _MODELS: Final = f"OBJ_{subjects.OBJECTS_MODELS}"
+_NEWS: Final = (subjects.STREAM_EVENTS, subjects.STREAM_DEAD)
+"""What happened: processes write to these at once, and what is there now is worth more than what was."""
 _CHUNK_BYTES: Final = 512 * 1024
 _API_S: Final = 10.0
 _SILENCE_S: Final = 30.0
+_COPIES_S: Final = 300.0
 _INDEX: Final = "backup.json"
 _NO_STREAM: Final = 10059
 _NOT_READY: Final = (10008, 10104)  # the cluster has no leader yet
@@ -105,22 +108,26 @@ async def save_streams(bus: Bus, folder: Path, *, models: bool = True, progress:
 
 
 async def restore_streams(bus: Bus, folder: Path, *, replace: bool = False, progress: Progress = no_progress) -> list[str]:
-    """Bring the streams of `folder` back. Returns their names. A stream that is there and empty makes room. BadRequest: one has messages,
-    and `replace` is not given; then nothing is changed. ConfigError: a file is not what the index says."""
+    """Bring the streams of `folder` back. Returns their names. A stream that is there and empty makes room; events that are there stay, and
+    those of the backup are left out. BadRequest: another stream has messages, and `replace` is not given; then nothing is changed.
+    ConfigError: a file is not what the index says."""
     backup = Backup.load(folder)
     for stream in backup.streams:
         await asyncio.to_thread(_check, folder, stream)
     there = {stream.name: await _messages(bus, stream.name) for stream in backup.streams}
-    full = [f"{name} ({count} messages)" for name, count in there.items() if count]
+    wanted = [stream for stream in backup.streams if replace or stream.name not in _NEWS or not there[stream.name]]
+    full = [f"{stream.name} ({there[stream.name]} messages)" for stream in wanted if there[stream.name]]
     if full and not replace:
         raise BadRequest(
             f"{', '.join(full)}: there already, and nothing was changed. Give --replace to lose what is in them", field="replace"
         )
-    for stream in backup.streams:
+    for stream in wanted:
         if there[stream.name] is not None:
             await _api(bus, f"DELETE.{stream.name}", {})
         await _restore(bus, stream, folder, progress)
-    return [stream.name for stream in backup.streams]
+    for stream in wanted:
+        await _settled(bus, stream.name)
+    return [stream.name for stream in wanted]
 
 
 async def _names(bus: Bus) -> list[str]:
@@ -196,6 +203,21 @@ async def _restore(bus: Bus, stream: SavedStream, folder: Path, progress: Progre
     messages = int(restored["state"]["messages"])
     if messages != stream.messages:
         raise ServiceError(f"{stream.name} has {messages} messages after it was restored, and had {stream.messages}")
+
+
+async def _settled(bus: Bus, name: str) -> None:
+    """Wait until every server of the cluster that keeps the stream has all of it: each of them answers reads."""
+    deadline = time.monotonic() + _COPIES_S
+    while True:
+        said = await _api(bus, f"INFO.{name}", {})
+        cluster = said.get("cluster") or {}
+        copies = cluster.get("replicas") or []
+        if (not copies or cluster.get("leader")) and all(copy.get("current") and not copy.get("lag") for copy in copies):
+            return
+        if time.monotonic() > deadline:
+            behind = ", ".join(str(copy.get("name")) for copy in copies if not copy.get("current") or copy.get("lag"))
+            raise DeadlineExceeded(f"{name} is restored, and {behind or 'its leader'} has not all of it after {_COPIES_S:g} s")
+        await asyncio.sleep(0.2)  # a server tells nobody when its copy is complete
 
 
 def _check(folder: Path, stream: SavedStream) -> None:

@@ -36,8 +36,9 @@ Write JetStream's streams into a folder: batches and their results, models, clai
 left out: they are said anew. Connect as an operator. The folder holds requests and answers, so keep it as you keep those."""
 
 _RESTORE = """\
-Bring the streams of a folder back, after all of JetStream's data was lost. Streams that are there and empty make room; those with messages
-only with --replace. Coordinators and shards may run meanwhile. Connect as an operator."""
+Bring the streams of a folder back, after all of JetStream's data was lost. Streams that are there and empty make room, events that are
+there stay, and other streams with messages are replaced only with --replace. Coordinators and shards may run meanwhile. Connect as an
+operator."""
 
 _ROLES = ("coordinator", "shard", "gateway", "client", "monitor", "provisioner", "operator", "system")
 

@@ -10,11 +10,11 @@ from running import Run
 from serving import connect, unique
 from waiting import until
 
-from mesh.bus import Bucket, Bus, BusOptions, ModelStore
+from mesh.bus import Bucket, Bus, BusOptions, EventLog, ModelStore, announce
 from mesh.bus.backup import restore_streams, save_streams
 from mesh.errors import BadRequest, ConfigError
 from mesh.local.nats_server import NatsServer
-from mesh.protocol.subjects import KV_PLACEMENT
+from mesh.protocol.subjects import KV_PLACEMENT, STREAM_EVENTS
 
 
 async def _fill(bus: Bus, name: str, count: int) -> None:
@@ -22,6 +22,16 @@ async def _fill(bus: Bus, name: str, count: int) -> None:
     for index in range(count):
         await bucket.put(f"key-{index}", bytes([index % 256]) * 5000)
     await bucket.put("key-0", b"the second value")
+
+
+async def _happened(bus: Bus, who: str) -> None:
+    await EventLog(bus).open()
+    await announce(bus, "left", who)
+    await bus.flush()
+
+
+async def _who(bus: Bus) -> list[str]:
+    return [event.who async for event in EventLog(bus).events(last=10)]
 
 
 async def _values(bus: Bus, name: str) -> dict[str, tuple[int, bytes | None]]:
@@ -35,6 +45,7 @@ def test_what_was_saved_comes_back_to_a_server_that_has_nothing(run: Run, model:
         async with await connect(first) as bus:
             await _fill(bus, name, 300)
             await Bucket(bus, KV_PLACEMENT, durable=True).put("shard-1", b"0-10")
+            await _happened(bus, "before")
             await ModelStore(bus).push(model)
             before = await _values(bus, name)
             saved = await save_streams(bus, tmp_path / "backup")
@@ -43,15 +54,18 @@ def test_what_was_saved_comes_back_to_a_server_that_has_nothing(run: Run, model:
                 await save_streams(bus, tmp_path / "backup")
         async with await connect(second) as bus:
             await Bucket(bus, KV_PLACEMENT, durable=True).entries()  # a process has made it anew meanwhile, and it is empty
-            await restore_streams(bus, tmp_path / "backup")
+            await _happened(bus, "meanwhile")
+            assert STREAM_EVENTS not in await restore_streams(bus, tmp_path / "backup")
+            assert await _who(bus) == ["meanwhile"]
             assert await _values(bus, name) == before  # revisions as well, which compare and set goes by
             assert await Bucket(bus, name, durable=True).put("key-1", b"new") == 302
             (there,) = await ModelStore(bus).names()
             await ModelStore(bus).pull(there, tmp_path / "pulled")  # which compares every file with its checksum
             with pytest.raises(BadRequest, match=f"KV_{name} .*--replace"):
                 await restore_streams(bus, tmp_path / "backup")
-            await restore_streams(bus, tmp_path / "backup", replace=True)
+            assert STREAM_EVENTS in await restore_streams(bus, tmp_path / "backup", replace=True)
             assert await _values(bus, name) == before
+            assert await _who(bus) == ["before"]
 
     with NatsServer.start() as first, NatsServer.start() as second:
         run(work(first, second))

@@ -96,7 +96,7 @@ class Lab:
         for socket in (Path.home() / ".ansible" / "cp").glob("*"):
             socket.unlink(missing_ok=True)  # connections to hosts that were another's
         command = [str(TOOLS / "ansible-playbook"), "-i", str(self.inventory), "--private-key", str(self.key), f"playbooks/{playbook}.yml"]
-        environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "ANSIBLE_CALLBACKS_ENABLED": "", "ANSIBLE_NOCOLOR": "1"}
+        environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
         mesh = f"mesh_command={Path(self.python).parent / 'mesh'}"
         done = subprocess.run(
             [*command, "-e", mesh, *words], cwd=ROOT / "ansible", env=environment, capture_output=True, text=True, timeout=timeout_s
