@@ -214,12 +214,13 @@ def dequantize_huggingface(source: Path, out: Path) -> None:
 
 
 def prepare_sources(gguf: Path, work: Path) -> dict[str, Path]:
+    from mesh.importer.options import ImportOptions
     from mesh.importer.run import import_model
 
     paths = {"ours": work / "model", "llama.cpp": work / "float32.gguf", "transformers": work / "huggingface"}
     paths["onnxruntime"] = paths["ours"]
     if not paths["ours"].exists():
-        import_model(gguf, paths["ours"])
+        import_model(gguf, paths["ours"], ImportOptions(bits=32))
     if not paths["llama.cpp"].exists():
         dequantize_gguf(gguf, paths["llama.cpp"])
     if not paths["transformers"].exists():

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,10 @@ def main() -> int:
     oracle = Oracle(args.model, args.tokens)
     expected = timed("onnxruntime", lambda: oracle.tokens(args.tokens))
     compiled: Compiled = {}
-    found = {
-        f"{shards} shards, kernels {kernels().name}": timed(
-            f"{shards} shards", lambda shards=shards: alone(args.model, shards, args.tokens, compiled)
-        )
-        for shards in map(int, args.shards.split(","))
-    }
+    found: dict[str, list[int]] = {}
+    for shards in map(int, args.shards.split(",")):
+        run = partial(alone, args.model, shards, args.tokens, compiled)
+        found[f"{shards} shards, kernels {kernels().name}"] = timed(f"{shards} shards", run)
     found[f"beside {args.rows - 1} others"] = timed("beside others", lambda: beside_others(args.model, args.tokens, args.rows))
     found["without kernels"] = timed("without kernels", lambda: without_kernels(args.model, args.tokens))
     different = 0

@@ -12,7 +12,7 @@ __all__ = ["add_parser", "tune_command"]
 
 _DESCRIPTION = """\
 Measure on this machine which variant of each matrix product is fastest, for each number of rows. Stages that are loaded afterwards use
-it. This is worth doing once on each machine for 32-bit models on a CPU; elsewhere there is only one variant."""
+it. This is worth doing once on each machine for 32-bit models on a CPU without kernels; elsewhere there is only one variant."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,12 +23,16 @@ def add_parser(subparsers: Any) -> None:
 
 
 def tune_command(args: argparse.Namespace) -> int:
+    from mesh.kernels.library import kernels
     from mesh.lowering.weights import PackedWeight
     from mesh.model.manifest import Manifest, block_name
     from mesh.runtime.buckets import Buckets
     from mesh.runtime.kernel_variants import VariantTable
     from mesh.runtime.loading import load_block
 
+    if kernels().name is not None:
+        print(f"nothing to measure: the kernels ({kernels()}) compute every product; MESH_KERNELS=none turns them off")
+        return 0
     manifest = Manifest.load(args.model)
     table = VariantTable()
     rows = [count for count in Buckets.plan(rows=args.rows, context=128, chunk=16).rows if count <= args.rows]

@@ -210,7 +210,7 @@ void products() {
     for (int mode : {0, 1}) {
       check_product(stored(kNibbles, out, 256 * (1 + below(2)), 32, 3, mode), rows[below(8)]);
       check_product(stored(kFiveBits, out, 256 * (1 + below(2)), 32, 3, mode), rows[below(8)]);
-      check_product(stored(kFiveBits, out, 32 * (1 + below(9)), 32, below(2), mode), rows[below(8)]);
+      check_product(stored(kFiveBits, out, 32 * (1 + below(9)), 16 << below(3), below(2), mode), rows[below(8)]);
     }
     check_product(stored(kSixBits, out, 256 * (1 + below(2)), 16, 4, 0), rows[below(8)]);
   }
