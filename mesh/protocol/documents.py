@@ -37,6 +37,8 @@ _TEXT: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _FEW_TEXTS: Final = 20_000
 """With more texts than this, brackets inside texts are not told apart: that would take as long as parsing."""
 _SHOWN: Final = 64
+_MOST_UNKNOWN: Final = 256
+"""Keys of one object that are not known and null; an object with more is refused for the first of them, without looking at the others."""
 BRANCH: Final = "({})"
 """The tag of one of several types that a key may have. A path leaves it out: it is ours, not the caller's."""
 _NOT_JSON: Final = "this is not JSON: send one JSON object"
@@ -175,8 +177,9 @@ def _look(shape: _Shape, value: Any, at: tuple[str | int, ...]) -> None:
         if shape.keys is None:
             _require_length(shape, value, at, "keys")
             return
-        for key in [key for key, inner in value.items() if inner is None]:
-            del value[key]
+        if not shape.closed or len(value) <= len(shape.keys) + _MOST_UNKNOWN:
+            for key in [key for key, inner in value.items() if inner is None]:
+                del value[key]
         if shape.closed and not value.keys() <= shape.keys.keys():
             unknown = next(key for key in value if key not in shape.keys)
             field = _path((*at, unknown))
