@@ -19,7 +19,6 @@ import make_secrets
 import pytest
 import yaml
 from containers import IMAGE, Compose, build, containers, health_checks, inspected, podman
-from demo_model import smollm2_gguf
 from kube_pods import NETWORK, SUBNET, pods
 from places import DEPLOY
 from waiting import until, until_true
@@ -27,8 +26,6 @@ from waiting import until, until_true
 from mesh.bus import Bus, BusOptions, ModelStore
 from mesh.errors import MeshError
 from mesh.http.tokens import Issuer
-from mesh.importer.options import ImportOptions
-from mesh.importer.run import import_model
 from mesh.model.manifest import Manifest
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
@@ -40,20 +37,17 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("podman") is None, reason="podman is not installed"),
 ]
 
-PROMPT, TOKENS, CONTEXT = [504, 338, 260, 3075], 32, 256
+PROMPT, TOKENS, CONTEXT = [5, 17, 33, 60], 32, 64
 PROJECT = "meshtest"
 PORT, PROMETHEUS_PORT = 18443, 19090
 SERVED = ("nats", "coordinator-1", "coordinator-2", "shard-1", "shard-2", "shard-3")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as every user may read it; $MESH_TEST_MODEL is a model directory that is there already."""
-    folder = tmp_path_factory.mktemp("served") / "smollm2"
-    if "MESH_TEST_MODEL" in os.environ:
-        shutil.copytree(os.environ["MESH_TEST_MODEL"], folder)
-    else:
-        import_model(smollm2_gguf(), folder, ImportOptions(), name="smollm2")
+def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as every user may read it; or the model directory $MESH_TEST_MODEL."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    shutil.copytree(os.environ.get("MESH_TEST_MODEL", model), folder)
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return folder
@@ -188,7 +182,8 @@ def kube(image: int, served: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     documents = list(yaml.safe_load_all(overlay.stdout))
     secrets = make_secrets.documents(folder / "keys", ["localhost"])
     ports = {"mesh-nats-0": {4222: NATS_PORT}, "mesh-coordinator-0": {8080: HTTPS_PORT}}
-    made = list(pods(documents, secrets, IMAGE, ports))
+    ranges = [str(layers) for layers in even_ranges(Manifest.load(served).layers, 3)]
+    made = list(pods(documents, secrets, IMAGE, ports, ranges))
     podman("network", "create", "--subnet", f"{SUBNET}.0/24", NETWORK)
     try:
         for pod in made:

@@ -29,8 +29,11 @@ class Pod:
     text: str
 
 
-def pods(documents: list[dict[str, Any]], secrets: list[dict[str, Any]], image: str, ports: dict[str, dict[int, int]]) -> Iterator[Pod]:
-    """Three nats-servers, one coordinator, one shard of each range. `ports`: of this machine, by pod and port of the pod."""
+def pods(
+    documents: list[dict[str, Any]], secrets: list[dict[str, Any]], image: str, ports: dict[str, dict[int, int]], ranges: list[str]
+) -> Iterator[Pod]:
+    """Three nats-servers, one coordinator, one shard of each range. `ports`: of this machine, by pod and port of the pod. `ranges`: the
+    layers of each, for the model that is served."""
     wanted = [(each, number) for each in documents if each["kind"] in ("StatefulSet", "Deployment") for number in _replicas(each)]
     wanted.sort(key=lambda item: item[0]["metadata"]["name"] != "mesh-nats")
     addresses = {f"{each['metadata']['name']}-{number}": f"{SUBNET}.{10 + index}" for index, (each, number) in enumerate(wanted)}
@@ -40,7 +43,8 @@ def pods(documents: list[dict[str, Any]], secrets: list[dict[str, Any]], image: 
     shared = [_as_config_map(each) for each in secrets] + [each for each in documents if each["kind"] == "ConfigMap"]
     for each, number in wanted:
         name = f"{each['metadata']['name']}-{number}"
-        pod = _pod(each, name, image, aliases, ports.get(name, {}))
+        layers = ranges[int(each["metadata"]["name"].rpartition("-")[2]) - 1] if name.startswith("mesh-shard") else ""
+        pod = _pod(each, name, image, aliases, ports.get(name, {}), layers)
         used = [volume.get("configMap", {}).get("name") for volume in pod["spec"]["volumes"]]
         mounted = [one for one in shared if one["metadata"]["name"] in used]
         yield Pod(name, addresses[name], yaml.safe_dump_all([*_without_namespace(mounted), pod], sort_keys=False))
@@ -63,7 +67,7 @@ def _without_namespace(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**one, "metadata": {"name": one["metadata"]["name"]}} for one in documents]
 
 
-def _pod(of: dict[str, Any], name: str, image: str, aliases: list[dict[str, Any]], ports: dict[int, int]) -> dict[str, Any]:
+def _pod(of: dict[str, Any], name: str, image: str, aliases: list[dict[str, Any]], ports: dict[int, int], layers: str) -> dict[str, Any]:
     template = copy.deepcopy(of["spec"]["template"])
     spec = template["spec"]
     spec.pop("topologySpreadConstraints")
@@ -80,7 +84,7 @@ def _pod(of: dict[str, Any], name: str, image: str, aliases: list[dict[str, Any]
     (container,) = spec["containers"]
     for mount in container["volumeMounts"]:
         mount["name"] = f"{name}-{mount['name']}"
-    values = {one["name"]: one.get("value", name) for one in container["env"]}
+    values = {one["name"]: one.get("value", name) for one in container["env"]} | {"LAYERS": layers}
     container["args"] = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], part) for part in container["args"]]
     container["image"], container["imagePullPolicy"] = image, "Never"
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
