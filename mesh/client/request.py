@@ -32,6 +32,9 @@ class _Fields(TypedDict, total=False):
     stop: Sequence[str]
     ignore_eos: bool
     raw: bool
+    add_generation_prompt: bool
+    continue_final_message: bool
+    parse_special: bool
     session: str | None
     traceparent: str | None
 

@@ -112,4 +112,4 @@ def _flat(values: Iterable[object]) -> list[object]:
 
 def test_a_prompt_may_follow_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "nowhere", "--max-tokens", "4", "hi"]) == 2
-    assert "nowhere is not a model directory" in capsys.readouterr().err
+    assert "nowhere does not exist" in capsys.readouterr().err
