@@ -4,6 +4,7 @@ source.py           Source: what each of them offers
 place.py            that what a source names lies beside it
 onnx.py             exported graphs, cut into blocks; onnx_file.py reads the file and runs the passes
 safetensors.py      Hugging Face directories
-gguf.py             GGUF files; gguf_file.py reads the format, gguf_tokenizer.py builds the tokenizer from it
+gguf.py             GGUF files; gguf_file.py reads the format, gguf_tokenizer.py builds the tokenizer from it,
+                    gguf_blocks.py takes quantized tensors apart
 tokenizer.py        the tokenizer files of a model directory
 """
