@@ -75,7 +75,7 @@ class PlatformWheel(bdist_wheel):
 
 
 kernels = Extension(
-    "mesh.kernels._native", sorted(map(str, NATIVE.glob("*.cpp"))), depends=sorted(map(str, NATIVE.glob("*"))), optional=True
+    "mesh.kernels.native.kernels", sorted(map(str, NATIVE.glob("*.cpp"))), depends=sorted(map(str, NATIVE.glob("*"))), optional=True
 )
 build = wanted()
 setup(

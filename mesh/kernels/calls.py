@@ -4,7 +4,7 @@
     attention   rotation, writing to the cache in place, and attention of one token a row: one custom call
 
 The arguments of a custom call are checked in mesh/kernels/native/handlers.cpp, which reads the description of a weight in the order of
-`Weight.described`.
+`KernelWeight.described`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-__all__ = ["KINDS", "Factors", "Gated", "Norm", "Weight", "attention", "products"]
+__all__ = ["KINDS", "Gated", "InputNorm", "KernelFactors", "KernelWeight", "attention", "products"]
 
 Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits"]
 KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits")
@@ -27,7 +27,7 @@ _AS_GIVEN, _NORM, _GATED = 0, 1, {"silu": 2, "gelu_tanh": 3}
 
 
 @dataclass(frozen=True)
-class Factors:
+class KernelFactors:
     """A number for each output or group, [out, groups] or [out]; in two steps: `data` times the number of `step` [out, groups / n]."""
 
     data: Any
@@ -39,7 +39,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Weight:
+class KernelWeight:
     """A weight [out, in] as the kernels read it: (code - offset - zero) * scale - minimum. See mesh/kernels/native/weight.h."""
 
     kind: Kind
@@ -48,9 +48,9 @@ class Weight:
     high: Any = None
     group: int = 0
     offset: int = 0
-    scale: Factors | None = None
-    zero: Factors | None = None
-    minimum: Factors | None = None
+    scale: KernelFactors | None = None
+    zero: KernelFactors | None = None
+    minimum: KernelFactors | None = None
     bias: Any = None
 
     @property
@@ -65,7 +65,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Norm:
+class InputNorm:
     """RMS normalisation of the input: its scale [in]."""
 
     scale: Any
@@ -80,11 +80,11 @@ class Gated:
     up: Any
 
 
-def products(x: Any, weights: Sequence[Weight], *, before: Norm | Gated | None = None, residual: Any = None) -> list[Any]:
+def products(x: Any, weights: Sequence[KernelWeight], *, before: InputNorm | Gated | None = None, residual: Any = None) -> list[Any]:
     """x [rows, in], normalised or gated, times each weight -> [rows, out] float32 of each; `residual` is added to the only one."""
     first: tuple[Any, ...] = ()
     prologue, epsilon = _AS_GIVEN, 0.0
-    if isinstance(before, Norm):
+    if isinstance(before, InputNorm):
         prologue, epsilon, first = _NORM, before.epsilon, (before.scale,)
     elif before is not None:
         prologue, first = _GATED[before.activation], (before.up,)

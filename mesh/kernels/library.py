@@ -14,7 +14,7 @@ import jax
 
 __all__ = ["Kernels", "kernels"]
 
-_LIBRARY = Path(__file__).with_name("_native.so")
+_LIBRARY = Path(__file__).with_name("native") / "kernels.so"
 _TARGETS = ("mesh_products", "mesh_attention")
 _SLOWER = "narrow weights are multiplied several times slower"
 

@@ -7,7 +7,9 @@ op_helpers  what these functions share
 static      values that are known while a graph is compiled
 prepare     before the first trace: inline, drop dead nodes, check, split weights from constants
 tensors     initializers as arrays
+operands    what the right operand of a product is made of
 join        several products of one input become one
+fuse        what stands beside the products goes into the calls of the kernels
 linear      x @ W in several variants, and the choice among them
 weights     a matmul weight as the runtime holds it
 """

@@ -43,7 +43,7 @@ def Products(*inputs: Any, weights: int, before: str, epsilon: float, residual: 
     lead, size = x.shape[:-1], x.shape[-1]
     first: Any = None
     if before == "norm":
-        first = calls.Norm(jnp.asarray(rest.pop(0)), epsilon)
+        first = calls.InputNorm(jnp.asarray(rest.pop(0)), epsilon)
     elif before:
         other = rest.pop(0)
         if other.shape != x.shape:  # a gate that broadcasts

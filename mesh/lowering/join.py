@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mesh.lowering import registry
-from mesh.lowering.operands import Operand
+from mesh.lowering.operands import RightOperand
 from mesh.lowering.prepare import Graph, GraphNode, with_last_use
 from mesh.model.onnx_form import OPSET
 
@@ -29,7 +29,7 @@ __all__ = ["join_products"]
 
 
 def join_products(
-    graph: Graph, operands: Mapping[str, Operand], kind: Callable[[Operand], Any]
+    graph: Graph, operands: Mapping[str, RightOperand], kind: Callable[[RightOperand], Any]
 ) -> tuple[Graph, dict[str, tuple[str, ...]]]:
     """(the graph after joining, and for each weight in it the names of the operands that lie side by side in it, in order).
 
@@ -61,7 +61,7 @@ def join_products(
     return with_last_use(Graph(graph.inputs, graph.outputs, flat, constants)), parts
 
 
-def _is_product(node: GraphNode, operands: Mapping[str, Operand]) -> bool:
+def _is_product(node: GraphNode, operands: Mapping[str, RightOperand]) -> bool:
     return (node.op.domain, node.op.op_type) == ("", "MatMul") and node.inputs[1] in operands
 
 

@@ -125,7 +125,7 @@ class Codes:
             return each.reshape(-1, 1)
         return jnp.repeat(each, self.group, axis=1)[:, : self.shape[1]] if self.group else each
 
-    def for_kernels(self) -> calls.Weight | None:
+    def for_kernels(self) -> calls.KernelWeight | None:
         """The same as the kernels are given it; None where none reads it."""
         out, depth = self.shape
         names = {np.dtype(name): name for name in ("float32", "float16", "bfloat16", "int8", "uint8")}
@@ -144,17 +144,17 @@ class Codes:
         groups = -(-depth // self.group) if self.group else 1
         factors = [_each_group(each, out, groups) for each in (self.scale, self.zero_point, self.minimum)]
         scale, zero, minimum = factors
-        return calls.Weight(kind, (out, depth), self.data, self.high, self.group, self.offset, scale, zero, minimum)
+        return calls.KernelWeight(kind, (out, depth), self.data, self.high, self.group, self.offset, scale, zero, minimum)
 
 
-def _each_group(factors: Factors | None, out: int, groups: int) -> calls.Factors | None:
+def _each_group(factors: Factors | None, out: int, groups: int) -> calls.KernelFactors | None:
     """The same with a number for every group of every output."""
     if factors is None:
         return None
     data = factors.data if factors.data.ndim == 2 else factors.data.reshape(-1, 1)
     if data.shape != (out, groups):
         data = jnp.broadcast_to(data, (out, groups))
-    return calls.Factors(data, factors.step)
+    return calls.KernelFactors(data, factors.step)
 
 
 def product(x: Any, weight: Codes, *, variant: str) -> Any:
@@ -177,7 +177,7 @@ def in_kernel(dtype: Any, weight: Codes) -> bool:
     return kernels().name is not None and np.dtype(dtype) == np.float32 and weight.for_kernels() is not None
 
 
-def _known(weight: Codes) -> calls.Weight:
+def _known(weight: Codes) -> calls.KernelWeight:
     known = weight.for_kernels()
     if known is None:
         raise ValueError(f"no kernel reads a weight of {weight.stored_as}")

@@ -9,7 +9,7 @@ A block says how its weights are stored in standard ONNX, before the product tha
     Reshape(Add or Sub(Reshape(...), Unsqueeze(m)))   a minimum for each group, of a weight stored [out, in]
 
 A scale or a minimum may be a Cast of its initializer, or a DequantizeLinear of one with a step for several groups. `operands` replaces each
-such chain by one name, and says in an `Operand` what stands behind it; mesh/lowering/weights.py makes one array of it.
+such chain by one name, and says in an `RightOperand` what stands behind it; mesh/lowering/weights.py makes one array of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mesh.lowering.op_helpers import numpy_type
 from mesh.lowering.prepare import Graph, GraphNode, with_last_use
 from mesh.lowering.tensors import PackedFormat
 
-__all__ = ["Operand", "Stored", "operands"]
+__all__ = ["RightOperand", "Stored", "operands"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Operand:
+class RightOperand:
     """A weight: (codes - zero) * scale - minimum. `turned`: stored [out, in]. `pending`: so far the graph has it as [out, in] as well.
     `sign`: what the minimum is multiplied with to be subtracted. `dtype`: what it is widened to (None: the codes' own type)."""
 
@@ -70,7 +70,7 @@ class Operand:
         return (self.codes, *(name for each in factors for name in (each.name, each.step) if name is not None))
 
 
-def operands(lowered: Lowered) -> tuple[Graph, dict[str, Operand]]:
+def operands(lowered: Lowered) -> tuple[Graph, dict[str, RightOperand]]:
     """(the graph in which each right operand made of initializers is one name, and the operands by those names)."""
     found = _Finder(lowered)
     nodes, result = [], {}
@@ -108,24 +108,24 @@ class _Finder:
         self._uses.update(graph.outputs)
         self._made_by = {name: node for node in graph.nodes for name in node.outputs if node.op.domain == ""}
 
-    def operand(self, name: str) -> Operand | None:
+    def operand(self, name: str) -> RightOperand | None:
         """What the right operand `name` of a product is, or None."""
         if self._uses[name] != 1:
             return None
         if name in self._weights:
             shape = self._shape(name)
-            return Operand(name, (shape[0], shape[1])) if len(shape) == 2 else None
+            return RightOperand(name, (shape[0], shape[1])) if len(shape) == 2 else None
         node = self._made_by.get(name)
         known = None if node is None else _KNOWN.get(node.op.op_type)
         return None if node is None or known is None else known(self, node)
 
-    def _cast(self, node: GraphNode) -> Operand | None:
+    def _cast(self, node: GraphNode) -> RightOperand | None:
         inner = self.operand(node.inputs[0])
         if inner is None or inner.dtype is not None:
             return None
         return replace(inner, dtype=numpy_type(node.attributes["to"]))
 
-    def _dequantize(self, node: GraphNode) -> Operand | None:
+    def _dequantize(self, node: GraphNode) -> RightOperand | None:
         inner = self.operand(node.inputs[0])
         if inner is None or inner.dtype is not None or inner.turned or set(node.attributes) - {"axis", "block_size"}:
             return None
@@ -142,7 +142,7 @@ class _Finder:
         dtype = self._type_of(scale, node.inputs[1])
         return replace(inner, dtype=dtype, scale=scale, zero=zero, group=group, turned=turned, pending=turned)
 
-    def _transpose(self, node: GraphNode) -> Operand | None:
+    def _transpose(self, node: GraphNode) -> RightOperand | None:
         inner = self.operand(node.inputs[0])
         if inner is None or tuple(node.attributes.get("perm", (1, 0))) != (1, 0):
             return None
@@ -150,7 +150,7 @@ class _Finder:
             return replace(inner, pending=False) if inner.pending else None
         return replace(inner, turned=True) if inner.scale is None or self._size(inner.scale.name) == 1 else None
 
-    def _reshape(self, node: GraphNode) -> Operand | None:
+    def _reshape(self, node: GraphNode) -> RightOperand | None:
         """Reshape(Sub(Reshape(W, [0, -1, group]), Unsqueeze(m, 2)), [0, -1]) of W [out, in]."""
         middle = self._made_by.get(node.inputs[0])
         if middle is None or middle.op.op_type not in ("Add", "Sub") or self._uses[node.inputs[0]] != 1:

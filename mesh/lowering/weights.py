@@ -17,7 +17,7 @@ import numpy as np
 from mesh.kernels.library import kernels
 from mesh.lowering import linear
 from mesh.lowering.linear import Codes, Factors
-from mesh.lowering.operands import Operand, Stored
+from mesh.lowering.operands import RightOperand, Stored
 from mesh.lowering.tensors import PackedFormat, unpack
 
 __all__ = ["PackedWeight", "Variants", "pack"]
@@ -73,7 +73,7 @@ class PackedWeight:
         return NotImplemented
 
 
-def pack(parts: Sequence[Operand], read: Callable[[str], tuple[Array, PackedFormat | None]]) -> PackedWeight:
+def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, PackedFormat | None]]) -> PackedWeight:
     """Operands of one kind as one weight: their outputs one after the other. `read` gives an initializer, as stored, and its format if its
     elements are smaller than a byte."""
     first = parts[0]
@@ -99,7 +99,7 @@ def pack(parts: Sequence[Operand], read: Callable[[str], tuple[Array, PackedForm
     )
 
 
-def _by_output(array: Array, operand: Operand) -> Array:
+def _by_output(array: Array, operand: RightOperand) -> Array:
     return array if operand.turned else array.T
 
 
@@ -136,7 +136,9 @@ def _packed(codes: Array, bits: int, signed: bool) -> Codes:
     return Codes(jax.device_put(low), high=None if high is None else jax.device_put(high), bits=bits, offset=offset)
 
 
-def _factors(each: Sequence[Stored | None], operand: Operand, read: Callable[[str], tuple[Array, PackedFormat | None]]) -> Factors | None:
+def _factors(
+    each: Sequence[Stored | None], operand: RightOperand, read: Callable[[str], tuple[Array, PackedFormat | None]]
+) -> Factors | None:
     """The numbers of one weight's groups [out, groups] or [out]."""
     known = [stored for stored in each if stored is not None]
     if not known:

@@ -20,7 +20,7 @@ from mesh.kernels.library import kernels
 from mesh.lowering import Lowered, lower
 from mesh.lowering.fuse import fuse
 from mesh.lowering.join import join_products
-from mesh.lowering.operands import Operand, operands
+from mesh.lowering.operands import RightOperand, operands
 from mesh.lowering.tensors import PackedFormat
 from mesh.lowering.weights import PackedWeight, Variants, pack
 from mesh.model.manifest import block_name
@@ -92,7 +92,7 @@ def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight],
     return Block(name, f"{signature} {held} {kernels().digest}", bare, weights, decode)
 
 
-def _stored_as(lowered: Lowered, operand: Operand) -> tuple[Any, ...]:
+def _stored_as(lowered: Lowered, operand: RightOperand) -> tuple[Any, ...]:
     """What two operands must have in common to be joined."""
 
     def of(name: str | None) -> Any:

@@ -24,8 +24,13 @@ from mesh.telemetry import conventions, metrics
 MOST_LINES = 700
 """Of a file in mesh."""
 
-FRESH_INTERPRETERS = {"tests/unit/test_imports.py", "tests/unit/commands/test_cli.py", "tests/unit/commands/test_entry.py"}
-"""Unit tests that ask a new Python process what it imports."""
+FRESH_INTERPRETERS = {
+    "tests/unit/test_imports.py",
+    "tests/unit/commands/test_cli.py",
+    "tests/unit/commands/test_entry.py",
+    "tests/unit/runtime/test_kernels_in_a_stage.py",
+}
+"""Unit tests that ask a new Python process what it imports, or what it computes in another environment."""
 
 HTTP_DOCUMENTS = {"mesh/gateway/bodies.py", "mesh/gateway/schema.py", "mesh/gateway/openai_schema.py"}
 ONE_THING = {"BatchResult", "ChatMessage", "Timing", "TokenLogprob", "Usage"}

@@ -5,6 +5,7 @@ place.py            that what a source names lies beside it
 onnx.py             exported graphs, cut into blocks; onnx_file.py reads the file and runs the passes
 safetensors.py      Hugging Face directories
 hub.py              models of the Hugging Face hub, fetched into its cache
-gguf.py             GGUF files; gguf_file.py reads the format, gguf_tokenizer.py builds the tokenizer from it
+gguf.py             GGUF files; gguf_file.py reads the format, gguf_tokenizer.py builds the tokenizer from it,
+                    gguf_blocks.py takes quantized tensors apart
 tokenizer.py        the tokenizer files of a model directory
 """

@@ -5,5 +5,6 @@ emit_attention.py   its attention
 emit_values.py      its names, types, sizes, positions and weights
 blocks.py           GraphBuilder: nodes and weights of one block, whatever the source
 quantize.py         weights in 8 and 4 bits
+kept.py             weights as their source has quantized them
 writer.py           BlockWriter: one block's files, one tensor in memory at a time
 """

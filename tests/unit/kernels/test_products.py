@@ -153,12 +153,12 @@ def test_what_comes_before_and_after_a_product(before: str, rows: int, depth: in
     first: Any = None
     expected: Any = x
     if before == "norm":
-        first, expected = calls.Norm(scale, 1e-5), x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+        first, expected = calls.InputNorm(scale, 1e-5), x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
     elif before == "silu":
         first, expected = calls.Gated("silu", up), jax.nn.silu(x) * up
     elif before == "gelu_tanh":
         first, expected = calls.Gated("gelu_tanh", up), jax.nn.gelu(x, approximate=True) * up
-    described = calls.Weight("float32", (20, depth), w, bias=bias)
+    described = calls.KernelWeight("float32", (20, depth), w, bias=bias)
     (got,) = jax.jit(lambda x: calls.products(x, [described], before=first, residual=residual))(x)
     np.testing.assert_allclose(got, np.asarray(expected) @ w.T + bias + residual, rtol=1e-4, atol=1e-4)
 
@@ -175,6 +175,8 @@ def test_several_weights_of_one_input() -> None:
 
 
 def test_a_call_that_is_described_wrongly_is_refused() -> None:
-    w = calls.Weight("4 bits", (8, 64), np.zeros((8, 16), np.uint8), group=32, scale=calls.Factors(np.zeros((8, 2), np.float32)))
+    w = calls.KernelWeight(
+        "4 bits", (8, 64), np.zeros((8, 16), np.uint8), group=32, scale=calls.KernelFactors(np.zeros((8, 2), np.float32))
+    )
     with pytest.raises(Exception, match="has 128 elements where 256 are needed"):
         jax.jit(lambda x: calls.products(x, [w]))(np.zeros((1, 64), np.float32))[0].block_until_ready()
