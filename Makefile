@@ -1,7 +1,7 @@
 # make demo        a 3-shard mesh on this machine that answers a question; the first run makes .venv
 # make test        everything that must pass
 # make test-monitoring   a live Prometheus scrapes a mesh: every panel, every alert; two minutes
-# make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some ten minutes, not part of CI
+# make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some six minutes, not part of CI
 # make check       formatting, lints, types of the package, the tests and the benchmarks
 # make chaos       everything is killed and suspended under load, and every token compared; not part of CI, and takes its time
 # make soak        half an hour of load, cancels and hostile calls; what grows is a fault; not part of CI
