@@ -2,7 +2,7 @@
 # make test        everything that must pass
 # make test-monitoring   a live Prometheus scrapes a mesh: every panel, every alert; two minutes
 # make test-machines     docs/several-machines.md with the demo model, in three network namespaces; two minutes, as root
-# make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some ten minutes, not part of CI
+# make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some six minutes, not part of CI
 # make test-provision   Terraform and Ansible for real: AWS against moto, five systemd hosts, faults, upgrade, restore; an hour, as root
 # make wheelhouse  dist/wheels: every package for machines that reach no index
 # make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes

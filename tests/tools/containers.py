@@ -88,6 +88,10 @@ class Compose:
         return done.stdout
 
     def down(self) -> None:
+        """Remove it all. podman-compose leaves replicas of a scaled service, and with them the network and the volumes."""
+        for name in podman("ps", "--all", "--format", "{{.Names}}").split():
+            if name.startswith(self.project):
+                podman("rm", "--force", name, check=False)
         self("--profile", "commands", "--profile", "grafana", "down", "--volumes", timeout_s=180)
 
     def names(self, service: str) -> list[str]:
