@@ -72,7 +72,7 @@ def test_a_batch_that_is_taken_back_says_so(tmp_path: Path, capsys: pytest.Captu
     [
         ("!{", "line 3: Expecting property name"),
         (7, "line 3: neither a JSON string nor an object"),
-        ({"prompt": "x", "max_tokens": 0}, "line 3: max_tokens: should be greater than or equal to 1"),
+        ({"prompt": "x", "max_tokens": 0}, "line 3: max_tokens: should be 1 or more"),
         ({"prompt": "x", "max_token": 5}, "line 3: max_token is no argument of a request: did you mean max_tokens?"),
         ({"custom_id": "a", "url": "/v1/embeddings", "body": {}}, "line 3: POST /v1/embeddings: give POST /v1/chat/completions"),
         ({"custom_id": "a", "body": {**CHAT, "tools": [{}]}}, "line 3: body.tools: a line of a batch cannot have it"),
