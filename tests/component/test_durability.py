@@ -29,7 +29,7 @@ def test_what_is_shipped_writes_to_disk_within_a_second(tmp_path: Path, name: st
     for path in NATS.glob("*.conf"):
         text = path.read_text().replace("listen: 127.0.0.1:7422", f"listen: 127.0.0.1:{port}")
         (tmp_path / path.name).write_text(text.replace("listen: 127.0.0.1:7480", f"listen: 127.0.0.1:{web}"))
-    environment, folder = {"MESH_LEAF_PASSWORD": "secret"}, tmp_path / "server"
+    environment, folder = {"MESH_LEAF_PASSWORD": "secret", "MESH_NATS_PASSWORD": "secret"}, tmp_path / "server"
     with NatsServer.start(config=tmp_path / name, directory=folder, monitor=True, arguments=arguments, environment=environment) as server:
         assert sync_of(server).level == "ok" and "every 1 s" in sync_of(server).found
 
