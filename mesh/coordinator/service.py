@@ -232,7 +232,7 @@ class Coordinator:
                 ],
             )
             await self.batches.start()
-            for bus in (self.bus, front):
+            for bus in (front, self.bus):
                 await bus.require_subscriptions("a coordinator")
             self.ready.set()
             await self._announce("coordinator_joined", self.name, f"serves {model}")
