@@ -188,7 +188,7 @@ def _products(graph: Graph, made: _Made, readable: set[str]) -> Graph:
             residual: tuple[str, ...] = ()
             if len(outputs) == 1:
                 added = _added(made, outputs[0])
-                if added is not None:
+                if added is not None and place[id(added[0])] not in replaced:  # the sum of two products is made once
                     replaced[place[id(added[0])]] = None
                     outputs, residual = list(added[0].outputs), (added[1],)
             first = call.products[0]

@@ -1,0 +1,58 @@
+"""A graph with calls of the kernels gives what it gave before, whatever stands beside its products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mesh.kernels.library import kernels
+from mesh.lowering import Lowered, lower
+from mesh.lowering.fuse import fuse
+from mesh.lowering.operands import operands
+from mesh.lowering.weights import pack
+
+pytestmark = pytest.mark.skipif(kernels().name is None, reason=f"kernels: {kernels()}")
+
+SIZE = 32
+Node = tuple[str, list[str], str]
+
+
+def model(nodes: Sequence[Node], constants: dict[str, np.ndarray], inputs: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+    """Nodes (op, inputs, output), the last of which makes `y`. The constants w... are weights, the others are smaller."""
+    graph = helper.make_graph(
+        [helper.make_node(op, given, [made]) for op, given, made in nodes],
+        "beside products",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
+
+
+def both(nodes: Sequence[Node], constants: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> tuple[list[str], Any, Any]:
+    """(the ops after fusing, y after it, y before it)."""
+    lowered = lower(model(nodes, constants, {name: array.shape for name, array in inputs.items()}))
+    expected = lowered(lowered.weights, inputs)["y"]
+    graph, found = operands(lowered)
+    weights: dict[str, Any] = {name: pack([operand], lambda name: (lowered.weights[name], None)) for name, operand in found.items()}
+    weights |= {name: array for name, array in lowered.weights.items() if name not in weights}
+    fused = fuse(graph, weights, decode=False)
+    return [node.op.op_type for node in fused.nodes], Lowered(fused, weights, {}, lowered.static_inputs)(weights, inputs)["y"], expected
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape) + shape[0]).standard_normal(shape).astype(np.float32)
+
+
+def test_the_sum_of_two_products_is_made_by_one_of_them() -> None:
+    """Attention and MLP beside each other, as Falcon and Cohere have them, without biases."""
+    nodes: list[Node] = [("MatMul", ["x", "w0"], "a"), ("MatMul", ["z", "w1"], "b"), ("Add", ["a", "b"], "s"), ("Add", ["s", "x"], "y")]
+    weights = {"w0": numbers(SIZE, SIZE), "w1": numbers(SIZE, SIZE)}
+    ops, got, expected = both(nodes, weights, {"x": numbers(1, 5, SIZE), "z": numbers(1, 5, SIZE)})
+    assert ops == ["Products", "Products", "Add"]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
