@@ -40,18 +40,18 @@ def Products(*inputs: Any, weights: int, before: str, epsilon: float, residual: 
     """x [..., in], what comes before (the scale of a norm, or the other side of a gate), the weights, and maybe a residual -> the products
     [..., out]."""
     x, rest = inputs[0], list(inputs[1:])
-    lead, size = x.shape[:-1], x.shape[-1]
     first: Any = None
     if before == "norm":
-        first = calls.InputNorm(jnp.asarray(rest.pop(0)), epsilon)
+        first = calls.InputNorm(jnp.broadcast_to(jnp.asarray(rest.pop(0)), x.shape[-1:]), epsilon)
     elif before:
         other = rest.pop(0)
         if other.shape != x.shape:  # a gate that broadcasts
-            x, lead = _gate(before, x) * other, jnp.broadcast_shapes(lead, other.shape[:-1])
+            x = _gate(before, x) * other
         else:
-            first = calls.Gated(before, other.reshape(-1, size))  # type: ignore[arg-type]
+            first = calls.Gated(before, other.reshape(-1, x.shape[-1]))  # type: ignore[arg-type]
     packed, added = rest[:weights], rest[weights] if residual else None
     known = [weight.codes.for_kernels() for weight in packed]
+    lead, size = x.shape[:-1], x.shape[-1]
     shape = (*lead, packed[0].shape[1])
     inside = added is not None and added.shape == shape
     flat = None if added is None or not inside else added.reshape(-1, shape[-1])

@@ -56,3 +56,20 @@ def test_the_sum_of_two_products_is_made_by_one_of_them() -> None:
     ops, got, expected = both(nodes, weights, {"x": numbers(1, 5, SIZE), "z": numbers(1, 5, SIZE)})
     assert ops == ["Products", "Products", "Add"]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [((1, 5, SIZE), (1, 5, SIZE)), ((1, 5, SIZE), (1, 1, SIZE)), ((1, 5, 1), (1, 5, SIZE))])
+def test_a_gate_of_another_shape_broadcasts(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    nodes: list[Node] = [("Sigmoid", ["x"], "s"), ("Mul", ["x", "s"], "g"), ("Mul", ["g", "z"], "h"), ("MatMul", ["h", "w"], "y")]
+    ops, got, expected = both(nodes, {"w": numbers(SIZE, SIZE)}, {"x": numbers(*shapes[0]), "z": numbers(*shapes[1])})
+    assert ops == ["Products"]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(SIZE,), (1,), ()])
+def test_a_norm_may_have_one_scale_for_all(shape: tuple[int, ...]) -> None:
+    scale = np.full(shape, 1.5, np.float32)
+    nodes: list[Node] = [("RMSNormalization", ["x", "scale"], "n"), ("MatMul", ["n", "w"], "y")]
+    ops, got, expected = both(nodes, {"w": numbers(SIZE, SIZE), "scale": scale}, {"x": numbers(1, 5, SIZE)})
+    assert ops == ["Products"]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
