@@ -25,7 +25,7 @@ import numpy as np
 
 from mesh.kernels import calls
 from mesh.lowering import registry
-from mesh.lowering.prepare import Graph, GraphNode, with_last_use
+from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.registry import register
 from mesh.lowering.weights import PackedWeight
 
@@ -125,16 +125,10 @@ def _new(op_type: str, like: GraphNode, inputs: Sequence[str], outputs: Sequence
 def _rebuilt(graph: Graph, replaced: Mapping[int, GraphNode | None]) -> Graph:
     """The graph with some nodes replaced, in an order in which every value is made before it is read."""
     nodes = [node for index, old in enumerate(graph.nodes) if (node := replaced.get(index, old)) is not None]
-    wanted = set(graph.outputs)
-    live: list[GraphNode] = []
-    for node in reversed(_ordered(graph, nodes)):
-        if wanted & set(node.outputs):
-            live.append(node)
-            wanted |= {*node.inputs} | node.captured()
-    return with_last_use(Graph(graph.inputs, graph.outputs, tuple(reversed(live)), graph.constants))
+    return with_nodes(graph, _ordered(nodes))
 
 
-def _ordered(graph: Graph, nodes: list[GraphNode]) -> list[GraphNode]:
+def _ordered(nodes: Sequence[GraphNode]) -> list[GraphNode]:
     maker = {name: node for node in nodes for name in node.outputs}
     done: set[int] = set()
     order: list[GraphNode] = []

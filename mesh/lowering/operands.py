@@ -24,7 +24,7 @@ import numpy as np
 
 from mesh.lowering.lower import Lowered
 from mesh.lowering.op_helpers import numpy_type
-from mesh.lowering.prepare import Graph, GraphNode, with_last_use
+from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.tensors import PackedFormat
 
 __all__ = ["RightOperand", "Stored", "operands"]
@@ -81,19 +81,7 @@ def operands(lowered: Lowered) -> tuple[Graph, dict[str, RightOperand]]:
                 result[operand.codes] = operand
                 node = replace(node, inputs=(node.inputs[0], operand.codes))
         nodes.append(node)
-    return _live(lowered.graph, nodes), result
-
-
-def _live(graph: Graph, nodes: list[GraphNode]) -> Graph:
-    """The graph with these nodes, less those whose results nothing needs any more."""
-    wanted = set(graph.outputs)
-    kept = []
-    for node in reversed(nodes):
-        if wanted & set(node.outputs):
-            kept.append(node)
-            wanted |= {*node.inputs} | node.captured()
-    constants = {name: value for name, value in graph.constants.items() if name in wanted}
-    return with_last_use(Graph(graph.inputs, graph.outputs, tuple(reversed(kept)), constants))
+    return with_nodes(lowered.graph, nodes), result
 
 
 class _Finder:

@@ -3,7 +3,7 @@ separated from constants."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mesh.lowering import ops, registry
 from mesh.lowering.registry import Op
 from mesh.lowering.tensors import PackedFormat, TensorReader
 
-__all__ = ["WEIGHT_ELEMENTS", "Graph", "GraphNode", "Prepared", "prepare", "with_last_use"]
+__all__ = ["WEIGHT_ELEMENTS", "Graph", "GraphNode", "Prepared", "prepare", "with_last_use", "with_nodes"]
 
 WEIGHT_ELEMENTS = 1024  # initializers of at least this many elements are arguments of the compiled code, not constants in it
 
@@ -245,6 +245,18 @@ def with_last_use(graph: Graph) -> Graph:
         if dead:
             result[index] = dead
     return replace(graph, last_use=result)
+
+
+def with_nodes(graph: Graph, nodes: Sequence[GraphNode]) -> Graph:
+    """The graph with these nodes, less those whose results nothing needs, and the constants that they read."""
+    wanted = set(graph.outputs)
+    kept = []
+    for node in reversed(nodes):
+        if wanted & set(node.outputs):
+            kept.append(node)
+            wanted |= _uses(node)
+    constants = {name: value for name, value in graph.constants.items() if name in wanted}
+    return with_last_use(Graph(graph.inputs, graph.outputs, tuple(reversed(kept)), constants))
 
 
 def _uses(node: GraphNode) -> set[str]:
