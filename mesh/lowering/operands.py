@@ -32,11 +32,10 @@ __all__ = ["RightOperand", "Stored", "operands"]
 
 @dataclass(frozen=True)
 class Stored:
-    """Numbers of a weight's groups: an initializer's, times those of `step` where there is one. `axis`: that of the groups."""
+    """Numbers of a weight's groups: an initializer's, times those of `step` where there is one."""
 
     name: str
     step: str | None = None
-    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class _Finder:
             return None
         axis, group = node.attributes.get("axis", 1) % 2, node.attributes.get("block_size", 0)
         scale = self._factors(node.inputs[1], axis)
-        zero = self._initializer(node.inputs[2], axis) if len(node.inputs) > 2 and node.inputs[2] else None
+        zero = self._initializer(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
         if scale is None or (len(node.inputs) > 2 and node.inputs[2] and zero is None):
             return None
         rank = len(self._shape(scale.name))
@@ -127,7 +126,7 @@ class _Finder:
             return None
         # Groups lie along the inputs, a scale without groups belongs to an output: which axis is which follows from that.
         turned = axis == (1 if group else 0) and self._size(scale.name) > 1
-        dtype = self._type_of(scale, node.inputs[1])
+        dtype = self._type_of(node.inputs[1])
         return replace(inner, dtype=dtype, scale=scale, zero=zero, group=group, turned=turned, pending=turned)
 
     def _transpose(self, node: GraphNode) -> RightOperand | None:
@@ -162,21 +161,21 @@ class _Finder:
         """Numbers of groups along `axis`, through a Cast or a DequantizeLinear with a step of their own."""
         node = self._made_by.get(name)
         if node is None:
-            return self._initializer(name, axis)
+            return self._initializer(name)
         if self._uses[name] != 1:
             return None
         if node.op.op_type == "Cast":
-            return self._initializer(node.inputs[0], axis)
+            return self._initializer(node.inputs[0])
         if node.op.op_type != "DequantizeLinear" or len(node.inputs) > 2 or not node.attributes.get("block_size"):
             return None
-        inner, step = self._initializer(node.inputs[0], axis), self._factors(node.inputs[1], axis)
+        inner, step = self._initializer(node.inputs[0]), self._factors(node.inputs[1], axis)
         if inner is None or step is None or step.step is not None or node.attributes.get("axis", 1) % 2 != axis:
             return None
         return replace(inner, step=step.name)
 
-    def _initializer(self, name: str, axis: int) -> Stored | None:
+    def _initializer(self, name: str) -> Stored | None:
         known = (name in self._weights and name not in self._packed) or name in self._constants
-        return Stored(name, axis=axis) if known and self._uses[name] == 1 else None
+        return Stored(name) if known and self._uses[name] == 1 else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self._packed:
@@ -186,12 +185,12 @@ class _Finder:
     def _size(self, name: str) -> int:
         return math.prod(self._shape(name))
 
-    def _type_of(self, factors: Stored, value: str) -> np.dtype[Any]:
+    def _type_of(self, value: str) -> np.dtype[Any]:
         node = self._made_by.get(value)
         if node is not None and node.op.op_type == "Cast":
             return numpy_type(node.attributes["to"])
         if node is not None:
-            return self._type_of(factors, node.inputs[1])
+            return self._type_of(node.inputs[1])
         return np.dtype((self._weights.get(value, self._constants.get(value))).dtype)
 
 
