@@ -255,11 +255,8 @@ def _attention(graph: Graph, made: _Made) -> Graph:
         if (node.op.domain, node.op.op_type) == ("", "Attention"):
             call = _one_call(made, node)
             if call is not None:
-                replaced[index] = call
-                merged = set(call.outputs[1:])
-                for at, other in enumerate(graph.nodes):
-                    if merged & set(other.outputs) or call.outputs[0] in other.outputs:
-                        replaced[at] = None
+                made_by_it = set(call.outputs)
+                replaced |= {at: None for at, other in enumerate(graph.nodes) if made_by_it & set(other.outputs)}
                 replaced[index] = call
     return _rebuilt(graph, replaced) if replaced else graph
 
