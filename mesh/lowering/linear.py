@@ -137,13 +137,10 @@ class Codes:
             return None
         if self.zero_point is not None and self.minimum is not None:
             return None
-        if (kind in ("5 bits", "6 bits", "int8") and self.minimum is not None and kind != "5 bits") or (
-            kind in ("5 bits", "6 bits") and self.zero_point is not None
-        ):
+        if (kind in ("int8", "6 bits") and self.minimum is not None) or (kind in ("5 bits", "6 bits") and self.zero_point is not None):
             return None
         groups = -(-depth // self.group) if self.group else 1
-        factors = [_each_group(each, out, groups) for each in (self.scale, self.zero_point, self.minimum)]
-        scale, zero, minimum = factors
+        scale, zero, minimum = (_each_group(each, out, groups) for each in (self.scale, self.zero_point, self.minimum))
         return calls.KernelWeight(kind, (out, depth), self.data, self.high, self.group, self.offset, scale, zero, minimum)
 
 

@@ -104,7 +104,7 @@ def _by_output(array: Array, operand: RightOperand) -> Array:
 
 
 def _codes(codes: Array, layout: PackedFormat | None, *, grouped: bool) -> Codes:
-    """Codes [out, in], those of fewer than 8 bits packed again; of an odd length they stay bytes."""
+    """Codes [out, in], those of fewer than 8 bits packed again; rows that are not whole blocks stay bytes."""
     if layout is not None and layout.bits == 4 and codes.shape[1] % _BLOCK == 0:
         return _packed(codes, 4, layout.signed)
     bits = _fewer_bits(codes) if grouped and kernels().name is not None else 8
