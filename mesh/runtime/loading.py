@@ -89,7 +89,7 @@ def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight],
     graphs = [graph, graph] if kernels().name is None else [fuse(graph, weights, decode=decode) for decode in (False, True)]
     bare, decode = (Lowered(each, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs) for each in graphs)
     held = hashlib.sha256(str(jax.tree.structure(weights)).encode()).hexdigest()  # codes of few bits are packed by their values
-    return Block(name, f"{signature} {held} {kernels().digest}", bare, weights, decode)
+    return Block(name, f"{signature} {held}", bare, weights, decode)
 
 
 def _stored_as(lowered: Lowered, operand: RightOperand) -> tuple[Any, ...]:
