@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Kept", "KeptForm", "SourceMatrix", "dequantized"]
+__all__ = ["Kept", "KeptForm", "SourceMatrix"]
 
 Array = npt.NDArray[Any]
 
@@ -61,19 +61,3 @@ class SourceMatrix:
 
     def __call__(self) -> Array:
         return self.read().T
-
-
-def dequantized(kept: Kept) -> Array:
-    """The numbers [out, in] that a block computes of it, float32, step by step as its nodes do."""
-
-    def factors(each: tuple[Array, Array | None]) -> Array:
-        data, step = each
-        numbers = data.astype(np.float32)
-        return numbers if step is None else numbers * np.repeat(step.astype(np.float32), data.shape[1] // step.shape[1], axis=1)
-
-    assert kept.scale is not None
-    values: Array = kept.codes.astype(np.float32) * np.repeat(factors(kept.scale), kept.form.group, axis=1)
-    if kept.minimum is None:
-        return values
-    minimum = np.repeat(factors(kept.minimum), kept.form.group, axis=1)
-    return values + minimum if kept.form.minimum == "add" else values - minimum

@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.gguf_blocks import FORMS, kept
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder
-from mesh.importer.write.kept import SourceMatrix, dequantized
+from mesh.importer.write.kept import Kept, SourceMatrix
 from mesh.runtime.loading import load_block
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -32,6 +32,22 @@ def stored(name: str, out: int = OUT) -> tuple[int, np.ndarray, np.ndarray]:
         numbers[0] = [6e-8] + [0] * (len(numbers[0]) - 1)  # the smallest there is, and zeros
         blocks[:, :, at : at + 2] = numbers[..., None].view(np.uint8)
     return int(kind), blocks, quants.dequantize(blocks.reshape(out, -1), kind)
+
+
+def dequantized(kept: Kept) -> np.ndarray:
+    """The numbers [out, in] that a block computes of it, float32, step by step as its nodes do."""
+
+    def factors(each: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
+        data, step = each
+        numbers = data.astype(np.float32)
+        return numbers if step is None else numbers * np.repeat(step.astype(np.float32), data.shape[1] // step.shape[1], axis=1)
+
+    assert kept.scale is not None
+    values: np.ndarray = kept.codes.astype(np.float32) * np.repeat(factors(kept.scale), kept.form.group, axis=1)
+    if kept.minimum is None:
+        return values
+    minimum = np.repeat(factors(kept.minimum), kept.form.group, axis=1)
+    return values + minimum if kept.form.minimum == "add" else values - minimum
 
 
 @pytest.mark.parametrize("name", TYPES)
