@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-__all__ = ["KINDS", "Gated", "InputNorm", "KernelFactors", "KernelWeight", "attention", "products"]
+__all__ = ["KINDS", "MOST_WEIGHTS", "Gated", "InputNorm", "KernelFactors", "KernelWeight", "Kind", "attention", "products"]
 
 Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits"]
 KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits")

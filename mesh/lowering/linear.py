@@ -125,9 +125,10 @@ class Codes:
             return each.reshape(-1, 1)
         return jnp.repeat(each, self.group, axis=1)[:, : self.shape[1]] if self.group else each
 
-    def for_kernels(self) -> calls.KernelWeight | None:
-        """The same as the kernels are given it; None where none reads it."""
-        out, depth = self.shape
+    @property
+    def kernel_kind(self) -> calls.Kind | None:
+        """What the kernels call such a weight; None where none reads it."""
+        depth = self.shape[1]
         names = {np.dtype(name): name for name in ("float32", "float16", "bfloat16", "int8", "uint8")}
         kind: Any = f"{self.bits} bits" if self.bits else names.get(np.dtype(self.data.dtype))
         floating = kind in ("float32", "float16", "bfloat16")
@@ -139,6 +140,13 @@ class Codes:
             return None
         if (kind in ("int8", "6 bits") and self.minimum is not None) or (kind in ("5 bits", "6 bits") and self.zero_point is not None):
             return None
+        return kind
+
+    def for_kernels(self) -> calls.KernelWeight:
+        """The same as the kernels are given it."""
+        kind, (out, depth) = self.kernel_kind, self.shape
+        if kind is None:
+            raise ValueError(f"no kernel reads a weight of {self.stored_as}")
         groups = -(-depth // self.group) if self.group else 1
         scale, zero, minimum = (_each_group(each, out, groups) for each in (self.scale, self.zero_point, self.minimum))
         return calls.KernelWeight(kind, (out, depth), self.data, self.high, self.group, self.offset, scale, zero, minimum)
@@ -160,7 +168,7 @@ def product(x: Any, weight: Codes, *, variant: str) -> Any:
     A scale an output channel is applied to the result, so that the product reads the codes themselves.
     """
     if variant == "kernel":
-        return calls.products(x, [_known(weight)])[0]
+        return calls.products(x, [weight.for_kernels()])[0]
     if variant == "stream":
         return _stream(x, weight)
     scale = weight.scale
@@ -171,14 +179,7 @@ def product(x: Any, weight: Codes, *, variant: str) -> Any:
 
 def in_kernel(dtype: Any, weight: Codes) -> bool:
     """Whether the kernels of this process multiply x of this type with the weight."""
-    return kernels().name is not None and np.dtype(dtype) == np.float32 and weight.for_kernels() is not None
-
-
-def _known(weight: Codes) -> calls.KernelWeight:
-    known = weight.for_kernels()
-    if known is None:
-        raise ValueError(f"no kernel reads a weight of {weight.stored_as}")
-    return known
+    return kernels().name is not None and np.dtype(dtype) == np.float32 and weight.kernel_kind is not None
 
 
 def default_variant(rows: int, weight: Codes) -> str:

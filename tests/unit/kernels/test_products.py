@@ -169,7 +169,7 @@ def test_several_weights_of_one_input() -> None:
         weight(kind, 30 + 7 * place, 256, 16 if kind[0] == "6" else 32, place)
         for place, kind in enumerate(("4 bits", "6 bits steps", "int8"))
     ]
-    together = jax.jit(lambda x: calls.products(x, [codes.for_kernels() for codes in several]))(x)  # type: ignore[misc]
+    together = jax.jit(lambda x: calls.products(x, [codes.for_kernels() for codes in several]))(x)
     for got, codes in zip(together, several, strict=True):
         np.testing.assert_array_equal(got, multiplied(x, codes))
 
