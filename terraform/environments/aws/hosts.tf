@@ -1,17 +1,23 @@
-# Four kinds of hosts, each spread over the zones.
+# Four kinds of hosts, each spread over the zones. The name of a kind is also that of its security group and of its group in the inventory.
 
 locals {
-  nats_hosts        = { for index in range(var.nats_servers) : "nats-${index + 1}" => { subnet_id = local.subnet[index], instance_type = var.nats_instance_type } }
-  coordinator_hosts = { for index in range(var.coordinators) : "coordinator-${index + 1}" => { subnet_id = local.subnet[index], instance_type = var.coordinator_instance_type } }
-  monitoring_hosts  = { monitoring-1 = { subnet_id = local.subnet[0], instance_type = var.monitoring_instance_type } }
-  shard_hosts       = { for index, node in local.nodes : node => { subnet_id = local.subnet[index], instance_type = try(local.fitting[node][0], "") } }
-
-  common = {
-    name             = var.name
-    ami              = local.ami
-    instance_profile = aws_iam_instance_profile.host.name
-    key_name         = aws_key_pair.this.key_name
-    kms_key_id       = aws_kms_key.this.arn
+  kinds = {
+    nats = {
+      hosts   = { for index in range(var.nats_servers) : "nats-${index + 1}" => { subnet_id = local.subnet[index], instance_type = var.nats_instance_type } }
+      disk_gb = local.nats_disk_gb
+    }
+    coordinators = {
+      hosts   = { for index in range(var.coordinators) : "coordinator-${index + 1}" => { subnet_id = local.subnet[index], instance_type = var.coordinator_instance_type } }
+      disk_gb = local.nats_disk_gb # the first one holds the model while it is pushed
+    }
+    shards = {
+      hosts   = { for index, node in local.nodes : node => { subnet_id = local.subnet[index], instance_type = try(local.fitting[node][0], "") } }
+      disk_gb = local.shard_disk_gb
+    }
+    monitoring = {
+      hosts   = { monitoring-1 = { subnet_id = local.subnet[0], instance_type = var.monitoring_instance_type } }
+      disk_gb = 50
+    }
   }
 }
 
@@ -28,53 +34,18 @@ resource "terraform_data" "fits" {
   }
 }
 
-module "nats" {
+module "hosts" {
+  for_each          = local.kinds
   source            = "../../modules/hosts"
-  name              = local.common.name
-  ami               = local.common.ami
-  instance_profile  = local.common.instance_profile
-  key_name          = local.common.key_name
-  kms_key_id        = local.common.kms_key_id
-  hosts             = local.nats_hosts
-  disk_gb           = local.nats_disk_gb
-  security_group_id = module.network.security_group_ids["nats"]
-}
-
-module "coordinators" {
-  source            = "../../modules/hosts"
-  name              = local.common.name
-  ami               = local.common.ami
-  instance_profile  = local.common.instance_profile
-  key_name          = local.common.key_name
-  kms_key_id        = local.common.kms_key_id
-  hosts             = local.coordinator_hosts
-  disk_gb           = local.nats_disk_gb # the first one holds the model while it is pushed
-  security_group_id = module.network.security_group_ids["coordinators"]
-}
-
-module "shards" {
-  source            = "../../modules/hosts"
-  name              = local.common.name
-  ami               = local.common.ami
-  instance_profile  = local.common.instance_profile
-  key_name          = local.common.key_name
-  kms_key_id        = local.common.kms_key_id
-  hosts             = local.shard_hosts
-  disk_gb           = local.shard_disk_gb
-  security_group_id = module.network.security_group_ids["shards"]
+  name              = var.name
+  hosts             = each.value.hosts
+  ami               = local.ami
+  security_group_id = module.network.security_group_ids[each.key]
+  instance_profile  = aws_iam_instance_profile.host.name
+  key_name          = aws_key_pair.this.key_name
+  disk_gb           = each.value.disk_gb
+  kms_key_id        = aws_kms_key.this.arn
   depends_on        = [terraform_data.fits]
-}
-
-module "observability" {
-  source            = "../../modules/hosts"
-  name              = local.common.name
-  ami               = local.common.ami
-  instance_profile  = local.common.instance_profile
-  key_name          = local.common.key_name
-  kms_key_id        = local.common.kms_key_id
-  hosts             = local.monitoring_hosts
-  disk_gb           = 50
-  security_group_id = module.network.security_group_ids["monitoring"]
 }
 
 module "load_balancer" {
@@ -84,7 +55,7 @@ module "load_balancer" {
   subnet_ids          = var.internal ? module.network.private_subnet_ids : module.network.public_subnet_ids
   internal            = var.internal
   security_group_id   = module.network.security_group_ids["load_balancer"]
-  instance_ids        = { for name, host in module.coordinators.hosts : name => host.id }
+  instance_ids        = { for name, host in module.hosts["coordinators"].hosts : name => host.id }
   port                = local.ports.https
   target_port         = local.ports.http
   deletion_protection = !var.destroy_models

@@ -1,19 +1,12 @@
-locals {
-  found = merge(
-    { for name, host in module.nats.hosts : name => merge(host, { groups = ["nats"], node = null }) },
-    { for name, host in module.coordinators.hosts : name => merge(host, { groups = ["coordinators"], node = null }) },
-    { for name, host in module.shards.hosts : name => merge(host, { groups = ["shards"], node = name }) },
-    { for name, host in module.observability.hosts : name => merge(host, { groups = ["monitoring"], node = null }) },
-  )
-}
-
 module "inventory" {
   source       = "../../modules/inventory"
   placement    = var.placement
   extra_shards = var.extra_shards
-  hosts = {
-    for name, host in local.found : name => { ansible_host = host.id, address = host.address, groups = host.groups, node = host.node }
-  }
+  hosts = merge([
+    for kind, made in module.hosts : {
+      for name, host in made.hosts : name => { ansible_host = host.id, address = host.address, groups = [kind], node = kind == "shards" ? name : null }
+    }
+  ]...)
   vars = {
     ansible_user            = "admin"
     ansible_ssh_common_args = "-o StrictHostKeyChecking=accept-new -o ProxyCommand=\"aws ssm start-session --region ${var.region} --target %h --document-name AWS-StartSSHSession --parameters portNumber=%p\""
@@ -37,7 +30,7 @@ output "placement" {
 
 output "instance_types" {
   description = "The type that each node of the plan got."
-  value       = { for name, host in local.shard_hosts : name => host.instance_type }
+  value       = { for name, host in local.kinds.shards.hosts : name => host.instance_type }
 }
 
 output "endpoint" {

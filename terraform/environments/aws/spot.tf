@@ -77,6 +77,6 @@ module "spot" {
   region               = var.region
   bucket               = module.storage.bucket
   secret_arn           = aws_secretsmanager_secret.spot[0].arn
-  nats_urls            = [for host in module.nats.hosts : "tls://${host.address}:${local.ports.nats}"]
+  nats_urls            = [for host in module.hosts["nats"].hosts : "tls://${host.address}:${local.ports.nats}"]
   mesh_version         = regex("__version__ = \"([^\"]+)\"", file("${path.module}/../../../mesh/__init__.py"))[0]
 }

@@ -76,11 +76,11 @@ run "hosts_are_closed_and_encrypted" {
   command = apply
 
   assert {
-    condition     = alltrue([for host in concat(values(module.nats.hosts), values(module.shards.hosts)) : host.id != null])
+    condition     = alltrue([for host in concat(values(module.hosts["nats"].hosts), values(module.hosts["shards"].hosts)) : host.id != null])
     error_message = "every host has an id, by which Session Manager reaches it"
   }
   assert {
-    condition     = length(module.nats.hosts) == 3 && length(module.coordinators.hosts) == 2 && length(module.shards.hosts) == 3
+    condition     = length(module.hosts["nats"].hosts) == 3 && length(module.hosts["coordinators"].hosts) == 2 && length(module.hosts["shards"].hosts) == 3
     error_message = "three NATS servers, two coordinators, a host for each node of the plan"
   }
   assert {
