@@ -12,8 +12,7 @@ module "inventory" {
     ansible_ssh_common_args = "-o StrictHostKeyChecking=accept-new -o ProxyCommand=\"aws ssm start-session --region ${var.region} --target %h --document-name AWS-StartSSHSession --parameters portNumber=%p\""
     mesh_network            = var.cidr
     mesh_client_networks    = distinct(concat(var.client_cidrs, [var.cidr])) # the load balancer keeps the addresses of clients
-    mesh_models_bucket      = module.storage.bucket
-    mesh_joiner             = var.spot_replicas > 0 # spot replicas share a user, which may serve any range
+    mesh_joiner             = var.spot_replicas > 0                          # spot replicas share a user, which may serve any range
     mesh_load_balancer      = module.load_balancer.dns_name
   }
 }
@@ -34,7 +33,7 @@ output "instance_types" {
 }
 
 output "endpoint" {
-  description = "Where clients send HTTPS requests. Give this name to the playbook as mesh_load_balancer: the coordinators' certificates have it."
+  description = "Where clients send HTTPS requests. The inventory has this name, so that the coordinators' certificates have it."
   value       = "https://${module.load_balancer.dns_name}"
 }
 

@@ -10,7 +10,6 @@ output "inventory" {
               hosts = {
                 for name, host in var.hosts : name => merge(
                   { ansible_host = host.ansible_host, mesh_address = host.address },
-                  host.vars,
                   contains(host.groups, "shards") && host.node != null ? { mesh_shards = lookup(local.held, coalesce(host.node, "-"), []) } : null
                 ) if contains(host.groups, group)
               }

@@ -5,7 +5,6 @@ variable "hosts" {
     address      = string
     groups       = list(string)
     node         = optional(string)
-    vars         = optional(map(string), {})
   }))
 
   validation {
