@@ -40,6 +40,7 @@ resource "aws_vpc_security_group_ingress_rule" "between" {
   for_each                     = local.rules
   security_group_id            = aws_security_group.this[each.value.to].id
   referenced_security_group_id = aws_security_group.this[each.value.from].id
+  description                  = each.key
   tags                         = { Name = each.key }
   ip_protocol                  = "tcp"
   from_port                    = each.value.ports[0]
