@@ -48,14 +48,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one object a line")
     add_connection_arguments(parser)
     parser.set_defaults(run=_list)
-    listing = verbs.add_parser("list", help="list the models, as without a command", description=_DESCRIPTION)
+    # What is not given after the word leaves what was given before it.
+    listing = verbs.add_parser(
+        "list", help="list the models, as without a command", description=_DESCRIPTION, argument_default=argparse.SUPPRESS
+    )
     listing.add_argument("--json", action="store_true", help="print one object a line")
     add_connection_arguments(listing)
     listing.set_defaults(run=_list)
-    remove = verbs.add_parser("remove", help="remove a model", description=_REMOVE)
+    remove = verbs.add_parser("remove", help="remove a model", description=_REMOVE, argument_default=argparse.SUPPRESS)
     remove.add_argument("name", metavar="NAME", help="as `mesh models` lists it")
-    remove.add_argument("--local", action="store_true", help="the copies in this machine's cache, not the mesh's model")
-    remove.add_argument("--force", action="store_true", help="also if shards serve it")
+    remove.add_argument("--local", action="store_true", default=False, help="the copies in this machine's cache, not the mesh's model")
+    remove.add_argument("--force", action="store_true", default=False, help="also if shards serve it")
     add_connection_arguments(remove)
     remove.set_defaults(run=_remove)
 

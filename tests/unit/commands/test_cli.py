@@ -110,6 +110,13 @@ def _flat(values: Iterable[object]) -> list[object]:
     return [each for value in values for each in (value if isinstance(value, list) else [value])]
 
 
+def test_a_connection_before_the_word_list_or_remove_is_not_forgotten() -> None:
+    args = cli._parser_of("models").parse_args(["--nats", "nats://far:4222", "--json", "remove", "tiny"])
+    assert (args.nats, args.json, args.name, args.local, args.force) == ("nats://far:4222", True, "tiny", False, False)
+    args = cli._parser_of("models").parse_args(["--nats", "nats://far:4222", "list", "--nats", "nats://near:4222", "--json"])
+    assert (args.nats, args.json) == ("nats://near:4222", True)
+
+
 def test_a_prompt_may_follow_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "nowhere", "--max-tokens", "4", "hi"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
