@@ -12,10 +12,11 @@ from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.commands.sources import MODEL_HELP, model_directory
+from mesh.errors import BadRequest
 from mesh.host.signals import run_loop
 from mesh.settings.units import format_bytes, format_seconds, parse_rate
 
-__all__ = ["add_pull_parser", "add_push_parser", "add_rate_argument"]
+__all__ = ["add_pull_parser", "add_push_parser", "add_rate_argument", "rate_of"]
 
 
 def add_push_parser(subparsers: Any) -> None:
@@ -47,6 +48,14 @@ def add_rate_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pull-rate", metavar="RATE", help="at most so fast, such as 1Gbit/s or 50MB/s (default: as fast as the network)")
 
 
+def rate_of(args: argparse.Namespace) -> float | None:
+    """Bytes per second of --pull-rate; None: it was not given. ConfigError, BadRequest: it is no rate at which anything comes."""
+    rate = parse_rate(args.pull_rate) if args.pull_rate else None
+    if rate == 0:
+        raise BadRequest(f"--pull-rate {args.pull_rate}: give more than 0, or leave it out", field="pull_rate")
+    return rate
+
+
 def push_command(args: argparse.Namespace) -> int:
     from mesh.bus import Bus, ModelStore
 
@@ -69,8 +78,9 @@ def pull_command(args: argparse.Namespace) -> int:
     from mesh.host.process import give_way
     from mesh.planner.from_config import parse_range
 
+    rate = rate_of(args)
+
     async def work() -> None:
-        rate = parse_rate(args.pull_rate) if args.pull_rate else None
         layers, signers = None if args.layers is None else parse_range(args.layers), signers_of(args)
         async with await Bus.connect(bus_options(args), name="mesh-pull") as bus:
             store = ModelStore(bus, signers)

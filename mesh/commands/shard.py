@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.commands.connection import add_connection_arguments, add_metrics_argument, bus_options
 from mesh.commands.progress import progress_bar
-from mesh.commands.push import add_rate_argument
+from mesh.commands.push import add_rate_argument, rate_of
 from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.errors import ConfigError
 from mesh.settings.defaults import DEFAULT_HTTP_PORT
-from mesh.settings.units import format_bytes, parse_bytes, parse_rate
+from mesh.settings.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from mesh.bus import Bus, Pull
@@ -166,7 +166,7 @@ def join_command(args: argparse.Namespace) -> int:
         from mesh.planner.from_config import parse_range
 
         layers = parse_range(args.layers)
-    rate = parse_rate(args.pull_rate) if args.pull_rate else None
+    rate = rate_of(args)
     memory = parse_bytes(args.memory) if args.memory else round(_JOIN_SHARE * _free_memory())
     with progress_bar(quiet=args.quiet) as progress:
 

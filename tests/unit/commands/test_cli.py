@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from mesh import cli
+from mesh.commands.push import rate_of
+from mesh.errors import BadRequest
 
 NAMES = [name for group in cli.COMMANDS.values() for name in group]
 
@@ -115,6 +117,13 @@ def test_a_connection_before_the_word_list_or_remove_is_not_forgotten() -> None:
     assert (args.nats, args.json, args.name, args.local, args.force) == ("nats://far:4222", True, "tiny", False, False)
     args = cli._parser_of("models").parse_args(["--nats", "nats://far:4222", "list", "--nats", "nats://near:4222", "--json"])
     assert (args.nats, args.json) == ("nats://near:4222", True)
+
+
+@pytest.mark.parametrize("line", ["pull tiny nowhere --pull-rate 0MB/s", "join --pull-rate 0bit/s"])
+def test_a_rate_at_which_nothing_comes_is_refused(line: str) -> None:
+    name, *words = line.split()
+    with pytest.raises(BadRequest, match="give more than 0, or leave it out"):
+        rate_of(cli._parser_of(name).parse_args(words))
 
 
 def test_a_prompt_may_follow_the_options(capsys: pytest.CaptureFixture[str]) -> None:
