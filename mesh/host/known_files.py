@@ -65,17 +65,17 @@ class KnownFiles:
 
     def claim(self, sha256: str, grows: Path) -> Claim | None:
         """Claim the content, which will grow in the file `grows`. None: another pull has claimed it."""
-        try:
-            file = self._lock_path(sha256).open("a+b")
-        except OSError as error:
-            log.debug("fetching without a lock: %s", error)
-            return Claim()
-        if not try_lock(file):
-            file.close()
-            return None
-        file.truncate(0)
-        file.write(os.fsencode(grows.absolute()))
-        file.flush()
+        with contextlib.ExitStack() as unless_claimed:
+            try:
+                file = unless_claimed.enter_context(self._lock_path(sha256).open("a+b", buffering=0))
+                if not try_lock(file):
+                    return None
+                file.truncate(0)
+                file.write(os.fsencode(grows.absolute()))
+            except OSError as error:
+                log.debug("fetching without a lock: %s", error)
+                return Claim()
+            unless_claimed.pop_all()
         return Claim(file)
 
     def grown(self, sha256: str) -> int:

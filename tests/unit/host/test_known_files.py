@@ -47,6 +47,13 @@ def test_without_a_folder_nothing_is_known_and_everything_can_be_claimed(tmp_pat
     assert None not in claims
 
 
+def test_a_lock_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    """As on a disk that is full."""
+    (tmp_path / f"{DIGEST}.lock").symlink_to("/dev/full")
+    claims = [KnownFiles(tmp_path).claim(DIGEST, tmp_path / "part") for _ in range(2)]
+    assert None not in claims
+
+
 def test_a_lock_that_says_nonsense_has_not_grown(tmp_path: Path) -> None:
     known = KnownFiles(tmp_path)
     (tmp_path / f"{DIGEST}.lock").write_bytes(b"\0\xff")
