@@ -19,6 +19,7 @@ pulling      the files of a model on their way into a directory
 chunks       one object, at the speed of the network
 pace         how fast bytes may come, and when the rest will be there
 backup       JetStream's streams in a folder, and back
+jetstream    a request of JetStream's API
 inspect      what a server says of itself, and what it permits
 mapping      from nats-py's errors to ours
 """

@@ -19,13 +19,13 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mesh.bus.connection import Bus, Received
+from mesh.bus.jetstream import ApiRefused, answer_of, ask_api
 from mesh.errors import BadRequest, ConfigError, DeadlineExceeded, ServiceError
 from mesh.protocol import subjects
 from mesh.types import Progress, no_progress
 
 __all__ = ["Backup", "SavedStream", "restore_streams", "save_streams"]
 
-_API: Final = "$JS.API.STREAM"
 _SKIPPED: Final = (f"KV_{subjects.KV_SHARDS}", f"KV_{subjects.KV_SESSIONS}")
 _MODELS: Final = f"OBJ_{subjects.OBJECTS_MODELS}"
 _NEWS: Final = (subjects.STREAM_EVENTS, subjects.STREAM_DEAD)
@@ -139,8 +139,8 @@ async def _messages(bus: Bus, name: str) -> int | None:
     """How many messages a stream has; None if there is no such stream."""
     try:
         said = await _api(bus, f"INFO.{name}", {})
-    except ServiceError as error:
-        if str(_NO_STREAM) in str(error):
+    except ApiRefused as error:
+        if error.number == _NO_STREAM:
             return None
         raise
     return int(said["state"]["messages"])
@@ -196,10 +196,10 @@ async def _restore(bus: Bus, stream: SavedStream, folder: Path, progress: Progre
     to, done = str(said["deliver_subject"]), 0
     with await asyncio.to_thread((folder / f"{stream.name}.snapshot").open, "rb") as file:
         while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
-            _raise_error(await bus.ask(to, chunk, timeout_s=_SILENCE_S), f"restoring {stream.name}")
+            answer_of((await bus.ask(to, chunk, timeout_s=_SILENCE_S)).data, f"restoring {stream.name}")
             done += len(chunk)
             progress(stream.name, done, stream.bytes)
-    restored = _raise_error(await bus.ask(to, b"", timeout_s=_SILENCE_S), f"restoring {stream.name}")
+    restored = answer_of((await bus.ask(to, b"", timeout_s=_SILENCE_S)).data, f"restoring {stream.name}")
     messages = int(restored["state"]["messages"])
     if messages != stream.messages:
         raise ServiceError(f"{stream.name} has {messages} messages after it was restored, and had {stream.messages}")
@@ -232,20 +232,13 @@ def _check(folder: Path, stream: SavedStream) -> None:
 
 
 async def _api(bus: Bus, what: str, request: dict[str, Any]) -> dict[str, Any]:
-    """An answer of JetStream. A cluster that has just lost a server chooses a leader first: it is asked again for some seconds."""
+    """An answer of JetStream about streams. A cluster that has just lost a server chooses a leader first: it is asked again for some
+    seconds."""
     deadline = time.monotonic() + _SILENCE_S
     while True:
-        answer = await bus.ask(f"{_API}.{what}", orjson.dumps(request), timeout_s=_API_S)
-        said: dict[str, Any] = orjson.loads(answer.data)
-        code = int((said.get("error") or {}).get("err_code", 0))
-        if code not in _NOT_READY or time.monotonic() > deadline:
-            return _raise_error(answer, what)
+        try:
+            return await ask_api(bus, f"STREAM.{what}", request, timeout_s=_API_S)
+        except ApiRefused as error:
+            if error.number not in _NOT_READY or time.monotonic() > deadline:
+                raise
         await asyncio.sleep(0.2)
-
-
-def _raise_error(answer: Received, what: str) -> dict[str, Any]:
-    said: dict[str, Any] = orjson.loads(answer.data) if answer.data else {}
-    error = said.get("error")
-    if error:
-        raise ServiceError(f"JetStream: {what}: {error.get('description', 'refused')} ({error.get('err_code', error.get('code'))})")
-    return said

@@ -21,7 +21,8 @@ from typing import Any, Final
 import orjson
 
 from mesh.bus.connection import Bus
-from mesh.errors import CorruptModel, DeadlineExceeded, MeshError, ServiceError, Unavailable
+from mesh.bus.jetstream import API, ApiRefused, ask_api
+from mesh.errors import CorruptModel, DeadlineExceeded, MeshError, Unavailable
 
 __all__ = ["WINDOW_BYTES", "Chunks", "StoredObject", "missing_chunks", "reading"]
 
@@ -117,7 +118,7 @@ async def reading(bus: Bus, object_: StoredObject, first: int, *, window_bytes: 
     consumer = secrets.token_hex(8)
     skip = await _begin(bus, object_, consumer, first)
     window = max(1, window_bytes // object_.chunk_bytes)
-    next_subject = f"$JS.API.CONSUMER.MSG.NEXT.{object_.stream}.{consumer}"
+    next_subject = f"{API}.CONSUMER.MSG.NEXT.{object_.stream}.{consumer}"
     chunks = Chunks(bus, next_subject, object_.chunks - first, skip, object_.chunk_bytes, window, pace)
     subscription = await bus.subscribe_direct(chunks.inbox, chunks.put)
     try:
@@ -125,14 +126,14 @@ async def reading(bus: Bus, object_: StoredObject, first: int, *, window_bytes: 
     finally:
         await subscription.stop()
         with suppress(MeshError):
-            await bus.publish(f"$JS.API.CONSUMER.DELETE.{object_.stream}.{consumer}", b"")
+            await bus.publish(f"{API}.CONSUMER.DELETE.{object_.stream}.{consumer}", b"")
 
 
 async def missing_chunks(bus: Bus, object_: StoredObject) -> int:
     """How many of its chunks the store has not."""
     consumer = secrets.token_hex(8)
     there = await _create(bus, object_, consumer, 0)
-    await bus.publish(f"$JS.API.CONSUMER.DELETE.{object_.stream}.{consumer}", b"")
+    await bus.publish(f"{API}.CONSUMER.DELETE.{object_.stream}.{consumer}", b"")
     return object_.chunks - there
 
 
@@ -173,12 +174,9 @@ async def _first_sequence(bus: Bus, object_: StoredObject) -> int:
 
 
 async def _call(bus: Bus, what: str, body: dict[str, Any]) -> dict[str, Any]:
-    answer = await bus.ask(f"$JS.API.{what}", orjson.dumps(body), timeout_s=_API_S)
     try:
-        made: dict[str, Any] = orjson.loads(answer.data)
-    except orjson.JSONDecodeError:
-        raise ServiceError(f"$JS.API.{what}: the server's answer is no JSON") from None
-    if "error" in made:
-        why = f"$JS.API.{what}: {made['error'].get('description', made['error'])}"
-        raise CorruptModel(f"{why}: push the model again") if made["error"].get("code") == _NOT_FOUND else ServiceError(why)
-    return made
+        return await ask_api(bus, what, body, timeout_s=_API_S)
+    except ApiRefused as error:
+        if error.status == _NOT_FOUND:
+            raise CorruptModel(f"{error}: push the model again") from None
+        raise

@@ -11,15 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
-
 from mesh.bus.connection import DENIED, Bus
+from mesh.bus.jetstream import ApiRefused, ask_api
 from mesh.errors import NobodyListens, ServiceError
 
 __all__ = ["JetStreamFacts", "ServerFacts", "StreamFacts", "denied", "jetstream_facts", "round_trips_s", "server_facts", "stream_facts"]
 
-_API: Final = "$JS.API"
 _API_S: Final = 3.0
+_NOT_FOUND: Final = 404
 _NEVER: Final = {"Nats-Expected-Last-Sequence": str(2**62)}
 """A stream stores no message that expects this sequence."""
 
@@ -134,7 +133,7 @@ async def stream_facts(bus: Bus, name: str) -> StreamFacts | None:
     """A stream; None: it does not exist (yet)."""
     try:
         said = await _ask(bus, f"STREAM.INFO.{name}")
-    except _MissingError:
+    except ApiRefused:
         return None
     config, state, cluster = said["config"], said["state"], said.get("cluster") or {}
     behind = sum(bool(one.get("offline")) or not one.get("current", True) for one in cluster.get("replicas") or ())
@@ -150,19 +149,13 @@ async def stream_facts(bus: Bus, name: str) -> StreamFacts | None:
     )
 
 
-class _MissingError(ServiceError):
-    pass
-
-
 async def _ask(bus: Bus, what: str) -> dict[str, Any]:
+    """ApiRefused: what is asked about is not there. ServiceError: it is refused for any other reason."""
     try:
-        answer = await bus.ask(f"{_API}.{what}", b"", timeout_s=_API_S)
+        return await ask_api(bus, what, timeout_s=_API_S)
     except NobodyListens:
         raise ServiceError("JetStream is not enabled on this server") from None
-    said: dict[str, Any] = orjson.loads(answer.data)
-    error = said.get("error")
-    if error is not None:
-        if error.get("code") == 404:
-            raise _MissingError(str(error.get("description", "")))
-        raise ServiceError(str(error.get("description") or error.get("err_code")))
-    return said
+    except ApiRefused as error:
+        if error.status == _NOT_FOUND:
+            raise
+        raise ServiceError(error.description) from None
