@@ -9,6 +9,7 @@ Every file is compared with the manifest's checksum as it arrives, and gets its 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import io
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import nats.js.object_store
 from mesh.bus.chunks import StoredObject, missing_chunks
 from mesh.bus.connection import Bus
 from mesh.bus.mapping import mapped
-from mesh.bus.pulling import Pull, is_object_of, object_name, stored_object
+from mesh.bus.pulling import Pull
 from mesh.bus.replicas import replicated, spread
 from mesh.errors import BadRequest, CorruptModel, ModelNotFound
 from mesh.host.known_files import KnownFiles
@@ -108,8 +109,8 @@ class ModelStore:
                 meter = _Meter(await asyncio.to_thread(path.open, "rb"), partial(_step, progress, file.name, done, total))
                 with mapped(f"pushing {file.name}"), meter:
                     options = nats.js.api.ObjectMetaOptions(max_chunk_size=min(_CHUNK_BYTES, self._bus.max_payload // 2))
-                    meta = nats.js.api.ObjectMeta(name=object_name(file), options=options)
-                    await store.put(object_name(file), meter, meta=meta)  # type: ignore[arg-type]  # it only reads
+                    meta = nats.js.api.ObjectMeta(name=_object_name(file), options=options)
+                    await store.put(_object_name(file), meter, meta=meta)  # type: ignore[arg-type]  # it only reads
             done += file.bytes
             progress(file.name, done, total)
         with mapped(f"pushing {manifest.name}"):
@@ -171,20 +172,20 @@ class ModelStore:
                     continue
                 removed.add(file.sha256)
                 with suppress(nats.js.errors.NotFoundError):  # it was lost before
-                    await store.delete(object_name(file))
+                    await store.delete(_object_name(file))
                     freed += file.bytes
         return freed
 
     async def _find(self, file: FileInfo) -> StoredObject:
         with mapped(f"fetching {file.name}"):
             try:
-                info = await (await self._open()).get_info(object_name(file))
+                info = await (await self._open()).get_info(_object_name(file))
             except nats.js.errors.NotFoundError:
                 raise CorruptModel(f"{file.name} is not in the object store: push the model again") from None
-        if not is_object_of(info, file):
+        if not _is_object_of(info, file):
             more = f", with more than the {file.bytes:,} bytes that were announced" if (info.size or 0) > file.bytes else ""
             raise CorruptModel(f"{file.name} of the object store does not match the manifest{more}: push the model again")
-        return stored_object(info, file, self._bus.max_payload)
+        return _stored_object(info, file, self._bus.max_payload)
 
     async def _has(self, file: FileInfo) -> bool:
         """Whether the store has the file, with all its chunks."""
@@ -209,6 +210,23 @@ class ModelStore:
             except nats.js.errors.NotFoundError:
                 self._store = await replicated(self._bus, lambda count: js.create_object_store(subjects.OBJECTS_MODELS, replicas=count))
         return self._store
+
+
+def _object_name(file: FileInfo) -> str:
+    return f"sha256.{file.sha256}"
+
+
+def _is_object_of(info: nats.js.api.ObjectInfo, file: FileInfo) -> bool:
+    """Whether an object says that it is this file."""
+    digest = base64.urlsafe_b64encode(bytes.fromhex(file.sha256)).decode()
+    return info.size == file.bytes and info.digest == f"SHA-256={digest}"
+
+
+def _stored_object(info: nats.js.api.ObjectInfo, file: FileInfo, default_chunk_bytes: int) -> StoredObject:
+    """The object of a file from what the store says of it."""
+    chunk_bytes = (info.options and info.options.max_chunk_size) or default_chunk_bytes
+    bucket = subjects.OBJECTS_MODELS
+    return StoredObject(file.name, f"OBJ_{bucket}", f"$O.{bucket}.C.{info.nuid}", info.chunks or 0, chunk_bytes)
 
 
 def _step(progress: Progress, name: str, before: int, total: int, count: int) -> None:

@@ -12,7 +12,6 @@ Errors of the network are waited out as long as something arrives every PATIENCE
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import logging
@@ -24,8 +23,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
-import nats.js.api
-
 from mesh.bus.chunks import WINDOW_BYTES, StoredObject, reading
 from mesh.bus.connection import Bus, end_tasks
 from mesh.bus.pace import Estimate, RateLimit
@@ -35,11 +32,10 @@ from mesh.host.locks import try_lock
 from mesh.host.paths import open_inside
 from mesh.model.arrivals import Arrivals
 from mesh.model.manifest import FileInfo, Manifest, check_file
-from mesh.protocol import subjects
 from mesh.settings.units import format_bytes
 from mesh.types import Progress, no_progress
 
-__all__ = ["FILES_AT_ONCE", "PATIENCE_S", "FindObject", "Pull", "is_object_of", "object_name", "stored_object"]
+__all__ = ["FILES_AT_ONCE", "PATIENCE_S", "FindObject", "Pull"]
 
 log = logging.getLogger("mesh.bus")
 
@@ -58,23 +54,6 @@ _PACED_S: Final = 0.25
 
 FindObject = Callable[[FileInfo], Awaitable[StoredObject]]
 """The object of a file. CorruptModel: the store has none, or another one."""
-
-
-def object_name(file: FileInfo) -> str:
-    return f"sha256.{file.sha256}"
-
-
-def is_object_of(info: nats.js.api.ObjectInfo, file: FileInfo) -> bool:
-    """Whether an object says that it is this file."""
-    digest = base64.urlsafe_b64encode(bytes.fromhex(file.sha256)).decode()
-    return info.size == file.bytes and info.digest == f"SHA-256={digest}"
-
-
-def stored_object(info: nats.js.api.ObjectInfo, file: FileInfo, default_chunk_bytes: int) -> StoredObject:
-    """The object of a file from what the store says of it."""
-    chunk_bytes = (info.options and info.options.max_chunk_size) or default_chunk_bytes
-    bucket = subjects.OBJECTS_MODELS
-    return StoredObject(file.name, f"OBJ_{bucket}", f"$O.{bucket}.C.{info.nuid}", info.chunks or 0, chunk_bytes)
 
 
 class Pull:
