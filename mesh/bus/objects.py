@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import io
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,13 +83,13 @@ class ModelStore:
 
     async def manifest(self, name: str) -> Manifest:
         """The manifest of a model. ModelNotFound: no such model was pushed. UntrustedModel: none of the signers has signed it."""
-        sink = _Meter(io.BytesIO(), lambda count: None, limit=MAX_MANIFEST_BYTES)
+        sink = _Bounded(MAX_MANIFEST_BYTES)
         with mapped(f"fetching {name}"):
             try:
-                await (await self._open()).get(f"model.{subjects.token(name)}", writeinto=sink)  # type: ignore[arg-type]  # it only writes
+                await (await self._open()).get(f"model.{subjects.token(name)}", writeinto=sink)
             except nats.js.errors.NotFoundError:
                 raise ModelNotFound(f"the mesh has no model {name}: push it with `mesh push MODEL_DIR`") from None
-        manifest = await asyncio.to_thread(Manifest.parse, sink.content(), f"the manifest of {name} in the object store")
+        manifest = await asyncio.to_thread(Manifest.parse, sink.getvalue(), f"the manifest of {name} in the object store")
         if self._signers is not None:
             await asyncio.to_thread(self._signers.check, manifest, f"the model {name} of the mesh")
         return manifest
@@ -234,36 +233,32 @@ def _step(progress: Progress, name: str, before: int, total: int, count: int) ->
 
 
 class _Meter(io.RawIOBase):
-    """A file that counts the bytes that go through it, and computes their checksum."""
+    """A file that says how far it is read."""
 
-    def __init__(self, inner: BinaryIO, progress: Callable[[int], None], *, limit: int | None = None) -> None:
-        """`limit`: the most bytes that may be written; CorruptModel for the first one more."""
+    def __init__(self, inner: BinaryIO, progress: Callable[[int], None]) -> None:
         self._inner = inner
         self._progress = progress
-        self._limit = limit
-        self.count = 0
-        self.digest = hashlib.sha256()
+        self._count = 0
 
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
         count = self._inner.readinto(buffer)  # type: ignore[attr-defined]
-        self.count += count
-        self._progress(self.count)
+        self._count += count
+        self._progress(self._count)
         return int(count)
-
-    def content(self) -> bytes:
-        """What was written, where that is kept in memory."""
-        assert isinstance(self._inner, io.BytesIO)
-        return self._inner.getvalue()
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        if self._limit is not None and self.count + len(data) > self._limit:
-            raise CorruptModel(f"the object store holds more than the {self._limit:,} bytes that were announced: push the model again")
-        self._inner.write(data)
-        self.digest.update(data)
-        self.count += len(data)
-        self._progress(self.count)
-        return len(data)
 
     def close(self) -> None:
         self._inner.close()
         super().close()
+
+
+class _Bounded(io.BytesIO):
+    """Memory for so many bytes; CorruptModel for the first one more."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.tell() + len(data) > self._limit:
+            raise CorruptModel(f"the object store holds more than the {self._limit:,} bytes that were announced: push the model again")
+        return super().write(data)
