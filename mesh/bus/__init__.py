@@ -16,6 +16,7 @@ spans        spans on their way to the coordinators, dropped rather than waited 
 losses       whether a stream is still the one that was there before
 objects      models in the object store: push and pull with checksums
 pulling      the files of a model on their way into a directory
+part_file    one of these files while it grows
 chunks       one object, at the speed of the network
 pace         how fast bytes may come, and when the rest will be there
 backup       JetStream's streams in a folder, and back

@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from mesh.bus.chunks import WINDOW_BYTES, StoredObject, reading
 from mesh.bus.connection import Bus, end_tasks
 from mesh.bus.pace import Estimate, RateLimit
+from mesh.bus.part_file import PartFile, size_of, writing
 from mesh.errors import ConfigError, CorruptModel, Denied, MeshError, Unavailable
 from mesh.host.known_files import Claim, KnownFiles
 from mesh.host.locks import try_lock
-from mesh.host.paths import open_inside
 from mesh.model.arrivals import Arrivals
 from mesh.model.manifest import FileInfo, Manifest, check_file
 from mesh.settings.units import format_bytes
@@ -48,7 +47,6 @@ _LONGEST_PAUSE_S: Final = 2.0
 _LOOK_S: Final = 0.1
 _STALLED_S: Final = 15.0
 _SAY_S: Final = 5.0
-_COPY_BYTES: Final = 4 * 1024 * 1024
 _PACED_S: Final = 0.25
 """So many seconds' worth of chunks are asked for ahead where the rate is limited."""
 
@@ -128,14 +126,15 @@ class Pull:
             workers = [asyncio.create_task(self._work(left), name="pull files") for _ in range(FILES_AT_ONCE)]
             stack.push_async_callback(end_tasks, *workers)
             await asyncio.gather(*workers)
-        await asyncio.to_thread(self.manifest.save, self.directory)
+        with writing(self.directory):
+            await asyncio.to_thread(self.manifest.save, self.directory)
         log.info("fetched %s, %s of them over the network", self._estimate, format_bytes(self.fetched_bytes))
 
     def _prepare(self) -> None:
-        with _writing(self.directory):
+        with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.directory).free
-        missing = sum(file.bytes - _size(self.directory / file.name) - _size(self._part(file)) for file in self._files)
+        missing = sum(file.bytes - size_of(self.directory / file.name) - size_of(self._part(file)) for file in self._files)
         if missing > free:
             raise ConfigError(
                 f"{self.directory} has {format_bytes(free)} free and {format_bytes(missing)} are to come: "
@@ -169,12 +168,13 @@ class Pull:
         if part is None:
             return False
         try:
-            with part:
+            with PartFile(part, file) as growing:
                 if await asyncio.to_thread(_is_there, path, file):  # the pull that had the claim was of this directory
                     Path(part.name).unlink(missing_ok=True)
                 else:
-                    await self._fill(file, _Part(part, file))
-                    await _thread(os.replace, part.name, path)
+                    await self._fill(file, growing)
+                    with writing(path):
+                        await _thread(os.replace, part.name, path)
         except CorruptModel:
             Path(part.name).unlink(missing_ok=True)
             raise
@@ -187,7 +187,7 @@ class Pull:
         """Both for this pull, or no file to write to: another pull fetches it."""
         path = self._part(file)
         claim = self._known.claim(file.sha256, path)
-        with _writing(path):
+        with writing(path):
             part = path.open("a+b") if claim is not None else None
             if part is not None and try_lock(part):
                 return claim or Claim(), part
@@ -202,7 +202,7 @@ class Pull:
 
     def _is_stalled(self, file: FileInfo) -> bool:
         """Whether what another pull of this host fetches has not grown for a while."""
-        now, size = time.monotonic(), max(self._known.grown(file.sha256), _size(self._part(file)))
+        now, size = time.monotonic(), max(self._known.grown(file.sha256), size_of(self._part(file)))
         before, since = self._stalls.get(file.name, (-1, now))
         self._stalls[file.name] = (size, since if size == before else now)
         return size == before and now - since > _STALLED_S
@@ -210,7 +210,7 @@ class Pull:
     def _part(self, file: FileInfo) -> Path:
         return self.directory / f".{file.name}.{file.sha256[:16]}.part"
 
-    async def _fill(self, file: FileInfo, part: _Part) -> None:
+    async def _fill(self, file: FileInfo, part: PartFile) -> None:
         """Get the whole content into `part`. CorruptModel: what the store has is another content."""
         neighbour = self._known.find(file.sha256)
         if neighbour is not None and await _thread(part.copy, neighbour):
@@ -225,7 +225,7 @@ class Pull:
         if not await _thread(part.is_right):
             raise CorruptModel(f"{file.name} of the object store does not match the manifest: push the model again")
 
-    async def _fetch(self, file: FileInfo, part: _Part) -> None:
+    async def _fetch(self, file: FileInfo, part: PartFile) -> None:
         """Append the chunks that `part` lacks."""
         pause_s, object_, taken = _FIRST_PAUSE_S, None, 0
         while True:
@@ -282,69 +282,11 @@ class Pull:
             log.info("fetching %s: %s", self.manifest.name, self._estimate)
 
 
-class _Part:
-    """A file that grows, and the checksum of what is in it. Its methods block: call them in a thread."""
-
-    def __init__(self, file: IO[bytes], wanted: FileInfo) -> None:
-        self._file = file
-        self._path = Path(file.name)
-        self._wanted = wanted
-        self._digest = hashlib.sha256()
-        self.size = _size(self._path)
-
-    def keep(self, size: int) -> None:
-        """Drop what is behind `size` bytes."""
-        with _writing(self._path):
-            self._file.truncate(size)
-            self._file.seek(0)
-            self._digest = hashlib.sha256()
-            while piece := self._file.read(_COPY_BYTES):
-                self._digest.update(piece)
-        self.size = size
-
-    def append(self, chunks: list[bytes]) -> None:
-        """CorruptModel: that is more than the file has."""
-        for chunk in chunks:
-            self.size += len(chunk)
-            if self.size > self._wanted.bytes:
-                raise CorruptModel(
-                    f"{self._wanted.name}: the object store holds more than the {self._wanted.bytes:,} bytes that were announced: "
-                    "push the model again"
-                )
-            self._digest.update(chunk)
-            with _writing(self._path):
-                self._file.write(chunk)
-
-    def copy(self, source: Path) -> bool:
-        """Fill it from another file. False, and nothing is in it: that one has another content."""
-        self.keep(0)
-        with contextlib.suppress(OSError, CorruptModel), open_inside(source.parent, source.name) as file:
-            while piece := file.read(_COPY_BYTES):
-                self.append([piece])
-        if self.is_right():
-            return True
-        self.keep(0)
-        return False
-
-    def is_right(self) -> bool:
-        """Whether it is the file that is wanted. All of it is in the system's hands then."""
-        with _writing(self._path):
-            self._file.flush()
-        return self.size == self._wanted.bytes and self._digest.hexdigest() == self._wanted.sha256
-
-
 def _whole_chunks(object_: StoredObject, file: FileInfo, size: int) -> int:
     """How many chunks are in the first `size` bytes of a file."""
     if object_.chunks != -(-file.bytes // object_.chunk_bytes):  # they are of different sizes
         return 0
     return object_.chunks if size >= file.bytes else size // object_.chunk_bytes
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _is_there(path: Path, file: FileInfo) -> bool:
@@ -353,14 +295,6 @@ def _is_there(path: Path, file: FileInfo) -> bool:
     except CorruptModel:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): make room, or give another directory") from None
 
 
 async def _thread(work: Callable[..., T], *arguments: Any) -> T:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import resource
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from waiting import until
 
 from mesh.bus import Bus, BusOptions, ModelStore, Pull, files_of, pulling
 from mesh.bus.chunks import StoredObject
-from mesh.errors import CorruptModel, MeshError, Unavailable
+from mesh.errors import ConfigError, CorruptModel, MeshError, Unavailable
 from mesh.host.known_files import KnownFiles
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import FileInfo, Manifest
@@ -284,6 +285,30 @@ def test_a_rate_is_kept(run: Run, server: NatsServer, large: Path, tmp_path: Pat
             began = time.perf_counter()
             await store.pull("large", tmp_path, bytes_per_s=10 * MB)
             assert time.perf_counter() - began > 1.0  # 12 MB, the first of which come at once
+            check_whole(manifest, tmp_path)
+
+    run(work())
+
+
+@pytest.mark.parametrize("choose", [min, max], ids=["small", "large"])
+def test_a_directory_without_room_is_named(
+    run: Run, server: NatsServer, large: Path, tmp_path: Path, elsewhere: None, choose: Callable[..., FileInfo]
+) -> None:
+    """Files of this process may have no more than 100 bytes meanwhile, which the system says as it says that a disk is full."""
+
+    async def work() -> None:
+        async with await connect(server) as bus:
+            store = ModelStore(bus)
+            manifest = await store.push(large)
+            file = choose((file for file in files_of(manifest) if file.bytes > 100), key=lambda file: file.bytes)
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+            try:
+                with pytest.raises(ConfigError, match=r"\.part cannot be written \(File too large\): make room, or give another directory"):
+                    await store.pulling(manifest, [file], tmp_path).run()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            await store.pull("large", tmp_path)
             check_whole(manifest, tmp_path)
 
     run(work())
