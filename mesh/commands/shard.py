@@ -15,7 +15,7 @@ from mesh.commands.progress import progress_bar
 from mesh.commands.push import add_rate_argument, rate_of
 from mesh.commands.signing import add_signature_argument, signers_of
 from mesh.errors import ConfigError
-from mesh.settings.defaults import DEFAULT_HTTP_PORT
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_ROWS
 from mesh.settings.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_join_parser(subparsers: Any) -> None:
     parser.add_argument("--layers", metavar="A-B", help="half-open range, such as 0-12 (default: what the mesh lacks most)")
     parser.add_argument("--name", help="name of this shard (default: a random one)")
     parser.add_argument("--memory", metavar="SIZE", help="the most memory to use, such as 8GB (default: 80 %% of what is free)")
-    parser.add_argument("--rows", type=int, metavar="N", help="sessions at once (default: as the other shards, or 8)")
+    parser.add_argument("--rows", type=int, metavar="N", help=f"sessions at once (default: as the other shards, or {DEFAULT_ROWS})")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="positions a row (default: as the other shards, or 2048)")
     parser.add_argument("--mode", choices=("balance", "mirror"), help="replication mode (default: as the other shards, or balance)")
     parser.add_argument("--dir", metavar="DIR", type=Path, help="where blocks are kept (default: the cache directory)")

@@ -13,7 +13,7 @@ from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.commands.progress import progress_bar
 from mesh.commands.sources import MODEL_HELP, model_directory
 from mesh.errors import ConfigError
-from mesh.settings.defaults import DEFAULT_HTTP_PORT
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_ROWS
 from mesh.settings.units import format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--port", type=int, metavar="PORT", help="port of the NATS server (default: a free one)")
     parser.add_argument("--http-port", type=int, metavar="PORT", help="port of HTTP (default: 8080, or a free one)")
     parser.add_argument("--no-http", action="store_true", help="serve only over NATS, without HTTP")
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="sessions at once in each shard (default 8)")
+    parser.add_argument(
+        "--rows", type=int, default=DEFAULT_ROWS, metavar="N", help=f"sessions at once in each shard (default {DEFAULT_ROWS})"
+    )
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="positions a session may have (default: the model's, or fewer on a small machine)"
     )

@@ -33,7 +33,7 @@ from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
 from mesh.protocol.status import CoordinatorStats, ShardLease
 from mesh.protocol.subjects import KV_SHARDS, LEASE_TTL_S
-from mesh.settings.defaults import DEFAULT_HTTP_PORT
+from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_ROWS
 from mesh.settings.files import ENV_PREFIX
 from mesh.settings.schema import NatsSection
 from mesh.settings.units import GB
@@ -70,7 +70,7 @@ class LocalOptions:
     port: int | None = None
     password: str | None = field(default=None, repr=False)
     secure: bool = False
-    rows: int = 8
+    rows: int = DEFAULT_ROWS
     context: int | None = None
     memory_bytes: int | None = None
     strategy: str = "least_loaded"

@@ -25,16 +25,15 @@ from mesh.planner.partition import Stage, partition
 from mesh.planner.placement import Node, PlacedRange, PlacedShard, Placement
 from mesh.planner.remedies import advise
 from mesh.planner.request import PlanRequest
+from mesh.settings.defaults import DEFAULT_ROWS
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange, even_ranges
 
-__all__ = ["BASE_BANDWIDTH", "ROWS", "fits", "place", "plan", "ranges_of", "with_most_rows"]
+__all__ = ["BASE_BANDWIDTH", "fits", "place", "plan", "ranges_of", "with_most_rows"]
 
 BASE_BANDWIDTH = 20e9
 """Bytes/s that a node of speed 1.0 reads from memory: an ordinary VM with a few cores."""
 
-ROWS = 8
-"""Sessions at once of a shard whose configuration does not say."""
 _TOKEN_BYTES = 4  # what the last stage sends for a row
 
 
@@ -61,8 +60,8 @@ def fits(request: PlanRequest) -> bool:
 
 
 def with_most_rows(request: PlanRequest) -> PlanRequest:
-    """`request` with ROWS rows, or as many of them as fit; with one if none do."""
-    rows = ROWS
+    """`request` with DEFAULT_ROWS rows, or as many of them as fit; with one if none do."""
+    rows = DEFAULT_ROWS
     while rows > 1 and not fits(replace(request, batch_size=rows)):
         rows //= 2
     return replace(request, batch_size=rows)

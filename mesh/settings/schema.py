@@ -19,7 +19,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from mesh.errors import ConfigError
-from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_INBOX_PREFIX, DEFAULT_METRICS_PORT, DEFAULT_NATS_URL, INBOX_ROOT
+from mesh.settings.defaults import (
+    DEFAULT_HTTP_PORT,
+    DEFAULT_INBOX_PREFIX,
+    DEFAULT_METRICS_PORT,
+    DEFAULT_NATS_URL,
+    DEFAULT_ROWS,
+    INBOX_ROOT,
+)
 from mesh.settings.files import ConfigFile, Section, load_config
 from mesh.settings.units import GB, MB, parse_rate, parse_seconds
 
@@ -138,7 +145,7 @@ class ConnectionConfig(ConfigFile):
 class PerformanceSection(Section):
     """How much memory is set aside: `batch_size` rows (sequences at once) of `max_sequence_length` tokens each."""
 
-    batch_size: Count = 8
+    batch_size: Count = DEFAULT_ROWS
     max_sequence_length: Count | None = None  # None: the model's context
     enable_kv_cache: bool = True  # false: nothing is kept between steps, every step computes the whole prefix
 
@@ -154,7 +161,7 @@ class DistributedConfig(ConfigFile):
     load_balancing_strategy: LoadBalancing = "least_loaded"
     layers_per_shard: Count | None = None
     overlap_layers: Annotated[int, Field(ge=0)] = 0
-    batch_size: Count | None = None  # None: 8, or as many as fit
+    batch_size: Count | None = None  # None: DEFAULT_ROWS, or as many as fit
     max_sequence_length: Count | None = None
     enable_kv_cache: bool = True
     quantization_bits: QuantizationBits | None = None

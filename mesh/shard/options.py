@@ -10,6 +10,7 @@ from mesh.bus import Pull
 from mesh.model.memory import DEFAULT_CHUNK
 from mesh.model.signature import Signers
 from mesh.protocol import subjects
+from mesh.settings.defaults import DEFAULT_ROWS
 from mesh.types import LayerRange
 
 __all__ = ["ShardOptions", "Status"]
@@ -33,7 +34,7 @@ class ShardOptions:
     name: str
     directory: Path
     layers: LayerRange
-    rows: int = 8
+    rows: int = DEFAULT_ROWS
     context: int | None = None
     chunk: int = DEFAULT_CHUNK
     max_memory_bytes: int | None = None

@@ -25,6 +25,7 @@ from mesh.model.signature import Signers
 from mesh.protocol import subjects
 from mesh.protocol.message import Label, Message, Natural, Positive
 from mesh.protocol.status import ShardLease
+from mesh.settings.defaults import DEFAULT_ROWS
 from mesh.shard.join import Held, choose_range, too_big
 from mesh.shard.options import ShardOptions
 from mesh.types import LayerRange
@@ -36,7 +37,6 @@ log = logging.getLogger("mesh.shard")
 CLAIM_S = 300.0
 _TRIES = 20
 _LOOK_AGAIN_S = 2.0
-_DEFAULT_ROWS = 8
 _DEFAULT_CONTEXT = 2048
 
 
@@ -84,7 +84,7 @@ async def place(
     leases = await _leases(bus, manifest)
     if any(lease.shard == name for lease in leases):
         raise BadRequest(f"a shard {name} is there already: give another --name", field="name")
-    rows = rows or max((lease.rows for lease in leases), default=_DEFAULT_ROWS)
+    rows = rows or max((lease.rows for lease in leases), default=DEFAULT_ROWS)
     context = min(context or max((lease.context for lease in leases), default=_DEFAULT_CONTEXT), manifest.context_length)
     layers = await _claim(bus, name, manifest, layers, rows=rows, context=context, memory_bytes=memory_bytes, shared=shared)
     kept = directory or kept_at(manifest)
