@@ -107,7 +107,7 @@ def bus_options(args: argparse.Namespace, section: NatsSection | None = None) ->
 
 def _given(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Keys of the `nats` section: those of the flags, over those of the context that a flag names, over `values`."""
-    from mesh.settings.nats_context import read_context
+    from mesh.settings.nats_context import read_context, server_urls
 
     if (name := getattr(args, "nats_context", None)) is not None:
         values = read_context(name)
@@ -120,7 +120,7 @@ def _given(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     if "@" in given.get("urls", ""):
         raise ConfigError("--nats: other users of this machine see a password on a command line: give --nats-user and --nats-password-file")
     if "urls" in given:
-        given["urls"] = tuple(url if "://" in url else f"nats://{url}" for part in given["urls"].split(",") if (url := part.strip()))
+        given["urls"] = server_urls(given["urls"])
     return values | given
 
 

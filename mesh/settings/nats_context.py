@@ -14,7 +14,7 @@ import orjson
 
 from mesh.errors import ConfigError
 
-__all__ = ["read_context", "selected_context"]
+__all__ = ["read_context", "selected_context", "server_urls"]
 
 # key of a context -> key of the `nats` section
 _KEYS: Final = {
@@ -63,8 +63,13 @@ def read_context(name: str) -> dict[str, Any]:
             raise ConfigError(f"the NATS context {name} has {key}, which is not supported here: give --nats and a file of credentials")
     values = {ours: said[theirs] for theirs, ours in _KEYS.items() if said.get(theirs)}
     if said.get("url"):
-        values["urls"] = tuple(url if "://" in url else f"nats://{url}" for part in str(said["url"]).split(",") if (url := part.strip()))
+        values["urls"] = server_urls(str(said["url"]))
     return values
+
+
+def server_urls(text: str) -> tuple[str, ...]:
+    """Servers as the `nats` command takes them too: comma separated, where HOST:PORT is nats://HOST:PORT."""
+    return tuple(url if "://" in url else f"nats://{url}" for part in text.split(",") if (url := part.strip()))
 
 
 def _folder() -> Path:
