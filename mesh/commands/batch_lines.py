@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,9 @@ def read_lines(name: str) -> list[RequestLine]:
                 lines.append(_line(number, line))
             except ValueError as error:
                 raise BadRequest(f"{name}, line {number}: {error}", field="file") from None
-    named = [line.custom_id for line in lines if line.custom_id is not None]
+    named = Counter(line.custom_id for line in lines)
     for line in lines:
-        if line.custom_id is not None and named.count(line.custom_id) > 1:
+        if line.custom_id is not None and named[line.custom_id] > 1:
             raise BadRequest(f"{name}, line {line.number}: the custom_id {line.custom_id} is that of another line too", field="file")
     return lines
 
