@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from edges import free_ports
 
 from mesh.bus import Bus, BusOptions, ModelStore, files_of
 from mesh.client import AsyncMeshClient
@@ -122,12 +123,6 @@ async def push(options: BusOptions, model: Path) -> Manifest:
 
 
 # -- three servers with TLS --------------------------------------------------------------------------------------------
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import free_ports
 from places import NATS
 from running import Run
 from waiting import until
@@ -20,14 +20,6 @@ from mesh.errors import ServiceError, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import subjects
 from mesh.protocol.topics import TOPICS, table
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def start(name: str, tmp_path: Path, *arguments: str, port: int | None = None, **environment: str) -> NatsServer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from clusters import free_ports
 from tiny_mesh_model import make_source
 from waiting import Talking
 
@@ -75,9 +75,7 @@ def test_every_command_finds_the_mesh(machine: Machine) -> None:
     assert "2 shards serve source" in machine.run("models", "remove", "source", code=2)
     with machine.going("gateway", "--http-port", "0", "--metrics-port", "0") as gateway:
         gateway.wait("HTTP on http://127.0.0.1:")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     (machine.folder / "shard.yaml").write_text(SHARD.replace("PORT", str(port)))
     with machine.going("shard", "--config", "shard.yaml", "--quiet", "--metrics-port", "0") as shard:
         shard.wait("ready: layers 0-2")

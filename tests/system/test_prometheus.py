@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import dashboards
 import httpx
 import pytest
 import yaml
+from clusters import free_ports
 
 from mesh.host.process import dying_with_parent
 from mesh.local.mesh import LocalMesh, LocalOptions
@@ -83,8 +83,7 @@ def prometheus(mesh: LocalMesh, tmp_path_factory: pytest.TempPathFactory) -> Ite
     shutil.copy(MONITORING / "alerts.yml", folder)
     command = [sys.executable, "-m", "mesh.cli", "status", "--nats", mesh.url, "--prometheus-targets", str(folder / "mesh-targets.json")]
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     arguments = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(dying_with_parent([str(PROMETHEUS), *arguments]), stdout=log, stderr=log)

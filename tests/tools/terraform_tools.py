@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from ansible_tools import TOOLS
+from clusters import free_ports
 from places import ROOT
 from waiting import until_true
 
@@ -92,9 +92,7 @@ class Environment:
 @contextmanager
 def moto(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of programs that are to take a moto server for AWS. It runs until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [str(MOTO), "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (folder / "moto.log").open("w") as log:
