@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import httpx
 import pytest
 from clusters import free_ports
 from tiny_mesh_model import make_source
+from unconnected import unconnected
 from waiting import Talking
 
 MESH = [sys.executable, "-m", "mesh.cli"]
@@ -32,8 +32,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("MESH_NATS", "NATS_"))}
-        self.environment |= {"XDG_RUNTIME_DIR": str(folder), "XDG_CONFIG_HOME": str(folder), "COLUMNS": "200"}
+        self.environment = unconnected() | {"XDG_RUNTIME_DIR": str(folder), "XDG_CONFIG_HOME": str(folder), "COLUMNS": "200"}
 
     def run(self, *words: str, code: int = 0) -> str:
         done = subprocess.run([*MESH, *words], capture_output=True, text=True, cwd=self.folder, env=self.environment, timeout=COMMAND_S)

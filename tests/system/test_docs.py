@@ -18,6 +18,7 @@ import pytest
 from doc_pages import PAGES, Block, blocks_of, commands_of
 from places import DOCS, NATS, ROOT
 from tiny_mesh_model import make_source
+from unconnected import unconnected
 from waiting import Talking
 
 from mesh.bus import BusOptions
@@ -133,8 +134,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Re
     make_source(folder / "source")
     shutil.copytree(NATS, folder / "nats")
     (folder / "config.yaml").write_text(CONFIG)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MESH_NATS", "NATS_"))}
-    environment |= {"PATH": f"{bin}:{os.environ['PATH']}", "XDG_RUNTIME_DIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    environment = unconnected() | {"PATH": f"{bin}:{os.environ['PATH']}", "XDG_RUNTIME_DIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
     up = [sys.executable, "-m", "mesh.cli", "up", "models/smollm2", "--shards", "2", "--rows", "4", "--context", "160", "--logs", "logs"]
     with Talking(up, cwd=folder, env={**environment, "MESH_LOGGING_LEVEL": "debug"}) as mesh:
         reader = Reader(folder, environment, mesh)

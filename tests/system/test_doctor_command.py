@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unconnected import unconnected
 
 from mesh.local.mesh import LocalMesh, LocalOptions
 
@@ -19,7 +20,7 @@ MESH = [sys.executable, "-m", "mesh.cli"]
 
 
 def doctor(*arguments: str, folder: Path, code: int) -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MESH_NATS")} | {"XDG_RUNTIME_DIR": str(folder)}
+    environment = unconnected() | {"XDG_RUNTIME_DIR": str(folder)}
     command = [*MESH, "doctor", "--json", "--timeout", "5", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr

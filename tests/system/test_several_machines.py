@@ -23,6 +23,7 @@ from doc_pages import Block, blocks_of, commands_of
 from namespaces import Host, hosts_on_one_network
 from places import DOCS, NATS
 from tiny_mesh_model import make_source
+from unconnected import unconnected
 from waiting import Talking
 
 from mesh.host.process import dying_with_parent
@@ -45,13 +46,8 @@ class Machine:
     def __init__(self, host: Host, folder: Path, bin: Path) -> None:
         self.host = host
         self.folder = folder
-        self.environment = {
-            **os.environ,
-            "PATH": f"{bin}:{os.environ['PATH']}",
-            "MESH_CACHE_DIR": str(folder / "cache"),
-            "HOME": str(folder),
-        }
-        self.environment = {name: value for name, value in self.environment.items() if not name.startswith(("MESH_NATS", "XDG_"))}
+        kept = {name: value for name, value in unconnected().items() if not name.startswith("XDG_")}
+        self.environment = kept | {"PATH": f"{bin}:{os.environ['PATH']}", "MESH_CACHE_DIR": str(folder / "cache"), "HOME": str(folder)}
         self.exports = ":"
 
     def run(self, text: str) -> str:

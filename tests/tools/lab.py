@@ -21,6 +21,7 @@ from typing import IO, Any
 from ansible_tools import ANSIBLE, TOOLS
 from places import ROOT
 from terraform_tools import Environment
+from unconnected import unconnected
 
 __all__ = ["Lab", "Outcome"]
 
@@ -166,7 +167,7 @@ class Lab:
         pki, users = self.secrets / "pki", self.secrets / "users"
         addresses = self.site.outputs()["addresses"]
         return {
-            **{key: value for key, value in os.environ.items() if not key.startswith("MESH_NATS")},
+            **unconnected(),
             "MESH_NATS_URLS": ",".join(f"tls://{addresses[f'control-{number}']}:4222" for number in (1, 2, 3)),
             "MESH_NATS_TLS_CA_FILE": str(pki / "ca.crt"),
             "MESH_NATS_TLS_CERT_FILE": str(pki / f"{role}.crt"),
