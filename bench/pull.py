@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from edges import free_ports
 
 from mesh.bus import Bus, BusOptions, ModelStore, files_of
 from mesh.client import AsyncMeshClient
+from mesh.commands.bench import percentiles
 from mesh.errors import MeshError
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.local.nats_server import NatsServer
@@ -182,12 +182,13 @@ def beside(url: str, model: str, count: int, flags: Sequence[str]) -> dict[str, 
         return [b - a for a, b in pairwise(times)], sum(size / took_s for size, took_s in done)
 
     gaps, speed = asyncio.run(work())
-    ordered = sorted(gaps)
+    found = percentiles(gaps)
+    assert found is not None
     return {
         "pulls": count,
-        "median_ms": statistics.median(gaps) * 1e3,
-        "p99_ms": ordered[int(0.99 * len(ordered))] * 1e3,
-        "longest_ms": ordered[-1] * 1e3,
+        "median_ms": found["p50"] * 1e3,
+        "p99_ms": found["p99"] * 1e3,
+        "longest_ms": found["max"] * 1e3,
         "session_s": sum(gaps),
         "mb_per_s": speed / 1e6,
     }
