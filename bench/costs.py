@@ -28,7 +28,6 @@ from typing import Any
 
 from mesh_overhead import CONTEXT, through_the_mesh
 
-from mesh.bus import BusOptions
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.model.manifest import Manifest
 
@@ -84,10 +83,6 @@ def variants(what: str, collector: Collector) -> dict[str, Variant]:
     }
 
 
-def connection(mesh: LocalMesh) -> BusOptions:
-    return mesh.bus if mesh.options.secure else BusOptions(urls=(mesh.url,))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tracing", "security"))
@@ -114,7 +109,7 @@ def main() -> None:
             order = list(meshes)[number % len(meshes) :] + list(meshes)[: number % len(meshes)]
             for count in counts:
                 for title in order:
-                    step_s, _ = asyncio.run(through_the_mesh(connection(meshes[title]), name, count))
+                    step_s, _ = asyncio.run(through_the_mesh(meshes[title].bus, name, count))
                     results[count][title].append(step_s)
     print(f"| sessions | {' | '.join(f'{title}, tokens/s' for title in chosen)} | {' | '.join(f'{title} / {first}' for title in others)} |")
     print(f"|{'---|' * (2 * len(chosen))}")

@@ -62,10 +62,10 @@ class Found:
     """What one process did. `gained_mb` None: it ended before it could say."""
 
     well: bool
-    inputs: int = 0
-    branches: int = 0
-    corpus: int = 0
-    gained_mb: int | None = None
+    inputs: int
+    branches: int
+    corpus: int
+    gained_mb: int | None
 
 
 def measure(name: str, runs: int, workers: int) -> tuple[str, bool]:
