@@ -71,6 +71,8 @@ def main() -> None:
     if args.on_the_cpu:
         on_the_cpu(args.model, args.prompts)
         return
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     counts, name = [int(part) for part in args.sessions.split(",")], Manifest.load(args.model).name
     command = [sys.executable, __file__, str(args.model), "--on-the-cpu", "--prompts", str(args.prompts)]
     alone = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True, check=True)
