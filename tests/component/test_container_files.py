@@ -4,6 +4,7 @@ tests/system/test_containers.py runs them."""
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from places import DEPLOY, ROOT
 from pydantic import BaseModel
 from running import Run
 from serving import connect, shards
+from waiting import until
 
 from mesh import __version__
 from mesh.commands.coordinator import add_parser as add_coordinator_parser
@@ -33,6 +35,7 @@ from mesh.local.nats_server import NatsServer, find_binary
 from mesh.pki.folder import PkiFolder
 from mesh.settings.schema import CoordinatorConfig, LoggingSection, MetricsSection, NatsSection, load_config
 from mesh.shard.http import ShardHttp
+from mesh.telemetry.metrics import METRICS
 from mesh.types import LayerRange, even_ranges
 
 DOCKER, KUBERNETES = DEPLOY / "docker", DEPLOY / "kubernetes"
@@ -110,7 +113,7 @@ def test_the_services_of_compose_are_started_with_arguments_and_keys_that_exist(
     assert ranges == [str(layers) for layers in even_ranges(30, 3)]  # those of the demo model
 
 
-def test_the_coordinators_of_compose_have_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_coordinators_of_compose_have_a_configuration() -> None:
     config = load_config(DOCKER / "coordinator.yaml", CoordinatorConfig)
     assert config.authentication.enabled and config.distributed.shards_count == 3
     addresses = [service["networks"]["mesh"]["ipv4_address"] for name, service in compose()["services"].items() if "coordinator" in name]
@@ -217,8 +220,6 @@ def test_components_are_built_on_an_overlay_and_name_what_is_there(tmp_path: Pat
 
 
 def test_queries_of_the_scalers_name_metrics_that_exist() -> None:
-    from mesh.telemetry.metrics import METRICS
-
     known = {metric.name for metric in METRICS}
     text = (KUBERNETES / "components" / "keda" / "scalers.yaml").read_text()
     named = set(re.findall(r"\b(mesh_\w+)", text))
@@ -359,9 +360,8 @@ def test_nats_server_takes_the_configuration_of_the_secret(tmp_path: Path) -> No
 # -- health ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_health_of_a_shard_is_told(run: Run, server: NatsServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_health_of_a_shard_is_told(run: Run, server: NatsServer, model: Path) -> None:
     """Against a real shard: before it has loaded, while it serves, with a compute thread that does not answer, and gone."""
-    import asyncio
 
     async def asked(url: str) -> dict[str, bool]:
         status, why = await asyncio.to_thread(mesh_health.asked, url)
@@ -380,8 +380,11 @@ def test_the_health_of_a_shard_is_told(run: Run, server: NatsServer, model: Path
                 loop = asyncio.get_running_loop()
                 assert shard._compute is not None
                 shard._compute.submit(lambda: asyncio.run_coroutine_threadsafe(release.wait(), loop).result(), lambda result, error: None)
-                while (await asked(url))["live"]:
-                    await asyncio.sleep(0.05)  # until the compute thread has been silent for `timeout_s`
+
+                async def is_dead() -> bool:
+                    return not (await asked(url))["live"]
+
+                await until(is_dead, because="a probe asks, and the compute thread must be silent for `timeout_s` first")
                 release.set()
         finally:
             http.listener.stop(now=True)
