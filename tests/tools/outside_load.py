@@ -1,6 +1,6 @@
 """Clients of a mesh on other machines: prompts, generated again and again over NATS until a line comes on standard input.
 
-    outside_load.py EXPECTED.json      the connection is in MESH_NATS_ variables
+    outside_load.py EXPECTED.json MODEL      the connection is in MESH_NATS_ variables
 
 EXPECTED.json: [{"tokens": [...], "answer": [...]}]. Each token is compared as it comes. Prints a line `started` when every session has
 tokens, and at the end one object: what was generated, lost, repeated or wrong, and each gap between two tokens that was longer than
@@ -9,6 +9,7 @@ GAP_S, with the wall clock's time of its begin.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.client import AsyncMeshClient
-from mesh.commands.connection import bus_options
+from mesh.commands.connection import add_connection_arguments, bus_options
 from mesh.errors import MeshError
 
 GAP_S = 0.25
@@ -84,21 +85,9 @@ class Load:
 
 async def main() -> None:
     wishes = json.loads(Path(sys.argv[1]).read_text())
-    from argparse import Namespace
-
-    names = (
-        "nats",
-        "nats_creds",
-        "nats_nkey",
-        "nats_user",
-        "nats_password_file",
-        "nats_token_file",
-        "nats_inbox_prefix",
-        "nats_ca",
-        "nats_cert",
-        "nats_key",
-    )
-    options = bus_options(Namespace(**dict.fromkeys(names)))
+    parser = argparse.ArgumentParser()
+    add_connection_arguments(parser)
+    options = bus_options(parser.parse_args([]))
     async with AsyncMeshClient(options=options, model=sys.argv[2]) as client:
         load = Load(client, wishes)
         running = asyncio.create_task(load.run())
