@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -76,17 +77,11 @@ def render(role: str, template: str, **values: Any) -> str:
     """A template as Ansible renders it, with the defaults of its role."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {
-        "to_json": _to_json,
+        "to_json": json.dumps,
         "split": lambda text, by=" ": text.split(by),
         "combine": lambda one, other: {**one, **other},
     }
     return environment.from_string((HERE / "roles" / role / "templates" / template).read_text()).render(**values)
-
-
-def _to_json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def test_the_mesh_reads_the_configuration_of_a_shard(tmp_path: Path) -> None:

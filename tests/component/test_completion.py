@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,9 +15,6 @@ from mesh import cli
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    import contextlib
-    import io
-
     folder, made = tmp_path_factory.mktemp("completion"), {}
     for shell in ("bash", "zsh", "fish"):
         with contextlib.redirect_stdout(io.StringIO()) as said:

@@ -56,7 +56,7 @@ def test_the_environment_is_over_the_mesh_that_runs(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def contexts(tmp_path: Path) -> Path:
     """Contexts as `nats context save` and `nats context select` write them."""
     folder = tmp_path / "config" / "nats"
     (folder / "context").mkdir(parents=True)
@@ -64,8 +64,6 @@ def contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     team = {**unused, "description": "", "url": "nats://nats.example.org:4222", "user": "ann", "password": "secret"}
     (folder / "context" / "team.json").write_text(json.dumps(team))
     (folder / "context" / "proxied.json").write_text(json.dumps({**team, "socks_proxy": "socks5://127.0.0.1:1"}))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv("NATS_CONTEXT", raising=False)
     return folder
 
 

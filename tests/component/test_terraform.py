@@ -8,9 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import terraform_docs
 from places import ROOT
 from terraform_tools import TERRAFORM, Environment
 
+from mesh.model.manifest import Manifest
+from mesh.model.memory import ModelShape
 from mesh.planner.plan import place
 from mesh.planner.request import PlanRequest, same_nodes
 from mesh.planner.terraform import terraform_variables
@@ -56,8 +59,9 @@ def test_no_port_of_ssh_is_open_and_nothing_comes_from_everywhere() -> None:
     assert not re.search(r"\b22\b", text)
 
 
-def test_the_variables_are_those_that_mesh_plan_writes(model_shape: object) -> None:
-    written = json.loads(terraform_variables(place(PlanRequest(model=model_shape, nodes=same_nodes(2, 10**9), replication_factor=2))))  # type: ignore[arg-type]
+def test_the_variables_are_those_that_mesh_plan_writes(model: Path) -> None:
+    shape = ModelShape.of(Manifest.load(model))
+    written = json.loads(terraform_variables(place(PlanRequest(model=shape, nodes=same_nodes(2, 10**9), replication_factor=2))))
     placement = written["placement"]
     for environment in ("local", "aws"):
         text = (HERE / "environments" / environment / "variables.tf").read_text()
@@ -68,16 +72,6 @@ def test_the_variables_are_those_that_mesh_plan_writes(model_shape: object) -> N
         assert {"shard_id", "node", "layers_start", "layers_end", "memory_bytes"} <= set(re.findall(r"^      (\w+) += ", shards, re.M))
 
 
-@pytest.fixture
-def model_shape(model: Path) -> object:
-    from mesh.model.manifest import Manifest
-    from mesh.model.memory import ModelShape
-
-    return ModelShape.of(Manifest.load(model))
-
-
 def test_the_tables_are_those_of_the_variables() -> None:
-    import terraform_docs
-
     readme = (HERE / "README.md").read_text()
     assert readme == terraform_docs.page(readme), "run deploy/provision/terraform_docs.py"

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,3 @@ class Compose:
 
     def names(self, service: str) -> list[str]:
         return [name for name in containers(self.project) if name.rpartition("_")[0].endswith(f"_{service}")]
-
-
-def says(name: str, what: str) -> Callable[[], bool]:
-    """Whether the log of a container has `what`."""
-    return lambda: what in podman("logs", name, check=False)

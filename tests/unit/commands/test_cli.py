@@ -62,7 +62,7 @@ def test_a_wrong_line_is_answered_in_one_line(arguments: str, words: str, capsys
 @pytest.mark.parametrize(
     "line", ["--log-level debug models --json", "models --json --log-level=debug", "models list --log-level debug --json"]
 )
-def test_a_log_is_asked_for_anywhere_in_the_line(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_is_asked_for_anywhere_in_the_line(line: str, tmp_path: Path) -> None:
     """In a process of its own: the log is the process's."""
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "MESH_CACHE_DIR": str(tmp_path), "MESH_NATS_URLS": "nats://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-m", "mesh.cli", *line.split()], capture_output=True, text=True, env=environment, timeout=60)
