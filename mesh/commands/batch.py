@@ -146,14 +146,15 @@ def _result(args: argparse.Namespace) -> int:
     page = 200
     lines = {} if args.requests is None else dict(enumerate(read_lines(args.requests)))
     with MeshClient(options=bus_options(args)) as client:
-        total = (client.wait_batch(args.id) if args.wait else client.batch_status(args.id)).total
-        if lines and len(lines) != total:
+        batch = client.wait_batch(args.id) if args.wait else client.batch_status(args.id)
+        if lines and len(lines) != batch.total:
             raise BadRequest(
-                f"{args.requests} has {len(lines)} requests, and the batch {total}: give the file that was submitted", field="requests"
+                f"{args.requests} has {len(lines)} requests, and the batch {batch.total}: give the file that was submitted",
+                field="requests",
             )
-        for offset in range(0, total, page):
+        for offset in range(0, batch.total, page):
             for item in client.batch_results(args.id, offset=offset, limit=page):
-                print(json.dumps(result_line(item, lines.get(item.index)), ensure_ascii=False))
+                print(json.dumps(result_line(item, lines.get(item.index), batch), ensure_ascii=False))
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mesh.errors import BadRequest, Cancelled, MeshError
 
 if TYPE_CHECKING:
-    from mesh.client import BatchResult, Completion
+    from mesh.client import BatchResult, BatchStatus
 
 __all__ = ["RequestLine", "at_its_line", "read_lines", "result_line"]
 
@@ -122,10 +122,10 @@ def at_its_line(error: MeshError, name: str, lines: Sequence[RequestLine]) -> Me
     return BadRequest(f"{name}, line {lines[int(found[1])].number}: {_AT.sub('', str(error))}", field="file")
 
 
-def result_line(result: BatchResult, line: RequestLine | None) -> dict[str, Any]:
+def result_line(result: BatchResult, line: RequestLine | None, batch: BatchStatus) -> dict[str, Any]:
     """A result as one object: in OpenAI's form where its request was in it, else in the mesh's own."""
     if line is not None and line.url is not None:
-        return _openai_result(result, line)
+        return _openai_result(result, line, batch)
     failed = "cancelled" if isinstance(result.error, Cancelled) else "failed"
     document: dict[str, Any] = {"index": result.index, "state": "done" if result.error is None else failed}
     if result.completion is not None:
@@ -135,25 +135,13 @@ def result_line(result: BatchResult, line: RequestLine | None) -> dict[str, Any]
     return document
 
 
-def _openai_result(result: BatchResult, line: RequestLine) -> dict[str, Any]:
+def _openai_result(result: BatchResult, line: RequestLine, batch: BatchStatus) -> dict[str, Any]:
+    from mesh.client.openai_shapes import ChatShape, TextShape
+
     error = None if result.error is None else {"code": result.error.code, "message": str(result.error)}
     response = None
     if result.completion is not None:
-        response = {"status_code": 200, "request_id": result.completion.request, "body": _body(result.completion, line)}
+        shape = (ChatShape if line.url == _CHAT else TextShape)(batch.model, int(batch.submitted_unix_s), choices=1, usage_is_null=False)
+        shape.name(result.completion.request)
+        response = {"status_code": 200, "request_id": result.completion.request, "body": shape.whole([result.completion])}
     return {"id": f"batch_req_{result.index}", "custom_id": line.custom_id, "response": response, "error": error}
-
-
-def _body(completion: Completion, line: RequestLine) -> dict[str, Any]:
-    chat = line.url == _CHAT
-    text = {"message": {"role": "assistant", "content": completion.text}} if chat else {"text": completion.text}
-    usage = completion.usage
-    return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{completion.request}",
-        "object": "chat.completion" if chat else "text_completion",
-        "choices": [{"index": 0, **text, "finish_reason": completion.finish_reason, "logprobs": None}],
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        },
-    }

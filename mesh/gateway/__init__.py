@@ -12,7 +12,7 @@ sharing         the accounts of all gateways, kept together over NATS
 usage_routes    the route that shows what each subject has used
 context, known  what every route gets; which models the mesh serves
 native, batch_routes, schema                  the mesh's own API and its documents
-openai_routes, openai_shapes, openai_schema   OpenAI's API and its documents
+openai_routes, openai_schema                  OpenAI's API and its documents
 bodies          what the documents of both APIs have in common
 generation      one generation for an HTTP request
 resume          where a stream goes on after its connection was lost

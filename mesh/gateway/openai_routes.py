@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.client import Chunk, Completion
+from mesh.client.openai_shapes import ChatShape, Shape, TextShape
 from mesh.errors import BadRequest, MeshError, ModelNotFound
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
@@ -26,7 +27,6 @@ from mesh.gateway.events import EventStream, event, until_gone
 from mesh.gateway.generation import Bill, Cost, HttpGeneration, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
-from mesh.gateway.openai_shapes import ChatShape, Shape, TextShape
 from mesh.gateway.resume import HEADER, Progress
 
 __all__ = ["openai"]

@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mesh.client import Chunk, Completion
+from mesh.client.openai_shapes import ChatShape, TextShape
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.replies import Job
-from mesh.gateway.openai_shapes import ChatShape, TextShape
 from mesh.model.manifest import TokenizerInfo
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol.generation import Generate

@@ -1,4 +1,4 @@
-"""Makes OpenAI's documents from generations: one whole document, or a part for each chunk."""
+"""Makes OpenAI's documents from generations: one whole document, or a part for each chunk. For HTTP, and for results of batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mesh.client import Chunk, Completion, Token
+from mesh.client.results import Chunk, Completion, Token
 
 __all__ = ["ChatShape", "Shape", "TextShape"]
 
