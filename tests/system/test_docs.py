@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from doc_pages import PAGES, Block, blocks_of, commands_of
+from doc_pages import PAGES, Block, blocks_of, commands_of, label
 from places import DOCS, NATS, ROOT
 from tiny_mesh_model import make_source
 from unconnected import unconnected
@@ -147,10 +147,6 @@ def reader(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Re
         )
         (folder / "token").write_text(token.stdout)
         yield reader
-
-
-def label(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 RUN = [page for page in PAGES if page != DOCS / "several-machines.md" and blocks_of(page)]

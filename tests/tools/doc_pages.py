@@ -18,7 +18,7 @@ from pathlib import Path
 
 from places import ROOT
 
-__all__ = ["PAGES", "Block", "blocks_of", "commands_of", "mesh_lines", "mesh_spans"]
+__all__ = ["PAGES", "Block", "blocks_of", "commands_of", "label", "mesh_lines", "mesh_spans"]
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "nats" / "README.md")
 _BLOCK = re.compile(r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -28,6 +28,11 @@ _ENVIRONMENT = re.compile(r"^\w+=\S*$")
 _COMMANDS = re.compile(
     r"^(# \w.*\n)?(\w+=\S+ )*(make|\.venv/bin/\w+|mesh|nats|nats-server|curl|export|free|jq|nc|journalctl)( |$)", re.MULTILINE
 )
+
+
+def label(page: Path) -> str:
+    """Its path in the repository."""
+    return str(page.relative_to(ROOT))
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Block:
 
     @property
     def place(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return f"{label(self.page)}:{self.line}"
 
 
 def blocks_of(page: Path) -> list[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 __all__ = ["Host", "host_of_its_own", "hosts_on_one_network"]
+
+_NAME = re.compile(r"mesh(\d+)(?:s|h\d+)?")
+"""`mesh`, the process that made it, and for several on one network the switch or the host."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +49,38 @@ def ip(*arguments: str) -> None:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
+def made() -> list[str]:
+    """The namespaces of this machine that have a name, and other words."""
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+
+
 def remove_leftovers() -> None:
     """Namespaces of test runs that were killed: their lines have the address that this one needs."""
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
-    for name in listed:
-        if name.startswith("mesh") and name[4:].isdigit() and not Path(f"/proc/{name[4:]}").exists():
+    for name in made():
+        found = _NAME.fullmatch(name)
+        if found and not Path(f"/proc/{found[1]}").exists():
             ip("netns", "del", name)
 
 
-@contextmanager
-def host_of_its_own(here: str, there: str) -> Iterator[Host]:
-    """A host whose address is `there`; this machine is `here` for it. The test is skipped where namespaces cannot be made."""
+def make_first(name: str) -> None:
+    """Make the first namespace of a test, which is skipped where none can be made."""
     if sys.platform != "linux" or shutil.which("ip") is None:
         pytest.skip("network namespaces are made with Linux's ip, which is not here")
     if os.geteuid() != 0:
         pytest.skip("only root may make a network namespace")
     remove_leftovers()
-    name = f"mesh{os.getpid()}"
-    line = f"{name}a"[-15:]
     try:
         ip("netns", "add", name)
     except OSError as error:
         pytest.skip(f"this root may not make a network namespace ({error})")
+
+
+@contextmanager
+def host_of_its_own(here: str, there: str) -> Iterator[Host]:
+    """A host whose address is `there`; this machine is `here` for it. The test is skipped where namespaces cannot be made."""
+    name = f"mesh{os.getpid()}"
+    line = f"{name}a"[-15:]
+    make_first(name)
     try:
         ip("link", "add", line, "type", "veth", "peer", "name", "mesh1", "netns", name)
         ip("addr", "add", f"{here}/30", "dev", line)
@@ -82,16 +96,9 @@ def host_of_its_own(here: str, there: str) -> Iterator[Host]:
 @contextmanager
 def hosts_on_one_network(*addresses: str) -> Iterator[list[Host]]:
     """A host for each address, all on one line of their own; nothing else reaches them."""
-    if sys.platform != "linux" or shutil.which("ip") is None:
-        pytest.skip("network namespaces are made with Linux's ip, which is not here")
-    if os.geteuid() != 0:
-        pytest.skip("only root may make a network namespace")
     switch = f"mesh{os.getpid()}s"
     hosts = [Host(f"mesh{os.getpid()}h{index}") for index in range(len(addresses))]
-    try:
-        ip("netns", "add", switch)
-    except OSError as error:
-        pytest.skip(f"this root may not make a network namespace ({error})")
+    make_first(switch)
     try:
         try:
             ip("-n", switch, "link", "add", "line", "type", "bridge")
@@ -107,7 +114,7 @@ def hosts_on_one_network(*addresses: str) -> Iterator[list[Host]]:
                 ip("-n", host.name, "link", "set", link, "up")
         yield hosts
     finally:
-        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+        listed = made()
         for name in (*(host.name for host in hosts), switch):
             if name in listed:
                 ip("netns", "del", name)

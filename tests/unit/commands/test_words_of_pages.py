@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doc_pages import PAGES, blocks_of, mesh_lines, mesh_spans
-from places import ROOT
+from doc_pages import PAGES, blocks_of, label, mesh_lines, mesh_spans
 
 from mesh.commands.table import add_command, descriptions
 
@@ -19,10 +18,6 @@ OTHER = {"COMMAND", "ACTION", "..."}
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ValueError(message)
-
-
-def label(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(mesh_lines(block.text) for block in blocks_of(page))], ids=label)
