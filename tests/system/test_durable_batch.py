@@ -84,7 +84,7 @@ def test_a_batch_survives_the_death_of_every_process_and_is_answered_once(model:
 
 def test_a_file_that_is_no_batch_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
-    for text, why in (("", "give 1 to"), ("7", "line 1"), ('"a"\n{', "line 2"), ('{"colour": 1}', "requests.0.colour")):
+    for text, why in (("", "give 1 to"), ("7", "line 1"), ('"a"\n{', "line 2"), ('{"colour": 1}', "line 1: colour")):
         file.write_text(text)
         with NatsServer.start() as server:
             said = command(server.url, "batch", "submit", str(file), "--model", "tiny", code=2)

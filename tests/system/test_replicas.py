@@ -15,13 +15,20 @@ from system_tools import all_rows_free
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
 
-LONG: dict[str, Any] = {"max_tokens": 50, "ignore_eos": True}
+CONTEXT, COUNT = 256, 200
+LONG: dict[str, Any] = {"max_tokens": COUNT, "ignore_eos": True}
+"""Long enough that all are still under way when the shard is killed."""
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path) -> Oracle:
+    return Oracle(model, context=CONTEXT)
 
 
 @pytest.fixture(params=["balance", "mirror"])
 def pairs(model: Path, request: pytest.FixtureRequest) -> Iterator[LocalMesh]:
     """Ranges 0-2 and 2-3, each on two shards; two coordinators."""
-    with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, mode=request.param, coordinators=2, rows=8, context=64)) as running:
+    with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, mode=request.param, coordinators=2, rows=8, context=CONTEXT)) as running:
         yield running
 
 
@@ -47,7 +54,7 @@ def test_load_is_shared_and_a_killed_shard_costs_no_token(pairs: LocalMesh, orac
                 await event.wait()
             pairs.processes["shard-1"].kill()
             for prompt, (seen, completion) in zip(prompts, await asyncio.gather(*tasks), strict=True):
-                assert seen == oracle.greedy(prompt, 50) == list(completion.tokens)
+                assert seen == oracle.greedy(prompt, COUNT) == list(completion.tokens)
             status = await client.status()
             assert sum(c.stats.finished for c in status.coordinators) == 8
             assert sum(c.stats.failed for c in status.coordinators) == 0
