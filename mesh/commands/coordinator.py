@@ -99,7 +99,7 @@ def run_command(args: argparse.Namespace) -> int:
 
     async def serve() -> None:
         bus = await Bus.connect(connection, name="mesh-coordinator")
-        async with bus, reporting(registry, endpoint):
+        async with bus, reporting(registry, endpoint, export):
             coordinator = Coordinator(bus, replace(options, model=await find_model(bus, wanted, options.signers)), export)
             if endpoint is not None:
                 coordinator.metrics_url = endpoint.url

@@ -63,7 +63,7 @@ def run_command(args: argparse.Namespace) -> int:
 
     async def serve() -> None:
         on_signals(edge.stop, partial(edge.stop, now=True))
-        async with reporting(registry, endpoint):
+        async with reporting(registry, endpoint, export):
             await edge.serve(options, registry=registry, connected=None if endpoint is None else endpoint.say)
 
     run_loop(serve)

@@ -81,8 +81,6 @@ class Tracing:
     async def stop(self) -> None:
         for subscription in self._subscriptions:
             await subscription.stop()
-        if self._export is not None:
-            await asyncio.to_thread(self._export.stop)
 
     @property
     def counters(self) -> dict[str, int]:

@@ -70,7 +70,7 @@ async def serve(
 ) -> bool:
     """Connect, ask `make` for the shard's options, and serve until told to end. Returns whether a thread is still computing. `export`:
     where spans go that leave the mesh."""
-    async with _answering(http), nullcontext() if metrics is None else reporting(metrics.registry, metrics.endpoint):
+    async with _answering(http), nullcontext() if metrics is None else reporting(metrics.registry, metrics.endpoint, export):
         return await _serve(bus_options, make, progress, http, metrics, connect_s, export)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 from mesh.http.hosts import host_of, is_plain
 from mesh.http.listener import Listener, ListenerOptions, is_loopback
 from mesh.settings.schema import MetricsSection
+from mesh.telemetry.export import SpanExport
 from mesh.telemetry.metrics_otlp import OtlpExport
 from mesh.telemetry.registry import Registry
 
@@ -94,9 +95,9 @@ class MetricsEndpoint:
 
 
 @contextlib.asynccontextmanager
-async def reporting(registry: Registry, endpoint: MetricsEndpoint | None) -> AsyncIterator[None]:
+async def reporting(registry: Registry, endpoint: MetricsEndpoint | None, spans: SpanExport | None = None) -> AsyncIterator[None]:
     """While this context is open the process reports its metrics: on its port, if it has one, and over OTLP, if the environment asks for
-    that."""
+    that. At its end the last of `spans` are sent."""
     export = OtlpExport.start(registry, asyncio.get_running_loop())
     answering = None if endpoint is None else asyncio.create_task(endpoint.run())
     try:
@@ -107,3 +108,5 @@ async def reporting(registry: Registry, endpoint: MetricsEndpoint | None) -> Asy
             await asyncio.gather(answering, return_exceptions=True)
         if export is not None:
             export.stop()
+        if spans is not None:
+            await asyncio.to_thread(spans.stop)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from running import Run
 
 from mesh.errors import ConfigError
 from mesh.protocol.spans import Span
 from mesh.settings.schema import TracingSection
 from mesh.telemetry.export import SpanExport, exporters
 from mesh.telemetry.from_config import export_of
+from mesh.telemetry.metrics_http import reporting
 from mesh.telemetry.otel_environment import wants_otlp
+from mesh.telemetry.registry import Registry
 
 SPAN = Span(trace="ab" * 16, span="cd" * 8, name="x", service="gateway", start_ns=0, end_ns=1)
 
@@ -44,6 +48,20 @@ def test_a_full_store_drops_and_counts() -> None:
     slow.go.set()
     export.stop()
     assert len(slow.taken) == 9 and export.counters["sent"] == 9
+
+
+def test_a_process_that_ends_sends_the_last_spans(run: Run) -> None:
+    slow = Slow()
+    export = SpanExport([slow])
+
+    async def serve() -> None:
+        async with reporting(Registry("gateway"), None, export):
+            export.put(lambda: [SPAN])
+            assert await asyncio.to_thread(slow.began.wait, 60)
+            asyncio.get_running_loop().call_soon(slow.go.set)  # the loop runs while the collector takes them
+
+    run(serve())
+    assert len(slow.taken) == export.counters["sent"] == 1
 
 
 def test_spans_that_cannot_be_made_do_not_end_the_thread() -> None:
