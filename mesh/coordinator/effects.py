@@ -199,6 +199,7 @@ class Effects:
         self._note_defect(effect.error)
         job = self._jobs.table.pop(effect.session, None)
         self._generations.rejected(effect.error, job)
+        self._tracing.traces.forget(effect.session)
         if job is not None:
             log_rejected(job, effect)
             self._outbox.error(job.reply, effect.error, job.epoch, job.id)

@@ -111,7 +111,8 @@ class Intake:
             message = message.model_copy(update={"traceparent": traceparent[:128]})
         if not received.reply:
             raise BadRequest("a request needs a reply subject: publish it as a request", field="reply")
-        id, context = message.session or secrets.token_hex(16), TraceContext.parse(message.traceparent)
+        id = message.session or secrets.token_hex(16)
+        context = TraceContext.of(message.traceparent, id)
         with log_context(request=generation.public_id(id), trace=context.trace):
             job = await self._prepare(message, id, context, received, direct=direct)
         if job is not None:  # its turn of the core is about other requests too

@@ -100,7 +100,7 @@ class Job:
     ) -> Job:
         """A job that has the request's prefix, as if it had been generated here. `context`: None: that of the message."""
         text = None if tokenizer is None else tokenizer.stream()
-        context = context or TraceContext.parse(message.traceparent)
+        context = context or TraceContext.of(message.traceparent, request.id)
         job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch, context=context)
         for id in request.prefix:
             job._take(Token(id))

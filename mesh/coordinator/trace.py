@@ -192,6 +192,12 @@ class Traces:
                 while len(trace.server_hops) > KEPT_SERVER_HOPS:
                     trace.server_hops.popitem(last=False)
 
+    def forget(self, session: str) -> None:
+        """A request that was accepted is refused after all, over a defect."""
+        trace = self._running.pop(session, None)
+        if trace is not None:
+            self.sampled -= bool(trace.context.sampled)
+
     def end(self, ended: Ended, now: float) -> None:
         """A request has ended, at `now` (time.perf_counter)."""
         trace = self._running.pop(ended.session, None)

@@ -5,6 +5,7 @@ traceparent: 00-TRACE-SPAN-FLAGS      https://www.w3.org/TR/trace-context/
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ class TraceContext:
         """That of a `traceparent` header. A new trace where there is no header, or none that can be read, as the standard wants it."""
         found = _TRACEPARENT.fullmatch(header) if header is not None and len(header) <= _LONGEST else None
         return cls.new() if found is None else cls(found[1], found[2], bool(int(found[3], 16) & 1))
+
+    @classmethod
+    def of(cls, header: str | None, session: str) -> TraceContext:
+        """As `parse`, but where the sender names no trace, its id is a digest of the session: a generation stays in its trace when another
+        coordinator goes on with it."""
+        found = cls.parse(header)
+        return found if found.span is not None else cls(hashlib.sha256(b"trace " + session.encode()).hexdigest()[:32])
 
     def header(self, span: str, *, sampled: bool) -> str:
         """The header for what happens below the span `span` of this trace."""

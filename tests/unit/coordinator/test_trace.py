@@ -110,6 +110,16 @@ def test_a_request_of_4000_tokens_stays_readable() -> None:
     assert sum(span.attributes["mesh.steps"] for span in runs) + FIRST + LAST == 4000  # type: ignore[misc]
 
 
+def test_a_request_that_is_refused_after_all_leaves_nothing() -> None:
+    traces = Traces()
+    traces.begin(begun(sampled=True))
+    assert traces.sampled == 1
+    traces.forget("s")
+    traces.forget("s")
+    assert traces.sampled == 0 and traces.of("s") is None
+    traces.check()
+
+
 def test_the_spans_of_a_step_make_up_its_time() -> None:
     traces = Traces()
     traces.begin(begun())

@@ -56,6 +56,13 @@ def test_the_callers_span_is_passed_on() -> None:
     assert TraceContext.new().header(SPAN, sampled=False).endswith(f"-{SPAN}-00")
 
 
+def test_a_generation_without_a_callers_trace_has_one_trace_wherever_it_goes_on() -> None:
+    first, second, other = (TraceContext.of(header, session) for header, session in ((None, "a"), ("nonsense", "a"), (None, "b")))
+    assert first == second and first.trace != other.trace and first.span is None and first.sampled is None
+    assert TraceContext.parse(first.header(SPAN, sampled=True)).trace == first.trace, "its id is a valid one"
+    assert TraceContext.of(f"00-{TRACE}-{SPAN}-01", "a").trace == TRACE
+
+
 @pytest.mark.parametrize(
     ("environment", "ratio"),
     [
