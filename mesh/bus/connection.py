@@ -290,6 +290,8 @@ class Bus:
         except BaseException:
             await bus.close()
             raise
+        url = client.connected_url
+        log.debug("%s is connected to %s", name, where if url is None else without_password(url.geturl()))
         return bus
 
     async def another(self, name: str) -> Bus:
