@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,7 @@ def test_a_key_is_accepted_with_its_scopes_and_quota_and_the_file_does_not_have_
 def test_a_changed_file_is_read_again_and_a_wrong_one_keeps_the_keys_of_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, clock = tmp_path / "keys.yaml", Clock()
     first = add_key(path, "a", ["generate"], Quota())
-    keys = KeyFile(path, clock)
+    keys = KeyFile(path, clock, beside=lambda work: work())
     second = add_key(path, "b", ["generate"], Quota())
     with pytest.raises(Denied):
         keys.verify(second)  # the file is looked at once a second
@@ -57,6 +59,23 @@ def test_a_changed_file_is_read_again_and_a_wrong_one_keeps_the_keys_of_before(t
     clock.now += 1.1
     with pytest.raises(Denied):
         keys.verify(first)
+
+
+def test_nobody_waits_for_a_file_that_is_slow(tmp_path: Path) -> None:
+    path, clock = tmp_path / "keys.yaml", Clock()
+    first = add_key(path, "a", ["generate"], Quota())
+    keys = KeyFile(path, clock)
+    old = path.read_text()
+    path.unlink()
+    os.mkfifo(path)  # whoever reads it waits until somebody has written
+    for _ in range(3):
+        clock.now += 1.1
+        assert keys.verify(first).subject == "a"
+    (reader,) = [thread for thread in threading.enumerate() if thread.name == "API keys"]
+    second = add_key(tmp_path / "more.yaml", "b", ["generate"], Quota())
+    path.write_text(old + (tmp_path / "more.yaml").read_text())
+    reader.join(60)
+    assert keys.verify(second).subject == "b" and keys.verify(first).subject == "a"
 
 
 def test_a_file_that_is_wrong_is_an_error_at_start(tmp_path: Path) -> None:
