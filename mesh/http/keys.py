@@ -77,8 +77,8 @@ def _in_a_thread(work: Callable[[], None]) -> None:
 
 
 class KeyFile:
-    """The keys of a file. A changed file is noticed within a second, and read in a thread. While it cannot be read, or is wrong, the keys of
-    before stay valid, and the log says so; an empty file has no keys."""
+    """The keys of a file. A changed file is noticed within a second, and read in a thread. While it cannot be read, or is wrong, the keys
+    of before stay valid, and the log says so; an empty file has no keys."""
 
     def __init__(
         self,
