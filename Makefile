@@ -31,7 +31,7 @@ demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 	MESH_KERNELS=none $(BIN)/python -m pytest -n 2 tests/unit/runtime/test_stage.py tests/unit/runtime/test_cache.py tests/unit/lowering/test_join_products.py
 
 # The sanitizers end the program at the first fault; each seed makes other shapes.
