@@ -60,12 +60,12 @@ def _table(placement: Placement) -> Table:
     table.add_column("shard", justify="right", no_wrap=True)
     for name in ("layers", "holds", "node"):
         table.add_column(name, no_wrap=True)
-    for name in ("weights", "KV cache", "workspace", "total", "memory", "used", "step"):
+    for name in ("weights", "KV cache", "workspace", "process", "total", "memory", "used", "step"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for shard in placement.shards:
         blocks = [name for name, there in (("embed", shard.embed), (str(shard.held), True), ("head", shard.head)) if there]
-        sizes = (shard.weights_bytes, shard.cache_bytes, shard.workspace_bytes, shard.total_bytes, shard.memory_bytes)
+        sizes = (shard.weights_bytes, shard.cache_bytes, shard.workspace_bytes, shard.process_bytes, shard.total_bytes, shard.memory_bytes)
         used = sum(other.total_bytes for other in placement.shards if other.node == shard.node)
         table.add_row(
             str(shard.shard_id),

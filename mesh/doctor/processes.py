@@ -26,8 +26,8 @@ _WRONG_S: Final = 30.0
 """A clock that is so far off refuses tokens that are valid, and takes tokens that are not."""
 _NEAR_LIMIT: Final = 0.9
 _MORE_THAN_PLANNED: Final = 1.25
-_RUNTIME_BYTES: Final = 1_500_000_000
-"""What Python, JAX and compiled programs may take beside what is planned."""
+_SPARE_BYTES: Final = 200_000_000
+"""What a shard may take beside it: compiling for the first time leaves some."""
 _WANTED_FILES: Final = 256
 _HTTP_S: Final = 3.0
 
@@ -212,7 +212,7 @@ def _memory(shard: ShardSeen) -> Iterator[Finding]:
         yield warning(
             "memory of shards", text, "it was planned larger than its machine allows: lower resources.max_memory_gb, and plan again"
         )
-    elif stats.predicted_bytes and stats.memory_bytes > _MORE_THAN_PLANNED * stats.predicted_bytes + _RUNTIME_BYTES:
+    elif stats.predicted_bytes and stats.memory_bytes > _MORE_THAN_PLANNED * stats.predicted_bytes + _SPARE_BYTES:
         yield warning(
             "memory of shards", text, "it takes more than planned: report it with the model's manifest; drain and start it again meanwhile"
         )

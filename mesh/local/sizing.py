@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mesh.errors import DoesNotFit
 from mesh.model.manifest import Manifest
-from mesh.model.memory import ModelShape, predict
+from mesh.model.memory import SHARED_BYTES, MemoryNeed, ModelShape, predict
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
 
@@ -41,27 +41,29 @@ def size(
     is; the error says what would fit."""
     shape = ModelShape.of(manifest)
 
-    def needed(positions: int) -> list[int]:
+    def needs(positions: int) -> list[MemoryNeed]:
         return [
-            predict(shape, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, rows=rows, context=positions).total_bytes
+            predict(shape, layers, embed=layers.start == 0, head=layers.stop == manifest.layers, rows=rows, context=positions)
             for layers in ranges
         ]
 
     def total(positions: int) -> int:
-        return replicas * sum(needed(positions))
+        return SHARED_BYTES + replicas * sum(need.total_bytes - SHARED_BYTES for need in needs(positions))
 
     longest = min(context or manifest.context_length, manifest.context_length)
     if not available_bytes:
         return Sizing(longest, total(longest), None)
-    room, weights = ALL * available_bytes, replicas * shape.weights_bytes
+    room = ALL * available_bytes
+    fixed = SHARED_BYTES + replicas * sum(need.weights_bytes + need.process_bytes - SHARED_BYTES for need in needs(longest))
     lengths = _lengths(longest)
     if context is None:
-        modest = [length for length in lengths if total(length) <= min(room, weights + CACHES * available_bytes)]
+        modest = [length for length in lengths if total(length) <= min(room, fixed + CACHES * available_bytes)]
         longest = max(modest, default=lengths[-1])
     if total(longest) > room:
         raise _too_big(manifest, longest, rows, total(longest), available_bytes, [length for length in lengths if total(length) <= room])
-    share = room / total(longest)
-    return Sizing(longest, total(longest), tuple(int(need * share) for need in needed(longest)))
+    share = (room - SHARED_BYTES) / (total(longest) - SHARED_BYTES)
+    allowed = (SHARED_BYTES + int((need.total_bytes - SHARED_BYTES) * share) for need in needs(longest))
+    return Sizing(longest, total(longest), tuple(allowed))
 
 
 def _lengths(longest: int) -> list[int]:

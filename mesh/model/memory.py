@@ -15,8 +15,11 @@ fits is a placement which loads. Weights and KV cache are exact; workspace is an
                 and for either step
                   logits        3 * rows * vocab * 4 bytes (head only): logits, their sorted copy, the penalty counts
                   history       rows * (context + slack) * 4 bytes (head only): the tokens that penalties look at
-                  widening      the largest matrix at the compute type, when weights are stored narrower than that: XLA is
-                                expected to widen one matrix at a time
+                  widening      the largest matrix at the compute type, where weights are stored narrower than that and no kernels
+                                read them so: XLA is expected to widen one matrix at a time
+    process     what a shard takes without any model: the interpreter, libraries and their files (which the shards of a host
+                share), and for each shape that a step can have a compiled program of a layer, and one of the head. Measured on
+                a CPU with bench/memory.py
 
 A manifest names neither query heads nor the MLP's width W. Query heads are taken as D / key_dim (never fewer than kv_heads);
 W as what the layer's parameters leave for one up and one down matrix after attention, an upper bound for a gated MLP.
@@ -34,13 +37,22 @@ from mesh.errors import BadLayerRange, PlanError
 from mesh.model.manifest import CacheInfo, Manifest
 from mesh.types import LayerRange
 
-__all__ = ["CACHE_SLACK", "DEFAULT_CHUNK", "BlockShape", "MemoryNeed", "ModelShape", "predict", "stored_bytes"]
+__all__ = ["CACHE_SLACK", "DEFAULT_CHUNK", "SHARED_BYTES", "BlockShape", "MemoryNeed", "ModelShape", "predict", "stored_bytes"]
 
 DEFAULT_CHUNK = 256
 """Tokens of a prefill chunk unless configured otherwise."""
 
 CACHE_SLACK = 16
 """Positions that a row of the cache has beyond its context; also the smallest prefill chunk. Equal to mesh/runtime/cache.py's."""
+
+SHARED_BYTES = 145 << 20
+"""The files of libraries in a shard's memory, which the shards of a host share."""
+_PROCESS_BYTES = (141 << 20) + SHARED_BYTES
+"""Of a shard on a CPU, without a model."""
+_PROGRAM_BYTES = int(3.6 * 2**20)
+_HEAD_PROGRAM_BYTES = int(4.5 * 2**20)
+"""Of a compiled program of a layer, and of the head."""
+_PREFILL_SHAPES = 3
 
 _FLOAT32 = 4
 _TOKEN_BYTES = 4
@@ -53,10 +65,11 @@ class MemoryNeed:
     weights_bytes: int
     cache_bytes: int
     workspace_bytes: int
+    process_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+        return self.weights_bytes + self.cache_bytes + self.workspace_bytes + self.process_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +250,13 @@ def predict(
     chunk: int = DEFAULT_CHUNK,
     prefill_rows: int = 1,
     kv_cache: bool = True,
+    widens: bool = False,
 ) -> MemoryNeed:
     """What a shard that holds `layers` needs, with the embedding and the head where asked.
 
     `rows` sequences are held at once, each of up to `context` tokens; a prefill step takes `prefill_rows` of them by up to
-    `chunk` tokens. Without `kv_cache` a row's input is kept instead, and one row at a time is computed from its beginning. Bytes;
-    formulas at the head of this file. BadLayerRange outside the model.
+    `chunk` tokens. Without `kv_cache` a row's input is kept instead, and one row at a time is computed from its beginning. `widens`:
+    the process has no kernels for narrow weights. Bytes; formulas at the head of this file. BadLayerRange outside the model.
     """
     shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
     first, stop = layers.start, layers.stop
@@ -269,7 +283,13 @@ def predict(
     step = max(tokens * (activations + scores) + step_rows * reads for tokens, step_rows in steps)
     sampling = rows * (3 * shape.vocab_size + slots) * _FLOAT32 if head else 0
     widening = 0
-    if shape.bits < 8 * shape.compute_itemsize:
+    if widens and shape.bits < 8 * shape.compute_itemsize:
         columns = max(width, shape.vocab_size) if head else width
         widening = shape.hidden_size * columns * shape.compute_itemsize
-    return MemoryNeed(weights, cache, step + sampling + widening)
+    return MemoryNeed(weights, cache, step + sampling + widening, _process_bytes(rows, head=head))
+
+
+def _process_bytes(rows: int, *, head: bool) -> int:
+    """The process around the arrays; see the head of this file."""
+    shapes = _PREFILL_SHAPES + math.ceil(math.log2(rows)) + 1
+    return _PROCESS_BYTES + round(shapes * (_PROGRAM_BYTES + (_HEAD_PROGRAM_BYTES if head else 0)))

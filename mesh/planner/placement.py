@@ -51,6 +51,7 @@ class PlacedShard(_Strict):
     weights_bytes: int
     cache_bytes: int
     workspace_bytes: int
+    process_bytes: int
     total_bytes: int
     memory_bytes: int  # of its node
     fits: bool  # everything placed on its node fits there

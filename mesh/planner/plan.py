@@ -213,6 +213,7 @@ def _placement(request: PlanRequest, book: _Book, ranges: Sequence[LayerRange], 
             weights_bytes=need.weights_bytes,
             cache_bytes=need.cache_bytes,
             workspace_bytes=need.workspace_bytes,
+            process_bytes=need.process_bytes,
             total_bytes=need.total_bytes,
             memory_bytes=node.memory_bytes,
             fits=used[nodes[index][replica]] <= node.memory_bytes,
@@ -256,12 +257,12 @@ def _problem(request: PlanRequest, ranges: Sequence[PlacedRange], used: Sequence
     held = [shard for placed in ranges for shard in placed.shards if shard.node == node.name]
     layers = ", ".join(f"{shard.layers}" for shard in held)
     overlap = f" and {request.overlap_layers} more on either side" if request.overlap_layers else ""
-    sums = [sum(getattr(shard, part) for shard in held) for part in ("weights_bytes", "cache_bytes", "workspace_bytes")]
-    weights, cache, workspace = (format_bytes(value) for value in sums)
+    sums = [sum(getattr(shard, part) for shard in held) for part in ("weights_bytes", "cache_bytes", "workspace_bytes", "process_bytes")]
+    weights, cache, workspace, process = (format_bytes(value) for value in sums)
     average = format_bytes(model.weights_bytes / len(ranges), 4)
     return (
         f"{model.name} does not fit: {format_bytes(model.weights_bytes)} of weights at {model.bits} bits over {len(ranges)} "
         f"{'shard is' if len(ranges) == 1 else 'shards is'} {average} a shard before any KV cache; {node.name} has "
         f"{format_bytes(node.memory_bytes)} and layers {layers}{overlap} need {format_bytes(used[worst])} there "
-        f"(weights {weights}, KV cache {cache}, workspace {workspace})"
+        f"(weights {weights}, KV cache {cache}, workspace {workspace}, process {process})"
     )

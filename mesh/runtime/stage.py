@@ -26,6 +26,7 @@ import numpy as np
 
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
+from mesh.kernels.library import kernels
 from mesh.model.arrivals import Arrivals
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
@@ -128,14 +129,25 @@ class Stage:
         context = min(config.context or manifest.context_length, manifest.context_length)
         config = replace(config, embed=embed, head=head, context=context)
         rows, kept = config.kept_rows or config.rows, config.kept_rows is None
-        need = predict(manifest, held, embed=embed, head=head, rows=rows, context=context, chunk=config.chunk, kv_cache=kept)
+        need = predict(
+            manifest,
+            held,
+            embed=embed,
+            head=head,
+            rows=rows,
+            context=context,
+            chunk=config.chunk,
+            kv_cache=kept,
+            widens=kernels().name is None,
+        )
         allowed = config.max_memory_bytes
         if allowed is not None and need.total_bytes > allowed:
             overlap = f" and {config.overlap} more on either side" if config.overlap else ""
             raise DoesNotFit(
                 f"layers {layers}{overlap} of {manifest.name} need {format_bytes(need.total_bytes)} "
                 f"(weights {format_bytes(need.weights_bytes)}, KV cache {format_bytes(need.cache_bytes)} for {rows} rows of "
-                f"{context} tokens, workspace {format_bytes(need.workspace_bytes)}) but {format_bytes(allowed)} are allowed: "
+                f"{context} tokens, workspace {format_bytes(need.workspace_bytes)}, process {format_bytes(need.process_bytes)}) "
+                f"but {format_bytes(allowed)} are allowed: "
                 "give fewer layers, rows or context, more memory, or import at fewer bits",
                 needed_bytes=need.total_bytes,
                 allowed_bytes=allowed,

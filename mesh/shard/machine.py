@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mesh.host.machine import machine
+from mesh.kernels.library import kernels
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
 from mesh.protocol.status import MachineReport
@@ -27,7 +28,7 @@ def machine_report() -> MachineReport:
 
 
 def predicted_bytes(manifest: Manifest, options: ShardOptions) -> int:
-    """Weights, caches and workspace of the layers that the shard holds, as they are predicted before they are loaded."""
+    """The memory of a process that holds these layers, as it is predicted before they are loaded."""
     held = options.layers.widened(options.overlap, manifest.layers)
     need = predict(
         manifest,
@@ -38,5 +39,6 @@ def predicted_bytes(manifest: Manifest, options: ShardOptions) -> int:
         context=min(options.context or manifest.context_length, manifest.context_length),
         chunk=options.chunk,
         kv_cache=options.kv_cache,
+        widens=kernels().name is None,
     )
     return need.total_bytes

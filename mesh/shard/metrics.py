@@ -78,6 +78,7 @@ def _readings(shard: Shard) -> Iterator[Reading]:
     yield "mesh_shard_memory_bytes", stage.need.weights_bytes, "weights"
     yield "mesh_shard_memory_bytes", stage.need.cache_bytes, "kv"
     yield "mesh_shard_memory_bytes", stage.need.workspace_bytes, "workspace"
+    yield "mesh_shard_memory_bytes", stage.need.process_bytes, "process"
     yield "mesh_shard_compiled_programs_total", stage.compiled
     yield "mesh_shard_tokens_total", stage.counters.prefill_tokens, "prefill"
     yield "mesh_shard_tokens_total", stage.counters.decode_tokens, "decode"

@@ -191,7 +191,12 @@ _SHARD = (
     _s("missed_rows_total", "counter", "Rows that a mirror could not compute, because it is behind."),
     _s("resident_memory_bytes", "gauge", "Resident memory of the process."),
     _s("memory_limit_bytes", "gauge", "The most memory that the shard may take (resources.max_memory_gb)."),
-    _s("memory_bytes", "gauge", "Memory that the layers take, by kind: weights, kv (the caches), workspace (an estimate).", "kind"),
+    _s(
+        "memory_bytes",
+        "gauge",
+        "Planned memory of the shard, by kind: weights, kv (the caches), workspace, process.",
+        "kind",
+    ),
     _s(
         "device_memory_bytes",
         "gauge",

@@ -5,11 +5,11 @@ locals {
   nodes  = distinct([for shard in local.shards : shard.node])
 
   needed_gib = {
-    for node in local.nodes : node => var.reserved_memory_gib + sum([for shard in local.shards : shard.memory_bytes / pow(1024, 3) + var.process_memory_gib if shard.node == node])
+    for node in local.nodes : node => var.reserved_memory_gib + sum([for shard in local.shards : shard.memory_bytes / pow(1024, 3) if shard.node == node])
   }
   fitting = { for node in local.nodes : node => [for type in var.instance_types : type.name if type.memory_gib >= local.needed_gib[node]] }
 
-  largest_range_gib = max([for shard in local.shards : shard.memory_bytes]...) / pow(1024, 3) + var.process_memory_gib + var.reserved_memory_gib
+  largest_range_gib = max([for shard in local.shards : shard.memory_bytes]...) / pow(1024, 3) + var.reserved_memory_gib
   spot_types        = [for type in var.instance_types : type.name if type.memory_gib >= local.largest_range_gib]
   ranges            = { for shard in var.placement.shards : "${shard.layers_start}-${shard.layers_end}" => shard... }
 

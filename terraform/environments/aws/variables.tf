@@ -137,12 +137,6 @@ variable "reserved_memory_gib" {
   default     = 1
 }
 
-variable "process_memory_gib" {
-  description = "What each shard's process takes beside what the plan says: Python, JAX and its compiled programs."
-  type        = number
-  default     = 0.5
-}
-
 variable "nats_servers" {
   description = "How many NATS servers there are."
   type        = number

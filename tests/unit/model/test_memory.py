@@ -65,9 +65,12 @@ def test_the_slack_is_the_runtimes() -> None:
     assert SLACK == CACHE_SLACK
 
 
-def test_narrow_weights_need_room_to_be_widened_in() -> None:
-    narrow, wide = (predict(_manifest(bits), LayerRange(0, 4), embed=True, head=True, rows=1, context=64) for bits in (16, 32))
-    assert narrow.weights_bytes * 2 == wide.weights_bytes
+def test_narrow_weights_need_room_to_be_widened_in_where_there_are_no_kernels() -> None:
+    def need(bits: int, *, widens: bool) -> MemoryNeed:
+        return predict(_manifest(bits), LayerRange(0, 4), embed=True, head=True, rows=1, context=64, widens=widens)
+
+    narrow, wide = need(16, widens=True), need(32, widens=True)
+    assert narrow.weights_bytes * 2 == wide.weights_bytes and need(16, widens=False).workspace_bytes == wide.workspace_bytes
     assert narrow.workspace_bytes - wide.workspace_bytes == D * V * 4  # the head's is the largest matrix
 
 
@@ -91,7 +94,15 @@ def test_a_range_never_needs_less_than_one_inside_it(start: int, length: int, ro
         for a, b in ((start, stop), (max(0, start - 1), min(4, stop + 1)))
     )
     assert inner.total_bytes <= outer.total_bytes
-    assert inner.total_bytes == inner.weights_bytes + inner.cache_bytes + inner.workspace_bytes
+    assert inner.total_bytes == inner.weights_bytes + inner.cache_bytes + inner.workspace_bytes + inner.process_bytes
+
+
+def test_a_process_takes_a_base_and_the_programs_of_its_shapes() -> None:
+    def process(rows: int, *, head: bool = False) -> int:
+        return predict(_manifest(), LayerRange(0, 1), embed=False, head=head, rows=rows, context=100).process_bytes
+
+    assert process(1) > 250e6 and process(8) == process(5) > process(4) > process(1)
+    assert process(4, head=True) > process(4)
 
 
 def test_gpt3_is_recovered_from_its_size_alone() -> None:
