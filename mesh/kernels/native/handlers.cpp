@@ -332,6 +332,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap"));
 
+// Of the calls in mesh/kernels/calls.py: changes with what they are given.
+extern "C" int mesh_kernels_version() { return 2; }
+
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 
 #pragma GCC visibility pop

@@ -9,6 +9,7 @@ from mesh.coordinator.core.pace import LEAST, SLOWDOWN, Pace
 from mesh.coordinator.core.routing import Hop
 from mesh.coordinator.core.scheduler import Scheduler
 from mesh.coordinator.core.session import GenerationRequest, Session, State
+from mesh.coordinator.core.state import CoreConfig
 from mesh.types import LayerRange
 
 CHUNK = 256
@@ -103,3 +104,8 @@ def test_until_steps_of_two_sizes_were_seen_a_fixed_part_is_assumed() -> None:
     for _ in range(9):
         pace.step(16, 0.1)
     assert pace.budget(16, 1, CHUNK) == int((SLOWDOWN - 1) * (16 + 8))
+
+
+def test_the_slowdown_is_that_of_the_configuration() -> None:
+    lenient, strict = (Pace(CoreConfig(6, slowdown=slowdown).slowdown) for slowdown in (5.0, 2.0))
+    assert (lenient.budget(32, 1, CHUNK), strict.budget(32, 1, CHUNK)) == (160, 40)
