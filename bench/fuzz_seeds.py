@@ -14,19 +14,20 @@ from pydantic import BaseModel
 
 def frame() -> list[bytes]:
     from mesh.protocol import frame_codec
-    from mesh.protocol.frame import Frame, Hop, Kind
+    from mesh.protocol.frame import WANTED, Frame, Hop, Kind
     from mesh.types import LayerRange
 
-    def made(rows: int, tokens: int, flags: frame_codec.Flags) -> bytes:
+    def made(rows: int, tokens: int, flags: frame_codec.Flags, lengths: list[int] | None = None) -> bytes:
         one, route = np.ones(rows), (Hop(LayerRange(0, 1), "s"), Hop(LayerRange(1, 2), "t"))
         example = Frame(
-            Kind.DECODE if rows == tokens else Kind.PREFILL, "0" * 16, "c", route, one.astype(np.uint64), one.astype(np.uint32),
+            Kind.PACKED if lengths else Kind.DECODE, "0" * 16, "c", route, one.astype(np.uint64), one.astype(np.uint32),
             one.astype(np.uint32), np.ones((rows, 2), np.uint32), np.ones(tokens, np.int32), step=1, hop=1, flags=flags,
-            tensors=(np.ones((tokens, 1, 4), np.float32),),
+            tensors=(np.ones((tokens, 1, 4), np.float32),), lengths=np.array(lengths, np.uint32) if lengths else None,
         )  # fmt: skip
         return frame_codec.encode(example)
 
     whole = [made(2, 2, flags) for flags in (frame_codec.Flags(0), frame_codec.Flags.BF16, frame_codec.Flags.ZSTD)]
+    whole.append(made(3, 6, frame_codec.Flags(0), [2, 1 | WANTED, 3]))
     return [*whole, *(each[:-4] for each in whole)]
 
 

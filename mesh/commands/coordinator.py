@@ -85,6 +85,7 @@ def run_command(args: argparse.Namespace) -> int:
         queue_limit=args.queue,
         failover_timeout_s=config.distributed.failover_timeout,
         step_timeout_s=min(args.step_timeout or config.distributed.step_timeout, config.distributed.failover_timeout),
+        step_slowdown=config.distributed.step_slowdown,
         flags=flags,
         health_check_interval_s=config.coordinator.health_check_interval,
         expected=ExpectedShards(config.distributed.shards_count, config.distributed.replication_factor),

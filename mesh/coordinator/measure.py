@@ -114,5 +114,5 @@ class StepMeter:
         timings = frame.timings
         zero_us = (time.time() - time.perf_counter()) * 1e6
         ways_us = self._clocks.ways(out.route, timings, zero_us + sent_at * 1e6, zero_us + arrived * 1e6)
-        tokens = len(out.rows) if out.kind == "decode" else len(out.rows[0].tokens)
+        tokens = sum(len(row.tokens) for row in out.rows)
         self._traces.step(out, Step(sent_at, arrived - sent_at, tokens, timings, ways_us, sessions, frame.step, out.rows[0].start))

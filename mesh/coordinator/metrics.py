@@ -99,6 +99,7 @@ def _steps(coordinator: Coordinator) -> Iterator[Reading]:
     counts, hops = coordinator.core.counts(), coordinator.meter.hops
     yield "mesh_coordinator_frames_total", counts["prefill_frames"], "prefill"
     yield "mesh_coordinator_frames_total", counts["decode_frames"], "decode"
+    yield "mesh_coordinator_frames_total", counts["packed_frames"], "packed"
     yield coordinator.meter.steps
     yield coordinator.meter.rows
     yield "mesh_coordinator_decode_seconds_total", hops.compute_s, "compute"

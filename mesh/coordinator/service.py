@@ -23,6 +23,7 @@ from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core.events import CancelSession, FrameLost
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.machine import Core, CoreConfig
+from mesh.coordinator.core.pace import SLOWDOWN
 from mesh.coordinator.core.routing import Strategy
 from mesh.coordinator.crashes import report_lost
 from mesh.coordinator.driver import CoreDriver
@@ -68,10 +69,11 @@ _CHECK_S = 30.0
 
 @dataclass(frozen=True)
 class CoordinatorOptions:
-    """model: a model directory, of which only the manifest and the tokenizer are read. queue_limit: requests that may wait.
-    flags: how hidden states travel (Flags.BF16, Flags.ZSTD). health_check_interval_s: between heartbeats to the shards, and between
-    looks whether all expected shards are there. pool_bytes: what the requests that are held may take together. sampling: which traces
-    are kept for others. signers: one of them must have signed the model (None: no signature is asked for)."""
+    """model: a model directory, of which only the manifest and the tokenizer are read. queue_limit: requests that may wait. step_slowdown:
+    how many times as long a step may take because of prompts (docs/tuning.md). flags: how hidden states travel (Flags.BF16,
+    Flags.ZSTD). health_check_interval_s: between heartbeats to the shards, and between looks whether all expected shards are there.
+    pool_bytes: what the requests that are held may take together. sampling: which traces are kept for others. signers: one of them
+    must have signed the model (None: no signature is asked for)."""
 
     model: Path
     name: str = ""
@@ -79,6 +81,7 @@ class CoordinatorOptions:
     queue_limit: int = 256
     failover_timeout_s: float = 30.0
     step_timeout_s: float = 15.0
+    step_slowdown: float = SLOWDOWN
     open_timeout_s: float = 2.0
     flags: Flags = EXACT
     health_check_interval_s: float = 3.0
@@ -107,7 +110,14 @@ class Coordinator:
         self._service: Service | None = None
         self._front: Bus | None = None  # the connection by which requests come
         model, model_hash = self.manifest.name, self.manifest.model_hash
-        config = CoreConfig(self.manifest.layers, options.strategy, options.queue_limit, options.failover_timeout_s, options.step_timeout_s)
+        config = CoreConfig(
+            self.manifest.layers,
+            options.strategy,
+            options.queue_limit,
+            options.failover_timeout_s,
+            options.step_timeout_s,
+            options.step_slowdown,
+        )
         self.core = Core(config, Random(secrets.randbits(64)))
         instance = new_instance()
         self.requests = Requests(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from mesh.coordinator.core.events import Ended, FrameOut
+from mesh.coordinator.core.events import Ended, FrameOut, FrameRow
 from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import SessionView
 from mesh.coordinator.trace_steps import Step, Steps, StepSum
@@ -99,7 +99,8 @@ class Trace:
     def public_id(self) -> str:
         return public_id(self.id)
 
-    def add(self, out: FrameOut, epoch: int, step: Step) -> None:
+    def add(self, out: FrameOut, row: FrameRow, step: Step) -> None:
+        epoch = row.epoch
         leg = self.legs[-1] if self.legs else None
         if leg is None or leg.epoch != epoch:
             if len(self.legs) == KEPT_LEGS:
@@ -108,7 +109,7 @@ class Trace:
             leg = Leg(out.route, epoch, step.at)
             self.legs.append(leg)
         number = self.moves + len(self.legs) - 1
-        if out.kind == "decode":
+        if out.kind == "decode" or (out.kind == "packed" and row.decodes):
             leg.decode.add(step)
             self.steps.decode(number, step)
         else:
@@ -176,7 +177,7 @@ class Traces:
         for session, row in zip(step.sessions, out.rows, strict=False):
             trace = running.get(session)
             if trace is not None:
-                trace.add(out, row.epoch, step)
+                trace.add(out, row, step)
 
     def opened(self, session: str, tried: OpenTry) -> None:
         trace = self._running.get(session)

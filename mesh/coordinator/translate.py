@@ -10,11 +10,14 @@ from mesh.coordinator.core.events import FrameLost, FrameOut, Result, ResultRow
 from mesh.coordinator.core.routing import Replica
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
+from mesh.protocol.frame import WANTED
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
 from mesh.protocol.status import ShardLease
 from mesh.protocol.stream import Token
 
 __all__ = ["event_of", "frame_of", "replica_of"]
+
+_KINDS: Final = {"prefill": Kind.PREFILL, "decode": Kind.DECODE, "packed": Kind.PACKED}
 
 _HOPELESS: Final = {Nack.BAD_INPUT: "input", Nack.TOO_LARGE: "too_large"}
 """Refusals that no other route can help."""
@@ -22,10 +25,10 @@ _HOPELESS: Final = {Nack.BAD_INPUT: "input", Nack.TOO_LARGE: "too_large"}
 
 def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags, traceparent: str | None = None) -> Frame:
     sessions = np.array([row.key for row in out.rows], np.uint64)
-    if out.kind == "prefill" and out.last:
+    if out.kind == "prefill" and out.rows[0].wants:
         flags |= Flags.FINAL
     return Frame(
-        kind=Kind.PREFILL if out.kind == "prefill" else Kind.DECODE,
+        kind=_KINDS[out.kind],
         model_hash=model_hash,
         coordinator=coordinator,
         route=out.route,
@@ -37,7 +40,12 @@ def frame_of(out: FrameOut, *, model_hash: str, coordinator: str, flags: Flags, 
         step=out.frame,
         flags=flags,
         traceparent=traceparent,
+        lengths=_lengths(out) if out.kind == "packed" else None,
     )
+
+
+def _lengths(out: FrameOut) -> np.ndarray:
+    return np.array([len(row.tokens) | (WANTED if row.wants else 0) for row in out.rows], np.uint32)
 
 
 def event_of(frame: Frame) -> Result | FrameLost | None:
@@ -48,7 +56,8 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
         case Kind.TOKENS:
             keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
             tokens = [Token(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
-            return Result(frame.step, tuple(map(ResultRow, keys, positions, tokens)), _waited_s(frame))
+            wanted = [token if token.id >= 0 else None for token in tokens]  # a row of a packed step may have wanted none
+            return Result(frame.step, tuple(map(ResultRow, keys, positions, wanted)), _waited_s(frame))
         case Kind.NACK:
             shard = frame.route[frame.hop].shard
             reason = _HOPELESS.get(frame.reason)
@@ -73,13 +82,15 @@ def replica_of(lease: ShardLease) -> Replica:
         instance=lease.instance,
         draining=lease.state != "ready",
         mirrors=lease.mirrors,
+        packs=lease.packs,
         processor=lease.processor,
     )
 
 
 def _chunk(lease: ShardLease) -> int:
-    """The most tokens of a prefill frame with which the hidden state that the shard passes on still fits in one message."""
-    room = lease.max_frame_bytes - frame_codec.overhead_bytes(1, lease.chunk, frame_codec.MAX_HOPS)
+    """The most tokens of a frame with which the hidden state that the shard passes on still fits in one message, whatever number of
+    sessions they belong to."""
+    room = lease.max_frame_bytes - frame_codec.overhead_bytes(lease.chunk, lease.chunk, frame_codec.MAX_HOPS)
     return max(1, min(lease.chunk, room // (lease.hidden_size * lease.hidden_itemsize)))
 
 

@@ -1,7 +1,9 @@
 """Calls of the kernels inside a program that JAX traces.
 
     products    norm or activation of the input, one or more products of it, bias and residual: one custom call
-    attention   rotation, writing to the cache in place, and attention of one token a row: one custom call
+    attention   rotation, writing to the cache in place, and attention of tokens of any rows: one custom call
+
+Both take the number of tokens that are real, and compute only those: padding to a compiled size costs next to nothing.
 
 The arguments of a custom call are checked in mesh/kernels/native/handlers.cpp, which reads the description of a weight in the order of
 `KernelWeight.described`.
@@ -80,8 +82,11 @@ class Gated:
     up: Any
 
 
-def products(x: Any, weights: Sequence[KernelWeight], *, before: InputNorm | Gated | None = None, residual: Any = None) -> list[Any]:
-    """x [rows, in], normalised or gated, times each weight -> [rows, out] float32 of each; `residual` is added to the only one."""
+def products(
+    x: Any, weights: Sequence[KernelWeight], *, before: InputNorm | Gated | None = None, residual: Any = None, count: Any = None
+) -> list[Any]:
+    """x [rows, in], normalised or gated, times each weight -> [rows, out] float32 of each; `residual` is added to the only one. `count`
+    (int32 scalar): so many rows are computed, and the others are left as they are in memory."""
     first: tuple[Any, ...] = ()
     prologue, epsilon = _AS_GIVEN, 0.0
     if isinstance(before, InputNorm):
@@ -97,11 +102,13 @@ def products(x: Any, weights: Sequence[KernelWeight], *, before: InputNorm | Gat
         *first,
         *arrays,
         *(() if residual is None else (residual,)),
+        *(() if count is None else (count.reshape(1),)),
         weights=described,
         rows=np.int64(rows),
         prologue=np.int64(prologue),
         epsilon=np.float32(epsilon),
         residual=np.int64(residual is not None),
+        counted=np.int64(count is not None),
     )
     return list(results)
 
@@ -111,7 +118,7 @@ def attention(
     k: Any,
     v: Any,
     rotation: tuple[Any, Any] | None,
-    steps: tuple[Any, Any, Any],
+    steps: tuple[Any, Any, Any, Any],
     caches: tuple[Any, Any],
     *,
     length: int,
@@ -120,17 +127,18 @@ def attention(
     window: int | None = None,
     interleaved: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """One token of each row: rotate it, write its key and value into the caches, and attend over them.
+    """Tokens of any rows: rotate them, write their keys and values into the caches, and attend over them.
 
-    q [rows, heads, dim], k, v [rows, kv_heads, dim] float32; rotation: cosines and sines [rows, pairs]; steps: positions [rows], writes
-    [rows] and the first row, int32; caches: keys and values [R, kv_heads, slots, dim] float32. Returns (context [rows, heads, dim], keys,
-    values); donated caches are written in place. A row sees the positions up to its own, `window` of them at most.
+    q [tokens, heads, dim], k, v [tokens, kv_heads, dim] float32; rotation: cosines and sines [tokens, pairs]; steps: positions, writes and
+    rows [tokens], and how many of the tokens are real, int32; caches: keys and values [R, kv_heads, slots, dim] float32. Returns (context
+    [tokens, heads, dim], keys, values); donated caches are written in place, all before any is read. A token sees the positions of its row
+    up to its own, `window` of them at most. It has the same bits whatever other tokens there are.
     """
-    rows, heads, dim = q.shape
-    positions, writes, row = steps
+    tokens, heads, dim = q.shape
+    positions, writes, rows, count = steps
     turned = () if rotation is None else rotation
-    first = 3 + len(turned) + 3  # the place of the caches among the arguments
-    shapes = [jax.ShapeDtypeStruct((rows, heads, dim), np.float32)] + [jax.ShapeDtypeStruct(each.shape, np.float32) for each in caches]
+    first = 3 + len(turned) + 4  # the place of the caches among the arguments
+    shapes = [jax.ShapeDtypeStruct((tokens, heads, dim), np.float32)] + [jax.ShapeDtypeStruct(each.shape, np.float32) for each in caches]
     call = jax.ffi.ffi_call("mesh_attention", shapes, input_output_aliases={first: 1, first + 1: 2})
     context, keys, values = call(
         q,
@@ -139,9 +147,10 @@ def attention(
         *turned,
         positions,
         writes,
-        row.reshape(1),
+        rows,
+        count.reshape(1),
         *caches,
-        rows=np.int64(rows),
+        tokens=np.int64(tokens),
         heads=np.int64(heads),
         rotated_pairs=np.int64(0 if rotation is None else rotation[0].shape[-1]),
         interleaved=np.int64(interleaved),

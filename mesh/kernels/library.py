@@ -16,6 +16,8 @@ __all__ = ["Kernels", "kernels"]
 
 _LIBRARY = Path(__file__).with_name("native") / "kernels.so"
 _TARGETS = ("mesh_products", "mesh_attention")
+_VERSION = 2
+"""Of the calls in calls.py. handlers.cpp has the same number: a library that was built from other sources is not used."""
 _SLOWER = "narrow weights are multiplied several times slower"
 
 
@@ -51,6 +53,8 @@ def _found() -> Kernels:
         return Kernels(None, "the package was installed without a C++ compiler")
     try:
         library = ctypes.CDLL(str(_LIBRARY))
+        if not hasattr(library, "mesh_kernels_version") or library.mesh_kernels_version() != _VERSION:
+            return Kernels(None, f"{_LIBRARY.name} was built from another version of the package: install the package again")
         for target in _TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except Exception as error:  # of another platform, or for another version of XLA

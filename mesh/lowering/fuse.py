@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,16 +29,20 @@ from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.registry import register
 from mesh.lowering.weights import PackedWeight
 
-__all__ = ["KERNELS", "fuse"]
+__all__ = ["COUNT", "KERNELS", "fuse"]
 
 KERNELS = "mesh.kernels"
 """The domain of the operations that are made here."""
 
+COUNT = "step_tokens"
+"""An input that graphs for single tokens have besides the block's: how many of the tokens are real (int32 scalar). The others are padding
+to a compiled size, for which the calls compute nothing."""
+
 
 @register(domain=KERNELS)
-def Products(*inputs: Any, weights: int, before: str, epsilon: float, residual: int) -> tuple[Any, ...]:
-    """x [..., in], what comes before (the scale of a norm, or the other side of a gate), the weights, and maybe a residual -> the products
-    [..., out]."""
+def Products(*inputs: Any, weights: int, before: str, epsilon: float, residual: int, counted: int) -> tuple[Any, ...]:
+    """x [..., in], what comes before (the scale of a norm, or the other side of a gate), the weights, maybe a residual, and maybe how many
+    tokens are real -> the products [..., out]."""
     x, rest = inputs[0], list(inputs[1:])
     first: Any = None
     if before == "norm":
@@ -50,12 +54,13 @@ def Products(*inputs: Any, weights: int, before: str, epsilon: float, residual: 
         else:
             first = calls.Gated(before, other.reshape(-1, x.shape[-1]))  # type: ignore[arg-type]
     packed, added = rest[:weights], rest[weights] if residual else None
+    count = jnp.asarray(rest[-1], jnp.int32) if counted else None
     known = [weight.codes.for_kernels() for weight in packed]
     lead, size = x.shape[:-1], x.shape[-1]
     shape = (*lead, packed[0].shape[1])
     inside = added is not None and added.shape == shape
     flat = None if added is None or not inside else added.reshape(-1, shape[-1])
-    results = calls.products(x.reshape(-1, size), known, before=first, residual=flat)
+    results = calls.products(x.reshape(-1, size), known, before=first, residual=flat, count=count)
     whole = [y.reshape(*lead, y.shape[-1]) for y in results]
     if added is not None and not inside:
         whole[0] = whole[0] + added
@@ -83,7 +88,8 @@ def fuse(graph: Graph, packed: Mapping[str, Any], *, decode: bool) -> Graph:
     if decode:
         graph = _attention(graph, made)
         made = _Made(graph)
-    return _products(graph, made, {name for name, weight in packed.items() if _readable(weight)})
+    graph = _products(graph, made, {name for name, weight in packed.items() if _readable(weight)}, counted=decode)
+    return replace(graph, inputs=(*graph.inputs, COUNT)) if decode else graph
 
 
 def _readable(weight: Any) -> bool:
@@ -167,7 +173,7 @@ class _Call:
     epsilon: float = 0.0
 
 
-def _products(graph: Graph, made: _Made, readable: set[str]) -> Graph:
+def _products(graph: Graph, made: _Made, readable: set[str], *, counted: bool) -> Graph:
     together: dict[str, list[tuple[int, GraphNode]]] = defaultdict(list)
     for index, node in enumerate(graph.nodes):
         if (node.op.domain, node.op.op_type) == ("", "MatMul") and node.inputs[1] in readable:
@@ -186,9 +192,16 @@ def _products(graph: Graph, made: _Made, readable: set[str]) -> Graph:
                     replaced[place[id(added[0])]] = None
                     outputs, residual = list(added[0].outputs), (added[1],)
             first = call.products[0]
-            attributes = {"weights": len(weights), "before": call.before, "epsilon": call.epsilon, "residual": len(residual)}
+            attributes = {
+                "weights": len(weights),
+                "before": call.before,
+                "epsilon": call.epsilon,
+                "residual": len(residual),
+                "counted": int(counted),
+            }
+            count = (COUNT,) if counted else ()
             replaced |= dict.fromkeys((index for index, _ in call.products), None)
-            replaced[first[0]] = _new("Products", first[1], (*call.inputs, *weights, *residual), outputs, attributes)
+            replaced[first[0]] = _new("Products", first[1], (*call.inputs, *weights, *residual, *count), outputs, attributes)
     return _rebuilt(graph, replaced)
 
 

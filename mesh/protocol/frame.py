@@ -14,7 +14,7 @@ from mesh.types import LayerRange
 if TYPE_CHECKING:  # a client knows that there are frames, makes none, and is installed without numpy
     import numpy as np
 
-__all__ = ["NO_FLAGS", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming", "traced_headers"]
+__all__ = ["NO_FLAGS", "STEPS", "WANTED", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming", "traced_headers"]
 
 
 class Kind(IntEnum):
@@ -23,6 +23,14 @@ class Kind(IntEnum):
     TOKENS = 3  # the tokens sampled after `positions`
     ACK = 4  # a prefill chunk that was not the prompt's last went through every stage
     NACK = 5  # these rows were not computed; `reason` says why, `positions` where the stage would go on
+    PACKED = 6  # a segment of consecutive tokens for each of several sessions: parts of prompts, and single tokens
+
+
+STEPS: Final = frozenset((Kind.PREFILL, Kind.DECODE, Kind.PACKED))
+"""The kinds that stages compute. The others are answers."""
+
+WANTED: Final = 1 << 31
+"""In `Frame.lengths`: a token is to be sampled after the segment."""
 
 
 class Flags(IntFlag):
@@ -82,8 +90,10 @@ class Frame:
     times as long, and three frames are made at every hop.
 
     sessions [n] uint64; epochs [n] uint32; positions [n] uint32: the position of each row's first token; stage_rows [hops, n] uint32: the
-    row of each session on each stage; tokens [m] int32: m == n, except PREFILL (n == 1 <= m), ACK and NACK (m == 0).
-    tensors: in PREFILL and DECODE the hidden state [m, D], except on the way to the first stage; in TOKENS with log-probabilities
+    row of each session on each stage; tokens [m] int32: m == n, except PREFILL (n == 1 <= m), PACKED (n <= m), ACK and NACK (m == 0).
+    lengths [n] uint32, only in PACKED: how many of the tokens are each row's, one row after the other, plus WANTED where a token is to be
+    sampled after them. In the answer to a PACKED frame, a row without WANTED has the token -1.
+    tensors: in PREFILL, DECODE and PACKED the hidden state [m, D], except on the way to the first stage; in TOKENS with log-probabilities
     (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN for a row that did not ask). Otherwise there are none.
     hop: the stage that the frame goes to; in an answer, the stage that it came from. batch: the decode batch.
     """
@@ -105,6 +115,7 @@ class Frame:
     tensors: tuple[np.ndarray, ...] = ()
     timings: tuple[StageTiming, ...] = ()
     traceparent: str | None = None
+    lengths: np.ndarray | None = None
     # the size of the message that the frame was decoded from; not sent
     stored_bytes: int = field(default=0, repr=False)
     # The bytes before the tensors, of this frame and of the frame that `forward` was called on. A frame made by `replace` has neither.
@@ -117,7 +128,7 @@ class Frame:
 
     def subject(self, model: str) -> str:
         """The subject that the frame goes to now: that of its hop's shard, or for an answer that of the coordinator."""
-        if self.kind in (Kind.PREFILL, Kind.DECODE):
+        if self.kind in STEPS:
             hop = self.route[self.hop]
             return subjects.frames(model, hop.layers, hop.shard)
         return subjects.tokens(model, self.coordinator)
@@ -142,6 +153,7 @@ class Frame:
             (hidden,),
             (*self.timings, timing),
             self.traceparent,
+            self.lengths,
         )
         following.came_as = self.head
         return following
@@ -151,6 +163,8 @@ class Frame:
         positions = self.positions
         if self.kind is Kind.PREFILL:
             positions = positions + positions.dtype.type(len(self.tokens) - 1)
+        elif self.lengths is not None:
+            positions = positions + (self.lengths & (WANTED - 1)) - 1
         sampled = self.tokens[:0] if tokens is None else tokens
         return replace(
             self,
@@ -160,8 +174,21 @@ class Frame:
             tensors=tensors,
             timings=(*self.timings, timing),
             flags=self.flags & Flags.TRACED,
+            lengths=None,
             stored_bytes=0,
         )
+
+    def counts(self) -> list[int]:
+        """How many of the tokens are each row's."""
+        if self.lengths is not None:
+            return [length & (WANTED - 1) for length in self.lengths.tolist()]
+        return [len(self.tokens)] if self.kind is Kind.PREFILL else [1] * self.rows
+
+    def wants(self) -> list[bool]:
+        """After which rows' tokens another one is to be sampled."""
+        if self.lengths is not None:
+            return [length >= WANTED for length in self.lengths.tolist()]
+        return [self.kind is not Kind.PREFILL or Flags.FINAL in self.flags] * self.rows
 
     def nack(self, reason: Nack, rows: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> Frame:
         """The NACK for these rows (indices). `positions` [len(rows)]: where the stage would go on; None: the positions of this frame."""
@@ -179,22 +206,33 @@ class Frame:
             tokens=np.zeros(0, np.int32),
             tensors=(),
             flags=self.flags & Flags.TRACED,
+            lengths=None,
             stored_bytes=0,
         )
 
     def only(self, rows: np.ndarray) -> Frame:
-        """A DECODE frame with only these rows (indices, ascending). All rows: this frame itself."""
+        """A DECODE or PACKED frame with only these rows (indices, ascending). All rows: this frame itself."""
         if len(rows) == self.rows:
             return self
+        tokens = rows if self.lengths is None else self._tokens_of(rows)
         return replace(
             self,
             sessions=self.sessions[rows],
             epochs=self.epochs[rows],
             positions=self.positions[rows],
             stage_rows=self.stage_rows[:, rows],
-            tokens=self.tokens[rows],
-            tensors=tuple(tensor[rows] for tensor in self.tensors),
+            tokens=self.tokens[tokens],
+            tensors=tuple(tensor[tokens] for tensor in self.tensors),
+            lengths=None if self.lengths is None else self.lengths[rows],
         )
+
+    def _tokens_of(self, rows: np.ndarray) -> np.ndarray:
+        """The indices of the tokens of these rows."""
+        import numpy as np
+
+        counts = np.array(self.counts(), np.intp)
+        ends = np.cumsum(counts)
+        return np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in rows.tolist()])
 
 
 def traced_headers(frame: Frame) -> dict[str, str] | None:
@@ -202,5 +240,5 @@ def traced_headers(frame: Frame) -> dict[str, str] | None:
     the message came and went. The way is counted from 0, the one to the first stage."""
     if frame.traceparent is None:
         return None
-    way = frame.hop if frame.kind in (Kind.PREFILL, Kind.DECODE) else frame.hop + 1
+    way = frame.hop if frame.kind in STEPS else frame.hop + 1
     return {SERVER_TRACE_HEADER: subjects.server_traces(frame.coordinator), FRAME_HEADER: f"{frame.step}.{way}"}

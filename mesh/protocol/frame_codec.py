@@ -2,7 +2,7 @@
 
 A step is a frame that visits every stage of its route and comes back:
 
-    coordinator --PREFILL/DECODE, token ids--> stage 0 --the same, hidden state--> stage 1 ... last stage --TOKENS/ACK--> coordinator
+    coordinator --PREFILL/DECODE/PACKED, token ids--> stage 0 --the same, hidden state--> stage 1 ... last stage --TOKENS/ACK--> coordinator
 
 A frame carries its route, so a stage knows the next subject from the frame alone. It also carries a table with one row for each session.
 A stage that cannot compute some of the rows leaves them out and reports them to the coordinator in a NACK frame.
@@ -11,7 +11,8 @@ A stage that cannot compute some of the rows leaves them out and reports them to
                reason u8, tensors u8, rows u16, timings u8, route length u16, coordinator length u8, tokens u32
     route      for each hop: start u16, stop u16, name length u8, name
     coordinator, traceparent (26 bytes, when flag TRACED)
-    rows       session u64 [n], epoch u32 [n], position u32 [n], row at each stage u32 [hops, n], tokens i32 [m]
+    rows       session u64 [n], epoch u32 [n], position u32 [n], row at each stage u32 [hops, n], in PACKED frames length u32 [n] (the
+               highest bit says that a token is wanted), tokens i32 [m]
     timings    for each stage passed: queue, compute, codec, in microseconds, u32 each; time of arrival, in microseconds since 1970,
                u64; bytes of the frame that arrived, rows or tokens computed with padding, microseconds of decoding, microseconds of
                sampling, u32 each
@@ -33,7 +34,7 @@ import numpy as np
 
 from mesh.errors import FrameRejected
 from mesh.protocol import subjects, tensor_codec
-from mesh.protocol.frame import Flags, Frame, Hop, Kind, Nack, StageTiming
+from mesh.protocol.frame import STEPS, WANTED, Flags, Frame, Hop, Kind, Nack, StageTiming
 from mesh.types import LayerRange
 
 __all__ = [
@@ -51,7 +52,7 @@ __all__ = [
     "overhead_bytes",
 ]
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = b"SMsh"
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024  # the largest max_payload of NATS; also the limit of a frame after decompression
 MAX_ROWS: Final = 4096
@@ -92,6 +93,7 @@ _STEP = struct.Struct("<IQ")
 _ALIGN = 16
 _PADDING = bytes(_ALIGN)
 _U8, _U4, _I4 = (np.dtype(name) for name in ("<u8", "<u4", "<i4"))  # made once: numpy looks a name up in every call
+_NO_LENGTHS: Final = np.zeros(0, _U4)
 _KIND_AT, _HASH_AT, _BATCH_AT, _HOP_AT, _TENSORS_AT, _TIMINGS_AT = 5, 8, 16, 28, 31, 34
 """Offsets in the header."""
 
@@ -143,11 +145,31 @@ def _table(frame: Frame) -> list[Any]:
         (frame.epochs, _U4),
         (frame.positions, _U4),
         (frame.stage_rows, _U4),
+        (_lengths(frame), _U4),
         (frame.tokens, _I4),
     ):
         parts.append((array if array.dtype == dtype else array.astype(dtype)).tobytes())
     parts.extend(map(_timing, frame.timings))
     return parts
+
+
+def _lengths(frame: Frame) -> np.ndarray:
+    """The lengths of a PACKED frame's rows; none for another kind. ValueError if they do not add up."""
+    if (frame.lengths is None) is (frame.kind is Kind.PACKED):
+        raise ValueError(f"lengths of rows belong to PACKED frames, and this is {frame.kind.name}")
+    if frame.lengths is None:
+        return _NO_LENGTHS
+    problem = _lengths_problem(frame.lengths, frame.rows, len(frame.tokens))
+    if problem is not None:
+        raise ValueError(problem)
+    return frame.lengths
+
+
+def _lengths_problem(lengths: np.ndarray, n: int, m: int) -> str | None:
+    counts = lengths & (WANTED - 1)
+    if len(counts) != n or not counts.all() or int(counts.sum(dtype=np.uint64)) != m:
+        return f"{n} rows whose {len(counts)} lengths do not add up to {m} tokens"
+    return None
 
 
 def _next_hop(frame: Frame) -> list[Any]:
@@ -199,7 +221,7 @@ def overhead_bytes(rows: int, tokens: int, hops: int) -> int:
     return (
         fixed
         + hops * (_HOP.size + subjects.MAX_TOKEN + _TIMING.size)
-        + rows * (16 + 4 * hops)
+        + rows * (20 + 4 * hops)
         + 4 * tokens
         + MAX_TENSORS * (_TENSOR.size + 5 * 4 + _ALIGN)
     )
@@ -233,6 +255,14 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
     route, coordinator = _read_names(data[_HEADER.size : layout.trace_at], layout.hops, layout.name_length)
     n, at = layout.rows, layout.sessions_at
     end = layout.tensors_at
+    tokens_at = at + (16 + 4 * layout.hops) * n
+    lengths = None
+    if layout.kind is Kind.PACKED:
+        lengths = np.frombuffer(data, _U4, n, tokens_at)
+        tokens_at += 4 * n
+        problem = _lengths_problem(lengths, n, layout.tokens)
+        if problem is not None:
+            raise reject("rows", problem)
     timings = tuple(map(StageTiming._make, _TIMING.iter_unpack(data[layout.timings_at : end])))
     tensors: tuple[np.ndarray, ...] = ()
     if layout.tensors:
@@ -248,7 +278,7 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
         np.frombuffer(data, _U4, n, at + 8 * n),
         np.frombuffer(data, _U4, n, at + 12 * n),
         np.frombuffer(data, _U4, layout.hops * n, at + 16 * n).reshape(layout.hops, n),
-        np.frombuffer(data, _I4, layout.tokens, at + (16 + 4 * layout.hops) * n),
+        np.frombuffer(data, _I4, layout.tokens, tokens_at),
         batch,
         step,
         layout.hop,
@@ -257,6 +287,7 @@ def decode(data: bytes, *, model_hash: str | None = None) -> Frame:
         tensors,
         timings,
         _read_trace(data, layout.trace_at) if layout.traced else None,
+        lengths,
         size,
     )
     frame.head = data[: layout.tensors_at]
@@ -300,7 +331,7 @@ def _layout(counts: bytes) -> _Layout:
     traced, bf16, zstd = (bool(flags_ & flag) for flag in (_TRACED, _BF16, _ZSTD))
     trace_at = _HEADER.size + route_length + name_length
     sessions_at = trace_at + (_TRACE.size if traced else 0)
-    rows_end = sessions_at + n * (16 + 4 * hops) + 4 * m
+    rows_end = sessions_at + n * (16 + 4 * hops + (4 if kind is Kind.PACKED else 0)) + 4 * m
     tensors_at = rows_end + timings * _TIMING.size
     where = (trace_at, sessions_at, rows_end, tensors_at)
     return _Layout(kind, flags, traced, bf16, zstd, reason, hop, hops, n, m, tensors, name_length, *where)
@@ -314,14 +345,15 @@ def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int
         return "rows", f"{n} rows"
     if kind is Kind.PREFILL:
         good = n == 1 <= m
+    elif kind is Kind.PACKED:
+        good = n <= m
     elif kind is Kind.DECODE or kind is Kind.TOKENS:
         good = m == n
     else:
         good = m == 0
     if not good:
         return "rows", f"{kind.name} with {n} rows and {m} tokens"
-    forward = kind is Kind.PREFILL or kind is Kind.DECODE
-    if forward:
+    if kind in STEPS:
         good = tensors == (1 if hop else 0)
     else:
         good = tensors == 0 or (kind is Kind.TOKENS and tensors == 3)

@@ -128,6 +128,7 @@ class ShardLease(Message):
     queue_limit: Positive  # frames it queues before it answers with gaps: a coordinator's credits
     queue_frames: Natural = 0
     mirrors: bool = False  # follows the frames of its range's other replicas for sessions that are open here too
+    packs: bool = False  # computes the segments of a packed frame as one step
     load: Annotated[float, Field(ge=0, le=1)] = 0.0
     step_s: Annotated[float, Field(ge=0)] = 0.0
     memory_bytes: Natural = 0
@@ -265,6 +266,7 @@ class CoordinatorStats(_Reported):
     prompt_tokens: Natural = 0
     decode_frames: Natural = 0
     prefill_frames: Natural = 0
+    packed_frames: Natural = 0
     late: Natural = 0
     refused_replies: Natural = 0
     rejected_frames: Counts = Field(default_factory=dict)

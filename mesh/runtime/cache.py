@@ -24,7 +24,7 @@ import numpy as np
 from mesh.kernels import calls
 from mesh.lowering.ops.attention import rotate
 
-__all__ = ["SLACK", "CacheView", "attend", "in_blocks"]
+__all__ = ["SLACK", "CacheView", "PackedView", "attend", "in_blocks"]
 
 SLACK = 16
 """Positions that a row has beyond its context; also the smallest prefill chunk."""
@@ -103,20 +103,57 @@ class CacheView:
         return NotImplemented
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedView:
+    """A cache as a block sees it in a packed step: each of N tokens has its own row, and a row may have several of them, one after the
+    other. To the block it is a cache of N rows, [N, Hkv, length, D]. Only the kernels read it (mesh/kernels/calls.py)."""
+
+    array: Any  # [R, Hkv, S, D]
+    rows: Any  # int32 [N]
+    count: Any  # int32 scalar: the tokens that are real
+    length: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        _, heads, _, dim = self.array.shape
+        return (self.rows.shape[0], heads, self.length, dim)
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
+        if op_type == "Shape":
+            start, end = attrs.get("start", 0), attrs.get("end", 4)
+            return np.asarray(self.shape[start:end], np.int64)
+        if op_type == "CachedAttention" and isinstance(args[3], PackedView) and isinstance(args[4], PackedView):
+            return _decode_step(args, attrs)
+        raise ValueError(f"{op_type} cannot read the cache of a packed step")
+
+
 def _decode_step(args: tuple[Any, ...], attrs: Mapping[str, Any]) -> tuple[Any, CacheView, CacheView]:
-    """CachedAttention of one token a row (mesh/lowering/fuse.py): rotation, writing and attention as one call of the kernels."""
+    """CachedAttention of single tokens (mesh/lowering/fuse.py): rotation, writing and attention as one call of the kernels."""
     q, k, v, keys, values, positions, writes, *rotation = args
-    rows = keys.rows
+    rows = keys.shape[0]
     q, k, v = (x.reshape(rows, heads, -1) for x, heads in ((q, attrs["heads"]), (k, attrs["kv_heads"]), (v, attrs["kv_heads"])))
     tables = [jnp.broadcast_to(table, (rows, *table.shape[1:])).reshape(rows, -1) for table in rotation]
-    if not _in_kernel(q, keys, values):
+    if isinstance(keys, PackedView):
+        own, count = keys.rows, keys.count
+    elif _in_kernel(q, keys, values):
+        own, count = keys.row + jnp.arange(rows, dtype=jnp.int32), jnp.int32(rows)
+    else:
         return _decode_step_in_parts((q, k, v), tables, keys, values, positions.reshape(rows), writes, attrs)
     context, key_array, value_array = calls.attention(
         q,
         k,
         v,
         (tables[0], tables[1]) if tables else None,
-        (positions.reshape(rows), writes, keys.row),
+        (positions.reshape(rows), writes, own, count),
         (keys.array, values.array),
         length=keys.length,
         scale=attrs["scale"],

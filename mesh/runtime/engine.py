@@ -1,4 +1,4 @@
-"""What a shard computes with: one layer range, its rows, and the two kinds of step.
+"""What a shard computes with: one layer range, its rows, and the kinds of step.
 
 There are two engines. `Stage` (stage.py) keeps keys and values of every row. `RecomputingStage` (recompute.py) keeps only what came in
 and computes a row again at each step. A shard calls both through `Engine`.
@@ -13,10 +13,11 @@ import numpy as np
 
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed
+from mesh.runtime.packing import Segments
 from mesh.runtime.sampling import SamplingParams
 from mesh.types import LayerRange, Progress
 
-__all__ = ["Engine", "SampledToken", "StageCounters"]
+__all__ = ["Engine", "SampledToken", "Segments", "StageCounters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,10 @@ class Engine(Protocol):
         """Whether it embeds tokens: steps then take no hidden state."""
 
     @property
+    def packs(self) -> bool:
+        """Whether a packed step runs as one, and not as several of the other kinds."""
+
+    @property
     def last(self) -> bool:
         """Whether it samples: steps then return tokens."""
 
@@ -98,4 +103,10 @@ class Engine(Protocol):
         """Run one token for each of `rows` [n] at `positions` [n]; `hidden` [n, D] as for prefill.
 
         Returns hidden [n, D] in the same order, or on the last stage n tokens. Other rows stay as they are.
+        """
+
+    def packed(self, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | list[SampledToken | None]:
+        """Run tokens [m] (and hidden [m, D]) of several rows, segment after segment.
+
+        Returns hidden [m, D], or on the last stage the token sampled after each segment, None for those that want none.
         """

@@ -18,10 +18,10 @@ from mesh.runtime import step
 from mesh.runtime.cache import SLACK
 from mesh.runtime.executables import Executables
 from mesh.runtime.loading import Block
-from mesh.runtime.sampling import RowTable, Sampled
+from mesh.runtime.sampling import RowTable, Sampled, sample
 from mesh.runtime.step import LayerCache
 
-__all__ = ["Compiled", "Group", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "to_host"]
+__all__ = ["Compiled", "Group", "Pick", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "packed_numbers", "to_host"]
 
 _SEEN, _SEEN_FACTOR = 2048, 4
 """Penalties look back over this many tokens, or a power of the factor times as many: few programs, for 0.02 ms more with penalties."""
@@ -32,18 +32,30 @@ Compiled = dict[tuple[Any, ...], Any]
 
 @dataclass(frozen=True, slots=True)
 class ShapeBucket:
-    """One shape of a step: `size` rows of a decode batch or tokens of a prefill chunk, reading `length` cache positions."""
+    """One shape of a step: `size` rows of a decode batch or tokens of a prefill chunk or of a packed step, reading `length` cache
+    positions."""
 
     prefill: bool
     size: int
     length: int
+    packed: bool = False
 
     @property
     def tokens_shape(self) -> tuple[int, int]:
         return (1, self.size) if self.prefill else (self.size, 1)
 
     def __str__(self) -> str:
-        return f"{'prefill' if self.prefill else 'decode'} {self.size} x {self.length}"
+        return f"{'prefill' if self.prefill else 'packed' if self.packed else 'decode'} {self.size} x {self.length}"
+
+
+class Pick(NamedTuple):
+    """What picks the next tokens of packed steps: of up to `size` tokens, with penalties that look back over `seen` tokens."""
+
+    size: int
+    seen: int
+
+    def __str__(self) -> str:
+        return f"pick {self.size} x {self.seen}"
 
 
 @dataclass(frozen=True)
@@ -71,13 +83,13 @@ class _Vocabulary:
 
 class _Step(NamedTuple):
     """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, and
-    sampling."""
+    sampling. Those of a packed step's tokens have no head: it runs for other numbers of tokens."""
 
     embed: Any
     layers: tuple[Any, ...]
-    last: Any
-    head: Any
-    sampled: Any
+    last: Any = None
+    head: Any = None
+    sampled: Any = None
 
 
 class Programs:
@@ -114,6 +126,7 @@ class Programs:
         self._making: dict[Any, threading.Lock] = {}
         self._kept = Executables.of_this_process()
         self._steps: dict[ShapeBucket, _Step] = {}
+        self._picks: dict[Pick, tuple[Any, Any]] = {}  # (head, sampling) of packed steps
         self._table: tuple[bytes, Any] = (b"", None)
         self._on_host = jax.default_backend() == "cpu"
         # Flat tuples; otherwise every step would flatten the trees again.
@@ -134,6 +147,7 @@ class Programs:
             at += len(self.groups[-1].blocks)
         self._weights = [tuple(jax.tree.leaves([block.weights for block in group.blocks])) for group in self.groups]
         self._steps.clear()
+        self._picks.clear()
 
     @property
     def compiled(self) -> int:
@@ -155,11 +169,7 @@ class Programs:
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         # A call copies host arrays to the device itself, faster than device_put. But an accelerator would get it once for each program.
         numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
-        if self.embed is not None:
-            x = step.embed(self._embed_weights, numbers_)
-        for run, group, weights in zip(step.layers, self.groups, self._weights, strict=True):
-            stop = group.first + len(group.blocks)
-            caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, numbers_)
+        x = self._through_layers(step, caches, x, numbers_)
         if self.head is None:
             return history, x
         if bucket.prefill:
@@ -168,11 +178,68 @@ class Programs:
         self.sampled_s = 0.0
         if wanted is None:
             return history, Sampled(likeliest, None, None, None)
+        return history, self._drawn(step.sampled, logits, history, numbers_, wanted)
+
+    def _through_layers(self, step: _Step, caches: list[LayerCache], x: Any, numbers: Any) -> Any:
+        if self.embed is not None:
+            x = step.embed(self._embed_weights, numbers)
+        for run, group, weights in zip(step.layers, self.groups, self._weights, strict=True):
+            stop = group.first + len(group.blocks)
+            caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, numbers)
+        return x
+
+    def _drawn(self, sampled: Any, logits: Any, history: Any, numbers: Any, wanted: tuple[np.ndarray, np.ndarray]) -> Any:
         logits.block_until_ready()  # the result is needed at once in any case
         began = time.perf_counter()
-        drawn = jax.block_until_ready(step.sampled(logits, history, numbers_, *self._on_device(*wanted)))
+        drawn = jax.block_until_ready(sampled(logits, history, numbers, *self._on_device(*wanted)))
         self.sampled_s = time.perf_counter() - began
-        return history, drawn
+        return drawn
+
+    # -- packed steps, on a CPU with kernels -------------------------------------------------------------------------------
+
+    def run_packed(self, bucket: ShapeBucket, caches: list[LayerCache], hidden: np.ndarray | None, numbers: np.ndarray) -> Any:
+        """The tokens of a packed step (`packed_numbers`) through the layers -> hidden [N, 1, D]. `caches` is updated in place."""
+        step = self._steps.get(bucket) or self.compile_packed(bucket, caches)
+        return self._through_layers(step, caches, hidden, numbers)
+
+    def pick(self, hidden: np.ndarray, count: int, seen: int, draw: tuple[Any, Any, Any, Any] | None = None) -> Sampled:
+        """The next tokens after hidden [K, 1, D], of which `count` are real. `draw`: None if the likeliest ones suffice, else (history
+        [K, seen], positions [K], floats, ints): see `sample`."""
+        size = Pick(len(hidden), seen)
+        head, sampled = self._picks.get(size) or self.compile_pick(size)
+        self.sampled_s = 0.0
+        logits, likeliest = head(self._head_weights, hidden, np.int32(count))
+        if draw is None:
+            return Sampled(likeliest, None, None, None)
+        history, positions, *wanted = draw
+        drawn: Sampled = self._drawn(sampled, logits, history, positions, (wanted[0], wanted[1]))
+        return drawn
+
+    def compile_packed(self, bucket: ShapeBucket, caches: Sequence[LayerCache]) -> _Step:
+        """Compile what the tokens of a packed step of this shape run, now or after another `serve`."""
+        size, dtype = self._hidden
+        x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
+        for group in self._alone:
+            self._get("layers", bucket, group, caches[group.first : group.first + 1], x)
+        if self._alone and self._embed is not None:
+            self._get("embed", bucket, self._embed)
+        self._steps[bucket] = step = _Step(
+            None if self.embed is None else self._get("embed", bucket, self.embed),
+            tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
+        )
+        return step
+
+    def compile_pick(self, pick: Pick) -> tuple[Any, Any]:
+        """Compile what picks the next tokens of packed steps."""
+        assert self._head is not None
+        width, dtype = self._hidden
+        x = jax.ShapeDtypeStruct((pick.size, 1, width), dtype)
+        head = self._get("packed_head", ShapeBucket(False, pick.size, 0, True), self._head, None, x)
+        sampled = self._get("packed_sampled", ShapeBucket(False, pick.size, pick.seen, True), self._vocabulary)
+        self._picks[pick] = head, sampled
+        return head, sampled
+
+    # ----------------------------------------------------------------------------------------------------------------------
 
     def compile(self, bucket: ShapeBucket, caches: Sequence[LayerCache], history: Any) -> _Step:
         """Compile everything that a step of this shape runs, now or after another `serve`."""
@@ -251,7 +318,8 @@ def _shape(dims: tuple[int, ...], dtype: Any = np.int32) -> Any:
 
 
 class _Numbers(NamedTuple):
-    """What a step works on: tokens, positions [B, T], writes [B], the first row, and how many tokens of a chunk are real."""
+    """What a step works on: tokens, positions [B, T], writes [B], the first row, and how many tokens of a chunk are real. In a packed step
+    `row` has the row of each token."""
 
     tokens: Any
     positions: Any
@@ -280,8 +348,23 @@ def chunk_numbers(tokens: np.ndarray, start: int, row: int, size: int) -> np.nda
     return numbers
 
 
+def packed_numbers(rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], tokens: np.ndarray, *, size: int) -> np.ndarray:
+    """The same for a packed step: the tokens of all segments one after the other, padded to `size`. int32 [3 size + 1], with tokens,
+    positions and rows, and how many tokens are real."""
+    numbers, at = np.zeros(3 * size + 1, np.int32), 0
+    numbers[: len(tokens)], numbers[3 * size] = tokens, len(tokens)
+    for row, start, count in zip(rows, starts, counts, strict=True):
+        numbers[size + at : size + at + count] = start if count == 1 else np.arange(start, start + count)
+        numbers[2 * size + at : 2 * size + at + count] = row
+        at += count
+    return numbers
+
+
 def _numbers(bucket: ShapeBucket, vector: Any) -> _Numbers:
     size = bucket.size
+    if bucket.packed:
+        tokens, positions, rows = (vector[index * size : (index + 1) * size] for index in range(3))
+        return _Numbers(tokens[:, None], positions[:, None], positions, rows, vector[3 * size])
     if bucket.prefill:
         start, row, count = (vector[size + index] for index in range(3))
         return _Numbers(vector[None, :size], (start + jnp.arange(size, dtype=jnp.int32))[None], start[None], row, count)
@@ -328,12 +411,14 @@ def _layers(bucket: ShapeBucket, group: Group, caches: Sequence[LayerCache], x: 
     weights, tree = _flat([block.weights for block in group.blocks])
     # Equal layers are traced once. XLA inlines the calls, so the program is the same.
     graphs = {block.signature: block.lowered if bucket.prefill else block.decode for block in group.blocks}
-    traced = {signature: jax.jit(partial(step.layer, graph, length=bucket.length)) for signature, graph in graphs.items()}
+    one = step.packed_layer if bucket.packed else step.layer
+    traced = {signature: jax.jit(partial(one, graph, length=bucket.length)) for signature, graph in graphs.items()}
 
     def layers(flat: Any, caches: Any, hidden: Any, vector: Any) -> Any:
         n = _numbers(bucket, vector)
         runs = [traced[block.signature] for block in group.blocks]
-        return step.layers(runs, tree.unflatten(flat), caches, hidden, n.positions, n.writes, n.row)
+        where = (n.row, n.count) if bucket.packed else (n.writes, n.row)
+        return step.layers(runs, tree.unflatten(flat), caches, hidden, n.positions, *where)
 
     return _Program(jax.jit(layers, donate_argnums=1), (weights, tuple(caches), x, _vector(bucket)), tree)
 
@@ -368,12 +453,34 @@ def _sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, history: Any, x: Any)
     return _Program(jax.jit(sampled), (_shape((bucket.size, vocabulary.size), np.float32), history, _vector(bucket), *table))
 
 
+def _packed_head(bucket: ShapeBucket, block: Block, state: Any, x: Any) -> _Program:
+    weights, tree = _flat(block.weights)
+
+    def head(flat: Any, hidden: Any, count: Any) -> Any:
+        return step.packed_head(block.decode, tree.unflatten(flat), hidden, count)
+
+    return _Program(jax.jit(head), (weights, x, _shape(())), tree)
+
+
+def _packed_sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x: Any) -> _Program:
+    size = bucket.size
+    table = (_shape((size, RowTable.FLOATS), np.float32), _shape((size, RowTable.INTS)))
+
+    def sampled(logits: Any, history: Any, positions: Any, floats: Any, ints: Any) -> Any:
+        return sample(logits, floats, ints, history, positions)
+
+    args = (_shape((size, vocabulary.size), np.float32), _shape((size, bucket.length)), _shape((size,)), *table)
+    return _Program(jax.jit(sampled), args)
+
+
 _PROGRAM: dict[str, Callable[..., _Program]] = {
     "embed": _embed,
     "layers": _layers,
     "last": _last,
     "head": _head,
     "sampled": _sampled,
+    "packed_head": _packed_head,
+    "packed_sampled": _packed_sampled,
 }
 
 

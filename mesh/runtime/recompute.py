@@ -19,6 +19,7 @@ from mesh.model.arrivals import Arrivals
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed
 from mesh.runtime.engine import SampledToken, StageCounters
+from mesh.runtime.packing import Segments, in_turn
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
@@ -84,6 +85,10 @@ class RecomputingStage:
         return self._inner.first
 
     @property
+    def packs(self) -> bool:
+        return False
+
+    @property
     def last(self) -> bool:
         return self._inner.last
 
@@ -131,6 +136,10 @@ class RecomputingStage:
         if self.last:
             return answers  # type: ignore[return-value]  # the last stage's are tokens
         return np.concatenate(answers)  # type: ignore[arg-type]  # the others' are hidden states
+
+    def packed(self, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | list[SampledToken | None]:
+        """Every segment as a step of its own."""
+        return in_turn(self, segments, tokens, hidden)
 
     def _run(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | SampledToken:
         """Keep the input, then compute the row from its beginning."""

@@ -15,6 +15,7 @@ over the output. top_p is Holtzman et al. 2019, min_p Nguyen et al. 2024. Filter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +65,12 @@ class RowTable:
         session."""
         floats, ints = (np.tile(columns, (size, 1)) for columns in self._greedy)
         floats[rows - base], ints[rows - base] = self.floats[rows], self.ints[rows]
+        return floats, ints
+
+    def of(self, rows: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(floats, ints) of `rows` in that order, and greedy ones up to `size`. The arrays are copies."""
+        floats, ints = (np.tile(columns, (size, 1)) for columns in self._greedy)
+        floats[: len(rows)], ints[: len(rows)] = self.floats[rows], self.ints[rows]
         return floats, ints
 
 

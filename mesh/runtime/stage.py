@@ -5,6 +5,7 @@
     stage.open(row, params)          a session's sampling parameters, on the last stage
     stage.prefill(row, start, x)     a chunk of one row
     stage.decode(rows, positions, x) one token for each of several rows
+    stage.packed(segments, x)        tokens of several rows, any number of each
 
 Synchronous, one caller at a time. What is written at a position depends only on that position's input and on earlier positions, so
 repeating a step changes nothing up to its last position: recovery is replay. After a prefill chunk comes its padding.
@@ -35,7 +36,8 @@ from mesh.runtime.cache import SLACK
 from mesh.runtime.engine import SampledToken, StageCounters
 from mesh.runtime.kernel_variants import VariantTable
 from mesh.runtime.loading import Block, block_names, load_block
-from mesh.runtime.programs import Compiled, Programs, ShapeBucket, chunk_numbers, decode_numbers, to_host
+from mesh.runtime.packing import Segments, can_pack, in_turn, token_sizes
+from mesh.runtime.programs import Compiled, Pick, Programs, ShapeBucket, chunk_numbers, decode_numbers, packed_numbers, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
@@ -99,7 +101,11 @@ class Stage:
         )
         slots = self.context + SLACK
         self._caches = [self._fresh_cache(layer, slots) for layer in self.held]
-        self._history: Any = jnp.zeros((self.rows, slots), jnp.int32) if head is not None else None  # input tokens by position
+        self._packs = can_pack(inner, manifest, list(self.held))
+        self._token_sizes = token_sizes(max(self.buckets.chunks[-1], self.rows))
+        # Input tokens by position. Where steps are packed, only what penalties need of them goes to the device.
+        history: Any = np.zeros((self.rows, slots), np.int32) if self._packs else jnp.zeros((self.rows, slots), jnp.int32)
+        self._history: Any = history if head is not None else None
         self.serve(self.layers)
 
     # -- loading -------------------------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ class Stage:
         Stages begin at different buckets. If several start together on one machine, each finds the others' programs in the cache,
         because equal layers are equal programs.
         """
-        wanted = [bucket for bucket in self._buckets() if decode or bucket.prefill]
+        wanted = [bucket for bucket in self._buckets() if decode or isinstance(bucket, Pick) or bucket.prefill or bucket.packed]
         begin = len(wanted) * self.layers.start // self.manifest.layers
         wanted = wanted[begin:] + wanted[:begin]
         with ThreadPoolExecutor(_compilers(), "compile") as pool:
@@ -204,6 +210,13 @@ class Stage:
     def compile_for(self, prompt_length: int, max_tokens: int) -> None:
         """Compile only the programs of one request: its prefill chunks, then decode steps of one row."""
         chunk = self.buckets.chunks[-1]
+        if self._packs:
+            parts = {min(chunk, prompt_length), prompt_length % chunk or chunk, *((1,) if max_tokens > 1 else ())}
+            for size in {Buckets.fit(self._token_sizes, min(part, prompt_length)) for part in parts}:
+                self._compile(self._packed_bucket(size))
+            if self.last:
+                self._compile(Pick(1, Buckets.fit(self.buckets.lengths, min(prompt_length + max_tokens, self.context))))
+            return
         for start in range(0, prompt_length, chunk):
             self._compile(self._prefill_bucket(start, min(chunk, prompt_length - start)))
         longest = Buckets.fit(self.buckets.lengths, min(prompt_length + max_tokens, self.context))
@@ -219,6 +232,15 @@ class Stage:
             return None if self.first else np.zeros((count, self.manifest.hidden.size), self._dtype)
 
         buckets = self.buckets
+        if self._packs:
+            for smaller in (0, *self._token_sizes[:-1]):
+                count = min(smaller + 1, self.context)
+                self.packed(Segments([0], [0], [count], [True]), np.zeros(count, np.int32), hidden(count))
+            for rows in buckets.rows:
+                every = range(rows)
+                self.packed(Segments(every, [0] * rows, [1] * rows, [True] * rows), np.zeros(rows, np.int32), hidden(rows))
+            self.counters = StageCounters()
+            return
         for shorter in (0, *buckets.lengths[:-1]):
             for smaller in (0, *buckets.chunks[:-1]):
                 start = max(shorter - smaller, 0)  # one token more than the next smaller bucket and length hold
@@ -244,6 +266,9 @@ class Stage:
         self._check_row(row)
         tokens = np.asarray(tokens, np.int32)
         hidden = self.check_chunk(start, tokens, hidden)
+        if self._packs:
+            packed = self._packed(Segments([row], [start], [len(tokens)], [True]), tokens, hidden)
+            return packed[0] if self.last else packed  # type: ignore[return-value]  # a token was wanted
         began = time.perf_counter()
         pieces: list[np.ndarray] = []
         result: Any = None
@@ -282,6 +307,9 @@ class Stage:
             raise BadRequest("a row appears twice in a decode step", field="rows")
         self._check_positions(min(positions_), last)
         hidden = self._check_hidden(hidden, len(rows_))
+        if self._packs:
+            ones = [1] * len(rows_)
+            return self._packed(Segments(rows_, positions_, ones, [True] * len(rows_)), tokens, hidden)  # type: ignore[return-value]
         began = time.perf_counter()
         size = Buckets.fit(self.buckets.rows, high - low + 1)
         base = min(low, self.rows - size)
@@ -308,6 +336,27 @@ class Stage:
         self.counters.decode_tokens += len(rows)
         self.counters.decode_s += time.perf_counter() - began
         return answer
+
+    def packed(self, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | list[SampledToken | None]:
+        """Run tokens [m] (and hidden [m, D] unless this is the first stage) of several rows, segment after segment.
+
+        Returns hidden [m, D], or on the last stage the token sampled after each segment, None for those that want none.
+        """
+        tokens = np.asarray(tokens, np.int32)
+        if not len(segments) or min(segments.counts) < 1 or sum(segments.counts) != len(tokens):
+            raise BadRequest("the segments of a packed step need a token each, and as many as there are", field="counts")
+        if len(set(segments.rows)) != len(segments):
+            raise BadRequest("a row appears twice in a packed step", field="rows")
+        self._check_row(min(segments.rows))
+        self._check_row(max(segments.rows))
+        self._check_positions(min(segments.starts), max(start + n - 1 for start, n in zip(segments.starts, segments.counts, strict=True)))
+        hidden = self._check_hidden(hidden, len(tokens))
+        return self._packed(segments, tokens, hidden) if self._packs else in_turn(self, segments, tokens, hidden)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a packed step runs as one, and not as several of the other kinds."""
+        return self._packs
 
     @property
     def compiled(self) -> int:
@@ -343,13 +392,86 @@ class Stage:
         self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted)
         return to_host(result, logprobs=self._table.logprobs(row) >= 0) if self.last else np.asarray(result)[0]
 
+    def _packed(self, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | list[SampledToken | None]:
+        began = time.perf_counter()
+        hiddens: list[np.ndarray] = []
+        sampled: dict[int, SampledToken] = {}  # by row
+        sampled_s = 0.0
+        for part, piece in segments.pieces(self._token_sizes[-1]):
+            x = self._through_layers(part, tokens[piece], None if hidden is None else hidden[piece])
+            if not self.last:
+                hiddens.append(x[: piece.stop - piece.start, 0])
+            elif any(part.wants):
+                sampled |= self._pick(part, x)
+                sampled_s += self.programs.sampled_s
+        self.bucket, self.sampled_s = len(tokens), sampled_s
+        self._count(segments, len(tokens), time.perf_counter() - began)
+        if self.last:
+            return [sampled.get(row) for row in segments.rows]
+        return hiddens[0] if len(hiddens) == 1 else np.concatenate(hiddens)
+
+    def _through_layers(self, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
+        """hidden [N, 1, D] after the layers; N is a compiled size. The rows' history has the tokens."""
+        size = Buckets.fit(self._token_sizes, len(tokens))
+        x = None
+        if hidden is not None and len(tokens) == size:
+            x = hidden[:, None]
+        elif hidden is not None:
+            x = np.zeros((size, 1, self.manifest.hidden.size), self._dtype)
+            x[: len(tokens), 0] = hidden
+        numbers = packed_numbers(segments.rows, segments.starts, segments.counts, tokens, size=size)
+        if self.last:
+            for row, start, count, end in zip(segments.rows, segments.starts, segments.counts, segments.ends(), strict=True):
+                self._history[row, start : start + count] = tokens[end - count : end]
+        return np.asarray(self.programs.run_packed(self._packed_bucket(size), self._caches, x, numbers))
+
+    def _pick(self, segments: Segments, hidden: np.ndarray) -> dict[int, SampledToken]:
+        """The next token of each row that wants one, from hidden [N, 1, D]."""
+        ends = segments.ends()
+        chosen = [index for index, wants in enumerate(segments.wants) if wants]
+        rows, at = [segments.rows[index] for index in chosen], [ends[index] - 1 for index in chosen]
+        size = Buckets.fit(self.buckets.rows, len(rows))
+        x = np.zeros((size, *hidden.shape[1:]), hidden.dtype)
+        x[: len(rows)] = hidden[at]
+        draw, seen = None, self.buckets.lengths[0]
+        if not all(self._table.plain[row] for row in rows):
+            positions = np.zeros(size, np.int32)
+            positions[: len(rows)] = [segments.starts[index] + segments.counts[index] - 1 for index in chosen]
+            seen = Buckets.fit(self.buckets.lengths, int(positions.max()) + 1)
+            history = np.zeros((size, seen), np.int32)
+            history[: len(rows)] = self._history[rows, :seen]
+            draw = (history, positions, *self._table.of(rows, size))
+        picked = self.programs.pick(x, len(rows), seen, draw)
+        host = to_host(picked, logprobs=draw is not None and any(self._table.logprobs(row) >= 0 for row in rows))
+        return {row: self._token(host, index, row) for index, row in enumerate(rows)}
+
+    def _count(self, segments: Segments, tokens: int, seconds: float) -> None:
+        decoded = sum(segments.decoding)
+        counters = self.counters
+        if decoded:
+            counters.decode_steps += 1
+            counters.decode_tokens += decoded
+            counters.decode_s += seconds * decoded / tokens
+        if decoded < len(segments):
+            counters.prefill_steps += 1
+            counters.prefill_tokens += tokens - decoded
+            counters.prefill_s += seconds * (tokens - decoded) / tokens
+
+    def _packed_bucket(self, size: int) -> ShapeBucket:
+        return ShapeBucket(False, size, self.context, packed=True)
+
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
         info, dtype = self.manifest.cache[layer], NUMPY_DTYPES[self.manifest.cache_dtype]
         shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
         return LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def _buckets(self) -> Iterator[ShapeBucket]:
+    def _buckets(self) -> Iterator[ShapeBucket | Pick]:
         """Every shape a step can have."""
+        if self._packs:
+            yield from map(self._packed_bucket, self._token_sizes)
+            if self.config.head:
+                yield from (Pick(rows, seen) for rows in self.buckets.rows for seen in self.buckets.lengths)
+            return
         for length in self.buckets.lengths:
             for rows in self.buckets.rows:
                 yield ShapeBucket(False, rows, length)
@@ -357,8 +479,13 @@ class Stage:
                 if length > smaller:
                     yield ShapeBucket(True, chunk, length)
 
-    def _compile(self, bucket: ShapeBucket) -> None:
-        self.programs.compile(bucket, self._caches, self._history)
+    def _compile(self, bucket: ShapeBucket | Pick) -> None:
+        if isinstance(bucket, Pick):
+            self.programs.compile_pick(bucket)
+        elif bucket.packed:
+            self.programs.compile_packed(bucket, self._caches)
+        else:
+            self.programs.compile(bucket, self._caches, self._history)
 
     def _token(self, sampled: Sampled, index: int, row: int) -> SampledToken:
         wanted = self._table.logprobs(row)

@@ -5,7 +5,8 @@
     head       hidden state -> logits, the likeliest tokens         last stage
     sampled    logits -> sampled tokens                             last stage, if some row asks for more than the likeliest token
 
-Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row).
+Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row), or in their
+place a packed step: N tokens of any rows, flat, as if they were N rows of one token. See docs/adr/0014.
 Layers run a few at a time, not all at once. Groups of equal layers share one compiled program, so compile time does not grow with
 depth, and a few calls take little of a step's time. State is donated, so that caches are updated in place.
 """
@@ -19,10 +20,22 @@ import jax
 import jax.numpy as jnp
 
 from mesh.lowering import Lowered
-from mesh.runtime.cache import CacheView
+from mesh.lowering.fuse import COUNT
+from mesh.runtime.cache import CacheView, PackedView
 from mesh.runtime.sampling import Sampled, argmax, sample
 
-__all__ = ["LayerCache", "embed", "group_sizes", "head", "last_of_chunk", "layer", "layers", "sampled"]
+__all__ = [
+    "LayerCache",
+    "embed",
+    "group_sizes",
+    "head",
+    "last_of_chunk",
+    "layer",
+    "layers",
+    "packed_head",
+    "packed_layer",
+    "sampled",
+]
 
 GROUP_LAYERS = 6
 """The most layers in one program."""
@@ -62,10 +75,30 @@ def layer(
 
     The rows are `row` .. row + B - 1; B or T is 1. At most `length` cache positions are read.
     """
-    given: dict[str, Any] = {"position_ids": positions, "write_indices": writes, "hidden_in": hidden}
+    given: dict[str, Any] = {"position_ids": positions, "write_indices": writes, "hidden_in": hidden, COUNT: jnp.int32(hidden.shape[0])}
     used = jnp.minimum(jnp.max(positions) + 1, length)
     for which, array in (("past_key", cache.key), ("past_value", cache.value)):
         given[which] = CacheView(array, row, used, hidden.shape[0], length)
+    out = _run(block, weights, given)
+    return LayerCache(out["present_key"].array, out["present_value"].array), out["hidden_out"]
+
+
+def packed_layer(
+    block: Lowered,
+    weights: Mapping[str, Any],
+    cache: LayerCache,
+    hidden: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array,
+    count: jax.Array,
+    *,
+    length: int,
+) -> tuple[LayerCache, jax.Array]:
+    """hidden [N, 1, D], positions [N, 1], rows [N], of which `count` are real -> the cache and hidden [N, 1, D]. Consecutive positions of
+    a row are next to each other."""
+    given: dict[str, Any] = {"position_ids": positions, "write_indices": positions[:, 0], "hidden_in": hidden, COUNT: count}
+    for which, array in (("past_key", cache.key), ("past_value", cache.value)):
+        given[which] = PackedView(array, rows, count, length)
     out = _run(block, weights, given)
     return LayerCache(out["present_key"].array, out["present_value"].array), out["hidden_out"]
 
@@ -119,6 +152,13 @@ def sampled(
     sampled for each row. Penalties look back at `length` tokens."""
     seen = jax.lax.dynamic_slice(history, (row, 0), (logits.shape[0], length))
     return sample(logits, floats, ints, seen, positions[:, 0])
+
+
+def packed_head(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """hidden [K, 1, D], of which `count` are real -> logits [K, V] as float32 and the likeliest token of each [K]."""
+    with jax.named_scope("head"):
+        logits = _run(block, weights, {"hidden_in": hidden, COUNT: count})["logits"][:, 0].astype(jnp.float32)
+    return logits, argmax(logits)
 
 
 def last_of_chunk(

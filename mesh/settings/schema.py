@@ -305,6 +305,7 @@ class DistributedSection(Section):
     replication_factor: Count = 1
     failover_timeout: Duration = 30.0
     step_timeout: Duration = 15.0  # the longest that a step may take
+    step_slowdown: Annotated[float, Field(gt=1, le=100)] = 2.5  # how many times as long a step may take because of prompts
     load_balancing_strategy: LoadBalancing = "least_loaded"
 
 

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from mesh.protocol.frame_codec import Flags, Frame, Kind, StageTiming
-from mesh.runtime.engine import Engine, SampledToken
+from mesh.runtime.engine import Engine, SampledToken, Segments
 from mesh.runtime.sampling import MAX_LOGPROBS
 from mesh.shard.state import ROW_MASK
 
 __all__ = ["ComputeThread", "run_step"]
 
 log = logging.getLogger("mesh.shard")
+
+_NO_TOKEN = SampledToken(-1)
+"""For a row of a packed step that wants none."""
 
 Deliver = Callable[..., object]
 """Calls a function with arguments in the event loop's thread, as loop.call_soon_threadsafe does."""
@@ -76,6 +79,8 @@ def run_step(stage: Engine, frame: Frame, timing: Callable[[float], StageTiming]
     result: Any
     if frame.kind is Kind.PREFILL:
         result = stage.prefill(int(rows[0]), int(frame.positions[0]), frame.tokens, hidden)
+    elif frame.kind is Kind.PACKED:
+        result = stage.packed(Segments(rows.tolist(), frame.positions.tolist(), frame.counts(), frame.wants()), frame.tokens, hidden)
     else:
         result = stage.decode(rows, frame.positions, frame.tokens, hidden)
     record = timing(time.perf_counter() - began)
@@ -83,7 +88,7 @@ def run_step(stage: Engine, frame: Frame, timing: Callable[[float], StageTiming]
         return frame.forward(result, record)
     if frame.kind is Kind.PREFILL and Flags.FINAL not in frame.flags:
         return frame.answer(Kind.ACK, record)
-    tokens: list[SampledToken] = [result] if isinstance(result, SampledToken) else result
+    tokens: list[SampledToken] = [result] if isinstance(result, SampledToken) else [token or _NO_TOKEN for token in result]
     ids = np.fromiter((token.id for token in tokens), np.int32, len(tokens))
     return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
 

@@ -32,7 +32,7 @@ class Meter:
     _window: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=8))
 
     def stepped(self, phase: str, timing: StageTiming) -> None:
-        """A frame of this phase, prefill or decode, was computed."""
+        """A frame of this phase, prefill, decode or packed, was computed."""
         compute_s, queue_s = timing.compute_us / 1e6, timing.queue_us / 1e6
         self.queue_s += queue_s
         self.codec_s += timing.codec_us / 1e6

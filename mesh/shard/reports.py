@@ -107,6 +107,7 @@ def lease_of(shard: ReportingShard, now: float) -> ShardLease:
         queue_limit=shape.queue_limit,
         queue_frames=shard.state.queued,
         mirrors=shard.options.mirror,
+        packs=shard.stage is not None and shard.stage.packs,
         load=shard.meter.load(now, busy_s),
         step_s=shard.meter.step_s,
         memory_bytes=resident_bytes(),

@@ -39,7 +39,7 @@ from mesh.model.signature import load_trusted
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
 from mesh.protocol.events import EventKind
-from mesh.protocol.frame import traced_headers
+from mesh.protocol.frame import STEPS, traced_headers
 from mesh.protocol.frame_codec import Frame, Kind, Nack, StageTiming
 from mesh.protocol.instance import new_instance
 from mesh.protocol.status import ShardLease, ShardStats, StatsRequest
@@ -328,7 +328,7 @@ class Shard:
         meter.bytes_in += len(data)
         try:
             frame = frame_codec.decode(data, model_hash=state.shape.model_hash)
-            if self.options.mirror and frame.kind in (Kind.PREFILL, Kind.DECODE) and frame.route[frame.hop].shard != state.shape.shard:
+            if self.options.mirror and frame.kind in STEPS and frame.route[frame.hop].shard != state.shape.shard:
                 self._follow(frame, state.follow(frame))
                 return
             admission = state.admit(frame, time.monotonic())

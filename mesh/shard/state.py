@@ -11,6 +11,7 @@ count as done because the compute thread takes steps in the order in which they 
     open, lower epoch      there                    refused
     decode, its epoch      there, start <= filled   computed; filled = max(filled, start + 1)
     prefill, its epoch     there, start <= filled   computed; filled = start + count: its padding is written over what follows
+    packed, its epoch      there, start <= filled   as a decode step if it is one token of the row, else as a prefill chunk
     frame row, its epoch   there, start > filled    NACK hole, from `filled` on: a step was lost
     frame row, lower epoch there                    NACK stale_epoch
     frame row              none, or a higher epoch  NACK unknown_session; nothing at all if its slot is another instance's
@@ -41,6 +42,7 @@ import numpy as np
 
 from mesh.errors import BadRequest, Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
 from mesh.protocol.control import Close, Open
+from mesh.protocol.frame import STEPS
 from mesh.protocol.frame_codec import Frame, Kind, Nack
 from mesh.protocol.status import Heartbeat
 from mesh.types import LayerRange
@@ -100,10 +102,10 @@ class Reservation:
     missing: bool = False  # from the last heartbeat of its coordinator
 
     def fill(self, kind: Kind, start: int, count: int) -> None:
-        """Note that `count` positions from `start` on are written. A prefill chunk is padded to a compiled size, and its padding
+        """Note that `count` positions from `start` on are written. A prefill chunk may be padded to a compiled size, and its padding
         overwrites what followed."""
         stop = start + count
-        self.filled = stop if kind is Kind.PREFILL else max(self.filled, stop)
+        self.filled = stop if kind is Kind.PREFILL or count > 1 else max(self.filled, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,14 +250,14 @@ class ShardState:
         self._check(frame)
         if self.queued >= self.shape.queue_limit:
             return self._refuse(frame, Nack.OVERLOADED)
-        count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
+        counts = frame.counts()
         here = frame.stage_rows[frame.hop].tolist()
         kept: list[int] = []
         refused: dict[Nack, list[tuple[int, int]]] = {}  # why -> (index, where to go on)
         for index, (session, epoch, start) in enumerate(
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
-            reservation = self._reservations.get(session)
+            reservation, count = self._reservations.get(session), counts[index]
             why = self._why_not(reservation, frame.coordinator, epoch, start, count, here[index])
             if why is Nack.NONE:
                 assert reservation is not None
@@ -284,12 +286,12 @@ class ShardState:
         self._check(frame, mine=False)
         kept: list[int] = []
         rows: list[int] = []
-        count = len(frame.tokens) if frame.kind is Kind.PREFILL else 1
+        counts = frame.counts()
         room = self.queued < self.shape.queue_limit
         for index, (session, epoch, start) in enumerate(
             zip(frame.sessions.tolist(), frame.epochs.tolist(), frame.positions.tolist(), strict=True)
         ):
-            reservation = self._reservations.get(session)
+            reservation, count = self._reservations.get(session), counts[index]
             if (
                 reservation is None
                 or self._why_not(reservation, frame.coordinator, epoch, start, count, reservation.slot) is not Nack.NONE
@@ -361,7 +363,7 @@ class ShardState:
 
         if frame.model_hash != shape.model_hash:
             refuse("model", f"it is of model {frame.model_hash}, and here is {shape.model_hash}")
-        if frame.kind not in (Kind.PREFILL, Kind.DECODE):
+        if frame.kind not in STEPS:
             refuse("kind", f"a shard computes nothing for {frame.kind.name}")
         hop = frame.route[frame.hop]
         if hop.layers != shape.layers or (hop.shard != shape.shard) is mine:

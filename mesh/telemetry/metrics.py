@@ -138,7 +138,7 @@ _COORDINATOR = (
     _c("late_answers_total", "counter", "Answers that nothing waited for any more."),
     _c("tokens_total", "counter", "Tokens generated."),
     _c("prompt_tokens_total", "counter", "Tokens of the prompts that were accepted."),
-    _c("frames_total", "counter", "Frames sent to shards, by phase: prefill or decode.", "phase"),
+    _c("frames_total", "counter", "Frames sent to shards, by phase: prefill, decode or packed (both).", "phase"),
     _c("step_seconds", "histogram", "From sending a frame to its answer, through all stages, by phase.", "phase", buckets=_STEP_S),
     _c("decode_batch_rows", "histogram", "Sessions that share a decode step.", buckets=_ROWS),
     _c(
@@ -174,7 +174,13 @@ def _s(name: str, kind: Kind, help: str, *labels: str, buckets: tuple[float, ...
 _SHARD = (
     _s("info", "gauge", "Always 1: the layer range and the state of the shard.", "range", "state"),
     _s("ready", "gauge", "1 while the shard takes sessions."),
-    _s("step_seconds", "histogram", "Time in which the shard computes a frame, by phase: prefill or decode.", "phase", buckets=_STEP_S),
+    _s(
+        "step_seconds",
+        "histogram",
+        "Time in which the shard computes a frame, by phase: prefill, decode, packed.",
+        "phase",
+        buckets=_STEP_S,
+    ),
     _s("queue_wait_seconds", "histogram", "Time in which a frame waits for the compute thread.", buckets=_WAIT_S),
     _s("codec_seconds_total", "counter", "Time in which frames are read and written."),
     _s("busy_seconds_total", "counter", "Time in which the compute thread had work. 1 - rate() is the share of time that it was idle."),

@@ -248,27 +248,74 @@ void norms() {
   }
 }
 
+// The segments of a step: tokens of different rows, and of some rows several, one after the other.
+void segments(Attention& a, int32_t* rows, int32_t* positions) {
+  std::vector<int32_t> free(a.cache_rows);
+  for (size_t i = 0; i < free.size(); i++) free[i] = (int32_t)i;
+  std::shuffle(free.begin(), free.end(), source);
+  for (int64_t t = 0; t < a.tokens;) {
+    const int64_t left = a.tokens - t, most = (int64_t)free.size() == 1 ? left : 1 + below((int)left);
+    const int64_t count = (int64_t)free.size() == 1 ? left : most, start = below((int)(a.length - count) + 1);
+    for (int64_t i = 0; i < count; i++, t++) rows[t] = free.back(), positions[t] = (int32_t)(start + i);
+    free.pop_back();
+  }
+}
+
+// Each way to compute the same: all spans of an item in one piece, or one by one.
+void attend(Attention& a, bool whole, float* partials) {
+  a.partials = whole ? nullptr : partials;
+  for (int64_t item = 0; item < a.tokens * a.kv_heads; item++) best().attention_write(a, item);
+  for (int64_t item = 0; item < a.block_count * a.kv_heads; item++) {
+    if (whole) {
+      best().attention_whole(a, item);
+      continue;
+    }
+    for (int64_t span = 0; span < a.spans; span++) best().attention_span(a, item, span);
+    best().attention_merge(a, item);
+  }
+}
+
+// The last token of the step alone has the same bits: its keys are in the cache by now.
+void check_alone(const Attention& all, const float* context) {
+  Attention a = all;
+  const int64_t t = all.tokens - 1;
+  a.tokens = 1, a.block_count = 1, a.spans = all.positions[t] / kSpan + 1;
+  if (all.positions[t] >= all.length) return;
+  a.q += t * a.heads * a.dim, a.k += t * a.kv_heads * a.dim, a.v += t * a.kv_heads * a.dim;
+  if (a.cos) a.cos += t * a.half, a.sin += t * a.half;
+  a.positions += t, a.writes += t, a.rows += t;
+  const int32_t blocks[] = {0, 1};
+  Exact<float> out(a.heads * a.dim), queries(a.heads * a.dim), partials(attention_partials(a, 1, a.heads));
+  a.blocks = blocks, a.out = out.get(), a.queries = queries.get();
+  attend(a, below(2), partials.get());
+  if (std::memcmp(out.get(), context, out.count * 4)) fail("a token alone differs from the same token among others", t, all.tokens);
+}
+
 void attention() {
   for (int round = 0; round < 60; round++) {
     Attention a{};
-    a.rows = 1 + below(3), a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(6)), a.dim = 16 * (1 + below(6));
-    a.length = 1 + below(600), a.slots = a.length + 16, a.cache_rows = a.rows + below(2);
+    a.tokens = 1 + below(below(3) ? 40 : 3), a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(6)), a.dim = 16 * (1 + below(6));
+    a.length = a.tokens + below(600), a.slots = a.length + 16, a.cache_rows = 1 + below(5);
     a.half = below(3) ? a.dim / 2 : below((int)a.dim / 2) + 1;
     a.interleaved = below(2), a.window = below(3) ? 0 : 1 + below(300), a.softcap = below(3) ? 0 : 20, a.scale = 0.2f;
-    Exact<float> q(a.rows * a.heads * a.dim), k(a.rows * a.kv_heads * a.dim), v(k.count), cos(a.rows * a.half), sin(cos.count);
-    Exact<float> keys(a.cache_rows * a.kv_heads * a.slots * a.dim), values(keys.count), out(q.count), scratch(attention_scratch(a));
+    Exact<float> q(a.tokens * a.heads * a.dim), k(a.tokens * a.kv_heads * a.dim), v(k.count), cos(a.tokens * a.half), sin(cos.count);
+    Exact<float> keys(a.cache_rows * a.kv_heads * a.slots * a.dim), values(keys.count), out(q.count), other(q.count), queries(q.count);
     for (auto* array : {&q, &k, &v, &cos, &sin, &keys, &values})
       for (size_t i = 0; i < array->count; i++) (*array)[i] = normal();
-    Exact<int32_t> positions(a.rows), writes(a.rows), row(1);
-    row[0] = below((int)(a.cache_rows - a.rows) + 1);
-    for (int64_t b = 0; b < a.rows; b++) positions[b] = below((int)a.length), writes[b] = below(4) ? positions[b] : (int)a.slots - 1;
+    Exact<int32_t> positions(a.tokens), writes(a.tokens), row(a.tokens), blocks(a.tokens + 1);
+    segments(a, row.get(), positions.get());
+    int64_t last = 0;
+    for (int64_t b = 0; b < a.tokens; b++) writes[b] = positions[b], last = std::max<int64_t>(last, positions[b]);
     a.q = q.get(), a.k = k.get(), a.v = v.get(), a.keys = keys.get(), a.values = values.get(), a.out = out.get();
-    a.positions = positions.get(), a.writes = writes.get(), a.row = row.get(), a.scratch = scratch.get();
+    a.positions = positions.get(), a.writes = writes.get(), a.rows = row.get(), a.queries = queries.get();
+    a.spans = last / kSpan + 1, a.block_count = attention_blocks(a, blocks.get()), a.blocks = blocks.get();
     if (below(4)) a.cos = cos.get(), a.sin = sin.get();
-    for (int64_t item = 0; item < a.rows * a.kv_heads; item++) best().attention_write(a, item);
-    for (int64_t item = 0; item < a.rows * a.kv_heads; item++)
-      for (int64_t span = 0; span < attention_spans(a); span++) best().attention_span(a, item, span);
-    for (int64_t item = 0; item < a.rows * a.kv_heads; item++) best().attention_merge(a, item);
+    Exact<float> partials(attention_partials(a, a.tokens, a.heads));
+    attend(a, false, partials.get());
+    a.out = other.get();
+    attend(a, true, partials.get());
+    if (std::memcmp(out.get(), other.get(), out.count * 4)) fail("spans one by one differ from all spans in one piece", round, 60);
+    check_alone(a, &other[(a.tokens - 1) * a.heads * a.dim]);
     auto turn = [&](const float* x, int64_t b, std::vector<double>& y) {
       y.assign(x, x + a.dim);
       if (!a.cos) return;
@@ -279,9 +326,9 @@ void attention() {
       }
     };
     std::vector<double> key, query;
-    for (int64_t b = 0; b < a.rows; b++) {
+    for (int64_t b = 0; b < a.tokens; b++) {
       for (int64_t h = 0; h < a.heads; h++) {
-        const int64_t kv = h / (a.heads / a.kv_heads), base = ((row[0] + b) * a.kv_heads + kv) * a.slots;
+        const int64_t kv = h / (a.heads / a.kv_heads), base = (row[b] * a.kv_heads + kv) * a.slots;
         turn(&k[(b * a.kv_heads + kv) * a.dim], b, key);
         for (int64_t d = 0; d < a.dim; d++) compare("key", keys[(base + writes[b]) * a.dim + d], key[d], 2 + std::fabs(key[d]));
         turn(&q[(b * a.heads + h) * a.dim], b, query);

@@ -138,8 +138,9 @@ class FakeMesh:
         instance: str = "",
         mirrors: bool = False,
         processor: str = "",
+        packs: bool = True,
     ) -> None:
-        replica = Replica(shard, layers, rows, rows, context, chunk, instance, mirrors=mirrors, processor=processor)
+        replica = Replica(shard, layers, rows, rows, context, chunk, instance, mirrors=mirrors, processor=processor, packs=packs)
         self.shards[shard] = Shard(replica)
         self.event(ReplicaSeen(replica))
 
@@ -325,13 +326,14 @@ class FakeMesh:
         if not mine:
             return
         if stage + 1 < len(out.route):
-            self._send_frame(name, FrameOut(out.frame, out.kind, out.route, tuple(kept), out.last), stage + 1)
+            self._send_frame(name, FrameOut(out.frame, out.kind, out.route, tuple(kept)), stage + 1)
             return
         answers = []
-        for row in kept if out.last else ():
+        for row in kept if out.kind == "packed" or kept[0].wants else ():  # a prefill chunk that wants nothing is only acknowledged
             position = row.start + len(row.tokens) - 1
             cache = shard.cache[row.rows[stage]]
-            answers.append(ResultRow(row.key, position, Sampled(next_token([cache[p] for p in range(position + 1)]))))
+            sampled = Sampled(next_token([cache[p] for p in range(position + 1)])) if row.wants else None
+            answers.append(ResultRow(row.key, position, sampled))
         self._send(name, "core", Result(out.frame, tuple(answers)))
 
 

@@ -42,7 +42,7 @@ __all__ = [
     "Waits",
 ]
 
-FrameKind = Literal["prefill", "decode"]
+FrameKind = Literal["prefill", "decode", "packed"]
 
 # -- events ------------------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class OpenRefused:
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """The last stage's answer for one row: `token` (anything with an `id`), sampled after `position`."""
+    """The last stage's answer for one row: `token` (anything with an `id`), sampled after `position`; None where none was wanted."""
 
     key: int
     position: int
@@ -225,25 +225,30 @@ class Announcement:
 
 @dataclass(frozen=True, slots=True)
 class FrameRow:
-    """rows: the row at each stage of the route. start: the position of the first of `tokens`."""
+    """rows: the row at each stage of the route. start: the position of the first of `tokens`. wants: a token is to be sampled after the
+    last one."""
 
     key: int
     epoch: int
     rows: tuple[int, ...]
     start: int
     tokens: tuple[int, ...]
+    wants: bool = True
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a decode step of its session: one token, and another one wanted."""
+        return self.wants and len(self.tokens) == 1
 
 
 @dataclass(frozen=True, slots=True)
 class FrameOut:
-    """Send a frame along `route`. A prefill has one row; `last`: a token is to be sampled after its last position. A decode has one token
-    a row."""
+    """Send a frame along `route`. A prefill has one row. A decode has one token a row. A packed one has any number of each row."""
 
     frame: int
     kind: FrameKind
     route: Route
     rows: tuple[FrameRow, ...]
-    last: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ started; frames that may go out go out. `deadline()` says when the core wants to
 
     Submit           -> queued, or Rejected at once (longer than any row, queue full)
     queue moves      -> OpenRow for each stage of a route
-    RowOpened x all  -> FrameOut(prefill) for each chunk of the history
-    Result(last)     -> Emit; from then on FrameOut(decode), in decode batches
+    RowOpened x all  -> FrameOut with the history, whole or in parts, beside those of other sessions
+    Result           -> Emit, once the whole history is computed; from then on one token a FrameOut
     Ended            -> CloseRow for each stage, once no frame names the session any more
 
 A loss (a refused row, FrameLost, ReplicaGone, what watch.py finds) sends the session through the queue again: see losses.py.
@@ -77,7 +77,7 @@ class Core:
             config,
             replicas,
             AdmissionQueue(config.queue_limit),
-            Scheduler(replicas.chunk_of, replicas.processors_of),
+            Scheduler(replicas.chunk_of, replicas.processors_of, replicas.packs, config.slowdown),
             FrameWatch(config.step_timeout_s),
             mirrors=config.strategy != "queue_group",  # NATS would have to name a second shard
         )
@@ -371,12 +371,13 @@ class Core:
                 ends.settle(state, session)
                 continue
             position = sent.start + len(sent.tokens) - 1
-            session.done = max(session.done, position + 1)
-            if not flight.out.last:
-                continue
             answer = answers.get(sent.key)
-            if answer is None or answer.position != position:
+            acknowledged = not answers and not sent.wants  # a prefill chunk that wants nothing is answered without rows
+            if not acknowledged and (answer is None or answer.position != position or (answer.token is None) is sent.wants):
                 losses.lose(state, session)
+                continue
+            session.done = max(session.done, position + 1)
+            if answer is None or not sent.wants:
                 continue
             try:
                 self._token(session, answer.token)
@@ -408,7 +409,10 @@ class Core:
             state.scheduler.join(session)
 
     def _count_frame(self, out: FrameOut) -> None:
+        counters = self._state.counters
         if out.kind == "decode":
-            self._state.counters.decode_frames += 1
+            counters.decode_frames += 1
+        elif out.kind == "prefill":
+            counters.prefill_frames += 1
         else:
-            self._state.counters.prefill_frames += 1
+            counters.packed_frames += 1

@@ -1,9 +1,14 @@
-"""How much of a prompt goes out at a time while other sessions decode. Pure.
+"""How many tokens of prompts a step may carry beside the sessions that decode. Pure.
 
-A decode step behind a prefill chunk waits for it at every stage. So the time between two tokens is that of a chunk and a step. On an
-accelerator a whole chunk takes about as long as a step, because both read every weight once; on a CPU it takes twenty times as long. So a
-whole chunk is sent where it has been seen to take at most WHOLE_STEPS steps, and a part of it otherwise. The gaps between tokens then stay
-under 5 steps. Parts are no smaller than that, because a stage would then spend more on its weights than on the prompt.
+A step takes `fixed + each * tokens`: a part that does not depend on the tokens (reading the weights, messages), and a part for each token.
+Both are measured, for each route. A step that carries prompts takes longer than the same step without, and so do the gaps between the
+tokens of the sessions in it. The budget is what makes it `slowdown` times as long:
+
+    fixed + each * (decoding + budget) = slowdown * (fixed + each * decoding)
+    budget = (slowdown - 1) * (decoding + fixed / each)
+
+If more sessions wait for their first token than decode, they count in place of those that decode: the step may take as long as if they
+decoded already. So a crowd is not held back by the few of it that came first.
 
 What is observed is service: the time that a frame was away, without the time that it waited behind other work.
 """
@@ -14,55 +19,72 @@ import statistics
 from collections import deque
 from typing import Final
 
-__all__ = ["REVIEW_AFTER", "Pace"]
+__all__ = ["SLOWDOWN", "Pace"]
 
-WHOLE_STEPS: Final = 3.0
-PART: Final = 4
-"""A part is a chunk divided by this. The runtime's chunk sizes are that far apart (mesh/runtime/buckets.py)."""
-REVIEW_AFTER: Final = 512
-"""After so many parts a whole chunk is tried again: the last one may have been a first run, or the machine may have been busy."""
+SLOWDOWN: Final = 2.5
+"""How many times as long a step may take because of prompts."""
+LEAST: Final = 16
+"""Tokens of prompts that a step carries at least: with fewer, a stage would spend more on its weights than on the prompts."""
+PARTS: Final = 4
+"""Where stages pad each chunk to a compiled size, no part is smaller than a chunk divided by this: their sizes are that far apart."""
+_FIXED_TOKENS: Final = 8.0
+"""While steps of one size only have been seen: the fixed part is taken to be worth so many tokens."""
+_KEPT: Final = 15
+_SIZES: Final = 14
 
 
 class Pace:
     """The pace of one route."""
 
-    def __init__(self) -> None:
-        self._steps: deque[float] = deque(maxlen=16)
-        self._whole: deque[float] = deque(maxlen=5)
-        self._part: deque[float] = deque(maxlen=5)
-        self._parts = 0
+    def __init__(self, slowdown: float = SLOWDOWN) -> None:
+        self._slowdown = slowdown
+        # by the power of two above the number of tokens: (tokens, seconds) of the last steps
+        self._seen: tuple[deque[tuple[int, float]], ...] = tuple(deque(maxlen=_KEPT) for _ in range(_SIZES))
+        self._fixed_tokens = _FIXED_TOKENS
+        self._stale = False
 
-    def step(self, seconds: float) -> None:
-        """The service of a decode frame."""
+    def step(self, tokens: int, seconds: float) -> None:
+        """The service of a frame with so many tokens."""
         if seconds > 0:
-            self._steps.append(seconds)
+            self._seen[min(tokens.bit_length(), _SIZES - 1)].append((tokens, seconds))
+            self._stale = True
 
-    def chunk(self, tokens: int, most: int, seconds: float) -> None:
-        """The service of a prefill frame that was sent while others decoded, with `tokens` of the `most` that a chunk has. Sizes other than
-        a whole chunk and a part say nothing, because stages round up."""
-        if seconds <= 0:
-            return
-        if tokens == most:
-            self._whole.append(seconds)
-            self._parts = 0
-        elif tokens == _part(most):
-            self._part.append(seconds)
-            self._parts += 1
-            if self._parts >= REVIEW_AFTER:
-                self._whole.clear()
+    @property
+    def fixed_tokens(self) -> float:
+        """How many tokens take as long as the part of a step that does not depend on them."""
+        if self._stale:
+            self._stale = False
+            self._fixed_tokens = self._fit()
+        return self._fixed_tokens
 
-    def size(self, most: int) -> int:
-        """Tokens of the next chunk while others decode; `most` while nothing has been observed."""
-        return most if self._whole_fits() else _part(most)
+    def budget(self, decoding: int, waiting: int, most: int) -> int:
+        """Tokens of prompts in a step where `decoding` sessions decode and `waiting` wait for their first token; at most `most`."""
+        if not decoding:
+            return most
+        budget = (self._slowdown - 1) * (max(decoding, waiting) + self.fixed_tokens)
+        return max(min(int(budget), most), min(LEAST, most))
 
-    def _whole_fits(self) -> bool:
-        if not self._steps or not self._whole:
-            return True
-        limit_s = WHOLE_STEPS * statistics.median(self._steps)
-        if self._part and PART * statistics.median(self._part) <= limit_s:
-            return True
-        return statistics.median(self._whole) <= limit_s
+    def part(self, decoding: int, waiting: int, most: int) -> int:
+        """The same where stages pad a chunk: a whole one or a part that is a compiled size."""
+        part = max(most // PARTS, 1)
+        return most if self.budget(decoding, waiting, most) >= most else part
 
-
-def _part(most: int) -> int:
-    return max(most // PART, 1)
+    def _fit(self) -> float:
+        """A straight line through the medians of the sizes, by least squares."""
+        points = [
+            (statistics.median(tokens for tokens, _ in seen), statistics.median(seconds for _, seconds in seen))
+            for seen in self._seen
+            if len(seen) >= 3
+        ]
+        if len(points) < 2:
+            return _FIXED_TOKENS
+        # Relative errors count: otherwise the longest steps alone would decide.
+        weights = [1 / seconds**2 for _, seconds in points]
+        total = sum(weights)
+        x0 = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+        y0 = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+        spread = sum(w * (x - x0) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+        slope = sum(w * (x - x0) * (y - y0) for w, (x, y) in zip(weights, points, strict=True)) / spread
+        if slope <= 0:  # tokens cost nothing that can be seen
+            return float(1 << _SIZES)
+        return max(y0 / slope - x0, 0.0)

@@ -51,7 +51,7 @@ def complete(choices: Choices) -> Route | None:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A shard, as its lease says. context: positions of a row. chunk: the most tokens of a prefill frame."""
+    """A shard, as its lease says. context: positions of a row. chunk: the most tokens of a frame with prompts."""
 
     shard: str
     layers: LayerRange
@@ -62,6 +62,7 @@ class Replica:
     instance: str = ""  # of the process; the rows of a new process are empty
     draining: bool = False
     mirrors: bool = False  # it follows the frames of the others of its range
+    packs: bool = False  # it computes the segments of a frame as one step
     processor: str = ""  # shards of the same processor compute in turn; empty: it has one of its own
 
 
@@ -277,6 +278,10 @@ class Replicas:
         """How many processors compute for a route."""
         replicas = [self._entries[hop.shard].replica for hop in route if hop.shard in self._entries]
         return len({replica.processor or replica.shard for replica in replicas})
+
+    def packs(self, route: Route) -> bool:
+        """Whether every stage of a route computes the segments of a frame as one step."""
+        return all(self._entries[hop.shard].replica.packs for hop in route if hop.shard in self._entries)
 
     def capacity(self) -> int:
         """Sessions that fit at once: the rows of the scarcest of the ranges that have shards."""

@@ -1,25 +1,28 @@
-"""Which frame goes out next.
+"""Which frame goes out next, and what it carries.
 
-Decode. The sessions of one route are put in the order of their rows and cut into lanes, at most as many as the route has processors. A
-lane is a decode batch, and has at most one frame out. So with a frame of every lane out, every processor has work, and a lane whose
-frame comes back can go out again at once, with the sessions that joined meanwhile. Because lanes follow the order of the rows, the rows
-of a frame lie together, and a stage computes over a block of rows, rounded up to a power of two. Lanes of 11, 11 and 10 sessions would
-each cost as much as one of 16, and take as long to come round as two of 16. So there are no more lanes than fill their blocks.
+Lanes. A route has as many lanes as processors compute for it, and a lane has at most one frame out. So with a frame of every lane out,
+every processor has work, and a lane whose frame comes back can go out again at once, with the sessions that came meanwhile. Prompts and
+sessions that decode share the lanes: what is under way is bounded by processors, not by stages.
 
-Prefill. A history goes out in chunks. While some session decodes through a shard, the shard gets one chunk at a time, so that a decode
-step waits for one chunk at most; the chunk is smaller where a whole one takes much longer than a step (pace.py). Otherwise a route gets
-as many chunks as it has stages. Chunks go out by virtual finishing time: a session's turn is the number of chunks that had been sent when
-it came, plus the number that it needs. So a short prompt overtakes a long one, but a long one is not overtaken for ever (Demers, Keshav,
-Shenker 1989).
+Decode. The sessions of one route are put in the order of their rows and cut into lanes. Because lanes follow the order of the rows, the
+rows of a frame lie together, and a stage that computes over a block of rows rounds them up to a power of two. Lanes of 11, 11 and 10
+sessions would there each cost as much as one of 16, and take as long to come round as two of 16. So there are no more lanes than fill
+their blocks.
+
+Prompts. What a frame has room for beside the sessions that decode is filled with tokens of prompts (a history that is computed again
+counts as one): whole short ones, and parts of long ones. The room is a budget of tokens, so that no step takes much longer than the others
+(pace.py); while nobody decodes it is a whole chunk. Prompts go by virtual finishing time: a session's turn is the number of tokens that
+had been sent when it came, plus the number that it needs. So a short prompt overtakes a long one, but a long one is not overtaken for ever
+(Demers, Keshav, Shenker 1989). If some stage of the route computes segments one after the other (`Replica.packs`), a frame carries one.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from mesh.coordinator.core.events import FrameOut, FrameRow
+from mesh.coordinator.core.events import FrameKind, FrameOut, FrameRow
 from mesh.coordinator.core.pace import Pace
 from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import Session, State
@@ -36,11 +39,12 @@ class Flight:
 
     out: FrameOut
     sessions: tuple[Session, ...]
-    lane: int  # of decode frames
-    chunk: int = 0  # of prefill frames that were sent while others decode: the most tokens they could have brought
+    lane: int
+    prompts: bool = False  # it carries tokens of prompts
 
     @property
     def decode(self) -> bool:
+        """Whether it carries nothing but one token of each of its sessions."""
         return self.out.kind == "decode"
 
     @property
@@ -56,6 +60,7 @@ class _Group:
     route: Route
     chunk: int
     processors: int
+    packs: bool
     pace: Pace
     order: list[Session] = field(default_factory=list)
     prefilling: list[Session] = field(default_factory=list)
@@ -63,19 +68,24 @@ class _Group:
 
 
 class Scheduler:
-    """`chunk_of`: the most tokens that a prefill frame may bring through a route. `processors_of`: how many processors compute for a
-    route. Shards that share one compute in turn, so more lanes than processors would only make every lane slower."""
+    """`chunk_of`: the most tokens that a frame with prompts may bring through a route. `processors_of`: how many processors compute for a
+    route. Shards that share one compute in turn, so more lanes than processors would only make every lane slower. `packs`: whether every
+    stage of a route computes the segments of a frame as one step."""
 
-    def __init__(self, chunk_of: Callable[[Route], int], processors_of: Callable[[Route], int]) -> None:
+    def __init__(
+        self, chunk_of: Callable[[Route], int], processors_of: Callable[[Route], int], packs: Callable[[Route], bool], slowdown: float
+    ) -> None:
         self._chunk_of = chunk_of
         self._processors_of = processors_of
+        self._packs = packs
+        self._slowdown = slowdown
         self._groups: dict[Route, _Group] = {}
         self._touched: dict[Route, None] = {}
         self._flights: dict[int, Flight] = {}
         self._next_frame = 1
-        self._chunks_sent = 0.0
+        self._tokens_sent = 0  # of prompts
         self._paces: OrderedDict[Route, Pace] = OrderedDict()
-        self._chunks_out: dict[str, int] = {}  # shard -> prefill frames on their way through it
+        self._prompts_out: dict[str, int] = {}  # shard -> frames with prompts on their way through it
         self._decoders: dict[str, int] = {}  # shard -> sessions that decode through it
 
     @property
@@ -87,7 +97,7 @@ class Scheduler:
     def begin(self, session: Session) -> None:
         """A session's rows are open: prefill its history."""
         group = self._group(session)
-        session.turn = self._chunks_sent + -(-len(session.history) // group.chunk)
+        session.turn = self._tokens_sent + len(session.history)
         group.prefilling.append(session)
         group.prefilling.sort(key=lambda s: (s.turn, s.number))
 
@@ -124,12 +134,8 @@ class Scheduler:
         """A frame is back; None if it was not waited for. service_s: how long it was away, less what it waited behind other work."""
         flight = self._take_off(frame)
         pace = None if flight is None else self._paces.get(flight.out.route)
-        if flight is None or pace is None:
-            return flight
-        if flight.decode:
-            pace.step(service_s)
-        elif flight.chunk:
-            pace.chunk(len(flight.out.rows[0].tokens), flight.chunk, service_s)
+        if flight is not None and pace is not None:
+            pace.step(sum(len(row.tokens) for row in flight.out.rows), service_s)
         return flight
 
     def _take_off(self, frame: int) -> Flight | None:
@@ -140,15 +146,14 @@ class Scheduler:
         for session in flight.sessions:
             session.in_flight -= 1
         route = flight.out.route
-        if flight.decode:
-            group = self._groups.get(route)
-            if group is not None:
-                group.lanes_out.pop(flight.lane, None)
-        else:
+        group = self._groups.get(route)
+        if group is not None:
+            group.lanes_out.pop(flight.lane, None)
+        if flight.prompts:
             for hop in route:
-                self._chunks_out[hop.shard] -= 1
-                if not self._chunks_out[hop.shard]:
-                    del self._chunks_out[hop.shard]
+                self._prompts_out[hop.shard] -= 1
+                if not self._prompts_out[hop.shard]:
+                    del self._prompts_out[hop.shard]
             # prompts of another route may have waited for this one
             self._touched.update(dict.fromkeys(other for other in self._groups if not set(other).isdisjoint(route)))
         self._touched[route] = None
@@ -171,17 +176,14 @@ class Scheduler:
         return dropped
 
     def plan(self) -> list[FrameOut]:
-        """The frames to send now, decode before prefill. They count as out."""
+        """The frames to send now. They count as out."""
         frames: list[FrameOut] = []
         touched, self._touched = self._touched, {}
         for route in touched:
             group = self._groups.get(route)
             if group is None:
                 continue
-            if group.order:
-                frames.extend(self._decode(group))
-            if group.prefilling:
-                frames.extend(self._prefill(group))
+            frames.extend(self._fill_lanes(group))
             if not group.order and not group.prefilling and not group.lanes_out:
                 del self._groups[route]
         return frames
@@ -193,14 +195,13 @@ class Scheduler:
             for session in flight.sessions:
                 counts[id(session)] = counts.get(id(session), 0) + 1
                 assert session.in_flight >= 1
-            if flight.decode:
-                group = self._groups[flight.out.route]
-                assert group.lanes_out.get(flight.lane) == number, "a lane does not know its frame"
-                assert len(group.lanes_out) <= len(group.route), "more frames in flight than stages"
-            else:
+            group = self._groups[flight.out.route]
+            assert group.lanes_out.get(flight.lane) == number, "a lane does not know its frame"
+            assert len(group.lanes_out) <= group.processors, "more frames in flight than processors"
+            if flight.prompts:
                 for hop in flight.out.route:
                     chunks[hop.shard] = chunks.get(hop.shard, 0) + 1
-        assert chunks == self._chunks_out, "prefill frames are miscounted"
+        assert chunks == self._prompts_out, "frames with prompts are miscounted"
         decoders: dict[str, int] = {}
         for route, group in self._groups.items():
             for frame in group.lanes_out.values():
@@ -221,56 +222,66 @@ class Scheduler:
         self._touched[route] = None
         group = self._groups.get(route)
         if group is None:
-            pace = self._paces.setdefault(route, Pace())
+            pace = self._paces.setdefault(route, Pace(self._slowdown))
             self._paces.move_to_end(route)
             if len(self._paces) > _ROUTES:
                 self._paces.popitem(last=False)
-            group = self._groups[route] = _Group(route, self._chunk_of(route), self._processors_of(route), pace)
+            group = self._groups[route] = _Group(route, self._chunk_of(route), self._processors_of(route), self._packs(route), pace)
         return group
 
-    def _decode(self, group: _Group) -> list[FrameOut]:
+    def _fill_lanes(self, group: _Group) -> Iterator[FrameOut]:
+        """A frame for each lane that has none out, as far as there is something to send."""
         live = len(group.order)
         lanes = _lanes(live, group.processors)
-        frames = []
-        for lane in range(lanes):
+        for lane in range(group.processors):
             if lane in group.lanes_out:
                 continue
-            members = group.order[-(-lane * live // lanes) : -(-(lane + 1) * live // lanes)]
-            ready = tuple(session for session in members if not session.in_flight)
-            if not ready:
+            members = group.order[-(-lane * live // lanes) : -(-(lane + 1) * live // lanes)] if lane < lanes else ()
+            ready = [session for session in members if not session.in_flight]
+            if group.prefilling and len(ready) > group.chunk // 2:  # prompts have room in any frame
+                ready = sorted(ready, key=lambda session: session.token_at)[: max(group.chunk // 2, 1)]
+            rows = [_row(session, len(session.history) - 1, len(session.history)) for session in ready]
+            parts = list(self._parts(group, len(ready)))
+            rows += [row for _, row in parts]
+            if not rows:
                 continue
-            rows = tuple(_row(session, len(session.history) - 1, len(session.history)) for session in ready)
-            out = FrameOut(self._number(), "decode", group.route, rows)
-            group.lanes_out[lane] = out.frame
-            self._fly(Flight(out, ready, lane))
-            frames.append(out)
-        return frames
+            kind: FrameKind = "decode" if not parts else "prefill" if len(rows) == 1 else "packed"
+            out = FrameOut(self._number(), kind, group.route, tuple(rows))
+            self._fly(Flight(out, (*ready, *(session for session, _ in parts)), lane, bool(parts)), group)
+            yield out
 
-    def _prefill(self, group: _Group) -> list[FrameOut]:
-        frames: list[FrameOut] = []
-        shards = [hop.shard for hop in group.route]
+    def _parts(self, group: _Group, ready: int) -> Iterator[tuple[Session, FrameRow]]:
+        """The parts of prompts that a frame with `ready` decoding sessions takes along, the next in turn first. They count as sent."""
+        if not group.prefilling or any(self._prompts_out.get(hop.shard, 0) >= group.processors for hop in group.route):
+            return
+        room = self._room(group, ready)
         for session in group.prefilling:
-            while session.sent < len(session.history):
-                shared = any(shard in self._decoders for shard in shards)
-                limit = 1 if shared else len(shards)
-                if any(self._chunks_out.get(shard, 0) >= limit for shard in shards):
-                    return frames
-                size = group.pace.size(group.chunk) if shared else group.chunk
-                stop = min(session.sent + size, len(session.history))
-                last = stop == len(session.history)
-                out = FrameOut(self._number(), "prefill", group.route, (_row(session, session.sent, stop),), last)
-                self._chunks_sent += (stop - session.sent) / group.chunk
-                session.sent = stop
-                for shard in shards:
-                    self._chunks_out[shard] = self._chunks_out.get(shard, 0) + 1
-                self._fly(Flight(out, (session,), 0, group.chunk if shared else 0))
-                frames.append(out)
-        return frames
+            stop = min(session.sent + room, len(session.history))
+            if stop == session.sent:
+                continue
+            row = _row(session, session.sent, stop)
+            room -= stop - session.sent
+            self._tokens_sent += stop - session.sent
+            session.sent = stop
+            yield session, row
+            if not room or not group.packs:
+                return
 
-    def _fly(self, flight: Flight) -> None:
+    def _room(self, group: _Group, ready: int) -> int:
+        """Tokens of prompts that a frame may carry."""
+        decoding = ready or max(self._decoders.get(hop.shard, 0) for hop in group.route)
+        most = max(group.chunk - ready, 1)
+        waiting = sum(session.sent < len(session.history) for session in group.prefilling)
+        return (group.pace.budget if group.packs else group.pace.part)(decoding, waiting, most)
+
+    def _fly(self, flight: Flight, group: _Group) -> None:
         self._flights[flight.out.frame] = flight
+        group.lanes_out[flight.lane] = flight.out.frame
         for session in flight.sessions:
             session.in_flight += 1
+        if flight.prompts:
+            for hop in group.route:
+                self._prompts_out[hop.shard] = self._prompts_out.get(hop.shard, 0) + 1
 
     def _number(self) -> int:
         self._next_frame += 1
@@ -288,4 +299,4 @@ def _lanes(live: int, processors: int) -> int:
 
 def _row(session: Session, start: int, stop: int) -> FrameRow:
     rows = tuple(session.rows[stage] for stage in range(len(session.rows)))
-    return FrameRow(session.key, session.epoch, rows, start, tuple(session.history[start:stop]))
+    return FrameRow(session.key, session.epoch, rows, start, tuple(session.history[start:stop]), stop == len(session.history))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from mesh.coordinator.core.admission import AdmissionQueue
 from mesh.coordinator.core.events import Effect
+from mesh.coordinator.core.pace import SLOWDOWN
 from mesh.coordinator.core.routing import Replicas, Strategy
 from mesh.coordinator.core.scheduler import Scheduler
 from mesh.coordinator.core.session import Session
@@ -18,13 +19,15 @@ __all__ = ["CoreConfig", "CoreCounters", "CoreState", "Pause"]
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
-    """layers: of the model. queue_limit: requests that may wait. step_timeout_s: the longest a frame may be under way."""
+    """layers: of the model. queue_limit: requests that may wait. step_timeout_s: the longest a frame may be under way. slowdown: how many
+    times as long a step may take because of prompts (pace.py)."""
 
     layers: int
     strategy: Strategy = "least_loaded"
     queue_limit: int = 256
     failover_timeout_s: float = 30.0
     step_timeout_s: float = 15.0
+    slowdown: float = SLOWDOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class CoreCounters:
     prompt_tokens: int = 0
     decode_frames: int = 0
     prefill_frames: int = 0
+    packed_frames: int = 0
     late: int = 0
 
     def as_dict(self) -> dict[str, int]:

@@ -108,7 +108,7 @@ class FrameWatch:
         self._away: dict[int, _Away] = {}
         self._probed: dict[str, _Probed] = {}
         self._routes: OrderedDict[tuple[Route, FrameKind], Latency] = OrderedDict()
-        self._all: dict[FrameKind, Latency] = {"prefill": Latency(), "decode": Latency()}
+        self._all: dict[FrameKind, Latency] = {"prefill": Latency(), "decode": Latency(), "packed": Latency()}
         self._calm_until = float("-inf")
         self._online = True
 

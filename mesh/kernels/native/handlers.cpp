@@ -19,6 +19,8 @@ constexpr int64_t kOutputsStep = 16;          // pieces are multiples of so many
 constexpr int64_t kPieceBytes = 32 << 10;     // of weights, for few rows
 constexpr int64_t kAloneBytes = 24 << 10;     // so small a product is not worth another thread
 constexpr int64_t kAloneScores = 96 << 10;    // elements of keys, times queries
+constexpr int64_t kItemsAThread = 4;          // blocks of attention that keep a thread busy until the others are done
+constexpr int64_t kMostTokens = 8192;         // of one call of attention
 constexpr int kMostWeights = 8;
 
 ffi::Error wrong(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "mesh kernels: " + what); }
@@ -167,7 +169,7 @@ struct Products {
 };
 
 ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::RemainingRets results, ffi::Span<const int64_t> described,
-                    int64_t rows, int64_t prologue, float epsilon, int64_t residual) {
+                    int64_t rows, int64_t prologue, float epsilon, int64_t residual, int64_t counted) {
   Products call;
   call.count = (int)(described.size() / kFields);
   if (call.count < 1 || call.count > kMostWeights || described.size() % kFields || results.size() != (size_t)call.count || rows < 1)
@@ -190,8 +192,12 @@ ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Rema
     size += bytes_of(w);
   }
   call.residual = residual && args.ok ? args.floats(rows * call.weights[0].out, "the residual") : nullptr;
+  const int32_t* real = counted ? args.integers(1, "the number of rows") : nullptr;
   if (!args.ok) return wrong(args.problem);
   if (residual && call.count > 1) return wrong("a residual is added to one product");
+  if (real && (*real < 0 || *real > rows)) return wrong("more rows are to be computed than there are");
+  if (real) rows = call.rows = *real;
+  if (!rows) return ffi::Error::Success();
 
   const bool prepares = prologue != kAsGiven || call.stride != call.in;
   call.prepared = prepares ? scratch(0, rows * call.stride) : nullptr;
@@ -217,7 +223,7 @@ ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Rema
 }
 
 ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys_out,
-                     ffi::Result<ffi::AnyBuffer> values_out, int64_t rows, int64_t heads, int64_t rotated_pairs, int64_t interleaved,
+                     ffi::Result<ffi::AnyBuffer> values_out, int64_t tokens, int64_t heads, int64_t rotated_pairs, int64_t interleaved,
                      int64_t length, int64_t window, float scale, float softcap) {
   Attention a{};
   const auto cache = keys_out->dimensions();
@@ -225,53 +231,69 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Res
       keys_out->element_count() != values_out->element_count())
     return wrong("a cache is float32 [rows, heads, positions, size], keys like values");
   a.cache_rows = cache[0], a.kv_heads = cache[1], a.slots = cache[2], a.dim = cache[3];
-  a.rows = rows, a.heads = heads, a.half = rotated_pairs, a.interleaved = interleaved != 0;
+  a.heads = heads, a.half = rotated_pairs, a.interleaved = interleaved != 0;
   a.length = length, a.window = window, a.scale = scale, a.softcap = softcap;
-  if (rows < 1 || rows > a.cache_rows || a.kv_heads < 1 || heads < a.kv_heads || heads % a.kv_heads || a.dim % 16 || a.dim < 16 || length < 1 ||
-      length > a.slots || 2 * rotated_pairs > a.dim || out->element_type() != ffi::DataType::F32 ||
-      (int64_t)out->element_count() != rows * heads * a.dim)
+  if (tokens < 1 || tokens > kMostTokens || a.kv_heads < 1 || heads < a.kv_heads || heads % a.kv_heads || a.dim % 16 || a.dim < 16 ||
+      length < 1 || length > a.slots || 2 * rotated_pairs > a.dim || out->element_type() != ffi::DataType::F32 ||
+      (int64_t)out->element_count() != tokens * heads * a.dim)
     return wrong("a call of attention is described wrongly");
   Arguments args{given, 0, true, ""};
-  a.q = args.floats(rows * heads * a.dim, "the queries");
-  a.k = args.floats(rows * a.kv_heads * a.dim, "the keys");
-  a.v = args.floats(rows * a.kv_heads * a.dim, "the values");
+  a.q = args.floats(tokens * heads * a.dim, "the queries");
+  a.k = args.floats(tokens * a.kv_heads * a.dim, "the keys");
+  a.v = args.floats(tokens * a.kv_heads * a.dim, "the values");
   if (rotated_pairs) {
-    a.cos = args.floats(rows * rotated_pairs, "the cosines");
-    a.sin = args.floats(rows * rotated_pairs, "the sines");
+    a.cos = args.floats(tokens * rotated_pairs, "the cosines");
+    a.sin = args.floats(tokens * rotated_pairs, "the sines");
   }
-  a.positions = args.integers(rows, "the positions");
-  a.writes = args.integers(rows, "the positions to write to");
-  a.row = args.integers(1, "the first row");
+  a.positions = args.integers(tokens, "the positions");
+  a.writes = args.integers(tokens, "the positions to write to");
+  a.rows = args.integers(tokens, "the rows");
+  const int32_t* real = args.integers(1, "the number of tokens");
   const void* keys = args.floats((int64_t)keys_out->element_count(), "the cache of keys");
   const void* values = args.floats((int64_t)values_out->element_count(), "the cache of values");
   if (!args.ok) return wrong(args.problem);
   a.keys = (float*)keys_out->untyped_data(), a.values = (float*)values_out->untyped_data(), a.out = (float*)out->untyped_data();
   if (keys != a.keys) std::memcpy(a.keys, keys, keys_out->size_bytes());
   if (values != a.values) std::memcpy(a.values, values, values_out->size_bytes());
-  if (*a.row < 0 || *a.row + rows > a.cache_rows) return wrong("the rows are not all in the cache");
-  int64_t work = 0;
-  for (int64_t b = 0; b < rows; b++) {
-    if (a.positions[b] < 0 || a.writes[b] < 0 || a.writes[b] >= a.slots) return wrong("a position is outside the cache");
-    work += (a.positions[b] + 1) * heads * a.dim;
+  if (*real < 0 || *real > tokens) return wrong("more tokens are to be computed than there are");
+  a.tokens = *real;
+  if (!a.tokens) return ffi::Error::Success();
+  int64_t work = 0, last = 0;
+  for (int64_t t = 0; t < a.tokens; t++) {
+    if (a.rows[t] < 0 || a.rows[t] >= a.cache_rows) return wrong("the rows are not all in the cache");
+    if (a.positions[t] < 0 || a.writes[t] < 0 || a.writes[t] >= a.slots) return wrong("a position is outside the cache");
+    work += (a.positions[t] + 1) * heads * a.dim;
+    if (a.positions[t] > last) last = a.positions[t];
   }
-  a.scratch = scratch(1, attention_scratch(a));
-  if (!a.scratch) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for attention");
-  const int64_t items = rows * a.kv_heads;
-  if (work < kAloneScores) {
-    for (int64_t i = 0; i < items; i++) best().attention_write(a, i);
-    for (int64_t i = 0; i < items; i++)
-      for (int64_t span = 0; span < attention_spans(a); span++) best().attention_span(a, i, span);
-    for (int64_t i = 0; i < items; i++) best().attention_merge(a, i);
+  a.spans = ((last < length ? last + 1 : length) + kSpan - 1) / kSpan;
+  static thread_local int32_t blocks[kMostTokens + 1];
+  a.block_count = attention_blocks(a, blocks);
+  a.blocks = blocks;
+
+  // Enough blocks keep every thread busy, and each piece has a block's sums for itself. Few blocks are cut into their spans as well.
+  const int64_t items = a.block_count * a.kv_heads, alone = work < kAloneScores;
+  const bool whole = alone || items >= kItemsAThread * (threads.num_threads() + 1);
+  const int64_t queries = a.tokens * heads * a.dim;
+  float* memory = scratch(1, queries + (whole ? 0 : attention_partials(a, a.tokens, heads)));
+  if (!memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for attention");
+  a.queries = memory, a.partials = whole ? nullptr : memory + queries;
+  if (alone) {
+    for (int64_t i = 0; i < a.tokens * a.kv_heads; i++) best().attention_write(a, i);
+    for (int64_t i = 0; i < items; i++) best().attention_whole(a, i);
     return ffi::Error::Success();
   }
   Plan* plan = new (std::nothrow) Plan(&a);
   if (!plan) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory");
-  plan->add(items, [](void* c, int64_t piece) { best().attention_write(*(Attention*)c, piece); });
-  plan->add(items * attention_spans(a), [](void* c, int64_t piece) {
-    const Attention& a = *(Attention*)c;
-    best().attention_span(a, piece / attention_spans(a), piece % attention_spans(a));
-  });
-  plan->add(items, [](void* c, int64_t piece) { best().attention_merge(*(Attention*)c, piece); });
+  plan->add(a.tokens * a.kv_heads, [](void* c, int64_t piece) { best().attention_write(*(Attention*)c, piece); });
+  if (whole) {
+    plan->add(items, [](void* c, int64_t piece) { best().attention_whole(*(Attention*)c, piece); });
+  } else {
+    plan->add(items * a.spans, [](void* c, int64_t piece) {
+      const Attention& a = *(Attention*)c;
+      best().attention_span(a, piece / a.spans, piece % a.spans);
+    });
+    plan->add(items, [](void* c, int64_t piece) { best().attention_merge(*(Attention*)c, piece); });
+  }
   run(plan, threads);
   return ffi::Error::Success();
 }
@@ -291,7 +313,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_products, kernels::products,
                                   .Attr<int64_t>("rows")
                                   .Attr<int64_t>("prologue")
                                   .Attr<float>("epsilon")
-                                  .Attr<int64_t>("residual"));
+                                  .Attr<int64_t>("residual")
+                                  .Attr<int64_t>("counted"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                               ffi::Ffi::Bind()
@@ -300,7 +323,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("rows")
+                                  .Attr<int64_t>("tokens")
                                   .Attr<int64_t>("heads")
                                   .Attr<int64_t>("rotated_pairs")
                                   .Attr<int64_t>("interleaved")
@@ -308,6 +331,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                                   .Attr<int64_t>("window")
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap"));
+
+// Of the calls in mesh/kernels/calls.py: changes with what they are given.
+extern "C" int mesh_kernels_version() { return 2; }
 
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 

@@ -47,28 +47,43 @@ struct Tile {
   const float* residual;  // [rows, out], or nullptr
 };
 
-// Attention of one token of each row over the cache.
+// Attention of some tokens over the cache. Each token has its own row and position; a row may have several tokens, one after the other.
 struct Attention {
-  int64_t rows, heads, kv_heads, dim, half;  // half: how many pairs of each head are rotated
-  const float *q, *k, *v;                    // [rows, heads * dim], [rows, kv_heads * dim]
-  const float *cos, *sin;                    // [rows, half], or nullptr: nothing is rotated
-  bool interleaved;                          // pairs side by side, else half a head apart
-  const int32_t *positions, *writes, *row;   // [rows], [rows], one number
-  float *keys, *values;                      // the cache [all rows, kv_heads, slots, dim], written in place
-  int64_t cache_rows, slots, length;         // length: the most positions that are read
-  int64_t window;                            // positions that a token sees, its own included; 0: all
+  int64_t tokens, heads, kv_heads, dim, half;  // half: how many pairs of each head are rotated
+  const float *q, *k, *v;                      // [tokens, heads * dim], [tokens, kv_heads * dim]
+  const float *cos, *sin;                      // [tokens, half], or nullptr: nothing is rotated
+  bool interleaved;                            // pairs side by side, else half a head apart
+  const int32_t *positions, *writes, *rows;    // [tokens]
+  const int32_t* blocks;                       // [block_count + 1]: where each block begins; see attention_blocks
+  int64_t block_count;
+  float *keys, *values;                  // the cache [all rows, kv_heads, slots, dim], written in place
+  int64_t cache_rows, slots, length;     // length: the most positions that are read
+  int64_t window;                        // positions that a token sees, its own included; 0: all
   float scale, softcap;
-  float* out;      // [rows, heads * dim]
-  float* scratch;  // see attention_scratch
+  float* out;       // [tokens, heads * dim]
+  float* queries;   // scratch [tokens, heads * dim]: the rotated queries
+  float* partials;  // scratch, see attention_partials; nullptr: each piece of work has its own
+  int64_t spans;    // of the longest row
 };
 
-inline constexpr int64_t kSpan = 256;  // positions that one piece of work attends over
+inline constexpr int64_t kSpan = 256;          // positions over which sums are made at a time
+inline constexpr int64_t kBlockQueries = 32;   // queries that read a key together, if they are of one block
 
-inline int64_t attention_spans(const Attention& a) { return (a.length + kSpan - 1) / kSpan; }
-// Floats: the rotated queries, and for each span of a head its highest score, its sum and its context.
-inline int64_t attention_scratch(const Attention& a) {
-  return a.rows * a.heads * (a.dim + attention_spans(a) * (a.dim + 16));
+// The blocks of tokens that read their keys together: consecutive positions of one row. `blocks` has room for tokens + 1 numbers. Returns
+// how many blocks there are.
+inline int64_t attention_blocks(const Attention& a, int32_t* blocks) {
+  const int64_t group = a.heads / a.kv_heads, most = group < kBlockQueries ? kBlockQueries / group : 1;
+  int64_t count = 0;
+  for (int64_t t = 0; t < a.tokens; t++) {
+    const bool goes_on = t && a.rows[t] == a.rows[t - 1] && a.positions[t] == a.positions[t - 1] + 1 && t - blocks[count - 1] < most;
+    if (!goes_on) blocks[count++] = (int32_t)t;
+  }
+  blocks[count] = (int32_t)a.tokens;
+  return count;
 }
+
+// Floats for the sums of `tokens` tokens and `heads` heads: for each span the highest score, the sum and the context.
+inline int64_t attention_partials(const Attention& a, int64_t tokens, int64_t heads) { return tokens * heads * a.spans * (a.dim + 16); }
 
 // The kernels for one kind of processor.
 struct Kernels {
@@ -79,7 +94,10 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* scale, float epsilon, int64_t rows, int64_t in, int64_t stride, float* y);
   // y [rows, stride] = act(gate) * up
   void (*gated)(int activation, const float* gate, const float* up, int64_t rows, int64_t in, int64_t stride, float* y);
-  void (*attention_write)(const Attention&, int64_t item);             // item: row * kv_heads + head
+  void (*attention_write)(const Attention&, int64_t item);  // item: token * kv_heads + head
+  // item: block * kv_heads + head. All spans of an item, merged; or one span, and merged when all are there (`partials` is given).
+  // The sums of a token are made span by span in either way, so its bits depend on nothing but its own row.
+  void (*attention_whole)(const Attention&, int64_t item);
   void (*attention_span)(const Attention&, int64_t item, int64_t span);
   void (*attention_merge)(const Attention&, int64_t item);
 };

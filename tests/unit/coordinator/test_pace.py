@@ -1,12 +1,15 @@
-"""How large a chunk of a prompt is while others decode."""
+"""How many tokens of prompts a step carries beside the sessions that decode."""
 
 from __future__ import annotations
 
+import pytest
+
 from mesh.coordinator.core.events import FrameOut
-from mesh.coordinator.core.pace import REVIEW_AFTER, Pace
+from mesh.coordinator.core.pace import LEAST, SLOWDOWN, Pace
 from mesh.coordinator.core.routing import Hop
 from mesh.coordinator.core.scheduler import Scheduler
 from mesh.coordinator.core.session import GenerationRequest, Session, State
+from mesh.coordinator.core.state import CoreConfig
 from mesh.types import LayerRange
 
 CHUNK = 256
@@ -19,73 +22,90 @@ def session(number: int, prompt: int, state: State) -> Session:
     return made
 
 
-def chunks_beside_a_decoder(prompt: int, *, step_s: float, token_s: float, decoding: bool = True) -> list[int]:
-    """Sizes of the chunks of a prompt; a step takes `step_s`, a chunk `token_s` for each of its tokens."""
-    scheduler = Scheduler(lambda route: CHUNK, lambda route: 2)
-    decoder, arriving = session(1, 3, State.DECODING), session(2, prompt, State.PREFILLING)
-    decoder.history.append(0)
-    if decoding:
+def scheduler_of(*, processors: int = 1, packs: bool = True) -> Scheduler:
+    return Scheduler(lambda route: CHUNK, lambda route: processors, lambda route: packs, SLOWDOWN)
+
+
+def parts_beside(
+    decoding: int, prompts: list[int], *, fixed_s: float, each_s: float, packs: bool = True
+) -> tuple[list[list[int]], list[float]]:
+    """(the parts of prompts in each frame, the seconds of each frame) until all prompts are sent, where `decoding` sessions decode."""
+    scheduler = scheduler_of(packs=packs)
+    for number in range(decoding):
+        decoder = session(number, 3, State.DECODING)
+        decoder.history.append(0)
         scheduler.resume(decoder)
-    scheduler.begin(arriving)
-    sizes: list[int] = []
-    out: list[FrameOut] = scheduler.plan()
-    while out:
-        frame = out.pop(0)
-        tokens = len(frame.rows[0].tokens)
-        assert scheduler.landed(frame.frame, step_s if frame.kind == "decode" else token_s * tokens) is not None
-        if frame.kind == "prefill":
-            sizes.append(tokens)
+    arriving = [session(100 + number, length, State.PREFILLING) for number, length in enumerate(prompts)]
+    keys = {each.key for each in arriving}
+
+    def seconds(out: FrameOut) -> float:
+        return fixed_s + each_s * sum(len(row.tokens) for row in out.rows)
+
+    for _ in range(8):  # steps of several sizes, from which the pace is known
+        for out in scheduler.plan():
+            scheduler.landed(out.frame, seconds(out))
+    for each in arriving:
+        scheduler.begin(each)
+    parts: list[list[int]] = []
+    took: list[float] = []
+    while any(each.sent < len(each.history) for each in arriving):
+        [out] = scheduler.plan()
         scheduler.check()
-        if arriving.sent < prompt or frame.kind == "prefill":
-            out += scheduler.plan()
-    return sizes
+        parts.append([len(row.tokens) for row in out.rows if row.key in keys])
+        took.append(seconds(out))
+        scheduler.landed(out.frame, seconds(out))
+    return parts, took
 
 
-def test_a_chunk_that_takes_as_long_as_a_step_is_whole() -> None:
-    assert chunks_beside_a_decoder(700, step_s=0.005, token_s=0.00003) == [256, 256, 188]
+def test_a_frame_is_filled_with_whole_prompts_while_no_session_decodes() -> None:
+    parts, _ = parts_beside(0, [100, 100, 100, 8], fixed_s=0.01, each_s=0.002)
+    assert parts == [[8, 100, 100, 48], [52]]
 
 
-def test_a_chunk_that_takes_much_longer_than_a_step_is_sent_in_parts() -> None:
-    assert chunks_beside_a_decoder(700, step_s=0.03, token_s=0.002) == [256, 64, 64, 64, 64, 64, 64, 60]
+@pytest.mark.parametrize("decoding", [4, 16, 32])
+def test_prompts_make_a_step_at_most_so_many_times_as_long(decoding: int) -> None:
+    fixed_s, each_s = 0.016, 0.002
+    parts, took = parts_beside(decoding, [1000, 1000], fixed_s=fixed_s, each_s=each_s)
+    assert max(took[4:]) <= SLOWDOWN * (fixed_s + each_s * decoding) * 1.05
+    assert min(map(sum, parts[:-1])) >= LEAST
+    assert max(took[4:-1]) <= 1.1 * min(took[4:-1]), "steps are equally long"
 
 
-def test_every_chunk_is_whole_while_no_session_decodes() -> None:
-    assert chunks_beside_a_decoder(700, step_s=0.03, token_s=0.002, decoding=False) == [256, 256, 188]
+def test_a_crowd_that_waits_is_not_held_back_by_the_few_that_decode() -> None:
+    few, _ = parts_beside(2, [128] * 2, fixed_s=0.016, each_s=0.002)
+    many, _ = parts_beside(2, [128] * 30, fixed_s=0.016, each_s=0.002)
+    assert sum(many[2]) >= 2 * sum(few[2])
 
 
-def seen(pace: Pace, *, step_s: float, whole_s: float) -> Pace:
-    for _ in range(16):
-        pace.step(step_s)
-    pace.chunk(CHUNK, CHUNK, whole_s)
-    return pace
+def test_where_a_chunk_takes_as_long_as_a_step_it_goes_out_whole() -> None:
+    parts, _ = parts_beside(4, [700], fixed_s=0.005, each_s=0.000003)
+    assert parts[-1] == [700 - sum(sum(each) for each in parts[:-1])] and max(map(sum, parts)) == CHUNK - 4
 
 
-def test_chunks_are_whole_again_when_parts_or_steps_say_that_there_is_time() -> None:
-    pace = seen(Pace(), step_s=0.03, whole_s=0.6)
-    assert pace.size(CHUNK) == 64
-    for _ in range(5):
-        pace.chunk(64, CHUNK, 0.015)  # the first whole one was a program's first run
-    assert pace.size(CHUNK) == CHUNK
-    pace = seen(Pace(), step_s=0.03, whole_s=0.6)
-    for _ in range(16):
-        pace.step(0.25)  # many more rows decode
-    assert pace.size(CHUNK) == CHUNK
+def test_where_stages_compute_segments_in_turn_a_frame_carries_one_prompt() -> None:
+    parts, _ = parts_beside(1, [700, 30], fixed_s=0.03, each_s=0.002, packs=False)
+    assert {len(each) for each in parts} == {1}
+    assert parts[0] == [30] and max(map(sum, parts)) == (CHUNK - 1) // 4
 
 
-def test_a_size_that_was_ruled_out_once_is_tried_again_after_many_parts() -> None:
-    pace = seen(Pace(), step_s=0.03, whole_s=0.6)
-    tried = 0
-    for _ in range(2 * REVIEW_AFTER + 2):
-        size = pace.size(CHUNK)
-        pace.chunk(size, CHUNK, 0.6 * size / CHUNK)
-        tried += size == CHUNK
-    assert tried == 2
+def test_the_first_runs_of_programs_do_not_decide() -> None:
+    pace = Pace()
+    for seconds in (3.0, *[0.03] * 8):
+        pace.step(4, seconds)
+    for seconds in (5.0, *[0.06] * 8):
+        pace.step(20, seconds)
+    assert pace.fixed_tokens == pytest.approx(12, abs=1)
+    assert pace.budget(4, 1, CHUNK) == int((SLOWDOWN - 1) * (4 + pace.fixed_tokens))
 
 
-def test_sizes_that_a_stage_rounds_up_and_clocks_that_stand_still_say_nothing() -> None:
-    pace = seen(Pace(), step_s=0.03, whole_s=0.05)
-    pace.chunk(100, CHUNK, 9.0)
-    pace.chunk(CHUNK, CHUNK, 0.0)
-    pace.step(0.0)
-    assert pace.size(CHUNK) == CHUNK
-    assert seen(Pace(), step_s=0.03, whole_s=0.6).size(1) == 1
+def test_until_steps_of_two_sizes_were_seen_a_fixed_part_is_assumed() -> None:
+    pace = Pace()
+    assert pace.budget(0, 5, CHUNK) == CHUNK and pace.budget(1, 1, CHUNK) == LEAST
+    for _ in range(9):
+        pace.step(16, 0.1)
+    assert pace.budget(16, 1, CHUNK) == int((SLOWDOWN - 1) * (16 + 8))
+
+
+def test_the_slowdown_is_that_of_the_configuration() -> None:
+    lenient, strict = (Pace(CoreConfig(6, slowdown=slowdown).slowdown) for slowdown in (5.0, 2.0))
+    assert (lenient.budget(32, 1, CHUNK), strict.budget(32, 1, CHUNK)) == (160, 40)

@@ -96,17 +96,31 @@ def test_a_single_session_is_one_frame_at_a_time() -> None:
     assert mesh.tokens["r"] == expected(request)
 
 
-def test_while_others_decode_a_long_prompt_has_one_chunk_under_way() -> None:
-    mesh, random = make(), Random(3)
-    short = ask(mesh, "short", 3, 60)
+def test_while_others_decode_a_long_prompt_goes_in_parts_with_their_steps() -> None:
+    mesh, random = make(chunk=128), Random(3)
+    short = ask(mesh, "short", 3, 200)
     run_until(mesh, lambda: len(mesh.tokens["short"]) >= 2, random)
     ask(mesh, "long", 300, 4)
+    began = len(mesh.frames)
     while len(mesh.tokens["long"]) == 0:
         assert mesh.deliver(random)
-        if "short" not in mesh.ended:
-            assert sum(not flight.decode for flight in mesh.flights.values()) <= 1
+        assert len(mesh.flights) <= len(RANGES)
+    if "short" not in mesh.ended:
+        parts = [sum(len(row.tokens) for row in out.rows if len(row.tokens) > 1) for out in mesh.frames[began:]]
+        assert max(parts) < 128, "no whole chunk"
+    assert any(out.kind == "packed" for out in mesh.frames[began:])
     mesh.settle(random)
     assert mesh.tokens["short"] == expected(short)
+
+
+def test_a_crowd_is_prefilled_together() -> None:
+    mesh, random = make(rows=32, queue=32, chunk=64), Random(3)
+    requests = [ask(mesh, f"r{number}", 8, 3) for number in range(32)]
+    run_until(mesh, lambda: all(mesh.tokens[request.id] for request in requests), random)
+    with_prompts = [out for out in mesh.frames if any(len(row.tokens) > 1 for row in out.rows)]
+    assert len(with_prompts) <= 12, "four frames would hold all prompts, if none of the sessions decoded"
+    mesh.settle(random)
+    assert all(mesh.tokens[request.id] == expected(request) for request in requests)
 
 
 def test_a_prompt_fills_every_stage_while_no_session_decodes() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
+from mesh.protocol.frame import STEPS, WANTED
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack, StageTiming, decode, encode
 from mesh.types import LayerRange
 
@@ -31,17 +32,19 @@ def any_frame(draw: st.DrawFn) -> Frame:
     route = tuple(Hop(LayerRange(a, b), draw(names)) for a, b in pairwise(cuts))
     hop = draw(st.integers(0, len(route) - 1))
     n = 1 if kind is Kind.PREFILL else draw(st.integers(1, 6))
-    m = draw(st.integers(1, 9)) if kind is Kind.PREFILL else n if kind in (Kind.DECODE, Kind.TOKENS) else 0
+    counts = draw(st.lists(st.integers(1, 9), min_size=n, max_size=n)) if kind in (Kind.PREFILL, Kind.PACKED) else [1] * n
+    m = 0 if kind in (Kind.ACK, Kind.NACK) else sum(counts)
+    wanted = draw(st.lists(st.sampled_from([0, WANTED]), min_size=n, max_size=n))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     tensors: tuple[np.ndarray, ...] = ()
-    if kind in (Kind.PREFILL, Kind.DECODE) and hop:
+    if kind in STEPS and hop:
         tensors = (random.standard_normal((m, draw(st.integers(1, 20)))).astype(draw(dtypes)),)
     elif kind is Kind.TOKENS and draw(st.booleans()):
         k = draw(st.integers(0, 5))
         ids = random.integers(0, 1000, (n, k)).astype(np.int32)
         tensors = (random.random(n, np.float32), ids, random.random((n, k), np.float32))
     flags = Flags(0)
-    if kind in (Kind.PREFILL, Kind.DECODE):
+    if kind in STEPS:
         flags = draw(st.sampled_from([Flags(0), Flags.BF16, Flags.ZSTD, Flags.BF16 | Flags.ZSTD]))
     if kind is Kind.PREFILL and draw(st.booleans()):
         flags |= Flags.FINAL
@@ -64,12 +67,14 @@ def any_frame(draw: st.DrawFn) -> Frame:
         tensors=tensors,
         timings=tuple(StageTiming(*draw(timing)) for _ in range(draw(st.integers(0, 3)))),
         traceparent=traceparent,
+        lengths=np.array(counts, np.uint32) | np.array(wanted, np.uint32) if kind is Kind.PACKED else None,
     )
 
 
 def same(one: Frame, other: Frame, *, bf16: bool = False) -> None:
     for name in ("kind", "model_hash", "coordinator", "route", "batch", "step", "hop", "reason", "timings", "traceparent"):
         assert getattr(one, name) == getattr(other, name), name
+    assert (one.counts(), one.wants()) == (other.counts(), other.wants())
     for name in ("sessions", "epochs", "positions", "stage_rows", "tokens"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert len(one.tensors) == len(other.tensors)
@@ -172,6 +177,44 @@ def test_rows_are_left_out_and_reported() -> None:
     nack = decode(encode(frame.nack(Nack.HOLE, [1], np.array([4]))))
     assert nack.kind is Kind.NACK and nack.reason is Nack.HOLE
     assert nack.sessions.tolist() == [2] and nack.positions.tolist() == [4]
+
+
+def _packed_frame(lengths: list[int]) -> Frame:
+    made = _decode_frame()
+    tokens = np.arange(sum(length & (WANTED - 1) for length in lengths), dtype=np.int32)
+    return replace(made, kind=Kind.PACKED, tokens=tokens, lengths=np.array(lengths, np.uint32))
+
+
+def test_rows_of_a_packed_frame_are_left_out_with_their_tokens() -> None:
+    frame = _packed_frame([2, 1 | WANTED, 3 | WANTED]).forward(np.arange(12, dtype=np.float32).reshape(6, 2), StageTiming())
+    kept = decode(encode(frame.only(np.array([0, 2]))))
+    assert kept.tokens.tolist() == [0, 1, 3, 4, 5] and (kept.counts(), kept.wants()) == ([2, 3], [False, True])
+    np.testing.assert_array_equal(kept.tensors[0][:, 0], [0, 2, 6, 8, 10])
+    answer = decode(encode(frame.answer(Kind.TOKENS, StageTiming(), tokens=np.array([-1, 8, 9], np.int32))))
+    assert answer.positions.tolist() == [11, 11, 14] and answer.tokens.tolist() == [-1, 8, 9]
+    nack = decode(encode(frame.nack(Nack.HOLE, [2])))
+    assert nack.sessions.tolist() == [3] and not len(nack.tokens)
+
+
+@pytest.mark.parametrize("lengths", [[2, 1, 4], [6, 0, 1], [6, WANTED, 1], [2**31 - 1, 2**31 - 1, 8], [1, 1]])
+def test_lengths_that_do_not_add_up_are_neither_written_nor_read(lengths: list[int]) -> None:
+    frame = _packed_frame([2, 1 | WANTED, 3 | WANTED])
+    with pytest.raises(ValueError, match="do not add up"):
+        encode(replace(frame, lengths=np.array(lengths, np.uint32)))
+    good = encode(frame)
+    before, after = frame.lengths, np.array(lengths, "<u4")
+    assert before is not None and good.count(before.tobytes()) == 1
+    if len(after) == len(before):
+        lie = good[:-4].replace(before.tobytes(), after.tobytes())
+        with pytest.raises(FrameRejected) as caught:
+            decode(lie + zlib.crc32(lie).to_bytes(4, "little"))
+        assert caught.value.reason == "rows"
+
+
+def test_only_packed_frames_have_lengths() -> None:
+    for wrong in (replace(_packed_frame([1, 1, 1]), lengths=None), replace(_packed_frame([1, 1, 1]), kind=Kind.DECODE)):
+        with pytest.raises(ValueError, match="PACKED"):
+            encode(wrong)
 
 
 def test_a_prefill_answers_with_its_last_position() -> None:

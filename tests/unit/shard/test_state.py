@@ -115,6 +115,31 @@ class Machine(RuleBasedStateMachine):
             self.queued += 1
             self.hear(coordinator)
 
+    @rule(chosen=st.sets(sessions, min_size=1), counts=st.lists(st.integers(1, 5), min_size=8, max_size=8), coordinator=names)
+    def packs(self, chosen: set[int], counts: list[int], coordinator: str) -> None:
+        """Segments of open and of unknown sessions. Several tokens fill a row as a prefill does, a single one as a decode does."""
+        rows, good = [], []
+        for index, (session, count) in enumerate(zip(sorted(chosen), counts, strict=False)):
+            there = self.open.get(session)
+            rows.append((session, 0, 0, 0) if there is None else (session, there[0], max(there[3] - 1, 0), there[2]))
+            if there is not None and there[1] == coordinator and max(there[3] - 1, 0) + count <= CONTEXT:
+                good.append(index)
+        lengths = np.array(counts[: len(rows)], np.uint32)
+        sent = replace(frame(Kind.PACKED, rows, [1] * int(lengths.sum()), coordinator), lengths=lengths)
+        admission = self.state.admit(sent, self.now)
+        if self.queued >= QUEUE:
+            assert admission.nothing
+            return
+        computed = list(range(len(rows))) if admission.rows is None else admission.rows.tolist()
+        assert computed == good
+        for index in good:
+            there = self.open[rows[index][0]]
+            stop = rows[index][2] + counts[index]
+            there[3] = stop if counts[index] > 1 else max(there[3], stop)
+        if good:
+            self.queued += 1
+            self.hear(coordinator)
+
     @rule(chosen=st.sets(sessions, min_size=1), coordinator=names)
     def decodes(self, chosen: set[int], coordinator: str) -> None:
         """Rows of open and of unknown sessions together: just the good ones are computed."""

@@ -1,0 +1,121 @@
+"""Packed steps: tokens of several sessions in one step, each session with a segment of consecutive positions of its row.
+
+A stage whose blocks the kernels compute as a whole runs a packed step as one: products, norms and activations over all tokens, attention
+for each token over its own row (docs/adr/0014). Any other engine runs it as a decode step and a prefill chunk for each segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import jax
+import numpy as np
+
+from mesh.kernels.library import kernels
+from mesh.model.manifest import Manifest
+from mesh.runtime.loading import Block
+
+if TYPE_CHECKING:
+    from mesh.runtime.engine import Engine, SampledToken
+
+__all__ = ["Segments", "can_pack", "in_turn", "token_sizes"]
+
+_SIZES: Final = (1, 8, 64)
+"""Padding is not computed, so few sizes do. What stands beside the calls of the kernels still runs over the whole size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The segments of a packed step, in order. Each has `counts` tokens of one row, from position `starts` on. `wants`: whether a token is
+    to be sampled after the last one. No row appears twice."""
+
+    rows: Sequence[int]
+    starts: Sequence[int]
+    counts: Sequence[int]
+    wants: Sequence[bool]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def decoding(self) -> list[bool]:
+        """Which segments are a decode step of their session: one token, and another one wanted."""
+        return [count == 1 and wants for count, wants in zip(self.counts, self.wants, strict=True)]
+
+    def ends(self) -> list[int]:
+        """The index after the last token of each segment."""
+        ends, at = [], 0
+        for count in self.counts:
+            at += count
+            ends.append(at)
+        return ends
+
+    def pieces(self, most: int) -> list[tuple[Segments, slice]]:
+        """The same as steps of at most `most` tokens, with the tokens of each. Only the last part of a segment wants a token."""
+        if sum(self.counts) <= most:
+            return [(self, slice(0, sum(self.counts)))]
+        parts: list[tuple[int, int, int, bool]] = []
+        pieces, room, begin, at = [], most, 0, 0
+        for row, start, count, wants in zip(self.rows, self.starts, self.counts, self.wants, strict=True):
+            done = 0
+            while done < count:
+                some = min(count - done, room)
+                done, room, at = done + some, room - some, at + some
+                parts.append((row, start + done - some, some, wants and done == count))
+                if not room:
+                    pieces.append((_segments(parts), slice(begin, at)))
+                    parts, room, begin = [], most, at
+        if parts:
+            pieces.append((_segments(parts), slice(begin, at)))
+        return pieces
+
+
+def _segments(parts: list[tuple[int, int, int, bool]]) -> Segments:
+    rows, starts, counts, wants = zip(*parts, strict=True)
+    return Segments(rows, starts, counts, wants)
+
+
+def token_sizes(tokens: int) -> tuple[int, ...]:
+    """The sizes that packed steps of up to `tokens` tokens are padded to."""
+    return (*(size for size in _SIZES if size < tokens), tokens)
+
+
+def can_pack(blocks: Sequence[Block], manifest: Manifest, layers: Sequence[int]) -> bool:
+    """Whether these layers can run packed steps as one: on a CPU, with kernels, where one call of them is a layer's whole attention."""
+    if kernels().name is None or jax.default_backend() != "cpu":
+        return False
+    caches = [manifest.cache[layer] for layer in layers]
+    floats = manifest.hidden.dtype == "float32" and manifest.cache_dtype == "float32"
+    sizes = all(cache.key_dim == cache.value_dim and cache.key_dim % 16 == 0 for cache in caches)
+    return floats and sizes and all(map(_attention_is_one_call, blocks))
+
+
+def _attention_is_one_call(block: Block) -> bool:
+    ops = {node.op.op_type for node in block.decode.graph.nodes}
+    return "CachedAttention" in ops and not ops & {"Attention", "TensorScatter"}
+
+
+def in_turn(engine: Engine, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | list[SampledToken | None]:
+    """A packed step as steps of the two other kinds. Segments of one token are one decode step; the others follow one by one."""
+    ends = segments.ends()
+    answers: list[Any] = [None] * len(segments)
+    single = [index for index, count in enumerate(segments.counts) if count == 1]
+    if single:
+        at = [ends[index] - 1 for index in single]
+        rows, starts = (np.array([values[index] for index in single], np.int32) for values in (segments.rows, segments.starts))
+        answer = engine.decode(rows, starts, tokens[at], None if hidden is None else hidden[at])
+        for order, index in enumerate(single):
+            answers[index] = answer[order] if engine.last else answer[order : order + 1]
+    computed, sampled_s = (engine.bucket, engine.sampled_s) if single else (0, 0.0)
+    for index, count in enumerate(segments.counts):
+        if count > 1:
+            part = slice(ends[index] - count, ends[index])
+            chunk = None if hidden is None else hidden[part]
+            answers[index] = engine.prefill(segments.rows[index], segments.starts[index], tokens[part], chunk)
+            computed, sampled_s = computed + engine.bucket, sampled_s + engine.sampled_s
+    engine.bucket, engine.sampled_s = computed, sampled_s
+    if engine.last:
+        return [answer if wants else None for answer, wants in zip(answers, segments.wants, strict=True)]
+    return np.concatenate(answers)
