@@ -1,7 +1,7 @@
 """Packed steps: tokens of several sessions in one step, each session with a segment of consecutive positions of its row.
 
 A stage whose blocks the kernels compute as a whole runs a packed step as one: products, norms and activations over all tokens, attention
-for each token over its own row (docs/adr/0014). Any other engine runs it as a decode step and a prefill chunk for each segment.
+for each token over its own row (docs/adr/0015). Any other engine runs it as a decode step and a prefill chunk for each segment.
 """
 
 from __future__ import annotations
