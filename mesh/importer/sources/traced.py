@@ -28,6 +28,8 @@ def open_source(directory: Path, trust_remote_code: bool = False, progress: Prog
     progress(f"build it with transformers {library['transformers']}", 0, 3)
     model = open_model(directory, trust_remote_code)
     parameters = Parameters(model, checkpoint, checkpoint.read)
+    if model.config is model.text:  # of a multimodal model only what text needs has to be there, which the graph says
+        parameters.check_complete()
     progress(f"trace it with torch {library['torch']}", 1, 3)
     graph = export(model, parameters)
     progress("read the graph", 2, 3)
@@ -46,6 +48,8 @@ class TracedSource(OnnxSource):
         self.file, self.model, self.parameters = directory / "config.json", model, parameters
         config = {**model.text.to_dict(), "model_type": model.kind}
         self._open(lambda: in_one_form(self.file, graph), config)
+        if model.config is not model.text:
+            self.note = "; ".join(filter(None, ("the text decoder alone: images and sounds are not served", self.note)))
         rows = getattr(model.text, "vocab_size", None)
         if isinstance(rows, int) and rows != self.vocab_size:
             raise CorruptModel(f"{self.file}: vocab_size is {rows} where the model gives {self.vocab_size} logits")

@@ -52,6 +52,7 @@ def open_model(directory: Path, trust_remote_code: bool = False) -> TracedModel:
     with torch.device("meta"), quiet():
         module = _build(config)
     _refuse_state(directory, config, type(module))
+    _refuse_attention(directory, config, text, module)
     _fix_rotary(module)
     return TracedModel(directory, module, config, text)
 
@@ -116,6 +117,19 @@ def _refuse_by_config(directory: Path, config: Any, text: Any) -> None:
 def _refuse_state(directory: Path, config: Any, kind: type) -> None:
     if getattr(kind, "_is_stateful", False):
         raise _stateful(directory / "config.json", config.model_type, f"transformers marks {kind.__name__} as stateful")
+
+
+def _refuse_attention(directory: Path, config: Any, text: Any, module: Any) -> None:
+    """Kinds of attention that a block has no form for; a trace would find them too, only later."""
+    path = directory / "config.json"
+    sinks = next((name for name, _ in module.named_parameters() if "sink" in name.rsplit(".", 1)[-1]), None)
+    if sinks is not None:
+        raise UnsupportedModel(f"{path}: {config.model_type} has attention sinks ({sinks}), which blocks have no form for: not served")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UnsupportedModel(
+            f"{path}: the last {text.num_kv_shared_layers} layers of {config.model_type} read the keys and values of earlier layers, which "
+            "may be on another shard: not served"
+        )
 
 
 def _stateful(path: Path, kind: str, seen: str) -> UnsupportedModel:

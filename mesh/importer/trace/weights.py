@@ -45,6 +45,12 @@ class Parameters:
             self._plan(names)
         self._same = _tied(self._model)
 
+    def check_complete(self) -> None:
+        """CorruptModel where a parameter of the model has no tensor."""
+        for name, _ in self._model.named_parameters():
+            if name not in self:
+                self.read(name)
+
     def _plan(self, names: Iterable[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key

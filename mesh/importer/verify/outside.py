@@ -21,10 +21,13 @@ from mesh.importer.trace.weights import Parameters
 from mesh.importer.verify.oracle import OrtParts, open_oracle
 from mesh.importer.verify.verify import NOTHING, Outside
 
-__all__ = ["WHOLE_SOURCE_BYTES", "outside_engine"]
+__all__ = ["WHOLE_CHECKPOINT_BYTES", "WHOLE_SOURCE_BYTES", "outside_engine"]
 
 WHOLE_SOURCE_BYTES = 2 << 30
-"""A source of up to this size is run whole, token by token. A larger one is run part by part, on random tokens."""
+"""An export of up to this size is run whole, token by token. A larger one is run part by part, on random tokens."""
+
+WHOLE_CHECKPOINT_BYTES = 512 << 20
+"""The same for a checkpoint that transformers runs: its weights are not mapped, and narrow ones become 32 bits wide."""
 
 
 def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
@@ -48,7 +51,7 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
 
 def _transformers(source: Source, directory: Path, model: TracedModel, parameters: Parameters) -> Outside:
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    whole = size <= WHOLE_SOURCE_BYTES
+    whole = size <= WHOLE_CHECKPOINT_BYTES
     same_cache = cache_shapes(model) == [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache] and _unscaled(source)
     reference = TransformersReference(model, parameters, whole=whole)
     return Outside(

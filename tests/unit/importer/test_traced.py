@@ -54,7 +54,7 @@ def test_a_traced_model_computes_what_transformers_computes(case: str, tmp_path:
 
 
 def test_a_model_too_large_to_run_whole_is_compared_module_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outside, "WHOLE_SOURCE_BYTES", 0)
+    monkeypatch.setattr(outside, "WHOLE_CHECKPOINT_BYTES", 0)
     make_model("StableLm", {**LLAMA, "num_hidden_layers": 2}, tmp_path / "source")
     report = import_model(tmp_path / "source", tmp_path / "model").report
     assert report["source_error"] < 1e-4 and report["source_greedy_equal"] == 1.0
@@ -71,6 +71,9 @@ def test_what_cannot_be_traced_is_refused_by_name_before_anything_is_written(tmp
     whole = (source / "config.json").read_text()
     edit_config(source, model_type="mamba")
     with pytest.raises(UnsupportedModel, match=r"mamba keeps recurrent or convolution state, not a list of positions"):
+        import_model(source, out)
+    edit_config(source, model_type="gpt_oss")
+    with pytest.raises(UnsupportedModel, match=r"gpt_oss has attention sinks \(.*sinks\)"):
         import_model(source, out)
     edit_config(source, model_type="nothing_known")
     with pytest.raises(UnsupportedModel, match=r"transformers 5\.\S+ does not know this model_type"):
