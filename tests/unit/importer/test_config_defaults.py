@@ -55,6 +55,14 @@ def test_an_absent_key_has_the_default_of_transformers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_null_window_is_none_and_null_ties_nothing(kind: str) -> None:
+    values = whole(kind)
+    assert values is not None
+    read = described(kind, {**values, "sliding_window": None, "use_sliding_window": True, "tie_word_embeddings": None})
+    assert read is not None and set(read["window"]) == {None} and not read["tied"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_null_means_what_it_means_to_transformers(kind: str) -> None:
     values = whole(kind)
     assert values is not None
