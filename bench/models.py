@@ -49,8 +49,9 @@ implementation becomes one graph, and the graph goes the way of an ONNX export (
 
 The table is written by `bench/models.py`, which tries every model_type that transformers {transformers} (with torch {torch}) lists as a
 causal language model, or as a model of images and text with one inside: tiny models with random weights, 24 greedy tokens compared with
-those that transformers generates, at every number of shards. Of {all} families {equal} import with equal tokens and {refused} are refused;
-for {others} the tiny model cannot be made, or the attempt ended otherwise.
+those that transformers generates, at every number of shards. Of the {all} families that have been tried so far {equal} import with equal
+tokens and {refused} are refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the
+table has not been tried: `mesh import` says what it finds, and never writes a model whose tokens differ.
 """
 
 

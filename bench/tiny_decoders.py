@@ -52,6 +52,7 @@ SIZES: Mapping[str, Any] = {
 """What a configuration gets for each of these keys that it has."""
 OWN: Mapping[str, Mapping[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
+    "dots3_note": {"per_layer_config": {}},
     "bloom": {"hidden_size": 36, "n_head": 6},
 }
 """What single families need besides."""
@@ -88,7 +89,7 @@ def _config(kind: Any, own: Mapping[str, Any]) -> Any:
     if "kv_lora_rank" in default.to_dict():  # latent attention: its head sizes follow from the parts
         given = {key: value for key, value in given.items() if key not in ("head_dim", "qk_head_dim")} | {"num_key_value_heads": 4}
     values = {key: value for key, value in given.items() if key in default.to_dict() or key in own}
-    if kinds := list(dict.fromkeys(getattr(default, "layer_types", None) or ())):
+    if kinds := list(dict.fromkeys(default.to_dict().get("layer_types") or ())):
         values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]  # one layer of each kind
     for key, inner in _inner(default):
         values[key] = _config(type(inner), {}).to_dict()

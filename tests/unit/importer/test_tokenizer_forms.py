@@ -55,6 +55,7 @@ def write_merges(directory: Path, kind: str) -> None:
 
 
 def write_tiktoken(directory: Path) -> None:
+    pytest.importorskip("tiktoken")
     tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"ll", b"  ", b"12"]
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
     (directory / "tokenizer.model").write_text("\n".join(lines) + "\n")
