@@ -51,7 +51,7 @@ The table is written by `bench/models.py`, which tries every model_type that tra
 causal language model, or as a model of images and text with one inside: tiny models with random weights, 24 greedy tokens compared with
 those that transformers generates, at every number of shards. Of the {all} families that have been tried so far {equal} import with equal
 tokens and {refused} are refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the
-table has not been tried: `mesh import` says what it finds, and never writes a model whose tokens differ.
+table has not been tried: `mesh import` says what it finds, and writes no model whose logits differ from transformers' in its own check.
 """
 
 
