@@ -36,7 +36,7 @@ from mesh.types import LayerRange
 
 PROMPT = 20
 TOKENS = 24
-LONGEST_S = 240
+LONGEST_S = 600
 GREEDY = SamplingParams(temperature=0.0)
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 HEAD = """\
