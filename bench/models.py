@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import time
@@ -176,7 +177,7 @@ def _way(result: dict[str, Any]) -> str:
 def _outcome(result: dict[str, Any]) -> str:
     if result["outcome"] == "equal":
         return f"equal at 1 to {len(result['shards'])} shards"
-    why = result.get("why", "").split("config.json: ")[-1].replace("|", "\\|")
+    why = re.sub(r"^\S*source(/config\.json)?: ", "", result.get("why", "")).replace("|", "\\|")
     return f"{result['outcome']}: {why[:220]}"
 
 
