@@ -7,6 +7,7 @@
 # make wheelhouse  dist/wheels: every package for machines that reach no index
 # make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes
 # make check       formatting, lints, types of the package, the tests and the benchmarks
+# make families    tiny models of every decoder family of transformers: which import with its tokens; writes docs/models.md; an hour or two
 # make chaos       everything is killed and suspended under load, and every token compared; not part of CI, and takes its time
 # make soak        half an hour of load, cancels and hostile calls; what grows is a fault; not part of CI
 # make fuzz        a million inputs for each decoder of data from elsewhere; half an hour; not part of CI
@@ -26,7 +27,7 @@ FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet
 
-.PHONY: demo test test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
+.PHONY: families demo test test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
@@ -78,6 +79,14 @@ check: install
 chaos: install
 	$(BIN)/python bench/chaos.py --kills 34 --stops 7 --server-restarts 2
 	$(BIN)/python bench/blackbox.py
+
+# A run goes on where the last one ended. The figures of a whole run belong to bench/results.
+FAMILIES := /tmp/mesh-families-$(shell id -u)
+families:
+	$(MAKE) install EXTRAS=dev,trace
+	$(BIN)/python bench/models.py --work $(FAMILIES)
+	$(BIN)/python bench/models.py --work $(FAMILIES) --multimodal
+	$(BIN)/python bench/models.py --work $(FAMILIES) --table
 
 soak: install
 	$(BIN)/python bench/soak.py

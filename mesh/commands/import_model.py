@@ -17,7 +17,9 @@ __all__ = ["add_parser", "import_command", "import_quietly"]
 _DESCRIPTION = """\
 Turn an exported ONNX decoder, a Hugging Face directory (config.json + safetensors), a model of the Hugging Face hub (hf:ORG/NAME, or
 hf:ORG/NAME@REVISION, where the package huggingface_hub is installed) or a GGUF file into a model directory:
-one standard ONNX block for each layer, verified against onnxruntime. If anything goes wrong, nothing is left on disk."""
+one standard ONNX block for each layer, verified against onnxruntime. If anything goes wrong, nothing is left on disk.
+A Hugging Face directory of a family that is not built in is traced with torch and transformers (the extra `trace`), and its tokens
+are compared with those of transformers."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,6 +38,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--group-size", type=int, metavar="N", help="number of inputs that share a scale, at 8 and 4 bits")
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let code in the model's own directory run, where the model cannot be traced without it: read that code first",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=import_command)
@@ -49,7 +56,7 @@ def import_command(args: argparse.Namespace) -> int:
 
     give_memory_back()
     prepare()
-    options = ImportOptions(dtype=args.dtype, bits=args.bits, group_size=args.group_size)
+    options = ImportOptions(dtype=args.dtype, bits=args.bits, group_size=args.group_size, trust_remote_code=args.trust_remote_code)
     began = time.perf_counter()
     with progress_bar(quiet=args.quiet) as progress:
         manifest = import_model(args.source, args.out, options, name=args.name, report=args.report, force=args.force, progress=progress)
@@ -85,8 +92,12 @@ def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
     if report.get("oracle_error") is not None:
         checked += f": blocks equal onnxruntime's to {report['oracle_error']:.1e}"
     if "source_error" in report:
-        checked += f", logits the source's to {report['source_error']:.1e}, {report['source_greedy_equal']:.0%} of greedy tokens equal"
+        checked += f", logits {report.get('source_engine', 'the source')}'s to {report['source_error']:.1e}"
+        checked += f", {report['source_greedy_equal']:.0%} of greedy tokens equal"
     print(checked)
+    for key in ("note", "not_compared"):
+        if key in report:
+            print(f"  {'note' if key == 'note' else 'not compared with transformers'}: {report[key]}")
     if "perplexity" in report:
         print(
             f"  perplexity {report['perplexity']:.3f} where 32-bit weights have {report['perplexity_float32']:.3f}; "

@@ -6,6 +6,7 @@ Only `mesh import` uses this package; everything else reads the model directory 
     verify/      compare the source, its blocks in stock onnxruntime, and its blocks in our runtime
     sources/     one module for each kind of source; all offer the same Source
     families/    decoders that are built from named weights: safetensors and GGUF
+    trace/       transformers' own implementation of any other decoder: its graph, its weights, its logits
     write/       blocks: their graphs, the quantization of their weights, their files
     analysis/    what an exported graph means: attention, masks, positions, where layers end
     passes/      rewrite an exported graph to the one form that the analysis reads; pipeline.py has the list

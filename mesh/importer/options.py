@@ -25,6 +25,7 @@ class ImportOptions:
     compute, all others are 32 bits.
     group_size: input elements that share a scale, for 8 and 4 bits; None is one scale an output channel at 8 bits and
     groups of 32 at 4 bits.
+    trust_remote_code: whether code of the model's directory may run, where tracing it needs that.
 
     ConfigError if a value is not one of these.
     """
@@ -33,6 +34,7 @@ class ImportOptions:
     bits: Literal[32, 16, 8, 4] | None = None
     keep: bool = field(default=False, init=False)
     group_size: int | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in NUMPY_DTYPES:

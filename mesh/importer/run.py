@@ -8,26 +8,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from mesh.errors import ConfigError, CorruptModel, ModelNotFound
+from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.hub import fetch, is_hub_name
+from mesh.importer.sources.place import refuse_pointer
 from mesh.importer.sources.source import Source
-from mesh.importer.verify.oracle import OrtParts, open_oracle
-from mesh.importer.verify.verify import Reference, verify
+from mesh.importer.trace.library import available
+from mesh.importer.verify.outside import outside_engine
+from mesh.importer.verify.verify import verify
 from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import HiddenInfo, Manifest
 from mesh.types import Progress, no_progress
 
 __all__ = ["detect", "import_model"]
-
-WHOLE_SOURCE_BYTES = 2 << 30
-"""A source of up to this size is run whole, token by token. A larger one is compared part by part, on random tokens."""
 
 
 def import_model(
@@ -50,7 +45,7 @@ def import_model(
     out = Path(out)
     if out.exists() and not (force and (out / "manifest.json").exists()) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another directory, or give --force to replace a model directory")
-    opened = open_source(fetch(source) if is_hub_name(source) else Path(source))
+    opened = open_source(fetch(source) if is_hub_name(source) else Path(source), options, progress)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,8 +55,8 @@ def import_model(
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         manifest = _write(opened, staging, options, name, progress)
-        reference, parts = _oracles(opened)
-        measured = verify(staging, manifest, reference=reference, parts=parts, progress=progress)
+        outside, notes = outside_engine(opened)
+        measured = verify(staging, manifest, outside=outside, progress=progress) | notes
         manifest = manifest.model_copy(update={"report": measured})
         manifest.save(staging)
         if report:
@@ -81,6 +76,7 @@ def import_model(
 def detect(path: Path) -> str:
     """The kind of a source: onnx, safetensors or gguf. ModelNotFound says what to give instead."""
     if path.is_file():
+        refuse_pointer(path)
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
             return "gguf"
         if path.suffix == ".onnx":
@@ -96,6 +92,11 @@ def detect(path: Path) -> str:
         return "safetensors"
     if any(path.glob("*.onnx")) or any((path / "onnx").glob("*.onnx")):
         return "onnx"
+    if (path / "config.json").is_file() and any(path.glob("*.bin")):
+        raise UnsupportedModel(
+            f"{path} has its weights as .bin files, which can hold programs: convert them to safetensors where you trust them, with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) of transformers"
+        )
     found = sorted(path.glob("*.gguf"))
     if len(found) == 1:
         return "gguf"
@@ -104,8 +105,8 @@ def detect(path: Path) -> str:
     raise ModelNotFound(f"{path} has no .onnx, no .gguf and no config.json with .safetensors: give the directory of a model")
 
 
-def open_source(path: Path) -> Source:
-    """Open a source of any kind; reads its description only."""
+def open_source(path: Path, options: ImportOptions | None = None, progress: Progress = no_progress) -> Source:
+    """Open a source of any kind; reads its description only. A decoder that no family builds is traced."""
     kind = detect(path)
     if kind == "onnx":
         from mesh.importer.sources import onnx
@@ -117,7 +118,13 @@ def open_source(path: Path) -> Source:
         return gguf.open_source(path if path.is_file() else next(path.glob("*.gguf")))
     from mesh.importer.sources import safetensors
 
-    return safetensors.open_source(path)
+    if safetensors.has_family(path):
+        return safetensors.open_source(path)
+    if not available():
+        raise safetensors.unknown_family(path)
+    from mesh.importer.sources import traced
+
+    return traced.open_source(path, (options or ImportOptions()).trust_remote_code, progress)
 
 
 def _write(source: Source, staging: Path, options: ImportOptions, name: str | None, progress: Progress) -> Manifest:
@@ -145,29 +152,6 @@ def _write(source: Source, staging: Path, options: ImportOptions, name: str | No
 def _name(text: str) -> str:
     """A model's name is a token of NATS subjects and a file name: letters, digits, '-' and '_'."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in text).strip("-") or "model"
-
-
-def _oracles(source: Source) -> tuple[Reference | None, OrtParts | None]:
-    """What runs the source for comparison: the whole of it (None if it is too large), and its parts one at a time."""
-    if source.kind != "onnx":
-        return None, None
-    from mesh.importer.sources.onnx import OnnxSource
-
-    assert isinstance(source, OnnxSource)
-    size = sum(file.stat().st_size for file in source.file.parent.glob("*") if file.is_file())
-    roles = {str(value.name): role.value for value, role in source.graph.roles.items()}
-    parts = OrtParts([partial(source.part, index) for index in range(source.layers + 2)], roles, source.file.parent)
-    if size > WHOLE_SOURCE_BYTES:
-        return None, parts
-    oracle = open_oracle(source.file, roles, str(source.graph.logits.name))
-
-    def logits(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        try:
-            return oracle.logits(tokens)
-        except Exception as error:  # onnxruntime's own exceptions
-            raise CorruptModel(f"{source.file} does not run in onnxruntime: {str(error).splitlines()[0]}") from None
-
-    return logits, parts
 
 
 def _replace(staging: Path, out: Path) -> None:

@@ -23,7 +23,7 @@ from mesh.model.manifest import Manifest, TokenizerInfo
 from mesh.model.tokenizer_file import read_backend, unreadable
 from mesh.protocol.documents import short
 
-__all__ = ["Piece", "TextStream", "Tokenizer"]
+__all__ = ["Piece", "TextStream", "Tokenizer", "check_template"]
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -254,6 +254,18 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _CodeGenerator
+
+
+def check_template(template: str) -> None:
+    """CorruptModel, with the line, where a chat template does not compile."""
+    try:
+        _compile(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise CorruptModel(
+            f"the chat template does not parse (line {error.lineno}: {short(str(error.message), _SHOWN)}): mend it"
+        ) from None
+    except jinja2.TemplateError as error:
+        raise CorruptModel(f"the chat template is not one ({short(str(error), _SHOWN)}): mend it") from None
 
 
 def _compile(template: str) -> jinja2.Template:

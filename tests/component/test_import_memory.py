@@ -23,9 +23,10 @@ IMPORT = """
 import resource, sys
 from pathlib import Path
 from mesh.importer import run
+from mesh.importer.verify import outside
 from mesh.host.process import give_memory_back
 give_memory_back()
-run.WHOLE_SOURCE_BYTES = 0
+outside.WHOLE_SOURCE_BYTES = 0
 report = run.import_model(Path(sys.argv[1]), Path(sys.argv[2])).report
 assert report["oracle_error"] < 1e-4 and report["source_error"] < 1e-4, report
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -14,25 +14,29 @@ __all__ = ["Config"]
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The values of one config.json; `path` is for messages."""
+    """The values of one config.json; `path` is for messages. A null is a value of its own: only a key that is absent has a default."""
 
     model_type: str
     values: Mapping[str, Any]
     path: str
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
-        return Config(self.model_type, {**defaults, **{key: value for key, value in self.values.items() if value is not None}}, self.path)
+        return Config(self.model_type, {**defaults, **self.values}, self.path)
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
+        """The value of `key`, which may be None; `default` only where the key is absent."""
+        return self.values.get(key, default)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer. CorruptModel if it is missing (and there is no default) or is not one."""
+        """A positive integer. CorruptModel if it is missing (and there is no default), null, or anything else."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CorruptModel(f"{self.path}: {key} is {value!r} where {self.model_type} needs a positive integer")
         return value
+
+    def optional_integer(self, key: str) -> int | None:
+        """A positive integer, or None where the key is null or absent."""
+        return None if self.get(key) is None else self.integer(key)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)

@@ -20,13 +20,14 @@ __all__ = ["DecoderSource"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DecoderSource:
-    """`tokenizer` writes the tokenizer's files into a directory: see Source.write_tokenizer."""
+    """`tokenizer` writes the tokenizer's files into a directory: see Source.write_tokenizer. `directory`: of a Hugging Face checkpoint."""
 
     kind: Literal["safetensors", "gguf"]
     name: str
     spec: DecoderSpec
     weights: DecoderWeights
     tokenizer: Callable[[Path], tuple[TokenizerInfo | None, tuple[FileInfo, ...]]]
+    directory: Path | None = None
 
     @property
     def architecture(self) -> str:

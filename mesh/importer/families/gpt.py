@@ -94,6 +94,7 @@ def opt_spec(config: Config) -> DecoderSpec:
         context=config.integer("max_position_embeddings", 2048),
         activation=config.activation("activation_function", default="relu"),
         placement="pre" if config.get("do_layer_norm_before", True) else "post",
+        final_norm=bool(config.get("do_layer_norm_before", True)) and not config.get("_remove_final_layer_norm", False),
     )
 
 
@@ -103,7 +104,7 @@ def bloom_spec(config: Config) -> DecoderSpec:
         "hidden_size": config.get("n_embed"),
         "n_head": config.get("num_attention_heads"),
     }
-    config = config.with_defaults({key: config.get(other) for key, other in renamed.items()})
+    config = config.with_defaults({key: value for key, value in renamed.items() if value is not None})
     return _spec(
         config,
         layers="n_layer",
@@ -207,7 +208,7 @@ class OptWeights(_Weights):
     def head(self) -> HeadWeights:
         return HeadWeights(
             logits=self._logits("embed_tokens.weight", "lm_head"),
-            norm=self.tensors.optional_norm("final_layer_norm"),
+            norm=self._norm("final_layer_norm") if self.spec.final_norm else None,
             project=self.tensors.linear("project_out") if "project_out.weight" in self.tensors else None,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mesh.errors import UnsupportedModel
 from mesh.importer.families.config import Config
-from mesh.importer.families.rotary import rope_settings, rotary_from_config, trained_context
+from mesh.importer.families.rotary import rope_settings, rotary_from_config, shorter_context, trained_context
 from mesh.importer.families.spec import DecoderSpec, EmbedWeights, Experts, HeadWeights, LayerWeights, Linear, Rotary
 from mesh.importer.families.tensors import Tensors
 
@@ -44,7 +44,7 @@ def spec_of(config: Config) -> DecoderSpec:
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModel(f"{config.path}: use_bidirectional_attention makes it an encoder: only decoders are supported")
     layers, hidden, heads = config.integer("num_hidden_layers"), config.integer("hidden_size"), config.integer("num_attention_heads")
-    head_dim = config.get("head_dim") or hidden // heads
+    head_dim = config.optional_integer("head_dim") or hidden // heads
     windows = [_window(config, index) for index in range(layers)]
     context = config.integer("max_position_embeddings")
     rotary: list[Rotary | None] = []
@@ -61,8 +61,9 @@ def spec_of(config: Config) -> DecoderSpec:
         hidden_size=hidden,
         vocab_size=config.integer("vocab_size"),
         context_length=min(limits),
+        context_note=shorter_context(min(limits), context),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=config.optional_integer("num_key_value_heads") or heads,
         head_dim=head_dim,
         norm="rms",
         norm_eps=config.number("rms_norm_eps"),
@@ -79,7 +80,7 @@ def spec_of(config: Config) -> DecoderSpec:
 
 def _window(config: Config, index: int) -> int | None:
     """Tokens that layer `index` sees, or None for all. Architectures differ in which layers slide."""
-    window = config.get("sliding_window")
+    window = config.optional_integer("sliding_window")
     kind = config.model_type
     if window is None or kind == "llama" or (kind in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
         return None
@@ -93,7 +94,7 @@ def _window(config: Config, index: int) -> int | None:
         slides = index >= config.integer("max_window_layers", 28)
     else:
         slides = True
-    return int(window) if slides else None
+    return window if slides else None
 
 
 def _rope(config: Config, *, sliding: bool) -> dict[str, Any]:

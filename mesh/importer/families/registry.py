@@ -17,7 +17,7 @@ from mesh.importer.families.config import Config
 from mesh.importer.families.spec import DecoderSpec, DecoderWeights
 from mesh.importer.families.tensors import Checkpoint, Tensors
 
-__all__ = ["FAMILIES", "SUPPORTED", "Family", "open_decoder"]
+__all__ = ["FAMILIES", "SUPPORTED", "Family", "open_decoder", "unknown"]
 
 
 class _MakeWeights(Protocol):
@@ -69,6 +69,14 @@ SUPPORTED: tuple[str, ...] = tuple(sorted(FAMILIES))
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.bias|\.attention\.masked_bias)$")
 
 
+def unknown(kind: str, path: str) -> UnsupportedModel:
+    """The error for a model_type that no family here builds."""
+    return UnsupportedModel(
+        f"{path}: no family of ours builds model_type {kind!r} (they build {', '.join(SUPPORTED)}). "
+        "With torch and transformers `mesh import` traces their own implementation: pip install 'stagemesh[trace]'"
+    )
+
+
 def open_decoder(config: Mapping[str, Any], path: str, checkpoint: Checkpoint, names: Iterable[str]) -> tuple[DecoderSpec, DecoderWeights]:
     """The decoder of `config` (read from `path`) with the tensors `names` of `checkpoint`.
 
@@ -78,25 +86,22 @@ def open_decoder(config: Mapping[str, Any], path: str, checkpoint: Checkpoint, n
     kind = str(config.get("model_type"))
     family = FAMILIES.get(kind)
     if family is None:
-        raise UnsupportedModel(
-            f"{path}: model_type {kind!r} is not a supported decoder; supported: {', '.join(SUPPORTED)}. "
-            "Export the model to ONNX and import that instead"
-        )
+        raise unknown(kind, path)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModel(f"{path}: the weights are quantized already ({method}): import the unquantized model, or a GGUF of it")
     if kind == "gemma3":
-        config = {"tie_word_embeddings": config.get("tie_word_embeddings"), **(config.get("text_config") or {})}
+        outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+        config = {**(config.get("text_config") or {}), **outer}
         kind = "gemma3_text"
     known = tuple(names)
     prefix = next((prefix for prefix in family.prefixes if prefix + family.table in checkpoint), None)
     if prefix is None:
         raise CorruptModel(f"{path}: the weights have no tensor {family.prefixes[0]}{family.table}, which {kind} needs")
     head = next((name[: -len(family.head)] for name in known if name.endswith(family.head)), "")
-    tied = config.get("tie_word_embeddings")
     spec = family.spec(Config(kind, config, path))
     tensors, head_tensors = Tensors(checkpoint, prefix), Tensors(checkpoint, head)
-    weights = family.weights(spec, tensors, head=head_tensors, tied=family.tied if tied is None else bool(tied))
+    weights = family.weights(spec, tensors, head=head_tensors, tied=bool(config.get("tie_word_embeddings", family.tied)))
     rows = tensors.shape(family.table)[0]
     if rows != spec.vocab_size:
         raise CorruptModel(f"{path}: vocab_size is {spec.vocab_size} where {prefix}{family.table} has {rows} rows")

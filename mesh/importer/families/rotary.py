@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mesh.errors import UnsupportedModel
 from mesh.importer.families.spec import Rotary
 
-__all__ = ["frequencies", "rope_settings", "rotary_from_config", "trained_context"]
+__all__ = ["frequencies", "rope_settings", "rotary_from_config", "shorter_context", "trained_context"]
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -51,6 +51,13 @@ def trained_context(settings: Settings, context_length: int) -> int:
     if settings["rope_type"] == "longrope":
         return min(context_length, int(settings["original_max_position_embeddings"]))
     return context_length
+
+
+def shorter_context(context: int, whole: int) -> str | None:
+    """What is said at import of a context that ends before the model's; None where it does not."""
+    if context >= whole:
+        return None
+    return f"the context ends at {context:,} of {whole:,} tokens: beyond that the rotary frequencies change with the length of the sequence"
 
 
 def rotary_from_config(settings: Settings, *, head_dim: int, context_length: int) -> Rotary:

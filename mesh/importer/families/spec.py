@@ -83,6 +83,8 @@ class DecoderSpec:
     placement: where norms stand. "pre": norm before attention and MLP; "post": norm after each residual sum instead.
     parallel: attention and MLP read the same hidden state, one residual sum.
     residual_after_norm: the residual is what the norm gave, not what it was given (BLOOM's option).
+    final_norm: whether a norm stands before the output projection (OPT's option; the other families always have one).
+    context_note: why the context is shorter than the model's, if it is.
     """
 
     architecture: str
@@ -107,6 +109,8 @@ class DecoderSpec:
     placement: Literal["pre", "post"] = "pre"
     parallel: bool = False
     residual_after_norm: bool = False
+    final_norm: bool = True
+    context_note: str | None = None
     experts: Experts | None = None
 
     @property

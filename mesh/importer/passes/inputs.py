@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import Draft, Role
+from mesh.importer.graph.decoder import Draft, Role, constant, input_of
 
 __all__ = ["CACHE_BRANCH", "name_inputs"]
 
@@ -22,10 +22,25 @@ CACHE_BRANCH = "use_cache_branch"
 def name_inputs(draft: Draft) -> bool:
     """Find the roles of `draft`. UnsupportedModel if there are no logits, no token ids, or an input that no decoder has."""
     logits = _logits(draft.path, draft.model)
+    _refuse_windowed_cache(draft.path, draft.model)
     del draft.model.graph.outputs[:]
     draft.model.graph.outputs.append(logits)
     draft.roles = _roles(draft.path, draft.model)
     return True
+
+
+def _refuse_windowed_cache(path: Path, model: ir.Model) -> None:
+    """UnsupportedModel for a graph whose present is the last positions alone: what it computes for a longer past cannot be asked."""
+    for value in model.graph.outputs:
+        node = value.producer()
+        if node is None or node.op_type != "Slice" or (data := input_of(node, 0).producer()) is None or data.op_type != "Concat":
+            continue
+        start = constant(node.inputs[1])
+        if start is not None and start.size == 1 and int(start.reshape(())) < 0:
+            raise UnsupportedModel(
+                f"{path}: the output {value.name} keeps the last {-int(start.reshape(()))} positions only (a cache with a sliding window): "
+                "export with a cache that keeps all (of transformers a DynamicCache() without a config), or import the Hugging Face files"
+            )
 
 
 def _logits(path: Path, model: ir.Model) -> ir.Value:

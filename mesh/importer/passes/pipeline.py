@@ -21,6 +21,7 @@ from mesh.importer.passes.experts import make_experts_static, mask_chosen_rows
 from mesh.importer.passes.identities import drop_identities, drop_single_input_nodes
 from mesh.importer.passes.inputs import name_inputs
 from mesh.importer.passes.opset import convert_opset
+from mesh.importer.passes.sequences import rewrite_sequences
 
 __all__ = ["PIPELINE", "Pass", "Repeat", "run_passes"]
 
@@ -64,6 +65,7 @@ PIPELINE: tuple[Pass | Repeat, ...] = (
         ),
         "a branch may hold contrib operators, and branches of its own",
     ),
+    Pass(rewrite_sequences, "after the branches, which may hold some: no later pass knows what a sequence is"),
     Pass(drop_identities, "after the branches: inside one, an Identity would rename a value of the outer graph"),
     Pass(drop_single_input_nodes, "with the identities, which they are in all but name"),
     Pass(free_batch, "before the experts, whose indices are made for any number of rows"),

@@ -72,7 +72,8 @@ class _Metadata:
         self.architecture = str(self._values.get("general.architecture"))
         if self.architecture not in SUPPORTED:
             raise UnsupportedModel(
-                f"{self.path}: GGUF architecture {self.architecture!r} is not a supported decoder; supported: {', '.join(SUPPORTED)}"
+                f"{self.path}: GGUF architecture {self.architecture!r} is not a supported decoder; supported: {', '.join(SUPPORTED)}. "
+                "Import the Hugging Face directory that the file was made from: any decoder family is traced there"
             )
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -6,6 +6,7 @@ part is emitted as a block (mesh/importer/write/emit.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -46,22 +47,24 @@ def open_source(path: Path) -> OnnxSource:
 class OnnxSource:
     """An exported decoder; see mesh/importer/sources/source.py for the attributes. `file` is the .onnx file."""
 
-    kind: Literal["onnx"] = "onnx"
+    kind: Literal["onnx", "safetensors"] = "onnx"
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._open(lambda: load(file), _read_config(file))
+
+    def _open(self, graph: Callable[[], DecoderGraph], config: dict[str, Any]) -> None:
         try:
-            with decoding(CorruptModel, str(file)):
-                self._analyse(file)
+            with decoding(CorruptModel, str(self.file)):
+                self._analyse(graph(), config)
         except NotConcrete as error:
             raise UnsupportedModel(
-                f"{file}: {error} depends on the tokens: export without data-dependent shapes (experts as batched products, "
+                f"{self.file}: {error} depends on the tokens: export without data-dependent shapes (experts as batched products, "
                 "such as experts_implementation='batched_mm' of transformers)"
             ) from None
 
-    def _analyse(self, file: Path) -> None:
-        self.graph: DecoderGraph = load(file)
-        self._config = _read_config(file)
+    def _analyse(self, graph: DecoderGraph, config: dict[str, Any]) -> None:
+        file, self.graph, self._config = self.file, graph, config
         self.patterns: list[AttentionPattern] = find_attention(self.graph)
         self._path = DataPath(self.graph, self.patterns)
         probe = GraphProbe(self.graph, BATCH, CHUNK, PAST if self.graph.has_past else 0)

@@ -11,7 +11,7 @@ from mesh.importer.graph.decoder import DecoderGraph, Draft
 from mesh.importer.passes.pipeline import PIPELINE, run_passes
 from mesh.importer.sources.place import inside_source
 
-__all__ = ["load"]
+__all__ = ["in_one_form", "load"]
 
 
 def load(path: Path) -> DecoderGraph:
@@ -28,6 +28,11 @@ def load(path: Path) -> DecoderGraph:
     if not len(model.graph.outputs):
         raise CorruptModel(f"{path} holds no graph: export or download it again")
     _check_external_data(path, model)
+    return in_one_form(path, model)
+
+
+def in_one_form(path: Path, model: ir.Model) -> DecoderGraph:
+    """A decoder's model after every pass; `path` is for messages. UnsupportedModel where a pass meets what it cannot rewrite."""
     draft = Draft(path, model)
     run_passes(draft, PIPELINE)
     return draft.analysed()

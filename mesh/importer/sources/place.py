@@ -8,7 +8,9 @@ from pathlib import Path
 from mesh.errors import CorruptModel
 from mesh.host.paths import inside
 
-__all__ = ["inside_source"]
+__all__ = ["inside_source", "refuse_pointer"]
+
+_POINTER = b"version https://git-lfs"
 
 
 def inside_source(directory: Path, name: str) -> Path:
@@ -25,3 +27,10 @@ def inside_source(directory: Path, name: str) -> Path:
         return inside(directory, name)
     except ValueError as error:  # a zero byte in the name
         raise CorruptModel(f"{name!r} is no name of a file ({error})") from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """CorruptModel where git-lfs has left a note in place of the file."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CorruptModel(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository")

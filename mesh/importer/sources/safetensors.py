@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import numpy.typing as npt
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.families.decoder_source import DecoderSource
-from mesh.importer.families.registry import open_decoder
-from mesh.importer.sources.place import inside_source
+from mesh.importer.families.registry import FAMILIES, open_decoder, unknown
+from mesh.importer.sources.place import inside_source, refuse_pointer
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 from mesh.importer.write.kept import Kept
 
-__all__ = ["SafetensorsCheckpoint", "open_source"]
+__all__ = ["SafetensorsCheckpoint", "has_family", "open_source", "unknown_family"]
 
 MOST_JSON_BYTES = 64 * 1024 * 1024  # of config.json or an index
 MOST_HEADER_BYTES = 64 * 1024 * 1024
@@ -42,10 +43,23 @@ def open_source(path: Path) -> DecoderSource:
     checkpoint = SafetensorsCheckpoint.open(directory)
     with decoding(CorruptModel, str(config_path)):
         spec, weights = open_decoder(config, str(config_path), checkpoint, checkpoint)
-    return DecoderSource("safetensors", directory.resolve().name, spec, weights, lambda out: write_huggingface_tokenizer(directory, out))
+    tokenizer = partial(write_huggingface_tokenizer, directory)
+    return DecoderSource("safetensors", directory.resolve().name, spec, weights, tokenizer, directory)
+
+
+def has_family(directory: Path) -> bool:
+    """Whether the model_type of `directory` is one that a family of ours builds."""
+    return str(read_json(directory / "config.json").get("model_type")) in FAMILIES
+
+
+def unknown_family(directory: Path) -> UnsupportedModel:
+    """The error for any other, where nothing can trace it."""
+    path = directory / "config.json"
+    return unknown(str(read_json(path).get("model_type")), str(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    refuse_pointer(path)
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
             raise CorruptModel(f"{path} has {path.stat().st_size:,} bytes, where at most {MOST_JSON_BYTES:,} are read: fetch it again")
@@ -113,7 +127,12 @@ class SafetensorsCheckpoint:
         if entry.dtype not in DTYPES:
             raise UnsupportedModel(f"{entry.path}: tensor {name} has type {entry.dtype}: only {', '.join(DTYPES)} are supported")
         with _opened(entry.path) as file, decoding(CorruptModel, f"{entry.path}: tensor {name}"):
-            return np.asarray(file.get_tensor(name), DTYPES[entry.dtype])
+            array = np.asarray(file.get_tensor(name), DTYPES[entry.dtype])
+        with np.errstate(all="ignore"):
+            suspicious = np.isnan(array.sum(dtype=np.float32))  # much faster than a look at each number
+        if suspicious and np.isnan(array).any():
+            raise CorruptModel(f"{entry.path}: tensor {name} holds NaN, with which no token can be computed: fetch it again")
+        return array
 
     def form(self, name: str) -> None:
         """No tensor is quantized in a way that a block holds."""
@@ -143,6 +162,7 @@ def _opened(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise UnsupportedModel(f"reading {path} needs the import extra: pip install 'stagemesh[import]'") from None
+    refuse_pointer(path)
     with path.open("rb") as start:
         size = int.from_bytes(start.read(8), "little")
     if size > MOST_HEADER_BYTES:

@@ -11,14 +11,18 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mesh.errors import CorruptModel, UnsupportedModel, decoding
+from mesh.errors import CorruptModel, decoding
+from mesh.importer.trace.library import available
+from mesh.importer.trace.tokenizer import convert
 from mesh.model.manifest import FileInfo, TokenizerInfo, file_info
+from mesh.model.tokenizer import check_template
 
 __all__ = ["CHAT_TEMPLATE", "TOKENIZER", "write_huggingface_tokenizer", "write_tokenizer_files"]
 
 log = logging.getLogger("mesh.importer")
 
 TOKENIZER = "tokenizer.json"
+OTHER_FORMS = ("vocab.json", "vocab.txt", "*.model", "tekken.json", "*.tiktoken", "spiece.*")
 CHAT_TEMPLATE = "chat_template.jinja"
 
 Written = tuple[TokenizerInfo | None, tuple[FileInfo, ...]]
@@ -27,21 +31,16 @@ Written = tuple[TokenizerInfo | None, tuple[FileInfo, ...]]
 def write_huggingface_tokenizer(source: Path, out: Path) -> Written:
     """Write the tokenizer of Hugging Face directory `source` into `out`; (None, ()) if it has none.
 
-    A directory with vocab.json and merges.txt only (GPT-2's older form) gets its tokenizer.json built from these.
-    CorruptModel if a file does not read; UnsupportedModel for a SentencePiece model without tokenizer.json.
+    Where there is no tokenizer.json, transformers makes one from the other forms; those of GPT-2 itself need no transformers.
+    CorruptModel if a file does not read; UnsupportedModel for a form that cannot be converted.
     """
     target = out / TOKENIZER
     settings = _optional_json(source / "tokenizer_config.json")
     if (source / TOKENIZER).is_file():
         tokenizer = _with_named_tokens(_load(source / TOKENIZER), source / TOKENIZER, target, settings)
-    elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        tokenizer = _byte_level(source)
-        tokenizer.save(str(target))
-    elif (source / "tokenizer.model").is_file():
-        raise UnsupportedModel(
-            f"{source} has tokenizer.model but no tokenizer.json: save the tokenizer with "
-            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) first"
-        )
+    elif any(any(source.glob(name)) for name in OTHER_FORMS):
+        tokenizer = _byte_level(source) if not available() and _is_gpt2(source, settings) else convert(source)
+        _without_limits(tokenizer).save(str(target))
     else:
         return None, ()
     names = {**_optional_json(source / "special_tokens_map.json"), **{k: v for k, v in settings.items() if v is not None}}
@@ -74,7 +73,10 @@ def _with_named_tokens(tokenizer: Tokenizer, source: Path, target: Path, setting
     control = {text for text, token in named.values() if token.special and text in have and not have[text].special}
     lacking = {id: token for id, (text, token) in sorted(named.items()) if text not in have}
     if not control and not lacking:
-        shutil.copyfile(source, target)
+        if tokenizer.truncation is None and tokenizer.padding is None:
+            shutil.copyfile(source, target)
+        else:
+            _without_limits(tokenizer).save(str(target))
         return tokenizer
     if control:  # the library does not change a token that it has
         document = json.loads(tokenizer.to_str())
@@ -88,8 +90,22 @@ def _with_named_tokens(tokenizer: Tokenizer, source: Path, target: Path, setting
             log.warning("%s: the token %r of tokenizer_config.json has no place at id %d: it is left out", source, token.content, id)
             continue
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
-    tokenizer.save(str(target))
+    _without_limits(tokenizer).save(str(target))
     return tokenizer
+
+
+def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """Without truncation and padding, which are settings of a training run: a prompt is as long as it is."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _is_gpt2(source: Path, settings: dict[str, Any]) -> bool:
+    """Whether vocab.json and merges.txt are those of GPT-2's own tokenizer: others split a text in other places."""
+    kind = str(settings.get("tokenizer_class") or _optional_json(source / "config.json").get("model_type"))
+    merges = (source / "vocab.json").is_file() and (source / "merges.txt").is_file()
+    return merges and kind.removesuffix("Fast") in ("GPT2Tokenizer", "gpt2", "opt", "None")
 
 
 def _named_tokens(settings: dict[str, Any], source: Path) -> dict[int, tuple[str, AddedToken]]:
@@ -107,6 +123,7 @@ def write_tokenizer_files(out: Path, info: TokenizerInfo, chat_template: str | N
     """Describe the tokenizer.json that is in `out` already, and write the template beside it."""
     files = [file_info(out / TOKENIZER)]
     if chat_template:
+        check_template(chat_template)
         (out / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         files.append(file_info(out / CHAT_TEMPLATE))
     return info.model_copy(update={"chat_template": bool(chat_template)}), tuple(files)
@@ -130,6 +147,8 @@ def _byte_level(source: Path) -> Tokenizer:
     named = _optional_json(source / "special_tokens_map.json") | _optional_json(source / "tokenizer_config.json")
     special = {text for key, value in named.items() if key.endswith("_token") and (text := _text(value))}
     tokenizer.add_special_tokens(sorted(special & tokenizer.get_vocab().keys()))
+    added = sorted(_optional_json(source / "added_tokens.json").items(), key=lambda item: int(item[1]))
+    tokenizer.add_tokens([text for text, id in added if id == tokenizer.get_vocab_size() or tokenizer.token_to_id(text) == id])
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 """Check a model directory before it is put in its place.
 
     verify.py   compares source, stock onnxruntime and our runtime; names the first layer that differs
+    outside.py  the engine that runs a source itself: onnxruntime for an export, transformers for a Hugging Face directory
     oracle.py   onnxruntime on a source, on its parts and on blocks
     report.py   what storing weights in fewer bits costs, for `mesh import --report`
 

@@ -52,6 +52,11 @@ class OrtBlock:
             for which, (heads, width) in zip(("key", "value"), cache, strict=True):
                 self._past[which] = np.zeros((1, heads, slots, width), dtype)
 
+    def preset(self, key: Array, value: Array) -> None:
+        """Fill the first slots of the cache with keys and values [heads, slots, width]."""
+        for which, array in (("key", key), ("value", value)):
+            self._past[which][0, :, : array.shape[1]] = array
+
     def run(self, x: Array, start: int) -> Array:
         """x: token ids [T] for embed, hidden [T, D] otherwise, at positions from `start` -> hidden [T, D] or logits [T, V]."""
         positions = np.arange(start, start + len(x), dtype=np.int64)[None]

@@ -24,22 +24,60 @@ import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel, VerificationFailed
 from mesh.importer.verify.oracle import OrtBlock, OrtParts
-from mesh.model.manifest import Manifest, block_name
+from mesh.model.manifest import CacheInfo, Manifest, block_name
 from mesh.runtime.loading import load_block
 from mesh.runtime.programs import Compiled
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.types import LayerRange, Progress, no_progress
 
-__all__ = ["GREEDY_STEPS", "Reference", "runtime_logits", "verify"]
+__all__ = ["GREEDY_STEPS", "MadeUpCache", "Outside", "Reference", "runtime_logits", "verify"]
 
 Array = npt.NDArray[Any]
 Reference = Callable[[Array], Array]
 """The source's logits of a whole sequence: tokens [T] -> [T, V] float32."""
 
+
+@dataclass(frozen=True)
+class Outside:
+    """What runs the source itself, in an engine of its own.
+
+    greedy: fast enough to be run token by token. rows: the logits of whole sequences, where it is slow. parts: the source part by part.
+    late: the logits of tokens [T] after made-up keys and values, which is how a late position is reached at once.
+    """
+
+    engine: str
+    greedy: Reference | None = None
+    rows: Reference | None = None
+    parts: OrtParts | None = None
+    late: Callable[[Array, MadeUpCache], Array] | None = None
+
+
+@dataclass(frozen=True)
+class MadeUpCache:
+    """Keys and values of `start` positions that no token has made, one layer at a time: they are computed when they are asked for."""
+
+    cache: tuple[CacheInfo, ...]
+    start: int
+    seed: int
+
+    def layer(self, index: int) -> tuple[Array, Array]:
+        """The key [heads, start, width] and the value of one layer."""
+        info, rng = self.cache[index], np.random.default_rng((self.seed, index))
+        key, value = (rng.standard_normal((info.kv_heads, self.start, width), np.float32) for width in (info.key_dim, info.value_dim))
+        return LATE_SCALE * key, LATE_SCALE * value
+
+
+NOTHING = Outside("")
+
 GREEDY_STEPS = 32
 PROMPT_LENGTHS = (24, 13, 9)
 CHUNK = 16
 GROUP_BYTES = 64 << 20  # a larger layer is a group of its own
+
+LATE_TOKENS = 8
+LATE_SCALE = np.float32(0.5)
+LATE_BYTES = 128 << 20  # of the made-up keys and values of a layer
+LATE_TOLERANCE = 3e-7  # for each position
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 # The most that storing weights in fewer bits may change, as a share of the logits. More means damaged weights, not rounding.
@@ -58,17 +96,16 @@ def verify(
     directory: Path,
     manifest: Manifest,
     *,
-    reference: Reference | None,
-    parts: OrtParts | None = None,
+    outside: Outside = NOTHING,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Verify a model directory; returns what was measured, for the manifest's report.
 
-    `reference` runs the source itself, and its greedy tokens continue the prompts. It is None if the source is too large, or is
-    weights that nothing runs. `parts` runs the source part by part if it is too large. VerificationFailed names the first layer
-    that differs and by how much.
+    The greedy tokens of `outside` continue the prompts, if it can be run so often. VerificationFailed names the first layer that differs
+    and by how much.
     """
+    reference, parts = outside.greedy, outside.parts
     sequences = _sequences(manifest, reference, seed)
     tolerance = TOLERANCE[manifest.hidden.dtype]
     oracle_runs = True
@@ -109,8 +146,11 @@ def verify(
         "oracle_error": worst if oracle_runs else None,
     }
     allowed = max(tolerance, STORED_TOLERANCE[manifest.weights.bits])
-    if reference is not None or parts is not None:
-        expected = [reference(tokens) for tokens in sequences.tokens[:-1]] if reference is not None else _source(parts, manifest, sequences)
+    whole = reference or outside.rows
+    if whole is not None or parts is not None:
+        progress(f"compare with {outside.engine}", len(groups), len(groups) + 1)
+        expected = [whole(tokens) for tokens in sequences.tokens[:-1]] if whole is not None else _source(parts, manifest, sequences)
+        report["source_engine"] = outside.engine
         try:
             report |= _against_source(manifest, sequences, logits, [*expected, expected[0]], allowed)
         except VerificationFailed as error:
@@ -119,8 +159,52 @@ def verify(
             layer, at = _first_layer_of_source(directory, manifest, sequences, parts, allowed)
             where = "the embedding or the head" if layer is None else f"layer {layer}"
             raise _failed(f"{where} is the first that differs from the source's", layer, at or error.error or 0.0, allowed) from None
+    if outside.late is not None and oracle_runs:
+        report["late_positions"] = _compare_late(directory, manifest, outside, allowed, seed)
     progress("verified", len(groups) + 1, len(groups) + 1)
     return report
+
+
+def _compare_late(directory: Path, manifest: Manifest, outside: Outside, allowed: float, seed: int) -> list[int]:
+    """Compare tokens far into the context, after keys and values that are made up: beyond every window, and at the context's end.
+
+    Returns the positions that were compared.
+    """
+    assert outside.late is not None
+    rng = np.random.default_rng(seed)
+    done = []
+    for start in _late_positions(manifest):
+        tokens = rng.integers(0, manifest.vocab_size, LATE_TOKENS)
+        past = MadeUpCache(manifest.cache, start, seed)
+        error = _error([_late_logits(directory, manifest, tokens, past)], [outside.late(tokens, past)])
+        # frequencies that differ in their last bit turn a late position by as many bits as it has
+        limit = max(allowed, LATE_TOLERANCE * start)
+        if not error <= limit:
+            raise _failed(f"the logits at position {start} differ from those of {outside.engine}", None, error, limit)
+        done.append(start)
+    return done
+
+
+def _late_positions(manifest: Manifest) -> list[int]:
+    """Where a chunk of late tokens starts: across the end of each window and beyond it, and at the end of the context."""
+    last = manifest.context_length - LATE_TOKENS
+    held = max(c.kv_heads * (c.key_dim + c.value_dim) * 4 for c in manifest.cache)
+    most = min(last, LATE_BYTES // held)
+    windows = {c.window for c in manifest.cache if c.window is not None}
+    wanted = {most, *(w - LATE_TOKENS // 2 for w in windows), *(w + LATE_TOKENS for w in windows)}
+    return sorted(start for start in wanted if 0 < start <= most)
+
+
+def _late_logits(directory: Path, manifest: Manifest, tokens: Array, past: MadeUpCache) -> Array:
+    """Our logits of tokens [T] after `past`, block by block in onnxruntime."""
+    start = past.start
+    row = OrtBlock(directory, "embed").run(tokens, start)
+    for layer, info in enumerate(manifest.cache):
+        shapes = ((info.kv_heads, info.key_dim), (info.kv_heads, info.value_dim))
+        block = OrtBlock(directory, block_name(layer), slots=start + len(tokens), cache=shapes, dtype=jnp.dtype(manifest.cache_dtype))
+        block.preset(*past.layer(layer))
+        row = block.run(row, start)
+    return OrtBlock(directory, "head").run(row, 0).astype(np.float32)
 
 
 def runtime_logits(directory: Path, manifest: Manifest, tokens: Array) -> Iterator[Array]:

@@ -207,6 +207,21 @@ def test_a_graph_without_logits_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "m.onnx")
 
 
+def test_a_cache_that_keeps_a_window_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """transformers' default cache of a windowed model drops what lies before the window."""
+    model = onnx.load(EXPORTS / "mistral-dynamo.onnx")
+    whole = model.graph.output[1].name
+    for node in model.graph.node:
+        node.input[:] = [name if name != whole else "whole" for name in node.input]
+        node.output[:] = [name if name != whole else "whole" for name in node.output]
+    bounds = {"start": -11, "end": np.iinfo(np.int64).max, "axis": 2}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array([number]), name) for name, number in bounds.items())
+    model.graph.node.append(helper.make_node("Slice", ["whole", *bounds], [whole]))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModel, match=r"keeps the last 11 positions only .*sliding window.*DynamicCache\(\)"):
+        open_source(tmp_path / "m.onnx")
+
+
 def test_truncated_and_missing_files_are_corrupt(tmp_path: Path) -> None:
     whole = (EXPORTS / "llama-dynamo.onnx").read_bytes()
     (tmp_path / "m.onnx").write_bytes(whole[: len(whole) // 2])

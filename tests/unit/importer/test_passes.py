@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
 
 from mesh.importer.graph.decoder import Draft
 from mesh.importer.passes.identities import drop_identities, drop_single_input_nodes
 from mesh.importer.passes.pipeline import PIPELINE, Pass, Repeat, run_passes
+from mesh.importer.passes.sequences import rewrite_sequences
 
 
 def draft_of(*nodes: ir.Node, x: ir.Value, output: ir.Value) -> Draft:
@@ -51,6 +54,27 @@ def test_nodes_that_hand_their_input_on_are_removed_and_a_used_dropout_mask_is_n
     assert drop_single_input_nodes(draft)
     assert [node.op_type for node in draft.model.graph] == ["Relu", "Dropout", "Where"]
     assert not drop_single_input_nodes(draft)
+
+
+def test_the_parts_of_a_split_sequence_become_slices() -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2, 6]), type=ir.TensorType(ir.DataType.FLOAT))
+    numbers = {n: ir.Value(name=f"c{n}", const_value=ir.tensor(np.array(n)), shape=ir.Shape([])) for n in (0, 1, 3, -1)}
+    halves = ir.node("SplitToSequence", [x, numbers[3]], attributes={"axis": -1})
+    first, last = (ir.node("SequenceAt", [halves.outputs[0], numbers[place]]) for place in (0, -1))
+    sizes = ir.Value(name="sizes", const_value=ir.tensor(np.array([1, 2])), shape=ir.Shape([2]))
+    uneven = ir.node("SplitToSequence", [first.outputs[0], sizes], attributes={"axis": -1})
+    second = ir.node("SequenceAt", [uneven.outputs[0], numbers[1]])
+    joined = ir.node("Concat", [last.outputs[0], second.outputs[0]], attributes={"axis": 1})
+    draft = draft_of(halves, first, last, uneven, second, joined, x=x, output=joined.outputs[0])
+    for value in (*numbers.values(), sizes):
+        draft.model.graph.register_initializer(value)
+    assert rewrite_sequences(draft) and not rewrite_sequences(draft)
+    assert [node.op_type for node in draft.model.graph] == ["Slice", "Slice", "Slice", "Concat"]
+    for value in draft.model.graph.inputs[0], *draft.model.graph.outputs:
+        value.dtype = ir.DataType.FLOAT
+    given = np.arange(12, dtype=np.float32).reshape(2, 6)
+    (got,) = ReferenceEvaluator(ir.to_proto(draft.model)).run(None, {"x": given})
+    assert np.array_equal(got, np.concatenate([given[:, 3:], given[:, 1:3]], 1))
 
 
 def test_an_output_behind_an_identity_keeps_its_name() -> None:

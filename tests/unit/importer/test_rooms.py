@@ -12,7 +12,7 @@ import mesh.importer
 ROOT = Path(mesh.importer.__file__).parent
 
 # From the top down, in the order of the docstring.
-ROOMS = ["run", "verify", "sources", "families", "write", "analysis", "passes", "graph", "options"]
+ROOMS = ["run", "verify", "sources", "families", "trace", "write", "analysis", "passes", "graph", "options"]
 
 
 def room(path: Path) -> str:

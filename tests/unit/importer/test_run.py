@@ -10,17 +10,17 @@ import pytest
 from places import EXPORTS
 
 from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel, VerificationFailed
-from mesh.importer import run
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
 from mesh.importer.sources.onnx import OnnxSource
+from mesh.importer.verify import outside
 from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import Manifest
 
 
 @pytest.mark.parametrize("export", ["llama-dynamo", "genai-llama", "bloom-nopast"])
 def test_a_source_too_large_to_run_whole_is_compared_part_by_part(export: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "WHOLE_SOURCE_BYTES", 0)
+    monkeypatch.setattr(outside, "WHOLE_SOURCE_BYTES", 0)
     report = import_model(EXPORTS / f"{export}.onnx", tmp_path / "model").report
     assert report["source_error"] < 1e-4
     assert report["source_greedy_equal"] == 1.0
@@ -44,7 +44,7 @@ def damage(monkeypatch: pytest.MonkeyPatch, name: str, amount: float) -> None:
 def test_a_wrong_layer_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
     damage(monkeypatch, "layer_001", 1.01)
     if not whole:
-        monkeypatch.setattr(run, "WHOLE_SOURCE_BYTES", 0)
+        monkeypatch.setattr(outside, "WHOLE_SOURCE_BYTES", 0)
     with pytest.raises(VerificationFailed, match=r"layer 1 is the first that differs from the source.s \(relative error") as caught:
         import_model(EXPORTS / "llama-dynamo.onnx", tmp_path / "model")
     assert caught.value.layer == 1

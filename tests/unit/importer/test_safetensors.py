@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from ort_chain import Chain, relative_error
 from tiny_models import LLAMA, logits_of, make_model
+from tokenizers import Tokenizer, models
 
-from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, VerificationFailed
+from mesh.importer.families import llama
 from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
 from mesh.importer.sources.safetensors import open_source
 from mesh.importer.write.blocks import BlockWriter
 
@@ -78,6 +81,9 @@ CASES = {
     ),
     "opt": Case("OPT", {**GPT, "ffn_dim": 100, "word_embed_proj_dim": 60}),
     "opt-post-norm": Case("OPT", {**GPT, "ffn_dim": 100, "word_embed_proj_dim": 28, "do_layer_norm_before": False}),
+    "opt-plain-norms": Case(
+        "OPT", {**GPT, "ffn_dim": 100, "word_embed_proj_dim": 60, "layer_norm_elementwise_affine": False, "enable_bias": False}
+    ),
     "bloom": Case("Bloom", {k: v for k, v in GPT.items() if k not in ("max_position_embeddings", "num_attention_heads")} | {"n_head": 5}),
     "bloom-post-norm": Case(
         "Bloom",
@@ -151,8 +157,14 @@ def test_sources_that_cannot_be_imported_are_refused_before_anything_is_written(
     weights.write_bytes(whole)
 
     edit_config(source, model_type="bert")
-    with pytest.raises(UnsupportedModel, match=r"model_type 'bert' is not a supported decoder; supported: bloom, gemma3, .*qwen3"):
+    with pytest.raises(
+        UnsupportedModel, match=r"no family of ours builds model_type 'bert' \(they build bloom, gemma3, .*qwen3\).*\[trace\]"
+    ):
         open_source(source)
+    edit_config(source, model_type="llama", num_key_value_heads="2")
+    with pytest.raises(CorruptModel, match=r"num_key_value_heads is '2' where llama needs a positive integer"):
+        open_source(source)
+    edit_config(source, num_key_value_heads=2)
     edit_config(source, model_type="gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(UnsupportedModel, match=r"makes it an encoder"):
         open_source(source)
@@ -180,6 +192,64 @@ def test_sources_that_cannot_be_imported_are_refused_before_anything_is_written(
         open_source(source)
     with pytest.raises(ModelNotFound, match=r"no config.json"):
         open_source(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("values", [{"sliding_window": None}, {"num_key_value_heads": None}])
+def test_a_null_is_not_the_default_of_its_key(values: dict[str, Any], tmp_path: Path) -> None:
+    """Mistral's default window is 4,096 tokens, and its default number of key heads 8: a configuration that says null has neither."""
+    make_model("Mistral", {**LLAMA, "num_key_value_heads": 4, "sliding_window": 9}, tmp_path)
+    edit_config(tmp_path, **values)
+    cache = open_source(tmp_path).cache
+    assert {c.kv_heads for c in cache} == {4}
+    assert {c.window for c in cache} == ({None} if "sliding_window" in values else {9})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {c.window for c in open_source(tmp_path).cache} == {4096}
+
+
+def test_a_window_that_is_misread_is_found_although_no_prompt_of_the_check_is_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("Mistral", {**LLAMA, "sliding_window": 100}, tmp_path / "source")
+    report = import_model(tmp_path / "source", tmp_path / "model").report
+    assert report["source_engine"].startswith("transformers")
+    assert report["late_positions"] == [96, 108, 248]
+    monkeypatch.setattr(llama, "_window", lambda config, index: None)
+    with pytest.raises(VerificationFailed, match=r"the logits at position 248 differ from those of transformers"):
+        import_model(tmp_path / "source", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_damage_that_a_user_can_mend_is_said_in_one_line(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    model = make_model("Llama", LLAMA, source)
+    weights = source / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(CorruptModel, match=r"model.safetensors is a git-lfs pointer, not the file itself: run `git lfs pull`"):
+        import_model(source, tmp_path / "out")
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(source)
+    with pytest.raises(CorruptModel, match=r"tensor model.norm.weight holds NaN"):
+        import_model(source, tmp_path / "out")
+    weights.rename(source / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"has its weights as .bin files"):
+        import_model(source, tmp_path / "out")
+    (source / "pytorch_model.bin").unlink()
+    weights.write_bytes(whole)
+    (source / "tokenizer.json").write_text(Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).to_str())
+    (source / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    with pytest.raises(CorruptModel, match=r"the chat template does not parse \(line 2: .*\)"):
+        import_model(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_context_that_is_shorter_than_the_models_says_why(tmp_path: Path) -> None:
+    make_model("Phi3", CASES["phi3-longrope"].values, tmp_path / "source")
+    manifest = import_model(tmp_path / "source", tmp_path / "model")
+    assert manifest.context_length == 64
+    assert manifest.report["note"].startswith("the context ends at 64 of 256 tokens: beyond that the rotary frequencies change")
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:

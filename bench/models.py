@@ -1,0 +1,185 @@
+"""Which decoder families of the installed transformers import, and whether their tokens are transformers' own.
+
+    python bench/models.py --work DIR [--only NAME ...] [--multimodal] [--seconds N]    try families; results go to DIR/results.jsonl
+    python bench/models.py --work DIR --table                                             write docs/models.md from them
+
+Each family is a tiny model with random weights (bench/tiny_decoders.py): made and saved by transformers, imported by `mesh import`'s own
+function, then run as stages of 1 to N shards. 24 greedy tokens are compared with those that transformers generates. A run goes on where the
+last one ended. Needs the extras `import` and `trace`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_decoders
+
+from mesh.errors import MeshError
+from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
+from mesh.importer.sources.safetensors import has_family
+from mesh.importer.trace.library import quiet, torch_and_transformers, versions
+from mesh.model.manifest import Manifest
+from mesh.runtime.programs import Compiled
+from mesh.runtime.sampling import SamplingParams
+from mesh.runtime.stage import Stage, StageConfig
+from mesh.types import LayerRange
+
+PROMPT = 20
+TOKENS = 24
+LONGEST_S = 600
+GREEDY = SamplingParams(temperature=0.0)
+DOCS = Path(__file__).parents[1] / "docs" / "models.md"
+HEAD = """\
+# Models that import
+
+`mesh import` takes an exported ONNX decoder, a GGUF file, or a Hugging Face directory. A directory of these families is built from its
+weights: bloom, gemma3, gpt2, gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3. Any other family is traced: transformers' own
+implementation becomes one graph, and the graph goes the way of an ONNX export ([how](model-format.md#traced-models)). Tracing needs
+`pip install 'stagemesh[trace]'`.
+
+The table is written by `bench/models.py`, which tries every model_type that transformers {transformers} (with torch {torch}) lists as a
+causal language model, or as a model of images and text with one inside: tiny models with random weights, 24 greedy tokens compared with
+those that transformers generates, at every number of shards. Of the {all} families that have been tried so far {equal} import with equal
+tokens and {refused} are refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the
+table has not been tried: `mesh import` says what it finds, and writes no model whose logits differ from transformers' in its own check.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--again", action="store_true", help="also those that are in the results already")
+    parser.add_argument("--multimodal", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no family later than this")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = options.work / "results.jsonl"
+    if options.table:
+        DOCS.write_text(page(read(results)), encoding="utf-8")
+        return
+    began, done = time.monotonic(), set() if options.again else set(read(results))
+    for kind in options.only or tiny_decoders.families(options.multimodal):
+        if kind in done or time.monotonic() - began > options.seconds:
+            continue
+        result = tried(kind, options.work)
+        with results.open("a") as file:
+            file.write(json.dumps({"family": kind, **result}) + "\n")
+        print(f"{kind}: {json.dumps(result)}", flush=True)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each family."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(entry := json.loads(line))["family"]: entry for line in lines}
+
+
+def tried(kind: str, work: Path) -> dict[str, Any]:
+    """How one family went: `outcome` is equal, different, refused, failed or unmade (no tiny model could be made)."""
+    source, out = work / "source", work / "model"
+    for each in (source, out):
+        shutil.rmtree(each, ignore_errors=True)
+    signal.signal(signal.SIGALRM, _late)
+    signal.alarm(LONGEST_S)
+    try:
+        with quiet():
+            expected = wanted(tiny_decoders.make(kind, source))
+    except Exception as error:  # each family has its own demands on its sizes
+        signal.alarm(0)
+        return {"outcome": "unmade", "why": _text(error)}
+    began, cpu = time.monotonic(), time.process_time()
+    try:
+        way = "builder" if has_family(source) else "trace"
+        manifest = import_model(source, out, ImportOptions())
+        took = {"way": way, "seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+        took |= {"late": manifest.report.get("late_positions"), "windows": sorted({c.window for c in manifest.cache if c.window})}
+        counts = list(range(1, manifest.layers + 1))
+        compiled: Compiled = {}
+        wrong = [count for count in counts if greedy(out, manifest, expected[:PROMPT], count, compiled) != expected]
+        return {"outcome": "different" if wrong else "equal", "shards": counts, "wrong": wrong, **took}
+    except MeshError as error:
+        took = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+        return {"outcome": "refused", "kind": type(error).__name__, "why": _text(error), **took}
+    except Exception as error:
+        return {"outcome": "failed", "why": f"{type(error).__name__}: {_text(error)}", "seconds": round(time.monotonic() - began, 1)}
+    finally:
+        signal.alarm(0)
+
+
+def wanted(model: Any) -> list[int]:
+    """A random prompt and the tokens that transformers adds to it."""
+    torch, _ = torch_and_transformers()
+    prompt = np.random.default_rng(3).integers(5, 96, PROMPT)
+    ids = torch.from_numpy(prompt)[None]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS, eos_token_id=None)
+    return [int(token) for token in out[0]]
+
+
+def greedy(directory: Path, manifest: Manifest, prompt: Sequence[int], shards: int, compiled: Compiled) -> list[int]:
+    """The same by stages of our runtime, one for each of `shards` layer ranges."""
+    bounds = np.linspace(0, manifest.layers, shards + 1).astype(int)
+    stages = [
+        Stage.load(
+            directory,
+            StageConfig(LayerRange(int(a), int(b)), head=b == manifest.layers, rows=1, context=PROMPT + TOKENS + 4, chunk=32),
+            compiled=compiled,
+        )
+        for a, b in pairwise(bounds)
+    ]
+    stages[-1].open(0, GREEDY, prompt_length=len(prompt))
+    tokens = list(prompt)
+    result: Any = None
+    for stage in stages:
+        result = stage.prefill(0, 0, np.array(tokens), result)
+    for _ in range(TOKENS - 1):
+        tokens.append(int(result.id))
+        hidden: Any = None
+        for stage in stages:
+            hidden = stage.decode(np.array([0]), np.array([len(tokens) - 1]), np.array(tokens[-1:]), hidden)
+        (result,) = hidden
+    return [*tokens, int(result.id)]
+
+
+def _late(*_: Any) -> None:
+    raise TimeoutError(f"more than {LONGEST_S} s")
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """docs/models.md."""
+    equal = [each for each in results.values() if each["outcome"] == "equal"]
+    refused = [each for each in results.values() if each["outcome"] == "refused"]
+    others = [each for each in results.values() if each["outcome"] not in ("equal", "refused")]
+    head = HEAD.format(**versions(), all=len(results), equal=len(equal), refused=len(refused), others=len(others))
+    rows = [f"| {each['family']} | {_way(each)} | {_outcome(each)} |" for each in sorted(results.values(), key=lambda each: each["family"])]
+    return "\n".join([head, "| family | way | tokens |", "|---|---|---|", *rows, ""])
+
+
+def _way(result: dict[str, Any]) -> str:
+    return result.get("way", "-")
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    if result["outcome"] == "equal":
+        return f"equal at 1 to {len(result['shards'])} shards"
+    why = re.sub(r"^\S*source(/config\.json)?: ", "", result.get("why", "")).replace("|", "\\|")
+    return f"{result['outcome']}: {why[:220]}"
+
+
+if __name__ == "__main__":
+    main()

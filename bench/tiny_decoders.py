@@ -1,0 +1,117 @@
+"""Tiny models with random weights of any decoder family that the installed transformers has, from its own list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mesh.importer.trace.library import quiet, torch_and_transformers
+
+__all__ = ["families", "make"]
+
+LAYERS = 2
+SAME: Mapping[int, tuple[str, ...]] = {
+    96: ("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"),
+    32: ("hidden_size", "d_model", "n_embd", "model_dim", "embedding_size", "word_embed_proj_dim", "embed_dim", "emb_dim"),
+    56: ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "n_inner", "ffn_hidden_size", "dim_ff"),
+    LAYERS: (
+        *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
+        *("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+        *("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"),
+    ),
+    4: (
+        *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"),
+        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+        *("laurel_rank", "rotary_dim", "video_token_id"),
+    ),
+    8: (
+        *("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "swa_head_dim", "global_head_dim", "index_head_dim"),
+        "hidden_size_per_layer_input",
+    ),
+    320: ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length", "max_seq_length"),
+    12: ("sliding_window", "window_size", "attention_window_size", "sliding_window_size", "attention_chunk_size"),
+    24: (
+        *("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+        "q_lora_rank",
+    ),
+    16: ("kv_lora_rank", "qk_head_dim"),
+    1: (
+        *("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_kv_shared_layers"),
+        *("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers", "bos_token_id"),
+    ),
+    0: ("pad_token_id", "attn_pdrop"),
+    3: ("image_token_id",),
+}
+SIZES: Mapping[str, Any] = {
+    **{key: size for size, keys in SAME.items() for key in keys},
+    "eos_token_id": 2,
+    "is_decoder": True,
+    "tie_word_embeddings": False,
+}
+"""What a configuration gets for each of these keys that it has."""
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
+    "dots3_note": {"per_layer_config": {}},
+    "bloom": {"hidden_size": 36, "n_head": 6},
+}
+"""What single families need besides."""
+
+
+def families(multimodal: bool = False) -> list[str]:
+    """The model_types that transformers maps to a causal language model, or to a model of images and text alone."""
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = dict(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted(set(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(causal) if multimodal else causal)
+
+
+def make(kind: str, out: Path) -> Any:
+    """Write a random model of `kind` to `out` as transformers saves it; returns the model."""
+    torch, transformers = torch_and_transformers()
+    with quiet():
+        config = _config(transformers.CONFIG_MAPPING[kind], OWN.get(kind, {}))
+        torch.manual_seed(sum(kind.encode()))
+        mapping = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+        auto = next(each for each in mapping if type(config) in each._model_mapping)
+        model = auto.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                _randomize(name, parameter)
+        model.generation_config.eos_token_id = None
+        model.save_pretrained(out)
+    return model
+
+
+def _config(kind: Any, own: Mapping[str, Any]) -> Any:
+    default = kind()
+    given = {**SIZES, **own}
+    if "kv_lora_rank" in default.to_dict():  # latent attention: its head sizes follow from the parts
+        given = {key: value for key, value in given.items() if key not in ("head_dim", "qk_head_dim")} | {"num_key_value_heads": 4}
+    values = {key: value for key, value in given.items() if key in default.to_dict() or key in own}
+    if kinds := list(dict.fromkeys(default.to_dict().get("layer_types") or ())):
+        values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]  # one layer of each kind
+    for key, inner in _inner(default):
+        values[key] = _config(type(inner), {}).to_dict()
+    return kind(**values)
+
+
+def _inner(config: Any) -> Iterator[tuple[str, Any]]:
+    for key in getattr(type(config), "sub_configs", {}) or {}:
+        inner = getattr(config, key, None)
+        if inner is not None and hasattr(inner, "to_dict"):
+            yield key, inner
+
+
+def _randomize(name: str, parameter: Any) -> None:
+    """Large enough that greedy decoding does not settle on one token; norms and biases are random too."""
+    torch, _ = torch_and_transformers()
+    if not parameter.is_floating_point():
+        return
+    if parameter.ndim > 1:
+        table = any(part in name for part in ("emb", "wte", "wpe"))
+        parameter.normal_(0, 0.6 if table else 1.4 / parameter.shape[-1] ** 0.5)
+    elif "bias" in name:
+        parameter.normal_(0, 0.1)
+    else:
+        parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -1,0 +1,73 @@
+"""A Hugging Face directory of any decoder that transformers knows: its own implementation is traced and taken through the ONNX path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from mesh.errors import CorruptModel
+from mesh.importer.families.rotary import shorter_context
+from mesh.importer.sources.onnx import OnnxSource
+from mesh.importer.sources.onnx_file import in_one_form
+from mesh.importer.sources.safetensors import SafetensorsCheckpoint
+from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
+from mesh.importer.trace.export import export
+from mesh.importer.trace.library import versions
+from mesh.importer.trace.model import TracedModel, open_model
+from mesh.importer.trace.weights import Parameters
+from mesh.model.manifest import FileInfo, TokenizerInfo
+from mesh.types import Progress, no_progress
+
+__all__ = ["TracedSource", "open_source"]
+
+
+def open_source(directory: Path, trust_remote_code: bool = False, progress: Progress = no_progress) -> TracedSource:
+    """Trace the model of `directory`; reads only the headers of its weights. Errors: CorruptModel, UnsupportedModel."""
+    checkpoint = SafetensorsCheckpoint.open(directory)
+    library = versions()
+    progress(f"build it with transformers {library['transformers']}", 0, 3)
+    model = open_model(directory, trust_remote_code)
+    parameters = Parameters(model, checkpoint, checkpoint.read)
+    if model.config is model.text:  # of a multimodal model only what text needs has to be there, which the graph says
+        parameters.check_complete()
+    progress(f"trace it with torch {library['torch']}", 1, 3)
+    graph = export(model, parameters)
+    progress("read the graph", 2, 3)
+    source = TracedSource(directory, model, graph, parameters)
+    progress("read the graph", 3, 3)
+    return source
+
+
+class TracedSource(OnnxSource):
+    """A traced decoder; `parameters` are its weights, `model` is what transformers built."""
+
+    kind: Literal["onnx", "safetensors"] = "safetensors"
+    note: str | None = None
+
+    def __init__(self, directory: Path, model: TracedModel, graph: Any, parameters: Parameters) -> None:
+        self.file, self.model, self.parameters = directory / "config.json", model, parameters
+        config = {**model.text.to_dict(), "model_type": model.kind}
+        self._open(lambda: in_one_form(self.file, graph), config)
+        if model.config is not model.text:
+            self.note = "; ".join(filter(None, ("the text decoder alone: images and sounds are not served", self.note)))
+        rows = getattr(model.text, "vocab_size", None)
+        if isinstance(rows, int) and rows != self.vocab_size:
+            raise CorruptModel(f"{self.file}: vocab_size is {rows} where the model gives {self.vocab_size} logits")
+
+    def _context_length(self) -> int:
+        """The most that the graph is right for; `note` says why where the model has more."""
+        whole, fixed = super()._context_length(), self.model.context
+        context = whole if fixed is None else min(whole, fixed)
+        self.note = shorter_context(context, whole)
+        return context
+
+    @property
+    def name(self) -> str:
+        return self.file.parent.resolve().name
+
+    @property
+    def made(self) -> dict[str, str]:
+        return {"way": "trace", **versions()}
+
+    def write_tokenizer(self, directory: Path) -> tuple[TokenizerInfo | None, tuple[FileInfo, ...]]:
+        return write_huggingface_tokenizer(self.file.parent, directory)

@@ -1,0 +1,115 @@
+"""One graph of a traced model: token ids and a past in, logits and a present out. torch exports it without any weight's numbers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mesh.errors import UnsupportedModel
+from mesh.importer.trace.library import quiet, torch_and_transformers
+from mesh.importer.trace.model import TracedModel, cache_shapes
+from mesh.importer.trace.weights import Parameters
+
+__all__ = ["export"]
+
+BATCH, CHUNK, PAST = 2, 3, 4
+OPSET = 18
+WRAPPER = "model."  # what the wrapper puts before the names of parameters
+
+
+def export(model: TracedModel, parameters: Parameters) -> ir.Model:
+    """The graph. Its weights are read from the checkpoint each time they are asked for, and never kept.
+
+    UnsupportedModel: torch cannot trace the model. CorruptModel: the checkpoint lacks a weight that the graph uses.
+    """
+    torch, _ = torch_and_transformers()
+    shapes = cache_shapes(model)
+    with torch.device("meta"):
+        ids, mask = torch.zeros(BATCH, CHUNK, dtype=torch.long), torch.ones(BATCH, PAST + CHUNK, dtype=torch.long)
+        positions = torch.zeros(BATCH, CHUNK, dtype=torch.long)
+        past = [(torch.zeros(BATCH, h, PAST, k), torch.zeros(BATCH, h, PAST, v)) for h, k, v in shapes]
+    dim = torch.export.Dim.DYNAMIC
+    two, four = {0: dim, 1: dim}, {0: dim, 2: dim}
+    pairs = [f"{layer}.{which}" for layer in range(len(shapes)) for which in ("key", "value")]
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.onnx.export(
+                _wrapper(model.module),
+                (ids, mask, positions, past),
+                None,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                external_data=False,
+                opset_version=OPSET,
+                dynamic_shapes=(two, two, two, [(four, four) for _ in shapes]),
+                input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{pair}" for pair in pairs)],
+                output_names=["logits", *(f"present.{pair}" for pair in pairs)],
+            )
+    except Exception as error:  # the exporter wraps what goes wrong in classes of its own
+        raise UnsupportedModel(f"{model.directory}: torch cannot trace {model.kind} ({_cause(error)})") from None
+    graph: ir.Model = program.model
+    _give_weights(model, graph, parameters)
+    return graph
+
+
+def _wrapper(module: Any) -> Any:
+    torch, transformers = torch_and_transformers()
+    takes = inspect.signature(module.forward).parameters
+
+    base: Any = torch.nn.Module
+
+    class OneGraph(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module
+
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
+            cache = transformers.DynamicCache(ddp_cache_data=[(key, value) for key, value in past])
+            given = {"position_ids": position_ids} if "position_ids" in takes else {}
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
+            return out.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
+
+    return OneGraph().eval()
+
+
+def _give_weights(model: TracedModel, graph: ir.Model, parameters: Parameters) -> None:
+    """Put a reader in place of each weight, and its numbers in place of each buffer."""
+    torch, _ = torch_and_transformers()
+    own = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
+    buffers = dict(model.real.named_buffers())
+    for value in graph.graph.initializers.values():
+        name = str(value.name).removeprefix(WRAPPER)
+        held = getattr(value.const_value, "raw", None)
+        if name in parameters:
+            value.const_value = _Reader(name, value, parameters)
+        elif name in own:
+            parameters.read(name)  # says what is missing
+        elif name in buffers:
+            value.const_value = ir.tensor(_numbers(buffers[name]), name=value.name)
+        elif isinstance(held, torch.Tensor) and held.device.type == "meta":
+            raise UnsupportedModel(f"{model.directory}: {model.kind} makes the constant {value.name} while it runs: it cannot be traced")
+
+
+def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+    return np.asarray(tensor.contiguous().numpy())
+
+
+class _Reader(ir.LazyTensor):
+    """A weight that is read anew each time."""
+
+    def __init__(self, name: str, value: ir.Value, parameters: Parameters) -> None:
+        assert value.dtype is not None and value.shape is not None
+        dtype, label = value.dtype, str(value.name)
+        super().__init__(lambda: ir.tensor(parameters.read(name), name=label), dtype=dtype, shape=value.shape, name=label, cache=False)
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"

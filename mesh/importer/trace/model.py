@@ -1,0 +1,203 @@
+"""The model of a Hugging Face directory as transformers builds it, without weights in memory; what cannot be served is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.trace.library import quiet, torch_and_transformers
+
+__all__ = ["TracedModel", "cache_shapes", "open_model"]
+
+ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "moe", "dense", "sparse"))
+"""Entries of `layer_types` whose state is a list of positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class TracedModel:
+    """`module`: every parameter and buffer on the meta device. `config` is the whole one; `text` is that of its language model."""
+
+    directory: Path
+    module: Any
+    config: Any
+    text: Any
+
+    @property
+    def kind(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def context(self) -> int | None:
+        """The most positions for which the graph is right, where the rotary frequencies change with the length; None if they do not."""
+        return _fixed_rotary(self.text)
+
+    @cached_property
+    def real(self) -> Any:
+        """A second construction, whose parameters alone have no memory: buffers have their values."""
+        with _parameters_on_meta(), quiet():
+            return _build(self.config)
+
+
+def open_model(directory: Path, trust_remote_code: bool = False) -> TracedModel:
+    """The model of `directory`. UnsupportedModel: transformers does not know it, or it is no decoder with a cache of positions."""
+    config = _config(directory, trust_remote_code)
+    text = config.get_text_config(decoder=True)
+    _refuse_by_config(directory, config, text)
+    torch, _ = torch_and_transformers()
+    with torch.device("meta"), quiet():
+        module = _build(config)
+    _refuse_state(directory, config, type(module))
+    _refuse_attention(directory, config, text, module)
+    _fix_rotary(module)
+    return TracedModel(directory, module, config, text)
+
+
+def _config(directory: Path, trust_remote_code: bool) -> Any:
+    _, transformers = torch_and_transformers()
+    path = directory / "config.json"
+    try:
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # the libraries raise whatever a wrong value leads to
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            raise UnsupportedModel(
+                f"{path}: the model is code of its own directory, which is not run: read it, then give --trust-remote-code"
+            ) from None
+        if "does not recognize this architecture" in text or "model type" in text:
+            raise UnsupportedModel(
+                f"{path}: transformers {transformers.__version__} does not know this model_type ({text[:200]})"
+            ) from None
+        raise CorruptModel(f"{path} is refused by transformers ({type(error).__name__}: {text[:300]})") from None
+
+
+CHANGING = ("longrope", "dynamic")
+
+
+def _fixed_rotary(text: Any) -> int | None:
+    settings = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for each in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        if each.get("rope_type") in CHANGING:
+            trained = each.get("original_max_position_embeddings") if each["rope_type"] == "longrope" else None
+            limits.append(int(trained or text.max_position_embeddings))
+    return min(limits) if limits else None
+
+
+def _fix_rotary(module: Any) -> None:
+    """Keep the frequencies that hold up to `context`: a graph, and a cache, has one set of them."""
+    for each in module.modules():
+        kind = getattr(each, "rope_type", None)
+        if isinstance(kind, dict):
+            each.rope_type = {key: "default" if value in CHANGING else value for key, value in kind.items()}
+        elif kind in CHANGING:
+            each.rope_type = "default"
+
+
+def _refuse_by_config(directory: Path, config: Any, text: Any) -> None:
+    path, kind = directory / "config.json", config.model_type
+    if getattr(config, "quantization_config", None):
+        method = (
+            dict(config.quantization_config).get("quant_method", "unknown") if isinstance(config.quantization_config, dict) else "unknown"
+        )
+        raise UnsupportedModel(f"{path}: the weights are quantized already ({method}): import the unquantized model, or a GGUF of it")
+    architectures = " ".join(config.architectures or ())
+    if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in architectures:
+        raise UnsupportedModel(f"{path}: {kind} is an encoder with a decoder: only decoders alone are served")
+    state = sorted({str(each) for each in getattr(text, "layer_types", None) or ()} - ATTENTION)
+    if state:
+        raise _stateful(path, kind, f"its layers are {', '.join(state)}")
+
+
+def _refuse_state(directory: Path, config: Any, kind: type) -> None:
+    if getattr(kind, "_is_stateful", False):
+        raise _stateful(directory / "config.json", config.model_type, f"transformers marks {kind.__name__} as stateful")
+
+
+def _refuse_attention(directory: Path, config: Any, text: Any, module: Any) -> None:
+    """Kinds of attention that a block has no form for; a trace would find them too, only later."""
+    path = directory / "config.json"
+    sinks = next((name for name, _ in module.named_parameters() if "sink" in name.rsplit(".", 1)[-1]), None)
+    if sinks is not None:
+        raise UnsupportedModel(f"{path}: {config.model_type} has attention sinks ({sinks}), which blocks have no form for: not served")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UnsupportedModel(
+            f"{path}: the last {text.num_kv_shared_layers} layers of {config.model_type} read the keys and values of earlier layers, which "
+            "may be on another shard: not served"
+        )
+
+
+def _stateful(path: Path, kind: str, seen: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{path}: {kind} keeps recurrent or convolution state, not a list of positions ({seen}): such layers are not served"
+    )
+
+
+def _build(config: Any) -> Any:
+    """A module with that configuration: the causal language model, or the multimodal model around one."""
+    torch, transformers = torch_and_transformers()
+    for each in (config, config.get_text_config(decoder=True)):
+        each._experts_implementation = "batched_mm"  # the one whose shapes do not depend on the tokens
+    last: Exception | None = None
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) not in auto._model_mapping and not getattr(config, "auto_map", None):
+            continue
+        try:
+            return auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        except Exception as error:  # the libraries raise whatever a wrong value leads to
+            last = error
+    if last is None:
+        raise UnsupportedModel(f"{config.model_type} is no causal language model of transformers {transformers.__version__}")
+    raise UnsupportedModel(
+        f"{config.model_type}: transformers cannot build it ({type(last).__name__}: {' '.join(str(last).split())[:300]})"
+    )
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that are registered meanwhile get no memory; buffers keep their values."""
+    torch, _ = torch_and_transformers()
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: Any, name: str, parameter: Any) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = type(parameter)(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
+
+
+def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
+    """(heads, key width, value width) of each layer's cache, from a run without numbers."""
+    torch, transformers = torch_and_transformers()
+    path, kind = model.directory / "config.json", model.kind
+    cache = transformers.DynamicCache()
+    try:
+        with torch.device("meta"), torch.no_grad(), quiet():
+            model.module(input_ids=torch.ones(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except Exception as error:
+        raise UnsupportedModel(f"{path}: {kind} does not run on token ids and a cache ({_first(error)})") from None
+    if not cache.layers:
+        raise UnsupportedModel(f"{path}: {kind} does not fill the key/value cache that it is given: such a model is not served")
+    shapes = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if type(layer) is not transformers.cache_utils.DynamicLayer:
+            raise _stateful(path, kind, f"its cache has a {type(layer).__name__}")
+        if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != 3:
+            raise UnsupportedModel(f"{path}: the cache of {kind} is no key and value for each position: such a model is not served")
+        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+    return shapes
+
+
+def _first(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

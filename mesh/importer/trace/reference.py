@@ -1,0 +1,123 @@
+"""A model's own logits by transformers: the outside truth that an import of a Hugging Face directory is compared with.
+
+A small model is held whole. A larger one has the weights of one module in memory at a time: they are read when the module is called
+and dropped when it returns, so that any model can be run, slowly, in the memory of its largest module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sized
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mesh.importer.trace.library import quiet, torch_and_transformers
+from mesh.importer.trace.model import TracedModel
+from mesh.importer.trace.weights import Parameters
+
+__all__ = ["TransformersReference"]
+
+Array = npt.NDArray[Any]
+
+
+class TransformersReference:
+    """`whole`: keep all weights in memory. `name` says which engine it is."""
+
+    def __init__(self, model: TracedModel, parameters: Parameters, *, whole: bool) -> None:
+        _, transformers = torch_and_transformers()
+        self.name = f"transformers {transformers.__version__}"
+        self._model = model.real
+        self._takes = inspect.signature(self._model.forward).parameters
+        self._loader = _Loader(self._model, parameters)
+        if whole:
+            self._loader.load_all()
+        else:
+            self._loader.hook()
+
+    def logits(self, tokens: Array) -> Array:
+        """The whole sequence at once: tokens [T] -> [T, V] float32."""
+        return self._run(tokens, None, 0)
+
+    def late(self, tokens: Array, past: Past) -> Array:
+        """tokens [T] after `past.start` positions whose keys and values are made up -> [T, V] float32."""
+        _, transformers = torch_and_transformers()
+        cache = transformers.DynamicCache()
+        cache.layers = [_late_layer(past, index) for index in range(len(past.cache))]
+        return self._run(tokens, cache, past.start)
+
+    def _run(self, tokens: Array, cache: Any, start: int) -> Array:
+        torch, transformers = torch_and_transformers()
+        ids = torch.from_numpy(np.asarray(tokens, np.int64)[None])
+        given = {"position_ids": torch.arange(start, start + len(tokens))[None]} if "position_ids" in self._takes else {}
+        cache = cache if cache is not None else transformers.DynamicCache()
+        with torch.no_grad(), quiet():
+            mask = torch.ones(1, start + len(tokens), dtype=torch.long)
+            out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
+        return np.asarray(out.logits[0].float().numpy())
+
+
+class Past(Protocol):
+    """Keys and values [heads, start, width] of each layer, computed when they are asked for."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def cache(self) -> Sized: ...
+    def layer(self, index: int) -> tuple[Array, Array]: ...
+
+
+def _late_layer(past: Past, index: int) -> Any:
+    """A layer of transformers' cache that has `past` in front, and keeps nothing."""
+    torch, transformers = torch_and_transformers()
+
+    base: Any = transformers.cache_utils.DynamicLayer
+
+    class Late(base):  # type: ignore[misc]
+        def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+            key, value = (torch.from_numpy(each)[None] for each in past.layer(index))
+            return torch.cat([key, key_states], -2), torch.cat([value, value_states], -2)
+
+        def get_seq_length(self) -> int:
+            return past.start
+
+    return Late()
+
+
+class _Loader:
+    """Puts weights into a module that was built without any."""
+
+    def __init__(self, module: Any, parameters: Parameters) -> None:
+        self._module, self._parameters = module, parameters
+        self._own: dict[Any, list[tuple[str, str]]] = {}
+        for prefix, each in module.named_modules(remove_duplicate=True):
+            names = [name for name, _ in each.named_parameters(recurse=False)]
+            names += [name for name, _ in each.named_buffers(recurse=False) if f"{prefix}.{name}".lstrip(".") in parameters]
+            if names:
+                self._own[each] = [(name, f"{prefix}.{name}".lstrip(".")) for name in names]
+
+    def load_all(self) -> None:
+        for module in self._own:
+            self._load(module)
+
+    def hook(self) -> None:
+        for module in self._own:
+            module.register_forward_pre_hook(lambda each, _: self._load(each))
+            module.register_forward_hook(lambda each, _, out: self._drop(each))
+
+    def _load(self, module: Any) -> None:
+        torch, _ = torch_and_transformers()
+        for name, full in self._own[module]:
+            if full not in self._parameters:
+                continue  # a part that text never reaches: it fails by itself where it is used
+            tensor = torch.from_numpy(np.array(self._parameters.read(full)))
+            if name in module._buffers:
+                module._buffers[name] = tensor
+            else:
+                module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def _drop(self, module: Any) -> None:
+        for name, _ in self._own[module]:
+            held = module._buffers if name in module._buffers else module._parameters
+            held[name] = held[name].to("meta")

@@ -1,0 +1,128 @@
+"""The parameters of a traced model from its checkpoint, read and converted one at a time.
+
+Checkpoints name and divide tensors in their own ways (one tensor an expert, fused projections). transformers has a list of conversions
+for each model; they are applied here to one parameter at a time, so that no more than it is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from mesh.errors import CorruptModel
+from mesh.importer.trace.library import quiet, torch_and_transformers
+from mesh.importer.trace.model import TracedModel
+
+__all__ = ["Parameters"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(slots=True)
+class _Recipe:
+    """What one conversion makes from which tensors. `first`: the parameter that it is named by."""
+
+    first: str
+    converter: Any
+    tensors: list[tuple[str, str]] = field(default_factory=list)  # pattern, name in the checkpoint
+
+
+class Parameters:
+    """Parameters and saved buffers of `model` by their names in it. `unused`: tensors of the checkpoint that it has no place for."""
+
+    def __init__(self, model: TracedModel, names: Iterable[str], read: Callable[[str], Array]) -> None:
+        self._model, self._read = model.module, read
+        self._state: Mapping[str, Any] = self._model.state_dict()
+        self._recipes: dict[str, _Recipe] = {}
+        self.unused: list[str] = []
+        with quiet():
+            self._plan(names)
+        self._same = _tied(self._model)
+
+    def check_complete(self) -> None:
+        """CorruptModel where a parameter of the model has no tensor."""
+        for name, _ in self._model.named_parameters():
+            if name not in self:
+                self.read(name)
+
+    def _plan(self, names: Iterable[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        prefix = self._model.base_model_prefix
+        first: dict[str, _Recipe] = {}
+        for name in sorted(names, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
+            if target not in self._state and name in self._state:
+                target, pattern = name, None
+            if target not in self._state:
+                self.unused.append(name)
+                continue
+            if pattern is None:
+                self._recipes[target] = _Recipe(target, None, [("", name)])
+                continue
+            recipe = first.setdefault(target, _Recipe(target, by_pattern[pattern]))
+            recipe.tensors.append((pattern, name))
+        for recipe in first.values():
+            for target in self._targets(recipe):
+                self._recipes[target] = recipe
+
+    def _targets(self, recipe: _Recipe) -> list[str]:
+        """All parameters that one conversion makes."""
+        own = recipe.converter.target_patterns
+        begin = next((each for each in own if each in recipe.first), None)
+        if begin is None:
+            return [recipe.first]
+        return [name for each in own if (name := recipe.first.replace(begin, each, 1)) in self._state]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._recipes or any(other in self._recipes for other in self._same.get(name, ()))
+
+    def read(self, name: str) -> Array:
+        """The parameter `name` as float32 or its own integer type. CorruptModel: the checkpoint lacks it, or it has another shape."""
+        source = next((each for each in (name, *self._same.get(name, ())) if each in self._recipes), None)
+        if source is None:
+            raise CorruptModel(f"the checkpoint has no tensor for the parameter {name}: its weights are not those of its config.json")
+        array = self._made(source)
+        wanted = tuple(self._state[source].shape)
+        if array.shape != wanted:
+            raise CorruptModel(f"the tensor for {name} has shape {list(array.shape)} where config.json needs {list(wanted)}")
+        return array
+
+    def _made(self, name: str) -> Array:
+        torch, _ = torch_and_transformers()
+        recipe = self._recipes[name]
+        if recipe.converter is None:
+            return _wide(self._read(recipe.tensors[0][1]))
+        converter = deepcopy(recipe.converter)
+        for pattern, tensor in recipe.tensors:
+            converter.add_tensor(recipe.first, tensor, pattern, lambda tensor=tensor: torch.from_numpy(_wide(self._read(tensor)).copy()))
+        with quiet(), torch.no_grad():
+            made = converter.convert(recipe.first, model=self._model, config=self._model.config)
+        found = made.get(name)
+        if found is None:
+            raise CorruptModel(f"the tensors {', '.join(n for _, n in recipe.tensors[:3])} make no parameter {name}")
+        found = found[0] if isinstance(found, list) else found
+        return np.asarray(found.contiguous().numpy())
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64)) else array
+
+
+def _tied(module: Any) -> dict[str, tuple[str, ...]]:
+    """For each parameter the other names of the same one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(other for other in group if other != name) for group in names.values() for name in group if len(group) > 1}

@@ -1,0 +1,85 @@
+"""The engine that runs a source itself, for comparison: onnxruntime for an export, transformers for a Hugging Face directory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mesh.errors import CorruptModel, MeshError
+from mesh.importer.families.decoder_source import DecoderSource
+from mesh.importer.sources.onnx import OnnxSource
+from mesh.importer.sources.safetensors import SafetensorsCheckpoint
+from mesh.importer.sources.source import Source
+from mesh.importer.sources.traced import TracedSource
+from mesh.importer.trace.library import available
+from mesh.importer.trace.model import TracedModel, cache_shapes, open_model
+from mesh.importer.trace.reference import TransformersReference
+from mesh.importer.trace.weights import Parameters
+from mesh.importer.verify.oracle import OrtParts, open_oracle
+from mesh.importer.verify.verify import NOTHING, Outside
+
+__all__ = ["WHOLE_CHECKPOINT_BYTES", "WHOLE_SOURCE_BYTES", "outside_engine"]
+
+WHOLE_SOURCE_BYTES = 2 << 30
+"""An export of up to this size is run whole, token by token. A larger one is run part by part, on random tokens."""
+
+WHOLE_CHECKPOINT_BYTES = 512 << 20
+"""The same for a checkpoint that transformers runs: its weights are not mapped, and narrow ones become 32 bits wide."""
+
+
+def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
+    """What runs `source`, and what the manifest's report says about how it was made."""
+    if isinstance(source, TracedSource):
+        notes = {"made_by": source.made} | ({} if source.note is None else {"note": source.note})
+        return _transformers(source, source.file.parent, source.model, source.parameters), notes
+    if isinstance(source, OnnxSource):
+        return _onnxruntime(source), {}
+    note = source.spec.context_note if isinstance(source, DecoderSource) else None
+    notes = {} if note is None else {"note": note}
+    if isinstance(source, DecoderSource) and source.directory is not None and available():
+        try:
+            model = open_model(source.directory)
+        except MeshError as error:
+            return NOTHING, {**notes, "not_compared": str(error)}
+        checkpoint = SafetensorsCheckpoint.open(source.directory)
+        return _transformers(source, source.directory, model, Parameters(model, checkpoint, checkpoint.read)), notes
+    return NOTHING, notes
+
+
+def _transformers(source: Source, directory: Path, model: TracedModel, parameters: Parameters) -> Outside:
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    whole = size <= WHOLE_CHECKPOINT_BYTES
+    same_cache = cache_shapes(model) == [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache] and _unscaled(source)
+    reference = TransformersReference(model, parameters, whole=whole)
+    return Outside(
+        reference.name,
+        greedy=reference.logits if whole else None,
+        rows=None if whole else reference.logits,
+        late=reference.late if same_cache else None,
+    )
+
+
+def _unscaled(source: Source) -> bool:
+    """Whether a block's cache holds the very keys that the source's holds."""
+    return not isinstance(source, OnnxSource) or all(pattern.k.scale == 1.0 for pattern in source.patterns)
+
+
+def _onnxruntime(source: OnnxSource) -> Outside:
+    """The whole of an export where it is small enough, and its parts one at a time."""
+    size = sum(file.stat().st_size for file in source.file.parent.glob("*") if file.is_file())
+    roles = {str(value.name): role.value for value, role in source.graph.roles.items()}
+    parts = OrtParts([partial(source.part, index) for index in range(source.layers + 2)], roles, source.file.parent)
+    if size > WHOLE_SOURCE_BYTES:
+        return Outside("onnxruntime", parts=parts)
+    oracle = open_oracle(source.file, roles, str(source.graph.logits.name))
+
+    def logits(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        try:
+            return oracle.logits(tokens)
+        except Exception as error:  # onnxruntime's own exceptions
+            raise CorruptModel(f"{source.file} does not run in onnxruntime: {str(error).splitlines()[0]}") from None
+
+    return Outside("onnxruntime", greedy=logits, parts=parts)

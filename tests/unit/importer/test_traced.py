@@ -1,0 +1,93 @@
+"""Hugging Face directories of families that nothing here builds: transformers' own implementation is traced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ort_chain import Chain, relative_error
+from tiny_models import LLAMA, logits_of, make_model
+
+from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer import run
+from mesh.importer.run import import_model
+from mesh.importer.verify import outside
+from mesh.model.manifest import Manifest
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "soft caps and two kinds of layers": (
+        "Gemma2",
+        {
+            **LLAMA,
+            "num_hidden_layers": 2,
+            "head_dim": 24,
+            "sliding_window": 9,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 9.0,
+        },
+    ),
+    "experts, one tensor each in the checkpoint": (
+        "Qwen2Moe",
+        {**LLAMA, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"shared_expert_intermediate_size": 40},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_traced_model_computes_what_transformers_computes(case: str, tmp_path: Path) -> None:
+    kind, values = CASES[case]
+    model = make_model(kind, values, tmp_path / "source")
+    manifest = import_model(tmp_path / "source", tmp_path / "model")
+    report = manifest.report
+    assert report["source_engine"].startswith("transformers") and report["source_error"] < 1e-4 and report["source_greedy_equal"] == 1.0
+    assert report["made_by"]["way"] == "trace" and report["made_by"].keys() >= {"torch", "transformers"}
+    assert max(report["late_positions"]) == 248  # the end of the context, beyond every window
+    assert Manifest.load(tmp_path / "model").source == "safetensors"
+    prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 23).tolist()
+    chain = Chain(tmp_path / "model", manifest.cache)
+    got = np.concatenate([chain(prompt[:9]), chain(prompt[9:])])
+    assert relative_error(got, logits_of(model, prompt)) < 1e-4
+
+
+def test_a_model_too_large_to_run_whole_is_compared_module_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "WHOLE_CHECKPOINT_BYTES", 0)
+    make_model("StableLm", {**LLAMA, "num_hidden_layers": 2}, tmp_path / "source")
+    report = import_model(tmp_path / "source", tmp_path / "model").report
+    assert report["source_error"] < 1e-4 and report["source_greedy_equal"] == 1.0
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_what_cannot_be_traced_is_refused_by_name_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    make_model("StableLm", LLAMA, source)
+    whole = (source / "config.json").read_text()
+    edit_config(source, model_type="mamba")
+    with pytest.raises(UnsupportedModel, match=r"mamba keeps recurrent or convolution state, not a list of positions"):
+        import_model(source, out)
+    edit_config(source, model_type="gpt_oss")
+    with pytest.raises(UnsupportedModel, match=r"gpt_oss has attention sinks \(.*sinks\)"):
+        import_model(source, out)
+    edit_config(source, model_type="nothing_known")
+    with pytest.raises(UnsupportedModel, match=r"transformers 5\.\S+ does not know this model_type"):
+        import_model(source, out)
+    edit_config(source, auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    (source / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UnsupportedModel, match=r"the model is code of its own directory, which is not run: .*--trust-remote-code"):
+        import_model(source, out)
+    assert not (tmp_path / "ran").exists()
+    (source / "config.json").write_text(whole)
+    edit_config(source, num_hidden_layers=4)
+    with pytest.raises(CorruptModel, match=r"no tensor for the parameter model\.layers\.3\."):
+        import_model(source, out)
+    monkeypatch.setattr(run, "available", lambda: False)
+    with pytest.raises(UnsupportedModel, match=r"builds model_type 'stablelm' .*pip install 'stagemesh\[trace\]'"):
+        import_model(source, out)
+    assert not out.exists()
