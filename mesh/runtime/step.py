@@ -6,7 +6,7 @@
     sampled    logits -> sampled tokens                             last stage, if some row asks for more than the likeliest token
 
 Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row), or in their
-place a packed step: N tokens of any rows, flat, as if they were N rows of one token. See docs/adr/0014.
+place a packed step: N tokens of any rows, flat, as if they were N rows of one token. See docs/adr/0015.
 Layers run a few at a time, not all at once. Groups of equal layers share one compiled program, so compile time does not grow with
 depth, and a few calls take little of a step's time. State is donated, so that caches are updated in place.
 """
