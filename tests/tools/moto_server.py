@@ -1,6 +1,7 @@
-"""A moto server that tells the description of a rule between two security groups: `moto_server.py PORT`, run by moto's Python.
+"""A moto server with two of its faults mended: `moto_server.py PORT`, run by moto's Python.
 
-moto 5.2 keeps the description and tells it only of rules with addresses, so Terraform would see a change in every plan.
+moto 5.2 keeps the description of a security group's rule and tells it only of rules with addresses, so Terraform would see a change in
+every plan. And it cannot remove the last version of an object that was deleted, so a bucket with versions could never be destroyed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from moto.ec2.models.security_groups import SecurityGroupRule
+from moto.s3.models import FakeDeleteMarker
 from moto.server import main
 
 
@@ -16,4 +18,5 @@ def _description(rule: SecurityGroupRule) -> str | None:
 
 
 SecurityGroupRule.description = property(_description)
+FakeDeleteMarker.dispose = lambda marker: None
 main(["-H", "127.0.0.1", "-p", sys.argv[1]])
