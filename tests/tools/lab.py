@@ -78,7 +78,7 @@ class Lab:
             wheelhouse=str(self.wheels),
             model=str(self.model),
             network=NETWORK,
-            vars={"mesh_worker_threads": "1"},
+            vars={"mesh_worker_threads": "1", "coordinator_failover_timeout": "120s"},  # all hosts share the cores of this machine
             **values,
         )
         said = self.site.run("apply", "-auto-approve", "-input=false").stdout
