@@ -12,5 +12,9 @@ pip wheel --require-hashes --no-deps -r "$HERE/requirements.lock" --wheel-dir "$
 rm -f "$FOLDER"/stagemesh-*.whl
 pip wheel --no-deps --wheel-dir "$FOLDER" "$HERE"
 rm -rf "$HERE/build"
+if [ -z "${MESH_NO_KERNELS:-}" ] && ! "$PYTHON" -m zipfile -l "$FOLDER"/stagemesh-*.whl | grep -q kernels/native/kernels.so; then
+  echo "the wheel of stagemesh has no kernels: install g++, or set MESH_NO_KERNELS=1 for machines that are to compute without them" >&2
+  exit 2
+fi
 (cd "$FOLDER" && sha256sum -- *.whl > SHA256SUMS)
 echo "$FOLDER: $(wc -l < "$FOLDER/SHA256SUMS") wheels, $(du -sh "$FOLDER" | cut -f1)" >&2

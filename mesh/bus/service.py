@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import nats.micro
 import nats.micro.request
@@ -20,14 +21,24 @@ from mesh.protocol.headers import UNREAD_HEADER
 from mesh.protocol.topics import Address
 from mesh.telemetry.seldom import Seldom
 
-__all__ = ["Endpoint", "Service", "endpoint_data"]
+__all__ = ["Endpoint", "Service", "endpoint_data", "semantic"]
 
 log = logging.getLogger("mesh.bus")
 seldom = Seldom(log)
 
 R = TypeVar("R")
 
+_VERSION: Final = re.compile(r"(?P<release>\d+\.\d+\.\d+)(?P<early>a|b|rc|\.dev)?(?P<rest>.*)")
 _INTERNAL = MeshError("an internal error; the log of the service says more")
+
+
+def semantic(version: str) -> str:
+    """A version of a Python package as micro services have it: 0.2.0rc1 is 0.2.0-rc1, and 0.2.0.post1 is 0.2.0+post1."""
+    found = _VERSION.fullmatch(version)
+    if found is None or (not found["early"] and not found["rest"]):
+        return version
+    rest = re.sub(r"[^0-9A-Za-z]+", ".", (found["early"] or "") + found["rest"]).strip(".")
+    return f"{found['release']}{'-' if found['early'] else '+'}{rest}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Service:
     ) -> Service:
         config = nats.micro.service.ServiceConfig(
             name=name,
-            version=version,
+            version=semantic(version),
             description=description,
             metadata=metadata or {},
             stats_handler=None if stats is None else lambda _endpoint: stats(),

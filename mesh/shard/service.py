@@ -147,6 +147,7 @@ class Shard:
         self._failure: BaseException | None = None
         self._moving = asyncio.Lock()
         self._drainer: asyncio.Task[Any] | None = None
+        self._ends_when_drained = False
         self._encode_s = dict.fromkeys(Kind, 0.0)  # seconds that encoding the last frame of each kind took
         self.started_unix_s = time.time()
         self.predicted_bytes = predicted_bytes(self.manifest, options)
@@ -234,12 +235,13 @@ class Shard:
 
     def drain(self, timeout_s: float | None = None, *, stop: bool = True) -> int:
         """Take no new sessions. Then, if `stop`, end once none is open, or after `timeout_s` (None: the options' drain_s). Returns how
-        many sessions are open."""
+        many sessions are open. While it drains already, only `stop` counts."""
         count = self.state.drain()
+        self._ends_when_drained = self._ends_when_drained or stop
         self._set_status("draining")
         if self._drainer is None or self._drainer.done():
             wait_s = self.options.drain_s if timeout_s is None else timeout_s
-            self._drainer = self.bus.spawn(self._drain(wait_s, stop), "drain")
+            self._drainer = self.bus.spawn(self._drain(wait_s), "drain")
         return count
 
     # -- answers -------------------------------------------------------------------------------------------------------
@@ -626,14 +628,14 @@ class Shard:
         if self.state.sessions == 0:
             self.idle.set()
 
-    async def _drain(self, timeout_s: float, stop: bool) -> None:
+    async def _drain(self, timeout_s: float) -> None:
         await self.close_doors("draining")
         try:
             await asyncio.wait_for(self.idle.wait(), timeout_s)
         except TimeoutError:
             log.warning("drained with %d sessions still open after %g s", self.state.sessions, timeout_s)
         await self._announce("drained", f"{self.state.sessions} sessions were still open")
-        if stop:
+        if self._ends_when_drained:
             self._stop.set()
 
     async def _leave(self) -> None:

@@ -85,3 +85,13 @@ def test_a_drain_that_was_asked_for_by_a_signal_is_not_refused(run: Run, server:
             await asyncio.wait_for(shard._stop.wait(), 10)
 
     run(work())
+
+
+def test_a_signal_ends_a_shard_that_drains_and_was_to_stay(run: Run, server: NatsServer, model: Path) -> None:
+    async def work() -> None:
+        async with shards(server.url, model, even_ranges(3, 1)) as (shard,):
+            shard.drain(60, stop=False)  # `mesh drain --keep`
+            shard.drain()  # SIGTERM, while it still drains
+            await asyncio.wait_for(shard._stop.wait(), 10)
+
+    run(work())

@@ -78,7 +78,7 @@ class Lab:
             wheelhouse=str(self.wheels),
             model=str(self.model),
             network=NETWORK,
-            vars={"mesh_worker_threads": "1"},
+            vars={"mesh_worker_threads": "1", "coordinator_failover_timeout": "120s"},  # all hosts share the cores of this machine
             **values,
         )
         said = self.site.run("apply", "-auto-approve", "-input=false").stdout
@@ -99,12 +99,14 @@ class Lab:
         command = [str(TOOLS / "ansible-playbook"), "-i", str(self.inventory), "--private-key", str(self.key), f"playbooks/{playbook}.yml"]
         environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
         mesh = f"mesh_command={Path(self.python).parent / 'mesh'}"
-        done = subprocess.run(
-            [*command, "-e", mesh, *words], cwd=ROOT / "ansible", env=environment, capture_output=True, text=True, timeout=timeout_s
-        )
-        (self.folder / f"{playbook}.log").write_text(done.stdout + done.stderr)
-        assert done.returncode == 0, f"{playbook}: {done.stdout[-3000:]}{done.stderr[-2000:]}"
-        recap = done.stdout.partition("PLAY RECAP")[2].splitlines()[1:]
+        log = self.folder / f"{playbook}.log"
+        with log.open("w") as said:  # as it goes, so that one can look
+            done = subprocess.run(
+                [*command, "-e", mesh, *words], cwd=ROOT / "ansible", env=environment, stdout=said, stderr=said, timeout=timeout_s
+            )
+        text = log.read_text()
+        assert done.returncode == 0, f"{playbook}: {text[-5000:]}"
+        recap = text.partition("PLAY RECAP")[2].splitlines()[1:]
         counts = {}
         for line in recap:
             if ":" in line:

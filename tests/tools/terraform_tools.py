@@ -94,7 +94,7 @@ def moto(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of programs that are to take a moto server for AWS. It runs until the block ends."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    command = [str(MOTO), "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [str(MOTO), str(ROOT / "tests" / "tools" / "moto_server.py"), str(port)]
     with (folder / "moto.log").open("w") as log:
         environment = {**os.environ, "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}  # those of AWS itself, such as Session Manager's
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
