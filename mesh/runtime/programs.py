@@ -19,6 +19,7 @@ from mesh.runtime.cache import SLACK
 from mesh.runtime.executables import Executables
 from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled
+from mesh.runtime.shaping import Shaping, shape_logits, table_shapes
 from mesh.runtime.step import LayerCache
 
 __all__ = ["Compiled", "Group", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "to_host"]
@@ -70,13 +71,14 @@ class _Vocabulary:
 
 
 class _Step(NamedTuple):
-    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, and
-    sampling."""
+    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, what
+    changes logits, and sampling."""
 
     embed: Any
     layers: tuple[Any, ...]
     last: Any
     head: Any
+    shaped: Any
     sampled: Any
 
 
@@ -148,10 +150,11 @@ class Programs:
         hidden: np.ndarray | None,
         numbers: np.ndarray,
         wanted: tuple[np.ndarray, np.ndarray] | None = None,
+        shaping: Callable[[], Shaping] | None = None,
     ) -> tuple[Any, Any]:
         """Run one step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' sampling parameters; None if the
-        likeliest tokens suffice. `caches` is updated in place. Returns (history, hidden [B, T, D]), or on the last stage (history,
-        Sampled)."""
+        likeliest tokens suffice. `shaping` is called once the logits are there, and says how they are changed. `caches` is updated in
+        place. Returns (history, hidden [B, T, D]), or on the last stage (history, Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         # A call copies host arrays to the device itself, faster than device_put. But an accelerator would get it once for each program.
         numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
@@ -170,7 +173,8 @@ class Programs:
             return history, Sampled(likeliest, None, None, None)
         logits.block_until_ready()  # the result is needed at once in any case
         began = time.perf_counter()
-        drawn = jax.block_until_ready(step.sampled(logits, history, numbers_, *self._on_device(*wanted)))
+        scores = logits if shaping is None else step.shaped(logits, *shaping())
+        drawn = jax.block_until_ready(step.sampled(scores, history, numbers_, *self._on_device(*wanted), logits))
         self.sampled_s = time.perf_counter() - began
         return history, drawn
 
@@ -184,6 +188,7 @@ class Programs:
             self._get("embed", bucket, self._embed)
         if self._alone and self._head is not None:
             self._get("head", bucket, self._head, history, x)
+            self._get("shaped", bucket, self._vocabulary)
             self._get("sampled", bucket, self._vocabulary, history)
             if bucket.prefill:
                 self._get("last", bucket, self._head, history, x)
@@ -192,6 +197,7 @@ class Programs:
             tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
             self._get("last", bucket, self.head, history, x) if self.head is not None and bucket.prefill else None,
             None if self.head is None else self._get("head", bucket, self.head, history, x),
+            None if self.head is None else self._get("shaped", bucket, self._vocabulary),
             None if self.head is None else self._get("sampled", bucket, self._vocabulary, history),
         )
         return step
@@ -222,7 +228,7 @@ def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
     sampling looks back over one of a few lengths."""
     if kind in ("embed", "last"):
         return replace(bucket, length=0)
-    if kind == "head":
+    if kind in ("head", "shaped"):
         return ShapeBucket(False, 1 if bucket.prefill else bucket.size, 0)
     if kind == "sampled":
         seen = _SEEN
@@ -358,14 +364,20 @@ def _head(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
     return _Program(jax.jit(head, donate_argnums=1), (weights, history, hidden, _vector(bucket)), tree)
 
 
+def _shaped(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x: Any) -> _Program:
+    tables = table_shapes(bucket.size, vocabulary.size)
+    return _Program(jax.jit(shape_logits), (_shape((bucket.size, vocabulary.size), np.float32), *tables))
+
+
 def _sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
     table = (_shape((bucket.size, RowTable.FLOATS), np.float32), _shape((bucket.size, RowTable.INTS)))
 
-    def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any) -> Any:
+    def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any, raw: Any) -> Any:
         n = _numbers(bucket, vector)
-        return step.sampled(logits, history, n.positions, n.row, floats, ints, length=bucket.length)
+        return step.sampled(logits, history, n.positions, n.row, floats, ints, raw, length=bucket.length)
 
-    return _Program(jax.jit(sampled), (_shape((bucket.size, vocabulary.size), np.float32), history, _vector(bucket), *table))
+    logits = _shape((bucket.size, vocabulary.size), np.float32)
+    return _Program(jax.jit(sampled), (logits, history, _vector(bucket), *table, logits))
 
 
 _PROGRAM: dict[str, Callable[..., _Program]] = {
@@ -373,6 +385,7 @@ _PROGRAM: dict[str, Callable[..., _Program]] = {
     "layers": _layers,
     "last": _last,
     "head": _head,
+    "shaped": _shaped,
     "sampled": _sampled,
 }
 
