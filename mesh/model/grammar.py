@@ -286,13 +286,13 @@ class Matcher:
 
     def go_to(self, tokens: list[int]) -> None:
         """Be where an answer of these tokens is: what they have in common with those before is kept."""
-        if self._matcher.is_error():  # which a matcher never leaves
-            self._matcher, self.tokens, self._computed = self._beginning.deep_copy(), [], False
         common = next(
             (at for at, (a, b) in enumerate(zip(self.tokens, tokens, strict=False)) if a != b), min(len(self.tokens), len(tokens))
         )
-        if common < len(self.tokens):
-            self._matcher.rollback(len(self.tokens) - common)
+        back = len(self.tokens) - common
+        # a matcher never leaves an error, and cannot go back from its end
+        if self._matcher.is_error() or (back and (self._matcher.is_stopped() or not self._matcher.rollback(back))):
+            self._matcher, self.tokens, self._computed, common = self._beginning.deep_copy(), [], False, 0
         for token in tokens[common:]:
             self._matcher.consume_token(token)
         self._computed = self._computed and self.tokens == tokens

@@ -10,6 +10,7 @@ buckets          the few shapes that steps are padded to
 step             one block's part of a step
 cache            attention over the KV cache
 sampling         the next token from logits
+shaping          grammars and biases, which change logits before
 loading          a block's file to a function and its weights
 canonical        equal blocks share one compiled program
 kernel_variants  the fastest variant of each product on this machine

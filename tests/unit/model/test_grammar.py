@@ -160,6 +160,17 @@ def test_the_state_is_a_function_of_the_tokens_whatever_came_before(vocabulary: 
     assert allowed(wandering) == masks[7]
 
 
+def test_an_answer_that_has_ended_can_begin_again(vocabulary: Vocabulary) -> None:
+    matcher = vocabulary.matcher(grammar_of(StructuredOutputs(json=PERSON)))
+    for text in ('{"name":"Ada","age":36}', '{"name":"A","age":1}'):
+        for length in range(len(text) + 1):
+            matcher.go_to(ids(text)[:length])
+            assert matcher.allowed() is not None
+        matcher.go_to([*ids(text), END])
+    matcher.go_to(ids('{"name":"Ada"'))
+    assert allowed(matcher) >= set(ids(","))
+
+
 def test_a_matcher_does_not_change_another_of_the_same_grammar(vocabulary: Vocabulary) -> None:
     grammar = grammar_of(StructuredOutputs(choice=("ab", "cd")))
     first, second = vocabulary.matcher(grammar), vocabulary.matcher(grammar)

@@ -91,6 +91,15 @@ def test_a_row_that_is_opened_again_keeps_its_tokens_and_another_session_begins_
     assert allowed(shapes, 0) == "x"
 
 
+def test_the_same_request_again_begins_anew_in_the_row_where_the_first_one_ended(shapes: RowShapes) -> None:
+    for _ in range(3):
+        begin(shapes)
+        for place, token in enumerate([*ids("ab-123"), END]):
+            assert allowed(shapes, 0) != "failed"
+            shapes.sampled([0], [token])
+            shapes.fed(0, PROMPT + place, [token] if token != END else [])
+
+
 def test_tokens_that_do_not_follow_the_grammar_or_are_missing_fail_this_row_alone(shapes: RowShapes) -> None:
     begin(shapes, 0, "zz")
     begin(shapes, 1, "a")
