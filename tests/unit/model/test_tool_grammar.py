@@ -53,7 +53,7 @@ class Made:
             self.backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in texts])
         elif marks == "control":
             self.backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
-        self.end = self.backend.token_to_id("<|end|>")
+        self.end: int = self.backend.encode("<|end|>", add_special_tokens=False).ids[0]
         info = TokenizerInfo(eos_ids=(self.end,))
         self.tokenizer = Tokenizer(self.backend, info)
 
