@@ -13,6 +13,7 @@ aio          AsyncMeshClient
 sync         MeshClient
 request      the arguments of a request, for type checkers
 stream       one generation request: sending it, repeating it, ordering its answers
+parsing      answers as instances of pydantic models
 results      what both clients return
 openai_shapes  the same as OpenAI's documents
 read_model   the picture of a mesh for the dashboard, `mesh top` and `mesh status`

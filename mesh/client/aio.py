@@ -14,6 +14,7 @@ from mesh.bus.batches import BatchStore
 from mesh.bus.dead import DeadList
 from mesh.bus.service import endpoint_data
 from mesh.bus.spans import SpanPublisher
+from mesh.client.parsing import Form, form_of, instance_of
 from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments, message_of
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Retry, Stream
@@ -137,9 +138,16 @@ class AsyncMeshClient:
         assert stream.completion is not None
         return stream.completion
 
-    async def chat(self, messages: Iterable[Mapping[str, str]], **request: Unpack[ChatArguments]) -> Completion:
+    async def chat(self, messages: Iterable[Mapping[str, Any]], **request: Unpack[ChatArguments]) -> Completion:
         """Generate the assistant's next message after `messages` ({"role", "content"})."""
         return await self.generate(messages=list(messages), **request)
+
+    async def parse(self, form: type[Form], prompt: str | None = None, **request: Unpack[GenerateArguments]) -> Form:
+        """Generate an instance of a pydantic model: the answer is JSON that follows the model's schema. The arguments are those of
+        `generate`; the model sees only these, so say in the prompt what is wanted. BadRequest: the schema is not supported, or max_tokens
+        ended the answer before it was complete."""
+        request["structured_outputs"] = form_of(form)
+        return instance_of(form, await self.generate(prompt, **request))
 
     async def batch(
         self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Unpack[GenerateArguments]

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mesh.client.results import Chunk, Completion, Token
+from mesh.protocol.tools import CallPart, ToolParser
 
 __all__ = ["ChatShape", "Shape", "TextShape"]
 
 
 class Shape(Protocol):
     """The documents of one request. Its id is the name of its first generation in the mesh. `choices`: of each prompt. `part`: the
-    documents for one chunk of choice `index`; `reason` is set with the last chunk."""
+    documents for one chunk of choice `index`; `reason` is set with the last chunk. `read_calls`: what reads calls in the choice's text."""
 
     model: str
 
     def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None: ...
     def name(self, request: str) -> None: ...
+    def read_calls(self, index: int, parser: ToolParser | None) -> None: ...
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
     def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]: ...
     def usage(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
@@ -38,6 +40,9 @@ class _Documents:
 
     def name(self, request: str) -> None:
         self._id = f"{self.prefix}-{request}"
+
+    def read_calls(self, index: int, parser: ToolParser | None) -> None:
+        """Does nothing: texts have no calls."""
 
     def _document(self, choices: list[dict[str, Any]], *, part: bool, **more: Any) -> dict[str, Any]:
         return {
@@ -65,14 +70,19 @@ class ChatShape(_Documents):
     def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None:
         super().__init__(model, created, choices=choices, usage_is_null=usage_is_null)
         self._begun: set[int] = set()
+        self._parsers: dict[int, ToolParser] = {}
+
+    def read_calls(self, index: int, parser: ToolParser | None) -> None:
+        if parser is not None:
+            self._parsers.setdefault(index, parser)
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": completion.text, "refusal": None},
+                "message": _message(completion),
                 "logprobs": _chat_logprobs(completion.logprobs),
-                "finish_reason": completion.finish_reason,
+                "finish_reason": _reason(completion.finish_reason, called=bool(completion.tool_calls)),
             }
             for index, completion in enumerate(completions)
         ]
@@ -84,15 +94,45 @@ class ChatShape(_Documents):
             self._begun.add(index)
             documents.append(self._delta(index, {"role": "assistant", "content": ""}))
         logprobs = None if chunk.token is None or chunk.token.logprob is None else _chat_logprobs((chunk.token,))
-        if chunk.text or logprobs is not None:
-            documents.append(self._delta(index, {"content": chunk.text}, logprobs=logprobs))
+        parser = self._parsers.get(index)
+        deltas = [{"content": chunk.text}] if parser is None else _deltas(parser, chunk.text, end=reason is not None)
+        if any(deltas[0].values()) or logprobs is not None:
+            documents.append(self._delta(index, deltas[0], logprobs=logprobs))
+        documents += [self._delta(index, delta) for delta in deltas[1:]]
         if reason is not None:
-            documents.append(self._delta(index, {}, reason=reason))
+            called = parser is not None and parser.calls > 0
+            documents.append(self._delta(index, {}, reason=_reason(reason, called=called)))
         return documents
 
     def _delta(self, index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._document([choice], part=True, **self._null)
+
+
+def _message(completion: Completion) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+    if completion.tool_format is None:
+        return message
+    message["content"] = completion.content or None
+    if completion.tool_calls:
+        message["tool_calls"] = [call.document() for call in completion.tool_calls]
+    return message
+
+
+def _reason(reason: str, *, called: bool) -> str:
+    return "tool_calls" if called and reason == "stop" else reason
+
+
+def _deltas(parser: ToolParser, text: str, *, end: bool) -> list[dict[str, Any]]:
+    """What a piece of text adds to the message: at least one delta, perhaps without content."""
+    parts = [*parser.push(text), *(parser.finish() if end else ())]
+    return [{"content": part} if isinstance(part, str) else {"tool_calls": [_call(part)]} for part in parts] or [{"content": ""}]
+
+
+def _call(part: CallPart) -> dict[str, Any]:
+    if part.id is None:
+        return {"index": part.call, "function": {"arguments": part.arguments}}
+    return {"index": part.call, "id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
 
 
 class TextShape(_Documents):

@@ -30,6 +30,12 @@ class _Fields(TypedDict, total=False):
     seed: int | None
     logprobs: int | None
     stop: Sequence[str]
+    logit_bias: Mapping[str, float]
+    structured_outputs: Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
+    tool_format: str | None
     ignore_eos: bool
     raw: bool
     add_generation_prompt: bool
@@ -42,7 +48,7 @@ class _Fields(TypedDict, total=False):
 class RequestArguments(_Fields, total=False):
     """The fields of a request. One of the prompt, `messages` ({"role", "content"}) and `tokens` is given."""
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
     tokens: Sequence[int]
 
 

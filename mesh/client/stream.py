@@ -37,6 +37,7 @@ from mesh.protocol import topics
 from mesh.protocol.generation import Cancel, Generate, public_id
 from mesh.protocol.headers import EPOCH_HEADER, REQUEST_HEADER, SESSION_HEADER
 from mesh.protocol.stream import Accepted, Finished, Token, TokenDocument, Waiting, parse
+from mesh.protocol.tools import FORMATS, ToolParser, joined
 
 __all__ = ["Retry", "Stream"]
 
@@ -101,6 +102,7 @@ class Stream:
         self._subscription: Subscription | None = None
         self._subject = ""
         self._cancel: topics.Address[Cancel, None] | None = None
+        self._tool_format: str | None = None
         self._given: list[Token] = []
         self._pieces: list[str] = []  # the text delivered
         self._epoch = 0
@@ -225,6 +227,7 @@ class Stream:
                     await self._ask()
             case Accepted():
                 self._cancel = topics.CANCEL.read(document.cancel)
+                self._tool_format = document.tool_format
             case Waiting():
                 self._waits_since = self._heard_at - document.waited_s if document.missing else None
                 if self._on_waiting is not None:
@@ -245,6 +248,10 @@ class Stream:
                 logprobs=tuple(self._given) if "logprobs" in answer.omitted else answer.logprobs,
                 omitted=(),
             )
+            parser = self.tool_parser()
+            if parser is not None and answer.text is not None:
+                content, calls = joined([*parser.push(answer.text), *parser.finish()])
+                answer = replace(answer, content=content, tool_calls=calls)
         completion = Completion.of(answer, self.session)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)
         for token in tokens[len(self._given) :]:
@@ -252,6 +259,11 @@ class Stream:
         rest = document.rest if completion.text is None else completion.text[len("".join(self._pieces)) :]
         self._ready.append(Chunk(rest, None, len(self._given), now))
         self.completion = completion
+
+    def tool_parser(self) -> ToolParser | None:
+        """What reads calls of tools in the chunks' texts. None: none were offered, or it is not known yet how they are written."""
+        form = FORMATS.get(self._tool_format or "")
+        return None if form is None else ToolParser(form, [tool.function.name for tool in self._message.tools], self.request)
 
     def _give(self, text: str, token: Token, now: float) -> None:
         self._ready.append(Chunk(text, token, len(self._given), now))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Unpack
 
 from mesh.bus import BusOptions
 from mesh.client.aio import AsyncMeshClient
+from mesh.client.parsing import Form
 from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments
 from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Stream
@@ -118,7 +119,10 @@ class MeshClient:
     def generate(self, prompt: str | None = None, **request: Unpack[GenerateArguments]) -> Completion:
         return self._run(self._client.generate(prompt, **request))
 
-    def chat(self, messages: Iterable[Mapping[str, str]], **request: Unpack[ChatArguments]) -> Completion:
+    def parse(self, form: type[Form], prompt: str | None = None, **request: Unpack[GenerateArguments]) -> Form:
+        return self._run(self._client.parse(form, prompt, **request))
+
+    def chat(self, messages: Iterable[Mapping[str, Any]], **request: Unpack[ChatArguments]) -> Completion:
         return self._run(self._client.chat(messages, **request))
 
     def batch(

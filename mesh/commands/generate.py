@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -29,6 +30,11 @@ def add_parser(subparsers: Any) -> None:
     add_generation_arguments(parser)
     add_mesh_arguments(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--schema", type=Path, metavar="FILE", help="the answer is JSON that follows this JSON schema")
+    form.add_argument("--regex", metavar="PATTERN", help="the answer matches this regular expression")
+    form.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these texts; repeat it for each")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="the answer follows this grammar, Lark or GBNF")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
     parser.add_argument("--hops", action="store_true", help="show where the time of a decode step went")
     parser.set_defaults(run=run_command)
@@ -44,7 +50,31 @@ def run_command(args: argparse.Namespace) -> int:
     request = request_of(args)
     if args.stop:
         request["stop"] = args.stop
+    form = form_of(args)
+    if form is not None:
+        request["structured_outputs"] = form
     return ask(bus_options(args), args.model, request, timeout_s=args.timeout, as_json=args.json, hops=args.hops)
+
+
+def form_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What --schema, --regex, --choice or --grammar asks for; None where none is given."""
+    if args.schema is not None:
+        try:
+            return {"json": orjson.loads(_read(args.schema))}
+        except orjson.JSONDecodeError as error:
+            raise BadRequest(f"--schema {args.schema} is no JSON ({error}): give a file with a JSON schema", field="schema") from None
+    if args.grammar is not None:
+        return {"grammar": _read(args.grammar)}
+    if args.regex is not None:
+        return {"regex": args.regex}
+    return None if args.choice is None else {"choice": args.choice}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path} cannot be read ({error}): give a text file", field="schema") from None
 
 
 def request_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Prompts become token ids in processes that can be ended: see prompt_process.
+"""Prompts become token ids, and forms of answers become grammars, in processes that can be ended: see prompt_process.
 
-Two lanes, a process each. Short prompts never wait behind long ones. A process that takes longer than `timeout_s` for one prompt, or
-dies of it, is replaced, and that prompt alone is refused.
+Three lanes, a process each: short prompts never wait behind long ones, nor behind grammars. A process that takes longer than `timeout_s`
+for one prompt, or dies of it, is replaced, and that prompt alone is refused.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import os
 import socket
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import orjson
 
-from mesh.coordinator.prompt_process import ERROR, LENGTH, MOST_ANSWER_BYTES, TEMPLATE_AS_USUAL, ChatOptions
+from mesh.coordinator.prompt_process import ERROR, FORM_FIELD, LENGTH, MOST_ANSWER_BYTES, TEMPLATE_AS_USUAL, ChatOptions
 from mesh.errors import BadRequest, Busy, CorruptModel, MeshError
 from mesh.protocol.failures import ErrorReply
+from mesh.protocol.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_BYTES, StructuredOutputs
 
 __all__ = ["PromptPool"]
 
@@ -32,12 +33,30 @@ SHORT_CHARACTERS: Final = 4000
 """A prompt of up to so many characters takes the first lane: a few milliseconds."""
 _LONG_NICE: Final = 10
 _START_S: Final = 60.0
+_GRAMMAR_S: Final = 2.0
+"""For one grammar. The limits of mesh.model.grammar end nearly all of them within 0.1 s."""
+_GRAMMARS_WAITING: Final = 64
+_GRAMMARS_KEPT: Final = 256
 _MEMORY_BYTES: Final = 2 * 1024**3
 """Of address space; a tokenizer of 150,000 tokens takes some 300 MB of it."""
 
 
+class _What(NamedTuple):
+    """What a lane is asked about, in words for errors."""
+
+    one: str
+    many: str
+    done: str
+    work: str
+    remedy: str
+
+
+_PROMPT: Final = _What("prompt", "prompts", "tokenized", "the model's chat template and tokenizer", "shorten it")
+_FORM: Final = _What("form of an answer", "forms of answers", "checked", "the check of the form of the answer", "ask for a simpler one")
+
+
 class PromptPool:
-    """Start it with `start`, end it with `stop`. `counters`: prompts, late (ended for their time), died.
+    """Start it with `start`, end it with `stop`. `counters`: prompts, grammars (those not known yet), late (ended for their time), died.
 
     digest: of the manifest that the processes must find in `directory` (None: any).
 
@@ -52,6 +71,8 @@ class PromptPool:
         command = (str(directory), digest or "")
         short = _Lane(command, timeout_s, queue_limit, self.counters, nice=0)
         self._lanes = (short, _Lane(command, timeout_s, long_limit, self.counters, nice=_LONG_NICE))
+        self._grammar_lane = _Lane(command, _GRAMMAR_S, _GRAMMARS_WAITING, self.counters, nice=0)
+        self._grammars: OrderedDict[bytes, str] = OrderedDict()  # by the form that was asked for
 
     async def start(self) -> None:
         """CorruptModel where the tokenizer cannot be read within its limits of time and memory. The lane of long prompts starts with
@@ -59,7 +80,7 @@ class PromptPool:
         await self._lanes[0].start()
 
     async def stop(self) -> None:
-        await asyncio.gather(*(lane.stop() for lane in self._lanes))
+        await asyncio.gather(*(lane.stop() for lane in (*self._lanes, self._grammar_lane)))
 
     async def tokenize(
         self, *, prompt: str | None, messages: list[dict[str, Any]] | None, raw: bool, options: ChatOptions = TEMPLATE_AS_USUAL
@@ -68,7 +89,36 @@ class PromptPool:
         size = len(prompt or "") + sum(len(str(message.get("content") or "")) for message in messages or ())
         lane = self._lanes[size > SHORT_CHARACTERS]
         self.counters["prompts"] += 1
-        return await lane.tokenize({"prompt": prompt, "messages": messages, "raw": raw, "options": options})
+        request = {"prompt": prompt, "messages": messages, "raw": raw, "options": options}
+        answer = await lane.ask(request, _PROMPT, "prompt" if messages is None else "messages")
+        return np.frombuffer(answer, np.int32, offset=1).tolist()
+
+    async def grammar(self, form: StructuredOutputs) -> str:
+        """The grammar of a form of answers. BadRequest: it is not supported, contradicts itself, or takes too much time or memory. Busy:
+        too many wait."""
+        wanted = orjson.dumps(form.request())
+        if len(wanted) > 2 * MAX_SCHEMA_BYTES:
+            what = f"the form of the answer has {len(wanted):,} bytes: at most {MAX_SCHEMA_BYTES:,} are taken"
+            raise BadRequest(what, field=FORM_FIELD)
+        return await self._grammar("form", wanted, FORM_FIELD)
+
+    async def tool_grammar(self, calls: dict[str, Any]) -> str | None:
+        """The grammar of an answer that may call tools; None where it needs none. `calls`: the fields of Generate about them. Errors as of
+        `grammar`."""
+        wanted = orjson.dumps(calls)
+        if len(wanted) > MAX_GRAMMAR_BYTES:
+            raise BadRequest(f"the tools have {len(wanted):,} bytes: at most {MAX_GRAMMAR_BYTES:,} are taken", field="tools")
+        return await self._grammar("calls", wanted, "tools") or None
+
+    async def _grammar(self, kind: str, wanted: bytes, field: str) -> str:
+        known = self._grammars.get(wanted)
+        if known is None:
+            self.counters["grammars"] += 1
+            known = (await self._grammar_lane.ask({kind: orjson.Fragment(wanted)}, _FORM, field))[1:].decode()
+            self._grammars[wanted] = known
+            while len(self._grammars) > _GRAMMARS_KEPT:
+                self._grammars.popitem(last=False)
+        return known
 
 
 class _Lane:
@@ -108,20 +158,21 @@ class _Lane:
         async with self._turn:
             await self._end()
 
-    async def tokenize(self, request: dict[str, Any]) -> list[int]:
+    async def ask(self, request: dict[str, Any], what: _What, field: str) -> bytes:
+        """The answer to `request`, which is about the field `field`. Raises the error that it is."""
         if self._waiting >= self._queue_limit:
-            raise Busy("too many prompts wait to be tokenized: try again in 1 s", retry_after_s=1.0)
+            raise Busy(f"too many {what.many} wait to be {what.done}: try again in 1 s", retry_after_s=1.0)
         self._waiting += 1
         try:
             async with self._turn:
-                answer = await self._ask(orjson.dumps(request), "prompt" if request["messages"] is None else "messages")
+                answer = await self._ask(orjson.dumps(request), what, field)
         finally:
             self._waiting -= 1
         if answer[:1] == ERROR:
             raise ErrorReply.parse(answer[1:]).error()
-        return np.frombuffer(answer, np.int32, offset=1).tolist()
+        return answer
 
-    async def _ask(self, data: bytes, field: str) -> bytes:
+    async def _ask(self, data: bytes, what: _What, field: str) -> bytes:
         if self._process is None:  # the first prompt of its lane, or the last one ended the process
             try:
                 await self.start()
@@ -135,16 +186,16 @@ class _Lane:
                 return await self._receive()
         except TimeoutError:
             self._counters["late"] += 1
-            why = f"the model's chat template and tokenizer took longer than {self._timeout_s:g} s for it"
+            why = f"{what.work} took longer than {self._timeout_s:g} s for it"
         except (EOFError, ConnectionError):
             self._counters["died"] += 1
-            why = "the model's chat template and tokenizer need more memory for it than they may have"
+            why = f"{what.work} needed more memory for it than there is for that"
         except asyncio.CancelledError:  # what it still answers would be taken for the next prompt's
             await self._end()
             raise
-        log.warning("a prompt of %d bytes is refused: %s", len(data), why)
+        log.warning("a %s of %d bytes is refused: %s", what.one, len(data), why)
         await self._end()
-        raise BadRequest(f"{why}: shorten it", field=field)
+        raise BadRequest(f"{why}: {what.remedy}", field=field)
 
     async def _receive(self) -> bytes:
         """EOFError where the process has ended, or says more than an answer can be."""

@@ -1,4 +1,4 @@
-"""The process that applies chat templates and tokenizes prompts for a coordinator.
+"""The process that applies chat templates, tokenizes prompts and checks grammars for a coordinator.
 
 A chat template is a program, and a tokenizer.json can ask for any amount of work: both come with the model. In a process of its own
 such work has limits of time and memory, and the coordinator's event loop, which carries everyone's tokens, never waits for it.
@@ -6,8 +6,10 @@ such work has limits of time and memory, and the coordinator's event loop, which
     mesh.coordinator.prompt_pool starts it as   python -m mesh.coordinator.prompt_process MODEL_DIR DIGEST MEMORY_BYTES NICE
 
 DIGEST is that of the manifest that must be in MODEL_DIR, or empty. On stdin and stdout, each message is a little-endian uint32 length
-and that many bytes. The first answer says whether the tokenizer was read. Then each request (JSON: prompt, messages, raw, options) has one
-answer: one byte, TOKENS followed by int32 ids, or ERROR followed by the JSON of a protocol ErrorReply.
+and that many bytes. The first answer says whether the tokenizer was read. Then each request has one answer. The request is JSON: prompt,
+messages, raw, options; or form, what StructuredOutputs has; or calls, the fields of a request about tools. The answer is one byte, TOKENS
+followed by int32 ids, GRAMMAR followed by the grammar's text (none where calls need none), or ERROR followed by the JSON of a protocol
+ErrorReply.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import os
 import struct
 import sys
 from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypedDict
 
 import numpy as np
 import orjson
@@ -28,9 +31,15 @@ from mesh.model.chat_prompt import ChatPrompts
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol.failures import ErrorReply
+from mesh.protocol.generation import Generate
 from mesh.protocol.message import MAX_TOKENS
+from mesh.protocol.structured import StructuredOutputs
+from mesh.protocol.tools import FORMATS
 
-__all__ = ["ERROR", "LENGTH", "MOST_ANSWER_BYTES", "TEMPLATE_AS_USUAL", "TOKENS", "ChatOptions", "tokenize"]
+if TYPE_CHECKING:
+    from mesh.model.grammar import Vocabulary
+
+__all__ = ["ERROR", "GRAMMAR", "LENGTH", "MOST_ANSWER_BYTES", "TEMPLATE_AS_USUAL", "TOKENS", "ChatOptions", "tokenize"]
 
 
 class ChatOptions(TypedDict):
@@ -39,16 +48,21 @@ class ChatOptions(TypedDict):
     add_generation_prompt: bool
     continue_final_message: bool
     parse_special: bool
+    tools: list[dict[str, Any]] | None
 
 
 TOKENS: Final = b"T"
+GRAMMAR: Final = b"G"
 ERROR: Final = b"E"
 LENGTH: Final = struct.Struct("<I")
 MOST_ANSWER_BYTES: Final = 1 + 4 * MAX_TOKENS
 """No answer is longer; the coordinator's process would have to hold it."""
 
 
-TEMPLATE_AS_USUAL: Final = ChatOptions(add_generation_prompt=True, continue_final_message=False, parse_special=False)
+FORM_FIELD: Final = "structured_outputs"
+
+
+TEMPLATE_AS_USUAL: Final = ChatOptions(add_generation_prompt=True, continue_final_message=False, parse_special=False, tools=None)
 
 
 def tokenize(
@@ -73,8 +87,58 @@ def tokenize(
     return chat.tokenizer.encode(prompt)
 
 
-def _answer(chat: ChatPrompts, data: bytes) -> bytes:
+class _Grammars:
+    """Checks grammars. The vocabulary is read when the first one comes: most processes of this kind see none."""
+
+    def __init__(self, tokenizer: Tokenizer, directory: Path, manifest: Manifest) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = cache(partial(_vocabulary, directory, manifest))
+
+    def answer(self, request: Mapping[str, Any]) -> bytes:
+        field = FORM_FIELD if "form" in request else "tools"
+        try:
+            grammar = self._form(request["form"]) if "form" in request else self._calls(request["calls"])
+        except MeshError as error:
+            return ERROR + ErrorReply.of(error).to_bytes()
+        except Exception as error:  # the library may raise anything where it panics
+            why = f"{type(error).__name__}: {error}"[:300]
+            return ERROR + ErrorReply.of(BadRequest(f"the form of the answer is not supported ({why})", field=field)).to_bytes()
+        return GRAMMAR + grammar.encode()
+
+    def _form(self, form: Mapping[str, Any]) -> str:
+        from mesh.model.grammar import grammar_of
+
+        grammar = grammar_of(StructuredOutputs.model_validate_json(orjson.dumps(form)))
+        self._vocabulary().require(grammar)
+        return grammar
+
+    def _calls(self, calls: Mapping[str, Any]) -> str:
+        """Empty: no grammar is needed."""
+        from mesh.model.tool_grammar import tool_grammar
+
+        message = Generate.model_validate_json(orjson.dumps({"tokens": [0], **calls}))
+        form = FORMATS[message.tool_format] if message.tool_format is not None else self._tokenizer.tool_format
+        grammar = tool_grammar(
+            message.tools,
+            message.tool_choice,
+            parallel=message.parallel_tool_calls,
+            form=form,
+            tokenizer=self._tokenizer,
+            vocabulary=self._vocabulary(),
+        )
+        return grammar or ""
+
+
+def _vocabulary(directory: Path, manifest: Manifest) -> Vocabulary:
+    from mesh.model.grammar import Vocabulary
+
+    return Vocabulary.load(directory, manifest)
+
+
+def _answer(chat: ChatPrompts, grammars: _Grammars, data: bytes) -> bytes:
     request = orjson.loads(data)
+    if "form" in request or "calls" in request:
+        return grammars.answer(request)
     field = "prompt" if request["messages"] is None else "messages"
     try:
         ids = tokenize(chat, **request)
@@ -129,8 +193,9 @@ def main() -> int:
         _write(sink, ERROR + ErrorReply.of(error).to_bytes())
         return 1
     _write(sink, TOKENS)
+    grammars = _Grammars(chat.tokenizer, directory, manifest)
     while (data := _read(source)) is not None:
-        _write(sink, _answer(chat, data))
+        _write(sink, _answer(chat, grammars, data))
     return 0
 
 

@@ -13,6 +13,7 @@ from mesh.coordinator.trace import Trace
 from mesh.model.tokenizer import TextStream, Tokenizer
 from mesh.protocol.generation import Generate, public_id
 from mesh.protocol.stream import Accepted, Answer, Finished, Timing, Token, TokenDocument, Usage, Waiting, dump
+from mesh.protocol.tools import FORMATS, ToolCall, ToolFormat, calls_of
 from mesh.telemetry.context import TraceContext
 
 __all__ = ["HopMeter", "Job"]
@@ -57,7 +58,7 @@ class Job:
     tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none. accepted: the
     client of a stream has been told so; before that it is told nothing. recorded: another coordinator could go on. wait: the last Waiting
     document. context: the trace that it belongs to. arrived: when the request came (time.perf_counter); `began`: when it was ready to be
-    generated. trace: its record, once it is accepted."""
+    generated. trace: its record, once it is accepted. form: how calls are written in the text, where tools were offered."""
 
     message: Generate
     request: GenerationRequest
@@ -81,6 +82,7 @@ class Job:
     token_times: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text each token made readable
     hops: HopMeter = field(default_factory=HopMeter)
+    form: ToolFormat | None = None
     stops: StopTexts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,15 +101,18 @@ class Job:
         context: TraceContext | None = None,
     ) -> Job:
         """A job that has the request's prefix, as if it had been generated here. `context`: None: that of the message."""
-        text = None if tokenizer is None else tokenizer.stream()
+        form = _form_of(message, tokenizer)
+        # marks that are control tokens are part of a call's text
+        text = None if tokenizer is None else tokenizer.stream(skip_special=form is None or not tokenizer.marks(form))
         context = context or TraceContext.of(message.traceparent, request.id)
-        job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch, context=context)
+        job = cls(message, request, reply, text, tokenizer, public_id(request.id), digest, epoch, context=context, form=form)
         for id in request.prefix:
             job._take(Token(id))
         return job
 
     def acceptance(self, model: str, cancel: str) -> bytes:
-        return dump(Accepted(self.name, cancel, model, self.start, self.epoch, self.id, self.recorded))
+        form = None if self.form is None else self.form.name
+        return dump(Accepted(self.name, cancel, model, self.start, self.epoch, self.id, self.recorded, form))
 
     def waiting(self, place: int, missing: tuple[str, ...] = (), waited_s: float = 0.0, patience_s: float = 0.0) -> bytes:
         return dump(Waiting(place, self.epoch, self.id, missing, waited_s, patience_s))
@@ -135,10 +140,12 @@ class Job:
         steps = [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
         median = sorted(steps)[len(steps) // 2] if steps else 0.0
         first = self.token_times[0] - self.began if self.token_times else None
+        text = None if self.text is None else "".join(self.pieces)
+        content, calls = self._calls(text)
         answer = Answer(
             request=self.name,
             tokens=tuple([token.id for token in self.tokens]),
-            text=None if self.text is None else "".join(self.pieces),
+            text=text,
             finish_reason=ended.reason,
             usage=Usage(prompt, count),
             timing=Timing(
@@ -154,8 +161,17 @@ class Job:
             ),
             logprobs=tuple([self._named(token) for token in self.tokens]) if self.detailed else None,
             trace=None if self.trace is None else self.trace.context.header(self.trace.span, sampled=self.trace.kept is not None),
+            tool_calls=calls,
+            content=content,
+            tool_format=None if self.form is None else self.form.name,
         )
         return Finished(answer, rest, self.epoch, self.id).document()
+
+    def _calls(self, text: str | None) -> tuple[str | None, tuple[ToolCall, ...]]:
+        """(the text beside calls, the calls), where tools were offered."""
+        if self.form is None or text is None:
+            return None, ()
+        return calls_of(text, self.form, [tool.function.name for tool in self.message.tools], self.id)
 
     @property
     def name(self) -> str:
@@ -189,3 +205,10 @@ class Job:
         own, *others = [self.tokenizer.piece(id) for id in (token.id, *(id for id, _ in token.top))]
         texts, raws = tuple([each.text for each in others]), tuple([each.raw for each in others])
         return replace(token, piece=own.text, top_pieces=texts, raw=own.raw, top_raws=raws)
+
+
+def _form_of(message: Generate, tokenizer: Tokenizer | None) -> ToolFormat | None:
+    """How the answer writes calls; None where it is offered no tools."""
+    if tokenizer is None or not message.offers_tools:
+        return None
+    return tokenizer.tool_format if message.tool_format is None else FORMATS[message.tool_format]

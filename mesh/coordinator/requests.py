@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.prompt_pool import PromptPool
@@ -17,8 +17,9 @@ from mesh.errors import BadRequest, Busy, MeshError, PromptTooLong
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import documents, topics
-from mesh.protocol.generation import Generate
+from mesh.protocol.generation import ChatMessage, Generate
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
+from mesh.protocol.structured import MAX_SCHEMA_BYTES
 
 __all__ = ["Requests"]
 
@@ -26,7 +27,8 @@ _CHARACTER_BYTES: Final = 12
 """Of JSON, at most for a character: two \\uXXXX."""
 _TOKEN_BYTES: Final = 12
 _MESSAGE_BYTES: Final = 64  # beside its content
-_OTHER_BYTES: Final = 64 * 1024 + MAX_STOPS * MAX_STOP_CHARACTERS * _CHARACTER_BYTES
+_OTHER_BYTES: Final = 64 * 1024 + 4 * MAX_SCHEMA_BYTES + MAX_STOPS * MAX_STOP_CHARACTERS * _CHARACTER_BYTES
+_FORM: Final = "structured_outputs"
 _MOST_BYTES: Final = 64 * 1024 * 1024
 """Of all requests that are prepared at once."""
 
@@ -83,7 +85,8 @@ class Requests:
         if message.tokens is not None:
             self._require_tokens(len(message.tokens), message.max_tokens)
         elif self._tokenizer is not None:
-            size = len(message.prompt or "") + sum(len(part.content) for part in message.messages or ())
+            size = len(message.prompt or "") + sum(map(_characters, message.messages or ()))
+            size += sum(len(tool.model_dump_json()) for tool in message.tools)
             if size > characters:
                 raise _too_long(f"the prompt has {size:,} characters", f"no prompt that fits has more than {characters:,}", context)
             if len(message.messages or ()) > context:
@@ -110,12 +113,14 @@ class Requests:
             field = "prompt" if message.prompt is not None else "messages"
             if self._pool is None:
                 raise BadRequest(f"{manifest.name} has no tokenizer: send token ids as `tokens`", field=field)
-            messages = None if message.messages is None else [part.model_dump() for part in message.messages]
+            messages = None if message.messages is None else [part.template() for part in message.messages]
+            tools = [tool.model_dump(exclude_none=True) for tool in message.tools] if message.offers_tools else None
             begin = message.add_generation_prompt is not False and not message.continue_final_message
             options = ChatOptions(
                 add_generation_prompt=begin,
                 continue_final_message=message.continue_final_message,
                 parse_special=message.parse_special,
+                tools=tools,
             )
             tokens = await self._pool.tokenize(prompt=message.prompt, messages=messages, raw=message.raw, options=options)
         if not tokens:
@@ -133,10 +138,30 @@ class Requests:
         if any(not text for text in message.stop):
             raise BadRequest("a stop text is empty: give at least one character, or leave it out", field="stop")
         stops = () if message.ignore_eos or tokenizer is None else tokenizer.info.eos_ids
-        sampling = message.sampling(seed=secrets.randbits(62))
+        sampling = message.sampling(seed=secrets.randbits(62), grammar=await self._grammar(message))
+        bad_bias = next((token for token in sampling.logit_bias if int(token) >= manifest.vocab_size), None)
+        if bad_bias is not None:
+            raise BadRequest(
+                f"token {bad_bias} is not in the vocabulary: ids are 0 to {manifest.vocab_size - 1}", field=f"logit_bias.{bad_bias}"
+            )
         # the log probabilities of a prefix are not known, so with them everything is computed again
         prefix = message.given if message.logprobs is None else ()
         return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix, waited_s=message.waited_s)
+
+    async def _grammar(self, message: Generate) -> str | None:
+        """The grammar that the answer must follow. BadRequest: none is supported, or this one is not."""
+        form = message.structured_outputs
+        if form is None and not message.forces_calls:
+            return None
+        if self._pool is None:
+            raise BadRequest(
+                f"{self._manifest.name} has no tokenizer, so the form of an answer cannot be forced: leave it out", field=_FORM
+            )
+        if form is not None and message.offers_tools:
+            raise BadRequest("an answer that may call tools has their form: leave out tools or structured_outputs", field=_FORM)
+        if message.ignore_eos:
+            raise BadRequest("an answer that must have a form ends where the form does: leave out ignore_eos", field="ignore_eos")
+        return await (self._pool.tool_grammar(_calls(message)) if form is None else self._pool.grammar(form))
 
     def _require_tokens(self, count: int, max_tokens: int) -> None:
         context = self._manifest.context_length
@@ -147,6 +172,16 @@ class Requests:
                 tokens=count,
                 limit=max(context - max_tokens, 0),
             )
+
+
+def _characters(message: ChatMessage) -> int:
+    return len(message.content) + sum(len(call.function.arguments) for call in message.tool_calls or ())
+
+
+def _calls(message: Generate) -> dict[str, Any]:
+    """The fields of a request about tools."""
+    fields = {"tools", "tool_choice", "parallel_tool_calls", "tool_format"}
+    return message.model_dump(mode="json", include=fields, exclude_none=True)
 
 
 def _too_long(what: str, most: str, context: int) -> PromptTooLong:

@@ -8,6 +8,8 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from mesh.client import Chunk, Completion
 from mesh.errors import BadRequest, Cancelled, PromptTooLong
 from mesh.gateway.auth import Caller
@@ -15,6 +17,7 @@ from mesh.gateway.context import Gateway
 from mesh.gateway.resume import Progress
 from mesh.gateway.settings import Limits
 from mesh.gateway.tracing import keep
+from mesh.protocol.tools import ToolParser
 from mesh.telemetry.log_context import note
 
 log = logging.getLogger("mesh.http")
@@ -55,7 +58,8 @@ def cost_of(requests: Iterable[Mapping[str, Any]], limits: Limits, *, default: i
         if (count - 1) % choices:
             continue
         tokens += len(fields.get("tokens") or ())
-        characters += len(fields.get("prompt") or "") + sum(len(message["content"]) for message in fields.get("messages") or ())
+        characters += len(fields.get("prompt") or "") + sum(map(_characters, fields.get("messages") or ()))
+        characters += sum(len(orjson.dumps(tool)) for tool in fields.get("tools") or ())
     return Cost(count, tokens, characters // _CHARACTERS_A_TOKEN)
 
 
@@ -110,6 +114,8 @@ class HttpGeneration:
         check_length(self._fields, gateway.settings.limits, gateway.models.max_prompt_characters(model))
         self.request = ""
         self.completion: Completion | None = None
+        self.tool_parser: ToolParser | None = None
+        """Reads calls in the chunks' texts; there with the first chunk, where tools were offered."""
 
     @property
     def max_tokens(self) -> int:
@@ -148,6 +154,8 @@ class HttpGeneration:
         log.debug("generating with %s", self._model)
         try:
             async for chunk in stream:
+                if self.tool_parser is None:
+                    self.tool_parser = stream.tool_parser()
                 if chunk.token is not None:
                     given += 1
                 else:
@@ -171,6 +179,10 @@ class HttpGeneration:
         return context - error.tokens if context is not None and context > error.tokens else None
 
 
+def _characters(message: Mapping[str, Any]) -> int:
+    return len(message["content"]) + sum(len(call["function"]["arguments"]) for call in message.get("tool_calls") or ())
+
+
 def check_length(fields: Mapping[str, Any], limits: Limits, most_characters: int | None) -> None:
     """Refuse a prompt with more characters than a coordinator should tokenize. The coordinator itself checks the context, in tokens.
     PromptTooLong: the prompt has more than `most_characters`, which is the most that can fit."""
@@ -178,7 +190,7 @@ def check_length(fields: Mapping[str, Any], limits: Limits, most_characters: int
         value = fields.get(name)
         if value is None:
             continue
-        size = sum(len(message["content"]) for message in value) if name == "messages" else len(value)
+        size = sum(map(_characters, value)) if name == "messages" else len(value)
         if size > limits.max_prompt_chars:
             unit = "ids" if name == "tokens" else "characters"
             raise BadRequest(f"{name} has {size:,} {unit}: at most {limits.max_prompt_chars:,} are taken", field=name)

@@ -108,6 +108,7 @@ class _Work:
             async with aclosing(_merged(generations) if len(generations) > 1 else _numbered(generations[0])) as chunks:
                 async for index, chunk in chunks:
                     shape.name(generations[0].request)
+                    shape.read_calls(index, generations[index].tool_parser)
                     completion = generations[index].completion if chunk.token is None else None
                     had = progress.has(index, chunk)
                     if had and completion is not None:  # only the reason is left

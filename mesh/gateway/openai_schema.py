@@ -6,15 +6,18 @@ with the reason (unmet). Null is the same as a key that is left out. Any other k
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from mesh.errors import BadRequest
 from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, Usage, allow_null
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
+from mesh.protocol.structured import LogitBias, SchemaObject, StructuredOutputs
+from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, Tool, ToolCall, ToolChoice, ToolFormatName
 
 __all__ = [
     "ChatCompletion",
@@ -33,9 +36,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_INT)]], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
-NO_TOOLS = "a mesh calls no tools: leave it out, and ask for the form of the answer in a message"
-NO_FORMS = "a mesh does not force the form of an answer: ask for it in a message, and leave this out"
-NoTools = Annotated[Any, Unmet(NO_TOOLS, ([],), {"type": "array", "maxItems": 0})]
+NO_FUNCTIONS = "functions are OpenAI's older form of tools: give tools and tool_choice in their place"
 
 
 class StreamOptions(RequestBody):
@@ -44,6 +45,36 @@ class StreamOptions(RequestBody):
     include_usage: bool = False
     include_obfuscation: Harmless = None  # nothing is ever added to hide the length of tokens
     continuous_usage_stats: Harmless = None
+
+
+class JsonSchema(RequestBody):
+    """`strict` is always so: the answer has exactly the form, or the request is refused."""
+
+    name: Label
+    description: Annotated[str, Field(max_length=65536)] | None = None
+    strict: bool | None = None
+    form: SchemaObject | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(RequestBody):
+    """What the answer is: any text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("unmet", 'needs json_schema with type "json_schema", and with no other')
+        return self
+
+    def form(self) -> dict[str, Any] | None:
+        """As mesh.protocol.structured has it."""
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.json_schema.form is None:
+            return {"json_object": True}
+        return {"json": self.json_schema.form}
 
 
 class TextPart(RequestBody):
@@ -70,12 +101,12 @@ class ChatMessage(RequestBody):
         ]
         | None
     ) = None
-    tool_calls: NoTools = None
-    function_call: Annotated[Any, Unmet(NO_TOOLS)] = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    function_call: Annotated[Any, Unmet(NO_FUNCTIONS)] = None
     audio: Annotated[Any, Unmet("a mesh takes text alone: leave it out")] = None
     name: Harmless = None
     refusal: Harmless = None
-    tool_call_id: Harmless = None
+    tool_call_id: CallId | None = None
     id: Harmless = None
     status: Harmless = None
     annotations: Harmless = None
@@ -91,6 +122,13 @@ class ChatMessage(RequestBody):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+    def request(self) -> dict[str, Any]:
+        """As mesh.protocol.generation.ChatMessage."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.document() for call in self.tool_calls]
+        return message if self.tool_call_id is None else message | {"tool_call_id": self.tool_call_id}
 
 
 def _needs(value: Any, info: ValidationInfo, other: str) -> Any:
@@ -110,8 +148,8 @@ def _describe(schema: dict[str, Any]) -> None:
 class Common(SamplingFields, RequestBody):
     """The fields of both kinds of completion.
 
-    ignore_eos and the sampling parameters that OpenAI does not have are additions. Where OpenAI's range or default differs from the
-    mesh's, OpenAI's holds.
+    ignore_eos, structured_outputs and the sampling parameters that OpenAI does not have are additions. Where OpenAI's range or default
+    differs from the mesh's, OpenAI's holds.
     """
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -133,7 +171,8 @@ class Common(SamplingFields, RequestBody):
     ) = None
     max_tokens: Positive | None = None
     ignore_eos: bool | None = None
-    logit_bias: Annotated[Any, Unmet("a mesh does not bias tokens: leave it out", ({},), {"type": "object", "maxProperties": 0})] = None
+    logit_bias: LogitBias | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: Harmless = None
     safety_identifier: Harmless = None
     prompt_cache_key: Harmless = None
@@ -152,6 +191,10 @@ class Common(SamplingFields, RequestBody):
         given = self.model_dump(include=names & self.model_fields_set | {"temperature"}, exclude_none=True)
         if self.stop:
             given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        if self.logit_bias:
+            given["logit_bias"] = self.logit_bias
+        if self.structured_outputs is not None:
+            given["structured_outputs"] = self.structured_outputs.request()
         return given
 
     def seed_of(self, choice: int) -> int | None:
@@ -159,8 +202,12 @@ class Common(SamplingFields, RequestBody):
         return None if self.seed is None else (self.seed + choice) % 2**63
 
 
+def _choice(choice: ToolChoice) -> Any:
+    return choice if isinstance(choice, str) else choice.model_dump()
+
+
 class ChatRequest(Common):
-    """add_generation_prompt, continue_final_message and parse_special are additions: see mesh.protocol.generation.Generate."""
+    """add_generation_prompt, continue_final_message, parse_special and tool_format are additions: see mesh.protocol.generation.Generate."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
@@ -169,16 +216,17 @@ class ChatRequest(Common):
     parse_special: bool = False
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: Annotated[Any, Unmet(NO_FORMS, ({"type": "text"},))] = None
-    tools: NoTools = None
-    functions: NoTools = None
-    tool_choice: Annotated[Any, Unmet(NO_TOOLS, ("none", "auto"))] = None
-    function_call: Annotated[Any, Unmet(NO_TOOLS, ("none", "auto"))] = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    tool_format: ToolFormatName | None = None
+    functions: Annotated[Any, Unmet(NO_FUNCTIONS, ([],), {"type": "array", "maxItems": 0})] = None
+    function_call: Annotated[Any, Unmet(NO_FUNCTIONS, ("none", "auto"))] = None
     modalities: Annotated[Any, Unmet('a mesh answers with text alone: give ["text"], or leave it out', (["text"],))] = None
     audio: Annotated[Any, Unmet("a mesh answers with text alone: leave it out")] = None
     web_search_options: Annotated[Any, Unmet("a mesh searches nothing: leave it out")] = None
     service_tier: Annotated[Any, Unmet("a mesh has one tier: leave it out", ("auto", "default"))] = None
-    parallel_tool_calls: Harmless = None
     prediction: Harmless = None
     reasoning_effort: Harmless = None
     store: Harmless = None
@@ -191,9 +239,25 @@ class ChatRequest(Common):
 
     def turns(self) -> dict[str, Any]:
         """The fields of mesh.protocol.generation.Generate about messages."""
-        messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages]
+        messages = [message.request() for message in self.messages]
         names = {"add_generation_prompt", "continue_final_message", "parse_special"}
-        return {"messages": messages, **self.model_dump(include=names & self.model_fields_set)}
+        return {"messages": messages, **self.model_dump(include=names & self.model_fields_set), **self._form(), **self._tools()}
+
+    def _tools(self) -> dict[str, Any]:
+        if not self.tools:
+            return {} if self.tool_choice is None else {"tool_choice": _choice(self.tool_choice)}
+        given: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True) for tool in self.tools]}
+        if self.tool_choice is not None:
+            given["tool_choice"] = _choice(self.tool_choice)
+        return given | self.model_dump(include={"parallel_tool_calls", "tool_format"}, exclude_none=True)
+
+    def _form(self) -> dict[str, Any]:
+        form = None if self.response_format is None else self.response_format.form()
+        if form is None:
+            return {}
+        if self.structured_outputs is not None:
+            raise BadRequest("response_format and structured_outputs both say which form the answer has: give one", field="response_format")
+        return {"structured_outputs": form}
 
     @property
     def longest(self) -> int | None:
@@ -249,13 +313,14 @@ class AssistantMessage(ResponseBody):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(ResponseBody):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(ResponseBody):

@@ -11,6 +11,8 @@ from mesh.protocol.batches import MAX_BATCH
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOKENS, Label
 from mesh.protocol.sampling import SamplingFields
+from mesh.protocol.structured import LogitBias, StructuredOutputs
+from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, Tool, ToolCall, ToolChoice, ToolFormatName
 
 __all__ = [
     "BatchJob",
@@ -34,7 +36,9 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 class ChatMessage(RequestBody):
     role: Literal["system", "user", "assistant", "tool"]
-    content: Text
+    content: Text = ""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    tool_call_id: CallId | None = None
 
 
 class Sampling(SamplingFields, RequestBody):
@@ -43,6 +47,8 @@ class Sampling(SamplingFields, RequestBody):
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_INT)] | None = None
     stop: list[StopText] = Field(default_factory=list, max_length=MAX_STOPS, fail_fast=True)
     ignore_eos: bool = False
+    logit_bias: LogitBias | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class InferenceItem(Sampling):
@@ -56,11 +62,17 @@ class InferenceItem(Sampling):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     parse_special: bool = False
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    tool_format: ToolFormatName | None = None
     model: Label | None = None
 
     def generate_fields(self) -> dict[str, Any]:
         """For mesh.client."""
-        return self.model_dump(exclude={"model", "stream"}, exclude_none=True)
+        fields = self.model_dump(exclude={"model", "stream", "structured_outputs"}, exclude_none=True)
+        form = self.structured_outputs
+        return fields if form is None else fields | {"structured_outputs": form.request()}
 
 
 class InferenceRequest(InferenceItem):
@@ -119,6 +131,9 @@ class InferenceResponse(ResponseBody):
     usage: Usage
     timing: Timing
     logprobs: list[TokenLogprob] | None = None
+    tool_calls: list[ToolCall] | None = None
+    content: str | None = None
+    tool_format: ToolFormatName | None = None
 
 
 class ErrorBody(ResponseBody):

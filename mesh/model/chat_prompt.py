@@ -12,7 +12,7 @@ Where no message spells a control token, the template's text is simply encoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ import tokenizers
 
 from mesh.errors import BadRequest
 from mesh.model.tokenizer import Tokenizer
+from mesh.model.tool_prompt import in_words
 
 __all__ = ["ChatPrompts"]
 
@@ -45,20 +46,27 @@ class ChatPrompts:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         parse_special: bool = False,
     ) -> list[int]:
-        """Token ids. `add_generation_prompt`: the assistant's turn is begun. `continue_final_message`: the last message is the beginning
-        of the answer. `parse_special`: a control token that a message spells is that token. BadRequest as for apply_chat_template."""
-        contents = [str(message.get("content") or "") for message in messages]
-        spelled = not parse_special and any(map(self._spells, contents))
+        """Token ids. `tools`: what the answer may call, for the template; a template that knows none gets them in words (tool_prompt.py).
+        `add_generation_prompt`: the assistant's turn is begun. `continue_final_message`: the last message is the beginning of the answer.
+        `parse_special`: a control token that a message spells is that token. BadRequest as for apply_chat_template."""
+        given: list[dict[str, Any]] = [{**message, "content": str(message.get("content") or "")} for message in messages]
+        offered: list[Any] | None = list(tools) if tools else None
+        if not self.tokenizer.knows_tools:
+            given, offered = in_words(given, offered), None
+        spelled = not parse_special and any(map(self._spells, _texts((given, offered))))
         if spelled:
-            contents = [self._set_aside(content) for content in contents]
-        if continue_final_message and contents:
-            contents[-1] = contents[-1].replace(_END, "") + _END + " "  # the space shows whether the template strips messages
-        given = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        text = self.tokenizer.apply_chat_template(given, add_generation_prompt=add_generation_prompt and not continue_final_message)
+            given, offered = _changed(given, self._set_aside), _changed(offered, self._set_aside)
+        if continue_final_message and given:
+            # the space shows whether the template strips messages
+            given[-1]["content"] = given[-1]["content"].replace(_END, "") + _END + " "
+        text = self.tokenizer.apply_chat_template(
+            given, tools=offered, add_generation_prompt=add_generation_prompt and not continue_final_message
+        )
         if continue_final_message:
             text = _until_end(text)
         return self._encode_spelled(text) if spelled else self.tokenizer.encode(text, add_special=False)
@@ -96,6 +104,28 @@ class ChatPrompts:
             meant[backend.get_vocab_size()] = id
             backend.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False, **kept)])
         return backend, meant
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in messages and tools, keys of arguments included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(str(key)): _changed(inner, change) for key, inner in value.items()}
+    return [_changed(inner, change) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _stand_in(kind: str, place: int) -> str:

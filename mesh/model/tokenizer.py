@@ -22,6 +22,7 @@ from mesh.errors import BadRequest, CorruptModel, ModelNotFound, decoding
 from mesh.model.manifest import Manifest, TokenizerInfo
 from mesh.model.tokenizer_file import read_backend, unreadable
 from mesh.protocol.documents import short
+from mesh.protocol.tools import ToolFormat, format_of
 
 __all__ = ["Piece", "TextStream", "Tokenizer", "check_template"]
 
@@ -52,7 +53,10 @@ class Piece(NamedTuple):
 
 
 class Tokenizer:
-    """A model's tokenizer. Thread-safe: nothing changes after construction."""
+    """A model's tokenizer. Thread-safe: nothing changes after construction. tool_format: how its template has calls of tools written.
+    knows_tools: whether the template, where it is compiled, mentions tools."""
+
+    tool_format: ToolFormat
 
     def __init__(self, backend: tokenizers.Tokenizer, info: TokenizerInfo, chat_template: str | None = None) -> None:
         backend.no_padding()  # prompts are neither padded nor cut: a file that asks for it could ask for any length
@@ -60,6 +64,8 @@ class Tokenizer:
         self._backend = backend
         self.info = info
         self._template = _compile(chat_template) if chat_template else None
+        self.tool_format = format_of(chat_template)
+        self.knows_tools = "tools" in (chat_template or "")
         self._longest = max(map(len, backend.get_vocab()), default=1)
         self._anchor = self.encode("a", add_special=False)[-1:]  # some token: a text's first one may be decoded differently
         self._special = frozenset(self.control_tokens())
@@ -77,13 +83,15 @@ class Tokenizer:
         if manifest.tokenizer is None:
             raise ModelNotFound(f"{directory} has no tokenizer: give token ids, or import the model with its tokenizer files")
         text = None
-        if template and manifest.tokenizer.chat_template:
+        if manifest.tokenizer.chat_template:
             with decoding(CorruptModel, str(directory / TEMPLATE_FILE)):
                 text = manifest.read_extra(directory, TEMPLATE_FILE).decode()
         path = directory / TOKENIZER_FILE
         backend = read_backend(manifest.read_extra(directory, TOKENIZER_FILE), path)
         try:
-            return cls(backend, manifest.tokenizer, text)
+            made = cls(backend, manifest.tokenizer, text if template else None)
+            made.tool_format = format_of(text)
+            return made
         except jinja2.TemplateError as error:
             why = short(str(error), _SHOWN)
             raise CorruptModel(f"{directory / TEMPLATE_FILE} is not a template ({why}): import the model again") from None
@@ -136,6 +144,16 @@ class Tokenizer:
     def control_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """The tokens that a text does not spell: begins and ends of turns, and the like."""
         return {id: token for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    def marks(self, form: ToolFormat) -> bool:
+        """Whether a mark of `form` is a control token, which a text leaves out."""
+        control = {token.content for token in self.control_tokens().values()}
+        return not control.isdisjoint(form.markers)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     def normalize(self, text: str) -> str:
         return text if self._backend.normalizer is None else str(self._backend.normalizer.normalize_str(text))

@@ -7,6 +7,8 @@ rights        what each role may publish and subscribe to
 documents     JSON from outside, bounded before it is checked
 message       Message, the base of all JSON messages, and the types that several share
 sampling      the sampling parameters, stated once for every API
+structured    the form that an answer must have
+tools         tools, calls, and the forms in which families of models write them
 generation    what a client asks of a coordinator
 stream        the documents with which a coordinator answers a generation request
 control       what coordinators and operators ask of a shard

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ class Open(Message):
     These positions were computed from the same tokens. `instance`: the one that is meant; another process of the shard's name opens
     nothing (None: any). `request`, `trace`: the public id of the generation and the id of its trace, for the shard's log.
     """
+
+    limit_bytes: ClassVar[int] = 1024 * 1024  # a grammar may be in it
 
     session: SessionId
     epoch: Epoch

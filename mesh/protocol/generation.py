@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
+import orjson
 from pydantic import ConfigDict, Field, model_validator
 
-from mesh.errors import PayloadTooLarge
+from mesh.errors import BadRequest, PayloadTooLarge
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Seconds, Token, TokenIds
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
+from mesh.protocol.structured import LogitBias, StructuredOutputs
+from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, NamedChoice, Tool, ToolCall, ToolChoice, ToolFormatName
 from mesh.settings.units import format_bytes
 
 __all__ = [
@@ -51,7 +54,28 @@ def without_prefix(id: str) -> str:
 
 class ChatMessage(Message):
     role: Literal["system", "user", "assistant", "tool"]
-    content: Text
+    content: Text = ""
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    tool_call_id: CallId | None = None
+
+    def template(self) -> dict[str, Any]:
+        """As chat templates take it: arguments of calls as objects. BadRequest: they are none."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = [_template_call(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = orjson.loads(call.function.arguments or "{}")
+    except orjson.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise BadRequest(f"the arguments of the call {call.id} are no JSON object: give them as {{...}} in a text", field="messages")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class Input(Message):
@@ -73,6 +97,9 @@ class Input(Message):
 class Generate(SamplingFields, Input):
     """A generation request: the input, the sampling parameters, and what is done with the answer.
 
+    `tools`: what the answer may call; `tool_choice`: whether it does (None: auto); `parallel_tool_calls`: more than once; `tool_format`:
+    how calls are written (None: as the chat template says). `structured_outputs`: the form that the answer must have. `logit_bias`: what
+    is added to the logits of tokens, by their ids.
     `seed` None: the coordinator draws one. `session`: the caller's own name for the request; two requests of one name are the same
     request. It is also the caller's proof that the generation is its own, so it should be one that nobody guesses. `raw`: the prompt is
     used as it is, without the model's chat template. `add_generation_prompt`: the template begins the assistant's turn (None: it does,
@@ -89,6 +116,12 @@ class Generate(SamplingFields, Input):
     null_is_absent: ClassVar[bool] = True
 
     stop: Annotated[tuple[StopText, ...], Field(max_length=MAX_STOPS, fail_fast=True)] = ()
+    logit_bias: LogitBias = Field(default_factory=dict)
+    structured_outputs: StructuredOutputs | None = None
+    tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, fail_fast=True)] = ()
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    tool_format: ToolFormatName | None = None
     ignore_eos: bool = False
     raw: bool = False
     add_generation_prompt: bool | None = None
@@ -101,6 +134,36 @@ class Generate(SamplingFields, Input):
     epoch: AnswerEpoch | None = None
     waited_s: Seconds = 0.0
     traceparent: Annotated[str, Field(max_length=128)] | None = None
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("tools has two functions of one name: give each its own")
+        if self.tool_choice not in (None, "auto", "none") and not names:
+            raise ValueError("tool_choice needs tools: give them, or leave it out")
+        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is none of the tools")
+        known: set[str] = set()
+        for index, message in enumerate(self.messages or ()):
+            if message.tool_calls and message.role != "assistant":
+                raise ValueError(f"messages.{index} has tool_calls, which only messages of the role assistant have")
+            if message.tool_call_id is not None and (message.role != "tool" or message.tool_call_id not in known):
+                raise ValueError(
+                    f"messages.{index} answers the call {message.tool_call_id[:64]!r}, which no message of the assistant before it has made"
+                )
+            known.update(call.id for call in message.tool_calls or ())
+        return self
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the answer may call something."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def forces_calls(self) -> bool:
+        """Whether a grammar has to see to it that calls are made, or are right."""
+        return self.offers_tools and (self.tool_choice not in (None, "auto") or any(tool.function.strict for tool in self.tools))
 
     @model_validator(mode="after")
     def _can_be_continued(self) -> Self:
@@ -117,10 +180,11 @@ class Generate(SamplingFields, Input):
         each = _TOKEN_BYTES + (0 if self.logprobs is None else _LOGPROB_BYTES * (self.logprobs + 1))
         return _ANSWER_BYTES + each * (self.max_tokens if tokens is None else tokens)
 
-    def sampling(self, *, seed: int) -> SamplingParams:
+    def sampling(self, *, seed: int, grammar: str | None = None) -> SamplingParams:
         """The sampling parameters, with `seed` where the request has none. BadRequest names a field that is out of range."""
         values = {name: getattr(self, name) for name in SamplingFields.model_fields}
-        return SamplingParams(**{**values, "seed": seed if self.seed is None else self.seed})
+        own = {"seed": seed if self.seed is None else self.seed, "grammar": grammar, "logit_bias": self.logit_bias}
+        return SamplingParams(**{**values, **own})
 
 
 def require_answer_fits(request: Generate, limit_bytes: int) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from mesh.errors import BadRequest
+from mesh.protocol.structured import Grammar, LogitBias
 
 __all__ = ["MAX_LOGPROBS", "SamplingFields", "SamplingParams", "without_ranges"]
 
@@ -43,7 +44,13 @@ class SamplingFields(BaseModel):
 
 
 class SamplingParams(SamplingFields):
-    """The parameters of one session. Making one raises BadRequest, which names the first field whose value is wrong."""
+    """The parameters of one session. Making one raises BadRequest, which names the first field whose value is wrong.
+
+    grammar: the answer follows it (mesh.model.grammar). logit_bias: what is added to the logits of tokens.
+    """
+
+    grammar: Grammar | None = None
+    logit_bias: LogitBias = Field(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -66,7 +73,12 @@ class SamplingParams(SamplingFields):
     def plain(self) -> bool:
         """Whether nothing but the likeliest token is wanted."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return self.greedy and penalties == (1.0, 0.0, 0.0) and self.logprobs is None
+        return self.greedy and penalties == (1.0, 0.0, 0.0) and self.logprobs is None and not self.shaped
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the logits are changed before a token is chosen."""
+        return self.grammar is not None or bool(self.logit_bias)
 
 
 def without_ranges(model: type[T]) -> type[T]:

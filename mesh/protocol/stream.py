@@ -1,12 +1,14 @@
 """The documents with which a coordinator answers a generation request: their types, and `dump` and `parse` for the wire.
 
     stream, first    Accepted        {"request", "cancel", "model", "next", "recorded", "done": false}    the name to cancel it by, and the
-                                     subject; "recorded": another coordinator goes on if this one dies
+                                     subject; "recorded": another coordinator goes on if this one dies; "tool_format", where tools were
+                                     offered: how calls are written in the text
     stream, waiting  Waiting         {"waiting": n, "missing", "waited_s", "patience_s", "done": false}    every few seconds: n others
                                      come first; or no shard serves the layers `missing`, and the error comes after `patience_s`
     stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" if asked for;
                                      "bytes" of a token that is part of a character, or of a control token (none)
-    last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"; "omitted" names
+    last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"; "tool_calls",
+                                     "content" and "tool_format", where tools were offered; "omitted" names
                                      the parts that did not fit in the message: the token documents of a stream have them
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
@@ -30,6 +32,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from mesh.errors import MessageRejected
+from mesh.protocol.tools import ToolCall
 
 __all__ = [
     "Accepted",
@@ -127,8 +130,9 @@ class Timing:
 class Answer:
     """A finished generation. `finish_reason`: "stop" (an end token or a stop text) or "length" (max_tokens). `text` is None for a model
     without a tokenizer; `logprobs` is None where they were not asked for. `omitted`: the parts that are left out because the message would
-    have been too large, of `logprobs`, `text`, `tokens`. `trace`: the W3C trace context of the generation, sampled where its trace is
-    kept for a collector."""
+    have been too large, of `logprobs`, `content`, `tool_calls`, `text`, `tokens`. `trace`: the W3C trace context of the generation, sampled
+    where its trace is kept for a collector. `tool_calls`: what it calls, where tools were offered; `content`: its text beside them;
+    `tool_format`: the form in which they are written in `text`."""
 
     request: str
     tokens: tuple[int, ...]
@@ -139,6 +143,9 @@ class Answer:
     logprobs: tuple[Token, ...] | None = None
     omitted: tuple[str, ...] = ()
     trace: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str | None = None
+    tool_format: str | None = None
 
     def document(self) -> dict[str, Any]:
         """The answer as JSON. The key logprobs exists only if log-probabilities were asked for."""
@@ -161,6 +168,12 @@ class Answer:
             document["omitted"] = self.omitted
         if self.trace is not None:
             document["trace"] = self.trace
+        if self.tool_format is not None:
+            document |= {
+                "tool_calls": [call.document() for call in self.tool_calls],
+                "content": self.content,
+                "tool_format": self.tool_format,
+            }
         return document
 
 
@@ -172,6 +185,7 @@ class Accepted(NamedTuple):
     epoch: int | None
     id: str
     recorded: bool = True
+    tool_format: str | None = None
 
 
 class Waiting(NamedTuple):
@@ -221,13 +235,14 @@ def dump(document: Document) -> bytes:
         return orjson.dumps(plain | token.details() if detailed else plain)
     if isinstance(document, Finished):
         return orjson.dumps(document.document())
-    return orjson.dumps({**document._asdict(), "done": False})
+    values = {name: value for name, value in document._asdict().items() if name != "tool_format" or value is not None}
+    return orjson.dumps({**values, "done": False})
 
 
 def fitted(document: Mapping[str, Any], limit_bytes: int) -> dict[str, Any]:
     """The document of an answer, without the parts that would make it larger than `limit_bytes`; `omitted` names them."""
     made, omitted = dict(document), list(document.get("omitted", ()))
-    for part, empty in (("logprobs", None), ("text", None), ("tokens", ())):
+    for part, empty in (("logprobs", None), ("content", None), ("tool_calls", ()), ("text", None), ("tokens", ())):
         if len(orjson.dumps(made)) <= limit_bytes:
             break
         if made.get(part):
@@ -246,8 +261,8 @@ def parse(data: bytes) -> Document:
         if "index" in document:
             return TokenDocument(document["index"], Token.of(document), document["text"], epoch, id, "logprob" in document)
         if "cancel" in document:
-            recorded = bool(document.get("recorded", True))
-            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch, id, recorded)
+            recorded, form = bool(document.get("recorded", True)), document.get("tool_format")
+            return Accepted(document["request"], document["cancel"], document["model"], document["next"], epoch, id, recorded, form)
         missing, waited_s, patience_s = document.get("missing", ()), document.get("waited_s", 0.0), document.get("patience_s", 0.0)
         return Waiting(document.get("waiting", 0), epoch, id, tuple(missing), waited_s, patience_s)
     except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -275,4 +290,7 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         logprobs=None if logprobs is None else tuple([Token.of(entry) for entry in logprobs]),
         omitted=tuple(document.get("omitted", ())),
         trace=document.get("trace"),
+        tool_calls=tuple([ToolCall.model_validate(call) for call in document.get("tool_calls") or ()]),
+        content=document.get("content"),
+        tool_format=document.get("tool_format"),
     )

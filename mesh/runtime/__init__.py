@@ -11,6 +11,7 @@ packing          packed steps: tokens of several sessions in one
 step             one block's part of a step
 cache            attention over the KV cache
 sampling         the next token from logits
+shaping          grammars and biases, which change logits before
 loading          a block's file to a function and its weights
 canonical        equal blocks share one compiled program
 kernel_variants  the fastest variant of each product on this machine

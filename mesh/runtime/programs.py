@@ -19,6 +19,7 @@ from mesh.runtime.cache import SLACK
 from mesh.runtime.executables import Executables
 from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled, sample
+from mesh.runtime.shaping import Shaping, shape_logits, table_shapes
 from mesh.runtime.step import LayerCache
 
 __all__ = ["Compiled", "Group", "Pick", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "packed_numbers", "to_host"]
@@ -82,13 +83,14 @@ class _Vocabulary:
 
 
 class _Step(NamedTuple):
-    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, and
-    sampling. Those of a packed step's tokens have no head: it runs for other numbers of tokens."""
+    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, what
+    changes logits, and sampling. Those of a packed step's tokens have no head: it runs for other numbers of tokens."""
 
     embed: Any
     layers: tuple[Any, ...]
     last: Any = None
     head: Any = None
+    shaped: Any = None
     sampled: Any = None
 
 
@@ -126,7 +128,7 @@ class Programs:
         self._making: dict[Any, threading.Lock] = {}
         self._kept = Executables.of_this_process()
         self._steps: dict[ShapeBucket, _Step] = {}
-        self._picks: dict[Pick, tuple[Any, Any]] = {}  # (head, sampling) of packed steps
+        self._picks: dict[Pick, tuple[Any, Any, Any]] = {}  # of packed steps: the head, what changes logits, sampling
         self._table: tuple[bytes, Any] = (b"", None)
         self._on_host = jax.default_backend() == "cpu"
         # Flat tuples; otherwise every step would flatten the trees again.
@@ -162,10 +164,11 @@ class Programs:
         hidden: np.ndarray | None,
         numbers: np.ndarray,
         wanted: tuple[np.ndarray, np.ndarray] | None = None,
+        shaping: Callable[[], Shaping] | None = None,
     ) -> tuple[Any, Any]:
         """Run one step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' sampling parameters; None if the
-        likeliest tokens suffice. `caches` is updated in place. Returns (history, hidden [B, T, D]), or on the last stage (history,
-        Sampled)."""
+        likeliest tokens suffice. `shaping` is called once the logits are there, and says how they are changed. `caches` is updated in
+        place. Returns (history, hidden [B, T, D]), or on the last stage (history, Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         # A call copies host arrays to the device itself, faster than device_put. But an accelerator would get it once for each program.
         numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
@@ -178,7 +181,7 @@ class Programs:
         self.sampled_s = 0.0
         if wanted is None:
             return history, Sampled(likeliest, None, None, None)
-        return history, self._drawn(step.sampled, logits, history, numbers_, wanted)
+        return history, self._drawn((step.shaped, step.sampled), logits, history, numbers_, wanted, shaping)
 
     def _through_layers(self, step: _Step, caches: list[LayerCache], x: Any, numbers: Any) -> Any:
         if self.embed is not None:
@@ -188,10 +191,20 @@ class Programs:
             caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, numbers)
         return x
 
-    def _drawn(self, sampled: Any, logits: Any, history: Any, numbers: Any, wanted: tuple[np.ndarray, np.ndarray]) -> Any:
+    def _drawn(
+        self,
+        programs: tuple[Any, Any],
+        logits: Any,
+        history: Any,
+        numbers: Any,
+        wanted: tuple[np.ndarray, np.ndarray],
+        shaping: Callable[[], Shaping] | None,
+    ) -> Any:
+        shaped, sampled = programs
         logits.block_until_ready()  # the result is needed at once in any case
         began = time.perf_counter()
-        drawn = jax.block_until_ready(sampled(logits, history, numbers, *self._on_device(*wanted)))
+        scores = logits if shaping is None else shaped(logits, *shaping())
+        drawn = jax.block_until_ready(sampled(scores, history, numbers, *self._on_device(*wanted), logits))
         self.sampled_s = time.perf_counter() - began
         return drawn
 
@@ -202,17 +215,24 @@ class Programs:
         step = self._steps.get(bucket) or self.compile_packed(bucket, caches)
         return self._through_layers(step, caches, hidden, numbers)
 
-    def pick(self, hidden: np.ndarray, count: int, seen: int, draw: tuple[Any, Any, Any, Any] | None = None) -> Sampled:
+    def pick(
+        self,
+        hidden: np.ndarray,
+        count: int,
+        seen: int,
+        draw: tuple[Any, Any, Any, Any] | None = None,
+        shaping: Callable[[], Shaping] | None = None,
+    ) -> Sampled:
         """The next tokens after hidden [K, 1, D], of which `count` are real. `draw`: None if the likeliest ones suffice, else (history
-        [K, seen], positions [K], floats, ints): see `sample`."""
+        [K, seen], positions [K], floats, ints): see `sample`. `shaping`: as for `run`."""
         size = Pick(len(hidden), seen)
-        head, sampled = self._picks.get(size) or self.compile_pick(size)
+        head, *programs = self._picks.get(size) or self.compile_pick(size)
         self.sampled_s = 0.0
         logits, likeliest = head(self._head_weights, hidden, np.int32(count))
         if draw is None:
             return Sampled(likeliest, None, None, None)
         history, positions, *wanted = draw
-        drawn: Sampled = self._drawn(sampled, logits, history, positions, (wanted[0], wanted[1]))
+        drawn: Sampled = self._drawn((programs[0], programs[1]), logits, history, positions, (wanted[0], wanted[1]), shaping)
         return drawn
 
     def compile_packed(self, bucket: ShapeBucket, caches: Sequence[LayerCache]) -> _Step:
@@ -229,15 +249,16 @@ class Programs:
         )
         return step
 
-    def compile_pick(self, pick: Pick) -> tuple[Any, Any]:
+    def compile_pick(self, pick: Pick) -> tuple[Any, Any, Any]:
         """Compile what picks the next tokens of packed steps."""
         assert self._head is not None
         width, dtype = self._hidden
         x = jax.ShapeDtypeStruct((pick.size, 1, width), dtype)
         head = self._get("packed_head", ShapeBucket(False, pick.size, 0, True), self._head, None, x)
         sampled = self._get("packed_sampled", ShapeBucket(False, pick.size, pick.seen, True), self._vocabulary)
-        self._picks[pick] = head, sampled
-        return head, sampled
+        shaped = self._get("shaped", ShapeBucket(False, pick.size, 0), self._vocabulary)
+        self._picks[pick] = head, shaped, sampled
+        return head, shaped, sampled
 
     # ----------------------------------------------------------------------------------------------------------------------
 
@@ -251,6 +272,7 @@ class Programs:
             self._get("embed", bucket, self._embed)
         if self._alone and self._head is not None:
             self._get("head", bucket, self._head, history, x)
+            self._get("shaped", bucket, self._vocabulary)
             self._get("sampled", bucket, self._vocabulary, history)
             if bucket.prefill:
                 self._get("last", bucket, self._head, history, x)
@@ -259,6 +281,7 @@ class Programs:
             tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
             self._get("last", bucket, self.head, history, x) if self.head is not None and bucket.prefill else None,
             None if self.head is None else self._get("head", bucket, self.head, history, x),
+            None if self.head is None else self._get("shaped", bucket, self._vocabulary),
             None if self.head is None else self._get("sampled", bucket, self._vocabulary, history),
         )
         return step
@@ -289,7 +312,7 @@ def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
     sampling looks back over one of a few lengths."""
     if kind in ("embed", "last"):
         return replace(bucket, length=0)
-    if kind == "head":
+    if kind in ("head", "shaped"):
         return ShapeBucket(False, 1 if bucket.prefill else bucket.size, 0)
     if kind == "sampled":
         seen = _SEEN
@@ -443,14 +466,20 @@ def _head(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
     return _Program(jax.jit(head, donate_argnums=1), (weights, history, hidden, _vector(bucket)), tree)
 
 
+def _shaped(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x: Any) -> _Program:
+    tables = table_shapes(bucket.size, vocabulary.size)
+    return _Program(jax.jit(shape_logits), (_shape((bucket.size, vocabulary.size), np.float32), *tables))
+
+
 def _sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, history: Any, x: Any) -> _Program:
     table = (_shape((bucket.size, RowTable.FLOATS), np.float32), _shape((bucket.size, RowTable.INTS)))
 
-    def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any) -> Any:
+    def sampled(logits: Any, history: Any, vector: Any, floats: Any, ints: Any, raw: Any) -> Any:
         n = _numbers(bucket, vector)
-        return step.sampled(logits, history, n.positions, n.row, floats, ints, length=bucket.length)
+        return step.sampled(logits, history, n.positions, n.row, floats, ints, raw, length=bucket.length)
 
-    return _Program(jax.jit(sampled), (_shape((bucket.size, vocabulary.size), np.float32), history, _vector(bucket), *table))
+    logits = _shape((bucket.size, vocabulary.size), np.float32)
+    return _Program(jax.jit(sampled), (logits, history, _vector(bucket), *table, logits))
 
 
 def _packed_head(bucket: ShapeBucket, block: Block, state: Any, x: Any) -> _Program:
@@ -466,11 +495,11 @@ def _packed_sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x:
     size = bucket.size
     table = (_shape((size, RowTable.FLOATS), np.float32), _shape((size, RowTable.INTS)))
 
-    def sampled(logits: Any, history: Any, positions: Any, floats: Any, ints: Any) -> Any:
-        return sample(logits, floats, ints, history, positions)
+    def sampled(logits: Any, history: Any, positions: Any, floats: Any, ints: Any, raw: Any) -> Any:
+        return sample(logits, floats, ints, history, positions, raw)
 
-    args = (_shape((size, vocabulary.size), np.float32), _shape((size, bucket.length)), _shape((size,)), *table)
-    return _Program(jax.jit(sampled), args)
+    logits = _shape((size, vocabulary.size), np.float32)
+    return _Program(jax.jit(sampled), (logits, _shape((size, bucket.length)), _shape((size,)), *table, logits))
 
 
 _PROGRAM: dict[str, Callable[..., _Program]] = {
@@ -478,6 +507,7 @@ _PROGRAM: dict[str, Callable[..., _Program]] = {
     "layers": _layers,
     "last": _last,
     "head": _head,
+    "shaped": _shaped,
     "sampled": _sampled,
     "packed_head": _packed_head,
     "packed_sampled": _packed_sampled,

@@ -3,7 +3,8 @@
 A step that is replayed draws the same token, and a request draws the same tokens whatever other rows are in its batch: each row's
 randomness is jax.random seeded by (seed, position), and no row's parameters affect another row.
 
-    logits -> penalties over the row's history -> temperature -> top_k -> top_p -> min_p -> Gumbel arg-max
+    logits -> logit_bias, grammar (shaping.py)
+           -> penalties over the row's history -> temperature -> top_k -> top_p -> min_p -> Gumbel arg-max
            temperature 0: arg-max of the penalised logits
 
 Only what some row of the step asks for is computed. A decode batch whose rows all want the likeliest token (`RowTable.plain`) needs
@@ -93,13 +94,16 @@ class Sampled(NamedTuple):
     top_logprobs: Any
 
 
-def sample(logits: jax.Array, floats: jax.Array, ints: jax.Array, history: jax.Array, positions: jax.Array) -> Sampled:
-    """Next tokens for logits [B, V].
+def sample(
+    logits: jax.Array, floats: jax.Array, ints: jax.Array, history: jax.Array, positions: jax.Array, raw: jax.Array | None = None
+) -> Sampled:
+    """Next tokens for logits [B, V]. `raw` [B, V]: the model's own, where `logits` were shaped; log-probabilities are of these.
 
     floats [B, F] and ints [B, I] are rows of a RowTable; history [B, S] int32 holds the input token of each position;
     positions [B] is the position whose logits these are.
     """
     logits = logits.astype(jnp.float32)
+    own = logits if raw is None else raw.astype(jnp.float32)
     real = {name: floats[:, column, None] for name, column in _FLOAT.items()}
     temperature, top_p, min_p = real["temperature"], real["top_p"], real["min_p"]
     repetition, presence, frequency = real["repetition_penalty"], real["presence_penalty"], real["frequency_penalty"]
@@ -122,7 +126,7 @@ def sample(logits: jax.Array, floats: jax.Array, ints: jax.Array, history: jax.A
     tokens = jnp.where(temperature[:, 0] > 0, drawn, greedy)
 
     def report() -> tuple[jax.Array, jax.Array, jax.Array]:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        logprobs = jax.nn.log_softmax(own, axis=-1)
         values, indices = jax.lax.top_k(logprobs, count)
         pad = ((0, 0), (0, MAX_LOGPROBS - count))
         chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,7 @@ from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
 from mesh.kernels.library import kernels
 from mesh.model.arrivals import Arrivals
+from mesh.model.grammar import Vocabulary
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
 from mesh.runtime.buckets import Buckets
@@ -39,6 +41,7 @@ from mesh.runtime.loading import Block, block_names, load_block
 from mesh.runtime.packing import Segments, can_pack, in_turn, token_sizes
 from mesh.runtime.programs import Compiled, Pick, Programs, ShapeBucket, chunk_numbers, decode_numbers, packed_numbers, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
+from mesh.runtime.shaping import FAILED, Pending, RowShapes
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange, Progress, no_progress
@@ -76,8 +79,15 @@ class Stage:
     """An Engine that keeps keys and values of every row. Made by `load`; see the module's docstring."""
 
     def __init__(
-        self, manifest: Manifest, config: StageConfig, blocks: Sequence[Block], need: MemoryNeed, compiled: Compiled | None = None
+        self,
+        manifest: Manifest,
+        config: StageConfig,
+        blocks: Sequence[Block],
+        need: MemoryNeed,
+        compiled: Compiled | None = None,
+        vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
+        """`vocabulary`: reads the model's tokens, where answers may have to follow a grammar."""
         self.manifest = manifest
         self.config = config
         self.layers = config.layers
@@ -94,6 +104,7 @@ class Stage:
         embed = inner.pop(0) if config.embed else None
         head = inner.pop() if config.head else None
         self._table = RowTable(config.rows)
+        self._shapes = RowShapes(vocabulary or partial(_no_vocabulary, manifest), manifest.vocab_size)
         self._dtype = NUMPY_DTYPES[manifest.hidden.dtype]
         own = slice(self.layers.start - self.held.start, self.layers.stop - self.held.start)
         self.programs = Programs(
@@ -180,7 +191,7 @@ class Stage:
                     arrivals.stop()  # no check waits any more
                 pool.shutdown(cancel_futures=True)
         progress("loaded", len(names), len(names))
-        return cls(manifest, config, blocks, need, compiled)
+        return cls(manifest, config, blocks, need, compiled, partial(Vocabulary.load, Path(directory), manifest))
 
     def serve(self, layers: LayerRange) -> None:
         """Serve `layers`, a range of those that are held, from now on. Nothing is loaded and, after warm_up, nothing is compiled. The
@@ -206,6 +217,8 @@ class Stage:
             for index, (bucket, _) in enumerate(zip(wanted, pool.map(self._compile, wanted), strict=True)):
                 progress(f"compile {bucket}", index, len(wanted))
         progress("compiled", len(wanted), len(wanted))
+        if self.last and self.manifest.tokenizer is not None:
+            self._shapes.warm_up()
 
     def compile_for(self, prompt_length: int, max_tokens: int) -> None:
         """Compile only the programs of one request: its prefill chunks, then decode steps of one row."""
@@ -257,6 +270,8 @@ class Stage:
         """Give a row its sampling parameters; only the last stage has use for them."""
         self._check_row(row)
         self._table.set(row, params, prompt_length=prompt_length)
+        if self.last:
+            self._shapes.open(row, params, prompt_length=prompt_length)
 
     def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | SampledToken:
         """Run tokens [T] (and, unless this is the first stage, their hidden state [T, D]) of `row` from position `start` on.
@@ -270,19 +285,25 @@ class Stage:
             packed = self._packed(Segments([row], [start], [len(tokens)], [True]), tokens, hidden)
             return packed[0] if self.last else packed  # type: ignore[return-value]  # a token was wanted
         began = time.perf_counter()
+        self._shapes.fed(row, start, tokens.tolist())
         pieces: list[np.ndarray] = []
         result: Any = None
+        pending: Pending | None = None
         done = computed = 0
         while done < len(tokens):
             bucket = self._prefill_bucket(start + done, len(tokens) - done)
             computed += bucket.size
             count = min(bucket.size, len(tokens) - done)
             piece = slice(done, done + count)
-            result = self._prefill_chunk(row, start + done, tokens[piece], None if hidden is None else hidden[piece], bucket)
+            pending = self._begin_shaping([row]) if done + count == len(tokens) else None
+            result = self._prefill_chunk(row, start + done, tokens[piece], None if hidden is None else hidden[piece], bucket, pending)
             if not self.last:
                 pieces.append(result[:count])
             done += count
-        answer = self._token(result, 0, row) if self.last else pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if self.last:
+            answer: Any = self._shaped(pending, [row], [self._token(result, 0, row)])[0]
+        else:
+            answer = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         self.bucket, self.sampled_s = computed, self.programs.sampled_s if self.last else 0.0
         self.counters.prefill_steps += 1
         self.counters.prefill_tokens += len(tokens)
@@ -322,13 +343,18 @@ class Stage:
         elif hidden is not None:
             x = np.zeros((size, 1, self.manifest.hidden.size), self._dtype)
             x[rows - base, 0] = hidden
-        wanted = None
+        wanted = pending = None
         if self.last and not all(self._table.plain[row] for row in rows_):
             wanted = self._table.only(rows, base, size)
-        self._history, result = self.programs.run(ShapeBucket(False, size, length), self._caches, self._history, x, numbers, wanted)
+            for row, position, token in zip(rows_, positions_, tokens_, strict=True):
+                self._shapes.fed(row, position, (token,))
+            pending = self._begin_shaping(rows_)
+        shaping = None if pending is None else partial(pending.take, range(base, base + size), size)
+        bucket = ShapeBucket(False, size, length)
+        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping)
         if self.last:
             host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
-            answer: Any = [self._token(host, row - base, row) for row in rows_]
+            answer: Any = self._shaped(pending, rows_, [self._token(host, row - base, row) for row in rows_])
         else:
             answer = np.asarray(result)[:, 0] if whole else np.asarray(result)[rows - base, 0]
         self.bucket, self.sampled_s = size, self.programs.sampled_s if self.last else 0.0
@@ -381,7 +407,9 @@ class Stage:
         size = self.buckets.chunk(start, count)
         return ShapeBucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
 
-    def _prefill_chunk(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: ShapeBucket) -> Any:
+    def _prefill_chunk(
+        self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: ShapeBucket, pending: Pending | None
+    ) -> Any:
         count, size = len(tokens), bucket.size
         x = None
         if hidden is not None:
@@ -389,7 +417,8 @@ class Stage:
             x[0, :count] = hidden
         wanted = None if self._table.plain[row] else self._table.only(np.array([row]), row, 1)
         numbers = chunk_numbers(tokens, start, row, size)
-        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted)
+        shaping = None if pending is None else partial(pending.take, [row], 1)
+        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping)
         return to_host(result, logprobs=self._table.logprobs(row) >= 0) if self.last else np.asarray(result)[0]
 
     def _packed(self, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | list[SampledToken | None]:
@@ -398,11 +427,12 @@ class Stage:
         sampled: dict[int, SampledToken] = {}  # by row
         sampled_s = 0.0
         for part, piece in segments.pieces(self._token_sizes[-1]):
+            pending = self._begin_packed(part, tokens[piece]) if self.last else None
             x = self._through_layers(part, tokens[piece], None if hidden is None else hidden[piece])
             if not self.last:
                 hiddens.append(x[: piece.stop - piece.start, 0])
             elif any(part.wants):
-                sampled |= self._pick(part, x)
+                sampled |= self._pick(part, x, pending)
                 sampled_s += self.programs.sampled_s
         self.bucket, self.sampled_s = len(tokens), sampled_s
         self._count(segments, len(tokens), time.perf_counter() - began)
@@ -425,7 +455,7 @@ class Stage:
                 self._history[row, start : start + count] = tokens[end - count : end]
         return np.asarray(self.programs.run_packed(self._packed_bucket(size), self._caches, x, numbers))
 
-    def _pick(self, segments: Segments, hidden: np.ndarray) -> dict[int, SampledToken]:
+    def _pick(self, segments: Segments, hidden: np.ndarray, pending: Pending | None) -> dict[int, SampledToken]:
         """The next token of each row that wants one, from hidden [N, 1, D]."""
         ends = segments.ends()
         chosen = [index for index, wants in enumerate(segments.wants) if wants]
@@ -441,9 +471,9 @@ class Stage:
             history = np.zeros((size, seen), np.int32)
             history[: len(rows)] = self._history[rows, :seen]
             draw = (history, positions, *self._table.of(rows, size))
-        picked = self.programs.pick(x, len(rows), seen, draw)
+        picked = self.programs.pick(x, len(rows), seen, draw, None if pending is None else partial(pending.take, rows, size))
         host = to_host(picked, logprobs=draw is not None and any(self._table.logprobs(row) >= 0 for row in rows))
-        return {row: self._token(host, index, row) for index, row in enumerate(rows)}
+        return dict(zip(rows, self._shaped(pending, rows, [self._token(host, index, row) for index, row in enumerate(rows)]), strict=True))
 
     def _count(self, segments: Segments, tokens: int, seconds: float) -> None:
         decoded = sum(segments.decoding)
@@ -459,6 +489,23 @@ class Stage:
 
     def _packed_bucket(self, size: int) -> ShapeBucket:
         return ShapeBucket(False, size, self.context, packed=True)
+
+    def _begin_packed(self, segments: Segments, tokens: np.ndarray) -> Pending | None:
+        for row, start, count, end in zip(segments.rows, segments.starts, segments.counts, segments.ends(), strict=True):
+            if row in self._shapes:
+                self._shapes.fed(row, start, tokens[end - count : end].tolist())
+        return self._begin_shaping([row for row, wants in zip(segments.rows, segments.wants, strict=True) if wants])
+
+    def _begin_shaping(self, rows: list[int]) -> Pending | None:
+        return self._shapes.begin(rows) if self.last else None
+
+    def _shaped(self, pending: Pending | None, rows: list[int], tokens: list[SampledToken]) -> list[SampledToken]:
+        """The tokens, where those of rows whose grammar allows nothing are FAILED. What may follow the others is computed from now on."""
+        if pending is None:
+            return tokens
+        tokens = [SampledToken(FAILED) if row in pending.failed else token for row, token in zip(rows, tokens, strict=True)]
+        self._shapes.sampled(rows, [token.id for token in tokens])
+        return tokens
 
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
         info, dtype = self.manifest.cache[layer], NUMPY_DTYPES[self.manifest.cache_dtype]
@@ -517,6 +564,10 @@ class Stage:
             got = "nothing" if hidden is None else f"{hidden.dtype} {hidden.shape}"
             raise BadRequest(f"this stage needs a hidden state of {self._dtype} {want}, not {got}", field="hidden")
         return hidden
+
+
+def _no_vocabulary(manifest: Manifest) -> Vocabulary:
+    raise BadRequest(f"this stage of {manifest.name} was made without a tokenizer: load it from its directory", field="structured_outputs")
 
 
 def _compilers() -> int:

@@ -3,6 +3,7 @@
     embed      token ids -> hidden state                            first stage
     layers     a few consecutive layers, their caches updated       every stage, as often as its layers need
     head       hidden state -> logits, the likeliest tokens         last stage
+    shaped     logits -> logits with biases and masks of grammars   last stage, if some row has either (shaping.py)
     sampled    logits -> sampled tokens                             last stage, if some row asks for more than the likeliest token
 
 Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row), or in their
@@ -145,13 +146,14 @@ def sampled(
     row: jax.Array,
     floats: jax.Array,
     ints: jax.Array,
+    raw: jax.Array,
     *,
     length: int,
 ) -> Sampled:
-    """logits [B, V] of `head`, and the history with this step's tokens; positions [B, 1]; floats, ints of a RowTable -> what was
-    sampled for each row. Penalties look back at `length` tokens."""
+    """logits [B, V] of `head`, shaped where a row asks for it, and `raw` as they were; the history with this step's tokens; positions
+    [B, 1]; floats, ints of a RowTable -> what was sampled for each row. Penalties look back at `length` tokens."""
     seen = jax.lax.dynamic_slice(history, (row, 0), (logits.shape[0], length))
-    return sample(logits, floats, ints, seen, positions[:, 0])
+    return sample(logits, floats, ints, seen, positions[:, 0], raw)
 
 
 def packed_head(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -128,7 +128,9 @@ def test_an_answer_has_a_bound_on_both_sides(run: Run, directory: Callable[[str]
     """A template may make far more text of a prompt than the coordinator's process should hold as tokens."""
     model = directory("{{ 'a' * 9 }}")
     monkeypatch.setattr(prompt_process, "MAX_TOKENS", 8)
-    said = prompt_process._answer(ChatPrompts(Tokenizer.load(model)), orjson.dumps(chat("x")))
+    tokenizer = Tokenizer.load(model)
+    grammars = prompt_process._Grammars(tokenizer, model, Manifest.load(model))
+    said = prompt_process._answer(ChatPrompts(tokenizer), grammars, orjson.dumps(chat("x")))
     assert said[:1] == prompt_process.ERROR and b"are the most" in said
     monkeypatch.setattr(prompt_pool, "MOST_ANSWER_BYTES", 8)
 

@@ -169,8 +169,8 @@ def test_errors_are_openais_own(client: openai.OpenAI) -> None:
         client.chat.completions.create(**{**CHAT, "max_tokens": 600})
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as tools:
-        client.chat.completions.create(**CHAT, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert tools.value.param == "tools"
+        client.chat.completions.create(**CHAT, functions=[{"name": "f"}])
+    assert tools.value.param == "functions"
     with pytest.raises(openai.BadRequestError) as unknown:
         client.chat.completions.create(**CHAT, extra_body={"colour": "red"})
     assert unknown.value.param == "colour"

@@ -8,9 +8,9 @@ from mesh.coordinator.core import rows
 from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import Act, Session, State
 from mesh.coordinator.core.state import CoreState
-from mesh.errors import MeshError
+from mesh.errors import BadRequest, MeshError
 
-__all__ = ["end", "settle"]
+__all__ = ["end", "no_token", "settle"]
 
 
 def end(
@@ -58,3 +58,12 @@ def settle(state: CoreState, session: Session) -> None:
     """Give an ended session's rows back, once no frame names it any more."""
     if not session.in_flight and session.choices is not None:
         rows.release(state, session)
+
+
+def no_token() -> MeshError:
+    """The error of a session whose grammar allowed no token: the shard that samples says so in place of one."""
+    return BadRequest(
+        "no token continues the answer: its form needs more work at one token than a shard may take, or the tokens that came with the "
+        "request do not have it. Ask for a simpler form",
+        field="structured_outputs",
+    )

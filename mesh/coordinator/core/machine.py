@@ -392,6 +392,9 @@ class Core:
             since = session.token_at or session.trouble_since or state.now
             state.pauses.append(Pause(session.replay, state.now - since, state.watch.median_s("decode")))
         session.trouble_since, session.losses, session.replay, session.token_at = None, 0, "", state.now
+        if token.id < 0:
+            ends.end(state, session, Act.FAIL, "error", ends.no_token())
+            return
         if token.id in request.stop_ids:
             ends.end(state, session, Act.FINISH, "stop")
             return

@@ -17,7 +17,6 @@ from mesh.protocol import documents
 from mesh.protocol.generation import Generate
 
 USER = {"role": "user", "content": "a"}
-TOOLS = "a mesh calls no tools"
 
 
 def read(model: type[BaseModel], body: dict[str, Any]) -> Any:
@@ -109,14 +108,17 @@ def test_null_is_a_key_that_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"tools": [{"type": "function"}]}, f"tools: {TOOLS}"),
-        ({"functions": [{}]}, f"functions: {TOOLS}"),
-        ({"tool_choice": "required"}, f"tool_choice: {TOOLS}"),
-        ({"tool_choice": {"type": "function"}}, f"tool_choice: {TOOLS}"),
-        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, f"messages.1.tool_calls: {TOOLS}"),
-        ({"response_format": {"type": "json_object"}}, "response_format: a mesh does not force the form of an answer"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: a mesh does not force the form"),
-        ({"logit_bias": {"5": 1}}, "logit_bias: a mesh does not bias tokens"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function: is missing"),
+        ({"functions": [{}]}, "functions: functions are OpenAI's older form of tools"),
+        ({"tool_choice": "always"}, "tool_choice: should be 'auto', 'none' or 'required'"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function: is missing"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "messages.1.tool_calls.0.function: is m",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format: needs json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name: is missing"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: should be 100.0 or less"),
         ({"audio": {"voice": "a"}}, "audio: a mesh answers with text alone"),
         ({"modalities": ["text", "audio"]}, "modalities: a mesh answers with text alone"),
         ({"web_search_options": {}}, "web_search_options: a mesh searches nothing"),
