@@ -39,7 +39,7 @@ def write_huggingface_tokenizer(source: Path, out: Path) -> Written:
     if (source / TOKENIZER).is_file():
         tokenizer = _with_named_tokens(_load(source / TOKENIZER), source / TOKENIZER, target, settings)
     elif any(any(source.glob(name)) for name in OTHER_FORMS):
-        tokenizer = _byte_level(source) if not available() and _is_gpt2(source, settings) else convert(source)
+        tokenizer = _byte_level(source) if _is_gpt2(source, settings, unsure=not available()) else convert(source)
         _without_limits(tokenizer).save(str(target))
     else:
         return None, ()
@@ -101,11 +101,12 @@ def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _is_gpt2(source: Path, settings: dict[str, Any]) -> bool:
-    """Whether vocab.json and merges.txt are those of GPT-2's own tokenizer: others split a text in other places."""
-    kind = str(settings.get("tokenizer_class") or _optional_json(source / "config.json").get("model_type"))
+def _is_gpt2(source: Path, settings: dict[str, Any], *, unsure: bool) -> bool:
+    """Whether vocab.json and merges.txt are read as GPT-2's own tokenizer: where nothing names another one, from which transformers could
+    tell how a text is split, and, if `unsure`, where GPT-2's or OPT's is named."""
+    kind = settings.get("tokenizer_class") or _optional_json(source / "config.json").get("model_type")
     merges = (source / "vocab.json").is_file() and (source / "merges.txt").is_file()
-    return merges and kind.removesuffix("Fast") in ("GPT2Tokenizer", "gpt2", "opt", "None")
+    return merges and (kind is None or (unsure and str(kind).removesuffix("Fast") in ("GPT2Tokenizer", "gpt2", "opt")))
 
 
 def _named_tokens(settings: dict[str, Any], source: Path) -> dict[int, tuple[str, AddedToken]]:

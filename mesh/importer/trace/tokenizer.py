@@ -17,13 +17,14 @@ SAMPLE = (
 )
 """Many scripts, emoji, control characters and runs of whitespace: where the ids of two tokenizers differ, they differ here."""
 
+_ELSEWHERE = "save it where transformers reads it, with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+
 
 def convert(directory: Path) -> Any:
     """The tokenizer of the tokenizers library. UnsupportedModel: transformers is missing, cannot read it, or runs Python for it."""
     if not available():
         raise UnsupportedModel(
-            f"{directory} has a tokenizer, but no tokenizer.json: transformers can convert it, {INSTALL}; or save it elsewhere with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{directory} has a tokenizer, but no tokenizer.json: transformers can convert it, {INSTALL}; or {_ELSEWHERE}"
         )
     _, transformers = torch_and_transformers()
     try:
@@ -31,7 +32,9 @@ def convert(directory: Path) -> Any:
             loaded = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # it raises whatever the files lead to, ImportError for a library of theirs included
         why = " ".join(str(error).split())[:300]
-        raise UnsupportedModel(f"{directory}: transformers cannot read the tokenizer ({type(error).__name__}: {why})") from None
+        raise UnsupportedModel(
+            f"{directory}: transformers cannot read the tokenizer ({type(error).__name__}: {why}): {_ELSEWHERE}"
+        ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise UnsupportedModel(f"{directory}: {type(loaded).__name__} is Python code, which no tokenizer.json can hold: not supported")
