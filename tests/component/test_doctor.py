@@ -75,7 +75,9 @@ def test_a_mesh_that_is_well_has_no_error_and_every_replica_gives_a_token(server
             tokens = said(found, "replicas", "ok")
             assert len(tokens) == 3 and all(any(shard.options.name in one.found for one in tokens) for shard in running)
             assert said(found, "generation", "ok") and said(found, "clocks", "ok") and said(found, "permissions", "ok")
-            assert said(found, "model", "ok") and said(found, "versions", "ok") and len(said(found, "memory of shards", "ok")) >= 1
+            assert said(found, "model", "ok") and said(found, "versions", "ok")
+            # each of the three reports the whole process of this test
+            assert said(found, "memory of shards", "ok") or said(found, "memory of shards", "warning")
             assert said(found, "sync_interval", "ok")  # as `mesh up` starts it
             for shard in running:
                 assert not shard.state.sessions, "the doctor has closed its rows"
