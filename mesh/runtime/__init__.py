@@ -7,7 +7,8 @@ generate         a whole model in one process, without a mesh
 programs         which programs a step runs, and compiling them
 executables      compiled programs kept on disk across processes
 buckets          the few shapes that steps are padded to
-packing          packed steps: tokens of several sessions in one
+segments         the tokens of several sessions in one packed step
+packing          which stages can run packed steps, and how the others do
 step             one block's part of a step
 cache            attention over the KV cache
 sampling         the next token from logits

@@ -13,8 +13,8 @@ import numpy as np
 
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed
-from mesh.runtime.packing import Segments
 from mesh.runtime.sampling import SamplingParams
+from mesh.runtime.segments import Segments
 from mesh.types import LayerRange, Progress
 
 __all__ = ["Engine", "SampledToken", "Segments", "StageCounters"]

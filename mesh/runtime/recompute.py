@@ -19,9 +19,10 @@ from mesh.model.arrivals import Arrivals
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed
 from mesh.runtime.engine import SampledToken, StageCounters
-from mesh.runtime.packing import Segments, in_turn
+from mesh.runtime.packing import in_turn
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
+from mesh.runtime.segments import Segments
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.types import LayerRange, Progress, no_progress
 

@@ -38,9 +38,10 @@ from mesh.runtime.cache import SLACK
 from mesh.runtime.engine import SampledToken, StageCounters
 from mesh.runtime.kernel_variants import VariantTable
 from mesh.runtime.loading import Block, block_names, load_block
-from mesh.runtime.packing import Segments, can_pack, in_turn, token_sizes
+from mesh.runtime.packing import can_pack, in_turn, token_sizes
 from mesh.runtime.programs import Compiled, Pick, Programs, ShapeBucket, chunk_numbers, decode_numbers, packed_numbers, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
+from mesh.runtime.segments import Segments
 from mesh.runtime.shaping import FAILED, Pending, RowShapes
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
