@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from places import EXPORTS
 
-from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel, VerificationFailed
+from mesh.errors import ConfigError, CorruptModel, ModelNotFound, UnsupportedModel, VerificationFailed
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
 from mesh.importer.sources.onnx import OnnxSource
@@ -88,6 +88,6 @@ def test_a_source_that_is_missing_or_unknown_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    with pytest.raises(UnsupportedModel, match="bert"):
+    with pytest.raises((UnsupportedModel, CorruptModel), match="bert"):  # the second where transformers is there and tries it
         import_model(tmp_path / "bert", tmp_path / "out")
     assert not (tmp_path / "out").exists()
