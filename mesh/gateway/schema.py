@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mesh.gateway.bodies import RequestBody, ResponseBody, Usage
 from mesh.protocol.batches import MAX_BATCH
-from mesh.protocol.generation import MAX_MESSAGES, Text
+from mesh.protocol.generation import MAX_MESSAGES, Content, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOKENS, Label
 from mesh.protocol.sampling import SamplingFields
 from mesh.protocol.structured import LogitBias, StructuredOutputs
@@ -36,9 +36,9 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 class ChatMessage(RequestBody):
     role: Literal["system", "user", "assistant", "tool"]
-    content: Text = ""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: CallId | None = None
+    content: Content
 
 
 class Sampling(SamplingFields, RequestBody):

@@ -6,7 +6,8 @@ import hashlib
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import orjson
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from mesh.errors import BadRequest, PayloadTooLarge
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Seconds, Token, TokenIds
@@ -20,6 +21,7 @@ __all__ = [
     "MAX_MESSAGES",
     "Cancel",
     "ChatMessage",
+    "Content",
     "Generate",
     "TraceReply",
     "TraceRequest",
@@ -52,11 +54,24 @@ def without_prefix(id: str) -> str:
     return id.removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
+def _content(value: Any, info: ValidationInfo) -> Any:
+    """Only a message that calls tools may have no text."""
+    if value is None and info.data.get("tool_calls"):
+        return ""
+    if value is None:
+        raise PydanticCustomError("missing", "Field required")
+    return value
+
+
+Content = Annotated[Text, Field(default_factory=lambda: None, validate_default=True), BeforeValidator(_content)]
+"""The text of a message whose fields have its calls before it."""
+
+
 class ChatMessage(Message):
     role: Literal["system", "user", "assistant", "tool"]
-    content: Text = ""
     tool_calls: Annotated[tuple[ToolCall, ...], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: CallId | None = None
+    content: Content
 
     def template(self) -> dict[str, Any]:
         """As chat templates take it: arguments of calls as objects. BadRequest: they are none."""
