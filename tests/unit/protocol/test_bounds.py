@@ -131,7 +131,11 @@ def test_a_body_of_http_is_read_by_the_same_bounds(name: str, model: type[BaseMo
     ("document", "field", "says"),
     [
         ({"tokens": [1], "temprature": 1}, "temprature", "is not a key here: there are prompt, messages"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "text": "a"}]}, "messages.1.text", "there are role, tool_calls, tool_call_id, content"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "text": "a"}]},
+            "messages.1.text",
+            "there are role, tool_calls, tool_call_id, content",
+        ),
         ({"tokens": [1], "stop": ["x"] * 17}, "stop", "has 17 entries: at most 16 are taken"),
         ({"tokens": [1], "stop": ["x" * 1001]}, "stop.0", "at most 1000 characters"),
         ({"tokens": [1, 2, "x", "y"]}, "tokens.2", "should be a whole number"),
