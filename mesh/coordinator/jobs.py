@@ -115,6 +115,8 @@ class Jobs:
             self._outbox.error(reply, error, record.epoch, generation.public_id(record.session))
             await self._outbox.send()
             return
+        if record.session in self.table:  # its client asked again meanwhile, and that request is generated already
+            return
         job = Job.of(message, replace(request, resumed=True), reply, self._tokenizer, digest=record.digest, epoch=record.epoch)
         job.start, job.delivered, job.revision = start, start, revision
         await self.begin(job)
