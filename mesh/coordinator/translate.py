@@ -10,7 +10,7 @@ from mesh.coordinator.core.events import FrameLost, FrameOut, Result, ResultRow
 from mesh.coordinator.core.routing import Replica
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
-from mesh.protocol.frame import WANTED
+from mesh.protocol.frame import NOT_WANTED, WANTED
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
 from mesh.protocol.status import ShardLease
 from mesh.protocol.stream import Token
@@ -56,7 +56,7 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
         case Kind.TOKENS:
             keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
             tokens = [Token(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
-            wanted = [token if token.id >= 0 else None for token in tokens]  # a row of a packed step may have wanted none
+            wanted = [None if token.id == NOT_WANTED else token for token in tokens]
             return Result(frame.step, tuple(map(ResultRow, keys, positions, wanted)), _waited_s(frame))
         case Kind.NACK:
             shard = frame.route[frame.hop].shard

@@ -14,7 +14,20 @@ from mesh.types import LayerRange
 if TYPE_CHECKING:  # a client knows that there are frames, makes none, and is installed without numpy
     import numpy as np
 
-__all__ = ["NO_FLAGS", "STEPS", "WANTED", "Flags", "Frame", "Hop", "Kind", "Nack", "StageTiming", "traced_headers"]
+__all__ = [
+    "NOT_ALLOWED",
+    "NOT_WANTED",
+    "NO_FLAGS",
+    "STEPS",
+    "WANTED",
+    "Flags",
+    "Frame",
+    "Hop",
+    "Kind",
+    "Nack",
+    "StageTiming",
+    "traced_headers",
+]
 
 
 class Kind(IntEnum):
@@ -31,6 +44,12 @@ STEPS: Final = frozenset((Kind.PREFILL, Kind.DECODE, Kind.PACKED))
 
 WANTED: Final = 1 << 31
 """In `Frame.lengths`: a token is to be sampled after the segment."""
+
+NOT_WANTED: Final = -1
+"""In place of a token, in the answer to a PACKED frame: the row wanted none."""
+
+NOT_ALLOWED: Final = -2
+"""In place of a token: the row's grammar allows none. Its answer so far does not follow it, or the next token takes too much work."""
 
 
 class Flags(IntFlag):
@@ -92,7 +111,7 @@ class Frame:
     sessions [n] uint64; epochs [n] uint32; positions [n] uint32: the position of each row's first token; stage_rows [hops, n] uint32: the
     row of each session on each stage; tokens [m] int32: m == n, except PREFILL (n == 1 <= m), PACKED (n <= m), ACK and NACK (m == 0).
     lengths [n] uint32, only in PACKED: how many of the tokens are each row's, one row after the other, plus WANTED where a token is to be
-    sampled after them. In the answer to a PACKED frame, a row without WANTED has the token -1.
+    sampled after them. In the answer to a PACKED frame, a row without WANTED has the token NOT_WANTED.
     tensors: in PREFILL, DECODE and PACKED the hidden state [m, D], except on the way to the first stage; in TOKENS with log-probabilities
     (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN for a row that did not ask). Otherwise there are none.
     hop: the stage that the frame goes to; in an answer, the stage that it came from. batch: the decode batch.

@@ -16,22 +16,20 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mesh.model.grammar import Matcher, Vocabulary
+from mesh.protocol.frame import NOT_ALLOWED
 from mesh.protocol.sampling import SamplingParams
 from mesh.protocol.structured import MAX_BIASES
 
 log = logging.getLogger("mesh.runtime")
 
-__all__ = ["FAILED", "Pending", "RowShapes", "Shaping", "shape_logits"]
-
-FAILED: Final = -1
-"""The token of a row whose grammar allows none: its answer so far does not follow it, or the next token takes too much work."""
+__all__ = ["Pending", "RowShapes", "Shaping", "shape_logits"]
 
 
 class Shaping(NamedTuple):
@@ -54,7 +52,7 @@ class _Row:
 
     def fed(self, start: int, tokens: Sequence[int]) -> None:
         at = start - self.prompt_length
-        self.tokens += [FAILED] * (at - len(self.tokens))  # what is not known has no mask
+        self.tokens += [NOT_ALLOWED] * (at - len(self.tokens))  # what is not known has no mask
         self.tokens = [*self.tokens[: max(at, 0)], *tokens[max(-at, 0) :]]
 
 
@@ -110,7 +108,7 @@ class RowShapes:
         states = {}
         for row, token in zip(rows, tokens, strict=True):
             shaped = self._rows.get(row)
-            if shaped is not None and shaped.matcher is not None and token != FAILED:
+            if shaped is not None and shaped.matcher is not None and token != NOT_ALLOWED:
                 states[row] = (shaped.matcher, [*shaped.tokens, token])
         if states:
             self._masking.submit(_masks, states)

@@ -33,6 +33,7 @@ from mesh.model.arrivals import Arrivals
 from mesh.model.grammar import Vocabulary
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
+from mesh.protocol.frame import NOT_ALLOWED
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
 from mesh.runtime.engine import SampledToken, StageCounters
@@ -42,7 +43,7 @@ from mesh.runtime.packing import can_pack, in_turn, token_sizes
 from mesh.runtime.programs import Compiled, Pick, Programs, ShapeBucket, chunk_numbers, decode_numbers, packed_numbers, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.segments import Segments
-from mesh.runtime.shaping import FAILED, Pending, RowShapes
+from mesh.runtime.shaping import Pending, RowShapes
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange, Progress, no_progress
@@ -501,10 +502,10 @@ class Stage:
         return self._shapes.begin(rows) if self.last else None
 
     def _shaped(self, pending: Pending | None, rows: list[int], tokens: list[SampledToken]) -> list[SampledToken]:
-        """The tokens, where those of rows whose grammar allows nothing are FAILED. What may follow the others is computed from now on."""
+        """The tokens, NOT_ALLOWED in place of those whose grammar allows nothing. What may follow the others is computed from now on."""
         if pending is None:
             return tokens
-        tokens = [SampledToken(FAILED) if row in pending.failed else token for row, token in zip(rows, tokens, strict=True)]
+        tokens = [SampledToken(NOT_ALLOWED) if row in pending.failed else token for row, token in zip(rows, tokens, strict=True)]
         self._shapes.sampled(rows, [token.id for token in tokens])
         return tokens
 

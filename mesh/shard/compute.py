@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mesh.protocol.frame import NOT_WANTED
 from mesh.protocol.frame_codec import Flags, Frame, Kind, StageTiming
 from mesh.runtime.engine import Engine, SampledToken, Segments
 from mesh.runtime.sampling import MAX_LOGPROBS
@@ -21,8 +22,7 @@ __all__ = ["ComputeThread", "run_step"]
 
 log = logging.getLogger("mesh.shard")
 
-_NO_TOKEN = SampledToken(-1)
-"""For a row of a packed step that wants none."""
+_NO_TOKEN = SampledToken(NOT_WANTED)
 
 Deliver = Callable[..., object]
 """Calls a function with arguments in the event loop's thread, as loop.call_soon_threadsafe does."""

@@ -23,10 +23,13 @@ from running import Run
 from system_tools import until_leases
 from tiny_chat_model import make_chat_model
 
+from mesh.bus import Bus
 from mesh.client import AsyncMeshClient, MeshClient
 from mesh.errors import BadRequest
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.model.grammar import grammar_of
+from mesh.model.manifest import Manifest
+from mesh.protocol import topics
 from mesh.protocol.status import ShardLease
 from mesh.protocol.structured import StructuredOutputs
 from mesh.runtime.generate import Pipeline
@@ -94,6 +97,24 @@ def client(mesh: LocalMesh) -> Iterator[MeshClient]:
 def url(mesh: LocalMesh) -> Iterator[str]:
     with edge(mesh.url) as running:
         yield running
+
+
+def test_tokens_that_came_with_a_request_and_do_not_have_its_form_are_an_error(mesh: LocalMesh, chat_model: Path, run: Run) -> None:
+    subject = topics.GENERATE.at(Manifest.load(chat_model).name).subject
+
+    async def answer(bus: Bus, given: list[int]) -> dict[str, Any]:
+        asked = {"tokens": PROMPT, "max_tokens": 8, "structured_outputs": {"regex": "[a-f]{8}"}, "given": given}
+        reply: dict[str, Any] = json.loads((await bus.ask(subject, json.dumps(asked).encode(), timeout_s=60)).data)
+        return reply
+
+    async def work() -> None:
+        async with await Bus.connect(mesh.bus, name="test") as bus:
+            begun = (await answer(bus, []))["tokens"]
+            assert (await answer(bus, begun[:3]))["tokens"] == begun
+            with pytest.raises(BadRequest, match="no token continues the answer"):
+                await answer(bus, [0, 0, 0])
+
+    run(work())
 
 
 # -- interfaces --------------------------------------------------------------------------------------------------------
