@@ -38,9 +38,46 @@ _HIDDEN = -1e30  # finite, so that a row that sees nothing stays finite
 _LOWEST = -1e20  # below the score of every visible position, and so far above a hidden one that the hidden one's weight is 0
 
 
+class _View:
+    """A cache as a block sees it: [rows, Hkv, length, D]."""
+
+    array: Any  # [R, Hkv, S, D]
+    length: int
+
+    @property
+    def row_count(self) -> int:
+        """The rows that the block sees."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        _, heads, _, dim = self.array.shape
+        return (self.row_count, heads, self.length, dim)
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
+        if op_type == "Shape":
+            start, end = attrs.get("start", 0), attrs.get("end", 4)
+            return np.asarray(self.shape[start:end], np.int64)
+        if op_type == "CachedAttention" and isinstance(args[3], type(self)) and isinstance(args[4], type(self)):
+            return _decode_step(args, attrs)
+        return self._lower(op_type, args, attrs)
+
+    def _lower(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
+        """The other operations that read a cache."""
+        raise NotImplementedError
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class CacheView:
+class CacheView(_View):
     """Rows `row` .. row + rows - 1 of a cache, as a block sees them: [rows, Hkv, length, D]. No query sees a position from `used` on.
 
     A step writes either one token for each row (a decode batch) or, if `rows` is 1, several tokens (a prefill chunk).
@@ -53,17 +90,8 @@ class CacheView:
     length: int = field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        _, heads, _, dim = self.array.shape
-        return (self.rows, heads, self.length, dim)
-
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    @property
-    def dtype(self) -> Any:
-        return self.array.dtype
+    def row_count(self) -> int:
+        return self.rows
 
     def read(self, start: Any, size: int) -> jax.Array:
         """Positions start .. start + size - 1 as float32 [rows, Hkv, size, D]; a copy of just that, where XLA does not fuse it into its
@@ -86,10 +114,7 @@ class CacheView:
             indices = jnp.append(indices, self.array.shape[2] - 1)
         return replace(self, array=self.array.at[rows, :, indices].set(tokens, mode="promise_in_bounds"))
 
-    def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
-        if op_type == "Shape":
-            start, end = attrs.get("start", 0), attrs.get("end", 4)
-            return np.asarray(self.shape[start:end], np.int64)
+    def _lower(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
         if op_type == "TensorScatter" and args[0] is self:
             return self.write(args[1], args[2])
         if op_type == "Attention" and isinstance(args[1], CacheView) and isinstance(args[2], CacheView):
@@ -98,14 +123,12 @@ class CacheView:
                 raise ValueError("a block's Attention has an explicit mask")
             scale = attrs.get("scale") or float(args[0].shape[-1]) ** -0.5
             return attend(args[0], args[1], args[2], jnp.asarray(mask), scale=scale, softcap=attrs.get("softcap", 0.0))
-        if op_type == "CachedAttention" and isinstance(args[3], CacheView) and isinstance(args[4], CacheView):
-            return _decode_step(args, attrs)
         return NotImplemented
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PackedView:
+class PackedView(_View):
     """A cache as a block sees it in a packed step: each of N tokens has its own row, and a row may have several of them, one after the
     other. To the block it is a cache of N rows, [N, Hkv, length, D]. Only the kernels read it (mesh/kernels/calls.py)."""
 
@@ -115,24 +138,10 @@ class PackedView:
     length: int = field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        _, heads, _, dim = self.array.shape
-        return (self.rows.shape[0], heads, self.length, dim)
+    def row_count(self) -> int:
+        return int(self.rows.shape[0])
 
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    @property
-    def dtype(self) -> Any:
-        return self.array.dtype
-
-    def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
-        if op_type == "Shape":
-            start, end = attrs.get("start", 0), attrs.get("end", 4)
-            return np.asarray(self.shape[start:end], np.int64)
-        if op_type == "CachedAttention" and isinstance(args[3], PackedView) and isinstance(args[4], PackedView):
-            return _decode_step(args, attrs)
+    def _lower(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
         raise ValueError(f"{op_type} cannot read the cache of a packed step")
 
 
