@@ -237,24 +237,30 @@ class Programs:
 
     def compile_packed(self, bucket: ShapeBucket, caches: Sequence[LayerCache]) -> _Step:
         """Compile what the tokens of a packed step of this shape run, now or after another `serve`."""
-        size, dtype = self._hidden
-        x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
+        self._steps[bucket] = step = self._compile_layers(bucket, caches)
+        return step
+
+    def _compile_layers(self, bucket: ShapeBucket, caches: Sequence[LayerCache]) -> _Step:
+        """The embedding and the layers of a step of this shape."""
+        x = self._hidden_shape(bucket)
         for group in self._alone:
             self._get("layers", bucket, group, caches[group.first : group.first + 1], x)
         if self._alone and self._embed is not None:
             self._get("embed", bucket, self._embed)
-        self._steps[bucket] = step = _Step(
+        return _Step(
             None if self.embed is None else self._get("embed", bucket, self.embed),
             tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
         )
-        return step
+
+    def _hidden_shape(self, bucket: ShapeBucket) -> Any:
+        size, dtype = self._hidden
+        return jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
 
     def compile_pick(self, pick: Pick) -> tuple[Any, Any, Any]:
         """Compile what picks the next tokens of packed steps."""
         assert self._head is not None
-        width, dtype = self._hidden
-        x = jax.ShapeDtypeStruct((pick.size, 1, width), dtype)
-        head = self._get("packed_head", ShapeBucket(False, pick.size, 0, True), self._head, None, x)
+        rows = ShapeBucket(False, pick.size, 0, True)
+        head = self._get("packed_head", rows, self._head, None, self._hidden_shape(rows))
         sampled = self._get("packed_sampled", ShapeBucket(False, pick.size, pick.seen, True), self._vocabulary)
         shaped = self._get("shaped", ShapeBucket(False, pick.size, 0), self._vocabulary)
         self._picks[pick] = head, shaped, sampled
@@ -264,25 +270,20 @@ class Programs:
 
     def compile(self, bucket: ShapeBucket, caches: Sequence[LayerCache], history: Any) -> _Step:
         """Compile everything that a step of this shape runs, now or after another `serve`."""
-        size, dtype = self._hidden
-        x = jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
-        for group in self._alone:
-            self._get("layers", bucket, group, caches[group.first : group.first + 1], x)
-        if self._alone and self._embed is not None:
-            self._get("embed", bucket, self._embed)
+        x = self._hidden_shape(bucket)
+        layers = self._compile_layers(bucket, caches)
         if self._alone and self._head is not None:
             self._get("head", bucket, self._head, history, x)
             self._get("shaped", bucket, self._vocabulary)
             self._get("sampled", bucket, self._vocabulary, history)
             if bucket.prefill:
                 self._get("last", bucket, self._head, history, x)
-        self._steps[bucket] = step = _Step(
-            None if self.embed is None else self._get("embed", bucket, self.embed),
-            tuple(self._get("layers", bucket, group, caches[group.first : group.first + len(group.blocks)], x) for group in self.groups),
-            self._get("last", bucket, self.head, history, x) if self.head is not None and bucket.prefill else None,
-            None if self.head is None else self._get("head", bucket, self.head, history, x),
-            None if self.head is None else self._get("shaped", bucket, self._vocabulary),
-            None if self.head is None else self._get("sampled", bucket, self._vocabulary, history),
+        head = self.head
+        self._steps[bucket] = step = layers._replace(
+            last=self._get("last", bucket, head, history, x) if head is not None and bucket.prefill else None,
+            head=None if head is None else self._get("head", bucket, head, history, x),
+            shaped=None if head is None else self._get("shaped", bucket, self._vocabulary),
+            sampled=None if head is None else self._get("sampled", bucket, self._vocabulary, history),
         )
         return step
 
@@ -374,13 +375,13 @@ def chunk_numbers(tokens: np.ndarray, start: int, row: int, size: int) -> np.nda
 def packed_numbers(rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], tokens: np.ndarray, *, size: int) -> np.ndarray:
     """The same for a packed step: the tokens of all segments one after the other, padded to `size`. int32 [3 size + 1], with tokens,
     positions and rows, and how many tokens are real."""
-    numbers, at = np.zeros(3 * size + 1, np.int32), 0
-    numbers[: len(tokens)], numbers[3 * size] = tokens, len(tokens)
+    positions: list[int] = []
+    own: list[int] = []
     for row, start, count in zip(rows, starts, counts, strict=True):
-        numbers[size + at : size + at + count] = start if count == 1 else np.arange(start, start + count)
-        numbers[2 * size + at : 2 * size + at + count] = row
-        at += count
-    return numbers
+        positions += range(start, start + count)
+        own += [row] * count
+    padding = [0] * (size - len(own))
+    return np.array([*tokens.tolist(), *padding, *positions, *padding, *own, *padding, len(own)], np.int32)
 
 
 def _numbers(bucket: ShapeBucket, vector: Any) -> _Numbers:
