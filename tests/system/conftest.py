@@ -8,6 +8,7 @@ from typing import Any
 
 import checked_load
 import pytest
+from edge_tools import edge
 from oracle import Oracle
 
 from mesh.local.mesh import LocalMesh, LocalOptions
@@ -46,6 +47,13 @@ def any_mesh(request: pytest.FixtureRequest, model: Path) -> Iterator[LocalMesh]
 def mesh(model: Path) -> Iterator[LocalMesh]:
     """Two ranges."""
     with LocalMesh(_options(model, shards=2)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(mesh: LocalMesh) -> Iterator[str]:
+    """Of a gateway to the module's mesh."""
+    with edge(mesh.url) as running:
         yield running
 
 

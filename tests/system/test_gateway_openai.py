@@ -17,12 +17,6 @@ from mesh.local.mesh import LocalMesh
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "rain"}], "temperature": 0, "max_tokens": 8}
 
 
-@pytest.fixture(scope="module")
-def url(mesh: LocalMesh) -> Iterator[str]:
-    with edge(mesh.url) as running:
-        yield running
-
-
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:

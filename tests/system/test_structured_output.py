@@ -17,7 +17,6 @@ import httpx
 import jsonschema_rs
 import openai
 import pytest
-from edge_tools import edge
 from pydantic import BaseModel, Field
 from running import Run
 from system_tools import until_leases
@@ -91,12 +90,6 @@ def mesh(chat_model: Path) -> Iterator[LocalMesh]:
 def client(mesh: LocalMesh) -> Iterator[MeshClient]:
     with MeshClient(mesh.url) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def url(mesh: LocalMesh) -> Iterator[str]:
-    with edge(mesh.url) as running:
-        yield running
 
 
 def test_tokens_that_came_with_a_request_and_do_not_have_its_form_are_an_error(mesh: LocalMesh, chat_model: Path, run: Run) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from edge_tools import edge
 from running import Run
 from system_tools import until_leases
 from tiny_chat_model import END, make_chat_model
@@ -50,12 +49,6 @@ ASK: dict[str, Any] = {
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
     model: Path = make_chat_model(tmp_path_factory.mktemp("chat"))
     with LocalMesh(LocalOptions(model=model, shards=2, replicas=2, coordinators=2, rows=4, context=512)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def url(mesh: LocalMesh) -> Iterator[str]:
-    with edge(mesh.url) as running:
         yield running
 
 
