@@ -28,7 +28,7 @@ The files:
     jobs.py          the requests that are held
     driver.py        one turn of the core: an event in, its effects out in the right order
     effects.py       what the core wants done is passed to the part that does it
-    shards.py        leases, rows and probes of shards
+    shards.py        leases, rows and probes of shards; openings.py asks for several rows at once
     listeners.py     whether the senders of requests without a stream still listen
     outbox.py        what goes out, in order
     requests.py      a request is checked, and its prompt made tokens

@@ -101,6 +101,7 @@ class Effects:
                 if session is not None:
                     self._give_up(session, error)
                     following.append(CancelSession(session))
+        self._shards.send_closes()
         return following
 
     def _do(self, effect: Effect) -> bool:
@@ -111,7 +112,7 @@ class Effects:
             case Emit():
                 return self._emit(effect)
             case OpenRow():
-                self._bus.spawn(self._shards.open(effect), "opening a row")
+                self._shards.open(effect)
             case CloseRow():
                 self._shards.close(effect)
             case Probe():

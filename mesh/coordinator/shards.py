@@ -10,15 +10,26 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesh.bus import Bus, Received, Subscription, end_tasks
 from mesh.coordinator.continuity import Announce
-from mesh.coordinator.core.events import CloseRow, Event, OpenRefused, OpenRow, Probe, ProbeAnswered, ReplicaGone, ReplicaSeen, RowOpened
+from mesh.coordinator.core.events import (
+    CloseRow,
+    OpenRefused,
+    OpenRow,
+    Probe,
+    ProbeAnswered,
+    ReplicaGone,
+    ReplicaSeen,
+    RowOpened,
+    RowsAnswered,
+)
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.leases import ANSWER_S, Leases
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.driver import CoreDriver
+from mesh.coordinator.openings import Openings
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.trace import OpenTry
 from mesh.coordinator.translate import replica_of
@@ -41,6 +52,14 @@ _STALL_S = 1.5
 """After a pause of this loop that was longer, the silence of the shards does not count."""
 _MOST_REFUSED = 256
 _MOST_GONE = 256
+
+
+class _Opening(NamedTuple):
+    """A row that a shard was asked for, and when."""
+
+    effect: OpenRow
+    message: control.Open
+    began: float
 
 
 class Shards:
@@ -75,6 +94,8 @@ class Shards:
         self._open_timeout_s = open_timeout_s
         self._opened = opened
         self._context_of = context_of
+        self._closing: dict[tuple[str, int], list[int]] = {}  # by shard and epoch
+        self._openings = Openings(bus, self._on_answers, timeout_s=open_timeout_s)
         self._leases = Leases()
         self._subscription: Subscription | None = None
         self._watcher: asyncio.Task[Any] | None = None
@@ -176,18 +197,12 @@ class Shards:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    async def open(self, effect: OpenRow) -> None:
+    def open(self, effect: OpenRow) -> None:
         """Ask a shard, or the queue group of a range, for a row. The answer, or its absence, is an event for the core."""
-        context = self._context_of(effect.request.id)
-        trace = None if context is None else context[0]
-        with log_context(request=public_id(effect.request.id), trace=trace, shard=effect.shard):
-            event = await self._open(effect, trace)
-        await self._driver.handle(event)
-
-    async def _open(self, effect: OpenRow, trace: str | None) -> Event:
-        request, key = effect.request, effect.key
+        request = effect.request
+        context = self._context_of(request.id)
         message = control.Open(
-            session=key,
+            session=effect.key,
             epoch=effect.epoch,
             coordinator=self._coordinator,
             model_hash=self._model_hash,
@@ -196,35 +211,62 @@ class Shards:
             sampling=request.sampling,
             instance=None if effect.shard is None else self._leases.instance(effect.shard),
             request=public_id(request.id),
-            trace=trace,
+            trace=None if context is None else context[0],
         )
+        asked = _Opening(effect, message, time.perf_counter())
         if effect.shard is None:
-            to = topics.OPEN_ANY.at(self._model, effect.layers)
+            self._bus.spawn(self._open_any(asked), "opening a row")
         else:
-            to = topics.OPEN.at(effect.shard)
-        began, failure, shard = time.perf_counter(), "", effect.shard
+            self._openings.ask(effect.shard, asked, message)
+
+    async def _open_any(self, asked: _Opening) -> None:
+        to = topics.OPEN_ANY.at(self._model, asked.effect.layers)
         try:
-            opened = await self._bus.request(to, message, timeout_s=self._open_timeout_s)
-            if opened.instance != self._leases.instance(opened.shard):  # one that was replaced, in a queue group
-                self.close(CloseRow(key, effect.epoch, opened.shard))
-                raise Unavailable(f"shard {opened.shard} is another process now")
-            shard = opened.shard
-            return RowOpened(key, effect.epoch, effect.stage, opened.shard, opened.row, opened.filled)
+            answer: control.Opened | MeshError = await self._bus.request(to, asked.message, timeout_s=self._open_timeout_s)
         except MeshError as error:
-            if isinstance(error, NobodyListens) and effect.shard is not None:
-                await self._gone(effect.shard)
-            full = isinstance(error, Busy)
+            answer = error
+        await self._driver.handle(self._row_answer(asked, answer))
+
+    async def _on_answers(self, shard: str, answers: list[tuple[_Opening, control.Opened | MeshError]]) -> None:
+        if any(isinstance(answer, NobodyListens) for _, answer in answers):
+            await self._gone(shard)
+        await self._driver.handle(RowsAnswered(tuple(self._row_answer(asked, answer) for asked, answer in answers)))
+
+    def _row_answer(self, asked: _Opening, answer: control.Opened | MeshError) -> RowOpened | OpenRefused:
+        effect, message = asked.effect, asked.message
+        with log_context(request=message.request, trace=message.trace, shard=effect.shard):
+            if isinstance(answer, control.Opened) and answer.instance != self._leases.instance(answer.shard):  # one that was replaced
+                self.close(CloseRow(effect.key, effect.epoch, answer.shard))
+                answer = Unavailable(f"shard {answer.shard} is another process now")
+            failed = isinstance(answer, MeshError)
+            tried = OpenTry(
+                asked.began,
+                time.perf_counter(),
+                effect.epoch,
+                effect.layers,
+                effect.shard if isinstance(answer, MeshError) else answer.shard,
+                str(answer) if failed else "",
+            )
+            self._opened(effect.request.id, tried)
+            if isinstance(answer, control.Opened):
+                return RowOpened(effect.key, effect.epoch, effect.stage, answer.shard, answer.row, answer.filled)
+            full = isinstance(answer, Busy)
             if not full:
-                log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", error)
-            failure = str(error)
-            return OpenRefused(key, effect.epoch, effect.stage, effect.shard, full, error, not error.retryable)
-        finally:
-            self._opened(request.id, OpenTry(began, time.perf_counter(), effect.epoch, effect.layers, shard, failure))
+                log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", answer)
+            return OpenRefused(effect.key, effect.epoch, effect.stage, effect.shard, full, answer, not answer.retryable)
 
     def close(self, effect: CloseRow) -> None:
-        """Give a row back."""
-        message = control.Close(coordinator=self._coordinator, sessions=(effect.key,), epoch=effect.epoch)
-        self._outbox.message(topics.CLOSE.at(effect.shard).subject, message.to_bytes())
+        """Give a row back, with `send_closes`."""
+        self._closing.setdefault((effect.shard, effect.epoch), []).append(effect.key)
+
+    def send_closes(self) -> None:
+        """Give the rows of `close` back: one message for each shard where several sessions have ended."""
+        closing, self._closing = self._closing, {}
+        for (shard, epoch), keys in closing.items():
+            for at in range(0, len(keys), control.MOST_CLOSES):
+                some = tuple(keys[at : at + control.MOST_CLOSES])
+                message = control.Close(coordinator=self._coordinator, sessions=some, epoch=epoch)
+                self._outbox.message(topics.CLOSE.at(shard).subject, message.to_bytes())
 
     async def close_all(self, coordinator: str) -> None:
         """Free every row that `coordinator` holds at the shards."""

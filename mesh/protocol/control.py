@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 
+from mesh.protocol.failures import ErrorReply
 from mesh.protocol.message import Epoch, Line, Message, Natural, Positive, SessionId, Token
 from mesh.protocol.sampling import SamplingParams
 from mesh.protocol.spans import TraceId
 from mesh.types import LayerRange
 
-__all__ = ["Close", "Closed", "Drain", "Drained", "Load", "Loaded", "Open", "Opened", "Ping", "Pong"]
+__all__ = [
+    "MOST_CLOSES",
+    "MOST_OPENS",
+    "Close",
+    "Closed",
+    "Drain",
+    "Drained",
+    "Load",
+    "Loaded",
+    "Open",
+    "OpenMany",
+    "Opened",
+    "OpenedMany",
+    "Ping",
+    "Pong",
+]
+
+MOST_OPENS: Final = 64
+"""Sessions in one OpenMany at most."""
+MOST_CLOSES: Final = 4096
+"""Sessions in one Close at most."""
 
 
 class Open(Message):
@@ -57,12 +78,28 @@ class Opened(Message):
         return LayerRange(self.layers_start, self.layers_end)
 
 
+class OpenMany(Message):
+    """Several sessions that are opened at once; each as if it came alone."""
+
+    limit_bytes: ClassVar[int] = 1024 * 1024
+
+    opens: Annotated[tuple[Open, ...], Field(min_length=1, max_length=MOST_OPENS, fail_fast=True)]
+
+
+class OpenedMany(Message):
+    """An answer for each session of an OpenMany, in its order."""
+
+    limit_bytes: ClassVar[int] = 1024 * 1024
+
+    answers: Annotated[tuple[Opened | ErrorReply, ...], Field(max_length=MOST_OPENS, fail_fast=True)]
+
+
 class Close(Message):
     """Free the rows of these sessions, or with `all` the rows of every session of this coordinator. Unknown sessions are no error.
     A session that was opened with a later epoch than `epoch` stays open, because this message may be an old one."""
 
     coordinator: Token
-    sessions: Annotated[tuple[SessionId, ...], Field(max_length=4096, fail_fast=True)] = ()
+    sessions: Annotated[tuple[SessionId, ...], Field(max_length=MOST_CLOSES, fail_fast=True)] = ()
     all: bool = False
     epoch: Epoch = 2**32 - 1
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from mesh.errors import MessageRejected
 from mesh.protocol import subjects
 from mesh.protocol.batches import BatchQuery, BatchResults, BatchStatus, BatchSubmit, DeadMessage
-from mesh.protocol.control import Close, Closed, Drain, Drained, Load, Loaded, Open, Opened, Ping, Pong
+from mesh.protocol.control import Close, Closed, Drain, Drained, Load, Loaded, Open, Opened, OpenedMany, OpenMany, Ping, Pong
 from mesh.protocol.events import Event
 from mesh.protocol.frame import Frame
 from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
@@ -48,6 +48,7 @@ __all__ = [
     "LOAD",
     "OPEN",
     "OPEN_ANY",
+    "OPEN_MANY",
     "PING",
     "SPANS",
     "STATS",
@@ -288,6 +289,15 @@ OPEN: Topic[Open, Opened] = Topic(
     sends=("coordinator",),
     hears=("shard",),
 )
+OPEN_MANY: Topic[OpenMany, OpenedMany] = Topic(
+    "mesh.v1.control.SHARD.open-many",
+    OpenMany,
+    OpenedMany,
+    "open several sessions on this shard",
+    "that shard",
+    sends=("coordinator",),
+    hears=("shard",),
+)
 CLOSE: Topic[Close, Closed] = Topic(
     "mesh.v1.control.SHARD.close",
     Close,
@@ -429,6 +439,7 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     FRAMES,
     TOKENS,
     OPEN,
+    OPEN_MANY,
     CLOSE,
     DRAIN,
     LOAD,

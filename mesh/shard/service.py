@@ -33,12 +33,14 @@ from mesh.errors import (
     Replaced,
     ServiceError,
     Unavailable,
+    internal_error,
 )
 from mesh.kernels.library import kernels
 from mesh.model.signature import load_trusted
 from mesh.protocol import frame_codec, subjects, topics
-from mesh.protocol.control import Closed, Drained, Loaded, Opened, Pong
+from mesh.protocol.control import Closed, Drained, Loaded, Open, Opened, OpenedMany, Pong
 from mesh.protocol.events import EventKind
+from mesh.protocol.failures import ErrorReply
 from mesh.protocol.frame import STEPS, traced_headers
 from mesh.protocol.frame_codec import Frame, Kind, Nack, StageTiming
 from mesh.protocol.instance import new_instance
@@ -248,8 +250,27 @@ class Shard:
 
     async def on_open(self, received: Received) -> Opened | None:
         message = topics.OPEN.parse(received.data)
-        if not self._is_meant(message.instance):
+        return self._open(message) if self._is_meant(message.instance) else None
+
+    async def on_open_many(self, received: Received) -> OpenedMany | None:
+        message = topics.OPEN_MANY.parse(received.data)
+        if not any(self._is_meant(one.instance) for one in message.opens):
             return None
+        return OpenedMany(answers=tuple(map(self._open_or_refuse, message.opens)))
+
+    def _open_or_refuse(self, message: Open) -> Opened | ErrorReply:
+        """One of several: its error is its own."""
+        try:
+            if not self._is_meant(message.instance):
+                raise Unavailable(f"shard {self.options.name} is another process now")
+            return self._open(message)
+        except MeshError as error:
+            return ErrorReply.of(error)
+        except Exception as error:
+            log.exception("opening a row")
+            return ErrorReply.of(internal_error(error))
+
+    def _open(self, message: Open) -> Opened:
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
         reservation = self.state.open(message, time.monotonic())
@@ -544,6 +565,7 @@ class Shard:
         self.ready.clear()
         if self._service is not None:
             await self._service.remove("open")
+            await self._service.remove("open-many")
         subscriptions, self._subscriptions = self._subscriptions, []
         for subscription in subscriptions:
             await subscription.stop()
@@ -555,6 +577,7 @@ class Shard:
         self._subscriptions.append(await self.bus.subscribe_direct(follow, self.on_frame))
         self._subscriptions.append(await self.bus.subscribe(topics.HEARTBEATS.at(model), self.on_heartbeat))
         await self._service.add(Endpoint("open", topics.OPEN.at(name), self.on_open))
+        await self._service.add(Endpoint("open-many", topics.OPEN_MANY.at(name), self.on_open_many))
         await self._service.add(Endpoint("open-any", topics.OPEN_ANY.at(model, shape.layers), self.on_open))
         await self.bus.require_subscriptions(f"a shard of layers {shape.layers}")
 

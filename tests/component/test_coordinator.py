@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from random import Random
 
@@ -13,6 +14,7 @@ from serving import LONG, coordinator, shards
 
 from mesh.bus import Bus, BusOptions
 from mesh.client import AsyncMeshClient
+from mesh.coordinator.core.events import CloseRow
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import frame_codec, subjects, topics
 from mesh.protocol.control import Close
@@ -145,3 +147,43 @@ def test_where_the_time_of_a_request_went_can_be_asked_while_it_runs_and_afterwa
             assert await client.trace("unknown") is None
 
     run(ask())
+
+
+async def messages(bus: Bus, shard: str) -> dict[str, int]:
+    """How many messages a shard has had, by the name of the endpoint."""
+    answers = map(orjson.loads, [answer.data for answer in await bus.gather(f"$SRV.STATS.{subjects.SERVICE_SHARD}")])
+    (mine,) = [answer for answer in answers if answer["metadata"]["shard"] == shard]
+    return {one["name"]: one["num_requests"] for one in mine["endpoints"]}
+
+
+def test_rows_that_are_given_back_together_go_in_one_message(server: NatsServer, model: Path, run: Run) -> None:
+    async def work() -> None:
+        async with shards(server.url, model, even_ranges(3, 1)) as running, coordinator(server.url, model) as serving:
+            name = running[0].options.name
+            serving.driver.carry_out([CloseRow(key, 1, name) for key in range(1, 30)])
+            await serving.outbox.send()
+            await serving.bus.flush()
+            assert (await messages(serving.bus, name))["close"] == 1
+
+    run(work())
+
+
+def test_a_crowd_is_opened_by_fewer_messages_than_it_has_sessions(server: NatsServer, model: Path, run: Run, expected: list[int]) -> None:
+    """What comes while a shard is asked goes out together, and every session has the tokens of a lone one."""
+    count = 24
+
+    async def work() -> None:
+        async with (
+            shards(server.url, model, even_ranges(3, 2), rows=count) as running,
+            coordinator(server.url, model) as serving,
+            AsyncMeshClient(server.url) as client,
+        ):
+            few = {**LONG, "max_tokens": 6}
+            answers = await asyncio.gather(*(client.generate(model=serving.manifest.name, **few) for _ in range(count)))
+            assert [list(answer.tokens) for answer in answers] == [expected[:6]] * count
+            for shard in running:
+                sent = await messages(serving.bus, shard.options.name)
+                assert sent["open-many"] >= 1
+                assert sent["open"] + sent["open-many"] <= count // 2, sent
+
+    run(work())

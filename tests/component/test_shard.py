@@ -14,11 +14,12 @@ from running import Run
 from serving import COMPILED, CONTEXT, shards
 
 from mesh.bus import Bucket, Bus, BusOptions, LeaseTable, Received
-from mesh.errors import BadRequest, Busy, ConfigError, MessageRejected, Unavailable
+from mesh.errors import BadRequest, Busy, ConfigError, DeadlineExceeded, MessageRejected, Unavailable
 from mesh.local.nats_server import NatsServer
 from mesh.protocol import frame_codec, subjects, topics
-from mesh.protocol.control import Close, Drain, Open
+from mesh.protocol.control import Close, Drain, Open, Opened, OpenMany
 from mesh.protocol.events import Event
+from mesh.protocol.failures import ErrorReply
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
 from mesh.protocol.status import Heartbeat, ShardLease
 from mesh.runtime.generate import Pipeline
@@ -80,6 +81,29 @@ def test_sessions_of_one_decode_batch_join_and_leave(run: Run, server: NatsServe
                     assert got.pop(1) == want[1][:7]
             for session, tokens in got.items():
                 assert tokens == want[session][: len(tokens)]
+
+    run(work())
+
+
+def test_several_sessions_are_opened_by_one_message(run: Run, server: NatsServer, model: Path) -> None:
+    """Each has its own answer: a row, or why there is none."""
+
+    async def work() -> None:
+        async with shards(server.url, model, ranges(1)) as running, Driver.on(server.url, model, running) as driver:
+            await driver.open(1, 5)
+            rows = running[0].state.shape.rows
+            opens = [driver.opening(session, 5) for session in range(1, rows + 3)]
+            opens[1] = opens[1].model_copy(update={"model_hash": "0" * 16})
+            to = topics.OPEN_MANY.at(running[0].options.name)
+            answers = (await driver.bus.request(to, OpenMany(opens=tuple(opens)), timeout_s=5.0)).answers
+            kinds = [answer.code if isinstance(answer, ErrorReply) else "opened" for answer in answers]
+            assert kinds == ["opened", "message_rejected", *["opened"] * (rows - 1), "busy"]
+            opened = [answer for answer in answers if isinstance(answer, Opened)]
+            assert [one.session for one in opened] == [1, *range(3, rows + 2)]
+            assert len({one.row & ROW_MASK for one in opened}) == rows
+            gone = OpenMany(opens=(opens[0].model_copy(update={"instance": "another"}),))
+            with pytest.raises(DeadlineExceeded):
+                await driver.bus.request(to, gone, timeout_s=0.3)
 
     run(work())
 

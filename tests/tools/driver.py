@@ -52,7 +52,11 @@ class Driver:
     async def open(
         self, session: int, prompt_length: int, sampling: SamplingParams | None = None, *, epoch: int = 1, keep: int = 0
     ) -> None:
-        message = Open(
+        message = self.opening(session, prompt_length, sampling, epoch=epoch, keep=keep)
+        self.rows[session] = [await self.bus.request(topics.OPEN.at(hop.shard), message, timeout_s=10) for hop in self.route]
+
+    def opening(self, session: int, prompt_length: int, sampling: SamplingParams | None = None, *, epoch: int = 1, keep: int = 0) -> Open:
+        return Open(
             session=session,
             epoch=epoch,
             coordinator=self.name,
@@ -61,7 +65,6 @@ class Driver:
             keep=keep,
             sampling=sampling or SamplingParams(temperature=0.0),
         )
-        self.rows[session] = [await self.bus.request(topics.OPEN.at(hop.shard), message, timeout_s=10) for hop in self.route]
 
     async def close(self, *sessions: int) -> list[Closed]:
         message = Close(coordinator=self.name, sessions=sessions)

@@ -32,6 +32,7 @@ from mesh.coordinator.core.events import (
     Result,
     ResultRow,
     RowOpened,
+    RowsAnswered,
     Submit,
 )
 from mesh.coordinator.core.machine import Core
@@ -182,7 +183,7 @@ class FakeMesh:
         message = self.boxes[pair].popleft()
         if pair[1] == "core":
             assert isinstance(message, (RowOpened, OpenRefused, Result, FrameLost, ProbeAnswered, ReplicaGone))
-            self.event(message)
+            self.event(message if not isinstance(message, RowOpened | OpenRefused) else self._with_next(message, pair, random))
         elif pair[1] in self.shards:
             self._arrive(self.shards[pair[1]], message)
         return True
@@ -215,6 +216,17 @@ class FakeMesh:
             assert tokens == expected(self.requests[id])[: len(tokens)], f"{id}: wrong, lost or repeated tokens"
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _with_next(self, first: RowOpened | OpenRefused, pair: tuple[str, str], random: Random) -> Event:
+        """An answer about a row; some of those that follow it come with it."""
+        box, answers = self.boxes[pair], [first]
+        while box and random.random() < 0.5:
+            following = box[0]
+            if not isinstance(following, RowOpened | OpenRefused):
+                break
+            answers.append(following)
+            box.popleft()
+        return RowsAnswered(tuple(answers)) if len(answers) > 1 else first
 
     def _stopped(self, name: str) -> bool:
         return name in self.shards and self.shards[name].stopped

@@ -36,6 +36,7 @@ __all__ = [
     "Result",
     "ResultRow",
     "RowOpened",
+    "RowsAnswered",
     "Submit",
     "Suspicion",
     "Tick",
@@ -107,6 +108,13 @@ class OpenRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsAnswered:
+    """What a shard has answered for several sessions at once. Those that are complete with it go out together."""
+
+    answers: tuple[RowOpened | OpenRefused, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ResultRow:
     """The last stage's answer for one row: `token` (anything with an `id`), sampled after `position`; None where none was wanted."""
 
@@ -170,6 +178,7 @@ Event = (
     | ReplicaGone
     | RowOpened
     | OpenRefused
+    | RowsAnswered
     | Result
     | FrameLost
     | ProbeAnswered

@@ -41,6 +41,7 @@ from mesh.coordinator.core.events import (
     ReplicaSeen,
     Result,
     RowOpened,
+    RowsAnswered,
     Submit,
     Suspicion,
     Tick,
@@ -121,6 +122,8 @@ class Core:
                 self._opened(event)
             case OpenRefused():
                 losses.row_refused(state, event)
+            case RowsAnswered(answers):
+                self._answered(answers)
             case FrameLost(frame, keys, shard, error):
                 if shard is not None:
                     state.replicas.suspect(shard)
@@ -331,6 +334,15 @@ class Core:
             state.by_key[session.key] = session
             session.mirrors = state.replicas.mirrors(choices, session.positions, state.now) if state.mirrors else {}
             rows.open_rows(state, session)
+
+    def _answered(self, answers: tuple[RowOpened | OpenRefused, ...]) -> None:
+        """Several sessions at once; a defect ends its own session."""
+        for answer in answers:
+            try:
+                self._opened(answer) if isinstance(answer, RowOpened) else losses.row_refused(self._state, answer)
+            except Exception as error:
+                session = self._state.by_key.get(answer.key)
+                self._give_up("" if session is None else session.id, error)
 
     def _opened(self, event: RowOpened) -> None:
         state = self._state

@@ -1,0 +1,100 @@
+"""Asks shards for rows. What a shard is asked for while it has not answered yet goes out together, in one message.
+
+So a crowd that arrives costs a few messages for each stage, and a session that comes alone waits for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from mesh.bus import Bus
+from mesh.errors import DeadlineExceeded, MeshError, Unavailable
+from mesh.protocol import topics
+from mesh.protocol.control import MOST_OPENS, Open, Opened, OpenMany
+from mesh.protocol.failures import ErrorReply
+
+__all__ = ["Openings"]
+
+MOST_BYTES: Final = 512 * 1024
+"""Of one message with several sessions. One that is larger goes alone."""
+
+E = TypeVar("E")
+
+
+class Asked(NamedTuple, Generic[E]):
+    """A session that is to be opened, what it was asked for, and until when an answer counts (seconds of the loop's clock)."""
+
+    what: E
+    message: Open
+    data: bytes
+    until: float
+
+
+@dataclass
+class _Lane(Generic[E]):
+    """What waits for a shard that is being asked."""
+
+    waiting: deque[Asked[E]] = field(default_factory=deque)
+    busy: bool = False
+
+
+class Openings(Generic[E]):
+    """`answered(shard, [(what, answer)])` is awaited for each answer of a shard: `Opened`, or why there is none. `timeout_s`: for each
+    session, from the time when it was asked for."""
+
+    def __init__(
+        self, bus: Bus, answered: Callable[[str, list[tuple[E, Opened | MeshError]]], Awaitable[None]], *, timeout_s: float
+    ) -> None:
+        self._bus = bus
+        self._answered = answered
+        self._timeout_s = timeout_s
+        self._lanes: dict[str, _Lane[E]] = {}
+
+    def ask(self, shard: str, what: E, message: Open) -> None:
+        """Ask `shard` for a row. The answer comes to `answered`."""
+        lane = self._lanes.setdefault(shard, _Lane())
+        lane.waiting.append(Asked(what, message, message.to_bytes(), asyncio.get_running_loop().time() + self._timeout_s))
+        if not lane.busy:
+            lane.busy = True
+            self._bus.spawn(self._run(shard, lane), "opening rows")
+
+    async def _run(self, shard: str, lane: _Lane[E]) -> None:
+        """Ask until nothing waits. The lane is gone then."""
+        try:
+            while lane.waiting:
+                batch = _next_batch(lane.waiting)
+                answers = await self._answers(shard, batch)
+                await self._answered(shard, [(asked.what, answer) for asked, answer in zip(batch, answers, strict=True)])
+        finally:
+            lane.busy = False
+            if not lane.waiting and self._lanes.get(shard) is lane:
+                del self._lanes[shard]
+
+    async def _answers(self, shard: str, batch: Sequence[Asked[E]]) -> list[Opened | MeshError]:
+        left_s = max(asked.until for asked in batch) - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            return [DeadlineExceeded(f"shard {shard} has not answered in time") for _ in batch]
+        try:
+            if len(batch) == 1:
+                return [await self._bus.request(topics.OPEN.at(shard), batch[0].message, timeout_s=left_s)]
+            many = OpenMany(opens=tuple(asked.message for asked in batch))
+            answers = (await self._bus.request(topics.OPEN_MANY.at(shard), many, timeout_s=left_s)).answers
+        except MeshError as error:
+            return [error] * len(batch)
+        if len(answers) != len(batch):
+            return [Unavailable(f"shard {shard} gave {len(answers)} answers for {len(batch)} sessions")] * len(batch)
+        return [answer.error() if isinstance(answer, ErrorReply) else answer for answer in answers]
+
+
+def _next_batch(waiting: deque[Asked[E]]) -> list[Asked[E]]:
+    """Takes the next ones off the queue: one at least."""
+    batch = [waiting.popleft()]
+    size = len(batch[0].data)
+    while waiting and len(batch) < MOST_OPENS and size + len(waiting[0].data) <= MOST_BYTES:
+        batch.append(waiting.popleft())
+        size += len(batch[-1].data)
+    return batch
