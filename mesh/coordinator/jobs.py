@@ -21,6 +21,7 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import generation, topics
 from mesh.protocol.headers import SESSION_HEADER
+from mesh.protocol.rights import inbox_user
 from mesh.settings.units import format_bytes
 
 __all__ = ["Jobs"]
@@ -117,7 +118,8 @@ class Jobs:
             return
         if record.session in self.table:  # its client asked again meanwhile, and that request is generated already
             return
-        job = Job.of(message, replace(request, resumed=True), reply, self._tokenizer, digest=record.digest, epoch=record.epoch)
+        request = replace(request, resumed=True, caller=inbox_user(reply))
+        job = Job.of(message, request, reply, self._tokenizer, digest=record.digest, epoch=record.epoch)
         job.start, job.delivered, job.revision = start, start, revision
         await self.begin(job)
 

@@ -18,7 +18,7 @@ from mesh.protocol.roles import PURPOSES, ROLES, Role
 from mesh.settings.defaults import DEFAULT_INBOX_PREFIX
 from mesh.types import LayerRange
 
-__all__ = ["STORES", "Binding", "Rights", "Store", "covers", "inbox_prefix", "rights_of", "table"]
+__all__ = ["STORES", "Binding", "Rights", "Store", "covers", "inbox_prefix", "inbox_user", "rights_of", "table"]
 
 _API: Final = "$JS.API"
 _EVERYTHING: Final = ">"
@@ -120,9 +120,19 @@ _ANSWERS: Final[tuple[Role, ...]] = ("shard", "gateway")
 _TRACED: Final[tuple[Role, ...]] = ("coordinator", "shard")  # nats-server asks that of the sender of a frame that it reports
 
 
+_CONNECTION_TOKENS: Final = 2
+"""A client's library writes that many tokens after its prefix: one for the connection, and one for the request."""
+
+
 def inbox_prefix(name: str) -> str:
     """The inbox prefix of a user of this name."""
     return f"{DEFAULT_INBOX_PREFIX}.{subjects.check_token(name, 'name')}"
+
+
+def inbox_user(reply: str) -> str:
+    """Whose inbox a reply subject is in; empty where it is nobody's own. Without permissions of the server it is what the sender says."""
+    tokens = reply.removeprefix(f"{DEFAULT_INBOX_PREFIX}.").split(".")
+    return tokens[0] if reply.startswith(f"{DEFAULT_INBOX_PREFIX}.") and len(tokens) > _CONNECTION_TOKENS else ""
 
 
 def rights_of(role: Role, bound: Binding) -> Rights:

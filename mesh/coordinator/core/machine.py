@@ -250,7 +250,7 @@ class Core:
     def check(self) -> None:
         """Raise AssertionError if any two parts of the state disagree."""
         state = self._state
-        state.admission.check()
+        state.admission.check(state.by_key.values())
         state.replicas.check()
         state.scheduler.check()
         state.watch.check_state(iter(state.scheduler.flights))
@@ -308,9 +308,11 @@ class Core:
                 tokens=len(request.prompt),
                 limit=max(longest - request.max_tokens, 0),
             )
-        if state.admission.full and not request.resumed:
+        if state.admission.full(request.caller) and not request.resumed:
             wait_s = state.admission.retry_after_s(state.replicas.capacity())
-            return Busy(f"{len(state.admission)} requests are waiting already: try again in {wait_s:.1f} s", retry_after_s=wait_s)
+            mine = state.admission.waiting(request.caller)
+            whose = f", {mine} of them yours" if request.caller else ""
+            return Busy(f"{len(state.admission)} requests are waiting already{whose}: try again in {wait_s:.1f} s", retry_after_s=wait_s)
         return None
 
     def _end_by_id(self, id: str, act: Act, reason: Literal["stop", "cancelled"], error: MeshError | None) -> None:
@@ -332,6 +334,7 @@ class Core:
             if not session.started_at:
                 session.started_at = state.now
             state.by_key[session.key] = session
+            state.admission.took_rows(session)
             session.mirrors = state.replicas.mirrors(choices, session.positions, state.now) if state.mirrors else {}
             rows.open_rows(state, session)
 

@@ -62,6 +62,7 @@ def release(state: CoreState, session: Session) -> None:
     """Close every row of the session, and those that it has asked for."""
     for shard in session.shards:
         give_back(state, session, shard)
-    state.by_key.pop(session.key, None)
+    if state.by_key.pop(session.key, None) is not None:
+        state.admission.gave_rows_back(session)
     session.choices = session.route = None
     session.rows, session.mirrors, session.filled = {}, {}, {}

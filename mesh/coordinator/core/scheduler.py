@@ -13,12 +13,14 @@ Prompts. What a frame has room for beside the sessions that decode is filled wit
 counts as one): whole short ones, and parts of long ones. The room is a budget of tokens, so that no step takes much longer than the others
 (pace.py); while nobody decodes it is a whole chunk. Prompts go by virtual finishing time: a session's turn is the number of tokens that
 had been sent when it came, plus the number that it needs. So a short prompt overtakes a long one, but a long one is not overtaken for ever
-(Demers, Keshav, Shenker 1989). If some stage of the route computes segments one after the other (`Replica.packs`), a frame carries one.
+(Demers, Keshav, Shenker 1989). Where prompts of several callers wait, the next tokens are of the caller who has been served the fewest
+since it began to wait, so that nobody gets more by asking more often. If some stage of the route computes segments one after the other
+(`Replica.packs`), a frame carries one.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -65,6 +67,21 @@ class _Group:
     order: list[Session] = field(default_factory=list)
     prefilling: list[Session] = field(default_factory=list)
     lanes_out: dict[int, int] = field(default_factory=dict)  # lane -> frame
+    served: dict[str, int] = field(default_factory=dict)  # tokens of prompts sent, by caller; of those that have prompts to send
+
+    def next_prompts(self) -> Iterator[Session]:
+        """The sessions whose prompts are to be sent, the next one first: of the caller who was served the fewest tokens. Those of the one
+        before are counted before the next one is asked for."""
+        waiting: dict[str, deque[Session]] = {}
+        for session in self.prefilling:
+            if session.sent < len(session.history):
+                waiting.setdefault(session.caller, deque()).append(session)
+        self.served = {caller: self.served[caller] for caller in waiting}
+        while waiting:
+            caller = min(waiting, key=lambda caller: (self.served[caller], waiting[caller][0].turn, waiting[caller][0].number))
+            yield waiting[caller].popleft()
+            if not waiting[caller]:
+                del waiting[caller]
 
 
 class Scheduler:
@@ -98,6 +115,7 @@ class Scheduler:
         """A session's rows are open: prefill its history."""
         group = self._group(session)
         session.turn = self._tokens_sent + len(session.history)
+        group.served.setdefault(session.caller, min(group.served.values(), default=0))
         group.prefilling.append(session)
         group.prefilling.sort(key=lambda s: (s.turn, s.number))
 
@@ -255,13 +273,12 @@ class Scheduler:
         if not group.prefilling or any(self._prompts_out.get(hop.shard, 0) >= group.processors for hop in group.route):
             return
         room = self._room(group, ready)
-        for session in group.prefilling:
+        for session in group.next_prompts():
             stop = min(session.sent + room, len(session.history))
-            if stop == session.sent:
-                continue
             row = _row(session, session.sent, stop)
             room -= stop - session.sent
             self._tokens_sent += stop - session.sent
+            group.served[session.caller] += stop - session.sent
             session.sent = stop
             yield session, row
             if not room or not group.packs:

@@ -77,7 +77,8 @@ class IllegalTransition(RuntimeError):
 class GenerationRequest:
     """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends the generation and is not
     part of it. `prefix`: generated tokens that are known already; the next one comes after them. `resumed`: another coordinator began
-    the generation. `waited_s`: how long it has waited already for layers that no shard serves."""
+    the generation. `waited_s`: how long it has waited already for layers that no shard serves. `caller`: who is to be treated as one among
+    several callers; empty: nobody knows."""
 
     id: str
     prompt: tuple[int, ...]
@@ -87,6 +88,7 @@ class GenerationRequest:
     prefix: tuple[int, ...] = ()
     resumed: bool = False
     waited_s: float = 0.0
+    caller: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,10 @@ class Session:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def caller(self) -> str:
+        return self.request.caller
 
     @property
     def key(self) -> int:

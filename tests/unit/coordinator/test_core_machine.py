@@ -45,11 +45,14 @@ class CoreMachine(RuleBasedStateMachine):
         self.mesh.join(f"s{self.spawned}", layers, rows=self.rows, chunk=3, instance=str(self.spawned), mirrors=self.mirror)
 
     @rule(
-        prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12), most=st.integers(1, 8), stop=st.sets(st.integers(0, 49), max_size=3)
+        prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12),
+        most=st.integers(1, 8),
+        stop=st.sets(st.integers(0, 49), max_size=3),
+        caller=st.sampled_from(["", "a", "b"]),
     )
-    def submit(self, prompt: list[int], most: int, stop: set[int]) -> None:
+    def submit(self, prompt: list[int], most: int, stop: set[int], caller: str) -> None:
         self.count += 1
-        self.mesh.submit(GenerationRequest(f"r{self.count}", tuple(prompt), most, None, frozenset(stop)))
+        self.mesh.submit(GenerationRequest(f"r{self.count}", tuple(prompt), most, None, frozenset(stop), caller=caller))
 
     @rule(
         prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12), most=st.integers(1, 8), known=st.integers(0, 8), resumed=st.booleans()

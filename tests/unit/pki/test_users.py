@@ -12,7 +12,7 @@ from places import NATS, ROOT
 from mesh.errors import BadRequest, ConfigError
 from mesh.pki.server import _COMMON, Cluster, ServerOptions, TlsFiles, accounts_with_passwords, server_config
 from mesh.pki.users import UserFolder
-from mesh.protocol.rights import Binding, covers, rights_of, table
+from mesh.protocol.rights import Binding, covers, inbox_prefix, inbox_user, rights_of, table
 from mesh.protocol.roles import ROLES
 from mesh.protocol.topics import TOPICS
 from mesh.types import LayerRange
@@ -135,3 +135,18 @@ def test_a_shard_that_is_bound_hears_its_own_name_and_range_alone() -> None:
 )
 def test_a_permission_covers_what_the_server_says(pattern: str, subject: str, covered: bool) -> None:
     assert covers(pattern, subject) == covered
+
+
+@pytest.mark.parametrize(
+    ("reply", "user"),
+    [
+        (f"{inbox_prefix('ana')}.Qx9.7", "ana"),
+        (f"{inbox_prefix('ana')}.Qx9", ""),  # of a connection without a prefix of its own
+        ("_INBOX.Qx9.7", ""),
+        ("_INBOX", ""),
+        ("elsewhere.ana.Qx9.7", ""),
+        ("", ""),
+    ],
+)
+def test_an_inbox_says_whose_it_is(reply: str, user: str) -> None:
+    assert inbox_user(reply) == user
