@@ -18,6 +18,7 @@ from mesh.coordinator.core.events import CloseRow, Event, OpenRefused, OpenRow, 
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.leases import ANSWER_S, Leases
 from mesh.coordinator.core.machine import Core
+from mesh.coordinator.core.prefixes import Beginning
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.trace import OpenTry
@@ -197,6 +198,8 @@ class Shards:
             instance=None if effect.shard is None else self._leases.instance(effect.shard),
             request=public_id(request.id),
             trace=trace,
+            reuse=_prefix(effect.reuse),
+            prompt=_prefix(effect.prompt),
         )
         if effect.shard is None:
             to = topics.OPEN_ANY.at(self._model, effect.layers)
@@ -223,7 +226,7 @@ class Shards:
 
     def close(self, effect: CloseRow) -> None:
         """Give a row back."""
-        message = control.Close(coordinator=self._coordinator, sessions=(effect.key,), epoch=effect.epoch)
+        message = control.Close(coordinator=self._coordinator, sessions=(effect.key,), epoch=effect.epoch, kept=_prefix(effect.kept))
         self._outbox.message(topics.CLOSE.at(effect.shard).subject, message.to_bytes())
 
     async def close_all(self, coordinator: str) -> None:
@@ -269,3 +272,7 @@ class Shards:
             del self.gone[next(iter(self.gone))]
         self.gone[shard] = count
         await self._driver.handle(ReplicaGone(shard))
+
+
+def _prefix(beginning: Beginning | None) -> control.Prefix | None:
+    return None if beginning is None else control.Prefix(digest=beginning.digest, positions=beginning.positions)

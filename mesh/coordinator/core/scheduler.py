@@ -97,7 +97,7 @@ class Scheduler:
     def begin(self, session: Session) -> None:
         """A session's rows are open: prefill its history."""
         group = self._group(session)
-        session.turn = self._tokens_sent + len(session.history)
+        session.turn = self._tokens_sent + len(session.history) - session.sent
         group.prefilling.append(session)
         group.prefilling.sort(key=lambda s: (s.turn, s.number))
 
