@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mesh.client.results import Chunk, Completion, Token
+from mesh.client.results import Chunk, Completion, Token, Usage
 from mesh.protocol.tools import CallPart, ToolParser
 
 __all__ = ["ChatShape", "Shape", "TextShape"]
@@ -57,11 +57,11 @@ class _Documents:
     def usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
         return self._document([], part=True, usage=self._usage(completions))
 
-    def _usage(self, completions: Sequence[Completion]) -> dict[str, int]:
+    def _usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The usage of all choices, in their order. A prompt counts once, however many choices it has."""
-        prompt = sum(completion.usage.prompt_tokens for completion in completions[:: self._choices])
+        prompts = Usage.total(completion.usage for completion in completions[:: self._choices])
         given = sum(completion.usage.completion_tokens for completion in completions)
-        return {"prompt_tokens": prompt, "completion_tokens": given, "total_tokens": prompt + given}
+        return Usage(prompts.prompt_tokens, given, prompts.cached_tokens).document()
 
 
 class ChatShape(_Documents):

@@ -158,6 +158,7 @@ class MeshReadModel:
             "capacity": max((c.capacity for c in coordinators), default=0),
             "point": point,
             "latency": _latency(coordinators, self._unix_s),
+            "reused": _reused(coordinators),
             "step": self._step(coordinators),
             "shards": [self._shard(lease) for lease in shards]
             + [self._shard(ghost.lease) | self._gone(ghost) for ghost in sorted(ghosts, key=lambda ghost: ghost.lease.shard)],
@@ -193,7 +194,7 @@ class MeshReadModel:
         }
 
     def _coordinator(self, status: CoordinatorStatus) -> dict[str, Any]:
-        names = ("submitted", "finished", "failed", "cancelled", "rejected", "restarts", "tokens")
+        names = ("submitted", "finished", "failed", "cancelled", "rejected", "restarts", "tokens", "prompt_tokens", "reused_tokens")
         rate = self._rates.get(f"coordinator {status.name}", {}).get("tokens", 0.0)
         return {
             "name": status.name,
@@ -294,6 +295,12 @@ def _state(
     if any(lease.state in ("loading", "warming") for lease in shards):
         return "ready", "Another shard is getting ready."
     return "ready", ""
+
+
+def _reused(coordinators: Sequence[CoordinatorStatus]) -> float | None:
+    """The share of the tokens of prompts that was not computed, because rows held them. None: there was no prompt."""
+    prompts = sum(c.stats.prompt_tokens for c in coordinators)
+    return sum(c.stats.reused_tokens for c in coordinators) / prompts if prompts else None
 
 
 def _line(session: SessionReport, coordinator: CoordinatorStatus) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class _Fields(TypedDict, total=False):
     continue_final_message: bool
     parse_special: bool
     session: str | None
+    cache_salt: str | None
     traceparent: str | None
 
 

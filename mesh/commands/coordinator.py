@@ -86,6 +86,7 @@ def run_command(args: argparse.Namespace) -> int:
         failover_timeout_s=config.distributed.failover_timeout,
         step_timeout_s=min(args.step_timeout or config.distributed.step_timeout, config.distributed.failover_timeout),
         step_slowdown=config.distributed.step_slowdown,
+        prefix_reuse=config.distributed.prefix_reuse,
         flags=flags,
         health_check_interval_s=config.coordinator.health_check_interval,
         expected=ExpectedShards(config.distributed.shards_count, config.distributed.replication_factor),

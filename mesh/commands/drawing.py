@@ -68,19 +68,24 @@ def session_table(sessions: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def coordinator_table(coordinators: Sequence[Mapping[str, Any]], *, width: int = 200) -> Table:
-    """`width`: columns of the terminal; a narrow one shows the most needed counts."""
+    """`width`: columns of the terminal; a narrow one shows the most needed counts. `reused`: tokens of prompts that were not computed."""
     table = Table("coordinator", **_PLAIN)
     narrow, all_of_them = (
         ("live", "waiting", "finished", "failed", "tokens"),
         ("live", "waiting", "finished", "failed", "cancelled", "restarts", "tokens"),
     )
-    titles: Sequence[str] = narrow if width < 80 else all_of_them
+    titles: Sequence[str] = narrow if width < 80 else all_of_them if width < 90 else (*all_of_them, "reused")
     for title in titles:
         table.add_column(title, justify="right")
     for column in table.columns:
         column.no_wrap = True
     for coordinator in coordinators:
-        values = {**coordinator, "live": coordinator["live"] - coordinator["queued"], "waiting": coordinator["queued"]}
+        values = {
+            **coordinator,
+            "live": coordinator["live"] - coordinator["queued"],
+            "waiting": coordinator["queued"],
+            "reused": coordinator["reused_tokens"],
+        }
         table.add_row(coordinator["name"], *(f"{values[title]:,}" for title in titles))
     return table
 

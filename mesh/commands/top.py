@@ -77,6 +77,8 @@ def _figures(model: Mapping[str, Any]) -> Text:
     ]
     if model["latency"] is not None:
         parts.append(f"first token {format_seconds(model['latency']['first_token_s'])}")
+    if model["reused"]:
+        parts.append(f"{model['reused']:.0%} of prompts reused")
     step = model["step"]
     if step is not None and step["step_s"]:
         share = step["compute_s"] / step["step_s"]

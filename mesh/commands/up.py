@@ -52,6 +52,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--strategy", choices=("least_loaded", "round_robin", "queue_group"), default="least_loaded", help="which replica serves a session"
     )
+    parser.add_argument(
+        "--prefix-reuse",
+        choices=("off", "tenant", "all"),
+        default="tenant",
+        help="which sessions may begin with the rows that earlier ones have left: none, those of the same caller, any (default tenant)",
+    )
     parser.add_argument("--compression", action="store_true", help="send hidden states compressed (exact)")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="folder for the processes' logs")
     parser.add_argument("--ask", metavar="PROMPT", help="answer this prompt, show where the time went, and stop")
@@ -92,6 +98,7 @@ def run_command(args: argparse.Namespace) -> int:
         context=args.context,
         memory_bytes=None if args.memory is None else parse_bytes(args.memory),
         strategy=args.strategy,
+        prefix_reuse=args.prefix_reuse,
         compression=args.compression,
         logs=args.logs,
         coordinator_arguments=("--queue", str(args.queue)),

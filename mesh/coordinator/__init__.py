@@ -38,6 +38,7 @@ The files:
     translate.py     frames and leases to the core's values, and back
     records.py       sessions are written down, so that another coordinator can go on with them
     continuity.py    other coordinators are watched, and what they leave is taken over
+    kept.py          coordinators tell each other what rows hold that a session may begin with
     crashes.py       coordinators that crashed while no other one ran are announced
     batch.py         durable batches, while no client waits
     measure.py       how long steps take

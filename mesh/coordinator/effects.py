@@ -3,8 +3,9 @@
 FrameOut           nothing here: the driver has sent it already
 Emit               the token's document to the client
 OpenRow, CloseRow  a request or a message to a shard (shards.py)
-Ask                a question to a shard (shards.py)
-Happened           a line in the log, and an event of the mesh
+Probe              a question to a shard (shards.py)
+PrefixKept         a message to the other coordinators, where there are any (kept.py)
+Announcement       a line in the log, and an event of the mesh
 Admitted           the session is written down from now on; then the client of a stream hears that it has been accepted
 Rejected           an error to the client
 Ended              the last document, or an error, to the client
@@ -37,12 +38,14 @@ from mesh.coordinator.core.events import (
     FinishSession,
     FrameOut,
     OpenRow,
+    PrefixKept,
     Probe,
     Rejected,
     Waits,
 )
 from mesh.coordinator.generations import GenerationMeter
 from mesh.coordinator.jobs import Jobs
+from mesh.coordinator.kept import KeptPrefixes
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
@@ -74,6 +77,7 @@ class Effects:
         tracing: Tracing,
         announce: Announce,
         generations: GenerationMeter,
+        kept: KeptPrefixes,
     ) -> None:
         self._bus = bus
         self._jobs = jobs
@@ -83,6 +87,7 @@ class Effects:
         self._tracing = tracing
         self._announce = announce
         self._generations = generations
+        self._kept = kept
         self.counters: Counter[str] = Counter()
         """effects: those that failed unexpectedly."""
 
@@ -117,6 +122,8 @@ class Effects:
                 self._shards.close(effect)
             case Probe():
                 self._bus.spawn(self._shards.probe(effect), "probing a shard")
+            case PrefixKept():
+                self._kept.tell(effect)
             case Announcement(kind, who, detail):
                 log.info("%s %s: %s", who, kind, detail)
                 self._announce(kind, who, detail)

@@ -81,6 +81,9 @@ def _requests(coordinator: Coordinator) -> Iterator[Reading]:
     yield "mesh_coordinator_late_answers_total", counts["late"]
     yield "mesh_coordinator_tokens_total", counts["tokens"]
     yield "mesh_coordinator_prompt_tokens_total", counts["prompt_tokens"]
+    yield "mesh_coordinator_prefix_hits_total", counts["prefix_hits"]
+    yield "mesh_coordinator_prefix_misses_total", counts["prefix_misses"]
+    yield "mesh_coordinator_reused_tokens_total", counts["reused_tokens"]
     generations = coordinator.generations
     yield generations.first_token
     yield generations.per_token

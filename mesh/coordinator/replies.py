@@ -147,7 +147,7 @@ class Job:
             tokens=tuple([token.id for token in self.tokens]),
             text=text,
             finish_reason=ended.reason,
-            usage=Usage(prompt, count),
+            usage=Usage(prompt, count, ended.cached),
             timing=Timing(
                 queue_s=ended.queue_s,
                 prefill_s=max((first or 0.0) - ended.queue_s, 0.0),

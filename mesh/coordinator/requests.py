@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from mesh.coordinator.core.session import GenerationRequest
@@ -20,8 +21,9 @@ from mesh.protocol import documents, topics
 from mesh.protocol.generation import ChatMessage, Generate
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
 from mesh.protocol.structured import MAX_SCHEMA_BYTES
+from mesh.settings.schema import ReuseScope
 
-__all__ = ["Requests"]
+__all__ = ["PrefixReuse", "Requests"]
 
 _CHARACTER_BYTES: Final = 12
 """Of JSON, at most for a character: two \\uXXXX."""
@@ -33,9 +35,25 @@ _MOST_BYTES: Final = 64 * 1024 * 1024
 """Of all requests that are prepared at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixReuse:
+    """Whose sessions may begin with what earlier ones have left. `exact`: hidden states travel as they were computed; what was computed of
+    others is kept apart."""
+
+    scope: ReuseScope = "off"
+    exact: bool = True
+
+    def salt(self, message: Generate) -> str | None:
+        """Sessions of equal salt share; None: it shares with none."""
+        if self.scope == "off":
+            return None
+        whose = (message.cache_salt or "") if self.scope == "tenant" else ""
+        return f"{'exact' if self.exact else 'bf16'} {whose}"
+
+
 class Requests:
     """`context()`: the most positions that a session can have now; None: as many as the model has. `most_preparing`: requests that may be
-    prepared at once."""
+    prepared at once. `reuse`: which of them may begin with what others have left."""
 
     def __init__(
         self,
@@ -45,12 +63,14 @@ class Requests:
         *,
         context: Callable[[], int | None] = lambda: None,
         most_preparing: int = 256,
+        reuse: PrefixReuse = PrefixReuse(),
     ) -> None:
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._pool = pool
         self._context = context
         self._most_preparing = most_preparing
+        self._reuse = reuse
         self._preparing = 0
         self._preparing_bytes = 0
 
@@ -146,7 +166,16 @@ class Requests:
             )
         # the log probabilities of a prefix are not known, so with them everything is computed again
         prefix = message.given if message.logprobs is None else ()
-        return GenerationRequest(id, tuple(tokens), message.max_tokens, sampling, frozenset(stops), prefix, waited_s=message.waited_s)
+        return GenerationRequest(
+            id,
+            tuple(tokens),
+            message.max_tokens,
+            sampling,
+            frozenset(stops),
+            prefix,
+            waited_s=message.waited_s,
+            salt=self._reuse.salt(message),
+        )
 
     async def _grammar(self, message: Generate) -> str | None:
         """The grammar that the answer must follow. BadRequest: none is supported, or this one is not."""

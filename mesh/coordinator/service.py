@@ -31,11 +31,12 @@ from mesh.coordinator.effects import Effects
 from mesh.coordinator.generations import GenerationMeter
 from mesh.coordinator.intake import Intake
 from mesh.coordinator.jobs import Jobs
+from mesh.coordinator.kept import KeptPrefixes
 from mesh.coordinator.listeners import Listeners
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.prompt_pool import PromptPool
 from mesh.coordinator.replies import Job
-from mesh.coordinator.requests import Requests
+from mesh.coordinator.requests import PrefixReuse, Requests
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.trace import SHOWN_SESSIONS
 from mesh.coordinator.tracing import Tracing
@@ -46,6 +47,7 @@ from mesh.protocol import events, subjects, topics
 from mesh.protocol.frame_codec import Flags
 from mesh.protocol.instance import new_instance
 from mesh.protocol.status import CoordinatorStats, Heartbeat, Hops
+from mesh.settings.schema import ReuseScope
 from mesh.telemetry.context import TraceSampling
 from mesh.telemetry.export import SpanExport
 
@@ -73,7 +75,8 @@ class CoordinatorOptions:
     how many times as long a step may take because of prompts (docs/tuning.md). flags: how hidden states travel (Flags.BF16,
     Flags.ZSTD). health_check_interval_s: between heartbeats to the shards, and between looks whether all expected shards are there.
     pool_bytes: what the requests that are held may take together. sampling: which traces are kept for others. signers: one of them
-    must have signed the model (None: no signature is asked for)."""
+    must have signed the model (None: no signature is asked for). prefix_reuse: which sessions may begin with what earlier ones have left
+    at the shards (docs/prefix-reuse.md)."""
 
     model: Path
     name: str = ""
@@ -89,6 +92,7 @@ class CoordinatorOptions:
     pool_bytes: int | None = None
     sampling: TraceSampling = field(default_factory=TraceSampling)
     signers: Signers | None = None
+    prefix_reuse: ReuseScope = "tenant"
 
 
 class Coordinator:
@@ -121,7 +125,12 @@ class Coordinator:
         self.core = Core(config, Random(secrets.randbits(64)))
         instance = new_instance()
         self.requests = Requests(
-            self.manifest, self.tokenizer, self.prompts, context=self._context, most_preparing=max(options.queue_limit, 1)
+            self.manifest,
+            self.tokenizer,
+            self.prompts,
+            context=self._context,
+            most_preparing=max(options.queue_limit, 1),
+            reuse=PrefixReuse(options.prefix_reuse, exact=Flags.BF16 not in options.flags),
         )
         jobs: dict[str, Job] = {}
         self.tracing = Tracing(
@@ -177,8 +186,11 @@ class Coordinator:
             announce=self._announce_soon,
             waited_s=lambda session: self.core.waited_s(session, time.monotonic()),
         )
+        self.kept = KeptPrefixes(
+            bus, self.driver, self.outbox, model=model, instance=instance, alone=lambda: not self.continuity.peers.watched()
+        )
         self.effects = Effects(
-            bus, self.jobs, self.outbox, self.shards, self.continuity, self.tracing, self._announce_soon, self.generations
+            bus, self.jobs, self.outbox, self.shards, self.continuity, self.tracing, self._announce_soon, self.generations, self.kept
         )
         self.driver.carry_out = self.effects.carry_out
         self.intake = Intake(
@@ -218,6 +230,7 @@ class Coordinator:
             self._front = front = await self.bus.another("mesh-requests")
             await self.intake.start(front)
             await self.listeners.start()
+            await self.kept.start()
             await self.shards.start()
             await keep_events(self._events)
             await self.continuity.start()
@@ -331,6 +344,7 @@ class Coordinator:
         self.driver.stop()
         await self.shards.stop()
         await self.listeners.stop()
+        await self.kept.stop()
         await self.intake.stop()
         await self.tracing.stop()
         if self._front is not None:

@@ -28,6 +28,7 @@ from mesh.coordinator.core.events import (
 from mesh.coordinator.core.expectations import ExpectedShards
 from mesh.coordinator.core.leases import ANSWER_S, Leases
 from mesh.coordinator.core.machine import Core
+from mesh.coordinator.core.prefixes import Beginning
 from mesh.coordinator.driver import CoreDriver
 from mesh.coordinator.openings import Openings
 from mesh.coordinator.outbox import Outbox
@@ -94,7 +95,7 @@ class Shards:
         self._open_timeout_s = open_timeout_s
         self._opened = opened
         self._context_of = context_of
-        self._closing: dict[tuple[str, int], list[int]] = {}  # by shard and epoch
+        self._closing: dict[tuple[str, int, Beginning | None], list[int]] = {}  # by shard, epoch and what is kept
         self._openings = Openings(bus, self._on_answers, timeout_s=open_timeout_s)
         self._leases = Leases()
         self._subscription: Subscription | None = None
@@ -212,6 +213,8 @@ class Shards:
             instance=None if effect.shard is None else self._leases.instance(effect.shard),
             request=public_id(request.id),
             trace=None if context is None else context[0],
+            reuse=_prefix(effect.reuse),
+            prompt=_prefix(effect.prompt),
         )
         asked = _Opening(effect, message, time.perf_counter())
         if effect.shard is None:
@@ -257,15 +260,16 @@ class Shards:
 
     def close(self, effect: CloseRow) -> None:
         """Give a row back, with `send_closes`."""
-        self._closing.setdefault((effect.shard, effect.epoch), []).append(effect.key)
+        self._closing.setdefault((effect.shard, effect.epoch, effect.kept), []).append(effect.key)
 
     def send_closes(self) -> None:
-        """Give the rows of `close` back: one message for each shard where several sessions have ended."""
+        """Give the rows of `close` back: one message for each shard where several sessions have ended. A row that keeps what it holds has
+        one of its own."""
         closing, self._closing = self._closing, {}
-        for (shard, epoch), keys in closing.items():
+        for (shard, epoch, kept), keys in closing.items():
             for at in range(0, len(keys), control.MOST_CLOSES):
                 some = tuple(keys[at : at + control.MOST_CLOSES])
-                message = control.Close(coordinator=self._coordinator, sessions=some, epoch=epoch)
+                message = control.Close(coordinator=self._coordinator, sessions=some, epoch=epoch, kept=_prefix(kept))
                 self._outbox.message(topics.CLOSE.at(shard).subject, message.to_bytes())
 
     async def close_all(self, coordinator: str) -> None:
@@ -311,3 +315,7 @@ class Shards:
             del self.gone[next(iter(self.gone))]
         self.gone[shard] = count
         await self._driver.handle(ReplicaGone(shard))
+
+
+def _prefix(beginning: Beginning | None) -> control.Prefix | None:
+    return None if beginning is None else control.Prefix(digest=beginning.digest, positions=beginning.positions)

@@ -5,6 +5,7 @@ Tokens are checked before a body is read.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -42,6 +43,12 @@ class Caller:
     def owner(self) -> str:
         """The subject that owns what this caller begins; empty where no token is required."""
         return "" if self.claims is None else self.claims.subject
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What keeps the prompts of this caller apart from those of others where rows are reused (docs/prefix-reuse.md). None: no token is
+        required, and all callers are one."""
+        return hashlib.sha256(self.owner.encode()).hexdigest()[:32] if self.claims is not None else None
 
     def may(self, scope: str) -> bool:
         return self.claims is None or self.claims.allows(scope)

@@ -17,7 +17,7 @@ from fastapi import Depends, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mesh.client import BatchStatus, Completion
+from mesh.client import BatchStatus, Completion, Usage
 from mesh.errors import BadRequest, Busy, MeshError
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
@@ -104,7 +104,7 @@ async def _submit(gateway: Gateway, caller: Caller, body: BatchRequest, models: 
         raise BadRequest(f"requests are for {', '.join(sorted(models))}: a batch that is kept is for one model", field="requests")
     model, made = models.pop(), []
     for item in body.requests:
-        fields = item.generate_fields()
+        fields = {**item.generate_fields(), "cache_salt": caller.cache_salt}
         fields.setdefault("max_tokens", _KEPT_MAX_TOKENS)
         check_length(fields, gateway.settings.limits, gateway.models.max_prompt_characters(model))
         made.append(fields)
@@ -135,16 +135,14 @@ async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, mode
 
         answers = await until_gone(request.receive, _all([one(index) for index in range(len(models))]))
     results = []
-    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    used: list[Usage] = []
     for index, answer in enumerate(answers):
         if isinstance(answer, MeshError):
             results.append({"index": index, "error": error_body(answer)})
             continue
-        result = answer_document(answer, models[index])
-        results.append({"index": index, "result": result})
-        for name in usage:
-            usage[name] += result["usage"][name]
-    return _json({"results": results, "usage": usage})
+        results.append({"index": index, "result": answer_document(answer, models[index])})
+        used.append(answer.usage)
+    return _json({"results": results, "usage": Usage.total(used).document()})
 
 
 async def _all(work: list[Any]) -> list[Any]:

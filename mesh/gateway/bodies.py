@@ -39,10 +39,17 @@ class ResponseBody(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class PromptTokensDetails(ResponseBody):
+    """cached_tokens: those of the prompt that were not computed, because the mesh still held them."""
+
+    cached_tokens: int
+
+
 class Usage(ResponseBody):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 Harmless = Annotated[Any, WithJsonSchema({})]

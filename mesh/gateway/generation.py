@@ -28,10 +28,12 @@ _CHARACTERS_A_TOKEN = 4
 
 
 class Bill:
-    """The tokens that a request has used so far."""
+    """The tokens that a request has used so far. cache_salt: of its caller."""
 
-    prompt_tokens = 0
-    completion_tokens = 0
+    def __init__(self, cache_salt: str | None) -> None:
+        self.cache_salt = cache_salt
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
 
     @property
     def used(self) -> int:
@@ -69,7 +71,7 @@ def paying(caller: Caller, cost: Cost, *, at_once: int | None = None) -> Iterato
     `at_once`: how many of its generations run at the same time; None: all of them."""
     with caller.session(cost.requests if at_once is None else at_once):
         charged = caller.charge(cost.tokens, requests=cost.requests, prompt=cost.prompt)
-        bill = Bill()
+        bill = Bill(caller.cache_salt)
         try:
             yield bill
         finally:
@@ -102,7 +104,7 @@ class HttpGeneration:
         self._gateway = gateway
         self._bill = bill
         self._model = model
-        self._fields = dict(fields)
+        self._fields = {**fields, "cache_salt": bill.cache_salt}
         self._had = 0
         self._may_return = progress is not None
         if progress is not None:

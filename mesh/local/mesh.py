@@ -58,7 +58,8 @@ class LocalOptions:
     (None: every user of this machine may connect). secure: it asks for TLS and keys instead; each process has a user of its own, with the
     rights of its role alone. rows, context: of each shard (None: as long as the machine has room for). memory_bytes: the most that a shard
     may take (None: its share of what is free). http: whether each coordinator serves HTTP; the first one does on http_port (None: 8080, or
-    a free port). coordinator_arguments: further arguments of `mesh coordinator`.
+    a free port). prefix_reuse: whose sessions may begin with the rows that earlier ones have left (mesh/settings/schema.py).
+    coordinator_arguments: further arguments of `mesh coordinator`.
     """
 
     model: Path
@@ -74,6 +75,7 @@ class LocalOptions:
     context: int | None = None
     memory_bytes: int | None = None
     strategy: str = "least_loaded"
+    prefix_reuse: str = "tenant"
     failover_timeout_s: float = 30.0
     compression: bool = False
     http: bool = True
@@ -290,6 +292,7 @@ class LocalMesh:
                 "replication_factor": options.replicas,
                 "failover_timeout": options.failover_timeout_s,
                 "load_balancing_strategy": options.strategy,
+                "prefix_reuse": options.prefix_reuse,
             },
             "memory": {"enable_compression": options.compression},
         }

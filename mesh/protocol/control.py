@@ -27,12 +27,24 @@ __all__ = [
     "OpenedMany",
     "Ping",
     "Pong",
+    "Prefix",
+    "PrefixDigest",
 ]
 
 MOST_OPENS: Final = 64
 """Sessions in one OpenMany at most."""
 MOST_CLOSES: Final = 4096
 """Sessions in one Close at most."""
+
+PrefixDigest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class Prefix(Message):
+    """The first `positions` positions of a row. `digest`: of what the row holds, its tokens and whose they are
+    (mesh/coordinator/core/prefixes.py). Shards compare digests, and see no tokens in them."""
+
+    digest: PrefixDigest
+    positions: Positive
 
 
 class Open(Message):
@@ -42,6 +54,8 @@ class Open(Message):
     (MessageRejected, field epoch). `keep`: how many positions of the row's cache stay valid where the session was open here before.
     These positions were computed from the same tokens. `instance`: the one that is meant; another process of the shard's name opens
     nothing (None: any). `request`, `trace`: the public id of the generation and the id of its trace, for the shard's log.
+    `reuse`: the session begins with positions that a row here holds, if it still does; Opened says how many were there. `prompt`: what the
+    session's own row holds once its prompt is computed, so that others can begin with that.
     """
 
     limit_bytes: ClassVar[int] = 1024 * 1024  # a grammar may be in it
@@ -56,10 +70,13 @@ class Open(Message):
     instance: Token | None = None
     request: Token | None = None
     trace: TraceId | None = None
+    reuse: Prefix | None = None
+    prompt: Prefix | None = None
 
 
 class Opened(Message):
-    """The replica that opened the session, its row, and the positions its cache already holds (0 unless the session was here before).
+    """The replica that opened the session, its row, and the positions its cache already holds: those of the session itself if it was
+    here before, or those that it reuses.
     `row` goes into the frames' slots as it is: it also says which instance of the shard is meant."""
 
     session: SessionId
@@ -96,12 +113,14 @@ class OpenedMany(Message):
 
 class Close(Message):
     """Free the rows of these sessions, or with `all` the rows of every session of this coordinator. Unknown sessions are no error.
-    A session that was opened with a later epoch than `epoch` stays open, because this message may be an old one."""
+    A session that was opened with a later epoch than `epoch` stays open, because this message may be an old one.
+    `kept`: what the row of the one session holds. It stays until the row is needed, so that another session can begin with it."""
 
     coordinator: Token
     sessions: Annotated[tuple[SessionId, ...], Field(max_length=MOST_CLOSES, fail_fast=True)] = ()
     all: bool = False
     epoch: Epoch = 2**32 - 1
+    kept: Prefix | None = None
 
 
 class Closed(Message):

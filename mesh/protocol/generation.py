@@ -123,6 +123,8 @@ class Generate(SamplingFields, Input):
     plain text. In a raw prompt it always is one. `attempt`: how often a named request was sent before; 0 promises that this is the
     first time. `given`: the tokens of the answer that the caller already has; the answer continues after them.
     `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
+    `cache_salt`: the generation begins with what an earlier one has left in the mesh only where both have the same salt; a gateway sets
+    that of its caller (docs/prefix-reuse.md).
     `waited_s`: how long the generation has waited already for layers that no shard serves; the wait goes on from there, with whichever
     coordinator. `traceparent`: the W3C trace context of the caller, where the message does not have it as a NATS header.
     """
@@ -148,6 +150,7 @@ class Generate(SamplingFields, Input):
     given: TokenIds = ()
     epoch: AnswerEpoch | None = None
     waited_s: Seconds = 0.0
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
     traceparent: Annotated[str, Field(max_length=128)] | None = None
 
     @model_validator(mode="after")

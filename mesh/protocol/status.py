@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from mesh.protocol.control import PrefixDigest
 from mesh.protocol.message import Counts, Label, Line, Message, Natural, Positive, SessionId, Token
 from mesh.types import LayerRange
 
@@ -14,6 +15,7 @@ __all__ = [
     "CoordinatorStats",
     "Heartbeat",
     "Hops",
+    "KeptPrefix",
     "LeaseQuery",
     "MachineReport",
     "SessionReport",
@@ -33,6 +35,19 @@ class Heartbeat(Message):
     sessions: Annotated[tuple[SessionId, ...], Field(max_length=2048, fail_fast=True)] | None = None
     instance: Token | None = None
     leaving: bool = False
+
+
+class KeptPrefix(Message):
+    """A coordinator tells the others what the rows of a session that has ended hold at these shards: `positions` positions, under the
+    name `digest`. `digests`: of its first `every`, 2 * `every` ... blocks (mesh/coordinator/core/prefixes.py), by which others find what a
+    prompt has in common with it. There are no tokens in it."""
+
+    coordinator: Token  # its instance
+    shards: Annotated[tuple[Token, ...], Field(max_length=4096, fail_fast=True)]
+    digest: PrefixDigest
+    positions: Positive
+    every: Positive
+    digests: Annotated[tuple[PrefixDigest, ...], Field(max_length=1024, fail_fast=True)]
 
 
 class Alive(Message):
@@ -129,6 +144,7 @@ class ShardLease(Message):
     queue_frames: Natural = 0
     mirrors: bool = False  # follows the frames of its range's other replicas for sessions that are open here too
     packs: bool = False  # computes the segments of a packed frame as one step
+    kept_rows: Natural = 0  # of the free rows: those that hold what a session may begin with
     load: Annotated[float, Field(ge=0, le=1)] = 0.0
     step_s: Annotated[float, Field(ge=0)] = 0.0
     memory_bytes: Natural = 0
@@ -226,8 +242,10 @@ class CoordinatorStats(_Reported):
     every layer range has a shard. `context`: the longest context that a session can have. `max_prompt_characters`: a longer
     prompt cannot fit. `last_step_s`: how long ago a step came back.
     `suspected`: shards that did not answer. `failovers`: sessions that lost a shard and went on. `asked`: probes of shards. `late`:
-    answers that nothing waited for. `refused_replies`: requests whose answers would have gone to no inbox. `resumed`: sessions taken
-    over from other coordinators. `expected`: the shards it waits for.
+    answers that nothing waited for. `prefix_hits`: sessions that began with positions that rows held, `reused_tokens` in all;
+    `prefix_misses`: rows that no longer did.
+    `refused_replies`: requests whose answers would have gone to no inbox. `resumed`: sessions taken over from other coordinators.
+    `expected`: the shards it waits for.
     `defects`: unexpected errors that have ended a session each. `errors`: what else failed unexpectedly, by where. `prompts`: how
     many were tokenized, and of these late and died, whose process was ended for its time or its memory. `spans`: sent to a
     collector, failed, full (there was no place to wait) and not_kept.
@@ -264,6 +282,9 @@ class CoordinatorStats(_Reported):
     asked: Natural = 0
     tokens: Natural = 0
     prompt_tokens: Natural = 0
+    prefix_hits: Natural = 0
+    prefix_misses: Natural = 0
+    reused_tokens: Natural = 0
     decode_frames: Natural = 0
     prefill_frames: Natural = 0
     packed_frames: Natural = 0

@@ -25,7 +25,7 @@ The "text" of the token documents and the "rest" of the last one, joined, are th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,12 +102,36 @@ def _raw(document: Mapping[str, Any]) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """`cached_tokens`: those of the prompt that were not computed, because the mesh still held them."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.total_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    @classmethod
+    def total(cls, parts: Iterable[Usage]) -> Usage:
+        total = cls(0, 0)
+        for each in parts:
+            prompt, given = total.prompt_tokens + each.prompt_tokens, total.completion_tokens + each.completion_tokens
+            total = cls(prompt, given, total.cached_tokens + each.cached_tokens)
+        return total
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Usage:
+        cached = (document.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        return cls(document["prompt_tokens"], document["completion_tokens"], cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +173,12 @@ class Answer:
 
     def document(self) -> dict[str, Any]:
         """The answer as JSON. The key logprobs exists only if log-probabilities were asked for."""
-        usage = self.usage
         document: dict[str, Any] = {
             "request": self.request,
             "tokens": self.tokens,
             "text": self.text,
             "finish_reason": self.finish_reason,
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "total_tokens": usage.total_tokens,
-            },
+            "usage": self.usage.document(),
             "timing": {name: getattr(self.timing, name) for name in Timing.__dataclass_fields__},
         }
         if self.logprobs is not None:
@@ -285,7 +304,7 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         tokens=tuple(document["tokens"]),
         text=document["text"],
         finish_reason=document["finish_reason"],
-        usage=Usage(document["usage"]["prompt_tokens"], document["usage"]["completion_tokens"]),
+        usage=Usage.of(document["usage"]),
         timing=Timing(**{name: timing.get(name) for name in Timing.__dataclass_fields__}),
         logprobs=None if logprobs is None else tuple([Token.of(entry) for entry in logprobs]),
         omitted=tuple(document.get("omitted", ())),

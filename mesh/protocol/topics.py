@@ -22,7 +22,7 @@ from mesh.protocol.generation import Cancel, Generate, TraceReply, TraceRequest
 from mesh.protocol.message import Message
 from mesh.protocol.roles import Role
 from mesh.protocol.spans import SpanBatch
-from mesh.protocol.status import Alive, Heartbeat, LeaseQuery, ShardLease, ShardStats, StatsRequest, TraceList, TraceQuery
+from mesh.protocol.status import Alive, Heartbeat, KeptPrefix, LeaseQuery, ShardLease, ShardStats, StatsRequest, TraceList, TraceQuery
 from mesh.protocol.usage import UsageQuery, UsageReport, UsageSpent
 from mesh.types import LayerRange
 
@@ -43,6 +43,7 @@ __all__ = [
     "GENERATE_AT",
     "HEARTBEATS",
     "INSPECT",
+    "KEPT",
     "LEASE",
     "LEASES",
     "LOAD",
@@ -233,6 +234,15 @@ HEARTBEATS: Topic[Heartbeat, None] = Topic(
     "every shard and coordinator of the model",
     sends=("coordinator",),
     hears=("coordinator", "shard"),
+)
+KEPT: Topic[KeptPrefix, None] = Topic(
+    "mesh.v1.MODEL.kept",
+    KeptPrefix,
+    None,
+    "say what rows of shards hold that another session may begin with",
+    "every coordinator of the model",
+    sends=("coordinator",),
+    hears=("coordinator",),
 )
 LEASE: Topic[ShardLease, None] = Topic(
     "mesh.v1.MODEL.shards.SHARD",
@@ -433,6 +443,7 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     SPANS,
     ALIVE,
     HEARTBEATS,
+    KEPT,
     LEASE,
     LEASES,
     OPEN_ANY,

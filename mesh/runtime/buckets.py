@@ -14,18 +14,21 @@ _ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _SHORT_LENGTHS = (128, 256, 512, 2048)
 """Of no use where attention reads block by block: there they would save nothing but a part of the mask."""
 _LENGTH, _LENGTH_STEP = 8192, 4
+_COPY, _COPY_STEP = 256, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
     """Sizes in ascending order; the last of each is the largest possible.
 
-    rows: rows of a decode batch. chunks: tokens of a prefill chunk. lengths: the most cache positions that a step reads.
+    rows: rows of a decode batch. chunks: tokens of a prefill chunk. lengths: the most cache positions that a step reads. copies: positions
+    that are copied from row to row.
     """
 
     rows: tuple[int, ...]
     chunks: tuple[int, ...]
     lengths: tuple[int, ...]
+    copies: tuple[int, ...] = ()
 
     @classmethod
     def plan(cls, *, rows: int, context: int, chunk: int) -> Buckets:
@@ -41,11 +44,9 @@ class Buckets:
         if chunk > SLACK:
             chunk_sizes.append(chunk)
         lengths = [] if in_blocks() else [size for size in _SHORT_LENGTHS if size < context]
-        size = _LENGTH
-        while size < context:
-            lengths.append(size)
-            size *= _LENGTH_STEP
-        return cls(tuple(row_sizes), tuple(chunk_sizes), (*lengths, context))
+        lengths += _powers(_LENGTH, _LENGTH_STEP, context)
+        copies = [] if rows == 1 else [*_powers(_COPY, _COPY_STEP, context), context]
+        return cls(tuple(row_sizes), tuple(chunk_sizes), (*lengths, context), tuple(copies))
 
     @staticmethod
     def fit(sizes: tuple[int, ...], value: int) -> int:
@@ -64,3 +65,11 @@ class Buckets:
                     return size
                 return self.chunks[0]
         return self.chunks[-1] if start + self.chunks[-1] <= self.lengths[-1] + SLACK else self.chunks[0]
+
+
+def _powers(first: int, factor: int, below: int) -> list[int]:
+    sizes = []
+    while first < below:
+        sizes.append(first)
+        first *= factor
+    return sizes

@@ -91,6 +91,9 @@ class Engine(Protocol):
     def open(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
         """Set a row's sampling parameters. Only the last stage uses them."""
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """Give row `target` what row `source` holds at its first `positions` positions."""
+
     def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | SampledToken:
         """Run tokens [T] of `row` from position `start` on; `hidden` [T, D] is their hidden state, unless this is the first stage.
 

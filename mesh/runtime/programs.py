@@ -82,6 +82,17 @@ class _Vocabulary:
         return f"{self.size} tokens"
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """The arrays of which rows are copied; they take the place of a block."""
+
+    signature: str
+
+    @classmethod
+    def like(cls, arrays: Sequence[Any]) -> _Arrays:
+        return cls(", ".join(f"{array.dtype}{list(array.shape)}" for array in arrays))
+
+
 class _Step(NamedTuple):
     """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, what
     changes logits, and sampling. Those of a packed step's tokens have no head: it runs for other numbers of tokens."""
@@ -207,6 +218,16 @@ class Programs:
         drawn = jax.block_until_ready(sampled(scores, history, numbers, *self._on_device(*wanted), logits))
         self.sampled_s = time.perf_counter() - began
         return drawn
+
+    def copy(self, arrays: Sequence[Any], source: int, target: int, positions: int) -> tuple[Any, ...]:
+        """`arrays` (caches or a history) with the first `positions`, a compiled number, of row `source` in row `target` too. They are
+        updated in place."""
+        copied: tuple[Any, ...] = self.compile_copy(arrays, positions)(tuple(arrays), np.int32(source), np.int32(target))
+        return copied
+
+    def compile_copy(self, arrays: Sequence[Any], positions: int) -> Any:
+        """Compile what copies rows of `arrays`."""
+        return self._get("copied", ShapeBucket(False, 1, positions), _Arrays.like(arrays), tuple(arrays))
 
     # -- packed steps, on a CPU with kernels -------------------------------------------------------------------------------
 
@@ -503,6 +524,13 @@ def _packed_sampled(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x:
     return _Program(jax.jit(sampled), (logits, _shape((size, bucket.length)), _shape((size,)), *table, logits))
 
 
+def _copied(bucket: ShapeBucket, what: _Arrays, arrays: tuple[Any, ...], x: Any) -> _Program:
+    def copied(arrays: Any, source: Any, target: Any) -> Any:
+        return tuple(step.copied(array, source, target, positions=bucket.length) for array in arrays)
+
+    return _Program(jax.jit(copied, donate_argnums=0), (arrays, _shape(()), _shape(())))
+
+
 _PROGRAM: dict[str, Callable[..., _Program]] = {
     "embed": _embed,
     "layers": _layers,
@@ -512,6 +540,7 @@ _PROGRAM: dict[str, Callable[..., _Program]] = {
     "sampled": _sampled,
     "packed_head": _packed_head,
     "packed_sampled": _packed_sampled,
+    "copied": _copied,
 }
 
 

@@ -108,6 +108,13 @@ class RecomputingStage:
         self._check_row(row)
         self._params[row] = (params, prompt_length)
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        self._check_row(source)
+        self._check_row(target)
+        self._tokens[target, :positions] = self._tokens[source, :positions]
+        if self._hidden is not None:
+            self._hidden[target, :positions] = self._hidden[source, :positions]
+
     def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | SampledToken:
         """tokens [T] (and hidden [T, D]) of `row` from position `start` on -> hidden [T, D] or the token sampled after the last."""
         began = time.perf_counter()

@@ -6,6 +6,7 @@
     stage.prefill(row, start, x)     a chunk of one row
     stage.decode(rows, positions, x) one token for each of several rows
     stage.packed(segments, x)        tokens of several rows, any number of each
+    stage.copy(source, target, n)    what one row holds at its first n positions, for another row
 
 Synchronous, one caller at a time. What is written at a position depends only on that position's input and on earlier positions, so
 repeating a step changes nothing up to its last position: recovery is replay. After a prefill chunk comes its padding.
@@ -216,8 +217,10 @@ class Stage:
         begin = len(wanted) * self.layers.start // self.manifest.layers
         wanted = wanted[begin:] + wanted[:begin]
         with ThreadPoolExecutor(_compilers(), "compile") as pool:
+            copying = pool.submit(self._compile_copies)
             for index, (bucket, _) in enumerate(zip(wanted, pool.map(self._compile, wanted), strict=True)):
                 progress(f"compile {bucket}", index, len(wanted))
+            copying.result()
         progress("compiled", len(wanted), len(wanted))
         if self.last and self.manifest.tokenizer is not None:
             self._shapes.warm_up()
@@ -251,11 +254,13 @@ class Stage:
             for smaller in (0, *self._token_sizes[:-1]):
                 count = min(smaller + 1, self.context)
                 self.packed(Segments([0], [0], [count], [True]), np.zeros(count, np.int32), hidden(count))
+            self._exercise_copies()
             for rows in buckets.rows:
                 every = range(rows)
                 self.packed(Segments(every, [0] * rows, [1] * rows, [True] * rows), np.zeros(rows, np.int32), hidden(rows))
             self.counters = StageCounters()
             return
+        self._exercise_copies()
         for shorter in (0, *buckets.lengths[:-1]):
             for smaller in (0, *buckets.chunks[:-1]):
                 start = max(shorter - smaller, 0)  # one token more than the next smaller bucket and length hold
@@ -266,6 +271,10 @@ class Stage:
                 self.decode(np.array([rows - 1], np.int32), np.array([shorter], np.int32), np.zeros(1, np.int32), hidden(1))
         self.counters = StageCounters()
 
+    def _exercise_copies(self) -> None:
+        for size in self.buckets.copies[:1]:  # larger ones differ in nothing but memory that would be touched
+            self.copy(0, 1, size)
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def open(self, row: int, params: SamplingParams, *, prompt_length: int) -> None:
@@ -274,6 +283,21 @@ class Stage:
         self._table.set(row, params, prompt_length=prompt_length)
         if self.last:
             self._shapes.open(row, params, prompt_length=prompt_length)
+
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """Give row `target` what row `source` holds at its first `positions` positions."""
+        self._check_row(source)
+        self._check_row(target)
+        self._check_positions(0, positions - 1)
+        if source == target or positions < 1:
+            return
+        size = Buckets.fit(self.buckets.copies, positions)
+        for index, cache in enumerate(self._caches):
+            self._caches[index] = LayerCache(*self.programs.copy(cache, source, target, size))
+        if isinstance(self._history, np.ndarray):
+            self._history[target, :positions] = self._history[source, :positions]
+        elif self._history is not None:
+            (self._history,) = self.programs.copy((self._history,), source, target, size)
 
     def prefill(self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray | SampledToken:
         """Run tokens [T] (and, unless this is the first stage, their hidden state [T, D]) of `row` from position `start` on.
@@ -535,6 +559,12 @@ class Stage:
             self.programs.compile_packed(bucket, self._caches)
         else:
             self.programs.compile(bucket, self._caches, self._history)
+
+    def _compile_copies(self) -> None:
+        histories = () if self._history is None or isinstance(self._history, np.ndarray) else ((self._history,),)
+        for size in self.buckets.copies:
+            for arrays in (*self._caches, *histories):
+                self.programs.compile_copy(arrays, size)
 
     def _token(self, sampled: Sampled, index: int, row: int) -> SampledToken:
         wanted = self._table.logprobs(row)

@@ -5,6 +5,7 @@
     head       hidden state -> logits, the likeliest tokens         last stage
     shaped     logits -> logits with biases and masks of grammars   last stage, if some row has either (shaping.py)
     sampled    logits -> sampled tokens                             last stage, if some row asks for more than the likeliest token
+    copied     caches -> the same, a row's beginning in another row every stage, if a session begins with another one's tokens
 
 Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row), or in their
 place a packed step: N tokens of any rows, flat, as if they were N rows of one token. See docs/adr/0015.
@@ -27,6 +28,7 @@ from mesh.runtime.sampling import Sampled, argmax, sample
 
 __all__ = [
     "LayerCache",
+    "copied",
     "embed",
     "group_sizes",
     "head",
@@ -171,6 +173,16 @@ def last_of_chunk(
     history = jax.lax.dynamic_update_slice(history, tokens, (row, positions[0, 0]))
     last, token, position = (jax.lax.dynamic_slice_in_dim(array, count - 1, 1, axis=1) for array in (hidden, tokens, positions))
     return history, last, token, position, position[0]
+
+
+def copied(array: jax.Array, source: jax.Array, target: jax.Array, *, positions: int) -> jax.Array:
+    """array [R, ..., S, D], or a history [R, S] -> the same, with the first `positions` of row `source` in row `target` too."""
+    axis = 1 if array.ndim == 2 else array.ndim - 2
+    zeros = (0,) * (array.ndim - 1)
+    shape = (1, *array.shape[1:axis], positions, *array.shape[axis + 1 :])
+    # The barrier has the part read before it is written, so that the array is updated in place.
+    part = jax.lax.optimization_barrier(jax.lax.dynamic_slice(array, (source, *zeros), shape))
+    return jax.lax.dynamic_update_slice(array, part, (target, *zeros))
 
 
 def _logits(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array) -> jax.Array:

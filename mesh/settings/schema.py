@@ -49,6 +49,7 @@ __all__ = [
     "NetworkConfig",
     "QuotaSection",
     "ReplicationMode",
+    "ReuseScope",
     "ShardConfig",
     "TlsSection",
     "TracingSection",
@@ -61,6 +62,9 @@ LoadBalancing = Literal["least_loaded", "round_robin", "queue_group"]
 ReplicationMode = Literal["balance", "mirror"]
 """How the shards of one range stand in for each other. balance: sessions are spread over them, and one that loses its shard has
 its history computed again. mirror: a second shard computes each session's steps too, and goes on where the first one ends."""
+
+ReuseScope = Literal["off", "tenant", "all"]
+"""Which sessions may begin with the rows that earlier ones have left. off: none; tenant: those of the same caller; all: any."""
 
 QuantizationBits = Literal[16, 8, 4]
 
@@ -307,6 +311,7 @@ class DistributedSection(Section):
     step_timeout: Duration = 15.0  # the longest that a step may take
     step_slowdown: Annotated[float, Field(gt=1, le=100)] = 2.5  # how many times as long a step may take because of prompts
     load_balancing_strategy: LoadBalancing = "least_loaded"
+    prefix_reuse: ReuseScope = "tenant"  # whose sessions may begin with what earlier ones have left at the shards
 
 
 class PoolSection(Section):

@@ -51,6 +51,9 @@ def _readings(shard: Shard) -> Iterator[Reading]:
     yield "mesh_shard_ready", shard.status == "ready"
     yield "mesh_shard_rows", state.shape.rows
     yield "mesh_shard_free_rows", state.free_rows
+    yield "mesh_shard_kept_rows", state.kept_rows
+    for how in ("taken", "copied", "missed"):
+        yield "mesh_shard_reused_rows_total", state.reused[how], how
     yield "mesh_shard_filled_positions", state.filled_positions
     yield "mesh_shard_queue_frames", state.queued
     yield meter.steps

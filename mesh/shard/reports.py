@@ -108,6 +108,7 @@ def lease_of(shard: ReportingShard, now: float) -> ShardLease:
         queue_frames=shard.state.queued,
         mirrors=shard.options.mirror,
         packs=shard.stage is not None and shard.stage.packs,
+        kept_rows=shard.state.kept_rows,
         load=shard.meter.load(now, busy_s),
         step_s=shard.meter.step_s,
         memory_bytes=resident_bytes(),

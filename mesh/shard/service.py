@@ -279,6 +279,9 @@ class Shard:
                 log.debug("opened row %d, of which %d positions are filled", reservation.row, reservation.filled)
         self.idle.clear()
         shape = self.state.shape
+        source, reservation.copy_of = reservation.copy_of, None
+        if source is not None:
+            self._compute.submit(partial(self.stage.copy, source, reservation.row, reservation.filled), self._copied)
         if shape.last:
             set_row = partial(self.stage.open, reservation.row, message.sampling, prompt_length=message.prompt_length)
             self._compute.submit(set_row, self._after_open)
@@ -522,6 +525,13 @@ class Shard:
             return future.result()
         finally:
             stopped.cancel()
+
+    def _copied(self, _result: Any, error: BaseException | None) -> None:
+        """A row's beginning was copied. If that failed, the caches may be damaged, so the shard ends."""
+        if error is not None and self._failure is None:
+            log.error("copying a row: %r", error)
+            self._failure = error
+            self._stop.set()
 
     def _after_open(self, _result: Any, error: BaseException | None) -> None:
         if error is not None:

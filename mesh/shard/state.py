@@ -5,7 +5,9 @@ epoch and `filled`: positions 0 .. filled-1 of the row's cache are computed, or 
 count as done because the compute thread takes steps in the order in which they were admitted.
 
     event                  row of that session      what happens
-    open                   none                     lowest free row, filled 0; Busy if there is none
+    open                   none                     lowest free row, else the row kept longest, filled 0; Busy if there is none
+    open, reuse            none                     a row that holds what it names, or a copy of its beginning, filled as far as that goes;
+                                                    where no row holds it, as above
     open, same epoch       there                    the same answer again
     open, higher epoch     there                    row kept, filled = min(filled, keep); lower epochs are fenced from now on
     open, lower epoch      there                    refused
@@ -16,12 +18,18 @@ count as done because the compute thread takes steps in the order in which they 
     frame row, lower epoch there                    NACK stale_epoch
     frame row              none, or a higher epoch  NACK unknown_session; nothing at all if its slot is another instance's
     close, expiry          there                    row free, unless it has a later epoch than the one that is closed
+    close, kept            there                    the same, and what the row holds is kept until the row is needed
     heartbeat without it   there, twice in a row    row free: the coordinator does not know the session
     drain                  any                      no new sessions; open ones continue
 
 A mirror is an ordinary shard that also follows the frames of the other replicas of its range. It computes those rows whose sessions are
 open here too, in the rows that these have here, and sends neither a result nor a NACK. If it missed frames, `filled` shows that when the
 session is opened again.
+
+Kept rows. A free row may keep what it holds, under the digest that its coordinator gave it. A session that names the digest gets the row as
+it is, where it begins with most of what the row holds. Otherwise it gets a copy of the beginning in another row, so that the longer history
+stays for whoever goes on with it. A row that a session has is copied from, as far as it is filled. A row that is taken is found under the
+digest that it was taken by until it is closed: two sessions that begin alike may ask for it at once. Rows are given up oldest first.
 
 A slot is a row with the tag of the shard's instance above it. Two processes may have the name of the shard for a while
 (mesh/shard/lease.py), and both hear its frames. The one whose tag a slot does not carry leaves the slot to the other.
@@ -34,20 +42,20 @@ from __future__ import annotations
 
 import heapq
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 
 from mesh.errors import BadRequest, Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
-from mesh.protocol.control import Close, Open
+from mesh.protocol.control import Close, Open, Prefix
 from mesh.protocol.frame import STEPS
 from mesh.protocol.frame_codec import Frame, Kind, Nack
 from mesh.protocol.status import Heartbeat
 from mesh.types import LayerRange
 
-__all__ = ["ROW_MASK", "Admission", "Reservation", "ShardShape", "ShardState", "tag_of"]
+__all__ = ["ROW_MASK", "Admission", "KeptRow", "Reservation", "ShardShape", "ShardState", "tag_of"]
 
 DEFAULT_TTL_S = 10.0
 """How long a coordinator may be silent if it gave no time itself."""
@@ -89,9 +97,18 @@ class ShardShape:
         return self.layers.stop == self.total_layers
 
 
+@dataclass(frozen=True, slots=True)
+class KeptRow:
+    """A free row whose first `positions` positions may be gone on with."""
+
+    row: int
+    positions: int
+
+
 @dataclass(slots=True)
 class Reservation:
-    """The row that a session has here, and the slot by which frames name it."""
+    """The row that a session has here, and the slot by which frames name it. `copy_of`: the row of which `filled` positions have to be
+    copied here before any step is computed; whoever sees to that clears it. `holds`: what other sessions may find here."""
 
     session: int
     epoch: int
@@ -100,6 +117,12 @@ class Reservation:
     slot: int
     filled: int
     missing: bool = False  # from the last heartbeat of its coordinator
+    copy_of: int | None = None
+    holds: tuple[Prefix, ...] = ()
+
+    def found(self, digest: str) -> int:
+        """How many positions of what `digest` names are here by now."""
+        return min(max((held.positions for held in self.holds if held.digest == digest), default=0), self.filled)
 
     def fill(self, kind: Kind, start: int, count: int) -> None:
         """Note that `count` positions from `start` on are written. A prefill chunk may be padded to a compiled size, and its padding
@@ -128,8 +151,10 @@ class ShardState:
     followed: int = 0  # rows computed as a mirror
     missed: int = 0  # rows a mirror could not compute: it is behind
     gaps: Counter[str] = field(default_factory=Counter)  # rows, by why they were not computed
+    reused: Counter[str] = field(default_factory=Counter)  # sessions that asked for a prefix: taken, copied, missed
     _reservations: dict[int, Reservation] = field(default_factory=dict)  # by session
     _free: list[int] = field(default_factory=list)  # heap
+    _kept: OrderedDict[str, KeptRow] = field(default_factory=OrderedDict)  # free too, by the digest; the one to be given up first is first
     _pending: dict[tuple[str, int], int] = field(default_factory=dict)  # (coordinator, step) that has not gone on yet
     _heard: dict[str, tuple[float, float]] = field(default_factory=dict)  # coordinator -> (silent since, allowed for)
 
@@ -140,7 +165,12 @@ class ShardState:
 
     @property
     def free_rows(self) -> int:
-        return len(self._free)
+        """Rows that a session can have, those that keep something among them."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def kept_rows(self) -> int:
+        return len(self._kept)
 
     @property
     def sessions(self) -> int:
@@ -182,13 +212,12 @@ class ShardState:
             return reservation
         if self.draining:
             raise Unavailable(f"shard {self.shape.shard} is draining: open the session on another replica of layers {self.shape.layers}")
-        if not self._free:
+        if not self.free_rows:
             raise Busy(
                 f"all {self.shape.rows} rows of shard {self.shape.shard} (layers {self.shape.layers}) are taken",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        row = heapq.heappop(self._free)
-        reservation = Reservation(message.session, message.epoch, message.coordinator, row, self.shape.tag << _ROW_BITS | row, 0)
+        reservation = self._reserve(message)
         self._reservations[message.session] = reservation
         self._hear(message.coordinator, now)
         return reservation
@@ -205,7 +234,7 @@ class ShardState:
             and reservation.epoch <= message.epoch
         ]
         for reservation in mine:
-            self._leave(reservation)
+            self._leave(reservation, message.kept if len(mine) == 1 else None)
         return len(mine)
 
     def heartbeat(self, message: Heartbeat, now: float) -> list[int]:
@@ -330,7 +359,9 @@ class ShardState:
     def check(self) -> None:
         """Assert the invariants: every row is free or has exactly one session, and so on. For tests."""
         taken = [reservation.row for reservation in self._reservations.values()]
-        assert sorted(taken + self._free) == list(range(self.shape.rows)), (taken, self._free)
+        kept = [each.row for each in self._kept.values()]
+        assert sorted(taken + self._free + kept) == list(range(self.shape.rows)), (taken, self._free, kept)
+        assert all(0 < each.positions <= self.shape.context for each in self._kept.values())
         assert all(session == reservation.session for session, reservation in self._reservations.items())
         assert all(0 <= reservation.filled <= self.shape.context for reservation in self._reservations.values())
         assert all(reservation.coordinator in self._heard for reservation in self._reservations.values())
@@ -385,6 +416,52 @@ class ShardState:
         _, ttl_s = self._heard.get(coordinator, (now, DEFAULT_TTL_S))
         self._heard[coordinator] = (now, ttl_s)
 
-    def _leave(self, reservation: Reservation) -> None:
+    def _reserve(self, message: Open) -> Reservation:
+        """A row for a session that has none."""
+        reuse = message.reuse
+        kept = None if reuse is None else self._kept.get(reuse.digest)
+        source, positions = None, 0
+        if reuse is None:
+            row = self._free_row()
+        elif kept is not None and self._should_take(kept, reuse.positions):
+            del self._kept[reuse.digest]
+            row, positions = kept.row, min(reuse.positions, kept.positions)
+            self.reused["taken"] += 1
+        elif kept is not None:
+            self._kept.move_to_end(reuse.digest)
+            row, source, positions = self._free_row(), kept.row, min(reuse.positions, kept.positions)
+            self.reused["copied"] += 1
+        else:
+            source, positions = self._taken_by(reuse)
+            row = self._free_row()
+            self.reused["missed" if source is None else "copied"] += 1
+        holds = [] if reuse is None or not positions else [Prefix(digest=reuse.digest, positions=positions)]
+        holds += [] if message.prompt is None else [message.prompt]
+        slot = self.shape.tag << _ROW_BITS | row
+        return Reservation(message.session, message.epoch, message.coordinator, row, slot, positions, copy_of=source, holds=tuple(holds))
+
+    def _should_take(self, kept: KeptRow, positions: int) -> bool:
+        """Whether a session that begins with `positions` of what a row keeps gets the row itself: no other one is free, or not much is lost
+        that another session may still want."""
+        return 2 * positions >= kept.positions or self.free_rows == 1
+
+    def _taken_by(self, reuse: Prefix) -> tuple[int | None, int]:
+        """(row, positions) of a session whose row holds most of what `reuse` names."""
+        best = max(self._reservations.values(), key=lambda each: each.found(reuse.digest), default=None)
+        positions = 0 if best is None else min(best.found(reuse.digest), reuse.positions)
+        return (best.row, positions) if best is not None and positions else (None, 0)
+
+    def _free_row(self) -> int:
+        """The lowest row that keeps nothing, or else the one to be given up first. One is free."""
+        return heapq.heappop(self._free) if self._free else self._kept.popitem(last=False)[1].row
+
+    def _leave(self, reservation: Reservation, kept: Prefix | None = None) -> None:
         del self._reservations[reservation.session]
-        heapq.heappush(self._free, reservation.row)
+        positions = 0 if kept is None else min(kept.positions, reservation.filled)
+        if kept is None or not positions:
+            heapq.heappush(self._free, reservation.row)
+            return
+        before = self._kept.pop(kept.digest, None)
+        if before is not None:
+            heapq.heappush(self._free, before.row)
+        self._kept[kept.digest] = KeptRow(reservation.row, positions)

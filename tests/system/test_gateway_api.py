@@ -75,6 +75,7 @@ def test_the_guides_curl_commands_work_as_they_stand(url: str, name: str, tmp_pa
     match name:
         case "inference":
             assert len(answer["tokens"]) == 100 and len(answer["text"]) >= 100
+            assert answer["usage"].pop("prompt_tokens_details").keys() == {"cached_tokens"}
             assert answer["usage"] == {"prompt_tokens": 37, "completion_tokens": 100, "total_tokens": 137}
         case "batch":
             assert [result["index"] for result in answer["results"]] == [0, 1]

@@ -24,6 +24,7 @@ from mesh.coordinator.core.events import (
     FrameRow,
     OpenRefused,
     OpenRow,
+    PrefixKept,
     Probe,
     ProbeAnswered,
     Rejected,
@@ -36,6 +37,7 @@ from mesh.coordinator.core.events import (
     Submit,
 )
 from mesh.coordinator.core.machine import Core
+from mesh.coordinator.core.prefixes import Beginning
 from mesh.coordinator.core.routing import Replica
 from mesh.coordinator.core.scheduler import Flight
 from mesh.coordinator.core.session import GenerationRequest, Session
@@ -76,6 +78,7 @@ class Reservation:
     epoch: int
     filled: int = 0
     missing: bool = False
+    holds: tuple[Beginning, ...] = ()  # under these names others find it
 
 
 @dataclass
@@ -86,13 +89,51 @@ class Shard:
     stopped: bool = False  # it lives, and does nothing
     steps: int = 0
     followed: int = 0
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # free too, the oldest first: digest -> (row, positions)
 
     @property
     def free(self) -> int:
         return self.replica.rows - len(self.reservations)
 
+    def reserve(self, opens: OpenRow) -> Reservation | None:
+        """A row for a new session; None: all are taken. What it reuses is copied, unless no other row is free."""
+        if not self.free:
+            return None
+        reuse = opens.reuse
+        positions, found = (0, {}) if reuse is None else self.find(reuse)
+        row = self.free_row(None if reuse is None else reuse.digest)
+        self.cache[row] = found
+        holds = [] if reuse is None or not positions else [Beginning(reuse.digest, positions)]
+        holds += [] if opens.prompt is None else [opens.prompt]
+        return Reservation(row, opens.epoch, positions, holds=tuple(holds))
+
+    def find(self, reuse: Beginning) -> tuple[int, dict[int, int]]:
+        """(positions, their tokens) of what a row holds of `reuse`."""
+        rows = [self.kept[reuse.digest]] if reuse.digest in self.kept else []
+        for reservation in self.reservations.values():
+            rows += [
+                (reservation.row, min(held.positions, reservation.filled)) for held in reservation.holds if held.digest == reuse.digest
+            ]
+        row, positions = max(rows, key=lambda found: found[1], default=(0, 0))
+        positions = min(positions, reuse.positions)
+        return positions, {position: self.cache[row][position] for position in range(positions)}
+
+    def free_row(self, wanted: str | None) -> int:
+        taken = {reservation.row for reservation in self.reservations.values()} | {row for row, _ in self.kept.values()}
+        unused = next((row for row in range(self.replica.rows) if row not in taken), None)
+        if unused is not None:
+            return unused
+        return self.kept.pop(next((digest for digest in self.kept if digest != wanted), next(iter(self.kept))))[0]
+
+    def close(self, key: int, kept: Beginning | None) -> None:
+        reservation = self.reservations.pop(key)
+        positions = 0 if kept is None else min(kept.positions, reservation.filled)
+        if kept is not None and positions:
+            self.kept.pop(kept.digest, None)
+            self.kept[kept.digest] = (reservation.row, positions)
+
     def check(self) -> None:
-        rows = [reservation.row for reservation in self.reservations.values()]
+        rows = [reservation.row for reservation in self.reservations.values()] + [row for row, _ in self.kept.values()]
         assert len(set(rows)) == len(rows), "two sessions in one row"
 
 
@@ -109,6 +150,7 @@ class FakeMesh:
         self.ended: dict[str, Ended] = {}
         self.rejected: dict[str, Rejected] = {}
         self.frames: list[FrameOut] = []
+        self.kept: list[PrefixKept] = []
 
     # -- what a test looks at ------------------------------------------------------------------------------------------
 
@@ -260,6 +302,8 @@ class FakeMesh:
             case FrameOut():
                 self.frames.append(effect)
                 self._send_frame("core", effect, 0)
+            case PrefixKept():
+                self.kept.append(effect)
             case Emit(session=id, index=index, token=token):
                 assert id not in self.ended and id not in self.rejected
                 assert index == len(self.tokens[id]), "a token out of order"
@@ -282,19 +326,17 @@ class FakeMesh:
                 if reservation is not None and epoch > reservation.epoch:
                     reservation.epoch, reservation.filled = epoch, min(reservation.filled, message.keep)
                 if reservation is None:
-                    taken = {reservation.row for reservation in shard.reservations.values()}
-                    row = next((row for row in range(shard.replica.rows) if row not in taken), None)
-                    if row is None:
+                    reservation = shard.reserve(message)
+                    if reservation is None:
                         self._send(name, "core", OpenRefused(key, epoch, stage, name, True, Busy("full", retry_after_s=1)))
                         return
-                    reservation = shard.reservations[key] = Reservation(row, epoch)
-                    shard.cache[row] = {}
+                    shard.reservations[key] = reservation
                 reservation.missing = False
                 self._send(name, "core", RowOpened(key, epoch, stage, name, reservation.row, reservation.filled))
-            case CloseRow(key=key, epoch=epoch):
+            case CloseRow(key=key, epoch=epoch, kept=left):
                 reservation = shard.reservations.get(key)
                 if reservation is not None and reservation.epoch <= epoch:
-                    del shard.reservations[key]
+                    shard.close(key, left)
             case Probe(asked_at=asked_at):
                 self._send(name, "core", ProbeAnswered(name, asked_at, frozenset()))
             case (FrameOut() as out, int(stage)):

@@ -9,6 +9,7 @@ session.py       the states of one generation
 admission.py     which requests wait
 routing.py       which shards a session goes through
 rows.py          rows asked for, open, given back
+prefixes.py      which rows hold what a new session begins with
 scheduler.py     which frame goes out next
 pace.py          how large a prefill chunk is
 watch.py         when a frame has been away for too long

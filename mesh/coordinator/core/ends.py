@@ -49,15 +49,16 @@ def end(
             state.now - session.submitted_at,
             session.restarts,
             error,
+            session.cached or 0,
         )
     )
     settle(state, session)
 
 
 def settle(state: CoreState, session: Session) -> None:
-    """Give an ended session's rows back, once no frame names it any more."""
+    """Give an ended session's rows back, once no frame names it any more. What they hold is kept for others that begin as it did."""
     if not session.in_flight and session.choices is not None:
-        rows.release(state, session)
+        rows.release(state, session, keep=session.state is not State.FAILED)
 
 
 def no_token() -> MeshError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mesh.coordinator.core.prefixes import Beginning, Remembered
 from mesh.coordinator.core.routing import Replica, Route
 from mesh.coordinator.core.session import GenerationRequest
 from mesh.errors import MeshError
@@ -28,6 +29,7 @@ __all__ = [
     "FrameRow",
     "OpenRefused",
     "OpenRow",
+    "PrefixKept",
     "Probe",
     "ProbeAnswered",
     "Rejected",
@@ -154,6 +156,14 @@ class ProbeAnswered:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixKept:
+    """These shards keep a row that holds `held`. As an event: of a session of another coordinator; as an effect: of one of this one."""
+
+    shards: tuple[str, ...]
+    held: Remembered
+
+
+@dataclass(frozen=True, slots=True)
 class Suspicion:
     """A connection to the NATS server has ended. It may have been a shard's."""
 
@@ -182,6 +192,7 @@ Event = (
     | Result
     | FrameLost
     | ProbeAnswered
+    | PrefixKept
     | Suspicion
     | Connection
     | Tick
@@ -193,7 +204,8 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class OpenRow:
     """Ask `shard` (None: the queue group of `layers`) for a row. What follows is a RowOpened or an OpenRefused. `keep`: a shard
-    that has a row of the session already may keep so many positions of it. `mirror`: the shard is to follow the frames of the stage."""
+    that has a row of the session already may keep so many positions of it. `mirror`: the shard is to follow the frames of the stage.
+    `reuse`: what a new row is to begin with. `prompt`: what the row will hold once the prompt is computed."""
 
     key: int
     epoch: int
@@ -203,15 +215,18 @@ class OpenRow:
     request: GenerationRequest
     keep: int = 0
     mirror: bool = False
+    reuse: Beginning | None = None
+    prompt: Beginning | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CloseRow:
-    """Close the row, unless a later epoch than `epoch` has it."""
+    """Close the row, unless a later epoch than `epoch` has it. `kept`: what it holds, which is kept until the row is needed."""
 
     key: int
     epoch: int
     shard: str
+    kept: Beginning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +302,7 @@ class Rejected:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A session has ended. `error` is set where the reason is error or cancelled. Seconds since it was submitted: to its first start, to
-    the first token, to the end."""
+    the first token, to the end. cached: tokens of its prompt that were not computed, because a row held them."""
 
     session: str
     reason: Literal["stop", "length", "cancelled", "error"]
@@ -297,6 +312,7 @@ class Ended:
     total_s: float
     restarts: int
     error: MeshError | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,4 +327,4 @@ class Waits:
     patience_s: float
 
 
-Effect = OpenRow | CloseRow | FrameOut | Probe | Announcement | Admitted | Emit | Rejected | Ended | Waits
+Effect = OpenRow | CloseRow | FrameOut | Probe | PrefixKept | Announcement | Admitted | Emit | Rejected | Ended | Waits

@@ -16,6 +16,7 @@ Outside core/ only the methods of Core are used, and the values that they return
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ from mesh.coordinator.core.events import (
     FrameLost,
     FrameOut,
     OpenRefused,
+    PrefixKept,
     Probe,
     ProbeAnswered,
     Rejected,
@@ -46,7 +48,7 @@ from mesh.coordinator.core.events import (
     Suspicion,
     Tick,
 )
-from mesh.coordinator.core.routing import Choice, Replica, Replicas
+from mesh.coordinator.core.routing import Choice, Replica, Replicas, Reuse
 from mesh.coordinator.core.scheduler import Flight, Scheduler
 from mesh.coordinator.core.session import Act, GenerationRequest, Session, SessionView, State
 from mesh.coordinator.core.state import CoreConfig, CoreCounters, CoreState, Pause
@@ -107,6 +109,7 @@ class Core:
             case ReplicaSeen(replica):
                 if state.replicas.seen(replica):
                     state.watch.forget(replica.shard)
+                    state.prefixes.forget(replica.shard)
                     losses.lose_shard(state, replica.shard)
                 if replica.draining:
                     losses.move_away(state, replica.shard)
@@ -116,6 +119,7 @@ class Core:
             case ReplicaGone(shard):
                 state.replicas.gone(shard)
                 state.watch.forget(shard)
+                state.prefixes.forget(shard)
                 losses.note_chain(state)
                 losses.lose_shard(state, shard)
             case RowOpened():
@@ -131,6 +135,8 @@ class Core:
             case ProbeAnswered(shard, asked_at, pending):
                 state.watch.answered(shard, asked_at, pending)
                 state.replicas.answered(shard, asked_at)
+            case PrefixKept():
+                rows.note_kept(state, event)
             case Suspicion():
                 state.watch.hurry(now)
             case Connection(online):
@@ -324,7 +330,8 @@ class Core:
         """Start the sessions at the front of the queue for which there are rows."""
         state = self._state
         while (session := state.admission.head()) is not None:
-            choices = state.replicas.choose(session.positions, state.now)
+            reuse = Reuse(partial(rows.reusable_at, state, session), len(session.request.prompt)) if session.chain is not None else None
+            choices = state.replicas.choose(session.positions, state.now, reuse)
             if choices is None:
                 return
             state.admission.remove(session)
@@ -335,7 +342,7 @@ class Core:
                 session.started_at = state.now
             state.by_key[session.key] = session
             state.admission.took_rows(session)
-            session.mirrors = state.replicas.mirrors(choices, session.positions, state.now) if state.mirrors else {}
+            session.mirrors = state.replicas.mirrors(choices, session.positions, state.now, reuse) if state.mirrors else {}
             rows.open_rows(state, session)
 
     def _answered(self, answers: tuple[RowOpened | OpenRefused, ...]) -> None:
@@ -367,6 +374,7 @@ class Core:
                 state.replicas.take(event.shard, event.key)
             session.rows[event.stage] = event.row
         session.filled[event.shard] = event.filled
+        rows.note_found(state, session, event.shard)
         if event.shard not in state.replicas:  # its lease ended meanwhile
             losses.lose(state, session)
         else:
@@ -425,6 +433,7 @@ class Core:
         session.sent = session.done
         if joins:
             state.scheduler.join(session)
+            rows.note_held(state, session)
 
     def _count_frame(self, out: FrameOut) -> None:
         counters = self._state.counters

@@ -9,23 +9,29 @@ a free row is taken. Among the replicas of a range the strategy chooses:
     round_robin    in turn
     queue_group    the coordinator names no shard: the range's queue group answers, so NATS chooses
 
+Where shards hold what the session begins with (prefixes.py), the strategy chooses among those that hold most of it, at every stage. But
+the session goes elsewhere if at some stage their share of free rows is lower than another shard's by more than REUSE_WORTH times the share
+of the prompt that they spare.
+
 Free rows are an estimate between leases: other coordinators open rows too. A shard that refuses is believed at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mesh.protocol.frame import Hop
 from mesh.types import LayerRange
 
-__all__ = ["Choice", "Choices", "Hop", "Replica", "Replicas", "Route", "Strategy", "complete"]
+__all__ = ["Choice", "Choices", "Hop", "Replica", "Replicas", "Reuse", "Route", "Strategy", "complete"]
 
 Strategy = Literal["least_loaded", "round_robin", "queue_group"]
 
+REUSE_WORTH = 0.5
+"""A prompt that is there as a whole outweighs so large a share of a shard's rows."""
 REFUSAL_REST_S = 1.0
 """A shard that refused although it has a free row is left alone for this time."""
 
@@ -47,6 +53,13 @@ def complete(choices: Choices) -> Route | None:
     """The route, if every stage has its shard."""
     route = tuple([Hop(choice.layers, choice.shard) for choice in choices if choice.shard is not None])
     return route if len(route) == len(choices) else None
+
+
+class Reuse(NamedTuple):
+    """at(shard): the positions that a session could begin with there. prompt: its length."""
+
+    at: Callable[[str], int]
+    prompt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,10 @@ class _Entry:
         held = len(self.held)
         # The lease may be older than the rows that were taken since. There are never more free rows than rows.
         return max(0, min(self.replica.free_rows + self.held_at_lease, self.replica.rows) - held)
+
+    def share(self, now: float) -> float:
+        """The share of its rows that is free."""
+        return self.free(now) / self.replica.rows
 
 
 class Replicas:
@@ -168,7 +185,7 @@ class Replicas:
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
-    def choose(self, positions: int, now: float) -> Choices | None:
+    def choose(self, positions: int, now: float, reuse: Reuse | None = None) -> Choices | None:
         """Shards with a free row for a session of `positions`, the first stage first; None where there is no such chain."""
         free: dict[int, list[_Entry]] = {}
         for entry in self._entries.values():
@@ -177,18 +194,36 @@ class Replicas:
         hops = self._hops_to_end(free)
         if 0 not in hops:
             return None
-        choices: list[Choice] = []
+        stages: list[tuple[LayerRange, list[_Entry]]] = []
         at = 0
         while at < self._layers:
             best = [entry for entry in free[at] if hops.get(entry.replica.layers.stop) == hops[at] - 1]
             layers = min(entry.replica.layers for entry in best)
             candidates = [entry for entry in best if entry.replica.layers == layers]
             candidates = [entry for entry in candidates if not entry.suspected] or candidates
-            choices.append(Choice(layers, None if self._strategy == "queue_group" else self._choose(layers, candidates, now)))
+            stages.append((layers, candidates))
             at = layers.stop
-        return tuple(choices)
+        holders = [] if reuse is None else self._holders([candidates for _, candidates in stages], reuse, now)
+        if holders:
+            return tuple(Choice(layers, self._choose(layers, held, now)) for (layers, _), held in zip(stages, holders, strict=True))
+        by_group = self._strategy == "queue_group"
+        return tuple(Choice(layers, None if by_group else self._choose(layers, candidates, now)) for layers, candidates in stages)
 
-    def mirrors(self, choices: Choices, positions: int, now: float) -> dict[int, str]:
+    def _holders(self, stages: list[list[_Entry]], reuse: Reuse, now: float) -> list[list[_Entry]]:
+        """For each stage those of its candidates that hold the longest beginning that every stage has. Nothing where no shard holds one, or
+        it is not worth the load there."""
+        held = [{entry.replica.shard: reuse.at(entry.replica.shard) for entry in candidates} for candidates in stages]
+        common = min(max(each.values()) for each in held)
+        if not common:
+            return []
+        holders = [[entry for entry in entries if each[entry.replica.shard] >= common] for entries, each in zip(stages, held, strict=True)]
+        for candidates, holding in zip(stages, holders, strict=True):
+            behind = max(entry.share(now) for entry in candidates) - max(entry.share(now) for entry in holding)
+            if behind > REUSE_WORTH * common / reuse.prompt:
+                return []
+        return holders
+
+    def mirrors(self, choices: Choices, positions: int, now: float, reuse: Reuse | None = None) -> dict[int, str]:
         """For each stage that has one: another shard of its range that mirrors and has a free row (stage -> shard)."""
         found: dict[int, str] = {}
         for stage, choice in enumerate(choices):
@@ -197,6 +232,9 @@ class Replicas:
                 continue
             others = [entry for entry in self._fit(choice.layers, positions, now) if entry is not primary and entry.replica.mirrors]
             others = [entry for entry in others if not entry.suspected]
+            if reuse is not None:  # one that lacks what the stage begins with could not follow
+                most = max((reuse.at(entry.replica.shard) for entry in others), default=0)
+                others = [entry for entry in others if reuse.at(entry.replica.shard) == most]
             if others:
                 found[stage] = self._choose(choice.layers, others, now, by="least_loaded")
         return found
@@ -279,6 +317,11 @@ class Replicas:
         replicas = [self._entries[hop.shard].replica for hop in route if hop.shard in self._entries]
         return len({replica.processor or replica.shard for replica in replicas})
 
+    def rows_of(self, shard: str) -> int:
+        """How many rows a shard has; 0 where it takes no part."""
+        entry = self._entries.get(shard)
+        return 0 if entry is None else entry.replica.rows
+
     def packs(self, route: Route) -> bool:
         """Whether every stage of a route computes the segments of a frame as one step."""
         return all(self._entries[hop.shard].replica.packs for hop in route if hop.shard in self._entries)
@@ -340,4 +383,4 @@ class Replicas:
             return candidates[turn % len(candidates)].replica.shard
         if len(candidates) > 2:
             candidates = self._random.sample(candidates, 2)
-        return max(candidates, key=lambda entry: entry.free(now) / entry.replica.rows).replica.shard
+        return max(candidates, key=lambda entry: entry.share(now)).replica.shard

@@ -114,7 +114,7 @@ class Scheduler:
     def begin(self, session: Session) -> None:
         """A session's rows are open: prefill its history."""
         group = self._group(session)
-        session.turn = self._tokens_sent + len(session.history)
+        session.turn = self._tokens_sent + len(session.history) - session.sent
         group.served.setdefault(session.caller, min(group.served.values(), default=0))
         group.prefilling.append(session)
         group.prefilling.sort(key=lambda s: (s.turn, s.number))

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
+from mesh.coordinator.core.prefixes import Beginning, Chain
 from mesh.coordinator.core.routing import Choices, Route, complete
 
 __all__ = ["TERMINAL", "TRANSITIONS", "Act", "GenerationRequest", "IllegalTransition", "Session", "SessionView", "State"]
@@ -78,7 +79,7 @@ class GenerationRequest:
     """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends the generation and is not
     part of it. `prefix`: generated tokens that are known already; the next one comes after them. `resumed`: another coordinator began
     the generation. `waited_s`: how long it has waited already for layers that no shard serves. `caller`: who is to be treated as one among
-    several callers; empty: nobody knows."""
+    several callers; empty: nobody knows. `salt`: whose rows it may begin with, and who may begin with its own; None: it does neither."""
 
     id: str
     prompt: tuple[int, ...]
@@ -89,6 +90,7 @@ class GenerationRequest:
     resumed: bool = False
     waited_s: float = 0.0
     caller: str = ""
+    salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,9 @@ class Session:
     mirrors: dict[int, str] = field(default_factory=dict)  # stage index -> the shard that follows it
     rows: dict[int, int] = field(default_factory=dict)  # stage index -> row, as shards answer
     filled: dict[str, int] = field(default_factory=dict)  # shard -> positions that its row held when it was opened in this epoch
+    chain: Chain | None = None  # of its history, where rows are reused
+    asked: dict[str, Beginning] = field(default_factory=dict)  # shard -> what its row is to begin with in this epoch
+    cached: int | None = None  # positions of the prompt that were there when it began; None until then
     done: int = 0  # positions that have been computed
     sent: int = 0  # positions that have been sent to be computed
     in_flight: int = 0  # frames that are out and name it
@@ -139,6 +144,8 @@ class Session:
     def __post_init__(self) -> None:
         if not self.history:
             self.history = [*self.request.prompt, *self.request.prefix]
+        if self.request.salt is not None:
+            self.chain = Chain(self.request.salt, self.request.prompt)
 
     @property
     def id(self) -> str:
@@ -167,6 +174,11 @@ class Session:
     def positions(self) -> int:
         """The most positions that it can take in a row."""
         return len(self.request.prompt) + self.request.max_tokens
+
+    @property
+    def reusable(self) -> int:
+        """The most positions that it can begin with: the last token of the prompt is computed in any case."""
+        return len(self.request.prompt) - 1
 
     @property
     def ended(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from mesh.coordinator.core.admission import AdmissionQueue
 from mesh.coordinator.core.events import Effect
 from mesh.coordinator.core.pace import SLOWDOWN
+from mesh.coordinator.core.prefixes import PrefixIndex
 from mesh.coordinator.core.routing import Replicas, Strategy
 from mesh.coordinator.core.scheduler import Scheduler
 from mesh.coordinator.core.session import Session
@@ -45,7 +46,8 @@ class Pause:
 class CoreCounters:
     """Since the start. late: answers for frames or sessions that were no longer waited for. defects: errors that
     nobody expected, each of which has ended a session. suspected: shards that did not answer.
-    failovers: sessions that lost a shard in the middle and went on. asked: probes of shards."""
+    failovers: sessions that lost a shard in the middle and went on. asked: probes of shards. prefix_hits: sessions that began with
+    positions that were there, `reused_tokens` in all. prefix_misses: rows that a shard no longer held."""
 
     submitted: int = 0
     rejected: int = 0
@@ -59,6 +61,9 @@ class CoreCounters:
     asked: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    reused_tokens: int = 0
     decode_frames: int = 0
     prefill_frames: int = 0
     packed_frames: int = 0
@@ -78,6 +83,7 @@ class CoreState:
     scheduler: Scheduler
     watch: FrameWatch
     counters: CoreCounters = field(default_factory=CoreCounters)
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     pauses: deque[Pause] = field(default_factory=lambda: deque(maxlen=512))
     by_id: dict[str, Session] = field(default_factory=dict)  # the sessions that have not ended
     by_key: dict[int, Session] = field(default_factory=dict)  # those with rows, open or asked for; they may have ended

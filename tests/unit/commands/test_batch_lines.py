@@ -29,4 +29,5 @@ def test_an_answer_is_the_document_that_http_would_give() -> None:
     assert line == {"id": "batch_req_0", "custom_id": "mine", "response": {"status_code": 200, "request_id": "r"}, "error": None}
     assert (body["id"], body["object"], body["model"], body["created"]) == ("chatcmpl-r", "chat.completion", "tiny", 1_700_000_000)
     assert body["choices"][0]["message"]["content"] == "Yes" and body["choices"][0]["finish_reason"] == "length"
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    nothing = {"cached_tokens": 0}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4, "prompt_tokens_details": nothing}

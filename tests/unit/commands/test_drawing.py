@@ -18,6 +18,7 @@ SHARD: dict[str, Any] = {
 LOST = {**SHARD, "name": "shard-3", "state": "lost", "gone_s": 12.0, "start": 20, "stop": 30}
 COORDINATOR = {
     "name": "c-37e41095", "live": 3, "queued": 1, "finished": 1200, "failed": 2, "cancelled": 1, "restarts": 0, "tokens": 99_999,
+    "reused_tokens": 1_234,
 }  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def test_tables_fit_a_terminal_without_wrapping(width: int) -> None:
     assert "lost 12 s ago" in lines[2]
     heads = drawn(coordinator_table([COORDINATOR], width=width), width)
     assert len(heads) == 2 and "c-37e41095" in heads[1] and "99,999" in heads[1] and "…" not in heads[1]
+    assert ("1,234" in heads[1]) == (width >= 90)
     assert ("█" in lines[1]) == (width >= 110) and ("node-2" in lines[1]) == (width >= 80)
 
 

@@ -18,7 +18,7 @@ SHARD: dict[str, Any] = {
 }  # fmt: skip
 MODEL: dict[str, Any] = {
     "name": "m", "state": "degraded", "reason": "b is lost; the other replicas carry on.", "live": 3, "queued": 1, "capacity": 4,
-    "point": [1.0, 42.5, None, None, 2.0, 1.0], "latency": {"first_token_s": 0.2}, "sessions": [],
+    "point": [1.0, 42.5, None, None, 2.0, 1.0], "latency": {"first_token_s": 0.2}, "reused": 0.62, "sessions": [],
     "step": {"step_s": 0.04, "compute_s": 0.03, "queue_s": 0.0, "codec_s": 0.0, "hops_s": 0.004},
     "shards": [SHARD, SHARD | {"name": "b", "state": "lost", "gone_s": 3.2, "used": 0, "load": 0.0}],
 }  # fmt: skip
@@ -34,7 +34,14 @@ def drawn(**values: Any) -> str:
 
 def test_figures_shards_and_losses_are_drawn() -> None:
     said = drawn()
-    for words in ("serving, with a loss: b is lost", "42.5 tokens/s", "2 of 4 sessions", "1 waiting", "75% computing, 10% on the way"):
+    for words in (
+        "serving, with a loss: b is lost",
+        "42.5 tokens/s",
+        "62% of prompts reused",
+        "2 of 4 sessions",
+        "1 waiting",
+        "75% computing, 10% on the way",
+    ):
         assert words in said
     assert "█████░░░░░ 2 of 4" in said and "lost 3 s ago" in said and "vm-1" in said
 

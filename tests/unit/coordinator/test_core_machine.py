@@ -63,6 +63,34 @@ class CoreMachine(RuleBasedStateMachine):
         given = tuple(expected(request)[:known])
         self.mesh.submit(GenerationRequest(request.id, request.prompt, most, None, frozenset(), given, resumed))
 
+    @rule(
+        begins=st.sampled_from([1, 2]),
+        shared=st.integers(14, 40),
+        rest=st.lists(st.integers(0, 49), min_size=1, max_size=4),
+        most=st.integers(1, 8),
+        salt=st.sampled_from(["a", "b"]),
+    )
+    def submit_what_begins_like_others(self, begins: int, shared: int, rest: list[int], most: int, salt: str) -> None:
+        self.count += 1
+        prompt = (*((begins * number) % 50 for number in range(shared)), *rest)
+        self.mesh.submit(GenerationRequest(f"r{self.count}", prompt, most, None, salt=salt))
+
+    @precondition(lambda self: self.mesh.ended)
+    @rule(data=st.data(), more=st.lists(st.integers(0, 49), min_size=1, max_size=4))
+    def submit_the_next_turn(self, data: st.DataObject, more: list[int]) -> None:
+        """The prompt is an earlier prompt with its answer, and more."""
+        before = self.mesh.requests[data.draw(st.sampled_from(sorted(self.mesh.ended)))]
+        prompt = (*before.prompt, *self.mesh.tokens[before.id], *more)
+        if len(prompt) < 60:
+            self.count += 1
+            self.mesh.submit(GenerationRequest(f"r{self.count}", prompt, 4, None, salt=before.salt))
+
+    @precondition(lambda self: self.mesh.kept)
+    @rule(data=st.data())
+    def another_coordinator_says_what_is_kept(self, data: st.DataObject) -> None:
+        """It may be late, and about shards that no longer hold it."""
+        self.mesh.event(data.draw(st.sampled_from(self.mesh.kept)))
+
     @rule(count=st.integers(1, 40))
     def deliver(self, count: int) -> None:
         for _ in range(count):

@@ -77,6 +77,7 @@ function drawFigures(model, series) {
     } else if (one.name === "first") {
       parts = durationParts(model.latency ? model.latency.first_token_s : null);
       note = model.latency ? `median of ${model.latency.requests}, longest ${duration(model.latency.worst_s)}` : "no request of late";
+      if (model.reused) note += `; ${percent(model.reused)} of prompts reused`;
     } else if (one.name === "step") {
       parts = durationParts(point ? point[3] : null);
       note = model.step ? shares(model.step) : "nothing is being generated";
