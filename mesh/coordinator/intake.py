@@ -16,7 +16,6 @@ import logging
 import secrets
 import time
 from collections import Counter
-from dataclasses import replace
 
 from mesh.bus import Bus, Received, Subscription
 from mesh.coordinator.continuity import Continuity
@@ -36,7 +35,6 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import frame_codec, generation, subjects, topics
 from mesh.protocol.headers import TRACE_HEADER
-from mesh.protocol.rights import inbox_user
 from mesh.protocol.stream import with_epoch
 from mesh.telemetry.context import TraceContext
 from mesh.telemetry.log_context import log_context
@@ -135,7 +133,7 @@ class Intake:
             may_be_known = message.session is not None and message.attempt != 0
             if may_be_known and await self._continuity.find(id, digest, message, received.reply, direct=direct):
                 return None
-            request = replace(await self._requests.prepare(message, id), caller=inbox_user(received.reply))
+            request = await self._requests.prepare(message, id, received.reply)
         finally:
             self._requests.leave(size)
         if await self._known(id, digest, message, received.reply):  # the same request came twice, and the other one was faster

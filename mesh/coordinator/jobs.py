@@ -21,7 +21,6 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import generation, topics
 from mesh.protocol.headers import SESSION_HEADER
-from mesh.protocol.rights import inbox_user
 from mesh.settings.units import format_bytes
 
 __all__ = ["Jobs"]
@@ -111,14 +110,14 @@ class Jobs:
                 given = asked.given
         message = message.model_copy(update={"given": given})
         try:
-            request = await self._requests.prepare(message, record.session)
+            request = await self._requests.prepare(message, record.session, reply)
         except MeshError as error:
             self._outbox.error(reply, error, record.epoch, generation.public_id(record.session))
             await self._outbox.send()
             return
         if record.session in self.table:  # its client asked again meanwhile, and that request is generated already
             return
-        request = replace(request, resumed=True, caller=inbox_user(reply))
+        request = replace(request, resumed=True)
         job = Job.of(message, request, reply, self._tokenizer, digest=record.digest, epoch=record.epoch)
         job.start, job.delivered, job.revision = start, start, revision
         await self.begin(job)

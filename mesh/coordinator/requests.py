@@ -20,6 +20,7 @@ from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import documents, topics
 from mesh.protocol.generation import ChatMessage, Generate
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
+from mesh.protocol.rights import inbox_user
 from mesh.protocol.structured import MAX_SCHEMA_BYTES
 from mesh.settings.schema import ReuseScope
 
@@ -43,11 +44,11 @@ class PrefixReuse:
     scope: ReuseScope = "off"
     exact: bool = True
 
-    def salt(self, message: Generate) -> str | None:
+    def salt(self, caller: str) -> str | None:
         """Sessions of equal salt share; None: it shares with none."""
         if self.scope == "off":
             return None
-        whose = (message.cache_salt or "") if self.scope == "tenant" else ""
+        whose = caller if self.scope == "tenant" else ""
         return f"{'exact' if self.exact else 'bf16'} {whose}"
 
 
@@ -124,8 +125,9 @@ class Requests:
         self._preparing -= 1
         self._preparing_bytes -= size_bytes
 
-    async def prepare(self, message: Generate, id: str) -> GenerationRequest:
-        """Raises BadRequest, with the field, PromptTooLong, or Busy. The shard that samples checks the ranges of the sampling fields."""
+    async def prepare(self, message: Generate, id: str, reply: str) -> GenerationRequest:
+        """`reply`: the subject of its answers. Raises BadRequest, with the field, PromptTooLong, or Busy. The shard that samples checks the
+        ranges of the sampling fields."""
         manifest, tokenizer = self._manifest, self._tokenizer
         if message.tokens is not None:
             tokens, field = list(message.tokens), "tokens"
@@ -166,6 +168,7 @@ class Requests:
             )
         # the log probabilities of a prefix are not known, so with them everything is computed again
         prefix = message.given if message.logprobs is None else ()
+        caller = _caller(message, reply)
         return GenerationRequest(
             id,
             tuple(tokens),
@@ -174,7 +177,8 @@ class Requests:
             frozenset(stops),
             prefix,
             waited_s=message.waited_s,
-            salt=self._reuse.salt(message),
+            caller=caller,
+            salt=self._reuse.salt(caller),
         )
 
     async def _grammar(self, message: Generate) -> str | None:
@@ -201,6 +205,12 @@ class Requests:
                 tokens=count,
                 limit=max(context - max_tokens, 0),
             )
+
+
+def _caller(message: Generate, reply: str) -> str:
+    """Who is treated as one caller: a user of NATS with an inbox of its own, and among those of a gateway the one whose salt this is."""
+    user, salt = inbox_user(reply), message.cache_salt or ""
+    return f"{user} {salt}" if user or salt else ""
 
 
 def _characters(message: ChatMessage) -> int:

@@ -340,7 +340,7 @@ def test_generated_tokens_that_are_impossible_are_refused(run: Run, server: Nats
     from mesh.model.manifest import Manifest
 
     with pytest.raises(BadRequest) as caught:
-        run(Requests(Manifest.load(model), None, None).prepare(Generate(**{**LONG, "tokens": (1,), "given": given}), "r"))
+        run(Requests(Manifest.load(model), None, None).prepare(Generate(**{**LONG, "tokens": (1,), "given": given}), "r", ""))
     assert caught.value.field == "given"
 
 
