@@ -7,6 +7,7 @@
 # make wheelhouse  dist/wheels: every package for machines that reach no index
 # make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes
 # make test-structured   200 kills of shards and coordinators while answers of a form are generated; half an hour; not part of CI
+# make test-prefixes    2,000 requests of chats that share beginnings, with kills between them; half an hour; not part of CI
 # make check       formatting, lints, types of the package, the tests and the benchmarks
 # make families    tiny models of every decoder family of transformers: which import with its tokens; writes docs/models.md; an hour or two
 # make chaos       everything is killed and suspended under load, and every token compared; not part of CI, and takes its time
@@ -28,7 +29,7 @@ FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet
 
-.PHONY: families demo test test-structured test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
+.PHONY: families demo test test-structured test-prefixes test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
@@ -52,6 +53,9 @@ test-machines: | models/smollm2
 
 test-structured: install
 	MESH_KILLS=200 $(BIN)/python -m pytest -s tests/system/test_structured_output.py -k kills
+
+test-prefixes: install
+	MESH_REUSES=2000 $(BIN)/python -m pytest -s tests/system/test_prefix_reuse.py -k random
 
 # podman must be installed for this one, and the images that deploy/docker/compose.yaml names in its reach.
 test-containers:

@@ -37,6 +37,7 @@ def end(
             state.counters.failed += 1
         case _:
             state.counters.cancelled += 1
+    settle(state, session)  # before the end is told: whoever goes on with what the rows hold finds it then
     first = session.first_token_at - session.submitted_at if session.first_token_at else None
     started = session.started_at or state.now
     state.effects.append(
@@ -52,7 +53,6 @@ def end(
             session.cached or 0,
         )
     )
-    settle(state, session)
 
 
 def settle(state: CoreState, session: Session) -> None:

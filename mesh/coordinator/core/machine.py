@@ -358,15 +358,13 @@ class Core:
         state = self._state
         session = state.by_key.get(event.key)
         if session is None or session.state is not State.OPENING or session.choices is None or event.epoch != session.epoch:
-            state.counters.late += 1
-            state.effects.append(CloseRow(event.key, event.epoch, event.shard))
+            self._opened_late(event, session)
             return
         if session.mirrors.get(event.stage) != event.shard:
             choice = session.choices[event.stage]
             # The queue group has answered twice, or a mirror that was given up since.
             if event.stage in session.rows or choice.shard not in (None, event.shard):
-                state.counters.late += 1
-                state.effects.append(CloseRow(event.key, event.epoch, event.shard))
+                self._opened_late(event, session)
                 return
             if choice.shard is None:  # the queue group has answered
                 before, after = session.choices[: event.stage], session.choices[event.stage + 1 :]
@@ -379,6 +377,13 @@ class Core:
             losses.lose(state, session)
         else:
             rows.begin_if_open(state, session)
+
+    def _opened_late(self, event: RowOpened, session: Session | None) -> None:
+        """A row was opened that nothing waits for. It is closed, unless the session has asked the shard again since: the shard then keeps
+        the row and what is in it."""
+        self._state.counters.late += 1
+        if session is None or event.shard not in session.shards:
+            self._state.effects.append(CloseRow(event.key, event.epoch, event.shard))
 
     # -- answers -------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from fake_stages import FakeMesh, expected, session_of
 
-from mesh.coordinator.core.events import Announcement, Connection, Probe, ProbeAnswered, ReplicaGone, Suspicion, Tick
+from mesh.coordinator.core.events import Announcement, CloseRow, Connection, Probe, ProbeAnswered, ReplicaGone, RowOpened, Suspicion, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.routing import Replica, Replicas
 from mesh.coordinator.core.session import GenerationRequest
@@ -92,6 +92,22 @@ def test_without_a_mirror_the_history_is_computed_again_once(stage: int) -> None
     assert mesh.tokens["r"] == expected(request)
     assert prefilled(mesh, since) == 40 + given
     assert [pause.kind for pause in mesh.core.pauses] == ["replay"]
+
+
+def test_an_answer_that_comes_after_the_shard_was_asked_again_does_not_close_the_row() -> None:
+    """The close and the later request go by different subjects, so the close could arrive first and take what the row holds."""
+    mesh = make(mirror=True)
+    mesh.submit(GenerationRequest("r", (1, 2, 3), 5, None))
+    session = session_of(mesh, "r")
+    first, mirror = route(mesh)[0], session.mirrors[0]
+    mesh.kill(first)
+    assert (session.epoch, route(mesh)[0]) == (2, mirror)
+    late = mesh.core.handle(RowOpened(session.key, 1, 0, mirror, 0), mesh.now)
+    assert not [effect for effect in late if isinstance(effect, CloseRow)]
+    unknown = RowOpened(session.key + 1, 1, 0, mirror, 0)
+    assert mesh.core.handle(unknown, mesh.now) == [CloseRow(unknown.key, 1, mirror)]
+    mesh.settle(Random(0))
+    assert mesh.tokens["r"] == expected(mesh.requests["r"])
 
 
 @pytest.mark.parametrize("mirror", [False, True])
