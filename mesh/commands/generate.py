@@ -124,8 +124,9 @@ def ask(
     print()
     timing = done.timing
     rate = f", {timing.tokens_per_s:.1f} tokens/s (median step {format_seconds(timing.decode_step_s)})" if timing.tokens_per_s else ""
+    reused = f" ({done.usage.cached_tokens} of them reused)" if done.usage.cached_tokens else ""
     print(
-        f"{done.usage.prompt_tokens} prompt tokens, the first token after {format_seconds(timing.first_token_s or 0)}, "
+        f"{done.usage.prompt_tokens} prompt tokens{reused}, the first token after {format_seconds(timing.first_token_s or 0)}, "
         f"{done.usage.completion_tokens} generated{rate}",
         file=sys.stderr,
     )
