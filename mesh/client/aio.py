@@ -287,7 +287,7 @@ class AsyncMeshClient:
         return MeshStatus(tuple(shards), coordinators, jetstream=kept is not None)
 
     async def health(self, model: str | None = None) -> Health:
-        """Whether a request would be generated now."""
+        """Whether a request would be generated now; without a model's name, one for each model that is served."""
         name = model or self._model
         try:
             coordinators = [c for c in await self.coordinators() if name is None or c.model == name]
@@ -295,10 +295,13 @@ class AsyncMeshClient:
             return Health(False, str(error), name)
         if not coordinators:
             return Health(False, f"no coordinator serves {name or 'any model'}", name)
-        serving = next((c for c in coordinators if c.serving), None)
-        if serving is None:
-            return Health(False, "some layer range has no shard that is ready", coordinators[0].model)
-        return Health(True, "", serving.model)
+        models = sorted({c.model for c in coordinators})
+        lacking = [model for model in models if not any(c.serving for c in coordinators if c.model == model)]
+        only = models[0] if len(models) == 1 else None
+        if lacking:
+            of = "" if only else f" of {' and of '.join(lacking)}"
+            return Health(False, f"some layer range{of} has no shard that is ready", only or lacking[0])
+        return Health(True, "", only)
 
     async def shard_stats(self) -> list[ShardStats]:
         """The counts of every shard that answers."""

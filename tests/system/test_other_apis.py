@@ -25,7 +25,8 @@ CITY = {
     "additionalProperties": False,
 }
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-MESSAGE: dict[str, Any] = {"model": "tinychat", "messages": HELLO, "max_tokens": 12, "temperature": 0}
+GREEDY = {"temperature": 0}  # Anthropic's later clients have no argument for it
+MESSAGE: dict[str, Any] = {"model": "tinychat", "messages": HELLO, "max_tokens": 12, "extra_body": GREEDY}
 RESPONSE: dict[str, Any] = {"model": "tinychat", "input": "hello", "max_output_tokens": 12, "temperature": 0}
 WEATHER: dict[str, Any] = {"name": "weather", "description": "the weather", "input_schema": CITY, "strict": True}
 FUNCTION: dict[str, Any] = {"type": "function", "name": "weather", "parameters": CITY, "strict": True}
@@ -39,6 +40,12 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mesh(chat_model: Path) -> Iterator[LocalMesh]:
     with LocalMesh(LocalOptions(model=chat_model, shards=1, rows=4, context=512, http=False)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(mesh: LocalMesh) -> Iterator[str]:
+    with edge(mesh.url, model="tinychat") as running:
         yield running
 
 
@@ -131,7 +138,7 @@ def test_errors_are_anthropics_own(claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="there is tinychat"):
         claude.messages.create(**{**MESSAGE, "model": "another"})
     with pytest.raises(anthropic.BadRequestError) as wrong:
-        claude.messages.create(**{**MESSAGE, "temperature": 3})
+        claude.messages.create(**{**MESSAGE, "extra_body": {"temperature": 3}})
     body: Any = wrong.value.body
     assert (
         body["type"] == "error" and body["error"]["type"] == "invalid_request_error" and body["error"]["message"].startswith("temperature")
@@ -155,11 +162,12 @@ def test_a_response_whole_and_streamed(ai: openai.OpenAI, expected: str) -> None
     assert whole.output_text == expected and whole.status == "incomplete" and whole.id.startswith("resp_")
     assert whole.incomplete_details is not None and whole.incomplete_details.reason == "max_output_tokens"
     assert whole.usage is not None and whole.usage.output_tokens == 12
-    with ai.responses.stream(**RESPONSE) as stream:
-        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
-        final = stream.get_final_response()
-    assert "".join(deltas) == final.output_text == expected and len(deltas) > 3
-    assert final.usage == whole.usage
+    events = list(ai.responses.create(**RESPONSE, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    last = events[-1]
+    assert last.type == "response.incomplete" and last.response.usage == whole.usage  # their helper for streams takes completed ones alone
+    assert "".join(deltas) == last.response.output_text == expected and len(deltas) > 3
+    assert [event.sequence_number for event in events] == list(range(len(events)))
 
 
 def test_a_response_goes_on_with_the_one_before_at_any_gateway_and_is_forgotten(ai: openai.OpenAI, mesh: LocalMesh) -> None:
