@@ -87,6 +87,13 @@ def add_shard_model_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="where the model directory lies on the shards' machines; default: models:NAME, which they fetch from the mesh (`mesh push`)",
     )
     parser.add_argument("--nats", metavar="URLS", help="comma separated, for the files; default: nats://127.0.0.1:4222")
+    parser.add_argument(
+        "--first-shard",
+        type=int,
+        default=1,
+        metavar="ID",
+        help="shard_id of the first shard, where the mesh has shards of another model (default 1)",
+    )
     parser.add_argument("--network", type=Path, metavar="FILE", help="network config.yaml: ports and times, for all files")
     parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
     parser.set_defaults(run=lambda args: shard_model_command(args, import_quietly))
@@ -132,7 +139,9 @@ def shard_model_command(args: argparse.Namespace, importer: Importer | None = No
             f"{args.config}: quantization_bits is {config.quantization_bits} and {directory} holds {shape.bits}-bit weights: "
             f"import it again with --bits {config.quantization_bits}, or leave quantization_bits out"
         )
-    placement = plan(from_distributed(config, shape, args.config)).require_fit()
+    if args.first_shard < 1:
+        raise ConfigError(f"--first-shard is {args.first_shard}: give 1 or more")
+    placement = plan(from_distributed(config, shape, args.config)).require_fit().numbered_from(args.first_shard)
     out = args.out or args.config.parent / "placement" / "placement.json"
     network = NetworkConfig() if args.network is None else load_config(args.network, NetworkConfig)
     target = Target(args.shard_path or f"models:{shape.name}", args.nats or DEFAULT_NATS_URL, network, given=args.network is not None)

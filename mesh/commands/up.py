@@ -152,7 +152,10 @@ def run_command(args: argparse.Namespace) -> int:
 
 def counts(text: str) -> tuple[int, ...]:
     """Numbers of a flag, such as 3 or 3,1."""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
 
 
 def _models(args: argparse.Namespace) -> list[OtherModel]:

@@ -29,7 +29,7 @@ from mesh.host.process import dying_with_parent
 from mesh.host.scratch import ScratchFolder
 from mesh.local.nats_server import USER, NatsServer
 from mesh.local.secure import OPERATOR, SecureSite
-from mesh.local.sizing import Sizing, Wanted, size_together
+from mesh.local.sizing import Demand, Sizing, size_together
 from mesh.local.supervisor import Child, Supervisor
 from mesh.model.manifest import Manifest
 from mesh.protocol.status import CoordinatorStats, ShardLease
@@ -419,7 +419,7 @@ def _models(options: LocalOptions, free_bytes: int) -> tuple[LocalModel, ...]:
             raise BadRequest(
                 f"{other} and {directory} have one name, {manifest.name}: import one of them under another --name", field="model"
             )
-        wanted.append(Wanted(manifest, even_ranges(manifest.layers, shards), options.replicas, options.rows, options.context))
+        wanted.append(Demand(manifest, even_ranges(manifest.layers, shards), options.replicas, options.rows, options.context))
     sizings = size_together(wanted, available_bytes=free_bytes)
     return tuple(
         LocalModel(directory, each.manifest, list(each.ranges), sizing)

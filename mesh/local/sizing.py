@@ -16,7 +16,7 @@ from mesh.model.memory import SHARED_BYTES, MemoryNeed, ModelShape, predict
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
 
-__all__ = ["Sizing", "Wanted", "size", "size_together"]
+__all__ = ["Demand", "Sizing", "size", "size_together"]
 
 CACHES = 1 / 8
 """The share of the free memory that caches and workspace take at most, for a context that was not asked for."""
@@ -36,7 +36,7 @@ class Sizing:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Demand:
     """A model that is to be served: `replicas` shards of each range. `context` None: as long as there is room for."""
 
     manifest: Manifest
@@ -75,11 +75,11 @@ def size(
 ) -> Sizing:
     """The context and the memory of `replicas` shards of each range. `available_bytes` 0: unknown. DoesNotFit: they need more than there
     is; the error says what would fit."""
-    (one,) = size_together([Wanted(manifest, ranges, replicas, rows, context)], available_bytes=available_bytes)
+    (one,) = size_together([Demand(manifest, ranges, replicas, rows, context)], available_bytes=available_bytes)
     return one
 
 
-def size_together(wanted: Sequence[Wanted], *, available_bytes: int) -> tuple[Sizing, ...]:
+def size_together(wanted: Sequence[Demand], *, available_bytes: int) -> tuple[Sizing, ...]:
     """The same for several models on one machine: what one takes, the others do not have. Where the room is small, the context of the
     model with the largest caches is halved first."""
     contexts = [each.longest for each in wanted]
@@ -110,7 +110,7 @@ def size_together(wanted: Sequence[Wanted], *, available_bytes: int) -> tuple[Si
     )
 
 
-def _too_big(wanted: Sequence[Wanted], contexts: Sequence[int], needed: int, available: int) -> DoesNotFit:
+def _too_big(wanted: Sequence[Demand], contexts: Sequence[int], needed: int, available: int) -> DoesNotFit:
     names = " and ".join(each.manifest.name for each in wanted)
     lengths = " and ".join(f"{positions:,}" for positions in dict.fromkeys(contexts))
     fitting = _fitting(wanted, contexts, ALL * available)
@@ -125,7 +125,7 @@ def _too_big(wanted: Sequence[Wanted], contexts: Sequence[int], needed: int, ava
     )
 
 
-def _fitting(wanted: Sequence[Wanted], contexts: Sequence[int], room: float) -> int | None:
+def _fitting(wanted: Sequence[Demand], contexts: Sequence[int], room: float) -> int | None:
     """The longest context, of the halves of what was tried, with which all of them fit."""
     length = max(contexts)
     while length // 2 >= LEAST_CONTEXT:

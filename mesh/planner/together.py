@@ -26,6 +26,7 @@ def plan_together(requests: Sequence[PlanRequest]) -> list[Placement]:
         if names:
             said = ", ".join(f"{node} {format_bytes(size)}" for node, size in sorted(taken.items()))
             placement = placement.model_copy(update={"notes": (*placement.notes, f"{' and '.join(names)} take {said} before")})
+            placement = placement.numbered_from(1 + sum(len(each.shards) for each in placements))
         placements.append(placement)
         names.append(request.model.name)
         for shard in placement.shards:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.errors import DoesNotFit
-from mesh.local.sizing import ALL, Wanted, size, size_together
+from mesh.local.sizing import ALL, Demand, size, size_together
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo
 from mesh.model.memory import SHARED_BYTES
 from mesh.types import even_ranges
@@ -71,7 +71,7 @@ def test_without_figures_of_the_system_the_model_s_context_is_used() -> None:
 
 def together(free: int, *contexts: int | None) -> list[int]:
     """The contexts of so many models on one machine."""
-    found = size_together([Wanted(smollm2(), even_ranges(LAYERS, 3), 1, 8, each) for each in contexts], available_bytes=free)
+    found = size_together([Demand(smollm2(), even_ranges(LAYERS, 3), 1, 8, each) for each in contexts], available_bytes=free)
     allowed = [share - SHARED_BYTES for sizing in found for share in sizing.allowed_bytes or ()]
     assert SHARED_BYTES + sum(allowed) <= ALL * free, "all shards of all models share what is free"
     assert all(sum(sizing.allowed_bytes or ()) >= sizing.needed_bytes for sizing in found)

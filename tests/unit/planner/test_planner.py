@@ -296,6 +296,7 @@ def test_several_models_are_placed_on_what_the_others_leave() -> None:
     first, second = plan_together([PlanRequest(model=_small(), nodes=nodes, shards_count=1)] * 2)
     alone = plan(PlanRequest(model=_small(), nodes=nodes, shards_count=1))
     assert first == alone and first.fits and second.fits
+    assert [shard.shard_id for shard in (*first.shards, *second.shards)] == [1, 2], "no two shards of a mesh have one id"
     (one,), (other,) = first.shards, second.shards
     assert one.node != other.node, "the second takes the node with the most memory left"
     assert {node.name: node.memory_bytes for node in second.nodes} == {one.node: GB - one.total_bytes, other.node: GB}
