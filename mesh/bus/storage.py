@@ -21,6 +21,7 @@ _STREAMS: Final = (
     f"KV_{subjects.KV_SESSIONS}",
     f"KV_{subjects.KV_SHARDS}",
     f"KV_{subjects.KV_BATCHES}",
+    f"KV_{subjects.KV_RESPONSES}",
     subjects.STREAM_BATCH,
     subjects.STREAM_DEAD,
     subjects.STREAM_EVENTS,

@@ -15,7 +15,7 @@ request      the arguments of a request, for type checkers
 stream       one generation request: sending it, repeating it, ordering its answers
 parsing      answers as instances of pydantic models
 results      what both clients return
-openai_shapes  the same as OpenAI's documents
+shapes       what makes the documents of an API from generations; openai_shapes makes OpenAI's
 read_model   the picture of a mesh for the dashboard, `mesh top` and `mesh status`
 """
 

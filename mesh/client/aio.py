@@ -15,7 +15,7 @@ from mesh.bus.dead import DeadList
 from mesh.bus.service import endpoint_data
 from mesh.bus.spans import SpanPublisher
 from mesh.client.parsing import Form, form_of, instance_of
-from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments, message_of
+from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments, asked, message_of
 from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, ServiceError, Unavailable
@@ -27,6 +27,7 @@ from mesh.protocol.message import Message
 from mesh.protocol.spans import Span
 from mesh.protocol.status import CoordinatorStats, SessionReport, ShardLease, ShardStats, TraceQuery
 from mesh.protocol.stream import Waiting
+from mesh.protocol.tokenizing import Detokenize, Tokenize, Tokenized
 from mesh.protocol.usage import UsageQuery, UsageReport
 from mesh.telemetry.context import current
 
@@ -38,6 +39,7 @@ _KEPT_S = 1.0
 """How long the copies of the leases in JetStream are waited for; the shards themselves answer without it."""
 _TRACE_S = 2.0
 _BATCH_S = 30.0
+_TOKENIZE_S = 60.0
 _PAGE = 200
 Reply = TypeVar("Reply", BatchStatus, BatchResults)
 Asked = TypeVar("Asked", bound=Message)
@@ -148,6 +150,19 @@ class AsyncMeshClient:
         ended the answer before it was complete."""
         request["structured_outputs"] = form_of(form)
         return instance_of(form, await self.generate(prompt, **request))
+
+    async def tokenize(self, prompt: str | None = None, *, model: str | None = None, **request: Any) -> Tokenized:
+        """The tokens of a text as it is, or of `messages` in the model's template. `request`: fields of
+        mesh.protocol.tokenizing.Tokenize."""
+        name = model or self._model or await self._only_model()
+        values = {name: value for name, value in {"prompt": prompt, **request}.items() if value is not None}
+        return await self._connected.request(topics.TOKENIZE.at(name), asked(Tokenize, values), timeout_s=self._timeout_s or _TOKENIZE_S)
+
+    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """The text of tokens, control tokens included."""
+        name = model or self._model or await self._only_model()
+        question = asked(Detokenize, {"tokens": list(tokens)})
+        return (await self._connected.request(topics.DETOKENIZE.at(name), question, timeout_s=self._timeout_s or _TOKENIZE_S)).text
 
     async def batch(
         self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Unpack[GenerateArguments]
@@ -272,7 +287,7 @@ class AsyncMeshClient:
         return MeshStatus(tuple(shards), coordinators, jetstream=kept is not None)
 
     async def health(self, model: str | None = None) -> Health:
-        """Whether a request would be generated now."""
+        """Whether a request would be generated now; without a model's name, one for each model that is served."""
         name = model or self._model
         try:
             coordinators = [c for c in await self.coordinators() if name is None or c.model == name]
@@ -280,10 +295,13 @@ class AsyncMeshClient:
             return Health(False, str(error), name)
         if not coordinators:
             return Health(False, f"no coordinator serves {name or 'any model'}", name)
-        serving = next((c for c in coordinators if c.serving), None)
-        if serving is None:
-            return Health(False, "some layer range has no shard that is ready", coordinators[0].model)
-        return Health(True, "", serving.model)
+        models = sorted({c.model for c in coordinators})
+        lacking = [model for model in models if not any(c.serving for c in coordinators if c.model == model)]
+        only = models[0] if len(models) == 1 else None
+        if lacking:
+            of = "" if only else f" of {' and of '.join(lacking)}"
+            return Health(False, f"some layer range{of} has no shard that is ready", only or lacking[0])
+        return Health(True, "", only)
 
     async def shard_stats(self) -> list[ShardStats]:
         """The counts of every shard that answers."""

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from mesh.client.results import Chunk, Completion, Token, Usage
 from mesh.protocol.tools import CallPart, ToolParser
 
-__all__ = ["ChatShape", "Shape", "TextShape"]
+__all__ = ["ChatShape", "OpenAIShape", "TextShape"]
 
 
-class Shape(Protocol):
-    """The documents of one request. Its id is the name of its first generation in the mesh. `choices`: of each prompt. `part`: the
-    documents for one chunk of choice `index`; `reason` is set with the last chunk. `read_calls`: what reads calls in the choice's text."""
+class OpenAIShape:
+    """What both kinds of completion have in common: see mesh.client.shapes.Shape. Its id is the name of its first generation in the mesh.
+    `choices`: of each prompt. `usage_is_null`: in all documents of a stream whose last one has the usage."""
 
-    model: str
-
-    def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None: ...
-    def name(self, request: str) -> None: ...
-    def read_calls(self, index: int, parser: ToolParser | None) -> None: ...
-    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
-    def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]: ...
-    def usage(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
-
-
-class _Documents:
     prefix: str
     object: str
     part_object: str
@@ -54,8 +43,8 @@ class _Documents:
             **more,
         }
 
-    def usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        return self._document([], part=True, usage=self._usage(completions))
+    def end(self, completions: Sequence[Completion]) -> list[dict[str, Any]]:
+        return [self._document([], part=True, usage=self._usage(completions))] if self._null else []
 
     def _usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The usage of all choices, in their order. A prompt counts once, however many choices it has."""
@@ -64,7 +53,7 @@ class _Documents:
         return Usage(prompts.prompt_tokens, given, prompts.cached_tokens).document()
 
 
-class ChatShape(_Documents):
+class ChatShape(OpenAIShape):
     prefix, object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None:
@@ -88,7 +77,8 @@ class ChatShape(_Documents):
         ]
         return self._document(choices, part=False, usage=self._usage(completions), system_fingerprint=None)
 
-    def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]:
+    def part(self, index: int, chunk: Chunk, completion: Completion | None) -> list[dict[str, Any]]:
+        reason = None if completion is None else completion.finish_reason
         documents = []
         if index not in self._begun:
             self._begun.add(index)
@@ -135,18 +125,24 @@ def _call(part: CallPart) -> dict[str, Any]:
     return {"index": part.call, "id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
 
 
-class TextShape(_Documents):
+class TextShape(OpenAIShape):
     prefix, object, part_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, created: int, *, choices: int, usage_is_null: bool) -> None:
         super().__init__(model, created, choices=choices, usage_is_null=usage_is_null)
         self._offsets: dict[int, _Offsets] = {}
+        self._echoes: dict[int, str] = {}
+
+    def echo(self, prompts: Sequence[str]) -> None:
+        """Begin the text of each choice with its prompt."""
+        count = len(prompts) * self._choices
+        self._echoes = {index: prompts[index // self._choices] for index in range(count)}
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
-                "text": completion.text or "",
+                "text": self._echoes.get(index, "") + (completion.text or ""),
                 "logprobs": None if completion.logprobs is None else _text_logprobs(completion.logprobs, _Offsets()),
                 "finish_reason": completion.finish_reason,
             }
@@ -154,13 +150,14 @@ class TextShape(_Documents):
         ]
         return self._document(choices, part=False, usage=self._usage(completions), system_fingerprint=None)
 
-    def part(self, index: int, chunk: Chunk, reason: str | None) -> list[dict[str, Any]]:
+    def part(self, index: int, chunk: Chunk, completion: Completion | None) -> list[dict[str, Any]]:
+        reason, text = None if completion is None else completion.finish_reason, self._echoes.pop(index, "") + chunk.text
         logprobs = None
         if chunk.token is not None and chunk.token.logprob is not None:
             logprobs = _text_logprobs((chunk.token,), self._offsets.setdefault(index, _Offsets()))
-        if not chunk.text and logprobs is None and reason is None:
+        if not text and logprobs is None and reason is None:
             return []
-        choice = {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return [self._document([choice], part=True, **self._null)]
 
 

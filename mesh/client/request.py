@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, TypeVar
 
 import orjson
 
 from mesh.errors import BadRequest, MessageRejected
 from mesh.protocol.generation import Generate
+from mesh.protocol.message import Message
 from mesh.protocol.stream import Waiting
 
-__all__ = ["ChatArguments", "GenerateArguments", "RequestArguments", "message_of"]
+__all__ = ["ChatArguments", "GenerateArguments", "RequestArguments", "asked", "message_of"]
+
+
+M = TypeVar("M", bound=Message)
 
 
 class _Fields(TypedDict, total=False):
@@ -73,18 +77,23 @@ _OWN: Final = frozenset({"stream", "attempt", "given", "epoch", "waited_s"})
 
 
 def message_of(prompt: str | None, request: Mapping[str, Any]) -> Generate:
-    """The message of a request. BadRequest: an argument is unknown or wrong.
-
-    Converted through JSON, so that a tuple passes as a list and an integer as a float, as from any other client.
-    """
+    """The message of a request. BadRequest: an argument is unknown or wrong."""
     for name in request:
         if name not in _NAMES and name not in _OWN:
             near = difflib.get_close_matches(name, _NAMES, 1)
             right = f"did you mean {near[0]}?" if near else f"there are {', '.join(_NAMES)}"
             raise BadRequest(f"{name} is no argument of a request: {right}", field=name)
     values = {"prompt": prompt, **request}
+    return asked(Generate, {name: value for name, value in values.items() if value is not None})
+
+
+def asked(kind: type[M], values: Mapping[str, Any]) -> M:
+    """The message of these fields. BadRequest: a field is unknown or wrong.
+
+    Converted through JSON, so that a tuple passes as a list and an integer as a float, as from any other client.
+    """
     try:
-        return Generate.parse(orjson.dumps({name: value for name, value in values.items() if value is not None}))
+        return kind.parse(orjson.dumps(values))
     except MessageRejected as error:
         raise BadRequest(str(error), field=error.field) from None
     except TypeError as error:

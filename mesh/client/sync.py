@@ -17,6 +17,7 @@ from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
 from mesh.protocol.batches import BatchStatus, DeadMessage
 from mesh.protocol.status import ShardStats
+from mesh.protocol.tokenizing import Tokenized
 
 __all__ = ["MeshClient", "SyncStream"]
 
@@ -129,6 +130,12 @@ class MeshClient:
         self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Unpack[GenerateArguments]
     ) -> list[Completion | MeshError]:
         return self._run(self._client.batch(requests, concurrency=concurrency, **common))
+
+    def tokenize(self, prompt: str | None = None, *, model: str | None = None, **request: Any) -> Tokenized:
+        return self._run(self._client.tokenize(prompt, model=model, **request))
+
+    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        return self._run(self._client.detokenize(tokens, model=model))
 
     def submit_batch(
         self,

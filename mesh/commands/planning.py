@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from mesh.commands.import_model import import_quietly
 from mesh.commands.placement_files import Target, write_files
 from mesh.commands.placement_table import print_placement
@@ -24,6 +26,7 @@ from mesh.planner.placement import Node, Placement, Strategy
 from mesh.planner.plan import place, plan, ranges_of
 from mesh.planner.request import PlanRequest, same_nodes
 from mesh.planner.terraform import terraform_variables
+from mesh.planner.together import plan_together
 from mesh.settings.defaults import DEFAULT_NATS_URL
 from mesh.settings.schema import DistributedConfig, ModelConfig, NetworkConfig, load_config
 from mesh.settings.units import parse_bytes
@@ -33,6 +36,9 @@ __all__ = ["Importer", "add_plan_parser", "add_shard_model_parser", "plan_comman
 Importer = Callable[[Path, Path, int | None], object]
 """importer(source, model directory to make, weight bits or None for its own)"""
 
+_PLAN = """\
+Place the layers of a model on nodes: what each shard holds and takes, whether it fits, and what would. Several models are placed one
+after the other: what one takes on a node, the next does not have."""
 _SHARD_MODEL = """\
 From distributed_config.json write placement.json, a config.yaml for each shard and one for the coordinator. Import the model first if need
 be. Each config.yaml works on any machine that reaches the NATS servers: the shard fetches its blocks from the mesh."""
@@ -42,9 +48,11 @@ def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "plan",
         help="place a model's layers on nodes, and say whether they fit",
-        description="Place the layers of a model on nodes: what each shard holds and takes, whether it fits, and what would.",
+        description=_PLAN,
     )
-    parser.add_argument("model", metavar="MODEL_DIR|CONFIG", type=Path, help="a model directory, or a .json or .yaml configuration")
+    parser.add_argument(
+        "models", metavar="MODEL_DIR|CONFIG", nargs="+", type=Path, help="model directories, or a .json or .yaml configuration"
+    )
     parser.add_argument("--nodes", help="memory of each node, such as 32GB,32GB,gpu=80GB:speed=12 or 4x16GB:bandwidth=10Gbit/s:latency=1ms")
     parser.add_argument("--shards", type=int, metavar="N", help="number of layer ranges")
     parser.add_argument("--memory", metavar="SIZE", help="memory of each of several equal nodes; alone: find the fewest shards that fit")
@@ -79,6 +87,13 @@ def add_shard_model_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="where the model directory lies on the shards' machines; default: models:NAME, which they fetch from the mesh (`mesh push`)",
     )
     parser.add_argument("--nats", metavar="URLS", help="comma separated, for the files; default: nats://127.0.0.1:4222")
+    parser.add_argument(
+        "--first-shard",
+        type=int,
+        default=1,
+        metavar="ID",
+        help="shard_id of the first shard, where the mesh has shards of another model (default 1)",
+    )
     parser.add_argument("--network", type=Path, metavar="FILE", help="network config.yaml: ports and times, for all files")
     parser.add_argument("--json", action="store_true", help="print the placement as JSON and nothing else")
     parser.set_defaults(run=lambda args: shard_model_command(args, import_quietly))
@@ -87,11 +102,27 @@ def add_shard_model_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan; 0 if it fits, 2 if not. Errors are MeshErrors; DoesNotFit where machines are to be made for what does not fit."""
-    placement = plan(_request(args))
+    if len(args.models) > 1:
+        return _plan_several(args)
+    placement = plan(_request(args, args.models[0]))
     if args.terraform is not None:
         _write_terraform(placement.require_fit(), args.terraform)
     _show(placement, args.json)
     return 0 if placement.fits else 2
+
+
+def _plan_several(args: argparse.Namespace) -> int:
+    if args.terraform is not None:
+        raise ConfigError("--terraform writes the machines of one model: plan each model by itself")
+    if not args.nodes:
+        raise ConfigError("several models: say which machines they share, with --nodes 32GB,32GB")
+    placements = plan_together([_request(args, model) for model in args.models])
+    if args.json:
+        sys.stdout.buffer.write(orjson.dumps([each.model_dump(mode="json") for each in placements], option=orjson.OPT_INDENT_2) + b"\n")
+    else:
+        for placement in placements:
+            print_placement(placement)
+    return 0 if all(placement.fits for placement in placements) else 2
 
 
 def shard_model_command(args: argparse.Namespace, importer: Importer | None = None) -> int:
@@ -108,7 +139,9 @@ def shard_model_command(args: argparse.Namespace, importer: Importer | None = No
             f"{args.config}: quantization_bits is {config.quantization_bits} and {directory} holds {shape.bits}-bit weights: "
             f"import it again with --bits {config.quantization_bits}, or leave quantization_bits out"
         )
-    placement = plan(from_distributed(config, shape, args.config)).require_fit()
+    if args.first_shard < 1:
+        raise ConfigError(f"--first-shard is {args.first_shard}: give 1 or more")
+    placement = plan(from_distributed(config, shape, args.config)).require_fit().numbered_from(args.first_shard)
     out = args.out or args.config.parent / "placement" / "placement.json"
     network = NetworkConfig() if args.network is None else load_config(args.network, NetworkConfig)
     target = Target(args.shard_path or f"models:{shape.name}", args.nats or DEFAULT_NATS_URL, network, given=args.network is not None)
@@ -129,8 +162,8 @@ def _show(placement: Placement, as_json: bool) -> None:
         print_placement(placement)
 
 
-def _request(args: argparse.Namespace) -> PlanRequest:
-    base, shape = _base(args.model)
+def _request(args: argparse.Namespace, model: Path) -> PlanRequest:
+    base, shape = _base(model)
     if args.context and shape.model_hash is None:  # known only by its size: it has no context of its own
         shape = replace(shape, context_length=max(shape.context_length, args.context))
     if args.bits:

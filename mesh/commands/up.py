@@ -17,19 +17,22 @@ from mesh.settings.defaults import DEFAULT_HTTP_PORT, DEFAULT_ROWS
 from mesh.settings.units import format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
-    from mesh.local.mesh import LocalMesh
+    from mesh.local.mesh import LocalMesh, LocalModel, OtherModel
 
 __all__ = ["add_parser", "run_command"]
 
 _DESCRIPTION = """\
 Start a NATS server, a coordinator and shards as child processes on this machine, and wait until they serve. Processes that die are
-started again; Ctrl-C ends them all. The NATS server asks for a password, which every command of this user finds by itself."""
+started again; Ctrl-C ends them all. The NATS server asks for a password, which every command of this user finds by itself. Several models
+share the NATS server and the machine's memory; then a gateway in a process of its own serves HTTP for all of them."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("up", help="a whole mesh on this machine", description=_DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL", type=Path, help=MODEL_HELP)
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of layer ranges (default 1)")
+    parser.add_argument("models", metavar="MODEL", nargs="+", type=Path, help=f"{MODEL_HELP}; several are served side by side")
+    parser.add_argument(
+        "--shards", type=counts, default=(1,), metavar="N[,N]", help="number of layer ranges, of all models or of each (default 1)"
+    )
     parser.add_argument("--replicas", type=int, default=1, metavar="R", help="shards of each range (default 1)")
     parser.add_argument(
         "--mode",
@@ -79,9 +82,11 @@ def run_command(args: argparse.Namespace) -> int:
 
     if args.secure and args.nats:
         raise ConfigError("--secure is of the server that `mesh up` starts: for servers of your own see `mesh nats --help`")
+    first, *others = _models(args)
     options = LocalOptions(
-        model=model_directory(args.model),
-        shards=args.shards,
+        model=first.model,
+        shards=first.shards,
+        others=tuple(others),
         replicas=args.replicas,
         mode=args.mode,
         coordinators=args.coordinators,
@@ -111,22 +116,16 @@ def run_command(args: argparse.Namespace) -> int:
         with progress_bar() as progress:
             mesh.start(progress=progress)
         name = mesh.manifest.name
-        where = ", ".join(str(layers) for layers in mesh.ranges)
-        print(
-            f"{name} is served by {mesh.shard_count} shard{'s' if mesh.shard_count > 1 else ''} (layers {where}) after "
-            f"{format_seconds(time.perf_counter() - began)}\n{_sizes(mesh)}",
-            file=sys.stderr,
-        )
+        for model in mesh.models:
+            print(_served(mesh, model, time.perf_counter() - began), file=sys.stderr)
         if args.ask is not None:
-            from mesh.commands.generate import ask
-
-            return ask(mesh.bus, name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True)
+            return _ask(mesh, args)
         password = options.password
         user = None if password is None else mesh.bus.user
         with announced(mesh.url, user=user, password=password, settings=mesh.settings) as file:
             if mesh.http_urls:
                 taken = args.http_port is None and not mesh.http_urls[0].endswith(f":{DEFAULT_HTTP_PORT}")
-                print(_http_lines(mesh.http_urls, taken=taken), file=sys.stderr)
+                print(_http_lines(mesh, taken=taken), file=sys.stderr)
             if mesh.metrics_urls:
                 print(f"metrics {', '.join(f'{url} ({name})' for name, url in mesh.metrics_urls.items())}", file=sys.stderr)
             if (password is not None or mesh.settings) and file is None:
@@ -140,9 +139,10 @@ def run_command(args: argparse.Namespace) -> int:
                 flags = f" {files} --inbox-prefix {bus.inbox_prefix}"
             elif file is not None:
                 who, how = f'NATS_USER={bus.user} NATS_PASSWORD="$(cat {file})" ', f", user {bus.user}, password in {file}"
+            which = "" if len(mesh.models) == 1 else f" --model {name}"
             print(
                 f"NATS {mesh.url}{how}\n"
-                f"  mesh generate --nats {mesh.url} 'What is artificial intelligence?'\n"
+                f"  mesh generate --nats {mesh.url}{which} 'What is artificial intelligence?'\n"
                 f'  {who}nats -s {mesh.url}{flags} req {topics.GENERATE.at(name)} \'{{"prompt": "What is rain?", "max_tokens": 20}}\'\n'
                 "Ctrl-C ends it.",
                 file=sys.stderr,
@@ -157,16 +157,55 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sizes(mesh: LocalMesh) -> str:
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers of a flag, such as 3 or 3,1."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _models(args: argparse.Namespace) -> list[OtherModel]:
+    """Each model, and the number of its layer ranges."""
+    from mesh.local.mesh import OtherModel
+
+    models, shards = args.models, args.shards
+    if len(shards) not in (1, len(models)):
+        raise ConfigError(f"--shards has {len(shards)} numbers for {len(models)} models: give one for all, or one for each")
+    each = shards * len(models) if len(shards) == 1 else shards
+    return [OtherModel(model_directory(model), count) for model, count in zip(models, each, strict=True)]
+
+
+def _ask(mesh: LocalMesh, args: argparse.Namespace) -> int:
+    """Let each model answer."""
+    from mesh.commands.generate import ask
+
+    done = 0
+    for model in mesh.models:
+        if len(mesh.models) > 1:
+            print(f"{model.name}:")
+        done = max(done, ask(mesh.bus, model.name, {"prompt": args.ask, "max_tokens": args.max_tokens}, hops=True))
+    return done
+
+
+def _served(mesh: LocalMesh, model: LocalModel, took_s: float) -> str:
+    where, count = ", ".join(map(str, model.ranges)), len(model.ranges) * mesh.options.replicas
+    said = f"{model.name} is served by {count} shard{'s' if count > 1 else ''} (layers {where}) after {format_seconds(took_s)}"
+    return f"{said}\n{_sizes(mesh, model)}"
+
+
+def _sizes(mesh: LocalMesh, model: LocalModel) -> str:
     """The rows and the context, and what they take."""
-    sizing, longest = mesh.sizing, mesh.manifest.context_length
+    sizing, longest = model.sizing, model.manifest.context_length
     free = f" of {format_bytes(mesh.free_bytes)} that are free" if mesh.free_bytes else ""
     rows = "1 session" if mesh.options.rows == 1 else f"{mesh.options.rows} sessions at once"
     more = "" if sizing.context >= longest else f"; the model could take {longest:,}: --context"
     return f"{rows}, {sizing.context:,} tokens each, in at most {format_bytes(sizing.needed_bytes)}{free}{more}"
 
 
-def _http_lines(urls: tuple[str, ...], *, taken: bool) -> str:
+def _http_lines(mesh: LocalMesh, *, taken: bool) -> str:
+    urls = mesh.http_urls
+    model = "" if len(mesh.models) == 1 else f'"model": "{mesh.manifest.name}", '
     said = f"HTTP {', '.join(urls)}, in a browser the dashboard" + (" (port 8080 is taken; choose one with --http-port)" if taken else "")
-    data = '{"prompt": "What is artificial intelligence?", "max_tokens": 100, "temperature": 0.7}'
+    data = f'{{{model}"prompt": "What is artificial intelligence?", "max_tokens": 100, "temperature": 0.7}}'
     return f"{said}\n  curl -X POST {urls[0]}/api/v1/inference -H 'Content-Type: application/json' -d '{data}'"

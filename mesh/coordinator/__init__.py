@@ -32,6 +32,7 @@ The files:
     listeners.py     whether the senders of requests without a stream still listen
     outbox.py        what goes out, in order
     requests.py      a request is checked, and its prompt made tokens
+    tokenizing.py    what the tokens of a text are, and the text of tokens
     prompt_pool.py   the processes that make tokens of prompts; prompt_process.py is what one of them runs
     replies.py       the documents that a client gets
     stops.py         stop texts, found as the text comes

@@ -1,4 +1,4 @@
-"""Prompts become token ids, and forms of answers become grammars, in processes that can be ended: see prompt_process.
+"""Prompts become token ids, token ids a text, and forms of answers grammars, in processes that can be ended: see prompt_process.
 
 Three lanes, a process each: short prompts never wait behind long ones, nor behind grammars. A process that takes longer than `timeout_s`
 for one prompt, or dies of it, is replaced, and that prompt alone is refused.
@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -31,6 +32,7 @@ log = logging.getLogger("mesh.coordinator")
 
 SHORT_CHARACTERS: Final = 4000
 """A prompt of up to so many characters takes the first lane: a few milliseconds."""
+SHORT_TOKENS: Final = 4000
 _LONG_NICE: Final = 10
 _START_S: Final = 60.0
 _GRAMMAR_S: Final = 2.0
@@ -52,6 +54,7 @@ class _What(NamedTuple):
 
 
 _PROMPT: Final = _What("prompt", "prompts", "tokenized", "the model's chat template and tokenizer", "shorten it")
+_TOKENS: Final = _What("list of tokens", "lists of tokens", "read", "the model's tokenizer", "send fewer at a time")
 _FORM: Final = _What("form of an answer", "forms of answers", "checked", "the check of the form of the answer", "ask for a simpler one")
 
 
@@ -83,15 +86,37 @@ class PromptPool:
         await asyncio.gather(*(lane.stop() for lane in (*self._lanes, self._grammar_lane)))
 
     async def tokenize(
-        self, *, prompt: str | None, messages: list[dict[str, Any]] | None, raw: bool, options: ChatOptions = TEMPLATE_AS_USUAL
+        self,
+        *,
+        prompt: str | None,
+        messages: list[dict[str, Any]] | None,
+        raw: bool,
+        options: ChatOptions = TEMPLATE_AS_USUAL,
+        special: bool = True,
     ) -> list[int]:
         """Token ids. BadRequest: the template or the tokenizer refuses it, or takes too long or too much memory. Busy: too many wait."""
         size = len(prompt or "") + sum(len(str(message.get("content") or "")) for message in messages or ())
         lane = self._lanes[size > SHORT_CHARACTERS]
         self.counters["prompts"] += 1
-        request = {"prompt": prompt, "messages": messages, "raw": raw, "options": options}
+        request = {"prompt": prompt, "messages": messages, "raw": raw, "options": options, "special": special}
         answer = await lane.ask(request, _PROMPT, "prompt" if messages is None else "messages")
         return np.frombuffer(answer, np.int32, offset=1).tolist()
+
+    async def text(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, control tokens included. BadRequest: the tokenizer refuses them, or takes too much time or memory. Busy:
+        too many wait."""
+        text: str = await self._decode(tokens, names=False)
+        return text
+
+    async def names(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary has it; errors as of `text`."""
+        names: list[str] = await self._decode(tokens, names=True)
+        return names
+
+    async def _decode(self, tokens: Sequence[int], *, names: bool) -> Any:
+        lane = self._lanes[len(tokens) > SHORT_TOKENS]
+        answer = await lane.ask({"decode": tokens, "names": names}, _TOKENS, "tokens")
+        return orjson.loads(answer[1:])
 
     async def grammar(self, form: StructuredOutputs) -> str:
         """The grammar of a form of answers. BadRequest: it is not supported, contradicts itself, or takes too much time or memory. Busy:

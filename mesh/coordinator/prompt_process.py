@@ -7,9 +7,9 @@ such work has limits of time and memory, and the coordinator's event loop, which
 
 DIGEST is that of the manifest that must be in MODEL_DIR, or empty. On stdin and stdout, each message is a little-endian uint32 length
 and that many bytes. The first answer says whether the tokenizer was read. Then each request has one answer. The request is JSON: prompt,
-messages, raw, options; or form, what StructuredOutputs has; or calls, the fields of a request about tools. The answer is one byte, TOKENS
-followed by int32 ids, GRAMMAR followed by the grammar's text (none where calls need none), or ERROR followed by the JSON of a protocol
-ErrorReply.
+messages, raw, options, special; or form, what StructuredOutputs has; or calls, the fields of a request about tools; or decode, token ids.
+The answer is one byte, TOKENS followed by int32 ids, GRAMMAR followed by the grammar's text (none where calls need none), TEXT followed by
+JSON (the text of the ids, or the list of their names), or ERROR followed by the JSON of a protocol ErrorReply.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mesh.protocol.tools import FORMATS
 if TYPE_CHECKING:
     from mesh.model.grammar import Vocabulary
 
-__all__ = ["ERROR", "GRAMMAR", "LENGTH", "MOST_ANSWER_BYTES", "TEMPLATE_AS_USUAL", "TOKENS", "ChatOptions", "tokenize"]
+__all__ = ["ERROR", "GRAMMAR", "LENGTH", "MOST_ANSWER_BYTES", "TEMPLATE_AS_USUAL", "TEXT", "TOKENS", "ChatOptions", "tokenize"]
 
 
 class ChatOptions(TypedDict):
@@ -53,6 +53,7 @@ class ChatOptions(TypedDict):
 
 TOKENS: Final = b"T"
 GRAMMAR: Final = b"G"
+TEXT: Final = b"D"
 ERROR: Final = b"E"
 LENGTH: Final = struct.Struct("<I")
 MOST_ANSWER_BYTES: Final = 1 + 4 * MAX_TOKENS
@@ -72,10 +73,12 @@ def tokenize(
     messages: list[Mapping[str, Any]] | None,
     raw: bool,
     options: ChatOptions = TEMPLATE_AS_USUAL,
+    special: bool = True,
 ) -> list[int]:
     """The token ids of a prompt, or of chat messages through the model's template; BadRequest names the field that is wrong.
 
-    A chat model gets its template around a plain prompt, too, unless `raw`. A raw prompt may spell control tokens.
+    A chat model gets its template around a plain prompt, too, unless `raw`. A raw prompt may spell control tokens; with `special` it begins
+    with those that the model wants there.
     """
     if messages is not None:
         if not messages:
@@ -84,7 +87,7 @@ def tokenize(
     assert prompt is not None
     if chat.tokenizer.has_chat_template and not raw:
         return chat.encode([{"role": "user", "content": prompt}], **options)
-    return chat.tokenizer.encode(prompt)
+    return chat.tokenizer.encode(prompt, add_special=special)
 
 
 class _Grammars:
@@ -139,6 +142,8 @@ def _answer(chat: ChatPrompts, grammars: _Grammars, data: bytes) -> bytes:
     request = orjson.loads(data)
     if "form" in request or "calls" in request:
         return grammars.answer(request)
+    if "decode" in request:
+        return _decoded(chat.tokenizer, request["decode"], names=request["names"])
     field = "prompt" if request["messages"] is None else "messages"
     try:
         ids = tokenize(chat, **request)
@@ -150,6 +155,19 @@ def _answer(chat: ChatPrompts, grammars: _Grammars, data: bytes) -> bytes:
     except Exception as error:  # the tokenizers library raises plain Exception, a template whatever its filters raise
         why = f"{type(error).__name__}: {error}"[:300]
         return ERROR + ErrorReply.of(BadRequest(f"the model's tokenizer refuses this text ({why})", field=field)).to_bytes()
+
+
+def _decoded(tokenizer: Tokenizer, ids: list[int], *, names: bool) -> bytes:
+    """The text of ids, control tokens included; or the name of each in the vocabulary."""
+    try:
+        found = [tokenizer.token(id) or "" for id in ids] if names else tokenizer.decode(ids, skip_special=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        why = f"{type(error).__name__}: {error}"[:300]
+        return ERROR + ErrorReply.of(BadRequest(f"the model's tokenizer refuses these tokens ({why})", field="tokens")).to_bytes()
+    answer = TEXT + orjson.dumps(found)
+    if len(answer) > MOST_ANSWER_BYTES:
+        return ERROR + ErrorReply.of(BadRequest("the text of these tokens is too long: send fewer at a time", field="tokens")).to_bytes()
+    return answer
 
 
 def _read(stream: BinaryIO) -> bytes | None:

@@ -164,6 +164,7 @@ class Job:
             tool_calls=calls,
             content=content,
             tool_format=None if self.form is None else self.form.name,
+            stop_text=self.stops.found,
         )
         return Finished(answer, rest, self.epoch, self.id).document()
 
@@ -181,7 +182,7 @@ class Job:
     @property
     def stopped(self) -> bool:
         """Whether a stop text was met."""
-        return self.stops.found
+        return self.stops.found is not None
 
     @property
     def detailed(self) -> bool:

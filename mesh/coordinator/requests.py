@@ -7,7 +7,7 @@ number of its characters, messages or tokens before the prompt is tokenized. The
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,9 +22,11 @@ from mesh.protocol.generation import ChatMessage, Generate
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
 from mesh.protocol.rights import inbox_user
 from mesh.protocol.structured import MAX_SCHEMA_BYTES
+from mesh.protocol.tokenizing import Tokenize
+from mesh.protocol.tools import Tool
 from mesh.settings.schema import ReuseScope
 
-__all__ = ["PrefixReuse", "Requests"]
+__all__ = ["PrefixReuse", "Requests", "options_of"]
 
 _CHARACTER_BYTES: Final = 12
 """Of JSON, at most for a character: two \\uXXXX."""
@@ -101,18 +103,29 @@ class Requests:
         """The request in `data`. PromptTooLong where it cannot fit, unread where its size alone says so."""
         if len(data) > self.most_bytes():
             raise self.too_large(len(data))
-        context, characters = self.context, self.max_prompt_characters or 0
         message = topics.GENERATE.parse(data)
         if message.tokens is not None:
             self._require_tokens(len(message.tokens), message.max_tokens)
         elif self._tokenizer is not None:
-            size = len(message.prompt or "") + sum(map(_characters, message.messages or ()))
-            size += sum(len(tool.model_dump_json()) for tool in message.tools)
-            if size > characters:
-                raise _too_long(f"the prompt has {size:,} characters", f"no prompt that fits has more than {characters:,}", context)
-            if len(message.messages or ()) > context:
-                raise _too_long(f"there are {len(message.messages or ()):,} messages", "each takes a token at least", context)
+            self._require_text_fits(message)
         return message
+
+    def parse_text(self, data: bytes) -> Tokenize:
+        """The text or the messages in `data`. Errors as of `parse`."""
+        if len(data) > self.most_bytes():
+            raise self.too_large(len(data))
+        message = topics.TOKENIZE.parse(data)
+        self._require_text_fits(message)
+        return message
+
+    def _require_text_fits(self, message: Generate | Tokenize) -> None:
+        context, characters = self.context, self.max_prompt_characters or 0
+        size = len(message.prompt or "") + sum(map(_characters, message.messages or ()))
+        size += sum(len(tool.model_dump_json()) for tool in message.tools)
+        if size > characters:
+            raise _too_long(f"the prompt has {size:,} characters", f"no prompt that fits has more than {characters:,}", context)
+        if len(message.messages or ()) > context:
+            raise _too_long(f"there are {len(message.messages or ()):,} messages", "each takes a token at least", context)
 
     def enter(self, size_bytes: int) -> None:
         """Count a request of so many bytes among those that are prepared, until `leave`. Busy: there are too many."""
@@ -136,14 +149,7 @@ class Requests:
             if self._pool is None:
                 raise BadRequest(f"{manifest.name} has no tokenizer: send token ids as `tokens`", field=field)
             messages = None if message.messages is None else [part.template() for part in message.messages]
-            tools = [tool.model_dump(exclude_none=True) for tool in message.tools] if message.offers_tools else None
-            begin = message.add_generation_prompt is not False and not message.continue_final_message
-            options = ChatOptions(
-                add_generation_prompt=begin,
-                continue_final_message=message.continue_final_message,
-                parse_special=message.parse_special,
-                tools=tools,
-            )
+            options = options_of(message, message.tools if message.offers_tools else ())
             tokens = await self._pool.tokenize(prompt=message.prompt, messages=messages, raw=message.raw, options=options)
         if not tokens:
             raise BadRequest("the prompt is empty: give at least one token", field=field)
@@ -211,6 +217,16 @@ def _caller(message: Generate, reply: str) -> str:
     """Who is treated as one caller: a user of NATS with an inbox of its own, and among those of a gateway the one whose salt this is."""
     user, salt = inbox_user(reply), message.cache_salt or ""
     return f"{user} {salt}" if user or salt else ""
+
+
+def options_of(message: Generate | Tokenize, tools: Sequence[Tool]) -> ChatOptions:
+    """How the messages of a request become a prompt. `tools`: those that the template is told of."""
+    return ChatOptions(
+        add_generation_prompt=message.add_generation_prompt is not False and not message.continue_final_message,
+        continue_final_message=message.continue_final_message,
+        parse_special=message.parse_special,
+        tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+    )
 
 
 def _characters(message: ChatMessage) -> int:

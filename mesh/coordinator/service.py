@@ -38,6 +38,7 @@ from mesh.coordinator.prompt_pool import PromptPool
 from mesh.coordinator.replies import Job
 from mesh.coordinator.requests import PrefixReuse, Requests
 from mesh.coordinator.shards import Shards
+from mesh.coordinator.tokenizing import Tokenizing
 from mesh.coordinator.trace import SHOWN_SESSIONS
 from mesh.coordinator.tracing import Tracing
 from mesh.errors import MeshError, Unavailable
@@ -251,6 +252,7 @@ class Coordinator:
                         most_bytes=self.requests.most_bytes,
                         too_large=self.requests.too_large,
                     ),
+                    *Tokenizing(self.manifest, self.requests, self.prompts).endpoints(),
                     *self.batches.endpoints(),
                 ],
             )

@@ -8,27 +8,29 @@ __all__ = ["StopTexts"]
 
 
 class StopTexts:
-    """`found` is set once one of `stops` was complete. What `push` returns, joined, is the text before the stop text that begins first.
+    """`found` is the first of `stops` that was complete; of several, the one that begins first. What `push` returns, joined, is the text
+    before it.
 
     Text that may be the beginning of a stop text is held back until it is known not to be. The search is that of Knuth, Morris and
     Pratt, for each stop text.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.found = False
+        self.found: str | None = None
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._matched = [0] * len(stops)  # how many characters of each stop text the end of the text is
         self._held = ""
 
     def push(self, piece: str, *, end: bool = False) -> str:
         """The text that is no part of a stop text for certain, now that `piece` has come; with `end`, all that is left."""
-        if self.found:
+        if self.found is not None:
             return ""
         text, before = self._held + piece, len(self._held)
-        begins = [begin for number in range(len(self._stops)) if (begin := self._search(number, piece)) is not None]
+        begins = [(begin, stop) for number, (stop, _) in enumerate(self._stops) if (begin := self._search(number, piece)) is not None]
         if begins:
-            self.found, self._held = True, ""
-            return text[: before + min(begins)]
+            begin, self.found = min(begins)
+            self._held = ""
+            return text[: before + begin]
         keep = 0 if end else max(self._matched, default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

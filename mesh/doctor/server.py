@@ -38,6 +38,7 @@ _STREAMS: Final = {
     f"KV_{subjects.KV_PLACEMENT}": "claims of layer ranges",
     f"KV_{subjects.KV_SESSIONS}": "records of sessions",
     f"KV_{subjects.KV_BATCHES}": "results of batches",
+    f"KV_{subjects.KV_RESPONSES}": "responses that are kept",
     subjects.STREAM_BATCH: "requests of batches",
     subjects.STREAM_EVENTS: "events",
     f"OBJ_{subjects.OBJECTS_MODELS}": "models",

@@ -13,6 +13,11 @@ usage_routes    the route that shows what each subject has used
 context, known  what every route gets; which models the mesh serves
 native, batch_routes, schema                  the mesh's own API and its documents
 openai_routes, openai_schema                  OpenAI's API and its documents
+responses_routes, responses_schema, responses_shape    OpenAI's responses, in the same three parts
+kept_responses  the responses that a later request goes on with
+messages_routes, messages_schema, messages_shape    Anthropic's messages, their documents, and how answers become those
+tokenize_routes                               the tokens of a text, and the text of tokens
+answering       the generations of a request of these APIs, whole or as a stream
 bodies          what the documents of both APIs have in common
 generation      one generation for an HTTP request
 resume          where a stream goes on after its connection was lost

@@ -30,12 +30,16 @@ from mesh.gateway.errors import error_response, from_http, internal_error
 from mesh.gateway.events import ClientGone
 from mesh.gateway.health import HealthMonitor
 from mesh.gateway.health_routes import health
+from mesh.gateway.kept_responses import KeptResponses
 from mesh.gateway.known import KnownModels
+from mesh.gateway.messages_routes import messages
 from mesh.gateway.metrics import gateway_readings, metrics
 from mesh.gateway.middleware import Edge
 from mesh.gateway.openai_routes import openai
 from mesh.gateway.openapi import describe
+from mesh.gateway.responses_routes import responses
 from mesh.gateway.settings import GatewaySettings
+from mesh.gateway.tokenize_routes import tokenizing
 from mesh.gateway.tracing import EdgeTracing
 from mesh.gateway.usage_routes import usage
 from mesh.http.listener import is_loopback
@@ -75,9 +79,9 @@ def create_app(
     )
     registry = Registry("gateway") if registry is None else registry
     gate = Gate(settings.verifier, settings.limits, accounts=accounts)
-    gateway = Gateway(client, settings, gate, models, monitor, registry)
+    gateway = Gateway(client, settings, gate, models, monitor, registry, KeptResponses(client))
     app.state.gateway = gateway
-    for router in (native.generate, batch, native.admin, usage, metrics, openai, health, docs):
+    for router in (native.generate, batch, native.admin, usage, metrics, openai, responses, messages, tokenizing, health, docs):
         app.include_router(router)
     app.router.routes.extend(routes)
     app.add_exception_handler(ClientGone, _nobody)

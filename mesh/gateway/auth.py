@@ -140,7 +140,9 @@ class Gate:
     def _identify(self, verifier: Checks, authorization: str | None) -> Claims:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise NotAuthenticated("a token is needed: send the header `Authorization: Bearer TOKEN` (see `mesh token issue`)")
+            raise NotAuthenticated(
+                "a token is needed: send it as `Authorization: Bearer TOKEN` or `x-api-key: TOKEN` (see `mesh token issue`)"
+            )
         try:
             return verifier.verify(token.strip())
         except Denied as error:

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from mesh.client import AsyncMeshClient
 from mesh.gateway.auth import Gate
 from mesh.gateway.health import HealthMonitor
+from mesh.gateway.kept_responses import KeptResponses
 from mesh.gateway.known import KnownModels
 from mesh.gateway.settings import GatewaySettings
 from mesh.host.turns import Turns
@@ -19,7 +20,8 @@ __all__ = ["Gateway", "gateway_of"]
 
 @dataclass(frozen=True)
 class Gateway:
-    """One HTTP edge. The code that made `client` connects and closes it. `reading`: the turns in which large bodies are read."""
+    """One HTTP edge. The code that made `client` connects and closes it. `responses`: those that are kept for a while. `reading`: the turns
+    in which large bodies are read."""
 
     client: AsyncMeshClient
     settings: GatewaySettings
@@ -27,6 +29,7 @@ class Gateway:
     models: KnownModels
     health: HealthMonitor
     metrics: Registry
+    responses: KeptResponses
     reading: Turns = field(default_factory=Turns)
 
 

@@ -1,14 +1,15 @@
-"""Errors as HTTP: the status of each, and the two shapes a body can have.
+"""Errors as HTTP: the status of each, and the three shapes a body can have.
 
 the mesh's own API    {"error": {"code", "message", "field", "retryable", "retry_after_s"}, "request_id"}
 OpenAI's              {"error": {"message", "type", "param", "code"}}
+Anthropic's           {"type": "error", "error": {"type", "message"}, "request_id"}
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -19,12 +20,14 @@ from mesh.errors import Busy, MeshError, PromptTooLong, Unavailable
 __all__ = [
     "BodyRefused",
     "HttpError",
+    "anthropic_document",
     "error_body",
     "error_document",
     "error_response",
     "from_http",
     "internal_error",
     "openai_document",
+    "shape_of",
     "status_of",
 ]
 
@@ -42,6 +45,15 @@ _STATUS = {
     "deadline_exceeded": 504,
 }
 _OPENAI_TYPE = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPE = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _OPENAI_CODE = {
     "prompt_too_long": "context_length_exceeded",
     "not_authenticated": "invalid_api_key",
@@ -131,7 +143,29 @@ def openai_document(error: MeshError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": field or None, "code": code}}
 
 
+def anthropic_document(error: MeshError, request_id: str) -> dict[str, Any]:
+    status = status_of(error)
+    kind = _ANTHROPIC_TYPE.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": request_id}
+
+
+def shape_of(path: str) -> Literal["anthropic", "openai", "own"]:
+    """The shape of the errors at a path. vLLM's routes have OpenAI's."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    return "openai" if path.startswith("/v1/") or path in ("/tokenize", "/detokenize") else "own"
+
+
+def _document(error: MeshError, path: str, request_id: str) -> dict[str, Any]:
+    match shape_of(path):
+        case "anthropic":
+            return anthropic_document(error, request_id)
+        case "openai":
+            return openai_document(error)
+        case _:
+            return error_document(error, request_id)
+
+
 def error_response(error: MeshError, path: str, request_id: str) -> Response:
     """The response with `error` to a request for `path`, in the shape of the API that the path belongs to."""
-    document = openai_document(error) if path.startswith("/v1/") else error_document(error, request_id)
-    return Response(orjson.dumps(document), status_of(error), _headers(error), media_type="application/json")
+    return Response(orjson.dumps(_document(error, path, request_id)), status_of(error), _headers(error), media_type="application/json")

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from mesh.errors import MeshError
 
-__all__ = ["ClientGone", "EventStream", "event", "until_gone"]
+__all__ = ["ClientGone", "EventStream", "event", "named_event", "until_gone"]
 
 _WAITING = b": waiting\n\n"
 
@@ -27,6 +27,11 @@ def event(data: Any, id: str | None = None) -> bytes:
     """One event of JSON data. `id`: with which the client may ask for what comes after it."""
     body = b"data: " + orjson.dumps(data) + b"\n\n"
     return body if id is None else b"id: " + id.encode() + b"\n" + body
+
+
+def named_event(data: dict[str, Any], id: str | None = None) -> bytes:
+    """One event of the name that is its type, as clients of Anthropic's API and of OpenAI's responses read them."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data, id)
 
 
 class EventStream(Response):

@@ -22,7 +22,7 @@ from mesh.telemetry.log_context import note
 
 log = logging.getLogger("mesh.http")
 
-__all__ = ["Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "paying"]
+__all__ = ["ONE_REQUEST", "Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "paying"]
 
 _CHARACTERS_A_TOKEN = 4
 
@@ -48,6 +48,10 @@ class Cost:
     requests: int
     tokens: int
     prompt: int
+
+
+ONE_REQUEST = Cost(1, 0, 0)
+"""Of a call that generates nothing."""
 
 
 def cost_of(requests: Iterable[Mapping[str, Any]], limits: Limits, *, default: int | None = None, choices: int = 1) -> Cost:

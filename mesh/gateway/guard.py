@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,10 +19,16 @@ from mesh.gateway.context import gateway_of
 from mesh.gateway.errors import BodyRefused
 from mesh.protocol import documents
 
-__all__ = ["SCOPE_KEY", "caller_of", "guarded"]
+__all__ = ["SCOPE_KEY", "authorization_of", "caller_of", "guarded"]
 
 SCOPE_KEY = "x-scope"
 """The key in an operation's OpenAPI description that names the scope it needs."""
+
+
+def authorization_of(headers: Headers) -> str | None:
+    """The Authorization header of a request. Anthropic's clients send the token alone, as x-api-key."""
+    token = headers.get("x-api-key")
+    return headers.get("authorization") or (None if token is None else f"Bearer {token}")
 
 
 class _Bounded(Request):
@@ -50,7 +57,7 @@ class Guarded(APIRoute):
 
         async def handle(request: Request) -> Response:
             gate = gateway_of(request).gate
-            caller = gate.admit(request.headers.get("authorization"), self.scope)
+            caller = gate.admit(authorization_of(request.headers), self.scope)
             request.state.caller = caller
             if not gate.open:
                 request.state.caller_name = caller.name

@@ -3,6 +3,9 @@
 A model is ready when its coordinators know a ready replica for every layer range, and a step came back from the last stage within
 `fresh_s`. If the last step is older, because there was no request, two tokens are generated as a check. A report is reused for half a
 second, and requests that come at the same time share one check.
+
+The gateway is ready while its own model is, or, where it has none, while any model is: a load balancer that left it out for one model's
+sake would take the others along.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
+    """`reason`: what is not ready, also where the gateway is ready all the same."""
+
     ready: bool
     reason: str
     models: tuple[ModelReport, ...]
@@ -100,8 +105,10 @@ class HealthMonitor:
         if not names:
             return HealthReport(False, "no coordinator answers: start one, or see `mesh status`", ())
         models = tuple(await asyncio.gather(*(self._look_at(name, status) for name in names)))
-        bad = next((health for health in models if not health.ready), None)
-        return HealthReport(bad is None, "" if bad is None else bad.reason, models)
+        bad = [health for health in models if not health.ready]
+        needed = [health for health in models if self._default in (None, health.model)]
+        reason = bad[0].reason if len(models) == 1 and bad else "; ".join(f"{health.model}: {health.reason}" for health in bad)
+        return HealthReport(any(health.ready for health in needed), reason, models)
 
     async def _look_at(self, model: str, status: MeshStatus) -> ModelReport:
         coordinators = [c for c in status.coordinators if c.model == model]

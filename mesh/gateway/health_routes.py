@@ -29,7 +29,8 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
 @health.get("/health/ready", include_in_schema=False)
 @health.get("/health", include_in_schema=False)
 async def ready(request: Request, model: str | None = None, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
-    """Whether a token can be generated now: 200, or 503 with the reason. `model`: only that model; otherwise all models."""
+    """Whether a token can be generated now: 200, or 503 with the reason. `model`: whether that model can; otherwise the
+    gateway's own, or any."""
     report = await gateway.health.check()
     if model is not None:
         if report.models and not any(entry.model == model for entry in report.models):

@@ -1,5 +1,8 @@
 """Which models the mesh serves, as its coordinators last said. Asking them takes a fraction of a second. So they are asked only about a
-name that is not known yet, at most once a second, and all requests that wait share one question."""
+name that is not known yet, at most once a second, and all requests that wait share one question.
+
+A model whose last coordinator was lost is remembered for REMEMBERED_S: a request for it waits and is sent again, as after any loss. Only
+then is there no such model."""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ __all__ = ["KnownModel", "KnownModels"]
 
 _FRESH_S = 1.0
 _LIST_S = 5.0
+REMEMBERED_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +38,15 @@ class KnownModels:
         self._client = client
         self._default = default
         self._known: dict[str, KnownModel] = {}
+        self._lost: dict[str, float] = {}  # until when it is remembered
         self._asked = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
     async def resolve(self, name: str | None) -> str:
-        """The model that `name` means. ModelNotFound: no coordinator serves it. Unavailable: no coordinator serves any model."""
+        """The model that `name` means. ModelNotFound: no coordinator serves it, nor did so of late. Unavailable: no coordinator serves any
+        model."""
         wanted = name or self._default
-        if wanted is not None and (wanted in self._known or (name is None and wanted == self._default)):
+        if wanted is not None and (wanted in self._known or self._remembers(wanted) or (name is None and wanted == self._default)):
             return wanted
         if wanted is None and len(self._known) == 1:
             return next(iter(self._known))
@@ -55,6 +61,9 @@ class KnownModels:
             there = ", ".join(sorted(self._known)) or "none"
             raise ModelNotFound(f"no coordinator serves a model {wanted!r}: there is {there}")
         return wanted
+
+    def _remembers(self, name: str) -> bool:
+        return time.monotonic() < self._lost.get(name, float("-inf"))
 
     async def context(self, name: str) -> int | None:
         """The most positions a session of this model may have."""
@@ -85,8 +94,10 @@ class KnownModels:
                 characters = None if None in both else max(each for each in both if each is not None)
             first = self._known[name].first_seen_unix_s if name in self._known else now
             known[name] = KnownModel(name, context, characters, first)
-        self._known = known
         self._asked = time.monotonic()
+        self._lost |= dict.fromkeys(self._known.keys() - known.keys(), self._asked + REMEMBERED_S)
+        self._lost = {name: until for name, until in self._lost.items() if name not in known and self._asked < until}
+        self._known = known
 
     async def _refresh(self, fresh_s: float) -> None:
         if time.monotonic() - self._asked < fresh_s:

@@ -275,8 +275,15 @@ class CompletionRequest(Common):
         ByKind("a text, a list of texts, a list of token ids, or a list of such lists"),
     ]
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    echo: Annotated[Any, Unmet("a mesh gives the answer alone: leave it out, or false", (False,))] = None
+    echo: bool | None = None
     suffix: Annotated[Any, Unmet("a mesh continues a text, and inserts nothing: leave it out", ("",))] = None
+
+    @field_validator("echo")
+    @classmethod
+    def _without_logprobs(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("logprobs") is not None:
+            raise PydanticCustomError("unmet", "a mesh knows no log-probabilities of a prompt: leave out echo or logprobs")
+        return value
 
     @field_validator("best_of")
     @classmethod

@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from mesh.gateway.errors import shape_of
 from mesh.gateway.guard import SCOPE_KEY
+from mesh.gateway.messages_schema import AnthropicError
 from mesh.gateway.openai_schema import OpenAIError
 from mesh.gateway.schema import ErrorResponse
 
@@ -26,7 +28,7 @@ _ERRORS = {
     "503": "The mesh cannot serve it now",
     "504": "There was no answer within the request's time",
 }
-_COMMON = "#/components/schemas/ErrorResponse"
+_ERROR_OF = {"anthropic": AnthropicError, "openai": OpenAIError, "own": ErrorResponse}
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -37,11 +39,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (ErrorResponse, OpenAIError):
+    for model in _ERROR_OF.values():
         schemas.update(_schema_of(model))
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
     for path, operations in document["paths"].items():
-        error = "#/components/schemas/OpenAIError" if path.startswith("/v1/") else _COMMON
+        error = f"#/components/schemas/{_ERROR_OF[shape_of(path)].__name__}"
         for operation in operations.values():
             responses = operation["responses"]
             responses.pop("422", None)

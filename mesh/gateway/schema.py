@@ -134,6 +134,7 @@ class InferenceResponse(ResponseBody):
     tool_calls: list[ToolCall] | None = None
     content: str | None = None
     tool_format: ToolFormatName | None = None
+    stop_text: str | None = None
 
 
 class ErrorBody(ResponseBody):

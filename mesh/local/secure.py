@@ -21,7 +21,7 @@ class SecureSite:
     """The files, in `folder`. `config`: of the server. `pki`, `users`: certificates and users; a user's certificate has its name, and a
     shard's user is bound to its name."""
 
-    def __init__(self, folder: Path, *, shards: Sequence[str], coordinators: Sequence[str]) -> None:
+    def __init__(self, folder: Path, *, shards: Sequence[str], coordinators: Sequence[str], gateways: Sequence[str] = ()) -> None:
         self.pki, self.users = PkiFolder(folder / "pki"), UserFolder(folder / "users")
         self.pki.init(name="mesh up")
         self.pki.issue("server", kind="server", hosts=_HOSTS, days=_DAYS)
@@ -29,6 +29,8 @@ class SecureSite:
         self.users.add("system", "system")
         for name in coordinators:
             self.users.add(name, "coordinator")
+        for name in gateways:
+            self.users.add(name, "gateway")
         for name in shards:
             self.users.add(name, "shard", shard=name)
         for user in self.users.users():

@@ -3,6 +3,8 @@
 Each death in a row doubles the delay before the next start, from half a second to half a minute. After a minute without a death the count
 begins anew. A child is given up after START_TRIES failed starts, while not everything was ready yet, or later after MOST_DEATHS deaths in a
 row, each within a minute of its start.
+
+Children of a group (a model, where there are several) do not end the others: one of them that is given up later is left out.
 """
 
 from __future__ import annotations
@@ -106,6 +108,8 @@ class _Watched:
     deaths: int = 0  # in a row
     due: float | None = None  # when it is started again
     left: bool = False
+    group: str | None = None
+    given_up: bool = False
 
 
 class Supervisor:
@@ -118,9 +122,10 @@ class Supervisor:
         self._watched: dict[str, _Watched] = {}
         self._all_were_ready = False
 
-    def watch(self, name: str, process: Revivable, *, may_leave: bool = False) -> None:
-        """Watch a process. may_leave: if it ends with code 0, it wanted to, and is not started again."""
-        self._watched[name] = _Watched(process, may_leave, self._clock())
+    def watch(self, name: str, process: Revivable, *, may_leave: bool = False, group: str | None = None) -> None:
+        """Watch a process. may_leave: if it ends with code 0, it wanted to, and is not started again. `group`: others than these go on
+        without it."""
+        self._watched[name] = _Watched(process, may_leave, self._clock(), group=group)
 
     def ready(self) -> None:
         """Everything is ready: deaths until now are forgotten, and from now on more of them are allowed."""
@@ -135,19 +140,35 @@ class Supervisor:
         watched = self._watched[name]
         watched.process.kill()
         watched.process.revive()
-        watched.since, watched.due, watched.left = self._clock(), None, False
+        watched.since, watched.due, watched.left, watched.given_up = self._clock(), None, False, False
 
     def check(self) -> float | None:
-        """Start again what is due. Returns the seconds until the next start, or None. ServiceError: a child is given up."""
+        """Start again what is due. Returns the seconds until the next start, or None. ServiceError: a child is given up, and no other group
+        goes on."""
         for name, watched in self._watched.items():
             if watched.left:
                 continue
-            if watched.due is None and (code := watched.process.returncode) is not None:
-                self._ended(name, watched, code)
-            if watched.due is not None and self._clock() >= watched.due:
-                self._start(name, watched)
+            try:
+                self._look(name, watched)
+            except ServiceError as error:
+                watched.given_up = True
+                if not self._others_go_on():
+                    raise
+                watched.left, watched.due = True, None
+                self._say(f"{error}\n{name} is given up, and {watched.group} with it; the other models go on")
         due = [watched.due for watched in self._watched.values() if watched.due is not None]
         return max(min(due) - self._clock(), 0.0) if due else None
+
+    def _look(self, name: str, watched: _Watched) -> None:
+        if watched.due is None and (code := watched.process.returncode) is not None:
+            self._ended(name, watched, code)
+        if watched.due is not None and self._clock() >= watched.due:
+            self._start(name, watched)
+
+    def _others_go_on(self) -> bool:
+        """Whether some group has lost nothing for good."""
+        bad = {watched.group for watched in self._watched.values() if watched.given_up}
+        return self._all_were_ready and None not in bad and bool({watched.group for watched in self._watched.values()} - bad - {None})
 
     def run(self) -> None:
         """Watch until a child is given up (ServiceError). Call it from the main thread."""

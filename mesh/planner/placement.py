@@ -138,6 +138,17 @@ class Placement(_Strict):
         """Every shard, by shard_id."""
         return tuple(sorted((shard for placed in self.ranges for shard in placed.shards), key=lambda shard: shard.shard_id))
 
+    def numbered_from(self, first: int) -> Placement:
+        """The same with shard_ids from `first` on: no two shards of a mesh have one id, whatever they serve."""
+        if first == 1:
+            return self
+
+        def renumbered(placed: PlacedRange) -> PlacedRange:
+            shards = tuple(shard.model_copy(update={"shard_id": shard.shard_id + first - 1}) for shard in placed.shards)
+            return placed.model_copy(update={"shards": shards})
+
+        return self.model_copy(update={"ranges": tuple(map(renumbered, self.ranges))})
+
     def require_fit(self) -> Placement:
         """This placement. DoesNotFit, with what is lacking and what would fit, if it does not fit."""
         if self.fits:

@@ -50,8 +50,8 @@ def public_id(session: str) -> str:
 
 
 def without_prefix(id: str) -> str:
-    """The public id in an id as OpenAI's API shows it."""
-    return id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    """The public id in an id as OpenAI's and Anthropic's APIs show it."""
+    return id.removeprefix("chatcmpl-").removeprefix("cmpl-").removeprefix("resp_").removeprefix("msg_")
 
 
 def _content(value: Any, info: ValidationInfo) -> Any:

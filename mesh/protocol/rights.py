@@ -91,6 +91,13 @@ STORES: Final[tuple[Store, ...]] = (
         writes={"coordinator": (f"$KV.{subjects.KV_BATCHES}.>",), "gateway": _NEW_BATCH, "client": _NEW_BATCH},
     ),
     Store(
+        f"KV_{subjects.KV_RESPONSES}",
+        makes=("gateway", "coordinator"),
+        reads=("gateway", "coordinator"),
+        sees=("monitor",),
+        writes={"gateway": (f"$KV.{subjects.KV_RESPONSES}.>",), "coordinator": (f"$KV.{subjects.KV_RESPONSES}.>",)},
+    ),
+    Store(
         subjects.STREAM_BATCH,
         makes=("coordinator",),
         reads=("coordinator",),

@@ -117,7 +117,8 @@ class ShardLease(Message):
     `mesh_shards`, under its own name, which it renews well within the bucket's TTL. `state` "left": the shard has ended in order.
 
     `load`: share of the last seconds spent computing, 0 to 1. `step_s`: median of recent decode steps in seconds, 0 before any.
-    `max_frame_bytes`: the largest frame its connection takes. `weights_bytes`: of the layers it holds. Fields that a later version
+    `max_frame_bytes`: the largest frame its connection takes. `weights_bytes`: of the layers it holds.
+    `predicted_bytes`: what its process takes once these are loaded. Fields that a later version
     adds are ignored.
     """
 
@@ -149,6 +150,7 @@ class ShardLease(Message):
     step_s: Annotated[float, Field(ge=0)] = 0.0
     memory_bytes: Natural = 0
     weights_bytes: Natural = 0
+    predicted_bytes: Natural = 0
     frame_version: Natural
     version: Label = ""
     host: Label = ""

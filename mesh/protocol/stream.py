@@ -8,7 +8,8 @@
     stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" if asked for;
                                      "bytes" of a token that is part of a character, or of a control token (none)
     last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"; "tool_calls",
-                                     "content" and "tool_format", where tools were offered; "omitted" names
+                                     "content" and "tool_format", where tools were offered; "stop_text", where
+                                     a stop text ended it; "omitted" names
                                      the parts that did not fit in the message: the token documents of a stream have them
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
 
@@ -156,7 +157,7 @@ class Answer:
     without a tokenizer; `logprobs` is None where they were not asked for. `omitted`: the parts that are left out because the message would
     have been too large, of `logprobs`, `content`, `tool_calls`, `text`, `tokens`. `trace`: the W3C trace context of the generation, sampled
     where its trace is kept for a collector. `tool_calls`: what it calls, where tools were offered; `content`: its text beside them;
-    `tool_format`: the form in which they are written in `text`."""
+    `tool_format`: the form in which they are written in `text`. `stop_text`: the stop text that ended it, if one did."""
 
     request: str
     tokens: tuple[int, ...]
@@ -170,6 +171,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     content: str | None = None
     tool_format: str | None = None
+    stop_text: str | None = None
 
     def document(self) -> dict[str, Any]:
         """The answer as JSON. The key logprobs exists only if log-probabilities were asked for."""
@@ -185,6 +187,8 @@ class Answer:
             document["logprobs"] = [{"token": token.id, **token.details()} for token in self.logprobs]
         if self.omitted:
             document["omitted"] = self.omitted
+        if self.stop_text is not None:
+            document["stop_text"] = self.stop_text
         if self.trace is not None:
             document["trace"] = self.trace
         if self.tool_format is not None:
@@ -312,4 +316,5 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         tool_calls=tuple([ToolCall.model_validate(call) for call in document.get("tool_calls") or ()]),
         content=document.get("content"),
         tool_format=document.get("tool_format"),
+        stop_text=document.get("stop_text"),
     )

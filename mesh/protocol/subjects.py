@@ -20,6 +20,7 @@ __all__ = [
     "DISCONNECTS",
     "KV_BATCHES",
     "KV_PLACEMENT",
+    "KV_RESPONSES",
     "KV_SESSIONS",
     "KV_SHARDS",
     "LEASE_TTL_S",
@@ -56,6 +57,7 @@ KV_PLACEMENT: Final = "mesh_placement"
 KV_SESSIONS: Final = "mesh_sessions"
 OBJECTS_MODELS: Final = "mesh_models"
 KV_BATCHES: Final = "mesh_batches"
+KV_RESPONSES: Final = "mesh_responses"
 STREAM_BATCH: Final = "mesh_batch"
 STREAM_DEAD: Final = "mesh_dead"
 STREAM_EVENTS: Final = "mesh_events"

@@ -23,6 +23,7 @@ from mesh.protocol.message import Message
 from mesh.protocol.roles import Role
 from mesh.protocol.spans import SpanBatch
 from mesh.protocol.status import Alive, Heartbeat, KeptPrefix, LeaseQuery, ShardLease, ShardStats, StatsRequest, TraceList, TraceQuery
+from mesh.protocol.tokenizing import Detokenize, Detokenized, Tokenize, Tokenized
 from mesh.protocol.usage import UsageQuery, UsageReport, UsageSpent
 from mesh.types import LayerRange
 
@@ -36,6 +37,7 @@ __all__ = [
     "CANCEL",
     "CLOSE",
     "DEAD",
+    "DETOKENIZE",
     "DRAIN",
     "EVENTS",
     "FRAMES",
@@ -53,6 +55,7 @@ __all__ = [
     "PING",
     "SPANS",
     "STATS",
+    "TOKENIZE",
     "TOKENS",
     "TOPICS",
     "TRACE",
@@ -178,6 +181,24 @@ CANCEL: Topic[Cancel, None] = Topic(
     None,
     "stop a generation",
     "that coordinator",
+    sends=_ASK,
+    hears=("coordinator",),
+)
+TOKENIZE: Topic[Tokenize, Tokenized] = Topic(
+    "mesh.v1.MODEL.tokenize",
+    Tokenize,
+    Tokenized,
+    "say which tokens a text or messages are",
+    queue=subjects.COORDINATORS_QUEUE,
+    sends=_ASK,
+    hears=("coordinator",),
+)
+DETOKENIZE: Topic[Detokenize, Detokenized] = Topic(
+    "mesh.v1.MODEL.detokenize",
+    Detokenize,
+    Detokenized,
+    "say which text tokens are",
+    queue=subjects.COORDINATORS_QUEUE,
     sends=_ASK,
     hears=("coordinator",),
 )
@@ -437,6 +458,8 @@ TOPICS: tuple[Topic[Any, Any], ...] = (
     GENERATE,
     GENERATE_AT,
     CANCEL,
+    TOKENIZE,
+    DETOKENIZE,
     TRACE,
     INSPECT,
     TRACES,

@@ -34,6 +34,7 @@ __all__ = ["place"]
 
 log = logging.getLogger("mesh.shard")
 
+_LOADING = ("loading", "warming")
 CLAIM_S = 300.0
 _TRIES = 20
 _LOOK_AGAIN_S = 2.0
@@ -81,9 +82,10 @@ async def place(
     subjects.check_token(name, "name")
     store = ModelStore(bus, signers)
     manifest = await _manifest(store, model, wait=wait)
-    leases = await _leases(bus, manifest)
-    if any(lease.shard == name for lease in leases):
+    everyone = await _leases(bus)
+    if any(lease.shard == name and lease.state != "draining" for lease in everyone):
         raise BadRequest(f"a shard {name} is there already: give another --name", field="name")
+    leases = _of(manifest, everyone)
     rows = rows or max((lease.rows for lease in leases), default=DEFAULT_ROWS)
     context = min(context or max((lease.context for lease in leases), default=_DEFAULT_CONTEXT), manifest.context_length)
     layers = await _claim(bus, name, manifest, layers, rows=rows, context=context, memory_bytes=memory_bytes, shared=shared)
@@ -118,16 +120,21 @@ async def _manifest(store: ModelStore, model: str | None, *, wait: bool) -> Mani
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-async def _leases(bus: Bus, manifest: Manifest) -> list[ShardLease]:
+async def _leases(bus: Bus) -> list[ShardLease]:
+    """Of all models."""
     found = []
     for entry in await Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S).entries():
         try:
             lease = ShardLease.parse(entry.value or b"")
         except MessageRejected:
             continue
-        if lease.model_hash == manifest.model_hash and lease.state != "draining":
-            found.append(lease)
+        found.append(lease)
     return found
+
+
+def _of(manifest: Manifest, leases: Sequence[ShardLease]) -> list[ShardLease]:
+    """Those of one model that go on."""
+    return [lease for lease in leases if lease.model_hash == manifest.model_hash and lease.state != "draining"]
 
 
 async def _claim(
@@ -144,12 +151,14 @@ async def _claim(
         entry = await bucket.get(key)
         now = time.time()
         claims = [claim for claim in _claims(entry.value if entry else None) if now - claim.at_unix_s < CLAIM_S and claim.shard != name]
-        leases = await _leases(bus, manifest)
+        everyone = await _leases(bus)
+        leases = _of(manifest, everyone)
         there = {lease.shard for lease in leases}
         claims = [claim for claim in claims if claim.shard not in there]
         held = [Held(lease.shard, lease.layers, lease.load if lease.state == "ready" else 0.0) for lease in leases]
         held += [Held(claim.shard, LayerRange(claim.layers_start, claim.layers_end)) for claim in claims]
-        left = max(memory_bytes - sum(map(needed, _loading_here(leases, claims))), 0) if shared else memory_bytes
+        taken = sum(map(needed, _loading_here(leases, claims))) + _others_here(manifest.model_hash, everyone)
+        left = max(memory_bytes - taken, 0) if shared else memory_bytes
         layers = choose_range(manifest.layers, held, needed, left) if wanted is None else _checked(manifest, wanted, needed, left)
         mine = RangeClaim(shard=name, layers_start=layers.start, layers_end=layers.stop, at_unix_s=now, host=socket.gethostname())
         epoch = await bucket.update(key, RangeClaims(claims=(*claims, mine)).to_bytes(), revision=entry.revision if entry else 0)
@@ -163,8 +172,15 @@ async def _claim(
 def _loading_here(leases: Sequence[ShardLease], claims: Sequence[RangeClaim]) -> list[LayerRange]:
     """The ranges of shards on this host that do not have their memory yet: the system counts it as free."""
     here = socket.gethostname()
-    loading = [lease.layers for lease in leases if lease.host == here and lease.state in ("loading", "warming")]
+    loading = [lease.layers for lease in leases if lease.host == here and lease.state in _LOADING]
     return loading + [LayerRange(claim.layers_start, claim.layers_end) for claim in claims if claim.host == here]
+
+
+def _others_here(model_hash: str, leases: Sequence[ShardLease]) -> int:
+    """The same of shards of other models on this host, in bytes."""
+    here = socket.gethostname()
+    loading = [lease for lease in leases if lease.model_hash != model_hash and lease.host == here and lease.state in _LOADING]
+    return sum(max(lease.predicted_bytes - lease.memory_bytes, 0) for lease in loading)
 
 
 def _checked(manifest: Manifest, layers: LayerRange, needed: Callable[[LayerRange], int], memory_bytes: int) -> LayerRange:

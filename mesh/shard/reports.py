@@ -113,6 +113,7 @@ def lease_of(shard: ReportingShard, now: float) -> ShardLease:
         step_s=shard.meter.step_s,
         memory_bytes=resident_bytes(),
         weights_bytes=shard.stage.need.weights_bytes if shard.stage is not None else 0,
+        predicted_bytes=shard.predicted_bytes,
         frame_version=frame_codec.VERSION,
         version=__version__,
         host=socket.gethostname(),

@@ -165,3 +165,30 @@ def test_run_raises_when_a_child_is_given_up(tmp_path: Path) -> None:
         supervisor.run()
     assert len(said) == 2 * (START_TRIES - 1)
     assert child.returncode == 3
+
+
+def test_a_model_that_is_given_up_leaves_the_others_alone(world: World) -> None:
+    good, bad = world.child("good", FOREVER, group="A"), world.child("bad", FOREVER, group="B")
+    world.supervisor.ready()
+    for _ in range(MOST_DEATHS):
+        world.die(bad)
+        delay_s = world.supervisor.check()
+        world.clock.now += delay_s or 0.0
+        world.supervisor.check()
+    assert "bad is given up, and B with it; the other models go on" in world.said[-1]
+    assert world.supervisor.check() is None and good.returncode is None
+    world.die(good)
+    world.supervisor.check()
+    assert "good was ended by SIGKILL" in world.said[-1], "it is started again as before"
+
+
+def test_the_last_model_that_is_given_up_ends_everything(world: World) -> None:
+    children = [world.child(name, FOREVER, group=name) for name in ("A", "B")]
+    world.supervisor.ready()
+    with pytest.raises(ServiceError):
+        for _ in range(MOST_DEATHS + 1):
+            for child in children:
+                if child.returncode is None:
+                    world.die(child)
+            world.clock.now += world.supervisor.check() or 0.0
+            world.supervisor.check()

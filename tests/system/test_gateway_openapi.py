@@ -30,6 +30,13 @@ OPERATIONS = [
     ("GET", "/v1/models/{model}"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/{id}"),
+    ("DELETE", "/v1/responses/{id}"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
 ]
 
 
@@ -69,7 +76,7 @@ def _keep_short(body: dict[str, Any]) -> None:
     """A small mesh answers these: no generation needs to be long."""
     inner = body.get("requests")
     for part in [body, *(inner if isinstance(inner, list) else [])]:
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if isinstance(part, dict) and isinstance(part.get(name), int) and part[name] > 8:
                 part[name] = 8
 

@@ -20,7 +20,8 @@ def test_the_text_ends_where_the_first_stop_text_begins(stops: list[str], pieces
         given_out += search.push(pieces[count - 1])
         so_far = "".join(pieces[:count])
         begins = [at for stop in stops if (at := so_far.find(stop)) >= 0]
-        assert search.found == bool(begins)
+        first = min(begins, default=None)
+        assert search.found == (None if first is None else min(stop for stop in stops if so_far.find(stop) == first))
         if begins:
             assert given_out == so_far[: min(begins)]
             return

@@ -80,6 +80,10 @@ def test_a_key_that_cannot_change_an_answer_passes(key: str) -> None:
     assert chat(**{key: HARMLESS[key]}) is None
 
 
+def test_echo_without_log_probabilities_passes() -> None:
+    assert completion(echo=True) is completion(echo=False, logprobs=1) is None
+
+
 @pytest.mark.parametrize("key", ["user", "safety_identifier", "prompt_cache_key", "metadata", "logit_bias"])
 def test_completions_take_them_too(key: str) -> None:
     assert completion(**{key: HARMLESS[key]}) is None
@@ -166,7 +170,7 @@ PROMPT = "prompt: should be a text, a list of texts, a list of token ids, or a l
         (completion(prompt=[1, "a"]), "prompt.1: should be a whole number"),
         (completion(prompt=[[1], ["a"]]), "prompt.1.0: should be a whole number"),
         (completion(prompt=[1, -1]), "prompt.1: should be 0 or more"),
-        (completion(echo=True), "echo: a mesh gives the answer alone: leave it out, or false"),
+        (completion(echo=True, logprobs=0), "echo: a mesh knows no log-probabilities of a prompt: leave out echo or logprobs"),
         (completion(suffix="b"), "suffix: a mesh continues a text, and inserts nothing: leave it out"),
         (completion(best_of=3), "best_of: is not n: a mesh gives out every choice it makes"),
     ],

@@ -99,10 +99,12 @@ def test_without_a_tokenizer_a_token_is_its_number() -> None:
 
 @pytest.mark.parametrize("kind", [ChatShape, TextShape])
 def test_a_prompt_counts_once_for_all_its_choices(kind: Any) -> None:
-    shape = kind("m", 0, choices=3, usage_is_null=False)
+    shape = kind("m", 0, choices=3, usage_is_null=True)
     two_prompts = [completion([Token(1, 0.0)] * 4, "", prompt) for prompt in (20, 20, 20, 7, 7, 7)]
     expected = {"prompt_tokens": 27, "completion_tokens": 24, "total_tokens": 51, "prompt_tokens_details": {"cached_tokens": 0}}
-    assert shape.whole(two_prompts)["usage"] == shape.usage(two_prompts)["usage"] == expected
+    (last,) = shape.end(two_prompts)
+    assert shape.whole(two_prompts)["usage"] == last["usage"] == expected
+    assert kind("m", 0, choices=3, usage_is_null=False).end(two_prompts) == []
 
 
 def test_the_pieces_of_a_sentencepiece_vocabulary() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.errors import DoesNotFit
-from mesh.local.sizing import size
+from mesh.local.sizing import ALL, Demand, size, size_together
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo
 from mesh.model.memory import SHARED_BYTES
 from mesh.types import even_ranges
@@ -67,3 +67,25 @@ def test_replicas_share_the_machine_too() -> None:
 
 def test_without_figures_of_the_system_the_model_s_context_is_used() -> None:
     assert sized(0)[0] == 8_192
+
+
+def together(free: int, *contexts: int | None) -> list[int]:
+    """The contexts of so many models on one machine."""
+    found = size_together([Demand(smollm2(), even_ranges(LAYERS, 3), 1, 8, each) for each in contexts], available_bytes=free)
+    allowed = [share - SHARED_BYTES for sizing in found for share in sizing.allowed_bytes or ()]
+    assert SHARED_BYTES + sum(allowed) <= ALL * free, "all shards of all models share what is free"
+    assert all(sum(sizing.allowed_bytes or ()) >= sizing.needed_bytes for sizing in found)
+    return [sizing.context for sizing in found]
+
+
+def test_several_models_share_the_memory_of_the_machine() -> None:
+    alone, beside = sized(8 * GB)[0], together(8 * GB, None, None)
+    assert max(beside) <= alone and beside[0] in (beside[1], beside[1] // 2, beside[1] * 2)
+    assert together(64 * GB, None, None) == [8_192, 8_192]
+    asked, shorter = together(8 * GB, 4_096, None)
+    assert asked == 4_096 and shorter < 4_096, "a context that was asked for is not shortened for another model"
+
+
+def test_models_that_do_not_fit_together_are_refused_by_name() -> None:
+    with pytest.raises(DoesNotFit, match=r"the shards of smollm2 and smollm2 need .* give fewer models"):
+        together(3 * GB // 2, None, None)

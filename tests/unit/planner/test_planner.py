@@ -19,6 +19,7 @@ from mesh.planner.placement import Node, Placement, Strategy
 from mesh.planner.plan import fits, place, plan, ranges_of
 from mesh.planner.remedies import apply
 from mesh.planner.request import PlanRequest, same_nodes
+from mesh.planner.together import plan_together
 from mesh.settings.units import GB
 from mesh.types import LayerRange, even_ranges
 
@@ -288,3 +289,25 @@ def test_a_placement_file_with_a_gap_is_refused(tmp_path: Path) -> None:
     assert Placement.load(path) == placement
     with pytest.raises(ConfigError, match="mesh shard-model"):
         Placement.load(tmp_path / "none.json")
+
+
+def test_several_models_are_placed_on_what_the_others_leave() -> None:
+    nodes = tuple(Node(name=name, memory_bytes=GB) for name in ("a", "b"))
+    first, second = plan_together([PlanRequest(model=_small(), nodes=nodes, shards_count=1)] * 2)
+    alone = plan(PlanRequest(model=_small(), nodes=nodes, shards_count=1))
+    assert first == alone and first.fits and second.fits
+    assert [shard.shard_id for shard in (*first.shards, *second.shards)] == [1, 2], "no two shards of a mesh have one id"
+    (one,), (other,) = first.shards, second.shards
+    assert one.node != other.node, "the second takes the node with the most memory left"
+    assert {node.name: node.memory_bytes for node in second.nodes} == {one.node: GB - one.total_bytes, other.node: GB}
+    assert f"small take {one.node}" in second.notes[-1]
+
+
+def test_models_that_leave_no_room_are_named() -> None:
+    small = PlanRequest(model=_small(), nodes=(Node(name="a", memory_bytes=GB),), shards_count=1)
+    placed = plan_together([small, small])
+    assert placed[0].fits and placed[1].fits
+    third = plan_together([small, small, small])[2]
+    assert not third.fits and third.problem is not None and "small does not fit" in third.problem
+    with pytest.raises(DoesNotFit, match="and leave small 0 of 1 nodes"):
+        plan_together([small] * 4)

@@ -19,7 +19,7 @@ import mesh.gateway
 import mesh.protocol
 import mesh.shard
 from mesh.errors import MessageRejected
-from mesh.gateway import openai_schema, schema
+from mesh.gateway import messages_schema, openai_schema, responses_schema, schema, tokenize_routes
 from mesh.gateway.bodies import RequestBody
 from mesh.protocol import documents
 from mesh.protocol.batches import BatchSubmit
@@ -41,7 +41,14 @@ def subclasses(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 FOUND = {*subclasses(Message), *subclasses(RequestBody)}
 MESSAGES = sorted(FOUND, key=lambda each: each.__qualname__)
-BODIES = (schema.InferenceRequest, openai_schema.ChatRequest, openai_schema.CompletionRequest)
+BODIES = (
+    schema.InferenceRequest,
+    openai_schema.ChatRequest,
+    openai_schema.CompletionRequest,
+    responses_schema.ResponsesRequest,
+    messages_schema.MessagesRequest,
+    tokenize_routes.TokenizeRequest,
+)
 
 
 def unbounded(node: Any, path: str = "") -> Iterator[str]:
