@@ -123,7 +123,9 @@ def wanted(model: Any) -> list[int]:
     torch, _ = torch_and_transformers()
     prompt = np.random.default_rng(3).integers(5, 96, PROMPT)
     ids = torch.from_numpy(prompt)[None]
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS, eos_token_id=None)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS, eos_token_id=None, forced_eos_token_id=None
+    )
     return [int(token) for token in out[0]]
 
 
