@@ -73,7 +73,7 @@ def test_random_requests_with_kills_between_them_have_the_tokens_of_one_process(
         answer = await client.generate(tokens=history, max_tokens=most, ignore_eos=True, cache_salt=f"t{chat % 2}", **sampling)
         expected = whole.complete(history, SamplingParams(**sampling), max_tokens=most)
         assert list(answer.tokens) == expected.ids, f"{answer.usage.cached_tokens} of {len(history)} tokens reused, {sampling}"
-        assert answer.usage.cached_tokens % BLOCK == 0 and answer.usage.cached_tokens < len(history)
+        assert answer.usage.cached_tokens < len(history)
         totals["requests"] += 1
         totals["reused"] += answer.usage.cached_tokens
         totals["prompt"] += len(history)
