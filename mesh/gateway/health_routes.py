@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from mesh.errors import ModelNotFound
 from mesh.gateway.context import Gateway, gateway_of
+from mesh.gateway.guard import authorization_of
 from mesh.gateway.health import HealthReport
 from mesh.gateway.schema import ErrorResponse, HealthResponse, LiveResponse
 
@@ -36,7 +37,7 @@ async def ready(request: Request, model: str | None = None, gateway: Gateway = D
         if report.models and not any(entry.model == model for entry in report.models):
             raise ModelNotFound(f"no coordinator serves a model {model!r}")
         report = report.of(model)
-    caller = gateway.gate.identify(request.headers.get("authorization"))
+    caller = gateway.gate.identify(authorization_of(request.headers))
     document = _document(report, details=caller is not None and caller.may("admin"))
     return Response(orjson.dumps(document), 200 if report.ready else 503, media_type="application/json")
 

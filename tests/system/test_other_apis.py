@@ -283,3 +283,54 @@ def test_echo_begins_each_choice_with_its_prompt(ai: openai.OpenAI, chat_model: 
     with pytest.raises(openai.BadRequestError) as refused:
         ai.completions.create(**request, prompt="rain", echo=True, logprobs=1)
     assert refused.value.param == "echo" and "log-probabilities of a prompt" in refused.value.message
+
+
+# -- streams that are resumed --------------------------------------------------------------------------------------------------
+
+
+def parts(
+    url: str, path: str, body: dict[str, Any], last_id: str | None = None, most: int = 10**6
+) -> list[tuple[str | None, dict[str, Any]]]:
+    """(id, document) of each event, of `most` at most."""
+    headers = {} if last_id is None else {"Last-Event-ID": last_id}
+    found: list[tuple[str | None, dict[str, Any]]] = []
+    with httpx.stream("POST", f"{url}{path}", json=body, headers=headers, timeout=60) as answer:
+        assert answer.status_code == 200, answer.read()
+        id, name = None, None
+        for line in answer.iter_lines():
+            key, _, value = line.partition(": ")
+            if key == "id":
+                id = value
+            elif key == "event":
+                name = value
+            elif key == "data":
+                document = json.loads(value)
+                assert name == document["type"], "clients go by the event's name"
+                found.append((id, document))
+                id = None
+            if len(found) == most:
+                break
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"model": "tinychat", "messages": HELLO, "max_tokens": 12, "temperature": 1.0}),
+        ("/v1/responses", {"model": "tinychat", "input": "hello", "max_output_tokens": 12}),
+    ],
+    ids=["messages", "responses"],
+)
+def test_a_stream_goes_on_at_another_gateway_after_the_last_event(mesh: LocalMesh, url: str, path: str, body: dict[str, Any]) -> None:
+    with edge(mesh.url, model="tinychat") as other:
+        begun = parts(url, path, {**body, "stream": True}, most=9)
+        place, (last_id, _) = max((place, event) for place, event in enumerate(begun) if event[0] is not None)
+        rest = parts(other, path, {**body, "stream": True}, last_id)
+        documents = [document for _, document in (*begun[: place + 1], *rest)]
+        whole = [document for _, document in parts(other, path, {**body, "stream": True}, str(last_id).partition(".")[0] + ".0")]
+
+    def comparable(document: dict[str, Any]) -> dict[str, Any]:
+        response = document.get("response")
+        return document if response is None else {**document, "response": {**response, "created_at": 0}}
+
+    assert list(map(comparable, documents)) == list(map(comparable, whole)), "each event once, and in order"

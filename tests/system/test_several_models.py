@@ -153,3 +153,14 @@ def test_two_models_of_one_name_are_refused(model: Path, other_model: Path, tmp_
     manifest.model_copy(update={"name": "tiny"}).save(tmp_path)
     with pytest.raises(BadRequest, match="have one name, tiny: import one of them under another --name"):
         LocalMesh(LocalOptions(model=model, others=(OtherModel(tmp_path),)))
+
+
+def test_mesh_up_serves_several_models_and_each_answers(model: Path, other_model: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "mesh.cli", "up", str(model), str(other_model), "--rows", "2", "--context", "64", "--http-port", "0"]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run([*line, "--ask", "hi", "--max-tokens", "3"], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "tiny is served by 1 shard" in done.stderr and "tinychat is served by 1 shard" in done.stderr
+    assert done.stdout.startswith("tiny:\n") and "\ntinychat:\n" in done.stdout
+    wrong = subprocess.run([*line, "--shards", "1,2,3"], capture_output=True, text=True, env=environment, timeout=60)
+    assert wrong.returncode == 2 and "--shards has 3 numbers for 2 models" in wrong.stderr

@@ -25,6 +25,7 @@ from mesh.errors import Busy
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.dashboard.watch import Watch
 from mesh.gateway.errors import HttpError
+from mesh.gateway.guard import authorization_of
 from mesh.protocol.generation import without_prefix
 from mesh.protocol.subjects import is_token
 from mesh.telemetry.views.document import looked_at
@@ -89,7 +90,7 @@ def routes(watch: Watch) -> list[Route]:
 
 def _admitted(request: Request) -> Gateway:
     gateway = gateway_of(request)
-    gateway.gate.admit(request.headers.get("authorization"), "admin")
+    gateway.gate.admit(authorization_of(request.headers), "admin")
     return gateway
 
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mesh.commands.planning import add_plan_parser, add_shard_model_parser, shard_model_command
 from mesh.errors import BadLayerRange, ConfigError, DoesNotFit, MeshError, ModelNotFound, PlanError
@@ -363,3 +364,23 @@ def test_up_and_plan_cut_a_model_alike(tmp_path: Path, shards: int) -> None:
 def test_the_ends_of_an_uneven_cut_are_the_shorter_ranges() -> None:
     """The first range holds the embedding as well, and the last one the head."""
     assert [str(layers) for layers in even_ranges(30, 4)] == ["0-7", "7-15", "15-23", "23-30"]
+
+
+def test_several_models_are_planned_on_the_same_nodes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _mesh("plan", model, model, "--nodes", "2x1GB", "--json") == 0
+    first, second = [Placement.model_validate(each) for each in json.loads(capsys.readouterr().out)]
+    assert sorted(shard.shard_id for placed in (first, second) for shard in placed.shards) == [1, 2, 3, 4]
+    assert all(node.memory_bytes < GB for node in second.nodes)
+    assert _mesh("plan", model, model, "--nodes", "2x1GB") == 0
+    assert "tiny take node-1" in capsys.readouterr().out
+    assert _mesh("plan", model, model, model, "--nodes", "1GB", "--shards", 1) == 2
+    with pytest.raises(ConfigError, match="say which machines they share"):
+        _mesh("plan", model, model, "--memory", "1GB")
+
+
+def test_shards_of_a_second_model_are_numbered_on(model: Path, tmp_path: Path) -> None:
+    path = _config(tmp_path)
+    assert _mesh("shard-model", "--config", path, "--first-shard", 4, "--out", tmp_path / "out" / "placement.json") == 0
+    folders = sorted(found.parent.name for found in (tmp_path / "out").glob("shard_*/config.yaml"))
+    assert folders == [f"shard_{number}" for number in range(4, 10)]
+    assert yaml.safe_load((tmp_path / "out" / "shard_4" / "config.yaml").read_text())["shard"]["shard_id"] == 4
