@@ -11,7 +11,7 @@ import numpy as np
 from mesh.errors import CorruptModel, MeshError
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.sources.onnx import OnnxSource
-from mesh.importer.sources.safetensors import SafetensorsCheckpoint
+from mesh.importer.sources.quantized import open_checkpoint
 from mesh.importer.sources.source import Source
 from mesh.importer.sources.traced import TracedSource
 from mesh.importer.trace.library import available
@@ -37,14 +37,14 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
         return _transformers(source, source.file.parent, source.model, source.parameters), notes
     if isinstance(source, OnnxSource):
         return _onnxruntime(source), {}
-    note = source.spec.context_note if isinstance(source, DecoderSource) else None
+    note = source.note if isinstance(source, DecoderSource) else None
     notes = {} if note is None else {"note": note}
     if isinstance(source, DecoderSource) and source.directory is not None and available():
         try:
             model = open_model(source.directory)
         except MeshError as error:
             return NOTHING, {**notes, "not_compared": str(error)}
-        checkpoint = SafetensorsCheckpoint.open(source.directory)
+        checkpoint = open_checkpoint(source.directory)
         return _transformers(source, source.directory, model, Parameters(model, checkpoint, checkpoint.read)), notes
     return NOTHING, notes
 

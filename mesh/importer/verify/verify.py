@@ -145,7 +145,7 @@ def verify(
         "oracle": "onnxruntime" if oracle_runs else None,
         "oracle_error": worst if oracle_runs else None,
     }
-    allowed = max(tolerance, STORED_TOLERANCE[manifest.weights.bits])
+    allowed = max(tolerance, 0.0 if manifest.weights.kept else STORED_TOLERANCE[manifest.weights.bits])
     whole = reference or outside.rows
     if whole is not None or parts is not None:
         progress(f"compare with {outside.engine}", len(groups), len(groups) + 1)
