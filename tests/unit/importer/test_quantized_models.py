@@ -4,6 +4,7 @@ their codes stand for."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from quantized_checkpoints import (  # noqa: E402
     write_quantized,
 )
 
+LONG = pytest.mark.skipif(not os.environ.get("MESH_TEST_QUANTIZED"), reason="takes minutes with its like: make test-quantized")
 TINY = {**LLAMA, "num_hidden_layers": 2, "intermediate_size": 128}
 
 
@@ -76,7 +78,7 @@ def total(directory: Path, files: str) -> int:
     return sum(file.stat().st_size for file in directory.glob(files))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [each if index < 1 else pytest.param(each, marks=LONG) for index, each in enumerate(CASES)])
 def test_a_quantized_model_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     model = make_model(case.kind, {**TINY, **case.values})
@@ -94,6 +96,7 @@ def test_a_quantized_model_computes_what_transformers_computes(name: str, tmp_pa
         assert total(tmp_path / "model", "*.data") < 1.1 * total(tmp_path / "source", "*.safetensors")
 
 
+@LONG
 def test_another_width_is_made_of_the_numbers_only_when_it_is_asked_for(tmp_path: Path) -> None:
     model = make_model("Llama", TINY)
     write_quantized(tmp_path / "source", model, gptq(4, 32, symmetric=True), CASES["gptq in its own order"].config)
