@@ -6,6 +6,7 @@
 # make test-provision   Terraform and Ansible for real: AWS against moto, five systemd hosts, faults, upgrade, restore; an hour, as root
 # make wheelhouse  dist/wheels: every package for machines that reach no index
 # make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes
+# make test-quantized    tiny models by GPTQ, AWQ, compressed-tensors, fp8, and 20 outputs of onnxruntime-genai's builder; five minutes
 # make test-structured   200 kills of shards and coordinators while answers of a form are generated; half an hour; not part of CI
 # make test-prefixes    2,000 requests of chats that share beginnings, with kills between them; half an hour; not part of CI
 # make check       formatting, lints, types of the package, the tests and the benchmarks
@@ -29,7 +30,7 @@ FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet
 
-.PHONY: families demo test test-structured test-prefixes test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install
+.PHONY: families demo test test-structured test-prefixes test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install test-quantized
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
@@ -50,6 +51,12 @@ test-monitoring: install
 
 test-machines: | models/smollm2
 	MESH_TEST_DEMO_MODEL=1 $(BIN)/python -m pytest -s tests/system/test_several_machines.py
+
+# torch, transformers, compressed-tensors and onnxruntime-genai make the models and are what they are compared with.
+test-quantized:
+	$(MAKE) install EXTRAS=dev,fixtures
+	MESH_TEST_QUANTIZED=1 $(BIN)/python -m pytest tests/unit/importer/test_quantized_forms.py tests/unit/importer/test_quantized_models.py \
+		tests/unit/importer/test_matmul_nbits.py tests/component/test_genai_builder.py
 
 test-structured: install
 	MESH_KILLS=200 $(BIN)/python -m pytest -s tests/system/test_structured_output.py -k kills

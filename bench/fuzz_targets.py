@@ -209,7 +209,7 @@ def gguf() -> Target:
 
 def safetensors() -> Target:
     from mesh.errors import ModelError
-    from mesh.importer.sources.safetensors import SafetensorsCheckpoint
+    from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
 
     path = _file(".safetensors").with_name("model.safetensors")
 
@@ -225,7 +225,7 @@ def safetensors() -> Target:
 
 def index() -> Target:
     from mesh.errors import ModelError
-    from mesh.importer.sources.safetensors import SafetensorsCheckpoint
+    from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
 
     path = _file("").with_name("model.safetensors.index.json")
 

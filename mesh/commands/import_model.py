@@ -81,12 +81,12 @@ def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
     parameters = sum(block.parameters for block in manifest.blocks)
     stored = sum(block.weight_bytes for block in manifest.blocks)
     weights = manifest.weights
-    width = f"{weights.bits}-bit" + (f", groups of {weights.group_size}" if weights.group_size else "")
+    width = f"{weights.bits}-bit" + (f", groups of {weights.group_size}" if weights.group_size else "") + " weights"
     if weights.kept is not None:
-        width = f"the source's own {weights.kept}"
+        width = f"weights as the source has them ({weights.kept})"
     report = manifest.report
     print(f"{manifest.name} ({manifest.architecture}) in {out}, {format_seconds(seconds)}")
-    print(f"  {manifest.layers} layers, {format_count(parameters)} parameters, {format_bytes(stored)} of {width} weights")
+    print(f"  {manifest.layers} layers, {format_count(parameters)} parameters, {format_bytes(stored)} of {width}")
     print(f"  context {manifest.context_length:,} tokens, vocabulary {manifest.vocab_size:,}, {manifest.hidden.dtype} arithmetic")
     checked = f"  verified over {report['positions']} positions"
     if report.get("oracle_error") is not None:

@@ -174,7 +174,7 @@ class _Finder:
         return replace(inner, step=step.name)
 
     def _initializer(self, name: str) -> Stored | None:
-        known = (name in self._weights and name not in self._packed) or name in self._constants
+        known = name in self._weights or name in self._constants
         return Stored(name) if known and self._uses[name] == 1 else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -191,7 +191,7 @@ class _Finder:
             return numpy_type(node.attributes["to"])
         if node is not None:
             return self._type_of(node.inputs[1])
-        return np.dtype((self._weights.get(value, self._constants.get(value))).dtype)
+        return np.dtype((self._weights[value] if value in self._weights else self._constants[value]).dtype)
 
 
 _KNOWN = {

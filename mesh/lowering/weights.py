@@ -145,7 +145,7 @@ def _factors(
         return None
 
     def together(names: Sequence[str]) -> Any:
-        arrays = [read(name)[0] for name in names]
+        arrays = [stored if format_ is None else np.asarray(unpack(stored, format_)) for stored, format_ in map(read, names)]
         if arrays[0].size == 1:  # one for the whole weight, equal in all parts
             return _on_device(arrays[0].reshape(()))
         return _on_device(np.concatenate([array.T if array.ndim == 2 and not operand.turned else array for array in arrays]))

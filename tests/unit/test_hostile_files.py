@@ -27,6 +27,7 @@ from mesh.importer.sources import gguf as gguf_source
 from mesh.importer.sources import onnx as onnx_source
 from mesh.importer.sources import safetensors as safetensors_source
 from mesh.importer.sources.gguf_file import GgufCheckpoint
+from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
 from mesh.lowering.tensors import TensorReader
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ CONFIG = {
 
 def read_safetensors(path: Path) -> None:
     (path.parent / "model.safetensors").write_bytes(path.read_bytes())
-    checkpoint = safetensors_source.SafetensorsCheckpoint.open(path.parent)
+    checkpoint = SafetensorsCheckpoint.open(path.parent)
     for name in checkpoint:
         checkpoint.read(name)
 
@@ -267,7 +268,7 @@ def test_a_gguf_header_is_bounded_before_anything_is_made_of_it(name: str, tmp_p
 def test_a_safetensors_header_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{}")
     with little_memory(), pytest.raises(CorruptModel, match="are the most"):
-        safetensors_source.SafetensorsCheckpoint.open(tmp_path)
+        SafetensorsCheckpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("op", ["ConstantOfShape", "Expand", "Tile", "Range"])
@@ -464,7 +465,7 @@ def test_a_safetensors_index_names_only_files_beside_it(tmp_path: Path) -> None:
     for name in ("../secret.safetensors", "link.safetensors", str(tmp_path / "secret.safetensors"), "x\0y"):
         (directory / "model.safetensors.index.json").write_bytes(orjson.dumps({"weight_map": {"a": name}}))
         with pytest.raises(CorruptModel):
-            safetensors_source.SafetensorsCheckpoint.open(directory)
+            SafetensorsCheckpoint.open(directory)
 
 
 def test_a_snapshot_of_the_hugging_face_cache_is_read_through_its_links(tmp_path: Path) -> None:
@@ -473,12 +474,12 @@ def test_a_snapshot_of_the_hugging_face_cache_is_read_through_its_links(tmp_path
     blobs.mkdir()
     (blobs / "0f").write_bytes(save({"a": np.zeros(2, np.float32)}))
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs/0f"))
-    assert list(safetensors_source.SafetensorsCheckpoint.open(snapshot)) == ["a"]
+    assert list(SafetensorsCheckpoint.open(snapshot)) == ["a"]
     (tmp_path / "secret").write_bytes((blobs / "0f").read_bytes())
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(tmp_path / "secret")
     with pytest.raises(CorruptModel, match="outside"):
-        safetensors_source.SafetensorsCheckpoint.open(snapshot)
+        SafetensorsCheckpoint.open(snapshot)
 
 
 def test_a_part_of_a_gguf_file_cannot_be_a_link_out(tmp_path: Path) -> None:

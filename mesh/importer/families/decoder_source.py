@@ -20,7 +20,8 @@ __all__ = ["DecoderSource"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DecoderSource:
-    """`tokenizer` writes the tokenizer's files into a directory: see Source.write_tokenizer. `directory`: of a Hugging Face checkpoint."""
+    """`tokenizer` writes the tokenizer's files into a directory: see Source.write_tokenizer. `directory`: of a Hugging Face checkpoint.
+    `weights_note`: what the report says about its weights."""
 
     kind: Literal["safetensors", "gguf"]
     name: str
@@ -28,6 +29,12 @@ class DecoderSource:
     weights: DecoderWeights
     tokenizer: Callable[[Path], tuple[TokenizerInfo | None, tuple[FileInfo, ...]]]
     directory: Path | None = None
+    weights_note: Callable[[], str | None] = lambda: None
+
+    @property
+    def note(self) -> str | None:
+        """What the report says about the import."""
+        return "; ".join(filter(None, (self.spec.context_note, self.weights_note()))) or None
 
     @property
     def architecture(self) -> str:
@@ -51,7 +58,7 @@ class DecoderSource:
 
     @property
     def kept_weights(self) -> WeightsInfo | None:
-        return kept_weights(self.weights.layer(0))
+        return next(filter(None, (kept_weights(self.weights.layer(index)) for index in range(self.layers))), None)
 
     @property
     def cache(self) -> tuple[CacheInfo, ...]:
@@ -65,12 +72,15 @@ class DecoderSource:
 
 
 def kept_weights(layer: LayerWeights) -> WeightsInfo | None:
-    """How the quantized matrices of a layer are said to be stored: the nearest width, the group of the first, and the names of all."""
+    """How the quantized matrices of a layer are said to be stored: the nearest width, the group of the first, and the names of all. None
+    where it has none."""
     linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
     forms = [
         each.weight.form for each in linears if each is not None and isinstance(each.weight, SourceMatrix) and each.weight.form is not None
     ]
-    if not forms:
+    quantized = [form for form in forms if form.scaled]
+    if not quantized:
         return None
-    bits = sum(form.bits for form in forms) / len(forms)
-    return WeightsInfo(bits=4 if bits < 6 else 8, group_size=forms[0].group, kept=", ".join(dict.fromkeys(form.name for form in forms)))
+    bits = sum(form.bits for form in quantized) / len(quantized)
+    names = ", ".join(dict.fromkeys(form.name for form in forms))
+    return WeightsInfo(bits=4 if bits < 6 else 8, group_size=quantized[0].group or None, kept=names)

@@ -120,12 +120,12 @@ class LlamaWeights:
         self.tensors.checkpoint.release()
 
     def embed(self) -> EmbedWeights:
-        return EmbedWeights(self.tensors.tensor("embed_tokens.weight"))
+        return EmbedWeights(self.tensors.matrix("embed_tokens.weight"))
 
     def head(self) -> HeadWeights:
         norm = self.tensors.norm("norm", plus_one=self._plus_one)
         if self.tied:
-            return HeadWeights(Linear(self.tensors.tensor("embed_tokens.weight", lambda table: table.T)), norm)
+            return HeadWeights(Linear(self.tensors.matrix("embed_tokens.weight")), norm)
         return HeadWeights(self._head.linear("lm_head"), norm)
 
     def layer(self, index: int) -> LayerWeights:

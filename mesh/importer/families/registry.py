@@ -87,9 +87,6 @@ def open_decoder(config: Mapping[str, Any], path: str, checkpoint: Checkpoint, n
     family = FAMILIES.get(kind)
     if family is None:
         raise unknown(kind, path)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModel(f"{path}: the weights are quantized already ({method}): import the unquantized model, or a GGUF of it")
     if kind == "gemma3":
         outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
         config = {**(config.get("text_config") or {}), **outer}

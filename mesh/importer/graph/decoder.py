@@ -47,7 +47,8 @@ class Role(Enum):
 
 @dataclass(slots=True)
 class DecoderGraph:
-    """A graph after all passes. `nodes` is in topological order; `index` is a node's place in it. `path` is for messages."""
+    """A graph after all passes. `nodes` is in topological order; `index` is a node's place in it. `path` is for messages. `source_logits`:
+    what the source itself calls its logits, which a pass may have made anew."""
 
     path: Path
     model: ir.Model
@@ -56,6 +57,7 @@ class DecoderGraph:
     logits: ir.Value
     index: dict[ir.Node, int] = field(default_factory=dict)
     dependences: dict[ir.Value, Dependence] = field(default_factory=dict)
+    source_logits: str = ""
 
     def __post_init__(self) -> None:
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -94,11 +96,12 @@ class DecoderGraph:
 
 @dataclass(slots=True)
 class Draft:
-    """A decoder while the passes rewrite `model`. `roles` is empty until the pass that names the inputs has run."""
+    """A decoder while the passes rewrite `model`. `roles` and `source_logits` are empty until the pass that names the inputs has run."""
 
     path: Path
     model: ir.Model
     roles: dict[ir.Value, Role] = field(default_factory=dict)
+    source_logits: str = ""
 
     def analysed(self) -> DecoderGraph:
         """The graph as it is now, without unused nodes and in topological order.
@@ -115,7 +118,7 @@ class Draft:
             raise UnsupportedModel(
                 f"{self.path}: the output {logits.name!r} does not depend on the token ids: export the model with its lm head"
             )
-        return DecoderGraph(self.path, model, list(model.graph), dict(self.roles), logits)
+        return DecoderGraph(self.path, model, list(model.graph), dict(self.roles), logits, source_logits=self.source_logits)
 
 
 def producer(value: ir.Value) -> ir.Node:

@@ -35,6 +35,9 @@ def rewrite_contrib(draft: Draft) -> bool:
             replacements = rule(rewriter, node)
             for old, new in zip(node.outputs, replacements, strict=False):
                 if new is not None:
+                    new.shape = new.shape or old.shape  # a later rule may ask for the size of the last axis
+                    if new.dtype is None and old.dtype is not None:
+                        new.dtype = old.dtype
                     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             left = [output for output in node.outputs if output.uses()]
             if left:

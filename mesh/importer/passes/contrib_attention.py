@@ -59,10 +59,14 @@ def _group_query_attention(r: Rewriter, node: ir.Node) -> Result:
         raise refuse(node, "a smooth softmax or an attention sink")
     if attribute(node, "k_quant_type", "NONE") != "NONE" or attribute(node, "v_quant_type", "NONE") != "NONE":
         raise refuse(node, "a quantized cache")
+    if any(optional(node, place) is not None for place in range(12, len(node.inputs))):
+        raise refuse(node, "a norm of queries and keys, or another part, inside the attention (build the model for the CPU): it")
     query, key, value = input_of(node, 0), optional(node, 1), optional(node, 2)
     cos, sin = optional(node, 7), optional(node, 8)
+    width = _head_width(node, heads, kv_heads)
+    for past in (past_key, past_value):
+        _fix_width(past, width)
     if key is None or value is None:
-        width = _head_width(node, past_key)
         query, key, value = r.op(node, "Split", query, r.ints(heads * width, kv_heads * width, kv_heads * width), outputs=3, axis=-1)
     if attribute(node, "do_rotary", 0):
         if cos is None or sin is None:
@@ -71,7 +75,7 @@ def _group_query_attention(r: Rewriter, node: ir.Node) -> Result:
         positions = given if given is not None else r.positions()
         interleaved = bool(attribute(node, "rotary_interleaved", 0))
         half = cos.shape[-1] if cos.shape is not None else None
-        rotary = 2 * half if isinstance(half, int) and 2 * half != _head_width(node, past_key) else 0
+        rotary = 2 * half if isinstance(half, int) and 2 * half != width else 0
         query = _rotate(r, node, query, positions, cos, sin, heads, rotary, interleaved)
         key = _rotate(r, node, key, positions, cos, sin, kv_heads, rotary, interleaved)
     window = int(attribute(node, "local_window_size", -1))
@@ -96,11 +100,20 @@ def _group_query_attention(r: Rewriter, node: ir.Node) -> Result:
     return outputs
 
 
-def _head_width(node: ir.Node, past_key: ir.Value | None) -> int:
-    width = past_key.shape[-1] if past_key is not None and past_key.shape is not None else None
-    if not isinstance(width, int):
-        raise refuse(node, "a past key of unknown head size")
-    return width
+def _head_width(node: ir.Node, heads: int, kv_heads: int) -> int:
+    """The size of a head: the past key's last axis, or, where that has only a name, what the keys' or all projections' size says."""
+    key = optional(node, 1)
+    for value, count in ((optional(node, 3), 1), (key, kv_heads), (input_of(node, 0), heads if key is not None else heads + 2 * kv_heads)):
+        size = value.shape[-1] if value is not None and value.shape is not None else None
+        if isinstance(size, int) and size % count == 0:
+            return size // count
+    raise refuse(node, "a past key of unknown head size")
+
+
+def _fix_width(past: ir.Value | None, width: int) -> None:
+    """Say the size of a head in the shape of a past that has a name in its place."""
+    if past is not None and past.shape is not None and not isinstance(past.shape[-1], int):
+        past.shape = ir.Shape([*past.shape[:-1], width])
 
 
 def _multi_head_attention(r: Rewriter, node: ir.Node) -> Result:

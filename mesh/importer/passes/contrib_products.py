@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from mesh.importer.graph.decoder import attribute, input_of
-from mesh.importer.passes.contrib_rewriter import Result, Rewriter, Rule, optional, refuse
+from mesh.importer.graph.edit import new_constant
+from mesh.importer.passes.contrib_rewriter import Result, Rewriter, Rule, optional, refuse, stored
 from mesh.importer.passes.nbits import unpack_matmul_nbits, unpack_rows
 
 __all__ = ["PRODUCTS"]
@@ -34,22 +37,29 @@ def _matmul_nbits(r: Rewriter, node: ir.Node) -> Result:
     bits, block, rows, columns = (
         int(attribute(node, name, default)) for name, default in (("bits", 4), ("block_size", 32), ("K", 0), ("N", 0))
     )
-    if optional(node, 4) is not None:
-        raise refuse(node, "a group index (act-order quantization)")
-    if bits not in (4, 8):
+    if bits not in (2, 4, 8):
         raise refuse(node, f"a weight of {bits} bits")
-    codes, scales, zeros = (
-        value.const_value if value is not None else None for value in (input_of(node, 1), input_of(node, 2), optional(node, 3))
-    )
+    codes, scales = stored(input_of(node, 1)), stored(input_of(node, 2))
     if codes is None or scales is None:
         raise refuse(node, "a weight that is computed")
+    zeros = stored(optional(node, 3))
+    if zeros is None and optional(node, 3) is not None:
+        raise refuse(node, "a zero point that is computed")
     if zeros is not None and zeros.dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
         raise refuse(node, f"zero points of type {zeros.dtype}")
     groups = -(-rows // block)
-    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
-    name = str(input_of(node, 1).name)
+    dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
+    name, x = str(input_of(node, 1).name), input_of(node, 0)
+    order = _order(node, rows, block)
+    if order is not None:
+        x = r.one(node, "Gather", x, new_constant(r.graph, order.astype(np.int64)), axis=-1)
+
+    def unpacked() -> np.ndarray[Any, Any]:
+        values = unpack_matmul_nbits(codes.numpy(), bits, columns, rows)
+        return values if order is None else values[order]
+
     inputs = [
-        r.weight(name, lambda: unpack_matmul_nbits(codes.numpy(), bits, columns, rows), dtype, (rows, columns)),
+        r.weight(name, unpacked, dtype, (rows, columns)),
         r.weight(str(input_of(node, 2).name), lambda: scales.numpy().reshape(columns, groups).T, scales.dtype, (groups, columns)),
     ]
     if zeros is not None:
@@ -58,15 +68,31 @@ def _matmul_nbits(r: Rewriter, node: ir.Node) -> Result:
             r.weight(f"{name}.zero", lambda: unpack_matmul_nbits(packed.numpy(), bits, columns, groups), dtype, (groups, columns))
         )
     matrix = r.one(node, "DequantizeLinear", *inputs, axis=0, block_size=block)
-    product = r.one(node, "MatMul", input_of(node, 0), matrix)
+    product = r.one(node, "MatMul", x, matrix)
     bias = optional(node, 5)
     return [product if bias is None else r.one(node, "Add", product, bias)]
 
 
+def _order(node: ir.Node, rows: int, block: int) -> np.ndarray[Any, Any] | None:
+    """The inputs group by group, where a group index (act-order quantization) says that they are not so already."""
+    if optional(node, 4) is None:
+        return None
+    index = stored(optional(node, 4))
+    if index is None:
+        raise refuse(node, "a group index that is computed")
+    groups, wanted = index.numpy().reshape(-1), np.arange(rows) // block
+    order = np.argsort(groups, kind="stable")
+    if groups.shape != wanted.shape or not np.array_equal(groups[order], wanted):
+        raise refuse(node, "a group index with groups of unequal size")
+    return None if np.array_equal(groups, wanted) else order
+
+
 def _gather_block_quantized(r: Rewriter, node: ir.Node) -> Result:
     """Rows of a quantized table. Codes and scales are gathered first, so that only those rows are converted."""
-    codes, ids, scales, zeros = input_of(node, 0), input_of(node, 1), input_of(node, 2), optional(node, 3)
-    table, steps = codes.const_value, scales.const_value
+    codes, ids, scales, zeros = input_of(node, 0), input_of(node, 1), optional(node, 2), optional(node, 3)
+    if scales is None:
+        raise refuse(node, "a table without scales, which onnxruntime does not run either,")
+    table, steps = stored(codes), stored(scales)
     if table is None or steps is None:
         raise refuse(node, "a table that is computed")
     rank = len(table.shape)
@@ -77,7 +103,7 @@ def _gather_block_quantized(r: Rewriter, node: ir.Node) -> Result:
     height, groups = (int(n) for n in steps.shape.numpy())
     if bits not in (4, 8):
         raise refuse(node, f"a table of {bits} bits")
-    offset = zeros.const_value if zeros is not None else None
+    offset = stored(zeros)
     if zeros is not None and offset is None:
         raise refuse(node, "a zero point that is computed")
     width = int(table.shape.numpy()[1]) * (2 if table.dtype is ir.DataType.UINT8 and bits == 4 else 1)

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import Role
+from mesh.importer.graph.decoder import Role, constant
 from mesh.importer.graph.edit import insert, new_constant
 
-__all__ = ["Result", "Rewriter", "Rule", "optional", "refuse"]
+__all__ = ["Result", "Rewriter", "Rule", "optional", "refuse", "stored"]
 
 Result = Sequence[ir.Value | None]
 """The values that stand in place of an operator's outputs, in order. None: this output must not be used."""
@@ -65,6 +65,20 @@ class Rewriter:
 def optional(node: ir.Node, place: int) -> ir.Value | None:
     """Input number `place` of a node, None where it is left out."""
     return node.inputs[place] if place < len(node.inputs) else None
+
+
+def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The weight that `value` is, also in another shape: the embedding and the head of a model may be one weight. None: it is computed."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is None or node.op_type != "Reshape":
+        return value.const_value
+    data, shape = stored(node.inputs[0]), constant(node.inputs[1])
+    if data is None or shape is None or (shape < 1).any():
+        return None
+    sizes = [int(size) for size in shape]
+    return ir.LazyTensor(lambda: ir.tensor(data.numpy().reshape(sizes), dtype=data.dtype), dtype=data.dtype, shape=ir.Shape(sizes))
 
 
 def refuse(node: ir.Node, what: str) -> UnsupportedModel:

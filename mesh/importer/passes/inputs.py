@@ -25,7 +25,7 @@ def name_inputs(draft: Draft) -> bool:
     _refuse_windowed_cache(draft.path, draft.model)
     del draft.model.graph.outputs[:]
     draft.model.graph.outputs.append(logits)
-    draft.roles = _roles(draft.path, draft.model)
+    draft.roles, draft.source_logits = _roles(draft.path, draft.model), str(logits.name)
     return True
 
 

@@ -17,13 +17,13 @@ Array = npt.NDArray[Any]
 
 
 def unpack_matmul_nbits(packed: Array, bits: int, columns: int, rows: int) -> Array:
-    """Codes or zero points of MatMulNBits, packed by output column, as int4 or int8 [rows, columns].
+    """Codes or zero points of MatMulNBits, packed by output column, as int4 (also those of 2 bits) or int8 [rows, columns].
 
     packed: uint8 [columns, blocks, bytes], or [columns * bytes] for zero points; the low half of a byte comes first and a
     column is filled up to whole bytes.
     """
     codes = _unpack(np.ascontiguousarray(packed).view(np.uint8).reshape(columns, -1), bits)[:, :rows]
-    return codes.T.astype(ml_dtypes.int4 if bits == 4 else np.int8)
+    return codes.T.astype(np.int8 if bits == 8 else ml_dtypes.int4)
 
 
 def unpack_rows(table: Array, bits: int, width: int) -> Array:
@@ -39,8 +39,9 @@ def _unpack(packed: Array, bits: int) -> Array:
     """int8 codes [rows, n] around zero."""
     if bits == 8:
         return (packed.astype(np.int16) - 128).astype(np.int8)
-    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
-    codes[:, 0::2] = packed & 15
-    codes[:, 1::2] = packed >> 4
-    codes -= 8
+    each = 8 // bits
+    codes = np.empty((packed.shape[0], packed.shape[1] * each), np.int8)
+    for place in range(each):
+        codes[:, place::each] = packed >> (place * bits) & ((1 << bits) - 1)
+    codes -= 1 << (bits - 1)
     return codes

@@ -45,7 +45,7 @@ def kept(kind: int, blocks: Array) -> Kept:
     codes = np.ascontiguousarray(codes).reshape(rows, -1)
     if form.codes in (_INT4, _UINT4):
         codes = codes.astype(form.codes)
-    return Kept(form, codes, *(_factors(each, rows) for each in (scale, minimum)))
+    return Kept(form, codes, _factors(scale, rows), _factors(minimum, rows))
 
 
 def _factors(each: Any, rows: int) -> tuple[Array, Array | None] | None:

@@ -15,24 +15,26 @@ import onnx_ir as ir
 import orjson
 from onnx import TensorProto
 
+from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, AttentionPattern, find_attention
 from mesh.importer.analysis.cut import DataPath, find_cuts
 from mesh.importer.analysis.mask import MaskReader, ScoreRule
 from mesh.importer.analysis.positions import InputParts, context_limit
-from mesh.importer.graph.decoder import DecoderGraph
+from mesh.importer.graph.decoder import DecoderGraph, attribute, input_of
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import GraphProbe
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx_file import load
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder
 from mesh.importer.write.emit import Emitter, Part
-from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, block_name
-from mesh.types import Progress
+from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, WeightsInfo, block_name
+from mesh.types import DType, Progress
 
 __all__ = ["OnnxSource", "open_source"]
 
 DEFAULT_CONTEXT = 4096  # for a graph that has no table of positions and no config.json beside it
+_CODE_BITS: dict[ir.DataType | None, int] = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx", "context_length")
 
 
@@ -93,12 +95,24 @@ class OnnxSource:
         return str(found) if isinstance(found, str) else "onnx"
 
     @property
+    def arithmetic(self) -> DType:
+        """The type of the source's own arithmetic; what has more bits than float32 counts as that."""
+        return next((name for name, dtype in NUMPY_DTYPES.items() if dtype == self._type), "float32")
+
+    @property
     def layers(self) -> int:
         return len(self.patterns)
 
     @property
-    def kept_weights(self) -> None:
-        """Weights of an export are re-emitted as its graph has them; none is a tensor that is kept or not."""
+    def kept_weights(self) -> WeightsInfo | None:
+        """Weights that an export has quantized are re-emitted as its graph has them."""
+        found = [node for node in self.graph.nodes if node.op_type == "DequantizeLinear" and input_of(node, 0).dtype in _CODE_BITS]
+        if not found:
+            return None
+        bits = [_CODE_BITS[code] for node in found if (code := input_of(node, 0).dtype) is not None]
+        group = int(attribute(found[0], "block_size", 0))
+        names = ", ".join(f"{each} bits" for each in sorted(set(bits)))
+        return WeightsInfo(bits=4 if sum(bits) < 6 * len(bits) else 8, group_size=group or None, kept=names)
 
     @property
     def cache(self) -> tuple[CacheInfo, ...]:

@@ -9,7 +9,7 @@ from mesh.errors import CorruptModel
 from mesh.importer.families.rotary import shorter_context
 from mesh.importer.sources.onnx import OnnxSource
 from mesh.importer.sources.onnx_file import in_one_form
-from mesh.importer.sources.safetensors import SafetensorsCheckpoint
+from mesh.importer.sources.quantized import open_checkpoint
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 from mesh.importer.trace.export import export
 from mesh.importer.trace.library import versions
@@ -23,7 +23,7 @@ __all__ = ["TracedSource", "open_source"]
 
 def open_source(directory: Path, trust_remote_code: bool = False, progress: Progress = no_progress) -> TracedSource:
     """Trace the model of `directory`; reads only the headers of its weights. Errors: CorruptModel, UnsupportedModel."""
-    checkpoint = SafetensorsCheckpoint.open(directory)
+    checkpoint = open_checkpoint(directory)
     library = versions()
     progress(f"build it with transformers {library['transformers']}", 0, 3)
     model = open_model(directory, trust_remote_code)

@@ -45,7 +45,7 @@ class TracedModel:
 
 def open_model(directory: Path, trust_remote_code: bool = False) -> TracedModel:
     """The model of `directory`. UnsupportedModel: transformers does not know it, or it is no decoder with a cache of positions."""
-    config = _config(directory, trust_remote_code)
+    config = _unquantized(_config(directory, trust_remote_code))
     text = config.get_text_config(decoder=True)
     _refuse_by_config(directory, config, text)
     torch, _ = torch_and_transformers()
@@ -76,6 +76,14 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
         raise CorruptModel(f"{path} is refused by transformers ({type(error).__name__}: {text[:300]})") from None
 
 
+def _unquantized(config: Any) -> Any:
+    """The configuration of the same model with weights of numbers, which mesh/importer/sources/quantized.py reads."""
+    for each in (config, config.get_text_config(decoder=True)):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
+    return config
+
+
 CHANGING = ("longrope", "dynamic")
 
 
@@ -101,11 +109,6 @@ def _fix_rotary(module: Any) -> None:
 
 def _refuse_by_config(directory: Path, config: Any, text: Any) -> None:
     path, kind = directory / "config.json", config.model_type
-    if getattr(config, "quantization_config", None):
-        method = (
-            dict(config.quantization_config).get("quant_method", "unknown") if isinstance(config.quantization_config, dict) else "unknown"
-        )
-        raise UnsupportedModel(f"{path}: the weights are quantized already ({method}): import the unquantized model, or a GGUF of it")
     architectures = " ".join(config.architectures or ())
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in architectures:
         raise UnsupportedModel(f"{path}: {kind} is an encoder with a decoder: only decoders alone are served")

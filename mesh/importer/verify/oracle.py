@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from mesh.errors import ConfigError, CorruptModel, UnsupportedModel
 
 __all__ = ["OrtBlock", "OrtParts", "OrtSource", "open_oracle", "session"]
 
 Array = npt.NDArray[Any]
+Roles = Mapping[str, tuple[str, int | None]]
+"""By the name of a graph's input: input_ids, attention_mask, position_ids, cache_position, token_type_ids or past; and the last axis of a
+past, where it is known."""
 
 
 def session(model: Path | bytes, *, data: Path | None = None) -> Any:
@@ -80,14 +84,14 @@ class OrtBlock:
 class OrtSource:
     """An exported decoder in stock onnxruntime, one row, its own cache if it has one."""
 
-    def __init__(self, file: Path, roles: dict[str, str], logits: str) -> None:
-        """`roles`: graph input name -> input_ids, attention_mask, position_ids, cache_position, token_type_ids or past."""
-        self._session = session(file)
+    def __init__(self, file: Path, roles: Roles, logits: str) -> None:
+        model = _with_whole_caches(file)
+        self._session = session(model, data=file.parent if isinstance(model, bytes) else None)
         self._logits = logits
         self._roles = roles
         self._inputs = self._session.get_inputs()
         self._outputs = [item.name for item in self._session.get_outputs()]
-        self.has_past = "past" in roles.values()
+        self.has_past = any(role == "past" for role, _ in roles.values())
 
     def logits(self, tokens: Array) -> Array:
         """The whole sequence at once, no past: tokens [T] -> [T, V] float32."""
@@ -105,13 +109,22 @@ class OrtSource:
         return _feed(self._inputs, self._roles, tokens)
 
 
+def _with_whole_caches(file: Path) -> Path | bytes:
+    """The model with caches that keep every position: one of a window alone cannot be run without a past. It computes the same."""
+    model = onnx.load(str(file), load_external_data=False)
+    windowed = [(node, each) for node in model.graph.node for each in node.attribute if each.name == "sliding_window_cache"]
+    for node, each in windowed:
+        node.attribute.remove(each)
+    return model.SerializeToString() if windowed else file
+
+
 class OrtParts:
     """A source cut where its blocks are cut, each part run alone. Used if the source is too large to run whole, and to name a layer.
 
     `parts[i]` makes part i: a model as bytes, its hidden input (None for the first) and its output.
     """
 
-    def __init__(self, parts: Sequence[Callable[[], tuple[bytes, str | None, str]]], roles: dict[str, str], data: Path) -> None:
+    def __init__(self, parts: Sequence[Callable[[], tuple[bytes, str | None, str]]], roles: Roles, data: Path) -> None:
         self._parts = parts
         self._roles = roles
         self._data = data
@@ -129,12 +142,12 @@ class OrtParts:
         return results
 
 
-def _feed(inputs: Sequence[Any], roles: dict[str, str], tokens: Array) -> dict[str, Array]:
+def _feed(inputs: Sequence[Any], roles: Roles, tokens: Array) -> dict[str, Array]:
     """The inputs of a source for a whole sequence of one row without a past."""
     length = len(tokens)
     feed = {}
     for item in inputs:
-        role = roles.get(item.name)
+        role, width = roles.get(item.name, (None, None))
         dtype = _ORT_TYPES.get(item.type)
         if role is None and item.name in _SWITCHES and dtype is not None:
             feed[item.name] = np.full([dim if isinstance(dim, int) else 1 for dim in item.shape], _SWITCHES[item.name], dtype)
@@ -143,6 +156,7 @@ def _feed(inputs: Sequence[Any], roles: dict[str, str], tokens: Array) -> dict[s
             raise UnsupportedModel(f"input {item.name} of the source ({item.type}) is of no known use")
         if role == "past":
             shape = [dim if isinstance(dim, int) else 1 if axis == 0 else 0 for axis, dim in enumerate(item.shape)]
+            shape[-1] = width or shape[-1]
             feed[item.name] = np.zeros(shape, dtype)
             continue
         value = {
@@ -158,7 +172,7 @@ def _feed(inputs: Sequence[Any], roles: dict[str, str], tokens: Array) -> dict[s
     return feed
 
 
-def open_oracle(file: Path, roles: dict[str, str], logits: str) -> OrtSource:
+def open_oracle(file: Path, roles: Roles, logits: str) -> OrtSource:
     """OrtSource, CorruptModel if onnxruntime refuses the file."""
     try:
         return OrtSource(file, roles, logits)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from mesh.errors import CorruptModel, MeshError
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.sources.onnx import OnnxSource
-from mesh.importer.sources.safetensors import SafetensorsCheckpoint
+from mesh.importer.sources.quantized import open_checkpoint
 from mesh.importer.sources.source import Source
 from mesh.importer.sources.traced import TracedSource
 from mesh.importer.trace.library import available
@@ -37,14 +38,14 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
         return _transformers(source, source.file.parent, source.model, source.parameters), notes
     if isinstance(source, OnnxSource):
         return _onnxruntime(source), {}
-    note = source.spec.context_note if isinstance(source, DecoderSource) else None
+    note = source.note if isinstance(source, DecoderSource) else None
     notes = {} if note is None else {"note": note}
     if isinstance(source, DecoderSource) and source.directory is not None and available():
         try:
             model = open_model(source.directory)
         except MeshError as error:
             return NOTHING, {**notes, "not_compared": str(error)}
-        checkpoint = SafetensorsCheckpoint.open(source.directory)
+        checkpoint = open_checkpoint(source.directory)
         return _transformers(source, source.directory, model, Parameters(model, checkpoint, checkpoint.read)), notes
     return NOTHING, notes
 
@@ -67,14 +68,19 @@ def _unscaled(source: Source) -> bool:
     return not isinstance(source, OnnxSource) or all(pattern.k.scale == 1.0 for pattern in source.patterns)
 
 
+def _width(value: ir.Value) -> int | None:
+    last = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return last if isinstance(last, int) else None
+
+
 def _onnxruntime(source: OnnxSource) -> Outside:
     """The whole of an export where it is small enough, and its parts one at a time."""
     size = sum(file.stat().st_size for file in source.file.parent.glob("*") if file.is_file())
-    roles = {str(value.name): role.value for value, role in source.graph.roles.items()}
+    roles = {str(value.name): (role.value, _width(value)) for value, role in source.graph.roles.items()}
     parts = OrtParts([partial(source.part, index) for index in range(source.layers + 2)], roles, source.file.parent)
     if size > WHOLE_SOURCE_BYTES:
-        return Outside("onnxruntime", parts=parts)
-    oracle = open_oracle(source.file, roles, str(source.graph.logits.name))
+        return Outside("onnxruntime", parts=parts, dtype=source.arithmetic)
+    oracle = open_oracle(source.file, roles, source.graph.source_logits)
 
     def logits(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         try:
@@ -82,4 +88,4 @@ def _onnxruntime(source: OnnxSource) -> Outside:
         except Exception as error:  # onnxruntime's own exceptions
             raise CorruptModel(f"{source.file} does not run in onnxruntime: {str(error).splitlines()[0]}") from None
 
-    return Outside("onnxruntime", greedy=logits, parts=parts)
+    return Outside("onnxruntime", greedy=logits, parts=parts, dtype=source.arithmetic)

@@ -28,7 +28,7 @@ from mesh.model.manifest import CacheInfo, Manifest, block_name
 from mesh.runtime.loading import load_block
 from mesh.runtime.programs import Compiled
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.types import LayerRange, Progress, no_progress
+from mesh.types import DType, LayerRange, Progress, no_progress
 
 __all__ = ["GREEDY_STEPS", "MadeUpCache", "Outside", "Reference", "runtime_logits", "verify"]
 
@@ -42,7 +42,8 @@ class Outside:
     """What runs the source itself, in an engine of its own.
 
     greedy: fast enough to be run token by token. rows: the logits of whole sequences, where it is slow. parts: the source part by part.
-    late: the logits of tokens [T] after made-up keys and values, which is how a late position is reached at once.
+    late: the logits of tokens [T] after made-up keys and values, which is how a late position is reached at once. dtype: the type of its
+    arithmetic, to which its logits are right.
     """
 
     engine: str
@@ -50,6 +51,7 @@ class Outside:
     rows: Reference | None = None
     parts: OrtParts | None = None
     late: Callable[[Array, MadeUpCache], Array] | None = None
+    dtype: DType = "float32"
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,15 @@ def verify(
         "oracle": "onnxruntime" if oracle_runs else None,
         "oracle_error": worst if oracle_runs else None,
     }
-    allowed = max(tolerance, STORED_TOLERANCE[manifest.weights.bits])
+    stored = 0.0 if manifest.weights.kept else STORED_TOLERANCE[manifest.weights.bits]
+    allowed = max(tolerance, stored, TOLERANCE[outside.dtype])
     whole = reference or outside.rows
     if whole is not None or parts is not None:
         progress(f"compare with {outside.engine}", len(groups), len(groups) + 1)
         expected = [whole(tokens) for tokens in sequences.tokens[:-1]] if whole is not None else _source(parts, manifest, sequences)
         report["source_engine"] = outside.engine
         try:
-            report |= _against_source(manifest, sequences, logits, [*expected, expected[0]], allowed)
+            report |= _against_source(manifest, sequences, logits, [*expected, expected[0]], allowed, outside.dtype)
         except VerificationFailed as error:
             if parts is None:
                 raise
@@ -354,7 +357,8 @@ def _first_layer_of_source(
     tokens = _distinct(sequences.tokens)
     rows = parts.run(0, tokens, tokens)
     for layer in range(manifest.layers):
-        ours = [_oracle_block(directory, manifest, block_name(layer), row) for row in rows]
+        given = [row.astype(jnp.dtype(manifest.hidden.dtype)) for row in rows]
+        ours = [_oracle_block(directory, manifest, block_name(layer), row) for row in given]
         rows = parts.run(layer + 1, tokens, rows)
         error = _error(ours, rows)
         if not error <= tolerance:
@@ -363,7 +367,7 @@ def _first_layer_of_source(
 
 
 def _against_source(
-    manifest: Manifest, sequences: Sequences, logits: list[Array], expected: list[Array], tolerance: float
+    manifest: Manifest, sequences: Sequences, logits: list[Array], expected: list[Array], tolerance: float, dtype: DType
 ) -> dict[str, Any]:
     error = _error(logits, expected)
     same = total = 0
@@ -371,10 +375,10 @@ def _against_source(
         got, want = got[prompt - 1 :], want[prompt - 1 :]
         margin = np.take_along_axis(want, want.argmax(-1)[:, None], -1) - np.take_along_axis(want, got.argmax(-1)[:, None], -1)
         # Two tokens that differ by less than rounding are a tie: in the source too, rounding decides between them.
-        tie = margin[:, 0] <= TOLERANCE[manifest.hidden.dtype] * np.abs(want).max(-1)
+        tie = margin[:, 0] <= max(TOLERANCE[manifest.hidden.dtype], TOLERANCE[dtype]) * np.abs(want).max(-1)
         same += int(((got.argmax(-1) == want.argmax(-1)) | tie).sum())
         total += len(got)
-    exact = manifest.weights.bits == 32 and manifest.hidden.dtype == "float32"
+    exact = (manifest.weights.bits == 32 or manifest.weights.kept is not None) and manifest.hidden.dtype == dtype == "float32"
     if not error <= tolerance:
         raise _failed("the logits differ from the source's", None, error, tolerance)
     if exact and same != total:

@@ -8,6 +8,7 @@ BlockWriter       streams a block to NAME.onnx and NAME.onnx.data, one tensor in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,9 @@ class GraphBuilder:
 
     def linear(self, x: str, name: str, weight: WeightValue, bias: WeightValue | None = None, *, out: str | None = None) -> str:
         """x [..., in] @ weight [in, out] + bias [out], the weight stored as the options say."""
+        own = self._own(weight)
+        if own is not None and own[0].order is not None:
+            x = self.op("Gather", x, self.weight(f"{name}.order", Weight(as_callable(own[0].order), counted=False)), axis=-1)
         if bias is None:
             return self.op("MatMul", x, self.matrix(name, weight), out=out)
         product = self.op("MatMul", x, self.matrix(name, weight))
@@ -98,8 +102,9 @@ class GraphBuilder:
     def matrix(self, name: str, weight: WeightValue, *, experts: bool = False) -> str:
         """A MatMul weight [in, out], or [experts, in, out], stored as the options say; returns its value in the compute type."""
         options, produce = self.options, as_callable(weight)
-        if options.keep and isinstance(weight, SourceMatrix) and weight.form is not None and weight.keep is not None:
-            return self._kept(name, weight.form, weight.keep)
+        own = self._own(weight)
+        if own is not None:
+            return self._kept(name, *own)
         if options.bits == 32:
             return self.parameter(f"{name}.weight", weight)
         if options.bits == 16:
@@ -122,8 +127,9 @@ class GraphBuilder:
         """
         options = self.options
         if isinstance(table, SourceMatrix):
-            if options.keep and table.form is not None and table.keep is not None:
-                return self._kept_rows(ids, name, table.form, table.keep, out)
+            own = self._own(table)
+            if own is not None and own[0].has_rows:
+                return self._kept_rows(ids, name, *own, out)
             table = table.read
         produce = as_callable(table)
         if options.bits == 32 or (options.bits == 16 and options.dtype != "float32"):
@@ -136,12 +142,22 @@ class GraphBuilder:
         scale = self.op("Gather", self.weight(f"{name}.scale", lambda: quantized.get()[1]), ids)
         return self.op("Mul", self.op("Cast", codes, to=self._type(None)), scale, out=out)
 
+    def _own(self, weight: WeightValue) -> tuple[KeptForm, Callable[[], Kept]] | None:
+        """How the source quantized the weight, and what reads it so, if that is to be kept."""
+        if not self.options.keep or not isinstance(weight, SourceMatrix) or weight.form is None or weight.keep is None:
+            return None
+        return weight.form, weight.keep
+
     def _kept(self, name: str, form: KeptForm, keep: Callable[[], Kept]) -> str:
         """A MatMul weight as its source has quantized it, stored [out, in]; returns its value [in, out]."""
-        codes, scale, minimum = self._stored(name, form, keep)
-        values = self.op("DequantizeLinear", codes, self._factors(form, *scale), axis=1, block_size=form.group)
-        if minimum is not None:
-            lifted = self.op("Unsqueeze", self._factors(form, *minimum), self.const([2]))
+        stored = self._stored(name, form, keep)
+        if stored.scale is None:
+            return self.op("Transpose", self.op("Cast", stored.codes, to=TensorProto.FLOAT), perm=[1, 0])
+        zero = [] if stored.zero is None else [stored.zero]
+        axis, group = (1, form.group) if form.group else (0, None)
+        values = self.op("DequantizeLinear", stored.codes, self._factors(form, *stored.scale), *zero, axis=axis, block_size=group)
+        if stored.minimum is not None:
+            lifted = self.op("Unsqueeze", self._factors(form, *stored.minimum), self.const([2]))
             grouped = self.op("Reshape", values, self.const([0, -1, form.group]))
             shifted = self.op("Add" if form.minimum == "add" else "Sub", grouped, lifted)
             values = self.op("Reshape", shifted, self.const([0, -1]))
@@ -149,7 +165,11 @@ class GraphBuilder:
 
     def _kept_rows(self, ids: str, name: str, form: KeptForm, keep: Callable[[], Kept], out: str | None) -> str:
         """Rows `ids` of a table as its source has quantized it. Its codes are bytes: Gather has no smaller ones everywhere."""
-        codes, scale, minimum = self._stored(name, form, keep, codes=np.dtype(np.int8 if form.codes.name.startswith("int") else np.uint8))
+        if not form.scaled:
+            taken = self.op("Gather", self._stored(name, form, keep).codes, ids)
+            return self.op("Cast", taken, to=TensorProto.FLOAT, out=out)
+        stored = self._stored(name, form, keep, codes=np.dtype(np.int8 if form.codes.name.startswith("int") else np.uint8))
+        assert stored.scale is not None
 
         def rows(each: str, last: int) -> str:
             taken = self.op("Cast", self.op("Gather", each, ids), to=TensorProto.FLOAT)
@@ -160,17 +180,15 @@ class GraphBuilder:
                 return rows(data, 1)
             return self.op("Reshape", self.op("Mul", rows(data, form.each), rows(step, 1)), self.const([0, 0, -1, 1]))
 
-        values = self.op("Mul", rows(codes, form.group), factors(*scale))
-        if minimum is not None:
-            values = self.op("Add" if form.minimum == "add" else "Sub", values, factors(*minimum))
+        values = self.op("Mul", rows(stored.codes, form.group), factors(*stored.scale))
+        if stored.minimum is not None:
+            values = self.op("Add" if form.minimum == "add" else "Sub", values, factors(*stored.minimum))
         return self.op("Reshape", values, self.const([0, 0, -1]), out=out)
 
-    def _stored(
-        self, name: str, form: KeptForm, keep: Callable[[], Kept], codes: np.dtype[Any] | None = None
-    ) -> tuple[str, tuple[str, str | None], tuple[str, str | None] | None]:
-        """The weights of a kept tensor: its codes, and data and step of its scale and its minimum. It is read once for all of them."""
+    def _stored(self, name: str, form: KeptForm, keep: Callable[[], Kept], codes: np.dtype[Any] | None = None) -> _Stored:
+        """The weights of a kept tensor. It is read once for all of them."""
         steps = 1 if form.each is None else 2
-        source = _Once(keep, uses=1 + steps * (1 if form.minimum is None else 2))
+        source = _Once(keep, uses=1 + steps * ((1 if form.scaled else 0) + (0 if form.minimum is None else 1)) + (1 if form.zero else 0))
         self.kept.append(form)
 
         def factors(what: str) -> tuple[str, str | None]:
@@ -179,8 +197,12 @@ class GraphBuilder:
                 return data, None
             return data, self.weight(f"{name}.{what}_step", Weight(lambda: getattr(source.get(), what)[1], counted=False))
 
-        stored = self.weight(f"{name}.weight", Weight(lambda: source.get().codes, codes, counted=True))
-        return stored, factors("scale"), None if form.minimum is None else factors("minimum")
+        return _Stored(
+            codes=self.weight(f"{name}.weight", Weight(lambda: source.get().codes, codes, counted=True)),
+            scale=factors("scale") if form.scaled else None,
+            minimum=None if form.minimum is None else factors("minimum"),
+            zero=self.weight(f"{name}.zero", Weight(lambda: source.get().zero, counted=False)) if form.zero else None,
+        )
 
     def _factors(self, form: KeptForm, data: str, step: str | None) -> str:
         """Numbers of groups [out, groups] as float32."""
@@ -250,6 +272,16 @@ def cache_slots(builder: GraphBuilder, position_ids: str, past_key: str) -> tupl
     length = builder.op("Squeeze", builder.op("Shape", past_key, start=2, end=3), builder.const([0]))
     slots = builder.op("Range", builder.const(0), length, builder.const(1))
     return slots, builder.op("Unsqueeze", position_ids, builder.const([1, 3]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The names of a kept tensor's weights; of a scale and a minimum also that of their step, where they have one."""
+
+    codes: str
+    scale: tuple[str, str | None] | None
+    minimum: tuple[str, str | None] | None
+    zero: str | None
 
 
 class _Once:

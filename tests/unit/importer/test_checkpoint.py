@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from mesh.importer.sources.safetensors import INDEX, SINGLE, SafetensorsCheckpoint
+from mesh.importer.sources.safetensors_file import INDEX, SINGLE, SafetensorsCheckpoint
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])

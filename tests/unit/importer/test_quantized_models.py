@@ -1,0 +1,114 @@
+"""Hugging Face directories whose weights are quantized import as they are, and compute what transformers computes with the numbers that
+their codes stand for."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ort_chain import Chain, relative_error
+from tiny_models import LLAMA, logits_of, make_model
+
+from mesh.errors import UnsupportedModel
+from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
+from mesh.model.manifest import Manifest
+
+torch = pytest.importorskip("torch", reason="the checkpoints are made with torch (the fixtures extra)")
+
+from quantized_checkpoints import (  # noqa: E402
+    Quantize,
+    awq,
+    compressed,
+    fp8,
+    gptq,
+    packed_integers,
+    plain_integers,
+    scheme,
+    write_quantized,
+)
+
+LONG = pytest.mark.skipif(not os.environ.get("MESH_TEST_QUANTIZED"), reason="takes minutes with its like: make test-quantized")
+TINY = {**LLAMA, "num_hidden_layers": 2, "intermediate_size": 128}
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    quantize: Quantize
+    config: dict[str, Any]
+    kept: str
+    values: dict[str, Any]
+    note: str = ""
+
+
+def of_int8(activations: bool) -> dict[str, Any]:
+    each = scheme(8, "int", "channel")
+    if activations:
+        each["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    return compressed("int-quantized", each)
+
+
+ROUNDS = "activations are not rounded"
+CASES = {
+    "gptq in its own order": Case(
+        "Llama",
+        gptq(4, 32, symmetric=False, shuffled=True),
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False},
+        "GPTQ of 4 bits",
+        {},
+    ),
+    "awq with biases": Case("Qwen2", awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ of 4 bits", {}),
+    "int8 and a tied head": Case("Llama", plain_integers(-1), of_int8(True), "int8", {"tie_word_embeddings": True}, ROUNDS),
+    "int4 in fused projections": Case(
+        "Phi3", packed_integers(4, 32, symmetric=True), compressed("pack-quantized", scheme(4, "int", "group", group_size=32)), "int4", {}
+    ),
+    "blocks of fp8": Case(
+        "Qwen3", fp8((16, 32), "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [16, 32]}, "fp8", {"head_dim": 16}, ROUNDS
+    ),
+}
+
+
+def total(directory: Path, files: str) -> int:
+    return sum(file.stat().st_size for file in directory.glob(files))
+
+
+@pytest.mark.parametrize("name", [each if index < 1 else pytest.param(each, marks=LONG) for index, each in enumerate(CASES)])
+def test_a_quantized_model_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    model = make_model(case.kind, {**TINY, **case.values})
+    write_quantized(tmp_path / "source", model, case.quantize, case.config)
+    manifest = import_model(tmp_path / "source", tmp_path / "model")
+    report = manifest.report
+    assert report["source_engine"].startswith("transformers") and report["source_error"] < 1e-4 and report["source_greedy_equal"] == 1.0
+    assert manifest.weights.kept == case.kept and case.note in report.get("note", case.note)
+    assert Manifest.load(tmp_path / "model").weights == manifest.weights
+    prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 23).tolist()
+    chain = Chain(tmp_path / "model", manifest.cache)
+    got = np.concatenate([chain(prompt[:9]), chain(prompt[9:])])
+    assert relative_error(got, logits_of(model, prompt)) < 1e-4
+    if not case.values.get("tie_word_embeddings"):  # a table that is the head too is stored in both blocks
+        assert total(tmp_path / "model", "*.data") < 1.1 * total(tmp_path / "source", "*.safetensors")
+
+
+@LONG
+def test_another_width_is_made_of_the_numbers_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    model = make_model("Llama", TINY)
+    write_quantized(tmp_path / "source", model, gptq(4, 32, symmetric=True), CASES["gptq in its own order"].config)
+    manifest = import_model(tmp_path / "source", tmp_path / "model", ImportOptions(bits=8))
+    assert manifest.weights.kept is None and manifest.weights.bits == 8
+    assert manifest.report["source_greedy_equal"] > 0.8
+
+
+def test_a_quantization_that_is_not_supported_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    make_model("Llama", TINY, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(UnsupportedModel, match=r"quantized by bitsandbytes are not supported .*: import the unquantized model, or a GGUF"):
+        import_model(tmp_path / "source", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
