@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
+from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel, cache_shapes
 from mesh.importer.trace.weights import Parameters
@@ -35,9 +38,9 @@ def export(model: TracedModel, parameters: Parameters) -> ir.Model:
     two, four = {0: dim, 1: dim}, {0: dim, 2: dim}
     pairs = [f"{layer}.{which}" for layer in range(len(shapes)) for which in ("key", "value")]
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), _numbers_kept(), caches_of(model.module) as new_cache:
             program = torch.onnx.export(
-                _wrapper(model.module),
+                _wrapper(model.module, new_cache),
                 (ids, mask, positions, past),
                 None,
                 dynamo=True,
@@ -56,8 +59,25 @@ def export(model: TracedModel, parameters: Parameters) -> ir.Model:
     return graph
 
 
-def _wrapper(module: Any) -> Any:
-    torch, transformers = torch_and_transformers()
+@contextmanager
+def _numbers_kept() -> Iterator[None]:
+    """A number that becomes a tensor keeps its value, although the device of everything around it holds none."""
+    torch, _ = torch_and_transformers()
+    tensor = torch.tensor
+
+    def kept(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        alone = isinstance(data, bool | int | float)
+        return tensor(data, *args, device=None if alone else device, **kwargs)
+
+    torch.tensor = kept
+    try:
+        yield
+    finally:
+        torch.tensor = tensor
+
+
+def _wrapper(module: Any, new_cache: Callable[[Iterable[Any]], Any]) -> Any:
+    torch, _ = torch_and_transformers()
     takes = inspect.signature(module.forward).parameters
 
     base: Any = torch.nn.Module
@@ -68,7 +88,7 @@ def _wrapper(module: Any) -> Any:
             self.model = module
 
         def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
-            cache = transformers.DynamicCache(ddp_cache_data=[(key, value) for key, value in past])
+            cache = new_cache((key, value) for key, value in past)
             given = {"position_ids": position_ids} if "position_ids" in takes else {}
             out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
             return out.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 
 __all__ = ["TracedModel", "cache_shapes", "open_model"]
@@ -183,10 +184,11 @@ def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
     """(heads, key width, value width) of each layer's cache, from a run without numbers."""
     torch, transformers = torch_and_transformers()
     path, kind = model.directory / "config.json", model.kind
-    cache = transformers.DynamicCache()
     try:
-        with torch.device("meta"), torch.no_grad(), quiet():
-            model.module(input_ids=torch.ones(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
+        with torch.device("meta"), torch.no_grad(), quiet(), caches_of(model.module) as new_cache:
+            cache = new_cache(())
+            ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+            model.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     except Exception as error:
         raise UnsupportedModel(f"{path}: {kind} does not run on token ids and a cache ({_first(error)})") from None
     if not cache.layers:

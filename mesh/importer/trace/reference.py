@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
 from mesh.importer.trace.weights import Parameters
@@ -42,10 +43,10 @@ class TransformersReference:
 
     def late(self, tokens: Array, past: Past) -> Array:
         """tokens [T] after `past.start` positions whose keys and values are made up -> [T, V] float32."""
-        _, transformers = torch_and_transformers()
-        cache = transformers.DynamicCache()
-        cache.layers = [_late_layer(past, index) for index in range(len(past.cache))]
-        return self._run(tokens, cache, past.start)
+        with caches_of(self._model) as new_cache:
+            cache = new_cache(())
+            cache.layers = [_late_layer(past, index) for index in range(len(past.cache))]
+            return self._run(tokens, cache, past.start)
 
     def _run(self, tokens: Array, cache: Any, start: int) -> Array:
         torch, transformers = torch_and_transformers()

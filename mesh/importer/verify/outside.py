@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mesh.errors import CorruptModel, MeshError
+from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.sources.onnx import OnnxSource
 from mesh.importer.sources.quantized import open_checkpoint
@@ -43,10 +43,10 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
     if isinstance(source, DecoderSource) and source.directory is not None and available():
         try:
             model = open_model(source.directory)
-        except MeshError as error:
+            checkpoint = open_checkpoint(source.directory)
+            return _transformers(source, source.directory, model, Parameters(model, checkpoint, checkpoint.read)), notes
+        except UnsupportedModel as error:
             return NOTHING, {**notes, "not_compared": str(error)}
-        checkpoint = open_checkpoint(source.directory)
-        return _transformers(source, source.directory, model, Parameters(model, checkpoint, checkpoint.read)), notes
     return NOTHING, notes
 
 

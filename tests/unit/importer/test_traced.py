@@ -34,6 +34,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LLAMA, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
         | {"shared_expert_intermediate_size": 40},
     ),
+    "latents in the cache": (
+        "DeepseekV3",
+        {**LLAMA, "num_hidden_layers": 2, "num_key_value_heads": LLAMA["num_attention_heads"], "q_lora_rank": 24, "kv_lora_rank": 16}
+        | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
+    ),
 }
 
 
