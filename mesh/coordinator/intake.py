@@ -22,7 +22,7 @@ from mesh.coordinator.continuity import Continuity
 from mesh.coordinator.core.events import CancelSession, Result, Suspicion
 from mesh.coordinator.core.machine import Core
 from mesh.coordinator.driver import CoreDriver
-from mesh.coordinator.jobs import Jobs
+from mesh.coordinator.jobs import EndedAnswer, Jobs
 from mesh.coordinator.measure import StepMeter
 from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.records import digest_of, new_epoch
@@ -157,14 +157,10 @@ class Intake:
         job = self._jobs.table.get(id)
         if answer is None and job is None:
             return False
-        if digest != (answer[0] if answer is not None else job.digest if job is not None else ""):
+        if digest != (answer.digest if answer is not None else job.digest if job is not None else ""):
             raise BadRequest("this session was another request: give this one its own name", field="session")
         if answer is not None:
-            _, last, whole = answer
-            if whole is not None and message.stream:  # the last document lacks parts, which the others have
-                whole.reply, whole.start = reply, len(message.given)
-                self._outbox.accepted(whole)
-            self._outbox.message(reply, with_epoch(last, message.epoch))
+            self._tell_again(answer, message, reply)
             await self._outbox.send()
         elif job is not None:
             has = len(message.given)
@@ -179,6 +175,18 @@ class Intake:
                 self._outbox.accepted(job)
                 await self._outbox.send()
         return True
+
+    def _tell_again(self, answer: EndedAnswer, message: generation.Generate, reply: str) -> None:
+        """The documents of an answer that has ended, from where its client is."""
+        start, whole = len(message.given), answer.job
+        if whole is not None and message.stream:  # the last document lacks parts, which the others have
+            whole.reply, whole.start = reply, start
+            self._outbox.accepted(whole)
+        elif message.stream:
+            model = self._manifest.name
+            for document in answer.documents(start, model=model, cancel=topics.CANCEL.at(model, self._name).subject):
+                self._outbox.message(reply, with_epoch(document, message.epoch))
+        self._outbox.message(reply, with_epoch(answer.last, message.epoch))
 
     # -- answers of the last stage -------------------------------------------------------------------------------------
 

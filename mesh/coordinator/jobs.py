@@ -5,8 +5,12 @@ Sessions of other coordinators come in here (`resume`), and sessions that anothe
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import orjson
 
 from mesh.bus import Bus
 from mesh.coordinator.core.events import CancelSession, FinishSession, Submit
@@ -21,14 +25,40 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol import generation, topics
 from mesh.protocol.headers import SESSION_HEADER
+from mesh.protocol.stream import Accepted, Token, TokenDocument, answer_of, dump
 from mesh.settings.units import format_bytes
 
-__all__ = ["Jobs"]
+__all__ = ["EndedAnswer", "Jobs"]
 
 _TOKEN_BYTES = 256
 """What a held request may take for each token: its id, its text, its time, and the documents for a client that asks again."""
 _REMEMBERED = 256
 """Answers kept for clients that ask again because the first answer was lost on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndedAnswer:
+    """digest: of its request. last: the last document. job: kept where that lacks parts. cuts: characters that each token made readable."""
+
+    digest: str
+    last: bytes
+    job: Job | None
+    cuts: array[int]
+
+    @classmethod
+    def of(cls, job: Job, last: bytes, *, whole: bool) -> EndedAnswer:
+        return cls(job.digest, last, None if whole else job, array("I", [len(piece) for piece in job.pieces]))
+
+    def documents(self, start: int, *, model: str, cancel: str) -> Iterator[bytes]:
+        """The documents before the last one, made once more from that, for a client that has the text up to the token `start`."""
+        document = orjson.loads(self.last)
+        answer, epoch, id = answer_of(document), document["epoch"], document["id"]
+        yield dump(Accepted(answer.request, cancel, model, start, epoch, id, tool_format=answer.tool_format))
+        at, text = sum(self.cuts[:start]), answer.text or ""
+        for index in range(start, len(answer.tokens)):
+            token = Token(answer.tokens[index]) if answer.logprobs is None else answer.logprobs[index]
+            piece, at = text[at : at + self.cuts[index]], at + self.cuts[index]
+            yield dump(TokenDocument(index, token, piece, epoch, id, detailed=answer.logprobs is not None))
 
 
 class Jobs:
@@ -54,7 +84,7 @@ class Jobs:
         self._tokenizer = tokenizer
         self._requests = requests
         self._pool_bytes = pool_bytes
-        self._answers: OrderedDict[str, tuple[str, bytes, Job | None]] = OrderedDict()  # see `answer`
+        self._answers: OrderedDict[str, EndedAnswer] = OrderedDict()
 
     def has(self, session: str) -> bool:
         return session in self.table
@@ -63,13 +93,13 @@ class Jobs:
         """The session of the public id, of a request that is held."""
         return next((session for session, job in self.table.items() if job.id == id), None)
 
-    def answer(self, session: str) -> tuple[str, bytes, Job | None] | None:
-        """(digest, last document, job) of a request that ended not long ago. The job is kept where the last document lacks parts."""
+    def answer(self, session: str) -> EndedAnswer | None:
+        """What is kept of a request that ended not long ago."""
         return self._answers.get(session)
 
     def remember(self, job: Job, answer: bytes, *, whole: bool) -> None:
         """Keep the last document of a request that has ended. `whole`: it has all parts."""
-        self._answers[job.request.id] = (job.digest, answer, None if whole else job)
+        self._answers[job.request.id] = EndedAnswer.of(job, answer, whole=whole)
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
 

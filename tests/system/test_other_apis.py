@@ -313,24 +313,43 @@ def parts(
     return found
 
 
+def said(documents: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """The text and the arguments that the events add up to, and the types of all others."""
+    texts, kinds = list[str](), list[str]()
+    for document in documents:
+        delta = document.get("delta")
+        if isinstance(delta, dict) and "stop_reason" not in delta:
+            texts.append(delta["text"] if "text" in delta else delta["partial_json"])
+        elif isinstance(delta, str):
+            texts.append(delta)
+        else:
+            kinds.append(document["type"])
+    return "".join(texts), kinds
+
+
+CALLS: dict[str, Any] = {"max_tokens": 200, "tools": [WEATHER], "tool_choice": {"type": "tool", "name": "weather"}}
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["while it runs", "after its end"])
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/messages", {"model": "tinychat", "messages": HELLO, "max_tokens": 12, "temperature": 1.0}),
-        ("/v1/responses", {"model": "tinychat", "input": "hello", "max_output_tokens": 12}),
+        ("/v1/messages", {"model": "tinychat", "messages": HELLO, "max_tokens": 12, "ignore_eos": True}),
+        ("/v1/messages", {"model": "tinychat", "messages": HELLO, **CALLS}),
+        ("/v1/responses", {"model": "tinychat", "input": "hello", "max_output_tokens": 12, "ignore_eos": True}),
     ],
-    ids=["messages", "responses"],
+    ids=["messages", "tool calls", "responses"],
 )
-def test_a_stream_goes_on_at_another_gateway_after_the_last_event(mesh: LocalMesh, url: str, path: str, body: dict[str, Any]) -> None:
+def test_a_stream_goes_on_at_another_gateway_after_the_last_event(
+    mesh: LocalMesh, url: str, path: str, body: dict[str, Any], ended: bool
+) -> None:
+    request = {**body, "stream": True}
     with edge(mesh.url, model="tinychat") as other:
-        begun = parts(url, path, {**body, "stream": True}, most=9)
-        place, (last_id, _) = max((place, event) for place, event in enumerate(begun) if event[0] is not None)
-        rest = parts(other, path, {**body, "stream": True}, last_id)
-        documents = [document for _, document in (*begun[: place + 1], *rest)]
-        whole = [document for _, document in parts(other, path, {**body, "stream": True}, str(last_id).partition(".")[0] + ".0")]
-
-    def comparable(document: dict[str, Any]) -> dict[str, Any]:
-        response = document.get("response")
-        return document if response is None else {**document, "response": {**response, "created_at": 0}}
-
-    assert list(map(comparable, documents)) == list(map(comparable, whole)), "each event once, and in order"
+        begun = parts(url, path, request, most=10**6 if ended else 9)
+        stop = max(place for place, (id, _) in enumerate(begun[:9]) if id is not None and not id.endswith("e"))  # a token's last event
+        rest = parts(other, path, request, begun[stop][0])
+        whole = begun if ended else parts(other, path, request, f"{str(begun[stop][0]).partition('.')[0]}.0")
+    resumed = [document for _, document in (*begun[: stop + 1], *rest)]
+    assert said(resumed) == said([document for _, document in whole]), "each part once, and in order"
+    if path == "/v1/responses":
+        assert [document["sequence_number"] for document in resumed] == list(range(len(resumed)))
