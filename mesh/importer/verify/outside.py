@@ -46,7 +46,7 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
         except MeshError as error:
             return NOTHING, {**notes, "not_compared": str(error)}
         checkpoint = open_checkpoint(source.directory)
-        return _transformers(source, source.directory, model, Parameters(model, checkpoint, checkpoint.read)), notes
+        return _transformers(source, source.directory, model, Parameters(model, checkpoint)), notes
     return NOTHING, notes
 
 
