@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,12 +10,12 @@ from typing import Literal
 from mesh.importer.families.decoder import write_decoder
 from mesh.importer.families.spec import DecoderSpec, DecoderWeights, LayerWeights
 from mesh.importer.options import ImportOptions
-from mesh.importer.write.kept import SourceMatrix
+from mesh.importer.write.kept import KeptForm, SourceMatrix
 from mesh.importer.write.writer import BlockWriter
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress
 
-__all__ = ["DecoderSource"]
+__all__ = ["DecoderSource", "weights_info"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,9 +78,14 @@ def kept_weights(layer: LayerWeights) -> WeightsInfo | None:
     forms = [
         each.weight.form for each in linears if each is not None and isinstance(each.weight, SourceMatrix) and each.weight.form is not None
     ]
+    return weights_info(forms)
+
+
+def weights_info(forms: Sequence[KeptForm]) -> WeightsInfo | None:
+    """The same for these forms of weights."""
     quantized = [form for form in forms if form.scaled]
     if not quantized:
         return None
     bits = sum(form.bits for form in quantized) / len(quantized)
-    names = ", ".join(dict.fromkeys(form.name for form in forms))
+    names = ", ".join(dict.fromkeys(form.name for form in (*quantized, *forms)))
     return WeightsInfo(bits=4 if bits < 6 else 8, group_size=quantized[0].group or None, kept=names)

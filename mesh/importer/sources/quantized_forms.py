@@ -81,7 +81,10 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantized weight [out, in]. `form`: how a block holds it; None: it cannot, and only `numbers` is of use."""
+    """A quantized weight [out, in]. `form`: how a block holds it; None: it cannot, and only `numbers` is of use.
+
+    The functions read it: what is in memory between their calls is the order of the inputs at most.
+    """
 
     shape: tuple[int, ...]
     form: KeptForm | None
@@ -132,9 +135,11 @@ def gptq(parts: Parts, bits: int, group: int, first_version: bool) -> Packed:
     group = depth if groups == 1 else group if groups == -(-depth // max(group, 1)) else _group(depth, groups)
     if groups != -(-depth // group):
         raise CorruptModel(f"tensor {parts.name}.scales has {groups} groups, which do not divide {depth} inputs")
-    zeros = _gptq_zeros(parts, bits, out, first_version)
-    middle = 1 << (bits - 1)
-    symmetric = bool((zeros == middle).all())
+
+    def zeros() -> Array:
+        return _gptq_zeros(parts, bits, out, first_version)
+
+    symmetric = bool((zeros() == 1 << (bits - 1)).all())
     index = parts.read("g_idx").astype(np.int32) if "g_idx" in parts else None
     order = _order(parts, index, depth, group)
 
@@ -146,7 +151,7 @@ def gptq(parts: Parts, bits: int, group: int, first_version: bool) -> Packed:
         which = index
 
         def numbers() -> Array:
-            lifted = codes().astype(np.float32) - zeros.astype(np.float32)[:, which]
+            lifted = codes().astype(np.float32) - zeros().astype(np.float32)[:, which]
             return lifted * parts.read("scales").T.astype(np.float32)[:, which]
 
         return Packed((out, depth), None, _not_kept, numbers)
@@ -163,12 +168,8 @@ def gptq(parts: Parts, bits: int, group: int, first_version: bool) -> Packed:
 
     def kept() -> Kept:
         values = codes() if order is None else codes()[:, order]
-        scale, zero = parts.read("scales").T, zeros
-        if groups == 1:
-            scale, zero = scale[:, 0], zero[:, 0]
-        if symmetric:
-            return Kept(form, _signed(values, bits).astype(form.codes), (scale, None))
-        return Kept(form, values.astype(form.codes), (scale, None), zero=zero.astype(form.codes))
+        scale = parts.read("scales").T
+        return _kept_of(form, _signed(values, bits) if symmetric else values, scale, None if symmetric else zeros())
 
     return _keep((out, depth), form, kept)
 
@@ -217,10 +218,7 @@ def awq(parts: Parts, group: int) -> Packed:
         return np.ascontiguousarray(fours.reshape(len(fours), words, 8)[:, :, AWQ_ORDER].reshape(len(fours), out).T)
 
     def kept() -> Kept:
-        scale, zero = parts.read("scales").T, outputs("qzeros")
-        if groups == 1:
-            scale, zero = scale[:, 0], zero[:, 0]
-        return Kept(form, outputs("qweight").astype(_UINT4), (scale, None), zero=zero.astype(_UINT4))
+        return _kept_of(form, outputs("qweight"), parts.read("scales").T, outputs("qzeros"))
 
     return _keep((out, depth), form, kept)
 
@@ -238,8 +236,7 @@ def packed_integers(parts: Parts) -> Packed:
     bits = next((bits for bits in range(2, 9) if _words(depth, bits) == words), None)
     if bits is None:
         raise UnsupportedModel(f"tensor {parts.name}.weight_packed has {words} words for {depth} inputs: of no supported width")
-    scale = _scale_of_groups(parts, out, depth)
-    groups = scale.shape[1]
+    groups = _scale_of_groups(parts, out, depth).shape[1]
     index = parts.read("weight_g_idx").astype(np.int32) if "weight_g_idx" in parts else None
     if index is not None and (index < 0).all():
         index = None  # there is none
@@ -247,21 +244,21 @@ def packed_integers(parts: Parts) -> Packed:
     order = _order(parts, index, depth, group)
     if order is not None and not len(order):
         raise UnsupportedModel(f"tensor {parts.name}.weight_g_idx: groups of unequal size are not supported")
-    zero = _packed_zeros(parts, bits, out, groups) if "weight_zero_point" in parts else None
+    lifted = "weight_zero_point" in parts
     codes_type = _INT4 if bits <= 4 else _INT8
     form = KeptForm(
         f"int{bits}",
         codes_type,
         0 if groups == 1 else group,
-        bits=bits + (16 + (0 if zero is None else bits)) * groups / depth,
-        zero=zero is not None,
+        bits=bits + (16 + (bits if lifted else 0)) * groups / depth,
+        zero=lifted,
         order=order,
     )
 
     def kept() -> Kept:
         codes = _signed(unpack_words(parts.read("weight_packed"), bits, depth), bits)
-        codes = codes if order is None else codes[:, order]
-        return _kept_of(form, codes, scale, zero)
+        zero = _packed_zeros(parts, bits, out, groups) if lifted else None
+        return _kept_of(form, codes if order is None else codes[:, order], _scale_of_groups(parts, out, depth), zero)
 
     return _keep((out, depth), form, kept)
 
@@ -281,12 +278,17 @@ def plain(parts: Parts, scale: str, block: tuple[int, int] | None = None) -> Pac
     out, depth = parts.matrix("weight", "I8", "F8_E4M3")
     kind = parts.dtype("weight")
     scales = _scale_of_groups(parts, out, depth, scale, block)
-    groups = scales.shape[1]
-    zero = _zeros_of_groups(parts, scales.shape) if kind == "I8" else None
+    shape, size, groups = scales.shape, scales.dtype.itemsize, scales.shape[1]
+    lifted = kind == "I8" and _zeros_of_groups(parts, shape) is not None
     name, codes_type = ("int8", _INT8) if kind == "I8" else ("fp8", _FLOAT8)
     group = 0 if groups == 1 else block[1] if block is not None and _is_blocks(parts, scale, out) else _group(depth, groups)
-    form = KeptForm(name, codes_type, group, bits=8 + 8 * scales.dtype.itemsize * groups / depth, zero=zero is not None)
-    return _keep((out, depth), form, lambda: _kept_of(form, parts.read("weight"), scales, zero))
+    form = KeptForm(name, codes_type, group, bits=8 + 8 * size * groups / depth, zero=lifted)
+
+    def kept() -> Kept:
+        zero = _zeros_of_groups(parts, shape) if lifted else None
+        return _kept_of(form, parts.read("weight"), _scale_of_groups(parts, out, depth, scale, block), zero)
+
+    return _keep((out, depth), form, kept)
 
 
 def _kept_of(form: KeptForm, codes: Array, scale: Array, zero: Array | None) -> Kept:

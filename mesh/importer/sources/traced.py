@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mesh.errors import CorruptModel
+from mesh.importer.families.decoder_source import weights_info
 from mesh.importer.families.rotary import shorter_context
 from mesh.importer.sources.onnx import OnnxSource
 from mesh.importer.sources.onnx_file import in_one_form
-from mesh.importer.sources.quantized import open_checkpoint
+from mesh.importer.sources.quantized import QuantizedCheckpoint, open_checkpoint
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 from mesh.importer.trace.export import export
 from mesh.importer.trace.library import versions
 from mesh.importer.trace.model import TracedModel, open_model
 from mesh.importer.trace.weights import Parameters
-from mesh.model.manifest import FileInfo, TokenizerInfo
+from mesh.importer.write.kept import SourceMatrix
+from mesh.model.manifest import FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress, no_progress
 
 __all__ = ["TracedSource", "open_source"]
@@ -27,13 +29,15 @@ def open_source(directory: Path, trust_remote_code: bool = False, progress: Prog
     library = versions()
     progress(f"build it with transformers {library['transformers']}", 0, 3)
     model = open_model(directory, trust_remote_code)
-    parameters = Parameters(model, checkpoint, checkpoint.read)
+    parameters = Parameters(model, checkpoint)
     if model.config is model.text:  # of a multimodal model only what text needs has to be there, which the graph says
         parameters.check_complete()
     progress(f"trace it with torch {library['torch']}", 1, 3)
     graph = export(model, parameters)
     progress("read the graph", 2, 3)
     source = TracedSource(directory, model, graph, parameters)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        source.note = "; ".join(filter(None, (source.note, checkpoint.note))) or None
     progress("read the graph", 3, 3)
     return source
 
@@ -60,6 +64,12 @@ class TracedSource(OnnxSource):
         context = whole if fixed is None else min(whole, fixed)
         self.note = shorter_context(context, whole)
         return context
+
+    @property
+    def kept_weights(self) -> WeightsInfo | None:
+        tensors = (value.const_value for value in self.graph.model.graph.initializers.values())
+        sources = (getattr(tensor, "source", None) for tensor in tensors)
+        return weights_info([each.form for each in sources if isinstance(each, SourceMatrix) and each.form is not None])
 
     @property
     def name(self) -> str:

@@ -120,12 +120,13 @@ def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
 
 
 class _Reader(ir.LazyTensor):
-    """A weight that is read anew each time."""
+    """A weight that is read anew each time. `source`: as the checkpoint has quantized it."""
 
     def __init__(self, name: str, value: ir.Value, parameters: Parameters) -> None:
         assert value.dtype is not None and value.shape is not None
         dtype, label = value.dtype, str(value.name)
         super().__init__(lambda: ir.tensor(parameters.read(name), name=label), dtype=dtype, shape=value.shape, name=label, cache=False)
+        self.source = parameters.matrix(name)
 
 
 def _cause(error: BaseException) -> str:

@@ -6,10 +6,10 @@ for each model; they are applied here to one parameter at a time, so that no mor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -18,10 +18,20 @@ import numpy.typing as npt
 from mesh.errors import CorruptModel
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
+from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
 
 __all__ = ["Parameters"]
 
 Array = npt.NDArray[Any]
+
+
+class NamedTensors(Protocol):
+    """Tensors by name; `form` and `kept`: as a block can hold a quantized one, see mesh/importer/families/tensors.py."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def read(self, name: str) -> Array: ...
+    def form(self, name: str) -> KeptForm | None: ...
+    def kept(self, name: str) -> Kept: ...
 
 
 @dataclass(slots=True)
@@ -36,13 +46,13 @@ class _Recipe:
 class Parameters:
     """Parameters and saved buffers of `model` by their names in it. `unused`: tensors of the checkpoint that it has no place for."""
 
-    def __init__(self, model: TracedModel, names: Iterable[str], read: Callable[[str], Array]) -> None:
-        self._model, self._read = model.module, read
+    def __init__(self, model: TracedModel, checkpoint: NamedTensors) -> None:
+        self._model, self._checkpoint = model.module, checkpoint
         self._state: Mapping[str, Any] = self._model.state_dict()
         self._recipes: dict[str, _Recipe] = {}
         self.unused: list[str] = []
         with quiet():
-            self._plan(names)
+            self._plan(checkpoint)
         self._same = _tied(self._model)
 
     def check_complete(self) -> None:
@@ -90,7 +100,7 @@ class Parameters:
 
     def read(self, name: str) -> Array:
         """The parameter `name` as float32 or its own integer type. CorruptModel: the checkpoint lacks it, or it has another shape."""
-        source = next((each for each in (name, *self._same.get(name, ())) if each in self._recipes), None)
+        source = self._source(name)
         if source is None:
             raise CorruptModel(f"the checkpoint has no tensor for the parameter {name}: its weights are not those of its config.json")
         array = self._made(source)
@@ -99,14 +109,29 @@ class Parameters:
             raise CorruptModel(f"the tensor for {name} has shape {list(array.shape)} where config.json needs {list(wanted)}")
         return array
 
+    def matrix(self, name: str) -> SourceMatrix | None:
+        """The parameter `name` as the checkpoint has quantized it, if it is one tensor of it that a block can hold so."""
+        recipe = self._recipes.get(self._source(name) or "")
+        if recipe is None or recipe.converter is not None:
+            return None
+        tensor = recipe.tensors[0][1]
+        form = self._checkpoint.form(tensor)
+        return None if form is None else SourceMatrix(lambda: self.read(name), form, lambda: self._checkpoint.kept(tensor))
+
+    def _source(self, name: str) -> str | None:
+        """The name under which the checkpoint's tensors make a parameter."""
+        return next((each for each in (name, *self._same.get(name, ())) if each in self._recipes), None)
+
     def _made(self, name: str) -> Array:
         torch, _ = torch_and_transformers()
         recipe = self._recipes[name]
         if recipe.converter is None:
-            return _wide(self._read(recipe.tensors[0][1]))
+            return _wide(self._checkpoint.read(recipe.tensors[0][1]))
         converter = deepcopy(recipe.converter)
         for pattern, tensor in recipe.tensors:
-            converter.add_tensor(recipe.first, tensor, pattern, lambda tensor=tensor: torch.from_numpy(_wide(self._read(tensor)).copy()))
+            converter.add_tensor(
+                recipe.first, tensor, pattern, lambda tensor=tensor: torch.from_numpy(_wide(self._checkpoint.read(tensor)).copy())
+            )
         with quiet(), torch.no_grad():
             made = converter.convert(recipe.first, model=self._model, config=self._model.config)
         found = made.get(name)

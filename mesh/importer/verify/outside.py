@@ -44,7 +44,7 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
         try:
             model = open_model(source.directory)
             checkpoint = open_checkpoint(source.directory)
-            return _transformers(source, source.directory, model, Parameters(model, checkpoint, checkpoint.read)), notes
+            return _transformers(source, source.directory, model, Parameters(model, checkpoint)), notes
         except UnsupportedModel as error:
             return NOTHING, {**notes, "not_compared": str(error)}
     return NOTHING, notes

@@ -113,6 +113,11 @@ class Emitter:
         if len(shape) not in (2, 3) or values.kept(weight):
             return False
         x = values.typed(values.names[data], values.compute) if values.widening else values.names[data]
+        own = values.source_matrix(weight, turned=True)
+        if own is not None:
+            name = self.builder.linear(x, values.fresh_name(str(weight.name)), own)
+            values.names[node.outputs[0]], values.types[name] = name, values.compute
+            return True
         matrix = values.matrix(weight, lambda: values.fold(weight), len(shape) == 3)
         name = self.builder.op("MatMul", x, matrix)
         values.names[node.outputs[0]], values.types[name] = name, values.compute
@@ -130,8 +135,15 @@ class Emitter:
         if not plain or not constant or self.graph.dependence(data) is not Dependence.TOKENS or values.kept(weight):
             return False
         transpose = bool(attributes.get("transB", 0))
-        matrix = values.matrix(weight, lambda: values.fold(weight).T if transpose else values.fold(weight), False, "T" if transpose else "")
-        name = self.builder.op("MatMul", values.typed(values.names[data], values.compute), matrix)
+        x = values.typed(values.names[data], values.compute)
+        own = values.source_matrix(weight, turned=not transpose)
+        if own is not None:
+            name = self.builder.linear(x, values.fresh_name(str(weight.name)), own)
+        else:
+            matrix = values.matrix(
+                weight, lambda: values.fold(weight).T if transpose else values.fold(weight), False, "T" if transpose else ""
+            )
+            name = self.builder.op("MatMul", x, matrix)
         if bias is not None:
             name = self.builder.op("Add", name, values.typed(values.constant(bias), values.compute))
         values.names[node.outputs[0]], values.types[name] = name, values.compute
@@ -145,6 +157,7 @@ class Emitter:
             return False
         if attributes_of(node).get("axis", 0) != 0 or len(values.inputs.probes[0].shape(table)) != 2:
             return False
-        name = self.builder.embedding(values.names[ids], values.fresh_name(str(table.name)), Weight(lambda: values.fold(table)))
+        own = values.source_matrix(table, turned=False) or Weight(lambda: values.fold(table))
+        name = self.builder.embedding(values.names[ids], values.fresh_name(str(table.name)), own)
         values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True

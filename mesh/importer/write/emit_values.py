@@ -24,6 +24,7 @@ from mesh.importer.graph.decoder import DecoderGraph, Dependence, input_of, prod
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import BROADCAST, GraphProbe
 from mesh.importer.write.blocks import GraphBuilder, Weight
+from mesh.importer.write.kept import SourceMatrix
 
 __all__ = ["Values", "attributes_of"]
 
@@ -323,6 +324,16 @@ class Values:
             self._weights[key] = self.builder.matrix(self.fresh_name(str(value.name)), Weight(produce), experts=experts)
             self.types[self._weights[key]] = self.compute
         return self._weights[key]
+
+    def source_matrix(self, value: ir.Value, *, turned: bool) -> SourceMatrix | None:
+        """A weight as a quantized checkpoint has it, [out, in], where the graph has that, or (`turned`) its transpose."""
+        if turned:
+            node = value.producer()
+            if node is None or node.op_type != "Transpose" or list(attributes_of(node).get("perm", (1, 0))) != [1, 0]:
+                return None
+            value = input_of(node, 0)
+        found = getattr(value.const_value, "source", None)
+        return found if isinstance(found, SourceMatrix) else None
 
     def kept(self, value: ir.Value) -> bool:
         """Whether a block keeps the nodes that compute a constant: a weight that the source stores quantized stays quantized."""

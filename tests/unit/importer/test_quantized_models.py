@@ -63,6 +63,20 @@ CASES = {
         "GPTQ of 4 bits",
         {},
     ),
+    "traced, in its own order": Case(
+        "Olmo2",
+        gptq(4, 32, symmetric=True, shuffled=True),
+        {"quant_method": "gptq", "bits": 4, "group_size": 32},
+        "GPTQ of 4 bits, float16",
+        {},
+    ),
+    "traced, with biases": Case(
+        "Starcoder2",
+        awq(32),
+        {"quant_method": "awq", "bits": 4, "group_size": 32},
+        "AWQ of 4 bits, float16",
+        {"use_bias": True, "tie_word_embeddings": False},
+    ),
     "awq with biases": Case("Qwen2", awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ of 4 bits", {}),
     "int8 and a tied head": Case("Llama", plain_integers(-1), of_int8(True), "int8", {"tie_word_embeddings": True}, ROUNDS),
     "int4 in fused projections": Case(
