@@ -226,7 +226,9 @@ class Shards:
 
     def close(self, effect: CloseRow) -> None:
         """Give a row back."""
-        message = control.Close(coordinator=self._coordinator, sessions=(effect.key,), epoch=effect.epoch, kept=_prefix(effect.kept))
+        held = effect.kept
+        kept = () if held is None else (control.HeldPrefix(session=effect.key, digest=held.digest, positions=held.positions),)
+        message = control.Close(coordinator=self._coordinator, sessions=(effect.key,), epoch=effect.epoch, kept=kept)
         self._outbox.message(topics.CLOSE.at(effect.shard).subject, message.to_bytes())
 
     async def close_all(self, coordinator: str) -> None:
