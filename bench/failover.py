@@ -124,7 +124,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     options = LocalOptions(
-        model=args.model, shards=3, replicas=2, mode=args.mode, rows=args.rows, context=args.context, http=False, logs=args.logs
+        model=args.model,
+        shards=3,
+        replicas=2,
+        mode=args.mode,
+        rows=args.rows,
+        context=args.context,
+        http=False,
+        logs=args.logs,
+        prefix_reuse="off",
     )
     with LocalMesh(options) as mesh:
         rounds = asyncio.run(measure(mesh, args))

@@ -306,6 +306,7 @@ def run(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         context=args.context,
         http=False,
         logs=args.logs,
+        prefix_reuse="off",
         coordinator_arguments=("--queue", str(args.queue)),
     )
     with LocalMesh(options) as mesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -91,9 +92,11 @@ async def _bench(args: argparse.Namespace, options: BusOptions, prompts: tuple[i
             raise Unavailable("no coordinator answers: start one, or see `mesh status`")
         model, vocabulary = coordinator.model, coordinator.stats.vocab_size
         plans: list[dict[str, Any]] = []
+        salt = secrets.token_hex(8)  # what an earlier run has left in the mesh is not reused
         for _ in range(args.requests):
             tokens = [random.randrange(vocabulary) for _ in range(random.randint(*prompts))]
-            plans.append({"tokens": tokens, "max_tokens": random.randint(*answers), "ignore_eos": True, "model": model})
+            count = random.randint(*answers)
+            plans.append({"tokens": tokens, "max_tokens": count, "ignore_eos": True, "model": model, "cache_salt": salt})
         shards = [shard for shard in status.shards if shard.model == model]
         bare: dict[str, float] = {}
         if shards and not args.no_hop:

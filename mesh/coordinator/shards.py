@@ -95,7 +95,7 @@ class Shards:
         self._open_timeout_s = open_timeout_s
         self._opened = opened
         self._context_of = context_of
-        self._closing: dict[tuple[str, int, Beginning | None], list[int]] = {}  # by shard, epoch and what is kept
+        self._closing: dict[tuple[str, int], list[CloseRow]] = {}  # by shard and epoch
         self._openings = Openings(bus, self._on_answers, timeout_s=open_timeout_s)
         self._leases = Leases()
         self._subscription: Subscription | None = None
@@ -260,16 +260,24 @@ class Shards:
 
     def close(self, effect: CloseRow) -> None:
         """Give a row back, with `send_closes`."""
-        self._closing.setdefault((effect.shard, effect.epoch, effect.kept), []).append(effect.key)
+        self._closing.setdefault((effect.shard, effect.epoch), []).append(effect)
 
     def send_closes(self) -> None:
-        """Give the rows of `close` back: one message for each shard where several sessions have ended. A row that keeps what it holds has
-        one of its own."""
+        """Give the rows of `close` back: one message for each shard where several sessions have ended."""
         closing, self._closing = self._closing, {}
-        for (shard, epoch, kept), keys in closing.items():
-            for at in range(0, len(keys), control.MOST_CLOSES):
-                some = tuple(keys[at : at + control.MOST_CLOSES])
-                message = control.Close(coordinator=self._coordinator, sessions=some, epoch=epoch, kept=_prefix(kept))
+        for (shard, epoch), effects in closing.items():
+            for at in range(0, len(effects), control.MOST_CLOSES):
+                some = effects[at : at + control.MOST_CLOSES]
+                message = control.Close(
+                    coordinator=self._coordinator,
+                    sessions=tuple(effect.key for effect in some),
+                    epoch=epoch,
+                    kept=tuple(
+                        control.HeldPrefix(session=effect.key, digest=effect.kept.digest, positions=effect.kept.positions)
+                        for effect in some
+                        if effect.kept is not None
+                    ),
+                )
                 self._outbox.message(topics.CLOSE.at(shard).subject, message.to_bytes())
 
     async def close_all(self, coordinator: str) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Closed",
     "Drain",
     "Drained",
+    "HeldPrefix",
     "Load",
     "Loaded",
     "Open",
@@ -45,6 +46,12 @@ class Prefix(Message):
 
     digest: PrefixDigest
     positions: Positive
+
+
+class HeldPrefix(Prefix):
+    """What the row of a session holds that is closed."""
+
+    session: SessionId
 
 
 class Open(Message):
@@ -114,13 +121,15 @@ class OpenedMany(Message):
 class Close(Message):
     """Free the rows of these sessions, or with `all` the rows of every session of this coordinator. Unknown sessions are no error.
     A session that was opened with a later epoch than `epoch` stays open, because this message may be an old one.
-    `kept`: what the row of the one session holds. It stays until the row is needed, so that another session can begin with it."""
+    `kept`: what the rows of some of them hold. It stays until the row is needed, so that another session can begin with it."""
+
+    limit_bytes: ClassVar[int] = 1024 * 1024
 
     coordinator: Token
     sessions: Annotated[tuple[SessionId, ...], Field(max_length=MOST_CLOSES, fail_fast=True)] = ()
     all: bool = False
     epoch: Epoch = 2**32 - 1
-    kept: Prefix | None = None
+    kept: Annotated[tuple[HeldPrefix, ...], Field(max_length=MOST_CLOSES, fail_fast=True)] = ()
 
 
 class Closed(Message):

@@ -233,8 +233,9 @@ class ShardState:
             and reservation.coordinator == message.coordinator
             and reservation.epoch <= message.epoch
         ]
+        kept = {held.session: held for held in message.kept}
         for reservation in mine:
-            self._leave(reservation, message.kept if len(mine) == 1 else None)
+            self._leave(reservation, kept.get(reservation.session))
         return len(mine)
 
     def heartbeat(self, message: Heartbeat, now: float) -> list[int]:

@@ -22,7 +22,7 @@ from mesh.runtime.generate import Pipeline
 from mesh.runtime.sampling import SamplingParams
 
 REQUESTS, SEED = int(os.environ.get("MESH_REUSES", "60")), int(os.environ.get("MESH_SEED", "1"))
-KILL_EVERY = max(20, min(REQUESTS // 40, 50))
+KILL_EVERY = 20 if REQUESTS < 200 else 50
 CHATS, CONTEXT, VOCABULARY = 6, 256, 95
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -51,13 +51,18 @@ def numbers(count: int, seed: int) -> list[int]:
 
 
 async def all_ready(mesh: LocalMesh) -> None:
-    """Until every shard that was started is ready. The mesh has all of their leases then, and none of earlier processes."""
+    """Until every process that was started is ready."""
+
+    def pids(role: str) -> set[int]:
+        return {process.pid for name, process in mesh.processes.items() if name.startswith(role)}
 
     def ready(found: Mapping[str, ShardLease]) -> bool:
-        shards = {process.pid for name, process in mesh.processes.items() if name.startswith("shard")}
-        return shards <= {lease.pid for lease in found.values() if lease.state == "ready"}
+        return pids("shard") <= {lease.pid for lease in found.values() if lease.state == "ready"}
 
     await until_leases(mesh, ready)
+    async with AsyncMeshClient(mesh.url, model="tiny") as client:
+        while not pids("coordinator") <= {each.stats.pid for each in await client.coordinators() if each.serving}:
+            pass  # each question takes a while
 
 
 @pytest.mark.slow

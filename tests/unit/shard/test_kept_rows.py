@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mesh.protocol.control import Close, Open, Prefix
+from mesh.protocol.control import Close, HeldPrefix, Open, Prefix
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind
 from mesh.protocol.status import Heartbeat
 from mesh.shard.state import Reservation, ShardShape, ShardState
@@ -78,7 +78,8 @@ class Rows:
         self.check(session)
 
     def close(self, session: int, kept: Prefix | None = None) -> None:
-        assert self.state.close(Close(coordinator="c", sessions=(session,), kept=kept), 0.0) == 1
+        held = () if kept is None else (HeldPrefix(session=session, digest=kept.digest, positions=kept.positions),)
+        assert self.state.close(Close(coordinator="c", sessions=(session,), kept=held), 0.0) == 1
         del self.history[session]
 
     def check(self, session: int) -> None:
@@ -207,13 +208,15 @@ def test_free_rows_are_taken_before_kept_ones_and_those_oldest_first() -> None:
     assert rows.state.reused == {"missed": 1}
 
 
-def test_what_is_closed_without_a_name_or_with_many_is_not_kept() -> None:
+def test_several_rows_are_closed_at_once_and_each_keeps_what_is_its_own() -> None:
     rows = Rows()
-    for session in (1, 2):
-        rows.open(session, CHAT)
-        rows.compute(session, 20)
-    rows.state.close(Close(coordinator="c", all=True, kept=holding(CHAT)), 0.0)
-    assert rows.state.kept_rows == 0 and rows.state.free_rows == ROWS
+    for session, history in ((1, CHAT), (2, CHAT), (3, [7] * 8)):
+        rows.open(session, history)
+        rows.compute(session, len(history))
+    held = tuple(HeldPrefix(session=session, **holding(CHAT).model_dump()) for session in (1, 2))
+    assert rows.state.close(Close(coordinator="c", sessions=(1, 2, 3), kept=held), 0.0) == 3
+    assert rows.state.kept_rows == 1 and rows.state.free_rows == ROWS, "equal rows are kept once, and what has no name is not kept"
+    assert rows.open(4, [*CHAT, 1], holding(CHAT, 20)).filled == 20
 
 
 def test_an_unknown_digest_is_a_whole_prompt() -> None:
