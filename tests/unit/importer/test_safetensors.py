@@ -169,7 +169,7 @@ def test_sources_that_cannot_be_imported_are_refused_before_anything_is_written(
     with pytest.raises(UnsupportedModel, match=r"makes it an encoder"):
         open_source(source)
     edit_config(source, model_type="llama", use_bidirectional_attention=None, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UnsupportedModel, match=r"quantized already \(gptq\)"):
+    with pytest.raises(CorruptModel, match=r"quantization_config does not read \(KeyError: 'bits'\)"):
         open_source(source)
     edit_config(source, quantization_config=None, num_hidden_layers=4)
     with pytest.raises(CorruptModel, match=r"no tensor model.layers.3"):
