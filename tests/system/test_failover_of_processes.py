@@ -131,18 +131,21 @@ def test_with_no_replica_left_generations_wait_for_one_to_join(model: Path, undi
         )
         assert pushed.returncode == 0, pushed.stderr
         async with load(mesh, undisturbed) as (running, _):
-            mesh.processes["shard-2"].kill()
-            mesh.processes["shard-2"].wait()
+            killed = mesh.processes["shard-2"]
+            killed.kill()
+            killed.wait()
+            # until its lease has run out, a shard that joins takes the range for served
+            await until_leases(mesh, lambda found: killed.pid not in {lease.pid for lease in found.values()})
             seen = running.tokens
             join = [*command, "join", "--nats", mesh.url, "--dir", str(folder), "--memory", "4GB", "--quiet"]
-            joined = subprocess.Popen(join, stderr=subprocess.PIPE)
+            joined = subprocess.Popen(join, stderr=subprocess.PIPE, text=True)
             try:
                 await running.more(200)
                 assert running.tokens > seen
                 await running.stop()
             finally:
                 joined.kill()
-                joined.communicate()
+                print("the shard that joined:", joined.communicate()[1])
 
     with LocalMesh(options(model, replicas=1, failover_timeout_s=120.0)) as mesh:
         run(disturb(mesh, tmp_path / "blocks"))
