@@ -10,6 +10,7 @@ one received.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -127,8 +128,8 @@ _ANSWERS: Final[tuple[Role, ...]] = ("shard", "gateway")
 _TRACED: Final[tuple[Role, ...]] = ("coordinator", "shard")  # nats-server asks that of the sender of a frame that it reports
 
 
-_CONNECTION_TOKENS: Final = 2
-"""A client's library writes that many tokens after its prefix: one for the connection, and one for the request."""
+_OF_A_CONNECTION: Final = re.compile(r"[0-9A-Za-z]{22}")
+"""What a client's library makes for each connection or inbox: a NUID. Without a prefix of the user's own it comes first."""
 
 
 def inbox_prefix(name: str) -> str:
@@ -138,8 +139,9 @@ def inbox_prefix(name: str) -> str:
 
 def inbox_user(reply: str) -> str:
     """Whose inbox a reply subject is in; empty where it is nobody's own. Without permissions of the server it is what the sender says."""
-    tokens = reply.removeprefix(f"{DEFAULT_INBOX_PREFIX}.").split(".")
-    return tokens[0] if reply.startswith(f"{DEFAULT_INBOX_PREFIX}.") and len(tokens) > _CONNECTION_TOKENS else ""
+    root, _, rest = reply.partition(".")
+    name = rest.partition(".")[0]
+    return "" if root != DEFAULT_INBOX_PREFIX or _OF_A_CONNECTION.fullmatch(name) else name
 
 
 def rights_of(role: Role, bound: Binding) -> Rights:

@@ -31,8 +31,10 @@ from mesh.errors import (
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import MAX_MANIFEST_BYTES, Manifest
 from mesh.protocol import subjects
+from mesh.protocol.rights import inbox_prefix, inbox_user
 from mesh.protocol.status import Heartbeat, StatsRequest
 from mesh.protocol.topics import Topic
+from mesh.settings.defaults import DEFAULT_INBOX_PREFIX
 from mesh.types import LayerRange
 
 FAILS: Topic[StatsRequest, Any] = Topic("fails", StatsRequest, None, "fail")
@@ -59,6 +61,23 @@ def test_an_oversize_publish_is_an_error_here_and_the_connection_lives(run: Run,
             await bus.publish("big", bytes(limit - 24), headers=headers)  # to the byte what the server takes
             assert [len((await got.get()).data) for _ in range(2)] == [limit, limit - 24]
             assert bus.connected and bus.counters["reconnects"] == 0
+
+    run(work())
+
+
+@pytest.mark.parametrize(("prefix", "user"), [(inbox_prefix("ana"), "ana"), (DEFAULT_INBOX_PREFIX, "")])
+def test_replies_to_requests_and_to_streams_say_whose_they_are(run: Run, server: NatsServer, prefix: str, user: str) -> None:
+    async def work() -> None:
+        async with await Bus.connect(BusOptions((server.url,), inbox_prefix=prefix), name="asking") as bus:
+            replies: list[str] = []
+
+            async def take(received: Received) -> None:
+                replies.append(received.reply)
+                await bus.publish(received.reply, b"")
+
+            await bus.subscribe("whose", take)
+            await bus.ask("whose", b"", timeout_s=5)
+            assert [inbox_user(reply) for reply in (*replies, bus.new_inbox())] == [user] * 2
 
     run(work())
 

@@ -140,11 +140,12 @@ def test_a_permission_covers_what_the_server_says(pattern: str, subject: str, co
 @pytest.mark.parametrize(
     ("reply", "user"),
     [
-        (f"{inbox_prefix('ana')}.Qx9.7", "ana"),
-        (f"{inbox_prefix('ana')}.Qx9", ""),  # of a connection without a prefix of its own
-        ("_INBOX.Qx9.7", ""),
+        (f"{inbox_prefix('ana')}.HXCAN8vLj0aaXYliT7ZMfC.7", "ana"),  # of a request
+        (f"{inbox_prefix('ana')}.HXCAN8vLj0aaXYliT7ZMfC", "ana"),  # of a stream
+        ("_INBOX.HXCAN8vLj0aaXYliT7ZMfC.7", ""),  # of a connection without a prefix of its own
+        ("_INBOX.HXCAN8vLj0aaXYliT7ZMfC", ""),
         ("_INBOX", ""),
-        ("elsewhere.ana.Qx9.7", ""),
+        ("elsewhere.ana.HXCAN8vLj0aaXYliT7ZMfC.7", ""),
         ("", ""),
     ],
 )
