@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from mesh.bus import Bus
@@ -25,21 +24,12 @@ MOST_BYTES: Final = 512 * 1024
 E = TypeVar("E")
 
 
-class Asked(NamedTuple, Generic[E]):
+class _Asked(NamedTuple, Generic[E]):
     """A session that is to be opened, what it was asked for, and until when an answer counts (seconds of the loop's clock)."""
 
     what: E
     message: Open
-    data: bytes
     until: float
-
-
-@dataclass
-class _Lane(Generic[E]):
-    """What waits for a shard that is being asked."""
-
-    waiting: deque[Asked[E]] = field(default_factory=deque)
-    busy: bool = False
 
 
 class Openings(Generic[E]):
@@ -52,29 +42,34 @@ class Openings(Generic[E]):
         self._bus = bus
         self._answered = answered
         self._timeout_s = timeout_s
-        self._lanes: dict[str, _Lane[E]] = {}
+        self._waiting: dict[str, deque[_Asked[E]]] = {}  # by shard; of those that are being asked
 
     def ask(self, shard: str, what: E, message: Open) -> None:
         """Ask `shard` for a row. The answer comes to `answered`."""
-        lane = self._lanes.setdefault(shard, _Lane())
-        lane.waiting.append(Asked(what, message, message.to_bytes(), asyncio.get_running_loop().time() + self._timeout_s))
-        if not lane.busy:
-            lane.busy = True
-            self._bus.spawn(self._run(shard, lane), "opening rows")
+        asked = _Asked(what, message, asyncio.get_running_loop().time() + self._timeout_s)
+        if shard in self._waiting:
+            self._waiting[shard].append(asked)
+            return
+        self._waiting[shard] = deque([asked])
+        self._ask_on(shard)
 
-    async def _run(self, shard: str, lane: _Lane[E]) -> None:
-        """Ask until nothing waits. The lane is gone then."""
+    def _ask_on(self, shard: str) -> None:
+        self._bus.spawn(self._run(shard), "opening rows")
+
+    async def _run(self, shard: str) -> None:
+        """Ask until nothing waits."""
+        waiting = self._waiting[shard]
         try:
-            while lane.waiting:
-                batch = _next_batch(lane.waiting)
+            while waiting:
+                batch = _next_batch(waiting)
                 answers = await self._answers(shard, batch)
                 await self._answered(shard, [(asked.what, answer) for asked, answer in zip(batch, answers, strict=True)])
-        finally:
-            lane.busy = False
-            if not lane.waiting and self._lanes.get(shard) is lane:
-                del self._lanes[shard]
+        except Exception:
+            self._ask_on(shard)  # a defect in what takes the answers: the others still wait
+            raise
+        del self._waiting[shard]
 
-    async def _answers(self, shard: str, batch: Sequence[Asked[E]]) -> list[Opened | MeshError]:
+    async def _answers(self, shard: str, batch: Sequence[_Asked[E]]) -> list[Opened | MeshError]:
         left_s = max(asked.until for asked in batch) - asyncio.get_running_loop().time()
         if left_s <= 0:
             return [DeadlineExceeded(f"shard {shard} has not answered in time") for _ in batch]
@@ -90,11 +85,17 @@ class Openings(Generic[E]):
         return [answer.error() if isinstance(answer, ErrorReply) else answer for answer in answers]
 
 
-def _next_batch(waiting: deque[Asked[E]]) -> list[Asked[E]]:
+def _next_batch(waiting: deque[_Asked[E]]) -> list[_Asked[E]]:
     """Takes the next ones off the queue: one at least."""
     batch = [waiting.popleft()]
-    size = len(batch[0].data)
-    while waiting and len(batch) < MOST_OPENS and size + len(waiting[0].data) <= MOST_BYTES:
+    size = _size(batch[0]) if waiting else 0
+    while waiting and len(batch) < MOST_OPENS:
+        size += _size(waiting[0])
+        if size > MOST_BYTES:
+            break
         batch.append(waiting.popleft())
-        size += len(batch[-1].data)
     return batch
+
+
+def _size(asked: _Asked[E]) -> int:
+    return len(asked.message.to_bytes())

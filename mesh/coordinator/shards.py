@@ -241,16 +241,8 @@ class Shards:
             if isinstance(answer, control.Opened) and answer.instance != self._leases.instance(answer.shard):  # one that was replaced
                 self.close(CloseRow(effect.key, effect.epoch, answer.shard))
                 answer = Unavailable(f"shard {answer.shard} is another process now")
-            failed = isinstance(answer, MeshError)
-            tried = OpenTry(
-                asked.began,
-                time.perf_counter(),
-                effect.epoch,
-                effect.layers,
-                effect.shard if isinstance(answer, MeshError) else answer.shard,
-                str(answer) if failed else "",
-            )
-            self._opened(effect.request.id, tried)
+            shard, failure = (effect.shard, str(answer)) if isinstance(answer, MeshError) else (answer.shard, "")
+            self._opened(effect.request.id, OpenTry(asked.began, time.perf_counter(), effect.epoch, effect.layers, shard, failure))
             if isinstance(answer, control.Opened):
                 return RowOpened(effect.key, effect.epoch, effect.stage, answer.shard, answer.row, answer.filled)
             full = isinstance(answer, Busy)

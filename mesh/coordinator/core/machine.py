@@ -16,7 +16,7 @@ Outside core/ only the methods of Core are used, and the values that they return
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -330,7 +330,9 @@ class Core:
         """Start the sessions at the front of the queue for which there are rows."""
         state = self._state
         while (session := state.admission.head()) is not None:
-            reuse = Reuse(partial(rows.reusable_at, state, session), len(session.request.prompt)) if session.chain is not None else None
+            reuse = None
+            if session.chain is not None:
+                reuse = Reuse(cache(partial(rows.reusable_at, state, session)), len(session.request.prompt))
             choices = state.replicas.choose(session.positions, state.now, reuse)
             if choices is None:
                 return
