@@ -115,7 +115,7 @@ def _reason(reason: str, *, called: bool) -> str:
 
 def _deltas(parser: ToolParser, text: str, *, end: bool) -> list[dict[str, Any]]:
     """What a piece of text adds to the message: at least one delta, perhaps without content."""
-    parts = [*parser.push(text), *(parser.finish() if end else ())]
+    parts = parser.read(text, end=end)
     return [{"content": part} if isinstance(part, str) else {"tool_calls": [_call(part)]} for part in parts] or [{"content": ""}]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mesh.client.results import Chunk, Completion
-from mesh.protocol.tools import ToolParser
+from mesh.protocol.tools import Part, ToolParser
 
-__all__ = ["Shape"]
+__all__ = ["Shape", "parts_of", "text_of"]
 
 
 class Shape(Protocol):
@@ -21,3 +21,15 @@ class Shape(Protocol):
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
     def part(self, index: int, chunk: Chunk, completion: Completion | None) -> list[dict[str, Any]]: ...
     def end(self, completions: Sequence[Completion]) -> list[dict[str, Any]]: ...
+
+
+def parts_of(parser: ToolParser | None, text: str, *, end: bool) -> list[Part]:
+    """The texts and calls in the next piece of an answer; `end`: it is the last one. `parser` None: there are no calls."""
+    if parser is None:
+        return [text] if text else []
+    return parser.read(text, end=end)
+
+
+def text_of(completion: Completion) -> str | None:
+    """The text of an answer beside what it calls."""
+    return completion.text if completion.tool_format is None else completion.content

@@ -250,7 +250,7 @@ class Stream:
             )
             parser = self.tool_parser()
             if parser is not None and answer.text is not None:
-                content, calls = joined([*parser.push(answer.text), *parser.finish()])
+                content, calls = joined(parser.read(answer.text, end=True))
                 answer = replace(answer, content=content, tool_calls=calls)
         completion = Completion.of(answer, self.session)
         tokens = completion.logprobs or tuple(Token(id) for id in completion.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -9,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mesh.protocol.documents import BRANCH
+from mesh.protocol.sampling import SamplingFields
 
-__all__ = ["ByKind", "Harmless", "RequestBody", "ResponseBody", "Unmet", "Usage", "allow_null"]
+__all__ = ["ByKind", "Harmless", "RequestBody", "ResponseBody", "Unmet", "Usage", "allow_null", "describe_sampling", "require_keys"]
 
 
 def allow_null(schema: dict[str, Any]) -> None:
@@ -26,6 +28,20 @@ def allow_null(schema: dict[str, Any]) -> None:
 def _takes_null(schema: dict[str, Any]) -> bool:
     kinds = {"type", "$ref", "anyOf", "oneOf", "const", "enum"}
     return kinds.isdisjoint(schema) or schema.get("type") == "null" or any(_takes_null(each) for each in schema.get("anyOf", ()))
+
+
+def describe_sampling(schema: dict[str, Any]) -> None:
+    """The same for a request with sampling parameters, each of which gets its description."""
+    allow_null(schema)
+    for name, field in SamplingFields.model_fields.items():
+        schema["properties"][name].setdefault("description", field.description)
+
+
+def require_keys(body: BaseModel, type: str, keys: Sequence[str]) -> None:
+    """PydanticCustomError where a body of this type lacks one of the keys that the type needs."""
+    missing = next((key for key in keys if getattr(body, key) is None), None)
+    if missing is not None:
+        raise PydanticCustomError("unmet", "needs {key} with type {type}", {"key": missing, "type": type})
 
 
 class RequestBody(BaseModel):

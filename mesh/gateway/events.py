@@ -18,7 +18,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from mesh.errors import MeshError
 
-__all__ = ["ClientGone", "EventStream", "event", "named_event", "until_gone"]
+__all__ = ["STREAM", "ClientGone", "EventStream", "event", "named_event", "until_gone"]
+
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+"""What a route that may answer with a stream says of its responses."""
 
 _WAITING = b": waiting\n\n"
 

@@ -13,7 +13,7 @@ import orjson
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, allow_null
+from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, describe_sampling, require_keys
 from mesh.gateway.openai_schema import Positive, StopText
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOPS, Label
@@ -69,9 +69,7 @@ class MessageBlock(RequestBody):
     @model_validator(mode="after")
     def _has_its_keys(self) -> Self:
         needed = {"text": ("text",), "tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id",)}[self.type]
-        missing = next((name for name in needed if getattr(self, name) is None), None)
-        if missing is not None:
-            raise PydanticCustomError("unmet", "needs {key} with type {type}", {"key": missing, "type": self.type})
+        require_keys(self, self.type, needed)
         return self
 
     def call(self) -> dict[str, Any]:
@@ -222,16 +220,10 @@ class CountRequest(RequestBody):
         return {"messages": self.turns(), **({"continue_final_message": True} if self.continues else {}), **tools}
 
 
-def _describe(schema: dict[str, Any]) -> None:
-    allow_null(schema)
-    for name, field in SamplingFields.model_fields.items():
-        schema["properties"][name].setdefault("description", field.description)
-
-
 class MessagesRequest(SamplingFields, CountRequest):
     """ignore_eos, tool_format and the sampling parameters that Anthropic does not have are additions."""
 
-    model_config = ConfigDict(json_schema_extra=_describe)
+    model_config = ConfigDict(json_schema_extra=describe_sampling)
 
     temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
     logprobs: Annotated[Any, Unmet("messages have no place for log-probabilities: leave it out")] = None

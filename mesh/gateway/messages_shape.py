@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from mesh.client import Chunk, Completion
+from mesh.client.shapes import parts_of, text_of
 from mesh.protocol.tools import CallPart, ToolCall, ToolParser
 
 __all__ = ["MessageShape"]
@@ -33,7 +34,7 @@ class MessageShape:
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         (completion,) = completions
-        text = completion.text if completion.tool_format is None else completion.content
+        text = text_of(completion)
         blocks = [{"type": "text", "text": text}] if text else []
         blocks += [block for call in completion.tool_calls if (block := _tool_use(call)) is not None]
         return self._message(blocks) | _end(completion, called=bool(completion.tool_calls)) | {"usage": _usage(completion)}
@@ -44,7 +45,7 @@ class MessageShape:
             self._begun = True
             empty = {"stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0}}
             events.append({"type": "message_start", "message": self._message([]) | empty})
-        for part in self._parts(chunk.text, end=completion is not None):
+        for part in parts_of(self._parser, chunk.text, end=completion is not None):
             events += self._text(part) if isinstance(part, str) else self._call(part)
         if completion is not None:
             called = self._parser is not None and self._parser.calls > 0
@@ -58,11 +59,6 @@ class MessageShape:
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content}
-
-    def _parts(self, text: str, *, end: bool) -> list[str | CallPart]:
-        if self._parser is None:
-            return [text] if text else []
-        return [*self._parser.push(text), *(self._parser.finish() if end else ())]
 
     def _text(self, text: str) -> list[dict[str, Any]]:
         opened = [] if self._block == "text" else [*self._close(), self._open("text", {"type": "text", "text": ""})]

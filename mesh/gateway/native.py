@@ -16,7 +16,7 @@ from mesh.errors import BadRequest
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import error_document
-from mesh.gateway.events import EventStream, event, until_gone
+from mesh.gateway.events import STREAM, EventStream, event, until_gone
 from mesh.gateway.generation import HttpGeneration, cost_of, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.resume import HEADER, Progress
@@ -27,10 +27,8 @@ __all__ = ["admin", "answer_document", "check_input", "generate"]
 generate = guarded("generate", tags=["inference"])
 admin = guarded("admin", tags=["mesh"])
 
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
-
-@generate.post("/api/v1/inference", response_model=InferenceResponse, responses=_STREAM)
+@generate.post("/api/v1/inference", response_model=InferenceResponse, responses=STREAM)
 async def inference(body: InferenceRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """Generate text after a prompt, a conversation or tokens; with `stream`, token by token. The same request with the header
     Last-Event-ID goes on after the event of that id."""

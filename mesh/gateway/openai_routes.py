@@ -15,7 +15,7 @@ from mesh.errors import BadRequest, ModelNotFound
 from mesh.gateway.answering import Answering, answer, json_response, nothing
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import openai_document
-from mesh.gateway.events import event
+from mesh.gateway.events import STREAM, event
 from mesh.gateway.guard import guarded
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
 
@@ -24,13 +24,12 @@ __all__ = ["openai"]
 openai = guarded("generate", tags=["openai"])
 
 _DONE = b"data: [DONE]\n\n"
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 S = TypeVar("S", ChatShape, TextShape)
 
 
-@openai.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
+@openai.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
 async def chat_completions(body: ChatRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """The assistant's next message."""
     fields = {**body.turns(), **body.sampling()}
@@ -42,7 +41,7 @@ async def chat_completions(body: ChatRequest, request: Request, gateway: Gateway
     return await _answer(gateway, request, body, [fields], _shape(ChatShape, body, await gateway.models.resolve(body.model)))
 
 
-@openai.post("/v1/completions", response_model=TextCompletion, responses=_STREAM)
+@openai.post("/v1/completions", response_model=TextCompletion, responses=STREAM)
 async def completions(body: CompletionRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """The continuation of a text."""
     common = {"max_tokens": body.max_tokens or _COMPLETION_TOKENS, **body.sampling()}

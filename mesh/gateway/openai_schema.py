@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from pydantic_core import PydanticCustomError
 
 from mesh.errors import BadRequest
-from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, Usage, allow_null
+from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, Usage, describe_sampling
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
@@ -138,13 +138,6 @@ def _needs(value: Any, info: ValidationInfo, other: str) -> Any:
     return value
 
 
-def _describe(schema: dict[str, Any]) -> None:
-    """In a JSON schema, give every sampling parameter its description."""
-    allow_null(schema)
-    for name, field in SamplingFields.model_fields.items():
-        schema["properties"][name].setdefault("description", field.description)
-
-
 class Common(SamplingFields, RequestBody):
     """The fields of both kinds of completion.
 
@@ -152,7 +145,7 @@ class Common(SamplingFields, RequestBody):
     differs from the mesh's, OpenAI's holds.
     """
 
-    model_config = ConfigDict(json_schema_extra=_describe)
+    model_config = ConfigDict(json_schema_extra=describe_sampling)
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0

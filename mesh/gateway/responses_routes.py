@@ -14,7 +14,7 @@ from mesh.errors import BadRequest
 from mesh.gateway.answering import Answering, answer, json_response
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import HttpError
-from mesh.gateway.events import named_event
+from mesh.gateway.events import STREAM, named_event
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.kept_responses import KeptResponse, KeptResponses
 from mesh.gateway.openai_schema import OpenAIError
@@ -25,11 +25,10 @@ __all__ = ["responses"]
 
 responses = guarded("generate", tags=["openai"])
 
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": OpenAIError, "description": "There is no such response"}}
 
 
-@responses.post("/v1/responses", response_model=ResponseDocument, responses=_STREAM)
+@responses.post("/v1/responses", response_model=ResponseDocument, responses=STREAM)
 async def create(body: ResponsesRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """An answer, which is kept for a while so that the next request goes on with it."""
     owner, kept = caller_of(request).owner, gateway.responses

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, allow_null
+from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, describe_sampling, require_keys
 from mesh.gateway.openai_schema import Positive
 from mesh.protocol.documents import BRANCH
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import Label
 from mesh.protocol.sampling import SamplingFields
 from mesh.protocol.structured import SchemaObject
-from mesh.protocol.tools import MAX_TOOLS, CallId, Name, ToolFormatName
+from mesh.protocol.tools import MAX_TOOLS, CallId, Name, ToolFormatName, choice_kind
 
 __all__ = ["ResponseDeleted", "ResponseDocument", "ResponsesRequest"]
 
@@ -65,9 +65,7 @@ class InputItem(RequestBody):
             "function_call": ("call_id", "name", "arguments"),
             "function_call_output": ("call_id", "output"),
         }[self.type]
-        missing = next((key for key in needed if getattr(self, key) is None), None)
-        if missing is not None:
-            raise PydanticCustomError("unmet", "needs {key} with type {type}", {"key": missing, "type": self.type})
+        require_keys(self, self.type, needed)
         return self
 
     def turn(self) -> dict[str, Any]:
@@ -117,13 +115,9 @@ class FunctionChoice(RequestBody):
     name: Name
 
 
-def _kind(choice: Any) -> str:
-    return BRANCH.format("text" if isinstance(choice, str) else "object")
-
-
 FunctionToolChoice = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag(BRANCH.format("text"))] | Annotated[FunctionChoice, Tag(BRANCH.format("object"))],
-    Discriminator(_kind),
+    Discriminator(choice_kind),
 ]
 
 
@@ -158,17 +152,11 @@ class ResponseStreamOptions(RequestBody):
     include_obfuscation: Harmless = None  # nothing is ever added to hide the length of tokens
 
 
-def _describe(schema: dict[str, Any]) -> None:
-    allow_null(schema)
-    for name, field in SamplingFields.model_fields.items():
-        schema["properties"][name].setdefault("description", field.description)
-
-
 class ResponsesRequest(SamplingFields, RequestBody):
     """`store` (true where it is left out): the response is kept for a while, for previous_response_id. ignore_eos, tool_format and the
     sampling parameters that OpenAI does not have are additions."""
 
-    model_config = ConfigDict(json_schema_extra=_describe)
+    model_config = ConfigDict(json_schema_extra=describe_sampling)
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     logprobs: Annotated[Any, Unmet("responses have no log-probabilities here: ask /v1/chat/completions")] = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesh.client import Chunk, Completion
+from mesh.client.shapes import parts_of, text_of
 from mesh.errors import MeshError
 from mesh.gateway.errors import openai_document
 from mesh.protocol.tools import CallPart, ToolParser
@@ -56,7 +57,7 @@ class ResponseShape:
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         (completion,) = completions
-        text = completion.text if completion.tool_format is None else completion.content
+        text = text_of(completion)
         if text:
             self._text(text)
         for index, call in enumerate(completion.tool_calls):
@@ -69,7 +70,7 @@ class ResponseShape:
         if self._sequence == 0:
             begun = self._response("in_progress")
             events += [self._event("response.created", response=begun), self._event("response.in_progress", response=begun)]
-        for part in self._parts(chunk.text, end=completion is not None):
+        for part in parts_of(self._parser, chunk.text, end=completion is not None):
             events += self._text(part) if isinstance(part, str) else self._call(part)
         if completion is not None:
             events += self._finish(completion)
@@ -82,11 +83,6 @@ class ResponseShape:
     def failed(self, error: MeshError) -> dict[str, Any]:
         said = openai_document(error)["error"]
         return self._event("error", code=said["code"], message=said["message"], param=said["param"])
-
-    def _parts(self, text: str, *, end: bool) -> list[str | CallPart]:
-        if self._parser is None:
-            return [text] if text else []
-        return [*self._parser.push(text), *(self._parser.finish() if end else ())]
 
     def _finish(self, completion: Completion) -> list[dict[str, Any]]:
         cut = completion.finish_reason == "length"

@@ -19,9 +19,10 @@ from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatMessage, TokenIds
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import Label
+from mesh.protocol.tokenizing import Tokenized
 from mesh.protocol.tools import MAX_TOOLS, Tool
 
-__all__ = ["tokenizing"]
+__all__ = ["tokenizing", "tokens_of"]
 
 tokenizing = guarded("generate", tags=["tokens"])
 
@@ -80,13 +81,18 @@ class DetokenizeResponse(ResponseBody):
     prompt: str
 
 
+async def tokens_of(gateway: Gateway, request: Request, model: str | None, fields: dict[str, Any]) -> Tokenized:
+    """The tokens of a text or of messages; `fields`: of mesh.protocol.tokenizing.Tokenize. It counts as one request of the caller."""
+    model = await gateway.models.resolve(model)
+    check_length(fields, gateway.settings.limits, gateway.models.max_prompt_characters(model))
+    with paying(caller_of(request), ONE_REQUEST):
+        return await until_gone(request.receive, gateway.client.tokenize(model=model, **fields))
+
+
 @tokenizing.post("/tokenize", response_model=TokenizeResponse)
 async def tokenize(body: TokenizeRequest, request: Request, gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """The tokens of a text, or of messages in the model's template."""
-    model, fields = await gateway.models.resolve(body.model), body.fields()
-    check_length(fields, gateway.settings.limits, gateway.models.max_prompt_characters(model))
-    with paying(caller_of(request), ONE_REQUEST):
-        found = await until_gone(request.receive, gateway.client.tokenize(model=model, **fields))
+    found = await tokens_of(gateway, request, body.model, body.fields())
     answer = {"count": len(found.tokens), "max_model_len": found.context, "tokens": found.tokens}
     return json_response(answer | {"token_strs": found.names})
 

@@ -26,6 +26,7 @@ __all__ = [
     "FORMATS",
     "MAX_TOOLS",
     "CallPart",
+    "Part",
     "Tool",
     "ToolCall",
     "ToolChoice",
@@ -33,6 +34,7 @@ __all__ = [
     "ToolFormatName",
     "ToolParser",
     "calls_of",
+    "choice_kind",
     "format_of",
 ]
 
@@ -70,13 +72,14 @@ class NamedChoice(_Part):
     function: FunctionName
 
 
-def _kind(choice: Any) -> str:
+def choice_kind(choice: Any) -> str:
+    """Which branch a tool_choice is of: a text, or an object that names a function."""
     return BRANCH.format("text" if isinstance(choice, str) else "object")
 
 
 ToolChoice = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag(BRANCH.format("text"))] | Annotated[NamedChoice, Tag(BRANCH.format("object"))],
-    Discriminator(_kind),
+    Discriminator(choice_kind),
 ]
 
 
@@ -263,6 +266,10 @@ class ToolParser:
 
     def __post_init__(self) -> None:
         self._names = frozenset(self.names)
+
+    def read(self, piece: str, *, end: bool) -> list[Part]:
+        """What `push` returns; with `end`, also what `finish` does."""
+        return [*self.push(piece), *(self.finish() if end else ())]
 
     def push(self, piece: str) -> list[Part]:
         self._held += piece
