@@ -12,6 +12,7 @@ from mesh.importer.graph.decoder import attribute, input_of
 from mesh.importer.graph.edit import new_constant
 from mesh.importer.passes.contrib_rewriter import Result, Rewriter, Rule, optional, refuse, stored
 from mesh.importer.passes.nbits import unpack_matmul_nbits, unpack_rows
+from mesh.importer.write.kept import group_order
 
 __all__ = ["PRODUCTS"]
 
@@ -80,11 +81,13 @@ def _order(node: ir.Node, rows: int, block: int) -> np.ndarray[Any, Any] | None:
     index = stored(optional(node, 4))
     if index is None:
         raise refuse(node, "a group index that is computed")
-    groups, wanted = index.numpy().reshape(-1), np.arange(rows) // block
-    order = np.argsort(groups, kind="stable")
-    if groups.shape != wanted.shape or not np.array_equal(groups[order], wanted):
-        raise refuse(node, "a group index with groups of unequal size")
-    return None if np.array_equal(groups, wanted) else order
+    groups = index.numpy().reshape(-1)
+    try:
+        if len(groups) != rows:
+            raise ValueError(f"{len(groups)} inputs in groups, of {rows}")
+        return group_order(groups, block)
+    except ValueError as error:
+        raise refuse(node, f"a group index with {error}") from None
 
 
 def _gather_block_quantized(r: Rewriter, node: ir.Node) -> Result:

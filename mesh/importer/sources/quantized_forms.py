@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
-from mesh.importer.write.kept import Kept, KeptForm
+from mesh.importer.write.kept import Kept, KeptForm, group_order
 
 __all__ = ["Packed", "Parts", "awq", "experts_of_blocks", "four_bit_floats", "gptq", "packed_integers", "plain", "unpack_words"]
 
@@ -141,20 +142,21 @@ def gptq(parts: Parts, bits: int, group: int, first_version: bool) -> Packed:
 
     symmetric = bool((zeros() == 1 << (bits - 1)).all())
     index = parts.read("g_idx").astype(np.int32) if "g_idx" in parts else None
-    order = _order(parts, index, depth, group)
 
     def codes() -> Array:
         return unpack_words(np.ascontiguousarray(parts.read("qweight").T), bits, depth)
 
-    if order is not None and not len(order):
-        assert index is not None
-        which = index
+    def numbers_by(which: Array) -> Array:
+        lifted = codes().astype(np.float32) - zeros().astype(np.float32)[:, which]
+        return lifted * parts.read("scales").T.astype(np.float32)[:, which]
 
-        def numbers() -> Array:
-            lifted = codes().astype(np.float32) - zeros().astype(np.float32)[:, which]
-            return lifted * parts.read("scales").T.astype(np.float32)[:, which]
-
-        return Packed((out, depth), None, _not_kept, numbers)
+    order = None
+    if index is not None:
+        _check_index(parts, index, depth, group)
+        try:
+            order = group_order(index, group)
+        except ValueError:  # no block has a form for it
+            return Packed((out, depth), None, _not_kept, partial(numbers_by, index))
 
     narrow = bits <= 4
     form = KeptForm(
@@ -182,17 +184,9 @@ def _gptq_zeros(parts: Parts, bits: int, out: int, first_version: bool) -> Array
     return np.ascontiguousarray(unpack_words(words, bits, out).T)
 
 
-def _order(parts: Parts, index: Array | None, depth: int, group: int) -> Array | None:
-    """The inputs group by group; None: they are so already. Empty: groups are not of equal size, so that no order makes them so."""
-    if index is None:
-        return None
+def _check_index(parts: Parts, index: Array, depth: int, group: int) -> None:
     if index.shape != (depth,) or index.min(initial=0) < 0 or index.max(initial=0) >= -(-depth // group):
         raise CorruptModel(f"tensor {parts.name}.g_idx does not say for each of {depth} inputs in which group of {group} it is")
-    wanted = np.arange(depth) // group
-    if np.array_equal(index, wanted):
-        return None
-    order = np.argsort(index, kind="stable").astype(np.int32)
-    return order if np.array_equal(index[order], wanted) else order[:0]
 
 
 def _not_kept() -> Kept:
@@ -241,9 +235,12 @@ def packed_integers(parts: Parts) -> Packed:
     if index is not None and (index < 0).all():
         index = None  # there is none
     group = _group(depth, groups)
-    order = _order(parts, index, depth, group)
-    if order is not None and not len(order):
-        raise UnsupportedModel(f"tensor {parts.name}.weight_g_idx: groups of unequal size are not supported")
+    if index is not None:
+        _check_index(parts, index, depth, group)
+    try:
+        order = None if index is None else group_order(index, group)
+    except ValueError as error:
+        raise UnsupportedModel(f"tensor {parts.name}.weight_g_idx: {error} are not supported") from None
     lifted = "weight_zero_point" in parts
     codes_type = _INT4 if bits <= 4 else _INT8
     form = KeptForm(
