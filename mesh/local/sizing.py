@@ -16,7 +16,7 @@ from mesh.model.memory import SHARED_BYTES, MemoryNeed, ModelShape, predict
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange
 
-__all__ = ["Demand", "Sizing", "size", "size_together"]
+__all__ = ["Demand", "Sizing", "size_together"]
 
 CACHES = 1 / 8
 """The share of the free memory that caches and workspace take at most, for a context that was not asked for."""
@@ -70,18 +70,10 @@ class Demand:
         return self.replicas * sum(need.weights_bytes + need.process_bytes - SHARED_BYTES for need in self.needs(positions))
 
 
-def size(
-    manifest: Manifest, ranges: Sequence[LayerRange], *, replicas: int, rows: int, context: int | None, available_bytes: int
-) -> Sizing:
-    """The context and the memory of `replicas` shards of each range. `available_bytes` 0: unknown. DoesNotFit: they need more than there
-    is; the error says what would fit."""
-    (one,) = size_together([Demand(manifest, ranges, replicas, rows, context)], available_bytes=available_bytes)
-    return one
-
-
 def size_together(wanted: Sequence[Demand], *, available_bytes: int) -> tuple[Sizing, ...]:
-    """The same for several models on one machine: what one takes, the others do not have. Where the room is small, the context of the
-    model with the largest caches is halved first."""
+    """The context and the memory of each model of one machine: what one takes, the others do not have. Where the room is small, the context
+    of the model with the largest caches is halved first. `available_bytes` 0: unknown. DoesNotFit: they need more than there is; the error
+    says what would fit."""
     contexts = [each.longest for each in wanted]
 
     def total() -> int:

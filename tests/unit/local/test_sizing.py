@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.errors import DoesNotFit
-from mesh.local.sizing import ALL, Demand, size, size_together
+from mesh.local.sizing import ALL, Demand, size_together
 from mesh.model.manifest import BlockInfo, CacheInfo, HiddenInfo, Manifest, WeightsInfo
 from mesh.model.memory import SHARED_BYTES
 from mesh.types import even_ranges
@@ -38,7 +38,7 @@ def smollm2() -> Manifest:
 
 
 def sized(free: int, *, context: int | None = None, replicas: int = 1, rows: int = 8) -> tuple[int, int]:
-    found = size(smollm2(), even_ranges(LAYERS, 3), replicas=replicas, rows=rows, context=context, available_bytes=free)
+    (found,) = size_together([Demand(smollm2(), even_ranges(LAYERS, 3), replicas, rows, context)], available_bytes=free)
     if found.allowed_bytes is not None:
         alone = replicas * sum(allowed - SHARED_BYTES for allowed in found.allowed_bytes)
         assert SHARED_BYTES + alone <= free, "the shards share what is free"
