@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import struct
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from mesh.protocol.message import Message
 
 
 def frame() -> list[bytes]:
@@ -42,25 +45,40 @@ def tensor() -> list[bytes]:
     return made
 
 
-def messages() -> list[bytes]:
+def message_types() -> tuple[type[Message], ...]:
+    """Every message of the mesh's own subjects."""
     from mesh.protocol.message import Message
     from mesh.protocol.topics import TOPICS
 
     types = [kind for topic in TOPICS for kind in (topic.request, topic.reply) if isinstance(kind, type) and issubclass(kind, Message)]
-    return [bytes([index]) + orjson.dumps(example(kind)) for index, kind in enumerate(dict.fromkeys(types))]
+    return tuple(dict.fromkeys(types))
+
+
+def messages() -> list[bytes]:
+    return [bytes([index]) + orjson.dumps(example(kind)) for index, kind in enumerate(message_types())]
 
 
 def documents() -> list[bytes]:
     return [body[1:] for body in bodies()]
 
 
-def bodies() -> list[bytes]:
+def body_types() -> tuple[type[BaseModel], ...]:
+    """The requests of all HTTP APIs."""
+    from mesh.gateway.messages_schema import CountRequest, MessagesRequest
     from mesh.gateway.openai_schema import ChatRequest, CompletionRequest
+    from mesh.gateway.responses_schema import ResponsesRequest
     from mesh.gateway.schema import BatchRequest, InferenceRequest
+    from mesh.gateway.tokenize_routes import DetokenizeRequest, TokenizeRequest
 
-    types: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, BatchRequest, InferenceRequest)
+    return (
+        ChatRequest, CompletionRequest, BatchRequest, InferenceRequest, MessagesRequest, CountRequest, ResponsesRequest, TokenizeRequest,
+        DetokenizeRequest,
+    )  # fmt: skip
+
+
+def bodies() -> list[bytes]:
     chat = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "stop": ["x"], "stream": True}
-    return [bytes([0]) + orjson.dumps(chat), *(bytes([index]) + orjson.dumps(example(kind)) for index, kind in enumerate(types))]
+    return [bytes([0]) + orjson.dumps(chat), *(bytes([index]) + orjson.dumps(example(kind)) for index, kind in enumerate(body_types()))]
 
 
 def example(kind: type[BaseModel]) -> dict[str, Any]:
@@ -168,6 +186,27 @@ def safetensors() -> list[bytes]:
     from safetensors.numpy import save
 
     return [save({"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float16)})]
+
+
+def quantized() -> list[bytes]:
+    weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group", "block_structure": [128, 128]}
+    groups = {"group_0": {"weights": weights, "targets": ["Linear"], "format": "pack-quantized", "input_activations": None}}
+    given: list[dict[str, Any]] = [
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "config_groups": groups},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fbgemm_fp8"},
+    ]
+    return [orjson.dumps({"quantization_config": each}) for each in given] + [
+        orjson.dumps({"text_config": {"compression_config": given[2]}})
+    ]
+
+
+def kept() -> list[bytes]:
+    from mesh.gateway.kept_responses import KeptResponse, pack
+
+    return [pack(KeptResponse({"id": "resp_1", "output": []}, [{"role": "user", "content": "a"}]))]
 
 
 def index() -> list[bytes]:

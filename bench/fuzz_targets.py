@@ -78,17 +78,16 @@ def tensor() -> Target:
 
 
 def messages() -> Target:
-    from mesh.errors import BadRequest, MessageRejected
-    from mesh.protocol.message import Message
-    from mesh.protocol.topics import TOPICS
+    from fuzz_seeds import message_types
 
-    types = [kind for topic in TOPICS for kind in (topic.request, topic.reply) if isinstance(kind, type) and issubclass(kind, Message)]
-    unique = list(dict.fromkeys(types))
+    from mesh.errors import BadRequest, MessageRejected
+
+    types = message_types()
 
     @_only(MessageRejected, BadRequest)
     def attempt(data: bytes) -> None:
         if data:
-            unique[data[0] % len(unique)].parse(data[1:]).to_bytes()
+            types[data[0] % len(types)].parse(data[1:]).to_bytes()
 
     return attempt
 
@@ -102,14 +101,13 @@ def documents() -> Target:
 
 
 def bodies() -> Target:
+    from fuzz_seeds import body_types
     from pydantic import ValidationError
 
     from mesh.errors import MessageRejected
-    from mesh.gateway.openai_schema import ChatRequest, CompletionRequest
-    from mesh.gateway.schema import BatchRequest, InferenceRequest
     from mesh.protocol.documents import problem, read
 
-    types = (ChatRequest, CompletionRequest, BatchRequest, InferenceRequest)
+    types = body_types()
 
     @_only(MessageRejected)
     def attempt(data: bytes) -> None:
@@ -121,6 +119,12 @@ def bodies() -> Target:
                 problem(error)
 
     return attempt
+
+
+def kept() -> Target:
+    from mesh.gateway.kept_responses import unpack
+
+    return _only()(unpack)
 
 
 def stream() -> Target:
@@ -223,6 +227,29 @@ def safetensors() -> Target:
     return attempt
 
 
+def quantized() -> Target:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from mesh.errors import ModelError
+    from mesh.importer.sources.quantized import open_checkpoint
+
+    path = _file("").with_name("config.json")
+    words, halves = np.ones((4, 32), np.int32), np.ones((1, 32), np.float16)
+    parts: dict[str, Any] = {"qweight": words, "qzeros": words[:1, :4], "scales": halves, "g_idx": np.zeros(32, np.int32)}
+    parts |= {"weight_packed": words.T.copy(), "weight_scale": halves.T.copy(), "weight_shape": np.array([32, 32], np.int64)}
+    save_file({f"a.{part}": array for part, array in parts.items()}, path.with_name("model.safetensors"))
+
+    @_only(ModelError)
+    def attempt(data: bytes) -> None:
+        path.write_bytes(data)
+        checkpoint = open_checkpoint(path.parent)
+        for name in checkpoint:
+            checkpoint.read(name)
+
+    return attempt
+
+
 def index() -> Target:
     from mesh.errors import ModelError
     from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
@@ -305,6 +332,7 @@ TARGETS: Final[dict[str, Decoder]] = {
     "documents": Decoder(documents),
     "bodies": Decoder(bodies),
     "stream": Decoder(stream),
+    "kept": Decoder(kept),
     "split": Decoder(split),
     "report": Decoder(report),
     "traceparent": Decoder(traceparent),
@@ -313,6 +341,7 @@ TARGETS: Final[dict[str, Decoder]] = {
     "gguf": Decoder(gguf),
     "safetensors": Decoder(safetensors, 4),
     "index": Decoder(index, 4),
+    "quantized": Decoder(quantized, 10),
     "tensor_proto": Decoder(tensor_proto),
     "onnx_source": Decoder(onnx_source, 100),
     "tokenizer": Decoder(tokenizer, 10),

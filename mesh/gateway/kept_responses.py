@@ -26,7 +26,7 @@ from mesh.errors import MeshError, Unavailable
 from mesh.protocol import subjects
 from mesh.telemetry.seldom import Seldom
 
-__all__ = ["KeptResponse", "KeptResponses"]
+__all__ = ["KeptResponse", "KeptResponses", "pack", "unpack"]
 
 seldom = Seldom(logging.getLogger("mesh.http"))
 
@@ -93,7 +93,7 @@ class KeptResponses:
     async def keep(self, owner: str, id: str, response: KeptResponse) -> bool:
         """False: it is too large, or cannot be kept now. The log says so."""
         key = _key(owner, id)
-        data = await asyncio.to_thread(_packed, response)
+        data = await asyncio.to_thread(pack, response)
         if len(data) > RESPONSE_BYTES:
             return False
         try:
@@ -108,7 +108,7 @@ class KeptResponses:
     async def get(self, owner: str, id: str) -> KeptResponse | None:
         """None: there is none, or it is another subject's."""
         entry = await self._bucket.get(_key(owner, id))
-        return None if entry is None or not entry.value else await asyncio.to_thread(_unpacked, entry.value)
+        return None if entry is None or not entry.value else await asyncio.to_thread(unpack, entry.value)
 
     async def forget(self, owner: str, id: str) -> bool:
         """False: there was none, or it is another subject's."""
@@ -130,11 +130,11 @@ def _key(owner: str, id: str) -> str:
     return f"{hashlib.sha256(owner.encode()).hexdigest()[:32]}.{hashlib.sha256(id.encode()).hexdigest()[:32]}"
 
 
-def _packed(response: KeptResponse) -> bytes:
+def pack(response: KeptResponse) -> bytes:
     return zlib.compress(orjson.dumps({"response": response.document, "messages": response.messages}), 1)
 
 
-def _unpacked(data: bytes) -> KeptResponse | None:
+def unpack(data: bytes) -> KeptResponse | None:
     reader = zlib.decompressobj()
     try:
         document = orjson.loads(reader.decompress(data, _MOST_BYTES))
