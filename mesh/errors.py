@@ -67,6 +67,7 @@ __all__ = [
     "VerificationFailed",
     "decoding",
     "internal_error",
+    "short",
 ]
 
 
@@ -83,6 +84,11 @@ def internal_error(cause: Exception) -> MeshError:
     error = MeshError("an internal error; the log of the coordinator says more")
     error.__cause__ = cause
     return error
+
+
+def short(text: str, most: int = 64) -> str:
+    """`text` of a caller or a file as an error repeats it: its beginning, where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @contextmanager

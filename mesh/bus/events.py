@@ -24,9 +24,8 @@ from mesh.bus.kv import WATCH_IDLE_S, anything_sent
 from mesh.bus.losses import LossWatch
 from mesh.bus.mapping import mapped
 from mesh.bus.replicas import replicated, spread
-from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable
+from mesh.errors import MeshError, MessageRejected, ServiceError, Unavailable, short
 from mesh.protocol import subjects, topics
-from mesh.protocol.documents import short
 from mesh.protocol.events import Event, EventKind
 from mesh.protocol.message import MAX_LINE
 

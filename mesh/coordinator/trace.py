@@ -16,7 +16,7 @@ from mesh.coordinator.core.events import Ended, FrameOut, FrameRow
 from mesh.coordinator.core.routing import Route
 from mesh.coordinator.core.session import SessionView
 from mesh.coordinator.trace_steps import Step, Steps, StepSum
-from mesh.protocol.documents import short
+from mesh.errors import short
 from mesh.protocol.generation import public_id
 from mesh.protocol.message import MAX_LINE
 from mesh.protocol.spans import Value

@@ -12,8 +12,8 @@ from typing import Any, Final
 from mesh.coordinator.clocks import Clocks
 from mesh.coordinator.trace import Leg, Trace
 from mesh.coordinator.trace_steps import FIRST, KeptStep, Run, Step
+from mesh.errors import short
 from mesh.protocol import topics
-from mesh.protocol.documents import short
 from mesh.protocol.message import MAX_LINE
 from mesh.protocol.spans import MAX_LINKS, Link, Span, SpanKind, Value
 

@@ -25,9 +25,8 @@ from mesh.coordinator.replies import Job
 from mesh.coordinator.span_store import SpanStore
 from mesh.coordinator.trace import OpenTry, Trace, Traces
 from mesh.coordinator.trace_spans import spans_of
-from mesh.errors import MeshError
+from mesh.errors import MeshError, short
 from mesh.protocol import generation, subjects, topics
-from mesh.protocol.documents import short
 from mesh.protocol.spans import Span, Value
 from mesh.protocol.status import TraceList
 from mesh.telemetry.context import TraceSampling, chosen, new_span_id

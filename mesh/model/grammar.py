@@ -22,10 +22,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from mesh.errors import BadRequest
+from mesh.errors import BadRequest, short
 from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import TOKENIZER_FILE
-from mesh.protocol.documents import short
 from mesh.protocol.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_BYTES, StructuredOutputs
 
 __all__ = ["FIELD", "LIMITS", "Matcher", "Vocabulary", "exact_formats", "grammar_of", "json_options", "require_schema"]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound, decoding
 from mesh.host.paths import open_inside
+from mesh.protocol.documents import problem
 from mesh.types import DType, LayerRange
 
 __all__ = [
@@ -201,9 +202,8 @@ class Manifest(_Strict):
         try:
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            key = ".".join(str(part) for part in first["loc"]) or "the document"
-            raise CorruptModel(f"{where}: {key}: {first['msg']}; import the model again") from None
+            key, _, said = problem(error)
+            raise CorruptModel(f"{where}: {key or 'the document'}: {said}; import the model again") from None
         expected = [block_name("embed"), *(block_name(i) for i in range(manifest.layers)), block_name("head")]
         if [block.name for block in manifest.blocks] != expected or len(manifest.cache) != manifest.layers:
             raise CorruptModel(f"{where}: blocks or caches do not match layers = {manifest.layers}; import the model again")

@@ -18,10 +18,9 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
-from mesh.errors import BadRequest, CorruptModel, ModelNotFound, decoding
+from mesh.errors import BadRequest, CorruptModel, ModelNotFound, decoding, short
 from mesh.model.manifest import Manifest, TokenizerInfo
 from mesh.model.tokenizer_file import read_backend, unreadable
-from mesh.protocol.documents import short
 from mesh.protocol.tools import ToolFormat, format_of
 
 __all__ = ["Piece", "TextStream", "Tokenizer", "check_template"]

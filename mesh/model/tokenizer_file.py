@@ -9,8 +9,7 @@ from typing import Any, Final
 import orjson
 import tokenizers
 
-from mesh.errors import CorruptModel, decoding
-from mesh.protocol.documents import short
+from mesh.errors import CorruptModel, decoding, short
 
 __all__ = ["MOST_GROWTH", "read_backend", "unreadable"]
 

@@ -9,6 +9,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mesh.errors import ConfigError, DoesNotFit
+from mesh.protocol.documents import problem
 from mesh.settings.schema import LoadBalancing
 from mesh.types import LayerRange
 
@@ -174,6 +175,5 @@ class Placement(_Strict):
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}: make it with `mesh shard-model --config distributed_config.json`") from None
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the document"
-            raise ConfigError(f"{path}: {where}: {first['msg']}; make it again with `mesh shard-model`") from None
+            key, _, said = problem(error)
+            raise ConfigError(f"{path}: {key or 'the document'}: {said}; make it again with `mesh shard-model`") from None

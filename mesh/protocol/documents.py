@@ -27,16 +27,15 @@ import pydantic_core
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mesh.errors import MessageRejected
+from mesh.errors import MessageRejected, short
 
-__all__ = ["BRANCH", "MAX_PARTS", "problem", "problem_of", "read", "short", "too_large"]
+__all__ = ["BRANCH", "MAX_PARTS", "problem", "problem_of", "read", "too_large"]
 
 MAX_PARTS: Final = 250_000
 """Objects, lists, keys and texts of one document. Parsing so many takes some 50 ms."""
 _TEXT: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _FEW_TEXTS: Final = 20_000
 """With more texts than this, brackets inside texts are not told apart: that would take as long as parsing."""
-_SHOWN: Final = 64
 _MOST_UNKNOWN: Final = 256
 """Keys of one object that are not known and null; an object with more is refused for the first of them, without looking at the others."""
 BRANCH: Final = "({})"
@@ -100,11 +99,6 @@ _SAID: Final = {
     "finite_number": "should be a finite number",
 }
 """What an error says, by pydantic's type of it, where pydantic's own words are those of Python."""
-
-
-def short(text: str, most: int = _SHOWN) -> str:
-    """`text`, or its beginning where it is longer than `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _require_few_parts(data: bytes) -> None:

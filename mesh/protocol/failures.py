@@ -13,8 +13,8 @@ from mesh.errors import (
     PayloadTooLarge,
     PromptTooLong,
     Unavailable,
+    short,
 )
-from mesh.protocol.documents import short
 from mesh.protocol.message import MAX_LINE, Label, Line, Message, Natural, Seconds
 
 __all__ = ["ErrorReply"]

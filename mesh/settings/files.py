@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from mesh.errors import ConfigError, decoding
+from mesh.errors import ConfigError, decoding, short
 
 __all__ = ["ENV_PREFIX", "ConfigFile", "Section", "load_config", "load_environment"]
 
@@ -230,7 +230,7 @@ def _describe(error: ValidationError, path: str, model: type[ConfigFile]) -> str
     """The first error; unknown keys come first, because a key that is misspelt is often also missing."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    keys = [str(part) for part in first["loc"]]
+    keys = [short(str(part)) for part in first["loc"]]
     where = ".".join(keys)
     if first["type"] == "extra_forbidden":
         said = _unknown(model, _model_at(model, keys[:-1]), keys[-1], keys[:-1])
@@ -242,7 +242,7 @@ def _describe(error: ValidationError, path: str, model: type[ConfigFile]) -> str
             message = "should be a section with keys under it"
         source = _variable_of(model, keys)
         shows = isinstance(first["input"], (str, int, float, bool, type(None))) and not _secret(model, keys)
-        shown = f"{where} = {first['input']!r}" if shows else where
+        shown = f"{where} = {short(repr(first['input']), 200)}" if shows else where
         said = message if first["type"] == "value_error" and not keys else f"{shown}: {message}"
         said += f" (from the environment variable {source})" if source else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

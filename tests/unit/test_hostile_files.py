@@ -226,6 +226,29 @@ def test_a_changed_file_is_read_or_refused_by_an_error_of_the_tree(name: str, tm
     attempt()
 
 
+LONG = b"k" * 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("manifest", b"{", b'{"' + LONG + b'": 1, '),
+        ("manifest", b'"onnx"', b'"' + LONG + b'"'),
+        ("placement", b"{", b'{"' + LONG + b'": 1, '),
+        ("placement", b'"layers_start": 0', b'"layers_start": "' + LONG + b'"'),
+        ("yaml", b"shard_id", LONG),
+        ("yaml", b"shard_id: 1", b"shard_id: " + LONG),
+    ],
+)
+def test_an_error_repeats_the_beginning_of_what_is_long(name: str, old: bytes, new: bytes, tmp_path: Path) -> None:
+    make, decode = DECODERS[name]
+    path = tmp_path / f"file{SUFFIXES.get(name, '.json')}"
+    path.write_bytes(make(path).replace(old, new, 1))
+    with pytest.raises(MeshError) as caught:
+        decode(path)
+    assert len(str(caught.value)) < 1000
+
+
 # -- what random changes seldom find -------------------------------------------------------------------------------------------
 
 

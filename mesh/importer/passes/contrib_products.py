@@ -11,8 +11,7 @@ import onnx_ir as ir
 from mesh.importer.graph.decoder import attribute, input_of
 from mesh.importer.graph.edit import new_constant
 from mesh.importer.passes.contrib_rewriter import Result, Rewriter, Rule, optional, refuse, stored
-from mesh.importer.passes.nbits import unpack_matmul_nbits, unpack_rows
-from mesh.importer.write.kept import group_order
+from mesh.importer.passes.nbits import group_order, unpack_matmul_nbits, unpack_rows
 
 __all__ = ["PRODUCTS"]
 

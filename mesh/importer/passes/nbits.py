@@ -1,4 +1,4 @@
-"""Unpack onnxruntime's quantized weights to signed codes for DequantizeLinear.
+"""Unpack onnxruntime's quantized weights to signed codes for DequantizeLinear, and put inputs in the order of their groups.
 
 A stored code c stands for c - 2**(bits - 1), the zero point where none is given: as signed codes they need none.
 """
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["unpack_matmul_nbits", "unpack_rows"]
+__all__ = ["group_order", "unpack_matmul_nbits", "unpack_rows"]
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +33,18 @@ def unpack_rows(table: Array, bits: int, width: int) -> Array:
     if table.dtype == ml_dtypes.uint4:
         return table.astype(np.int8) - np.int8(8)
     return table.astype(np.int8)
+
+
+def group_order(index: Array, group: int) -> Array | None:
+    """The inputs so that those of a group of `group` are side by side, int32 [in]; None: they are so already. index [in]: the group of each
+    input. ValueError: the groups are not of equal size, so that no order makes them so."""
+    wanted = np.arange(len(index)) // group
+    if np.array_equal(index, wanted):
+        return None
+    order = np.argsort(index, kind="stable").astype(np.int32)
+    if not np.array_equal(index[order], wanted):
+        raise ValueError("groups of unequal size")
+    return order
 
 
 def _unpack(packed: Array, bits: int) -> Array:

@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.passes.nbits import group_order
 from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
-from mesh.importer.write.kept import Kept, KeptForm, group_order
+from mesh.importer.write.kept import Kept, KeptForm
 
 __all__ = ["Packed", "Parts", "awq", "experts_of_blocks", "four_bit_floats", "gptq", "packed_integers", "plain", "unpack_words"]
 

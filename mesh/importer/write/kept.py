@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Kept", "KeptForm", "SourceMatrix", "group_order"]
+__all__ = ["Kept", "KeptForm", "SourceMatrix"]
 
 Array = npt.NDArray[Any]
 Factors = tuple[Array, Array | None]
@@ -104,15 +104,3 @@ class SourceMatrix:
 
     def __call__(self) -> Array:
         return self.read().T
-
-
-def group_order(index: Array, group: int) -> Array | None:
-    """The inputs so that those of a group of `group` are side by side, int32 [in]; None: they are so already. index [in]: the group of each
-    input. ValueError: the groups are not of equal size, so that no order makes them so."""
-    wanted = np.arange(len(index)) // group
-    if np.array_equal(index, wanted):
-        return None
-    order = np.argsort(index, kind="stable").astype(np.int32)
-    if not np.array_equal(index[order], wanted):
-        raise ValueError("groups of unequal size")
-    return order
