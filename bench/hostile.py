@@ -163,8 +163,15 @@ OTHERS: dict[str, Callable[[str, str, str, float, Counter[str]], Awaitable[None]
     "forged-replies": lambda http, nats, model, until, answers: forged_replies(nats, model, until, answers),
     "garbage-frames": lambda http, nats, model, until, answers: garbage_frames(nats, model, until, answers),
 }
-WAYS = ("http", "openai", "batch", "nats")
-PATHS = {"http": "/api/v1/inference", "openai": "/v1/chat/completions", "batch": "/api/v1/batch"}
+PATHS = {
+    "http": "/api/v1/inference",
+    "openai": "/v1/chat/completions",
+    "batch": "/api/v1/batch",
+    "messages": "/v1/messages",
+    "responses": "/v1/responses",
+    "tokenize": "/tokenize",
+}
+WAYS = ("nats", *PATHS)
 
 
 def hostile(name: str, http: str, nats: str, model: str, seconds: float) -> None:
@@ -320,7 +327,7 @@ def main() -> None:
     if args.call:
         hostile(args.call, args.http, args.nats, args.model, args.seconds)
         return
-    names = [*OTHERS, *(f"{way}:{body}" for way in ("http", "nats", "openai", "batch") for body in BODIES)]
+    names = [*OTHERS, *(f"{way}:{body}" for way in WAYS for body in BODIES)]
     chosen = [name for name in names if not args.only or any(part in name for part in args.only.split(","))]
     with LocalMesh(LocalOptions(model=Path(args.model), shards=args.shards, rows=4, context=512)) as mesh:
         rows = asyncio.run(measure(mesh, chosen, args.seconds))
