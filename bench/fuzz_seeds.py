@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -206,7 +207,8 @@ def quantized() -> list[bytes]:
 def kept() -> list[bytes]:
     from mesh.gateway.kept_responses import KeptResponse, pack
 
-    return [pack(KeptResponse({"id": "resp_1", "output": []}, [{"role": "user", "content": "a"}]))]
+    packed = pack(KeptResponse({"id": "resp_1", "output": []}, [{"role": "user", "content": "a"}]))
+    return [packed, zlib.decompress(packed), b'{"response": [], "messages": [1]}']
 
 
 def index() -> list[bytes]:
