@@ -57,6 +57,7 @@ from mesh.shard.machine import predicted_bytes
 from mesh.shard.meter import Meter
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
+from mesh.shard.placing import withdraw
 from mesh.shard.reports import lease_of, stats_of
 from mesh.shard.start_trace import StartTrace
 from mesh.shard.state import ShardShape, ShardState, tag_of
@@ -168,6 +169,8 @@ class Shard:
         expiring = self.bus.keep(self._expire, "closing the sessions of coordinators that are gone")
         try:
             await self._lease.start()
+            if self.options.incoming is not None:
+                await withdraw(self.bus, model, self.options.name)
             await self._listen_control()
             await keep_events(EventLog(self.bus))
             await self._announce("joined", f"layers {shape.layers} of {model}")
