@@ -317,7 +317,8 @@ class Programs:
 
     def _get(self, kind: str, bucket: ShapeBucket, what: Any, state: Any = None, x: Any = None) -> Any:
         bucket = _relevant(kind, bucket, state)
-        key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
+        first = None if state is None else jax.tree.leaves(state)[0]
+        key = (kind, bucket, what.signature, None if first is None else (first.shape, str(first.dtype)))
         found = self._compiled.get(key)
         if found is None:
             with self._lock:
