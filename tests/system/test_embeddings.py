@@ -133,6 +133,9 @@ def test_a_plain_nats_request_brings_one_document(mesh: LocalMesh, reference: Re
         answer = orjson.loads((await raw(mesh.url, subject, {"prompt": "hello", "embed": {}})).data)
         assert (answer["done"], answer["tokens"], answer["text"], answer["finish_reason"]) == (True, [], None, "stop")
         same(answer["embedding"], reference("hello"))
+        talk = {"messages": [{"role": "user", "content": "hello"}], "embed": {}}
+        answer = orjson.loads((await raw(mesh.url, subject, talk)).data)
+        same(answer["embedding"], reference("u:hello;a:"))
         for body, field in (
             ({"prompt": "a", "embed": {"pooling": "mean"}}, "embed.pooling"),
             ({"prompt": "a", "embed": {}, "stop": ["b"]}, "stop"),
