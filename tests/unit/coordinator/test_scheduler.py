@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
-from fake_stages import FakeMesh, expected, session_of
+from fake_stages import FakeMesh, expected, next_token, session_of
 
 from mesh.coordinator.core.events import CancelSession, FrameOut, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
@@ -238,3 +238,15 @@ def test_frames_hold_rows_that_lie_together() -> None:
     for frame in last:
         rows = [row.rows[0] for row in frame.rows]
         assert rows == list(range(rows[0], rows[0] + 3))
+
+
+def test_a_frame_brings_back_hidden_states_for_half_of_its_tokens_at_most() -> None:
+    """They come back as float32, and hidden states may have gone as 16 bits: a frame that fits has an answer that fits."""
+    mesh, random = make(rows=8, chunk=4), Random(1)
+    requests = [GenerationRequest(f"r{number}", (number,), 0, None, embed=True) for number in range(8)]
+    for request in requests:
+        mesh.submit(request)
+    mesh.settle(random)
+    assert max(sum(row.wants for row in frame.rows) for frame in mesh.frames) == 2
+    assert [mesh.states[request.id] for request in requests] == [next_token(request.prompt) for request in requests]
+    assert all(mesh.ended[request.id].reason == "stop" for request in requests) and mesh.core.idle
