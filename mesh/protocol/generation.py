@@ -210,6 +210,13 @@ class Generate(SamplingFields, Input):
         return self
 
     @property
+    def operation(self) -> str:
+        """Its name in traces and metrics, by OpenTelemetry's conventions."""
+        if self.embed is not None:
+            return "embeddings"
+        return "text_completion" if self.messages is None else "chat"
+
+    @property
     def longest(self) -> int:
         """The most tokens that the answer has."""
         return self.max_tokens if self.embed is None else 0

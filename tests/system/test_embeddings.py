@@ -160,6 +160,15 @@ def test_a_beginning_that_was_computed_is_reused(mesh: LocalMesh, reference: Ref
         same(third.vectors[0], reference(tokens))
 
 
+def test_its_trace_says_that_it_is_an_embedding(mesh: LocalMesh) -> None:
+    with MeshClient(mesh.url, model="tiny") as client:
+        done = client.generate(tokens=[5, 17, 33], embed={})
+        found = client.trace(done.session)
+    assert found is not None
+    generation = next(span for span in found["spans"] if span["name"].startswith("embeddings "))
+    assert generation["attributes"]["gen_ai.usage.output_tokens"] == 0
+
+
 def test_tokens_and_vectors_are_computed_side_by_side(mesh: LocalMesh, reference: Reference, run: Run) -> None:
     prompts = [random.Random(seed).choices(range(VOCABULARY), k=3 + 3 * seed) for seed in range(12)]
 
