@@ -424,7 +424,10 @@ class Core:
             since = session.token_at or session.trouble_since or state.now
             state.pauses.append(Pause(session.replay, state.now - since, state.watch.median_s("decode")))
         session.trouble_since, session.losses, session.replay, session.token_at = None, 0, "", state.now
-        if request.embed and token.id == EMBEDDED:
+        if request.embed is not (token.id == EMBEDDED):
+            ends.end(state, session, Act.FAIL, "error", ends.other_version())
+            return
+        if request.embed:
             session.first_token_at = state.now
             state.effects.append(Emit(session.id, 0, token))
             ends.end(state, session, Act.FINISH, "stop")
