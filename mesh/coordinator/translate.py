@@ -110,6 +110,8 @@ def _tokens(ids: list[int], tensors: tuple[np.ndarray, ...]) -> list[Token | Hid
     tokens: list[Token | HiddenState] = [*(_with_logprobs(ids, *tensors[:3]) if len(tensors) >= 3 else map(Token, ids))]
     embedded = [index for index, id in enumerate(ids) if id == EMBEDDED]
     states = tensors[-1] if len(tensors) in (1, 4) else None
+    if states is not None and (states.ndim != 2 or not np.issubdtype(states.dtype, np.floating)):
+        raise FrameRejected(f"frame rejected: hidden states of {states.dtype} {states.shape}", reason="tensor")
     if (0 if states is None else len(states)) != len(embedded):
         raise FrameRejected(f"frame rejected: {len(embedded)} rows have a hidden state, and another number came", reason="tensor")
     if states is not None:
