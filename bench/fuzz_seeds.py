@@ -66,14 +66,14 @@ def documents() -> list[bytes]:
 def body_types() -> tuple[type[BaseModel], ...]:
     """The requests of all HTTP APIs."""
     from mesh.gateway.messages_schema import CountRequest, MessagesRequest
-    from mesh.gateway.openai_schema import ChatRequest, CompletionRequest
+    from mesh.gateway.openai_schema import ChatRequest, CompletionRequest, EmbeddingRequest
     from mesh.gateway.responses_schema import ResponsesRequest
     from mesh.gateway.schema import BatchRequest, InferenceRequest
     from mesh.gateway.tokenize_routes import DetokenizeRequest, TokenizeRequest
 
     return (
         ChatRequest, CompletionRequest, BatchRequest, InferenceRequest, MessagesRequest, CountRequest, ResponsesRequest, TokenizeRequest,
-        DetokenizeRequest,
+        DetokenizeRequest, EmbeddingRequest,
     )  # fmt: skip
 
 
