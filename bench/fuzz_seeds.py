@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,14 +66,14 @@ def documents() -> list[bytes]:
 def body_types() -> tuple[type[BaseModel], ...]:
     """The requests of all HTTP APIs."""
     from mesh.gateway.messages_schema import CountRequest, MessagesRequest
-    from mesh.gateway.openai_schema import ChatRequest, CompletionRequest
+    from mesh.gateway.openai_schema import ChatRequest, CompletionRequest, EmbeddingRequest
     from mesh.gateway.responses_schema import ResponsesRequest
     from mesh.gateway.schema import BatchRequest, InferenceRequest
     from mesh.gateway.tokenize_routes import DetokenizeRequest, TokenizeRequest
 
     return (
         ChatRequest, CompletionRequest, BatchRequest, InferenceRequest, MessagesRequest, CountRequest, ResponsesRequest, TokenizeRequest,
-        DetokenizeRequest,
+        DetokenizeRequest, EmbeddingRequest,
     )  # fmt: skip
 
 
@@ -206,7 +207,8 @@ def quantized() -> list[bytes]:
 def kept() -> list[bytes]:
     from mesh.gateway.kept_responses import KeptResponse, pack
 
-    return [pack(KeptResponse({"id": "resp_1", "output": []}, [{"role": "user", "content": "a"}]))]
+    packed = pack(KeptResponse({"id": "resp_1", "output": []}, [{"role": "user", "content": "a"}]))
+    return [packed, zlib.decompress(packed), b'{"response": [], "messages": [1]}']
 
 
 def index() -> list[bytes]:

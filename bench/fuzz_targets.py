@@ -122,9 +122,16 @@ def bodies() -> Target:
 
 
 def kept() -> Target:
-    from mesh.gateway.kept_responses import unpack
+    from mesh.gateway.kept_responses import pack, unpack
 
-    return _only()(unpack)
+    @_only()
+    def attempt(data: bytes) -> None:
+        unpack(data)
+        found = unpack(zlib.compress(data, 1))
+        if found is not None:
+            pack(found)
+
+    return attempt
 
 
 def stream() -> Target:

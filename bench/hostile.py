@@ -170,6 +170,7 @@ PATHS = {
     "messages": "/v1/messages",
     "responses": "/v1/responses",
     "tokenize": "/tokenize",
+    "embeddings": "/v1/embeddings",
 }
 WAYS = ("nats", *PATHS)
 

@@ -2,9 +2,10 @@
 
     python bench/structured.py MODEL [--rows 1,32] [--steps 60]
 
-For each number of rows: the median step of plain greedy rows, of rows that all draw tokens (temperature 1), of rows that all follow a
-schema greedily, and of a batch in which every other row follows one. Steps include everything that the stage does: the mask of the next
-step is computed in a thread meanwhile. Also the time of one mask, alone.
+For each number of rows, in turn step by step: the median step of plain greedy rows, of rows that all draw tokens (temperature 1), of rows
+that all follow a schema greedily, and of a batch in which every other row follows one. Steps include everything that the stage does: the
+mask of the next step is computed in a thread meanwhile. Beside it the median and the quartiles of what each step took of the greedy one
+before it, and the part of the step in which tokens were drawn: waiting for masks, applying them, choosing. Also one mask's time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ SCHEMA: dict[str, Any] = {
     "minItems": 50,
 }
 PROMPT = list(range(40, 56))
+_FIRST = 5
+"""Steps that are not counted."""
 
 
 def main() -> None:
@@ -67,8 +70,13 @@ def measure(model: Path, rows: int, steps: int, grammar: str) -> None:
     for _ in range(steps):
         for run in runs.values():
             run.step()
+    plain = runs["greedy"].took[_FIRST:]
     for name, run in runs.items():
-        print(f"{rows:3} rows, {name}: median step {statistics.median(run.took[5:]) * 1e3:.2f} ms over {len(run.took) - 5} steps")
+        took = run.took[_FIRST:]
+        low, middle, high = statistics.quantiles([own / other for own, other in zip(took, plain, strict=True)], n=4)
+        took_ms, drawing_ms = (statistics.median(each) * 1e3 for each in (took, run.drawing[_FIRST:]))
+        print(f"{rows:3} rows, {name}: median step {took_ms:.2f} ms over {len(took)} steps, of which drawing {drawing_ms:.2f} ms;", end=" ")
+        print(f"{middle:.3f} ({low:.3f} to {high:.3f}) of greedy")
 
 
 class Run:
@@ -80,11 +88,13 @@ class Run:
         self.tokens = [pipeline.start(int(row), PROMPT, each, max_tokens=300).id for row, each in zip(self.rows, params, strict=True)]
         self.position = len(PROMPT)
         self.took: list[float] = []
+        self.drawing: list[float] = []
 
     def step(self) -> None:
         began = time.perf_counter()
         answer = self.pipeline.decode(self.rows, np.full(len(self.rows), self.position), np.array(self.tokens))
         self.took.append(time.perf_counter() - began)
+        self.drawing.append(self.pipeline.stages[-1].sampled_s)
         self.tokens = [token.id for token in answer]
         assert min(self.tokens) >= 0
         self.position += 1

@@ -11,6 +11,7 @@ AsyncMeshClient is the same for asyncio. Both speak to coordinators over NATS an
 
 aio          AsyncMeshClient
 sync         MeshClient
+embedding    vectors of several texts
 request      the arguments of a request, for type checkers
 stream       one generation request: sending it, repeating it, ordering its answers
 parsing      answers as instances of pydantic models
@@ -20,8 +21,20 @@ read_model   the picture of a mesh for the dashboard, `mesh top` and `mesh statu
 """
 
 from mesh.client.aio import AsyncMeshClient
-from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments
-from mesh.client.results import BatchResult, Chunk, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage, Timing, Token, Usage
+from mesh.client.request import ChatArguments, EmbedArguments, GenerateArguments, RequestArguments
+from mesh.client.results import (
+    BatchResult,
+    Chunk,
+    Completion,
+    CoordinatorStatus,
+    Embeddings,
+    Health,
+    MeshStatus,
+    MeshUsage,
+    Timing,
+    Token,
+    Usage,
+)
 from mesh.client.stream import Stream
 from mesh.client.sync import MeshClient, SyncStream
 from mesh.protocol.batches import BatchStatus
@@ -35,6 +48,8 @@ __all__ = [
     "Chunk",
     "Completion",
     "CoordinatorStatus",
+    "EmbedArguments",
+    "Embeddings",
     "GenerateArguments",
     "Health",
     "MeshClient",

@@ -14,9 +14,10 @@ from mesh.bus.batches import BatchStore
 from mesh.bus.dead import DeadList
 from mesh.bus.service import endpoint_data
 from mesh.bus.spans import SpanPublisher
+from mesh.client.embedding import each_input, together, vector_in
 from mesh.client.parsing import Form, form_of, instance_of
-from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments, asked, message_of
-from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Health, MeshStatus, MeshUsage
+from mesh.client.request import ChatArguments, EmbedArguments, GenerateArguments, RequestArguments, asked, message_of
+from mesh.client.results import BatchResult, Completion, CoordinatorStatus, Embeddings, Health, MeshStatus, MeshUsage, Usage
 from mesh.client.stream import Retry, Stream
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, MessageRejected, NobodyListens, ServiceError, Unavailable
 from mesh.protocol import subjects, topics
@@ -150,6 +151,32 @@ class AsyncMeshClient:
         ended the answer before it was complete."""
         request["structured_outputs"] = form_of(form)
         return instance_of(form, await self.generate(prompt, **request))
+
+    async def embed(
+        self,
+        inputs: str | Sequence[int] | Iterable[str | Sequence[int]],
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        concurrency: int = 8,
+        **common: Unpack[EmbedArguments],
+    ) -> Embeddings:
+        """A vector for each of `inputs`: texts as they are, or token ids. It is the hidden state of the last token, after the final norm.
+        `dimensions`: only its first numbers. `normalize`: its length is 1. The first error ends the others."""
+        embed = {"normalize": normalize} if dimensions is None else {"normalize": normalize, "dimensions": dimensions}
+        common["model"] = common.get("model") or self._model or await self._only_model()
+        gate = asyncio.Semaphore(concurrency)
+
+        async def one(given: str | Sequence[int]) -> Completion:
+            request: GenerateArguments = {"embed": embed}
+            request.update(common)  # type: ignore[typeddict-item]  # some of its keys
+            if not isinstance(given, str):
+                request["tokens"] = given
+            async with gate:
+                return await self.generate(given if isinstance(given, str) else None, **request)
+
+        completions = await together([one(given) for given in each_input(inputs)])
+        return Embeddings(tuple([vector_in(each) for each in completions]), Usage.total(each.usage for each in completions))
 
     async def tokenize(self, prompt: str | None = None, *, model: str | None = None, **request: Any) -> Tokenized:
         """The tokens of a text as it is, or of `messages` in the model's template. `request`: fields of

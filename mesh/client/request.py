@@ -16,7 +16,7 @@ from mesh.protocol.generation import Generate
 from mesh.protocol.message import Message
 from mesh.protocol.stream import Waiting
 
-__all__ = ["ChatArguments", "GenerateArguments", "RequestArguments", "asked", "message_of"]
+__all__ = ["ChatArguments", "EmbedArguments", "GenerateArguments", "RequestArguments", "asked", "message_of"]
 
 
 M = TypeVar("M", bound=Message)
@@ -40,6 +40,7 @@ class _Fields(TypedDict, total=False):
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool
     tool_format: str | None
+    embed: Mapping[str, Any] | None
     ignore_eos: bool
     raw: bool
     add_generation_prompt: bool
@@ -69,6 +70,13 @@ class GenerateArguments(RequestArguments, _Sending, total=False):
 
 class ChatArguments(_Fields, _Sending, total=False):
     """Those of `chat`, which takes the messages itself."""
+
+
+class EmbedArguments(_Sending, total=False):
+    """Those of `embed`, beside what it says of the vectors."""
+
+    cache_salt: str | None
+    traceparent: str | None
 
 
 _NAMES: Final = tuple(dict.fromkeys(("prompt", "messages", "tokens", *GenerateArguments.__annotations__)))

@@ -12,7 +12,19 @@ from mesh.protocol.status import CoordinatorStats, ShardLease
 from mesh.protocol.stream import Answer, Timing, Token, Usage, answer_of
 from mesh.protocol.usage import SubjectUsage, UsageReport
 
-__all__ = ["BatchResult", "Chunk", "Completion", "CoordinatorStatus", "Health", "MeshStatus", "MeshUsage", "Timing", "Token", "Usage"]
+__all__ = [
+    "BatchResult",
+    "Chunk",
+    "Completion",
+    "CoordinatorStatus",
+    "Embeddings",
+    "Health",
+    "MeshStatus",
+    "MeshUsage",
+    "Timing",
+    "Token",
+    "Usage",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +48,14 @@ class Completion(Answer):
     @classmethod
     def of(cls, answer: Answer, session: str = "") -> Completion:
         return cls(**vars(answer), session=session)
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The vectors of several texts, in their order, and the tokens that they had together."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, Unpack
 from mesh.bus import BusOptions
 from mesh.client.aio import AsyncMeshClient
 from mesh.client.parsing import Form
-from mesh.client.request import ChatArguments, GenerateArguments, RequestArguments
-from mesh.client.results import BatchResult, Chunk, Completion, Health, MeshStatus, MeshUsage
+from mesh.client.request import ChatArguments, EmbedArguments, GenerateArguments, RequestArguments
+from mesh.client.results import BatchResult, Chunk, Completion, Embeddings, Health, MeshStatus, MeshUsage
 from mesh.client.stream import Stream
 from mesh.errors import MeshError, Unavailable
 from mesh.protocol.batches import BatchStatus, DeadMessage
@@ -130,6 +130,18 @@ class MeshClient:
         self, requests: Iterable[str | Mapping[str, Any]], *, concurrency: int = 8, **common: Unpack[GenerateArguments]
     ) -> list[Completion | MeshError]:
         return self._run(self._client.batch(requests, concurrency=concurrency, **common))
+
+    def embed(
+        self,
+        inputs: str | Sequence[int] | Iterable[str | Sequence[int]],
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        concurrency: int = 8,
+        **common: Unpack[EmbedArguments],
+    ) -> Embeddings:
+        work = self._client.embed(inputs, dimensions=dimensions, normalize=normalize, concurrency=concurrency, **common)
+        return self._run(work)
 
     def tokenize(self, prompt: str | None = None, *, model: str | None = None, **request: Any) -> Tokenized:
         return self._run(self._client.tokenize(prompt, model=model, **request))

@@ -37,6 +37,11 @@ def add_parser(subparsers: Any) -> None:
         "--bits", type=int, choices=(32, 16, 8, 4), help="stored width of the weights (default: as the source has them, quantized or not)"
     )
     parser.add_argument("--group-size", type=int, metavar="N", help="number of inputs that share a scale, at 8 and 4 bits")
+    parser.add_argument(
+        "--kv-cache",
+        choices=("float32", "float16"),
+        help="type of keys and values: float16 halves the memory of each position, and long answers read half (default: that of --dtype)",
+    )
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
     parser.add_argument(
         "--trust-remote-code",
@@ -56,7 +61,9 @@ def import_command(args: argparse.Namespace) -> int:
 
     give_memory_back()
     prepare()
-    options = ImportOptions(dtype=args.dtype, bits=args.bits, group_size=args.group_size, trust_remote_code=args.trust_remote_code)
+    options = ImportOptions(
+        dtype=args.dtype, bits=args.bits, group_size=args.group_size, trust_remote_code=args.trust_remote_code, kv_cache=args.kv_cache
+    )
     began = time.perf_counter()
     with progress_bar(quiet=args.quiet) as progress:
         manifest = import_model(args.source, args.out, options, name=args.name, report=args.report, force=args.force, progress=progress)
@@ -102,4 +109,11 @@ def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
         print(
             f"  perplexity {report['perplexity']:.3f} where 32-bit weights have {report['perplexity_float32']:.3f}; "
             f"relative error of the logits {report['logits_error_float32']:.2g} ({report['tokens']} tokens)"
+        )
+    if "kv_cache_perplexity" in report:
+        print(
+            f"  keys and values in {manifest.cache_dtype}: perplexity {report['kv_cache_perplexity']:.3f} "
+            f"where {manifest.hidden.dtype} has {report['kv_cache_perplexity_exact']:.3f}, "
+            f"{report['kv_cache_greedy_equal']:.1%} of likeliest tokens equal "
+            f"({report['kv_cache_tokens']} tokens)"
         )

@@ -50,6 +50,7 @@ from mesh.coordinator.outbox import Outbox
 from mesh.coordinator.replies import Job
 from mesh.coordinator.shards import Shards
 from mesh.coordinator.tracing import Tracing
+from mesh.coordinator.translate import HiddenState
 from mesh.errors import MeshError, Unavailable, internal_error
 from mesh.protocol.generation import public_id
 from mesh.protocol.stream import fitted
@@ -154,6 +155,9 @@ class Effects:
         """Take a token; whether a stop text is complete with it."""
         job = self._jobs.table.get(effect.session)
         if job is None or job.stopped:
+            return False
+        if isinstance(effect.token, HiddenState):
+            job.state = effect.token.values.tolist()
             return False
         document, stopped = job.push(effect.token)
         job.wait = None

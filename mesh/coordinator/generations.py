@@ -43,4 +43,4 @@ class GenerationMeter:
         self.duration.observe(0.0, *self._labels(job), error.code)
 
     def _labels(self, job: Job | None) -> tuple[str, str, str]:
-        return "chat" if job is not None and job.message.messages is not None else "text_completion", _PROVIDER, self._model
+        return "text_completion" if job is None else job.message.operation, _PROVIDER, self._model

@@ -126,7 +126,7 @@ class Intake:
         digest = digest_of(message)
         if await self._known(id, digest, message, received.reply):
             return None
-        generation.require_answer_fits(message, self._bus.max_payload)
+        generation.require_answer_fits(message, self._bus.max_payload, hidden_size=self._manifest.hidden.size)
         size = len(received.data)
         self._requests.enter(size)
         try:

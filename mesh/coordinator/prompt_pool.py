@@ -93,12 +93,13 @@ class PromptPool:
         raw: bool,
         options: ChatOptions = TEMPLATE_AS_USUAL,
         special: bool = True,
+        trailing: bool = False,
     ) -> list[int]:
         """Token ids. BadRequest: the template or the tokenizer refuses it, or takes too long or too much memory. Busy: too many wait."""
         size = len(prompt or "") + sum(len(str(message.get("content") or "")) for message in messages or ())
         lane = self._lanes[size > SHORT_CHARACTERS]
         self.counters["prompts"] += 1
-        request = {"prompt": prompt, "messages": messages, "raw": raw, "options": options, "special": special}
+        request = {"prompt": prompt, "messages": messages, "raw": raw, "options": options, "special": special, "trailing": trailing}
         answer = await lane.ask(request, _PROMPT, "prompt" if messages is None else "messages")
         return np.frombuffer(answer, np.int32, offset=1).tolist()
 

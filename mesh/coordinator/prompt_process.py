@@ -74,11 +74,12 @@ def tokenize(
     raw: bool,
     options: ChatOptions = TEMPLATE_AS_USUAL,
     special: bool = True,
+    trailing: bool = False,
 ) -> list[int]:
     """The token ids of a prompt, or of chat messages through the model's template; BadRequest names the field that is wrong.
 
     A chat model gets its template around a plain prompt, too, unless `raw`. A raw prompt may spell control tokens; with `special` it begins
-    with those that the model wants there.
+    with those that the model wants there, and with `trailing` it ends with those that the tokenizer adds after a text.
     """
     if messages is not None:
         if not messages:
@@ -87,7 +88,7 @@ def tokenize(
     assert prompt is not None
     if chat.tokenizer.has_chat_template and not raw:
         return chat.encode([{"role": "user", "content": prompt}], **options)
-    return chat.tokenizer.encode(prompt, add_special=special)
+    return chat.tokenizer.encode(prompt, add_special=special, trailing=trailing)
 
 
 class _Grammars:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from mesh.coordinator.core.session import GenerationRequest
 from mesh.coordinator.stops import StopTexts
 from mesh.coordinator.trace import Trace
 from mesh.model.tokenizer import TextStream, Tokenizer
+from mesh.protocol.embedding import vector_of
 from mesh.protocol.generation import Generate, public_id
 from mesh.protocol.stream import Accepted, Answer, Finished, Timing, Token, TokenDocument, Usage, Waiting, dump
 from mesh.protocol.tools import FORMATS, ToolCall, ToolFormat, calls_of
@@ -58,7 +60,8 @@ class Job:
     tokens before this index. delivered: so many tokens the client has, or has been sent. revision: of its record, 0 for none. accepted: the
     client of a stream has been told so; before that it is told nothing. recorded: another coordinator could go on. wait: the last Waiting
     document. context: the trace that it belongs to. arrived: when the request came (time.perf_counter); `began`: when it was ready to be
-    generated. trace: its record, once it is accepted. form: how calls are written in the text, where tools were offered."""
+    generated. trace: its record, once it is accepted. form: how calls are written in the text, where tools were offered. state: the hidden
+    state that was asked for in place of tokens."""
 
     message: Generate
     request: GenerationRequest
@@ -83,6 +86,7 @@ class Job:
     pieces: list[str] = field(default_factory=list)  # the text each token made readable
     hops: HopMeter = field(default_factory=HopMeter)
     form: ToolFormat | None = None
+    state: Sequence[float] | None = None
     stops: StopTexts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +144,7 @@ class Job:
         steps = [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
         median = sorted(steps)[len(steps) // 2] if steps else 0.0
         first = self.token_times[0] - self.began if self.token_times else None
-        text = None if self.text is None else "".join(self.pieces)
+        text = None if self.text is None or self.message.embed is not None else "".join(self.pieces)
         content, calls = self._calls(text)
         answer = Answer(
             request=self.name,
@@ -165,8 +169,13 @@ class Job:
             content=content,
             tool_format=None if self.form is None else self.form.name,
             stop_text=self.stops.found,
+            embedding=self._embedding(),
         )
         return Finished(answer, rest, self.epoch, self.id).document()
+
+    def _embedding(self) -> tuple[float, ...] | None:
+        asked = self.message.embed
+        return None if asked is None or self.state is None else tuple(vector_of(self.state, asked))
 
     def _calls(self, text: str | None) -> tuple[str | None, tuple[ToolCall, ...]]:
         """(the text beside calls, the calls), where tools were offered."""

@@ -105,7 +105,7 @@ class Requests:
             raise self.too_large(len(data))
         message = topics.GENERATE.parse(data)
         if message.tokens is not None:
-            self._require_tokens(len(message.tokens), message.max_tokens)
+            self._require_tokens(len(message.tokens), message.longest)
         elif self._tokenizer is not None:
             self._require_text_fits(message)
         return message
@@ -150,13 +150,16 @@ class Requests:
                 raise BadRequest(f"{manifest.name} has no tokenizer: send token ids as `tokens`", field=field)
             messages = None if message.messages is None else [part.template() for part in message.messages]
             options = options_of(message, message.tools if message.offers_tools else ())
-            tokens = await self._pool.tokenize(prompt=message.prompt, messages=messages, raw=message.raw, options=options)
+            embeds = message.embed is not None
+            tokens = await self._pool.tokenize(
+                prompt=message.prompt, messages=messages, raw=message.raw or embeds, options=options, trailing=embeds
+            )
         if not tokens:
             raise BadRequest("the prompt is empty: give at least one token", field=field)
         if max(tokens) >= manifest.vocab_size:
             bad = next(token for token in tokens if token >= manifest.vocab_size)
             raise BadRequest(f"token {bad} is not in the vocabulary: ids are 0 to {manifest.vocab_size - 1}", field=field)
-        self._require_tokens(len(tokens), message.max_tokens)
+        self._require_tokens(len(tokens), message.longest)
         if len(message.given) > message.max_tokens or max(message.given, default=0) >= manifest.vocab_size:
             raise BadRequest(
                 "given is not a beginning of this request's answer: give the tokens that it was answered with, or none", field="given"
@@ -178,13 +181,14 @@ class Requests:
         return GenerationRequest(
             id,
             tuple(tokens),
-            message.max_tokens,
+            message.longest,
             sampling,
             frozenset(stops),
             prefix,
             waited_s=message.waited_s,
             caller=caller,
             salt=self._reuse.salt(caller),
+            embed=message.embed is not None,
         )
 
     async def _grammar(self, message: Generate) -> str | None:
@@ -205,9 +209,9 @@ class Requests:
     def _require_tokens(self, count: int, max_tokens: int) -> None:
         context = self._manifest.context_length
         if count + max_tokens > context:
+            more, fewer = (f" and {max_tokens} more are asked for", " or ask for fewer with max_tokens") if max_tokens else ("", "")
             raise PromptTooLong(
-                f"the prompt has {count} tokens and {max_tokens} more are asked for, but the context is "
-                f"{context}: shorten the prompt or ask for fewer with max_tokens",
+                f"the prompt has {count} tokens{more}, but the context is {context}: shorten the prompt{fewer}",
                 tokens=count,
                 limit=max(context - max_tokens, 0),
             )

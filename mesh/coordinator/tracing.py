@@ -122,7 +122,7 @@ class Tracing:
     def _attributes(self, job: Job) -> dict[str, Value]:
         message = job.message
         attributes: dict[str, Value] = {
-            "gen_ai.operation.name": "text_completion" if message.messages is None else "chat",
+            "gen_ai.operation.name": message.operation,
             "gen_ai.provider.name": "mesh",
             "gen_ai.request.model": self._model,
             "gen_ai.response.model": self._model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -10,12 +10,20 @@ from mesh.coordinator.core.events import FrameLost, FrameOut, Result, ResultRow
 from mesh.coordinator.core.routing import Replica
 from mesh.errors import FrameRejected
 from mesh.protocol import frame_codec
-from mesh.protocol.frame import NOT_WANTED, WANTED
+from mesh.protocol.frame import EMBEDDED, NOT_WANTED, WANTED
 from mesh.protocol.frame_codec import Flags, Frame, Kind, Nack
 from mesh.protocol.status import ShardLease
 from mesh.protocol.stream import Token
 
-__all__ = ["event_of", "frame_of", "replica_of"]
+__all__ = ["HiddenState", "event_of", "frame_of", "replica_of"]
+
+
+class HiddenState(NamedTuple):
+    """What a session gets in place of a token that asked for a hidden state: `values` [D] float32."""
+
+    values: np.ndarray
+    id: int = EMBEDDED
+
 
 _KINDS: Final = {"prefill": Kind.PREFILL, "decode": Kind.DECODE, "packed": Kind.PACKED}
 
@@ -55,7 +63,7 @@ def event_of(frame: Frame) -> Result | FrameLost | None:
             return Result(frame.step, waited_s=_waited_s(frame))
         case Kind.TOKENS:
             keys, positions, ids = frame.sessions.tolist(), frame.positions.tolist(), frame.tokens.tolist()
-            tokens = [Token(id) for id in ids] if not frame.tensors else _with_logprobs(ids, *frame.tensors)
+            tokens = _tokens(ids, frame.tensors)
             wanted = [None if token.id == NOT_WANTED else token for token in tokens]
             return Result(frame.step, tuple(map(ResultRow, keys, positions, wanted)), _waited_s(frame))
         case Kind.NACK:
@@ -96,6 +104,20 @@ def _chunk(lease: ShardLease) -> int:
 
 def _waited_s(frame: Frame) -> float:
     return sum(timing.queue_us for timing in frame.timings) / 1e6
+
+
+def _tokens(ids: list[int], tensors: tuple[np.ndarray, ...]) -> list[Token | HiddenState]:
+    tokens: list[Token | HiddenState] = [*(_with_logprobs(ids, *tensors[:3]) if len(tensors) >= 3 else map(Token, ids))]
+    embedded = [index for index, id in enumerate(ids) if id == EMBEDDED]
+    states = tensors[-1] if len(tensors) in (1, 4) else None
+    if states is not None and (states.ndim != 2 or not np.issubdtype(states.dtype, np.floating)):
+        raise FrameRejected(f"frame rejected: hidden states of {states.dtype} {states.shape}", reason="tensor")
+    if (0 if states is None else len(states)) != len(embedded):
+        raise FrameRejected(f"frame rejected: {len(embedded)} rows have a hidden state, and another number came", reason="tensor")
+    if states is not None:
+        for index, values in zip(embedded, states, strict=True):
+            tokens[index] = HiddenState(values)
+    return tokens
 
 
 def _with_logprobs(ids: list[int], chosen: np.ndarray, top: np.ndarray, logprobs: np.ndarray) -> list[Token]:

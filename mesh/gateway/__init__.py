@@ -16,6 +16,7 @@ openai_routes, openai_schema                  OpenAI's API and its documents
 responses_routes, responses_schema, responses_shape    OpenAI's responses, in the same three parts
 kept_responses  the responses that a later request goes on with
 messages_routes, messages_schema, messages_shape    Anthropic's messages, their documents, and how answers become those
+embedding_routes                              OpenAI's embeddings
 tokenize_routes                               the tokens of a text, and the text of tokens
 answering       the generations of a request of these APIs, whole or as a stream
 bodies          what the documents of both APIs have in common

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.client import Chunk, Completion
+from mesh.client.embedding import together
 from mesh.client.shapes import Shape
 from mesh.errors import MeshError
 from mesh.gateway.auth import Caller
@@ -86,7 +87,7 @@ class _Running:
         with paying(self.caller, self.cost) as bill:
             generations = self.generations(bill)
             await work.begin()
-            completions = await _together([generation.complete() for generation in generations])
+            completions = await together([generation.complete() for generation in generations])
             work.shape.name(completions[0].request)
             document = work.shape.whole(completions)
             for completion in completions:
@@ -120,17 +121,6 @@ class _Running:
             last = shape.end([g.completion for g in generations if g.completion is not None])
             if last or work.closing:
                 yield b"".join([*(work.encode(document, None) for document in last), work.closing])
-
-
-async def _together(work: Sequence[Any]) -> list[Completion]:
-    """The results of all. The first error cancels the others and is raised."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _numbered(generation: HttpGeneration) -> AsyncGenerator[tuple[int, Chunk], None]:

@@ -26,6 +26,7 @@ from mesh.gateway.auth import Gate
 from mesh.gateway.batch_routes import batch
 from mesh.gateway.context import Gateway
 from mesh.gateway.docs_page import docs
+from mesh.gateway.embedding_routes import embeddings
 from mesh.gateway.errors import error_response, from_http, internal_error
 from mesh.gateway.events import ClientGone
 from mesh.gateway.health import HealthMonitor
@@ -81,7 +82,7 @@ def create_app(
     gate = Gate(settings.verifier, settings.limits, accounts=accounts)
     gateway = Gateway(client, settings, gate, models, monitor, registry, KeptResponses(client))
     app.state.gateway = gateway
-    for router in (native.generate, batch, native.admin, usage, metrics, openai, responses, messages, tokenizing, health, docs):
+    for router in (native.generate, batch, native.admin, usage, metrics, openai, embeddings, responses, messages, tokenizing, health, docs):
         app.include_router(router)
     app.router.routes.extend(routes)
     app.add_exception_handler(ClientGone, _nobody)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import time
 from typing import Annotated, Any
 
 import orjson
@@ -18,15 +17,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.client import BatchStatus, Completion, Usage
-from mesh.errors import BadRequest, Busy, MeshError
+from mesh.errors import BadRequest, MeshError
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import HttpError, error_body
 from mesh.gateway.events import until_gone
-from mesh.gateway.generation import Bill, HttpGeneration, check_length, cost_of, paying
+from mesh.gateway.generation import check_length, cost_of, patiently, paying
 from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.native import answer_document, check_input
-from mesh.gateway.schema import BatchJob, BatchProgress, BatchRequest, BatchResponse, ErrorResponse, InferenceItem
+from mesh.gateway.schema import BatchJob, BatchProgress, BatchRequest, BatchResponse, ErrorResponse
 
 __all__ = ["batch"]
 
@@ -129,7 +128,7 @@ async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, mode
         async def one(index: int) -> Completion | MeshError:
             async with gate:
                 try:
-                    return await _patiently(gateway, bill, models[index], body.requests[index])
+                    return await patiently(gateway, bill, models[index], body.requests[index].generate_fields())
                 except MeshError as error:
                     return error
 
@@ -147,18 +146,6 @@ async def _answer_now(gateway: Gateway, caller: Caller, body: BatchRequest, mode
 
 async def _all(work: list[Any]) -> list[Any]:
     return list(await asyncio.gather(*work))
-
-
-async def _patiently(gateway: Gateway, bill: Bill, model: str, item: InferenceItem) -> Completion:
-    """Generate for one request of a batch. It waits where a single request would get the error that the mesh is busy."""
-    until = time.monotonic() + gateway.settings.limits.request_timeout_s
-    while True:
-        try:
-            return await HttpGeneration(gateway, bill, model, item.generate_fields()).complete()
-        except Busy as error:
-            if time.monotonic() + error.retry_after_s >= until:
-                raise
-            await asyncio.sleep(error.retry_after_s)
 
 
 def _mark(caller: Caller) -> str:

@@ -12,7 +12,18 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from mesh.protocol.documents import BRANCH
 from mesh.protocol.sampling import SamplingFields
 
-__all__ = ["ByKind", "Harmless", "RequestBody", "ResponseBody", "Unmet", "Usage", "allow_null", "describe_sampling", "require_keys"]
+__all__ = [
+    "ByKind",
+    "Harmless",
+    "PromptTokensDetails",
+    "RequestBody",
+    "ResponseBody",
+    "Unmet",
+    "Usage",
+    "allow_null",
+    "describe_sampling",
+    "require_keys",
+]
 
 
 def allow_null(schema: dict[str, Any]) -> None:

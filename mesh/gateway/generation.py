@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 import orjson
 
 from mesh.client import Chunk, Completion
-from mesh.errors import BadRequest, Cancelled, PromptTooLong
+from mesh.errors import BadRequest, Busy, Cancelled, PromptTooLong
 from mesh.gateway.auth import Caller
 from mesh.gateway.context import Gateway
 from mesh.gateway.resume import Progress
@@ -22,7 +24,7 @@ from mesh.telemetry.log_context import note
 
 log = logging.getLogger("mesh.http")
 
-__all__ = ["ONE_REQUEST", "Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "paying"]
+__all__ = ["ONE_REQUEST", "Bill", "Cost", "HttpGeneration", "check_length", "cost_of", "patiently", "paying"]
 
 _CHARACTERS_A_TOKEN = 4
 
@@ -183,6 +185,18 @@ class HttpGeneration:
         """How many tokens the context leaves after the prompt. None: it leaves none, or it is not known."""
         context = await self._gateway.models.context(self._model)
         return context - error.tokens if context is not None and context > error.tokens else None
+
+
+async def patiently(gateway: Gateway, bill: Bill, model: str, fields: Mapping[str, Any]) -> Completion:
+    """One generation of a call that has many. It waits where a single request would get the error that the mesh is busy."""
+    until = time.monotonic() + gateway.settings.limits.request_timeout_s
+    while True:
+        try:
+            return await HttpGeneration(gateway, bill, model, fields).complete()
+        except Busy as error:
+            if time.monotonic() + error.retry_after_s >= until:
+                raise
+            await asyncio.sleep(error.retry_after_s)
 
 
 def _characters(message: Mapping[str, Any]) -> int:

@@ -135,9 +135,12 @@ def pack(response: KeptResponse) -> bytes:
 
 
 def unpack(data: bytes) -> KeptResponse | None:
+    """None: another program wrote it."""
     reader = zlib.decompressobj()
     try:
         document = orjson.loads(reader.decompress(data, _MOST_BYTES))
-        return KeptResponse(document["response"], document["messages"])
-    except (zlib.error, orjson.JSONDecodeError, LookupError, TypeError):  # another program wrote it
+        response, messages = document["response"], document["messages"]
+    except (zlib.error, orjson.JSONDecodeError, LookupError, TypeError):
         return None
+    whole = isinstance(response, dict) and isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    return KeptResponse(response, messages) if whole else None

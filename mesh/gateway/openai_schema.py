@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from pydantic_core import PydanticCustomError
 
 from mesh.errors import BadRequest
-from mesh.gateway.bodies import ByKind, Harmless, RequestBody, ResponseBody, Unmet, Usage, describe_sampling
+from mesh.gateway.bodies import ByKind, Harmless, PromptTokensDetails, RequestBody, ResponseBody, Unmet, Usage, describe_sampling
+from mesh.protocol.embedding import Dimensions
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
@@ -23,6 +24,8 @@ __all__ = [
     "ChatCompletion",
     "ChatRequest",
     "CompletionRequest",
+    "EmbeddingList",
+    "EmbeddingRequest",
     "ModelCard",
     "ModelList",
     "OpenAIError",
@@ -292,6 +295,55 @@ class CompletionRequest(Common):
         if all(isinstance(part, int) for part in self.prompt):
             return [{"tokens": self.prompt}]
         return [{"prompt": part, "raw": True} if isinstance(part, str) else {"tokens": part} for part in self.prompt]
+
+
+class EmbeddingRequest(RequestBody):
+    """`input`: a text, several texts, token ids, or several lists of token ids. A text is used as it is, without a chat template. A vector
+    is the hidden state of the last token after the model's final norm; `pooling` says the same. `dimensions`: only the first so many
+    numbers of it. `normalize`: its length is 1 (true where it is left out)."""
+
+    model: Label | None = None
+    input: Annotated[
+        Text
+        | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
+        ByKind("a text, a list of texts, a list of token ids, or a list of such lists"),
+    ]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Dimensions | None = None
+    pooling: Literal["last"] = "last"
+    normalize: bool = True
+    user: Harmless = None
+    truncate_prompt_tokens: Annotated[Any, Unmet("a text that does not fit is refused, and never cut: shorten it")] = None
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """Each input as fields of mesh.protocol.generation.Generate."""
+        embed = self.model_dump(include={"dimensions", "pooling", "normalize"}, exclude_none=True)
+        whole = isinstance(self.input, str) or all(isinstance(part, int) for part in self.input)
+        parts = [self.input] if whole else self.input
+        return [{"prompt" if isinstance(part, str) else "tokens": part, "embed": embed, "max_tokens": 1} for part in parts]
+
+
+class EmbeddingEntry(ResponseBody):
+    """`embedding`: the numbers, or with encoding_format base64 their bytes as little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(ResponseBody):
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class EmbeddingList(ResponseBody):
+    object: Literal["list"]
+    data: list[EmbeddingEntry]
+    model: str
+    usage: EmbeddingUsage
 
 
 class TopLogprob(ResponseBody):

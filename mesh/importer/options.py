@@ -20,6 +20,7 @@ class ImportOptions:
     """How blocks compute and how they store their weights.
 
     dtype: type of the hidden state, the cache and all arithmetic.
+    kv_cache: type of the cache where it is another: float16 under float32 arithmetic holds twice the positions.
     bits: width of the stored MatMul weights and embedding tables (at least 8 for tables and the output projection); 32 under
     16-bit compute means 16. None: as the source has them. Weights that it has quantized are kept as they are under float32
     compute, all others are 32 bits.
@@ -35,10 +36,13 @@ class ImportOptions:
     keep: bool = field(default=False, init=False)
     group_size: int | None = None
     trust_remote_code: bool = False
+    kv_cache: DType | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in NUMPY_DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not known: use one of {', '.join(NUMPY_DTYPES)}")
+        if self.kv_cache not in (None, self.dtype, "float16") or (self.kv_cache == "float16" and self.dtype == "bfloat16"):
+            raise ConfigError(f"a cache of {self.kv_cache} does not go with {self.dtype}: use {self.dtype}, or float16 under float32")
         if self.bits is None:
             object.__setattr__(self, "keep", self.dtype == "float32")
             object.__setattr__(self, "bits", 32)

@@ -65,6 +65,12 @@ def import_model(
             measured |= measure_against_float32(opened, staging, manifest, options, progress)
             manifest = manifest.model_copy(update={"report": measured})
             manifest.save(staging)
+        if options.kv_cache not in (None, options.dtype):
+            from mesh.importer.verify.report import measure_cache
+
+            narrow = manifest.model_copy(update={"cache_dtype": options.kv_cache})
+            manifest = narrow.model_copy(update={"report": measured | measure_cache(staging, manifest, narrow)})
+            manifest.save(staging)
         staging.chmod(0o755)
         _replace(staging, out)
     except BaseException:

@@ -130,15 +130,15 @@ def attention(
     """Tokens of any rows: rotate them, write their keys and values into the caches, and attend over them.
 
     q [tokens, heads, dim], k, v [tokens, kv_heads, dim] float32; rotation: cosines and sines [tokens, pairs]; steps: positions, writes and
-    rows [tokens], and how many of the tokens are real, int32; caches: keys and values [R, kv_heads, slots, dim] float32. Returns (context
-    [tokens, heads, dim], keys, values); donated caches are written in place, all before any is read. A token sees the positions of its row
-    up to its own, `window` of them at most. It has the same bits whatever other tokens there are.
+    rows [tokens], and how many of the tokens are real, int32; caches: keys and values [R, kv_heads, slots, dim], float32 or float16.
+    Returns (context [tokens, heads, dim], keys, values); donated caches are written in place, all before any is read. A token sees the
+    positions of its row up to its own, `window` of them at most. It has the same bits whatever other tokens there are.
     """
     tokens, heads, dim = q.shape
     positions, writes, rows, count = steps
     turned = () if rotation is None else rotation
     first = 3 + len(turned) + 4  # the place of the caches among the arguments
-    shapes = [jax.ShapeDtypeStruct((tokens, heads, dim), np.float32)] + [jax.ShapeDtypeStruct(each.shape, np.float32) for each in caches]
+    shapes = [jax.ShapeDtypeStruct((tokens, heads, dim), np.float32)] + [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in caches]
     call = jax.ffi.ffi_call("mesh_attention", shapes, input_output_aliases={first: 1, first + 1: 2})
     context, keys, values = call(
         q,

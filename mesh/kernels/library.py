@@ -16,7 +16,7 @@ __all__ = ["Kernels", "kernels"]
 
 _LIBRARY = Path(__file__).with_name("native") / "kernels.so"
 _TARGETS = ("mesh_products", "mesh_attention")
-_VERSION = 2
+_VERSION = 3
 """Of the calls in calls.py. handlers.cpp has the same number: a library that was built from other sources is not used."""
 _SLOWER = "narrow weights are multiplied several times slower"
 

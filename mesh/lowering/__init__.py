@@ -9,6 +9,7 @@ prepare     before the first trace: inline, drop dead nodes, check, split weight
 tensors     initializers as arrays
 operands    what the right operand of a product is made of
 join        several products of one input become one
+states      the part of a head before its product with the vocabulary
 fuse        what stands beside the products goes into the calls of the kernels
 linear      x @ W in several variants, and the choice among them
 weights     a matmul weight as the runtime holds it

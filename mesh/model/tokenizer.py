@@ -106,10 +106,11 @@ class Tokenizer:
         """The most characters of a text that one token can stand for. What normalizes text may drop or join some of them."""
         return self._longest * (1 if self._backend.normalizer is None else _NORMALIZED)
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of `text`. `add_special`: with the leading tokens that the model wants, such as a bos (a chat prompt has them)."""
+    def encode(self, text: str, *, add_special: bool = True, trailing: bool = False) -> list[int]:
+        """Token ids of `text`. `add_special`: with the leading tokens that the model wants, such as a bos (a chat prompt has them).
+        `trailing`: with all that the tokenizer itself adds to a text, such as an end that models of embeddings are read at."""
         # This form lets other threads run meanwhile, and leaves out offsets, which are not used: 2.7 times as fast as `encode`.
-        ids = list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        ids = list(self._backend.encode_batch_fast([text], add_special_tokens=trailing)[0].ids)
         leading = list(self.info.leading) if add_special else []
         return ids if ids[: len(leading)] == leading else leading + ids
 

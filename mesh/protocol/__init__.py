@@ -10,6 +10,7 @@ sampling      the sampling parameters, stated once for every API
 structured    the form that an answer must have
 tools         tools, calls, and the forms in which families of models write them
 generation    what a client asks of a coordinator
+embedding     what a client asks of a vector, and how it is made
 tokenizing    what a client asks of a model's tokenizer
 stream        the documents with which a coordinator answers a generation request
 control       what coordinators and operators ask of a shard

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # a client knows that there are frames, makes none, and is in
     import numpy as np
 
 __all__ = [
+    "EMBEDDED",
     "NOT_ALLOWED",
     "NOT_WANTED",
     "NO_FLAGS",
@@ -50,6 +51,9 @@ NOT_WANTED: Final = -1
 
 NOT_ALLOWED: Final = -2
 """In place of a token: the row's grammar allows none. Its answer so far does not follow it, or the next token takes too much work."""
+
+EMBEDDED: Final = -3
+"""In place of a token: the row asked for a hidden state, which is the next row of the frame's last tensor."""
 
 
 class Flags(IntFlag):
@@ -113,7 +117,8 @@ class Frame:
     lengths [n] uint32, only in PACKED: how many of the tokens are each row's, one row after the other, plus WANTED where a token is to be
     sampled after them. In the answer to a PACKED frame, a row without WANTED has the token NOT_WANTED.
     tensors: in PREFILL, DECODE and PACKED the hidden state [m, D], except on the way to the first stage; in TOKENS with log-probabilities
-    (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN for a row that did not ask). Otherwise there are none.
+    (chosen [n] float32, ids [n, k] int32, logprobs [n, k] float32; NaN for a row that did not ask), and then, where rows have EMBEDDED in
+    place of a token, the hidden states of these rows [e, D] after the final norm. Otherwise there are none.
     hop: the stage that the frame goes to; in an answer, the stage that it came from. batch: the decode batch.
     """
 

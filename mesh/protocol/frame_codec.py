@@ -356,7 +356,7 @@ def _shape_problem(kind: Kind, n: int, m: int, hops: int, hop: int, tensors: int
     if kind in STEPS:
         good = tensors == (1 if hop else 0)
     else:
-        good = tensors == 0 or (kind is Kind.TOKENS and tensors == 3)
+        good = tensors == 0 or (kind is Kind.TOKENS and tensors in (1, 3, 4))
     if not good:
         return "tensor", f"{kind.name} at hop {hop} with {tensors} tensors"
     if int(flags) & _FINAL and kind is not Kind.PREFILL:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_v
 from pydantic_core import PydanticCustomError
 
 from mesh.errors import BadRequest, PayloadTooLarge
+from mesh.protocol.embedding import Embed
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Seconds, Token, TokenIds
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 from mesh.protocol.structured import LogitBias, StructuredOutputs
@@ -39,6 +40,8 @@ _TOKEN_BYTES = 16
 """What a token takes in an answer: its id and its text."""
 _LOGPROB_BYTES = 64
 """What a token and each of its alternatives take where log-probabilities are asked for."""
+_NUMBER_BYTES = 24
+"""What a number of an embedding takes."""
 _ANSWER_BYTES = 4096
 """What an answer takes besides its tokens."""
 
@@ -114,7 +117,9 @@ class Generate(SamplingFields, Input):
 
     `tools`: what the answer may call; `tool_choice`: whether it does (None: auto); `parallel_tool_calls`: more than once; `tool_format`:
     how calls are written (None: as the chat template says). `structured_outputs`: the form that the answer must have. `logit_bias`: what
-    is added to the logits of tokens, by their ids.
+    is added to the logits of tokens, by their ids. `embed`: the answer is a vector in place of tokens: the prompt is used as it is, without
+    the chat template, and ends as the model's tokenizer ends a text; fields about tokens of the answer are refused, and max_tokens and
+    seed mean nothing.
     `seed` None: the coordinator draws one. `session`: the caller's own name for the request; two requests of one name are the same
     request. It is also the caller's proof that the generation is its own, so it should be one that nobody guesses. `raw`: the prompt is
     used as it is, without the model's chat template. `add_generation_prompt`: the template begins the assistant's turn (None: it does,
@@ -139,6 +144,7 @@ class Generate(SamplingFields, Input):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     tool_format: ToolFormatName | None = None
+    embed: Embed | None = None
     ignore_eos: bool = False
     raw: bool = False
     add_generation_prompt: bool | None = None
@@ -193,20 +199,51 @@ class Generate(SamplingFields, Input):
             raise ValueError("continue_final_message goes on with a turn, and add_generation_prompt begins one: give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _embeds_alone(self) -> Self:
+        if self.embed is None:
+            return self
+        fields = (*SamplingFields.model_fields, "stop", "logit_bias", "structured_outputs", "tools", "given", "ignore_eos")
+        for name in fields:
+            if name != "seed" and getattr(self, name) != Generate.model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"an embedding has no tokens, so {name} means nothing: leave out {name} or embed")
+        return self
+
+    @property
+    def operation(self) -> str:
+        """Its name in traces and metrics, by OpenTelemetry's conventions."""
+        if self.embed is not None:
+            return "embeddings"
+        return "text_completion" if self.messages is None else "chat"
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the answer has."""
+        return self.max_tokens if self.embed is None else 0
+
     def answer_bytes(self, tokens: int | None = None) -> int:
-        """About what the answer takes in one message, if it has `tokens` tokens; None: max_tokens."""
+        """About what the answer takes in one message, if it has `tokens` tokens; None: as many as it may have."""
         each = _TOKEN_BYTES + (0 if self.logprobs is None else _LOGPROB_BYTES * (self.logprobs + 1))
-        return _ANSWER_BYTES + each * (self.max_tokens if tokens is None else tokens)
+        return _ANSWER_BYTES + each * (self.longest if tokens is None else tokens)
 
     def sampling(self, *, seed: int, grammar: str | None = None) -> SamplingParams:
         """The sampling parameters, with `seed` where the request has none. BadRequest names a field that is out of range."""
         values = {name: getattr(self, name) for name in SamplingFields.model_fields}
-        own = {"seed": seed if self.seed is None else self.seed, "grammar": grammar, "logit_bias": self.logit_bias}
+        own = {
+            "seed": seed if self.seed is None else self.seed,
+            "grammar": grammar,
+            "logit_bias": self.logit_bias,
+            "embed": self.embed is not None,
+        }
         return SamplingParams(**{**values, **own})
 
 
-def require_answer_fits(request: Generate, limit_bytes: int) -> None:
-    """PayloadTooLarge where the answer to `request`, in one message, would be larger than the server takes."""
+def require_answer_fits(request: Generate, limit_bytes: int, *, hidden_size: int = 0) -> None:
+    """PayloadTooLarge where the answer to `request`, in one message, would be larger than the server takes. `hidden_size`: the numbers of
+    a vector."""
+    if request.embed is not None:
+        _require_vector_fits(request.embed, limit_bytes, hidden_size)
+        return
     size = request.answer_bytes()
     if size <= limit_bytes or request.stream:
         return
@@ -219,6 +256,18 @@ def require_answer_fits(request: Generate, limit_bytes: int) -> None:
         size_bytes=size,
         limit_bytes=limit_bytes,
     )
+
+
+def _require_vector_fits(embed: Embed, limit_bytes: int, hidden_size: int) -> None:
+    size = _ANSWER_BYTES + _NUMBER_BYTES * min(hidden_size, embed.dimensions or hidden_size)
+    if size > limit_bytes:
+        raise PayloadTooLarge(
+            f"an embedding may take {format_bytes(size)} in one message, and the server takes {format_bytes(limit_bytes)} (max_payload): "
+            f"ask for dimensions up to {max((limit_bytes - _ANSWER_BYTES) // _NUMBER_BYTES, 1)}, or raise max_payload in the server's "
+            "configuration",
+            size_bytes=size,
+            limit_bytes=limit_bytes,
+        )
 
 
 class Cancel(Message):

@@ -46,11 +46,13 @@ class SamplingFields(BaseModel):
 class SamplingParams(SamplingFields):
     """The parameters of one session. Making one raises BadRequest, which names the first field whose value is wrong.
 
-    grammar: the answer follows it (mesh.model.grammar). logit_bias: what is added to the logits of tokens.
+    grammar: the answer follows it (mesh.model.grammar). logit_bias: what is added to the logits of tokens. embed: no token is drawn; the
+    answer is the hidden state of the last position, after the final norm.
     """
 
     grammar: Grammar | None = None
     logit_bias: LogitBias = Field(default_factory=dict)
+    embed: bool = False
 
     @model_validator(mode="wrap")
     @classmethod

@@ -8,7 +8,8 @@
     stream, token    TokenDocument   {"index", "token", "text", "done": false}                and "logprob", "piece", "top" if asked for;
                                      "bytes" of a token that is part of a character, or of a control token (none)
     last, or only    Finished        {"done": true, "tokens", "text", "finish_reason", "usage", "timing"}    and "logprobs"; "tool_calls",
-                                     "content" and "tool_format", where tools were offered; "stop_text", where
+                                     "content" and "tool_format", where tools were offered; "embedding", where a vector was
+                                     asked for in place of tokens; "stop_text", where
                                      a stop text ended it; "omitted" names
                                      the parts that did not fit in the message: the token documents of a stream have them
     an error         Nats-Service-Error headers and an ErrorReply, as the last or only message
@@ -157,7 +158,8 @@ class Answer:
     without a tokenizer; `logprobs` is None where they were not asked for. `omitted`: the parts that are left out because the message would
     have been too large, of `logprobs`, `content`, `tool_calls`, `text`, `tokens`. `trace`: the W3C trace context of the generation, sampled
     where its trace is kept for a collector. `tool_calls`: what it calls, where tools were offered; `content`: its text beside them;
-    `tool_format`: the form in which they are written in `text`. `stop_text`: the stop text that ended it, if one did."""
+    `tool_format`: the form in which they are written in `text`. `stop_text`: the stop text that ended it, if one did. `embedding`: the
+    vector that was asked for in place of tokens."""
 
     request: str
     tokens: tuple[int, ...]
@@ -172,6 +174,7 @@ class Answer:
     content: str | None = None
     tool_format: str | None = None
     stop_text: str | None = None
+    embedding: tuple[float, ...] | None = None
 
     def document(self) -> dict[str, Any]:
         """The answer as JSON. The key logprobs exists only if log-probabilities were asked for."""
@@ -189,6 +192,8 @@ class Answer:
             document["omitted"] = self.omitted
         if self.stop_text is not None:
             document["stop_text"] = self.stop_text
+        if self.embedding is not None:
+            document["embedding"] = self.embedding
         if self.trace is not None:
             document["trace"] = self.trace
         if self.tool_format is not None:
@@ -317,4 +322,5 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         content=document.get("content"),
         tool_format=document.get("tool_format"),
         stop_text=document.get("stop_text"),
+        embedding=None if document.get("embedding") is None else tuple(document["embedding"]),
     )

@@ -22,11 +22,13 @@ __all__ = ["Engine", "SampledToken", "Segments", "StageCounters"]
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A sampled token. `logprob` and `top` ((token, logprob), likeliest first) are set only where the row asked for them."""
+    """A sampled token. `logprob` and `top` ((token, logprob), likeliest first) are set only where the row asked for them. `state` [D]: the
+    hidden state after the final norm, for a row that asked for that; `id` is EMBEDDED then."""
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    state: np.ndarray | None = None
 
 
 @dataclass
@@ -77,6 +79,10 @@ class Engine(Protocol):
     @property
     def last(self) -> bool:
         """Whether it samples: steps then return tokens."""
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it samples and can give the hidden state after the final norm in place of a token."""
 
     def serve(self, layers: LayerRange) -> None:
         """Run `layers` of those that are held from now on. What the rows held is lost. BadLayerRange: not all of them are held."""

@@ -9,6 +9,7 @@ and XLA's options.
 
 A program that is damaged or cannot be loaded here is compiled again. If a file cannot be written, the program is just not kept. After a
 failed computation, the files that were loaded are removed (`forget_loaded`), so that the next process does not fail in the same way.
+Of several processes that want the same program, the shards of one machine, one compiles it and the others wait and load it.
 A program is code, and JAX's own form of it is a pickle. So only files are loaded that belong to this user and that no other user may
 write to. A program never comes from a model, from NATS or from another machine.
 """
@@ -22,6 +23,8 @@ import os
 import pickle
 import shutil
 import threading
+import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +34,7 @@ import jaxlib.version
 from jax.experimental import serialize_executable
 
 import mesh
+from mesh.host.locks import try_lock
 from mesh.host.paths import cache_directory
 from mesh.host.processor import processor_features
 from mesh.kernels.library import kernels
@@ -44,6 +48,8 @@ _CODE: Final = ("kernels", "lowering", "runtime", "protocol")  # the protocol sa
 _ENVIRONMENTS: Final = 4
 """How many are kept, those used last: a new version of anything begins an empty one."""
 _DIGEST_BYTES: Final = 32
+_PATIENCE_S: Final = 120.0
+"""How long another process's compilation is waited for: that process may be suspended."""
 
 _loaded: set[Path] = set()
 
@@ -71,7 +77,11 @@ class Executables:
         """`jitted`, compiled for `args` (arrays, or their shapes and types) with XLA's `options`. `key` distinguishes programs of equal
         shapes; its repr must be the same in every process."""
         path = self.directory / _program(key, args)
-        return self._load(path) or self._make(path, jitted, args, options)
+        found = self._load(path)
+        if found is not None:
+            return found
+        with _alone(path) as waited:
+            return (waited and self._load(path)) or self._make(path, jitted, args, options)
 
     def _load(self, path: Path) -> Any:
         try:
@@ -103,13 +113,35 @@ class Executables:
             return compiled
         part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         with contextlib.suppress(OSError):
-            if not path.parent.exists():
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _forget_old(path.parent.parent)
+            _begin(path.parent)
             part.touch(mode=0o600)
             part.write_bytes(hashlib.sha256(data).digest() + data)
             part.replace(path)
         return compiled
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Keep other processes from compiling this program meanwhile. True: one of them did, and this one has waited for it."""
+    waited = False
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written keeps nobody from compiling
+            _begin(path.parent)
+            lock = path.with_suffix(".lock")
+            file = stack.enter_context(lock.open("wb"))
+            until = time.monotonic() + _PATIENCE_S
+            while not (locked := try_lock(file)) and time.monotonic() < until:
+                waited = True
+                time.sleep(0.02)
+            if locked:
+                stack.callback(lock.unlink, missing_ok=True)
+        yield waited
+
+
+def _begin(environment: Path) -> None:
+    if not environment.exists():
+        environment.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _forget_old(environment.parent)
 
 
 def _only_ours(found: os.stat_result) -> bool:

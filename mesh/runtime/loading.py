@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from mesh.lowering import Lowered, lower
 from mesh.lowering.fuse import fuse
 from mesh.lowering.join import join_products
 from mesh.lowering.operands import RightOperand, operands
+from mesh.lowering.prepare import Graph
+from mesh.lowering.states import before_vocabulary
 from mesh.lowering.tensors import PackedFormat
 from mesh.lowering.weights import PackedWeight, Variants, pack
 from mesh.model.manifest import block_name
@@ -43,6 +45,8 @@ class Block:
     weights: dict[str, Any]
     decode: Lowered
     """The same for a step of one token a row, where kernels do more at once; equal to `lowered` without them."""
+    states: Lowered | None = None
+    """Of a head: hidden state -> the same after the final norm. None where the head cannot be cut there."""
 
     @property
     def weight_bytes(self) -> int:
@@ -63,11 +67,15 @@ def read_model(path: Path) -> onnx.ModelProto:
         raise CorruptModel(f"{path} cannot be read ({type(error).__name__}): fetch or import the model again") from None
 
 
-def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight], Variants] | None = None) -> Block:
-    """Read one block; `variants` chooses the product variants of each packed weight (None: the defaults)."""
+def load_block(
+    directory: Path, name: str, *, variants: Callable[[PackedWeight], Variants] | None = None, vocabulary: int | None = None
+) -> Block:
+    """Read one block; `variants` chooses the product variants of each packed weight (None: the defaults). `vocabulary`: it is a head, for
+    so many tokens."""
     path = Path(directory) / f"{name}.onnx"
     signature, lowered = canonical(lower(read_model(path), base_dir=path.parent))
     graph, found = operands(lowered)
+    states = None if vocabulary is None else before_vocabulary(lowered, graph, found, vocabulary)
     parts: dict[str, tuple[str, ...]] = {operand: (operand,) for operand in found}
     if kernels().name is None:  # they take several weights in one call
         graph, parts = join_products(graph, found, partial(_stored_as, lowered))
@@ -89,7 +97,20 @@ def load_block(directory: Path, name: str, *, variants: Callable[[PackedWeight],
     graphs = [graph, graph] if kernels().name is None else [fuse(graph, weights, decode=decode) for decode in (False, True)]
     bare, decode = (Lowered(each, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs) for each in graphs)
     held = hashlib.sha256(str(jax.tree.structure(weights)).encode()).hexdigest()  # codes of few bits are packed by their values
-    return Block(name, f"{signature} {held}", bare, weights, decode)
+    return Block(name, f"{signature} {held}", bare, weights, decode, _states(states, weights, lowered))
+
+
+def _states(graph: Graph | None, weights: Mapping[str, Any], lowered: Lowered) -> Lowered | None:
+    """The part of a head that makes states; None where there is none, or where it needs a weight that was joined with another."""
+    if graph is None:
+        return None
+    used = {name for node in graph.nodes for name in (*node.inputs, *node.captured())} - {
+        name for node in graph.nodes for name in node.outputs
+    }
+    own = [name for name in weights if name in used]
+    if used - {"", *own, *graph.inputs, *graph.constants}:
+        return None
+    return Lowered(graph, dict.fromkeys(own, _GONE), lowered.packed, lowered.static_inputs)
 
 
 def _stored_as(lowered: Lowered, operand: RightOperand) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh.lowering import Lowered
 from mesh.runtime import step
 from mesh.runtime.cache import SLACK
 from mesh.runtime.executables import Executables
@@ -105,6 +106,21 @@ class _Step(NamedTuple):
     sampled: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class _States:
+    """The part of a head that makes states; it takes the place of a block."""
+
+    signature: str
+    lowered: Lowered
+    weights: dict[str, Any]
+
+    @classmethod
+    def of(cls, head: Block) -> _States | None:
+        if head.states is None:
+            return None
+        return cls(head.signature, head.states, {name: head.weights[name] for name in head.states.weights})
+
+
 class Programs:
     """Compiles programs on demand and keeps them. Groups of equal signature and shapes share a program; so do stages of one process that
     are given the same `compiled`. `hidden`: size and type of the hidden state. `vocab`: number of tokens.
@@ -145,6 +161,10 @@ class Programs:
         # Flat tuples; otherwise every step would flatten the trees again.
         self._embed_weights = tuple(jax.tree.leaves(embed.weights)) if embed is not None else ()
         self._head_weights = tuple(jax.tree.leaves(head.weights)) if head is not None else ()
+        self.before_head: Any = None
+        """The hidden state [B, 1, D] that the head of the last step was given, or would have been."""
+        self._states = None if head is None else _States.of(head)
+        self._states_weights = () if self._states is None else tuple(jax.tree.leaves(self._states.weights))
 
         self.serve(self._own, embed=embed is not None, head=head is not None)
 
@@ -176,10 +196,13 @@ class Programs:
         numbers: np.ndarray,
         wanted: tuple[np.ndarray, np.ndarray] | None = None,
         shaping: Callable[[], Shaping] | None = None,
+        *,
+        picks: bool = True,
     ) -> tuple[Any, Any]:
         """Run one step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' sampling parameters; None if the
         likeliest tokens suffice. `shaping` is called once the logits are there, and says how they are changed. `caches` is updated in
-        place. Returns (history, hidden [B, T, D]), or on the last stage (history, Sampled)."""
+        place. `picks`: a token is wanted after a chunk; without it the head does not run, and the result of the last stage is None.
+        Returns (history, hidden [B, T, D]), or on the last stage (history, Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         # A call copies host arrays to the device itself, faster than device_put. But an accelerator would get it once for each program.
         numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
@@ -188,6 +211,10 @@ class Programs:
             return history, x
         if bucket.prefill:
             history, x, numbers_ = step.last(history, x, numbers_)
+        self.before_head = x
+        if bucket.prefill and not picks:
+            self.sampled_s = 0.0
+            return history, None
         history, logits, likeliest = step.head(self._head_weights, history, x, numbers_)
         self.sampled_s = 0.0
         if wanted is None:
@@ -228,6 +255,21 @@ class Programs:
     def compile_copy(self, arrays: Sequence[Any], positions: int) -> Any:
         """Compile what copies rows of `arrays`."""
         return self._get("copied", ShapeBucket(False, 1, positions), _Arrays.like(arrays), tuple(arrays))
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the head can be cut before its product with the vocabulary."""
+        return self._states is not None
+
+    def state(self, hidden: np.ndarray) -> np.ndarray:
+        """The state after the final norm [E] float32 of hidden [1, 1, D]; `has_states` says whether there is one."""
+        return np.asarray(self.compile_states()(self._states_weights, hidden))
+
+    def compile_states(self) -> Any:
+        """Compile what `state` runs."""
+        assert self._states is not None
+        one = ShapeBucket(False, 1, 0)
+        return self._get("states", one, self._states, None, self._hidden_shape(one))
 
     # -- packed steps, on a CPU with kernels -------------------------------------------------------------------------------
 
@@ -317,7 +359,8 @@ class Programs:
 
     def _get(self, kind: str, bucket: ShapeBucket, what: Any, state: Any = None, x: Any = None) -> Any:
         bucket = _relevant(kind, bucket, state)
-        key = (kind, bucket, what.signature, None if state is None else jax.tree.leaves(state)[0].shape)
+        first = None if state is None else jax.tree.leaves(state)[0]
+        key = (kind, bucket, what.signature, None if first is None else (first.shape, str(first.dtype)))
         found = self._compiled.get(key)
         if found is None:
             with self._lock:
@@ -488,6 +531,15 @@ def _head(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:
     return _Program(jax.jit(head, donate_argnums=1), (weights, history, hidden, _vector(bucket)), tree)
 
 
+def _states(bucket: ShapeBucket, what: _States, state: Any, x: Any) -> _Program:
+    weights, tree = _flat(what.weights)
+
+    def states(flat: Any, hidden: Any) -> Any:
+        return step.states(what.lowered, tree.unflatten(flat), hidden)
+
+    return _Program(jax.jit(states), (weights, x), tree)
+
+
 def _shaped(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x: Any) -> _Program:
     tables = table_shapes(bucket.size, vocabulary.size)
     return _Program(jax.jit(shape_logits), (_shape((bucket.size, vocabulary.size), np.float32), *tables))
@@ -536,6 +588,7 @@ _PROGRAM: dict[str, Callable[..., _Program]] = {
     "layers": _layers,
     "last": _last,
     "head": _head,
+    "states": _states,
     "shaped": _shaped,
     "sampled": _sampled,
     "packed_head": _packed_head,

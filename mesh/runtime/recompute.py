@@ -93,6 +93,10 @@ class RecomputingStage:
     def last(self) -> bool:
         return self._inner.last
 
+    @property
+    def embeds(self) -> bool:
+        return self._inner.embeds
+
     def serve(self, layers: LayerRange) -> None:
         self._inner.serve(layers)
         shape = (self.rows, self.context, self._inner.manifest.hidden.size)

@@ -34,7 +34,7 @@ from mesh.model.arrivals import Arrivals
 from mesh.model.grammar import Vocabulary
 from mesh.model.manifest import Manifest
 from mesh.model.memory import MemoryNeed, predict
-from mesh.protocol.frame import NOT_ALLOWED
+from mesh.protocol.frame import EMBEDDED, NOT_ALLOWED
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
 from mesh.runtime.engine import SampledToken, StageCounters
@@ -107,6 +107,8 @@ class Stage:
         embed = inner.pop(0) if config.embed else None
         head = inner.pop() if config.head else None
         self._table = RowTable(config.rows)
+        self._embedding: set[int] = set()
+        """The rows that get a hidden state in place of a token."""
         self._shapes = RowShapes(vocabulary or partial(_no_vocabulary, manifest), manifest.vocab_size)
         self._dtype = NUMPY_DTYPES[manifest.hidden.dtype]
         own = slice(self.layers.start - self.held.start, self.layers.stop - self.held.start)
@@ -188,7 +190,8 @@ class Stage:
                 for index, (name, check) in enumerate(zip(names, checks, strict=True)):
                     progress(f"load {name}", index, len(names))
                     check.result()
-                    blocks.append(load_block(Path(directory), name, variants=variants.lookup))
+                    vocabulary = manifest.vocab_size if head and name == names[-1] else None
+                    blocks.append(load_block(Path(directory), name, variants=variants.lookup, vocabulary=vocabulary))
             finally:
                 if arrivals is not None:
                     arrivals.stop()  # no check waits any more
@@ -217,10 +220,13 @@ class Stage:
         begin = len(wanted) * self.layers.start // self.manifest.layers
         wanted = wanted[begin:] + wanted[:begin]
         with ThreadPoolExecutor(_compilers(), "compile") as pool:
-            copying = pool.submit(self._compile_copies)
+            others = [pool.submit(self._compile_copies)]
+            if self.programs.has_states:
+                others.append(pool.submit(self.programs.compile_states))
             for index, (bucket, _) in enumerate(zip(wanted, pool.map(self._compile, wanted), strict=True)):
                 progress(f"compile {bucket}", index, len(wanted))
-            copying.result()
+            for other in others:
+                other.result()
         progress("compiled", len(wanted), len(wanted))
         if self.last and self.manifest.tokenizer is not None:
             self._shapes.warm_up()
@@ -249,6 +255,8 @@ class Stage:
         def hidden(count: int) -> np.ndarray | None:
             return None if self.first else np.zeros((count, self.manifest.hidden.size), self._dtype)
 
+        if self.embeds:
+            self.programs.state(np.zeros((1, 1, self.manifest.hidden.size), self._dtype))
         buckets = self.buckets
         if self._packs:
             for smaller in (0, *self._token_sizes[:-1]):
@@ -281,6 +289,7 @@ class Stage:
         """Give a row its sampling parameters; only the last stage has use for them."""
         self._check_row(row)
         self._table.set(row, params, prompt_length=prompt_length)
+        (self._embedding.add if params.embed else self._embedding.discard)(row)
         if self.last:
             self._shapes.open(row, params, prompt_length=prompt_length)
 
@@ -326,8 +335,10 @@ class Stage:
             if not self.last:
                 pieces.append(result[:count])
             done += count
-        if self.last:
-            answer: Any = self._shaped(pending, [row], [self._token(result, 0, row)])[0]
+        if self.last and row in self._embedding:
+            answer: Any = self._embedded(np.asarray(self.programs.before_head))
+        elif self.last:
+            answer = self._shaped(pending, [row], [self._token(result, 0, row)])[0]
         else:
             answer = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         self.bucket, self.sampled_s = computed, self.programs.sampled_s if self.last else 0.0
@@ -381,6 +392,11 @@ class Stage:
         if self.last:
             host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
             answer: Any = self._shaped(pending, rows_, [self._token(host, row - base, row) for row in rows_])
+            if not self._embedding.isdisjoint(rows_):
+                states = np.asarray(self.programs.before_head)
+                for index, row in enumerate(rows_):
+                    if row in self._embedding:
+                        answer[index] = self._embedded(states[row - base : row - base + 1])
         else:
             answer = np.asarray(result)[:, 0] if whole else np.asarray(result)[rows - base, 0]
         self.bucket, self.sampled_s = size, self.programs.sampled_s if self.last else 0.0
@@ -409,6 +425,11 @@ class Stage:
     def packs(self) -> bool:
         """Whether a packed step runs as one, and not as several of the other kinds."""
         return self._packs
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it can give the hidden state after the final norm in place of a token."""
+        return self.last and self.programs.has_states
 
     @property
     def compiled(self) -> int:
@@ -444,8 +465,11 @@ class Stage:
         wanted = None if self._table.plain[row] else self._table.only(np.array([row]), row, 1)
         numbers = chunk_numbers(tokens, start, row, size)
         shaping = None if pending is None else partial(pending.take, [row], 1)
-        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping)
-        return to_host(result, logprobs=self._table.logprobs(row) >= 0) if self.last else np.asarray(result)[0]
+        picks = row not in self._embedding
+        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping, picks=picks)
+        if self.last:
+            return None if result is None else to_host(result, logprobs=self._table.logprobs(row) >= 0)
+        return np.asarray(result)[0]
 
     def _packed(self, segments: Segments, tokens: np.ndarray, hidden: np.ndarray | None) -> np.ndarray | list[SampledToken | None]:
         began = time.perf_counter()
@@ -482,9 +506,15 @@ class Stage:
         return np.asarray(self.programs.run_packed(self._packed_bucket(size), self._caches, x, numbers))
 
     def _pick(self, segments: Segments, hidden: np.ndarray, pending: Pending | None) -> dict[int, SampledToken]:
-        """The next token of each row that wants one, from hidden [N, 1, D]."""
+        """The next token of each row that wants one, or its state, from hidden [N, 1, D]."""
         ends = segments.ends()
         chosen = [index for index, wants in enumerate(segments.wants) if wants]
+        embedding = [index for index in chosen if segments.rows[index] in self._embedding]
+        if embedding:
+            states = {segments.rows[index]: self._embedded(hidden[ends[index] - 1 : ends[index]]) for index in embedding}
+            drawn = replace(segments, wants=[wants and index not in embedding for index, wants in enumerate(segments.wants)])
+            self.programs.sampled_s = 0.0
+            return states | (self._pick(drawn, hidden, pending) if any(drawn.wants) else {})
         rows, at = [segments.rows[index] for index in chosen], [ends[index] - 1 for index in chosen]
         size = Buckets.fit(self.buckets.rows, len(rows))
         x = np.zeros((size, *hidden.shape[1:]), hidden.dtype)
@@ -573,6 +603,10 @@ class Stage:
             return SampledToken(token)
         pairs = zip(sampled.top_tokens[index][:wanted], sampled.top_logprobs[index][:wanted], strict=True)
         return SampledToken(token, float(sampled.logprob[index]), tuple((int(i), float(p)) for i, p in pairs if np.isfinite(p)))
+
+    def _embedded(self, hidden: np.ndarray) -> SampledToken:
+        """The state after the final norm of hidden [1, 1, D], in place of a token."""
+        return SampledToken(EMBEDDED, state=self.programs.state(hidden))
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.rows:

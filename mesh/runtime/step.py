@@ -5,6 +5,7 @@
     head       hidden state -> logits, the likeliest tokens         last stage
     shaped     logits -> logits with biases and masks of grammars   last stage, if some row has either (shaping.py)
     sampled    logits -> sampled tokens                             last stage, if some row asks for more than the likeliest token
+    states     hidden state -> the same after the final norm        last stage, if some row asks for that and no token
     copied     caches -> the same, a row's beginning in another row every stage, if a session begins with another one's tokens
 
 Each takes either a decode step (one token for each of B rows of a decode batch) or a prefill chunk (T tokens of one row), or in their
@@ -38,6 +39,7 @@ __all__ = [
     "packed_head",
     "packed_layer",
     "sampled",
+    "states",
 ]
 
 GROUP_LAYERS = 6
@@ -163,6 +165,12 @@ def packed_head(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array, c
     with jax.named_scope("head"):
         logits = _run(block, weights, {"hidden_in": hidden, COUNT: count})["logits"][:, 0].astype(jnp.float32)
     return logits, argmax(logits)
+
+
+def states(block: Lowered, weights: Mapping[str, Any], hidden: jax.Array) -> jax.Array:
+    """hidden [1, 1, D] -> the state after the final norm [E] as float32; E is D, but for models that project it."""
+    with jax.named_scope("states"):
+        return _run(block, weights, {"hidden_in": hidden})[block.outputs[0]].reshape(-1).astype(jnp.float32)
 
 
 def last_of_chunk(

@@ -90,7 +90,13 @@ def run_step(stage: Engine, frame: Frame, timing: Callable[[float], StageTiming]
         return frame.answer(Kind.ACK, record)
     tokens: list[SampledToken] = [result] if isinstance(result, SampledToken) else [token or _NO_TOKEN for token in result]
     ids = np.fromiter((token.id for token in tokens), np.int32, len(tokens))
-    return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=_logprobs(tokens))
+    return frame.answer(Kind.TOKENS, record, tokens=ids, tensors=(*_logprobs(tokens), *_states(tokens)))
+
+
+def _states(tokens: list[SampledToken]) -> tuple[np.ndarray, ...]:
+    """The hidden states [e, D] of the rows that asked for them, where there are any."""
+    states = [token.state for token in tokens if token.state is not None]
+    return (np.stack(states),) if states else ()
 
 
 def _logprobs(tokens: list[SampledToken]) -> tuple[np.ndarray, ...]:

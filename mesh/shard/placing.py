@@ -1,8 +1,8 @@
 """`mesh join`: agree with the other shards on a range, whose blocks the shard then fetches.
 
 Two machines that join at the same moment must not take the same range. So a shard claims its range in the KV bucket `mesh_placement`
-before it loads, by compare and set. A claim counts until the lease of its shard is there, but for CLAIM_S at most. The revision of the
-key is the epoch of the placement: a shard that decided on an older revision is refused and decides again.
+before it loads, by compare and set. A claim counts until the shard has its lease and takes the claim back, but for CLAIM_S at most. The
+revision of the key is the epoch of the placement: a shard that decided on an older revision is refused and decides again.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from mesh.bus import Bucket, Bus, ModelStore, announce, files_of, kept_at
-from mesh.errors import BadRequest, MessageRejected, ModelNotFound, Unavailable
+from mesh.errors import BadRequest, MessageRejected, ModelNotFound, NobodyListens, ServiceError, Unavailable
 from mesh.model.manifest import Manifest
 from mesh.model.memory import DEFAULT_CHUNK, predict
 from mesh.model.signature import Signers
-from mesh.protocol import subjects
+from mesh.protocol import subjects, topics
 from mesh.protocol.message import Label, Message, Natural, Positive
-from mesh.protocol.status import ShardLease
+from mesh.protocol.status import ShardLease, StatsRequest
 from mesh.settings.defaults import DEFAULT_ROWS
 from mesh.shard.join import Held, choose_range, too_big
 from mesh.shard.options import ShardOptions
 from mesh.types import LayerRange
 
-__all__ = ["place"]
+__all__ = ["place", "withdraw"]
 
 log = logging.getLogger("mesh.shard")
 
@@ -38,6 +38,7 @@ _LOADING = ("loading", "warming")
 CLAIM_S = 300.0
 _TRIES = 20
 _LOOK_AGAIN_S = 2.0
+_ANSWER_S = 1.0
 _DEFAULT_CONTEXT = 2048
 
 
@@ -121,7 +122,24 @@ async def _manifest(store: ModelStore, model: str | None, *, wait: bool) -> Mani
 
 
 async def _leases(bus: Bus) -> list[ShardLease]:
-    """Of all models."""
+    """Of all models. A lease outlives a shard that was killed by some seconds: it does not count where nobody listens in its place."""
+    found = await _written(bus)
+    return [lease for lease, gone in zip(found, await asyncio.gather(*(_is_gone(bus, lease) for lease in found)), strict=True) if not gone]
+
+
+async def _is_gone(bus: Bus, lease: ShardLease) -> bool:
+    if lease.state in _LOADING:  # it may not listen yet
+        return False
+    try:
+        await bus.request(topics.STATS.at(lease.shard), StatsRequest(), timeout_s=_ANSWER_S)
+    except NobodyListens:
+        return True
+    except ServiceError:
+        return False
+    return False
+
+
+async def _written(bus: Bus) -> list[ShardLease]:
     found = []
     for entry in await Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S).entries():
         try:
@@ -140,8 +158,7 @@ def _of(manifest: Manifest, leases: Sequence[ShardLease]) -> list[ShardLease]:
 async def _claim(
     bus: Bus, name: str, manifest: Manifest, wanted: LayerRange | None, *, rows: int, context: int, memory_bytes: int, shared: bool
 ) -> LayerRange:
-    bucket = Bucket(bus, subjects.KV_PLACEMENT, durable=True)
-    key = f"claims.{subjects.token(manifest.name)}"
+    bucket, key = _place_of_claims(bus, manifest.name)
 
     def needed(layers: LayerRange) -> int:
         embed, head = layers.start == 0, layers.stop == manifest.layers
@@ -167,6 +184,23 @@ async def _claim(
             await announce(bus, "plan_changed", name, model=manifest.name, detail=detail, layers=str(layers), epoch=epoch)
             return layers
     raise Unavailable("other shards keep joining at the same moment: try again")
+
+
+async def withdraw(bus: Bus, model: str, name: str) -> None:
+    """Take back the claim of a shard whose lease is there: from then on its range is taken while the shard lives, and no longer."""
+    bucket, key = _place_of_claims(bus, model)
+    for _ in range(_TRIES):
+        entry = await bucket.get(key)
+        claims = _claims(entry.value if entry else None)
+        others = tuple(claim for claim in claims if claim.shard != name)
+        if entry is None or len(others) == len(claims):
+            return
+        if await bucket.update(key, RangeClaims(claims=others).to_bytes(), revision=entry.revision) is not None:
+            return
+
+
+def _place_of_claims(bus: Bus, model: str) -> tuple[Bucket, str]:
+    return Bucket(bus, subjects.KV_PLACEMENT, durable=True), f"claims.{subjects.token(model)}"
 
 
 def _loading_here(leases: Sequence[ShardLease], claims: Sequence[RangeClaim]) -> list[LayerRange]:

@@ -23,6 +23,7 @@ from mesh.bus import Bus, Endpoint, EventLog, Pull, Received, Service, Subscript
 from mesh.bus.spans import SpanPublisher
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import (
+    BadRequest,
     ConfigError,
     DeadlineExceeded,
     FrameRejected,
@@ -57,6 +58,7 @@ from mesh.shard.machine import predicted_bytes
 from mesh.shard.meter import Meter
 from mesh.shard.moving import move
 from mesh.shard.options import ShardOptions, Status
+from mesh.shard.placing import withdraw
 from mesh.shard.reports import lease_of, stats_of
 from mesh.shard.start_trace import StartTrace
 from mesh.shard.state import ShardShape, ShardState, tag_of
@@ -168,6 +170,8 @@ class Shard:
         expiring = self.bus.keep(self._expire, "closing the sessions of coordinators that are gone")
         try:
             await self._lease.start()
+            if self.options.incoming is not None:
+                await withdraw(self.bus, model, self.options.name)
             await self._listen_control()
             await keep_events(EventLog(self.bus))
             await self._announce("joined", f"layers {shape.layers} of {model}")
@@ -273,6 +277,12 @@ class Shard:
     def _open(self, message: Open) -> Opened:
         if not self.ready.is_set() or self.stage is None or self._compute is None:
             raise Unavailable(f"shard {self.options.name} is {self._status}: open the session elsewhere, or later")
+        if message.sampling.embed and self.stage.last and not self.stage.embeds:
+            raise BadRequest(
+                f"{self.manifest.name} gives no embeddings: its head has no one product with the vocabulary, before which a hidden state "
+                "could be read. Ask another model",
+                field="embed",
+            )
         reservation = self.state.open(message, time.monotonic())
         if log.isEnabledFor(logging.DEBUG):
             with log_context(request=message.request, trace=message.trace, shard=self.options.name):

@@ -69,7 +69,7 @@ SPANS: Final = (
 )
 
 ATTRIBUTES: Final = (
-    Attribute("gen_ai.operation.name", "string", "`chat` or `text_completion`"),
+    Attribute("gen_ai.operation.name", "string", "`chat`, `text_completion` or `embeddings`"),
     Attribute("gen_ai.provider.name", "string", "always `mesh`"),
     Attribute("gen_ai.request.model", "string", "the model that was asked for"),
     Attribute("gen_ai.response.model", "string", "the model that answered"),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from running import Run
 
-from mesh.bus import Bus, BusOptions, ModelStore, Received
+from mesh.bus import Bucket, Bus, BusOptions, ModelStore, Received
 from mesh.errors import DoesNotFit, ModelNotFound
 from mesh.local.nats_server import NatsServer
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
-from mesh.protocol import topics
+from mesh.protocol import subjects, topics
 from mesh.protocol.events import Event
-from mesh.shard.placing import place
+from mesh.protocol.status import ShardLease
+from mesh.shard.placing import place, withdraw
 from mesh.types import LayerRange
 
 
@@ -98,3 +100,71 @@ def test_shards_that_join_on_one_host_share_its_free_memory(run: Run, model: Pat
 
     with NatsServer.start() as server:
         run(work(server.url))
+
+
+def test_a_shard_that_was_killed_is_replaced_before_its_lease_has_run_out(run: Run, model: Path, tmp_path: Path) -> None:
+    async def work(url: str) -> None:
+        async with await Bus.connect(BusOptions((url,)), name="t") as bus, await Bus.connect(BusOptions((url,)), name="s") as shard:
+            await ModelStore(bus).push(model)
+            manifest, cut = Manifest.load(model), (LayerRange(0, 2), LayerRange(2, 3))
+
+            async def join(name: str) -> LayerRange:
+                directory = tmp_path / name
+                return (await place(bus, name, model=None, memory_bytes=1 << 30, rows=2, context=64, directory=directory)).layers
+
+            leases = Bucket(bus, subjects.KV_SHARDS, ttl_s=subjects.LEASE_TTL_S)
+            for number, layers in enumerate(cut):
+                await leases.put(f"s{number}", a_lease(f"s{number}", manifest, layers).to_bytes())
+            listening = await shard.subscribe(topics.STATS.at("s0").subject, AsyncMock())
+            await shard.flush()
+            assert await join("one") == cut[1], "nobody listens in the place of s1"
+            await listening.stop()
+            await shard.flush()
+            await leases.put("s0", a_lease("s0", manifest, cut[0]).to_bytes())
+            assert await join("two") == cut[0], "one has claimed the other range"
+
+    with NatsServer.start() as server:
+        run(work(server.url))
+
+
+def test_a_claim_that_was_taken_back_leaves_the_range_free(run: Run, model: Path, tmp_path: Path) -> None:
+    async def work(url: str) -> None:
+        async with await Bus.connect(BusOptions((url,)), name="t") as bus:
+            await ModelStore(bus).push(model)
+            manifest = Manifest.load(model)
+
+            async def join(name: str, layers: LayerRange | None = None) -> LayerRange:
+                directory = tmp_path / name
+                options = await place(bus, name, model=None, memory_bytes=1 << 30, rows=2, context=64, directory=directory, layers=layers)
+                return options.layers
+
+            first = await join("one", LayerRange(0, 2))
+            await join("two", LayerRange(2, 3))
+            await withdraw(bus, manifest.name, "one")
+            await withdraw(bus, manifest.name, "nobody")
+            assert await join("three") == first
+
+    with NatsServer.start() as server:
+        run(work(server.url))
+
+
+def a_lease(name: str, manifest: Manifest, layers: LayerRange) -> ShardLease:
+    return ShardLease(
+        shard=name,
+        instance=f"{name}-1",
+        model=manifest.name,
+        model_hash=manifest.model_hash,
+        layers_start=layers.start,
+        layers_end=layers.stop,
+        total_layers=manifest.layers,
+        state="ready",
+        rows=2,
+        free_rows=2,
+        context=64,
+        chunk=16,
+        hidden_size=manifest.hidden.size,
+        hidden_itemsize=4,
+        max_frame_bytes=1 << 20,
+        queue_limit=8,
+        frame_version=1,
+    )

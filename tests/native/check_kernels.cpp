@@ -291,6 +291,25 @@ void check_alone(const Attention& all, const float* context) {
   if (std::memcmp(out.get(), context, out.count * 4)) fail("a token alone differs from the same token among others", t, all.tokens);
 }
 
+// A cache of floats or of 16-bit floats.
+struct Cache {
+  bool halves;
+  Exact<float> floats;
+  Exact<uint16_t> words;
+  Cache(bool halves, size_t count) : halves(halves), floats(halves ? 0 : count), words(halves ? count : 0) {
+    for (size_t i = 0; i < floats.count; i++) floats[i] = normal();
+    for (size_t i = 0; i < words.count; i++) words[i] = (uint16_t)(0x2c00 + below(0x1400)) | (uint16_t)(below(2) << 15);  // 1/16 .. 4
+  }
+  void* get() { return halves ? (void*)words.get() : (void*)floats.get(); }
+  double operator[](size_t i) { return halves ? of_half(words[i]) : floats[i]; }
+  // Whether `written` is what a cache keeps of `value`, which is known to some 1e-6.
+  void check(size_t i, double value) {
+    if (!halves) return compare("key", floats[i], value, 2 + std::fabs(value));
+    const double step = std::fmax(std::ldexp(1, -24), std::ldexp(1, std::ilogb(value ? value : 1e-30) - 10));
+    if (std::fabs(of_half(words[i]) - value) > step / 2 + 1e-5 * (2 + std::fabs(value))) fail("a key of 16 bits is not the nearest", (int64_t)i, words[i]);
+  }
+};
+
 void attention() {
   for (int round = 0; round < 60; round++) {
     Attention a{};
@@ -299,8 +318,11 @@ void attention() {
     a.half = below(3) ? a.dim / 2 : below((int)a.dim / 2) + 1;
     a.interleaved = below(2), a.window = below(3) ? 0 : 1 + below(300), a.softcap = below(3) ? 0 : 20, a.scale = 0.2f;
     Exact<float> q(a.tokens * a.heads * a.dim), k(a.tokens * a.kv_heads * a.dim), v(k.count), cos(a.tokens * a.half), sin(cos.count);
-    Exact<float> keys(a.cache_rows * a.kv_heads * a.slots * a.dim), values(keys.count), out(q.count), other(q.count), queries(q.count);
-    for (auto* array : {&q, &k, &v, &cos, &sin, &keys, &values})
+    const size_t size = a.cache_rows * a.kv_heads * a.slots * a.dim;
+    a.halves = below(2);
+    Cache keys(a.halves, size), values(a.halves, size);
+    Exact<float> out(q.count), other(q.count), queries(q.count);
+    for (auto* array : {&q, &k, &v, &cos, &sin})
       for (size_t i = 0; i < array->count; i++) (*array)[i] = normal();
     Exact<int32_t> positions(a.tokens), writes(a.tokens), row(a.tokens), blocks(a.tokens + 1);
     segments(a, row.get(), positions.get());
@@ -330,7 +352,7 @@ void attention() {
       for (int64_t h = 0; h < a.heads; h++) {
         const int64_t kv = h / (a.heads / a.kv_heads), base = (row[b] * a.kv_heads + kv) * a.slots;
         turn(&k[(b * a.kv_heads + kv) * a.dim], b, key);
-        for (int64_t d = 0; d < a.dim; d++) compare("key", keys[(base + writes[b]) * a.dim + d], key[d], 2 + std::fabs(key[d]));
+        for (int64_t d = 0; d < a.dim; d++) keys.check((base + writes[b]) * a.dim + d, key[d]);
         turn(&q[(b * a.heads + h) * a.dim], b, query);
         const int64_t first = a.window ? std::max<int64_t>(0, positions[b] + 1 - a.window) : 0;
         std::vector<double> p;

@@ -39,7 +39,7 @@ def test_a_shard_that_is_two_seconds_ahead_stays_inside_its_steps(model: Path) -
             for shard, ahead_s in (("shard-1", 0.0), ("shard-2", AHEAD_S)):
                 assert clocks[shard]["mesh.clock_offset_s"] == pytest.approx(ahead_s, abs=clocks[shard]["mesh.clock_error_s"] + 0.001)
 
-    with LocalMesh(LocalOptions(model, shards=2, http=False)) as running:
+    with LocalMesh(LocalOptions(model, shards=2, rows=4, context=64, http=False)) as running:
         child = running._children["shard-2"]
         child.environment.update({"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"+{AHEAD_S}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"})
         running.restart("shard-2")

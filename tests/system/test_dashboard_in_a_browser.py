@@ -366,3 +366,19 @@ def test_the_page_reports_a_lost_nats_server_and_finds_it_again(browser: Browser
         browser.until("document.querySelector('#state').innerText.includes('NATS server does not answer')")
         later.enter_context(NatsServer.start(port=port))
         browser.until("document.querySelector('#state').innerText.includes('Nothing is here yet')")
+
+
+@pytest.mark.parametrize("width", [320, 390, 700])
+def test_the_choice_of_a_model_fits_beside_the_views(mesh: LocalMesh, browser: Browser, width: int) -> None:
+    """As in a mesh of two models, one of a long name; it is measured before the page is drawn again."""
+    browser.emulate(width=width, phone=width < 500)
+    page(browser, mesh)
+    sizes = browser.js("""
+        const choice = document.querySelector('#model-choice'), select = document.querySelector('#model');
+        choice.hidden = false;
+        for (const name of ['SmolLM2-135M-Instruct', 'Qwen3-Embedding-0.6B-with-a-long-name']) select.append(new Option(name, name));
+        const box = (name) => document.querySelector(name).getBoundingClientRect();
+        return [document.documentElement.scrollWidth, box('#model').right, box('#model').width, box('#theme-button').right, innerWidth];
+    """)
+    page_width, right, choice, theme, inner = sizes
+    assert page_width <= inner and right <= inner and theme <= inner and choice >= 100, sizes

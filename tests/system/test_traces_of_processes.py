@@ -70,7 +70,7 @@ def mesh(model: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str, ratio: str
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", ratio)
-    with LocalMesh(LocalOptions(model, shards=2, http_port=0)) as running:
+    with LocalMesh(LocalOptions(model, shards=2, rows=4, context=64, http_port=0)) as running:
         yield running
 
 

@@ -42,16 +42,20 @@ from mesh.coordinator.core.routing import Replica
 from mesh.coordinator.core.scheduler import Flight
 from mesh.coordinator.core.session import GenerationRequest, Session
 from mesh.errors import Busy, MessageRejected, Unavailable
+from mesh.protocol.frame import EMBEDDED
 from mesh.types import LayerRange
 
-__all__ = ["FakeMesh", "Sampled", "expected"]
+__all__ = ["FakeMesh", "Sampled", "expected", "next_token"]
 
 VOCABULARY = 50
 
 
 @dataclass(frozen=True)
 class Sampled:
+    """`state`: in place of a token, for a session that asked for a hidden state; as the next token, it depends on the whole history."""
+
     id: int
+    state: int | None = None
 
 
 def next_token(history: Sequence[int]) -> int:
@@ -79,6 +83,7 @@ class Reservation:
     filled: int = 0
     missing: bool = False
     holds: tuple[Beginning, ...] = ()  # under these names others find it
+    embeds: bool = False
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Shard:
         self.cache[row] = found
         holds = [] if reuse is None or not positions else [Beginning(reuse.digest, positions)]
         holds += [] if opens.prompt is None else [opens.prompt]
-        return Reservation(row, opens.epoch, positions, holds=tuple(holds))
+        return Reservation(row, opens.epoch, positions, holds=tuple(holds), embeds=opens.request.embed)
 
     def find(self, reuse: Beginning) -> tuple[int, dict[int, int]]:
         """(positions, their tokens) of what a row holds of `reuse`."""
@@ -147,6 +152,7 @@ class FakeMesh:
         self.boxes: dict[tuple[str, str], deque[object]] = {}
         self.requests: dict[str, GenerationRequest] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.states: dict[str, int | None] = {}
         self.ended: dict[str, Ended] = {}
         self.rejected: dict[str, Rejected] = {}
         self.frames: list[FrameOut] = []
@@ -306,6 +312,10 @@ class FakeMesh:
                 self.kept.append(effect)
             case Emit(session=id, index=index, token=token):
                 assert id not in self.ended and id not in self.rejected
+                if self.requests[id].embed:
+                    assert token.id == EMBEDDED and id not in self.states
+                    self.states[id] = token.state
+                    return
                 assert index == len(self.tokens[id]), "a token out of order"
                 self.tokens[id].append(token.id)
             case Ended(session=id):
@@ -386,9 +396,14 @@ class FakeMesh:
         for row in kept if out.kind == "packed" or kept[0].wants else ():  # a prefill chunk that wants nothing is only acknowledged
             position = row.start + len(row.tokens) - 1
             cache = shard.cache[row.rows[stage]]
-            sampled = Sampled(next_token([cache[p] for p in range(position + 1)])) if row.wants else None
-            answers.append(ResultRow(row.key, position, sampled))
+            answers.append(ResultRow(row.key, position, self._sampled(shard, row, [cache[p] for p in range(position + 1)])))
         self._send(name, "core", Result(out.frame, tuple(answers)))
+
+    def _sampled(self, shard: Shard, row: FrameRow, history: list[int]) -> Sampled | None:
+        if not row.wants:
+            return None
+        token = next_token(history)
+        return Sampled(EMBEDDED, token) if shard.reservations[row.key].embeds else Sampled(token)
 
 
 def session_of(mesh: FakeMesh, request: str) -> Session:

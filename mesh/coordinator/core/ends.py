@@ -8,9 +8,9 @@ from mesh.coordinator.core import rows
 from mesh.coordinator.core.events import Ended
 from mesh.coordinator.core.session import Act, Session, State
 from mesh.coordinator.core.state import CoreState
-from mesh.errors import BadRequest, MeshError
+from mesh.errors import BadRequest, MeshError, Unavailable
 
-__all__ = ["end", "no_token", "settle"]
+__all__ = ["end", "no_token", "other_version", "settle"]
 
 
 def end(
@@ -59,6 +59,11 @@ def settle(state: CoreState, session: Session) -> None:
     """Give an ended session's rows back, once no frame names it any more. What they hold is kept for others that begin as it did."""
     if not session.in_flight and session.choices is not None:
         rows.release(state, session, keep=session.state is not State.FAILED)
+
+
+def other_version() -> MeshError:
+    """The error of a session that got a token in place of a hidden state, or the other way round."""
+    return Unavailable("a shard has answered a question that was not asked: all processes of a mesh need the same version")
 
 
 def no_token() -> MeshError:

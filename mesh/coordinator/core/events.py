@@ -284,7 +284,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """The token number `index` (from 0) of `session`."""
+    """The token number `index` (from 0) of `session`, or the hidden state that it asked for."""
 
     session: str
     index: int

@@ -6,7 +6,8 @@ started; frames that may go out go out. `deadline()` says when the core wants to
     Submit           -> queued, or Rejected at once (longer than any row, queue full)
     queue moves      -> OpenRow for each stage of a route
     RowOpened x all  -> FrameOut with the history, whole or in parts, beside those of other sessions
-    Result           -> Emit, once the whole history is computed; from then on one token a FrameOut
+    Result           -> Emit, once the whole history is computed; from then on one token a FrameOut. A hidden state that was asked for in
+                        place of tokens is emitted in the same way, and ends its session
     Ended            -> CloseRow for each stage, once no frame names the session any more
 
 A loss (a refused row, FrameLost, ReplicaGone, what watch.py finds) sends the session through the queue again: see losses.py.
@@ -54,6 +55,7 @@ from mesh.coordinator.core.session import Act, GenerationRequest, Session, Sessi
 from mesh.coordinator.core.state import CoreConfig, CoreCounters, CoreState, Pause
 from mesh.coordinator.core.watch import FrameWatch
 from mesh.errors import BadRequest, Busy, Cancelled, MeshError, PromptTooLong, Unavailable, internal_error
+from mesh.protocol.frame import EMBEDDED
 
 __all__ = ["Core", "CoreConfig", "CoreLoad"]
 
@@ -299,7 +301,7 @@ class Core:
             state.admission.push_front(session)
         else:
             state.admission.push(session)
-        if session.generated >= request.max_tokens:
+        if session.generated >= request.max_tokens and not request.embed:
             ends.end(state, session, Act.FINISH, "length")
 
     def _reason_to_refuse(self, request: GenerationRequest) -> MeshError | None:
@@ -309,8 +311,8 @@ class Core:
             return BadRequest("this session is being generated already", field="session")
         if longest is not None and len(request.prompt) + request.max_tokens > longest:
             return PromptTooLong(
-                f"the prompt has {len(request.prompt)} tokens and {request.max_tokens} more are asked for, but rows here hold "
-                f"{longest}: shorten the prompt or ask for fewer",
+                f"the prompt has {len(request.prompt)} tokens{_more(request.max_tokens)}, but rows here hold {longest}: shorten the prompt"
+                f"{' or ask for fewer' if request.max_tokens else ''}",
                 tokens=len(request.prompt),
                 limit=max(longest - request.max_tokens, 0),
             )
@@ -422,6 +424,14 @@ class Core:
             since = session.token_at or session.trouble_since or state.now
             state.pauses.append(Pause(session.replay, state.now - since, state.watch.median_s("decode")))
         session.trouble_since, session.losses, session.replay, session.token_at = None, 0, "", state.now
+        if request.embed is not (token.id == EMBEDDED):
+            ends.end(state, session, Act.FAIL, "error", ends.other_version())
+            return
+        if request.embed:
+            session.first_token_at = state.now
+            state.effects.append(Emit(session.id, 0, token))
+            ends.end(state, session, Act.FINISH, "stop")
+            return
         if token.id < 0:
             ends.end(state, session, Act.FAIL, "error", ends.no_token())
             return
@@ -450,3 +460,7 @@ class Core:
             counters.prefill_frames += 1
         else:
             counters.packed_frames += 1
+
+
+def _more(tokens: int) -> str:
+    return f" and {tokens} more are asked for" if tokens else ""

@@ -273,8 +273,13 @@ class Scheduler:
         if not group.prefilling or any(self._prompts_out.get(hop.shard, 0) >= group.processors for hop in group.route):
             return
         room = self._room(group, ready)
+        states = max(group.chunk // 2, 1)  # hidden states travel back as float32, and may have come as 16 bits
         for session in group.next_prompts():
             stop = min(session.sent + room, len(session.history))
+            if session.request.embed and stop == len(session.history):
+                if not states:
+                    continue
+                states -= 1
             row = _row(session, session.sent, stop)
             room -= stop - session.sent
             self._tokens_sent += stop - session.sent

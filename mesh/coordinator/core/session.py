@@ -79,7 +79,8 @@ class GenerationRequest:
     """What is to be generated. `sampling` is passed on to the last stage unread. A token of `stop_ids` ends the generation and is not
     part of it. `prefix`: generated tokens that are known already; the next one comes after them. `resumed`: another coordinator began
     the generation. `waited_s`: how long it has waited already for layers that no shard serves. `caller`: who is to be treated as one among
-    several callers; empty: nobody knows. `salt`: whose rows it may begin with, and who may begin with its own; None: it does neither."""
+    several callers; empty: nobody knows. `salt`: whose rows it may begin with, and who may begin with its own; None: it does neither.
+    `embed`: what is wanted is no token but the hidden state after the prompt; it ends with that."""
 
     id: str
     prompt: tuple[int, ...]
@@ -91,6 +92,7 @@ class GenerationRequest:
     waited_s: float = 0.0
     caller: str = ""
     salt: str | None = None
+    embed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

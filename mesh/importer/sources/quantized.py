@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import CorruptModel, UnsupportedModel, decoding
+from mesh.errors import CorruptModel, UnsupportedModel, decoding, short
 from mesh.importer.sources.quantized_forms import Packed, Parts, awq, four_bit_experts, four_bit_floats, gptq, packed_integers, plain
 from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint, read_json
 from mesh.importer.write.kept import Kept, KeptForm
@@ -36,12 +36,13 @@ def open_checkpoint(directory: Path) -> SafetensorsCheckpoint | QuantizedCheckpo
     """The weights of a Hugging Face directory. Errors as SafetensorsCheckpoint.open has them; UnsupportedModel: a quantization that is not
     supported, by its name."""
     checkpoint = SafetensorsCheckpoint.open(directory)
-    found = _quantization(directory)
+    with decoding(CorruptModel, f"{directory}: the configuration of the quantization"):
+        found = _quantization(directory)
     if found is None:
         return checkpoint
     config, path = found
     with decoding(CorruptModel, f"{path}: quantization_config"):
-        method = str(config.get("quant_method", "unknown"))
+        method = short(str(config.get("quant_method", "unknown")))
         known = _METHODS.get(method)
         if known is None:
             raise UnsupportedModel(f"{path}: weights quantized by {method} are not supported (supported: {', '.join(SUPPORTED)}): {ADVICE}")
@@ -149,7 +150,7 @@ ACTIVATIONS_NOTE = "activations are not rounded, as the source's own engines may
 
 def _gptq(config: Config, path: Path) -> tuple[Scheme, ...]:
     bits, group = int(config["bits"]), int(config.get("group_size", 128))
-    layout = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+    layout = short(str(config.get("checkpoint_format") or config.get("format") or "gptq"))
     if layout not in ("gptq", "gptq_v2"):
         raise UnsupportedModel(f"{path}: GPTQ weights in the layout {layout} are not supported, only gptq and gptq_v2 are: {ADVICE}")
     if bits not in (2, 4, 8):
@@ -161,7 +162,7 @@ def _gptq(config: Config, path: Path) -> tuple[Scheme, ...]:
 
 def _awq(config: Config, path: Path) -> tuple[Scheme, ...]:
     bits, group = int(config.get("bits", config.get("w_bit", 4))), int(config.get("group_size", config.get("q_group_size", 128)))
-    layout = str(config.get("version") or config.get("format") or "gemm").lower()
+    layout = short(str(config.get("version") or config.get("format") or "gemm").lower())
     if layout != "gemm" or config.get("backend") == "llm-awq":
         raise UnsupportedModel(f"{path}: AWQ weights in the layout {layout} are not supported, only gemm is: {ADVICE}")
     if bits != 4:
@@ -184,7 +185,7 @@ def _compressed_tensors(config: Config, path: Path) -> tuple[Scheme, ...]:
     unknown = sorted(layouts - {*_LAYOUTS, "dense"})
     sparse = (config.get("sparsity_config") or {}).get("format", "dense")
     if unknown or sparse != "dense":
-        what = ", ".join([*unknown, *([] if sparse == "dense" else [sparse])])
+        what = short(", ".join([*unknown, *([] if sparse == "dense" else [str(sparse)])]))
         raise UnsupportedModel(f"{path}: compressed-tensors weights as {what} are not supported, only {', '.join(_LAYOUTS)} are: {ADVICE}")
     if str(config.get("quantization_status", "compressed")) != "compressed":
         raise UnsupportedModel(f"{path}: the weights are not compressed yet: save them compressed, or {ADVICE}")

@@ -1,4 +1,4 @@
-"""What storing weights in fewer bits costs: perplexity of a fixed text, and the logits' relative error, against 32 bits."""
+"""What storing weights, or keys and values, in fewer bits costs: perplexity of a fixed text, and the logits' relative error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mesh.model.manifest import HiddenInfo, Manifest
 from mesh.model.tokenizer import Tokenizer
 from mesh.types import Progress
 
-__all__ = ["REPORT_TEXT", "measure_against_float32"]
+__all__ = ["REPORT_TEXT", "measure_against_float32", "measure_cache"]
 
 TOKENS = 384
 
@@ -60,22 +60,43 @@ def measure_against_float32(
         return {"perplexity": mine.perplexity, "perplexity_float32": mine.perplexity, "logits_error_float32": 0.0, "tokens": len(tokens)}
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.float32-", dir=directory.parent) as scratch:
         exact = _float32(source, Path(scratch), manifest, progress)
-        theirs = _Score(tokens)
-        different = total = 0.0
-        pairs: Iterator[tuple[Any, Any]] = zip(
-            runtime_logits(directory, manifest, tokens), runtime_logits(Path(scratch), exact, tokens), strict=True
-        )
-        for ours, expected in pairs:
-            mine.add(ours)
-            theirs.add(expected)
-            different += float(np.square(ours - expected, dtype=np.float64).sum())
-            total += float(np.square(expected, dtype=np.float64).sum())
+        pair = _Pair(tokens, runtime_logits(directory, manifest, tokens), runtime_logits(Path(scratch), exact, tokens))
     return {
-        "perplexity": mine.perplexity,
-        "perplexity_float32": theirs.perplexity,
-        "logits_error_float32": float(np.sqrt(different / max(total, 1e-30))),
+        "perplexity": pair.ours.perplexity,
+        "perplexity_float32": pair.expected.perplexity,
+        "logits_error_float32": pair.error,
         "tokens": len(tokens),
     }
+
+
+def measure_cache(directory: Path, manifest: Manifest, narrow: Manifest) -> dict[str, Any]:
+    """The same for a cache of another type: `narrow` is `manifest` with it. `kv_cache_greedy_equal`: of likeliest tokens."""
+    tokens = _tokens(directory, manifest)
+    pair = _Pair(tokens, runtime_logits(directory, narrow, tokens), runtime_logits(directory, manifest, tokens))
+    return {
+        "kv_cache_perplexity": pair.ours.perplexity,
+        "kv_cache_perplexity_exact": pair.expected.perplexity,
+        "kv_cache_logits_error": pair.error,
+        "kv_cache_greedy_equal": pair.equal,
+        "kv_cache_tokens": len(tokens),
+    }
+
+
+class _Pair:
+    """Two models' logits of the same tokens: their perplexities, the relative error of one, and the share of equal likeliest tokens."""
+
+    def __init__(self, tokens: npt.NDArray[np.int64], ours: Iterator[Any], expected: Iterator[Any]) -> None:
+        self.ours, self.expected = _Score(tokens), _Score(tokens)
+        different = total = 0.0
+        equal = 0
+        for mine, theirs in zip(ours, expected, strict=True):
+            self.ours.add(mine)
+            self.expected.add(theirs)
+            different += float(np.square(mine - theirs, dtype=np.float64).sum())
+            total += float(np.square(theirs, dtype=np.float64).sum())
+            equal += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
+        self.error = float(np.sqrt(different / max(total, 1e-30)))
+        self.equal = equal / len(tokens)
 
 
 def _float32(source: Source, scratch: Path, manifest: Manifest, progress: Progress) -> Manifest:

@@ -287,7 +287,7 @@ def _runtime_group(
     """Run the rows through the layers as a stage does: tokens [T] or hidden [T, D] of each row -> hidden [T, D] of each."""
     longest = max(len(row) for row in rows)
     config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
-    stage = Stage.load(directory, config, compiled=compiled)
+    stage = Stage.load(directory, config, manifest=manifest, compiled=compiled)
     tokens = sequences.tokens
     out: list[list[Array]] = [[] for _ in rows]
     for index, row in enumerate(rows):

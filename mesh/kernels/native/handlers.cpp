@@ -227,9 +227,11 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Res
                      int64_t length, int64_t window, float scale, float softcap) {
   Attention a{};
   const auto cache = keys_out->dimensions();
-  if (cache.size() != 4 || keys_out->element_type() != ffi::DataType::F32 || values_out->element_type() != ffi::DataType::F32 ||
+  const ffi::DataType type = keys_out->element_type();
+  if (cache.size() != 4 || (type != ffi::DataType::F32 && type != ffi::DataType::F16) || values_out->element_type() != type ||
       keys_out->element_count() != values_out->element_count())
-    return wrong("a cache is float32 [rows, heads, positions, size], keys like values");
+    return wrong("a cache is float32 or float16 [rows, heads, positions, size], keys like values");
+  a.halves = type == ffi::DataType::F16;
   a.cache_rows = cache[0], a.kv_heads = cache[1], a.slots = cache[2], a.dim = cache[3];
   a.heads = heads, a.half = rotated_pairs, a.interleaved = interleaved != 0;
   a.length = length, a.window = window, a.scale = scale, a.softcap = softcap;
@@ -249,10 +251,10 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Res
   a.writes = args.integers(tokens, "the positions to write to");
   a.rows = args.integers(tokens, "the rows");
   const int32_t* real = args.integers(1, "the number of tokens");
-  const void* keys = args.floats((int64_t)keys_out->element_count(), "the cache of keys");
-  const void* values = args.floats((int64_t)values_out->element_count(), "the cache of values");
+  const void* keys = args.next((int64_t)keys_out->element_count(), type, "the cache of keys");
+  const void* values = args.next((int64_t)values_out->element_count(), type, "the cache of values");
   if (!args.ok) return wrong(args.problem);
-  a.keys = (float*)keys_out->untyped_data(), a.values = (float*)values_out->untyped_data(), a.out = (float*)out->untyped_data();
+  a.keys = keys_out->untyped_data(), a.values = values_out->untyped_data(), a.out = (float*)out->untyped_data();
   if (keys != a.keys) std::memcpy(a.keys, keys, keys_out->size_bytes());
   if (values != a.values) std::memcpy(a.values, values, values_out->size_bytes());
   if (*real < 0 || *real > tokens) return wrong("more tokens are to be computed than there are");
@@ -333,7 +335,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                                   .Attr<float>("softcap"));
 
 // Of the calls in mesh/kernels/calls.py: changes with what they are given.
-extern "C" int mesh_kernels_version() { return 2; }
+extern "C" int mesh_kernels_version() { return 3; }
 
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 

@@ -286,3 +286,23 @@ INLINE V exponential(V x) {
   p = madd(p, r, all(5.0000001201e-1f));
   return times_power(madd(p, r * r, r + all(1.0f)), n);
 }
+
+// The nearest 16-bit float, to even between two; beyond the largest, the largest. `f` is finite.
+INLINE uint16_t to_half(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7bff);
+  if (magnitude >= 0x38800000) return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+  const int shift = 126 - (int)(magnitude >> 23);
+  if (shift > 24) return (uint16_t)sign;
+  const uint32_t mantissa = (magnitude & 0x7fffff) | 0x800000, rest = mantissa & ((1u << shift) - 1), middle = 1u << (shift - 1);
+  const uint32_t down = mantissa >> shift;
+  return (uint16_t)(sign | (down + (rest > middle || (rest == middle && (down & 1)))));
+}
+
+// Sixteen numbers of a cache, which is of floats or of 16-bit floats.
+INLINE V entries(const float* p) { return load(p); }
+INLINE V entries(const uint16_t* p) { return from_float16(p); }
+INLINE void enter(float* p, float f) { *p = f; }
+INLINE void enter(uint16_t* p, float f) { *p = to_half(f); }

@@ -25,14 +25,15 @@ struct Numbers {
 struct Weight {
   Kind kind = kFloat32;
   int64_t out = 0, in = 0;
-  int64_t group = 0;  // elements of `in` that share scale, zero and minimum; 0: all of them
+  int64_t group = 0;  // elements of `in` that share scale, zero and minimum: a power of two; 0, or `in` and more: all of them
   float offset = 0;
   const void* codes = nullptr;
   const uint8_t* high = nullptr;
   Numbers scale, zero, minimum;
   const float* bias = nullptr;  // [out], or nullptr
 
-  int64_t groups() const { return group ? (in + group - 1) / group : 1; }
+  int shift() const { return group && group < in ? __builtin_ctzll((uint64_t)group) : 62; }  // group = 1 << shift, if there are several
+  int64_t groups() const { return (in + (1LL << shift()) - 1) >> shift(); }
   // Of 8 bits, a scale for a whole output is applied to the sum, not to each weight.
   bool late() const { return kind == kInt8 && scale.data && groups() == 1 && !scale.step && !zero.data && !minimum.data; }
 };
@@ -56,7 +57,8 @@ struct Attention {
   const int32_t *positions, *writes, *rows;    // [tokens]
   const int32_t* blocks;                       // [block_count + 1]: where each block begins; see attention_blocks
   int64_t block_count;
-  float *keys, *values;                  // the cache [all rows, kv_heads, slots, dim], written in place
+  void *keys, *values;                   // the cache [all rows, kv_heads, slots, dim], written in place
+  bool halves;                           // it is of 16-bit floats, else of floats
   int64_t cache_rows, slots, length;     // length: the most positions that are read
   int64_t window;                        // positions that a token sees, its own included; 0: all
   float scale, softcap;

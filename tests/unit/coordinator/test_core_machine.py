@@ -6,7 +6,7 @@ from __future__ import annotations
 from random import Random
 
 import hypothesis.strategies as st
-from fake_stages import FakeMesh, expected
+from fake_stages import FakeMesh, expected, next_token
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -35,6 +35,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.ranges = [LayerRange(*cut) for cut in CUTS[stages]]
         self.rows = rows
         self.count = 0
+        self.told_to_finish: set[str] = set()
         self.spawned = 0
         for layers in self.ranges:
             for _ in range(replicas):
@@ -75,6 +76,11 @@ class CoreMachine(RuleBasedStateMachine):
         prompt = (*((begins * number) % 50 for number in range(shared)), *rest)
         self.mesh.submit(GenerationRequest(f"r{self.count}", prompt, most, None, salt=salt))
 
+    @rule(prompt=st.lists(st.integers(0, 49), min_size=1, max_size=40), salt=st.sampled_from([None, "a"]))
+    def submit_for_a_hidden_state(self, prompt: list[int], salt: str | None) -> None:
+        self.count += 1
+        self.mesh.submit(GenerationRequest(f"r{self.count}", tuple(prompt), 0, None, salt=salt, embed=True))
+
     @precondition(lambda self: self.mesh.ended)
     @rule(data=st.data(), more=st.lists(st.integers(0, 49), min_size=1, max_size=4))
     def submit_the_next_turn(self, data: st.DataObject, more: list[int]) -> None:
@@ -104,7 +110,9 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         if self.count:
-            self.mesh.event(FinishSession(f"r{data.draw(st.integers(1, self.count))}"))
+            name = f"r{data.draw(st.integers(1, self.count))}"
+            self.told_to_finish.add(name)
+            self.mesh.event(FinishSession(name))
 
     @rule(data=st.data(), noticed=st.booleans())
     def kill(self, data: st.DataObject, noticed: bool) -> None:
@@ -200,6 +208,11 @@ class CoreMachine(RuleBasedStateMachine):
                 continue
             ended = mesh.ended[id]
             assert ended.tokens == len(mesh.tokens[id])
+            if request.embed:
+                assert id not in mesh.states or ended.reason == "stop"
+                assert mesh.states.get(id, next_token(request.prompt)) == next_token(request.prompt)
+                assert ended.error is not None or id in mesh.states or id in self.told_to_finish
+                continue
             if ended.reason == "length" or (ended.reason == "stop" and mesh.tokens[id] == expected(request)):
                 assert mesh.tokens[id] == expected(request)
         mesh.check()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
-from fake_stages import FakeMesh, expected, session_of
+from fake_stages import FakeMesh, Sampled, expected, next_token, session_of
 
-from mesh.coordinator.core.events import CancelSession, FrameOut, Tick
+from mesh.coordinator.core.events import CancelSession, FrameOut, Result, ResultRow, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.session import TERMINAL, TRANSITIONS, Act, GenerationRequest, IllegalTransition, Session, State
 from mesh.errors import Busy, PromptTooLong, Unavailable
@@ -238,3 +238,28 @@ def test_frames_hold_rows_that_lie_together() -> None:
     for frame in last:
         rows = [row.rows[0] for row in frame.rows]
         assert rows == list(range(rows[0], rows[0] + 3))
+
+
+def test_a_frame_brings_back_hidden_states_for_half_of_its_tokens_at_most() -> None:
+    """They come back as float32, and hidden states may have gone as 16 bits: a frame that fits has an answer that fits."""
+    mesh, random = make(rows=8, chunk=4), Random(1)
+    requests = [GenerationRequest(f"r{number}", (number,), 0, None, embed=True) for number in range(8)]
+    for request in requests:
+        mesh.submit(request)
+    mesh.settle(random)
+    assert max(sum(row.wants for row in frame.rows) for frame in mesh.frames) == 2
+    assert [mesh.states[request.id] for request in requests] == [next_token(request.prompt) for request in requests]
+    assert all(mesh.ended[request.id].reason == "stop" for request in requests) and mesh.core.idle
+
+
+def test_a_token_in_place_of_a_hidden_state_ends_the_session() -> None:
+    """As a shard of another version would answer."""
+    mesh, random = make(), Random(1)
+    mesh.submit(GenerationRequest("r", (1, 2, 3), 0, None, embed=True))
+    run_until(mesh, lambda: mesh.frames, random)
+    (row,) = mesh.frames[0].rows
+    mesh.event(Result(mesh.frames[0].frame, (ResultRow(row.key, 2, Sampled(5)),)))
+    assert mesh.ended["r"].reason == "error" and isinstance(mesh.ended["r"].error, Unavailable)
+    assert not mesh.tokens["r"] and not mesh.states
+    mesh.settle(random)
+    assert mesh.core.idle

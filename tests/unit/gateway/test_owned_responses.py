@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from mesh.gateway.kept_responses import OWNER_BYTES, OWNER_RESPONSES, _key, _Owned
+import zlib
+
+import pytest
+
+from mesh.gateway.kept_responses import OWNER_BYTES, OWNER_RESPONSES, KeptResponse, _key, _Owned, pack, unpack
 
 
 def test_the_oldest_are_forgotten_beyond_the_number() -> None:
@@ -26,3 +30,13 @@ def test_a_response_that_is_kept_again_is_not_forgotten() -> None:
 
 def test_keys_of_subjects_differ_and_say_nothing() -> None:
     assert _key("ann", "resp_1") != _key("bob", "resp_1") and "ann" not in _key("ann", "resp_1")
+
+
+def test_what_is_kept_is_read_again() -> None:
+    kept = KeptResponse({"id": "resp_1"}, [{"role": "user", "content": "a"}])
+    assert unpack(pack(kept)) == kept
+
+
+@pytest.mark.parametrize("document", ["", "{", "[]", "{}", '{"response": [], "messages": []}', '{"response": {}, "messages": [1]}'])
+def test_what_another_program_wrote_is_nothing(document: str) -> None:
+    assert unpack(document.encode()) is None and unpack(zlib.compress(document.encode())) is None

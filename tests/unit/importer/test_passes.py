@@ -105,7 +105,7 @@ def test_a_sink_that_is_written_as_a_factor_becomes_one_more_score() -> None:
     (before,) = ReferenceEvaluator(ir.to_proto(draft.model)).run(None, {"x": given})
     assert append_sinks(draft) and not append_sinks(draft)
     (result,) = ReferenceEvaluator(ir.to_proto(draft.model)).run(None, {"x": given})
-    np.testing.assert_allclose(result, before, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(result), np.asarray(before), rtol=1e-5, atol=1e-6)
     assert softmax.inputs[0] is not x
 
 

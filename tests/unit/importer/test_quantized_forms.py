@@ -231,6 +231,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_a_refusal_repeats_the_beginning_of_a_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        saved(tmp_path, {"weight": torch.ones(2, 2)}, {"quant_method": "x" * 20_000})
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_another_quantization_is_refused_by_its_name_with_advice(name: str, tmp_path: Path) -> None:
     config, said = REFUSED[name]
@@ -262,7 +268,12 @@ def test_tensors_that_do_not_fit_each_other_are_an_error(name: str, tmp_path: Pa
 
 
 def test_a_configuration_of_the_wrong_types_is_an_error(tmp_path: Path) -> None:
-    for config in ({"quant_method": "gptq", "bits": "four"}, {"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": [1]}):
+    wrong: list[Any] = [
+        {"quant_method": "gptq", "bits": "four"},
+        {"quant_method": "gptq"},
+        {"quant_method": "fp8", "weight_block_size": [1]},
+    ]
+    for config in (*wrong, "gptq", ["gptq"], 4):
         with pytest.raises(CorruptModel):
             saved(tmp_path, {"weight": torch.ones(2, 2)}, config)
 

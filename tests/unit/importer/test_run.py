@@ -16,6 +16,9 @@ from mesh.importer.sources.onnx import OnnxSource
 from mesh.importer.verify import outside
 from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import Manifest
+from mesh.model.memory import predict
+from mesh.runtime.stage import Stage, StageConfig
+from mesh.types import LayerRange
 
 
 @pytest.mark.parametrize("export", ["llama-dynamo", "genai-llama", "bloom-nopast"])
@@ -77,6 +80,25 @@ def test_narrower_models_are_close_to_their_source_and_say_how_close(tmp_path: P
     assert 0 < report["source_error"] < error
     assert 0 < report["logits_error_float32"] < error
     assert report["perplexity"] == pytest.approx(report["perplexity_float32"], rel=0.3)
+
+
+def test_a_cache_of_16_bits_takes_half_and_its_error_is_measured(tmp_path: Path) -> None:
+    export = EXPORTS / "llama-dynamo.onnx"
+    plain = import_model(export, tmp_path / "plain")
+    half = import_model(export, tmp_path / "half", ImportOptions(kv_cache="float16"))
+    assert (half.cache_dtype, half.hidden.dtype, half.model_hash) == ("float16", "float32", plain.model_hash)
+    assert half.report["source_greedy_equal"] == 1.0, "the blocks are compared with their own type of cache"
+    assert 0 < half.report["kv_cache_logits_error"] < 2e-3 and half.report["kv_cache_greedy_equal"] > 0.95
+    need = [predict(each, LayerRange(0, each.layers), embed=True, head=True, rows=4, context=200).cache_bytes for each in (plain, half)]
+    assert need[0] == 2 * need[1]
+    stage = Stage.load(tmp_path / "half", StageConfig(LayerRange(0, half.layers), rows=2, context=32))
+    assert {array.dtype for cache in stage._caches for array in (cache.key, cache.value)} == {np.dtype(np.float16)}
+
+
+@pytest.mark.parametrize("values", [{"kv_cache": "bfloat16"}, {"dtype": "bfloat16", "kv_cache": "float16"}, {"kv_cache": "int3"}])
+def test_a_cache_that_does_not_go_with_the_arithmetic_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="a cache of"):
+        ImportOptions(**values)
 
 
 def test_a_source_that_is_missing_or_unknown_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,24 @@ import numpy as np
 import pytest
 from jax.experimental import serialize_executable
 
+from mesh.host.locks import try_lock
 from mesh.runtime import executables
 from mesh.runtime.executables import Executables
 
 
 class Traced:
-    """A function that counts how often it is traced."""
+    """A function that counts how often it is traced. `meanwhile` is called then."""
 
-    def __init__(self) -> None:
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         self.times = 0
+        self._meanwhile = meanwhile
 
     def jitted(self) -> Any:
         """As another process would have it: JAX remembers nothing of it."""
 
         def double(state: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             self.times += 1
+            self._meanwhile()
             return state + 1, 2 * x
 
         return jax.jit(double, donate_argnums=0)
@@ -98,6 +103,40 @@ def test_a_program_that_cannot_be_loaded_here_is_compiled_again(kept: Executable
     monkeypatch.setattr(serialize_executable, "deserialize_and_load", refuse)
     traced.compiled(kept)
     assert traced.times == 2
+
+
+def test_one_compiles_and_the_others_wait_and_load(kept: Executables, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiles, waits, may_end = threading.Event(), threading.Event(), threading.Event()
+
+    def trace_slowly() -> None:
+        compiles.set()
+        assert may_end.wait(60)
+
+    def tried(file: Any) -> bool:
+        locked = try_lock(file)
+        if not locked:
+            waits.set()
+        return locked
+
+    monkeypatch.setattr(executables, "try_lock", tried)
+    slow, other = Traced(trace_slowly), Traced()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(slow.compiled, kept)
+        assert compiles.wait(60)
+        second = pool.submit(other.compiled, kept)
+        assert waits.wait(60)
+        may_end.set()
+        first.result(), second.result()
+    assert (slow.times, other.times) == (1, 0)
+    assert [path.suffix for path in kept.directory.iterdir()] == [""]
+
+
+def test_who_compiles_is_not_waited_for_for_ever(kept: Executables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executables, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(executables, "try_lock", lambda file: False)
+    traced = Traced()
+    traced.compiled(kept)
+    assert traced.times == 1
 
 
 def test_loaded_programs_can_be_forgotten(kept: Executables) -> None:

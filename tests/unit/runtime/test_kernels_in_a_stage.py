@@ -22,7 +22,13 @@ from mesh.runtime.sampling import SamplingParams
 pytestmark = pytest.mark.skipif(kernels().name is None, reason=f"kernels: {kernels()}")
 
 PROMPT = [5, 17, 33, 90, 2]
-WIDTHS = {"32": ImportOptions(), "16": ImportOptions(bits=16), "8": ImportOptions(bits=8), "4": ImportOptions(bits=4)}
+WIDTHS = {
+    "32": ImportOptions(),
+    "16": ImportOptions(bits=16),
+    "8": ImportOptions(bits=8),
+    "4": ImportOptions(bits=4),
+    "4 and a cache of 16": ImportOptions(bits=4, kv_cache="float16"),
+}
 
 
 @pytest.fixture(scope="module", params=WIDTHS)

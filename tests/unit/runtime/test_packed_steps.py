@@ -150,7 +150,8 @@ def test_nothing_compiles_after_warm_up_and_fewer_programs_do_before(packing: Pa
     buckets = Buckets.plan(rows=ROWS, context=CONTEXT, chunk=CHUNK)
     shapes = len(buckets.rows) + len(buckets.chunks)
     apart = 2 * shapes + len(buckets.chunks) + 3 * len(buckets.rows)  # embedding and layers; the last of a chunk; head, shaping, sampling
-    assert before - len(buckets.copies) == 2 * len(token_sizes(CHUNK)) + 3 * len(buckets.rows) <= apart
+    copies_and_states = len(buckets.copies) + 1
+    assert before - copies_and_states == 2 * len(token_sizes(CHUNK)) + 3 * len(buckets.rows) <= apart
     numbers = np.random.default_rng(2)
     run_packed([stage], asked_of(numbers, ROWS), lambda could: could[: int(numbers.integers(1, len(could) + 1))])
     assert stage.compiled == before
