@@ -75,7 +75,7 @@ class CacheInfo(_Strict):
     kv_heads: Positive
     key_dim: Positive
     value_dim: Positive
-    window: Positive | None = None  # sliding window in tokens; None: the whole context
+    window: Positive | None = None  # the most positions that a token sees, by a sliding window or in chunks; None: the whole context
 
 
 class HiddenInfo(_Strict):

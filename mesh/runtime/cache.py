@@ -123,7 +123,23 @@ class CacheView(_View):
                 raise ValueError("a block's Attention has an explicit mask")
             scale = attrs.get("scale") or float(args[0].shape[-1]) ** -0.5
             return attend(args[0], args[1], args[2], jnp.asarray(mask), scale=scale, softcap=attrs.get("softcap", 0.0))
+        if op_type == "Pad" and np.asarray(args[1]).tolist() == [0, 0, 0, 0, 0, 0, 1, 0]:
+            return _PaddedView(self)
         return NotImplemented
+
+
+@dataclass(frozen=True)
+class _PaddedView:
+    """A view and one more position after it, of zeros: how a block writes attention sinks, each the bias of a head at that position."""
+
+    view: CacheView
+
+    def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
+        if op_type != "Attention" or not all(isinstance(each, _PaddedView) for each in args[1:3]):
+            raise ValueError(f"{op_type} cannot read a padded cache")
+        mask = jnp.asarray(args[3])
+        scale, softcap = attrs.get("scale") or float(args[0].shape[-1]) ** -0.5, attrs.get("softcap", 0.0)
+        return attend(args[0], args[1].view, args[2].view, mask[..., :-1], scale=scale, softcap=softcap, sinks=mask[..., -1:])
 
 
 @jax.tree_util.register_dataclass
@@ -208,8 +224,18 @@ def in_blocks() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *, scale: float, softcap: float) -> jax.Array:
-    """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv].
+def attend(
+    q: jax.Array,
+    keys: CacheView,
+    values: CacheView,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of q [B, Hq, T, Dk] over the views; mask bool or additive [B or 1, Hq or 1, T, L] -> [B, Hq, T, Dv]. `sinks`
+    [B, Hq, T, 1]: one more logit of each softmax, without a value.
 
     The softmax is computed block by block: the sums so far shrink when a higher score comes (Milakov, Gimelshein 2018). Scores and sums
     are float32. The content of a position that no query sees may overflow in its score; that score is dropped and has no weight.
@@ -237,6 +263,8 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
 
     one = jnp.zeros((batch, heads, group, tokens, 1), jnp.float32)
     sums = _Sums(one + _LOWEST, one, jnp.zeros((batch, heads, group, tokens, value_dim), jnp.float32))
+    if sinks is not None:
+        sums = sums._replace(peak=one + _bias(sinks, heads, group), total=one + 1)
     sizes = _block_sizes(length, batch * heads * dim * 4)
     if sizes == (length,):
         sums = block(0, length, sums)
@@ -247,7 +275,7 @@ def attend(q: jax.Array, keys: CacheView, values: CacheView, mask: jax.Array, *,
             count = -(-left // size) if size == sizes[-1] else left // size
             sums = jax.lax.fori_loop(0, count, lambda index, sums, at=at, size=size: block(at + index * size, size, sums), sums)
             at += count * size
-    total = jnp.maximum(sums.total, 1.0)  # it is at least 1 if any position is visible: the highest score has weight 1
+    total = jnp.maximum(sums.total, 1.0)  # it is at least 1 if any position is visible: the highest score (or sink) has weight 1
     return (sums.context / total).reshape(batch, q_heads, tokens, value_dim).astype(q.dtype)
 
 

@@ -69,6 +69,7 @@ class AttentionPattern:
     v: Operand
     scores: Scores
     mask_values: tuple[ir.Value, ...]  # values that depend on shapes only and enter the scores
+    sinks: Array | None = None  # [H]: for each head one more logit of the softmax, which takes its share and has no value
 
     @property
     def heads(self) -> int:
@@ -109,14 +110,15 @@ def find_attention(graph: DecoderGraph) -> list[AttentionPattern]:
 
 
 def _softmax_pattern(graph: DecoderGraph, probe: GraphProbe, softmax: ir.Node, number: int) -> AttentionPattern | None:
-    product = _scores_product(graph, input_of(softmax, 0))
+    into, column = _before_sinks(graph, input_of(softmax, 0))
+    product = _scores_product(graph, into)
     if product is None:
         return None
     weighted = _weighted_sum(graph, softmax.outputs[0])
     if weighted is None:
         raise UnsupportedModel(
             f"attention {number} ({softmax.name}): the softmax of the scores is not simply multiplied by the values "
-            "(attention sinks, or weights used elsewhere): this form is not supported"
+            "(weights used elsewhere, or an unknown form of attention sinks): this form is not supported"
         )
     raw = product.outputs[0]
     shape = probe.shape(raw)
@@ -124,21 +126,49 @@ def _softmax_pattern(graph: DecoderGraph, probe: GraphProbe, softmax: ir.Node, n
     q = find_operand(graph, probe, input_of(product, 0), shape[:-2], heads, False, f"queries of attention {number}")
     k = find_operand(graph, probe, input_of(product, 1), shape[:-2], heads, True, f"keys of attention {number}")
     v = find_operand(
-        graph, probe, input_of(weighted, 1), probe.shape(weighted.outputs[0])[:-2], heads, False, f"values of attention {number}", True
+        graph,
+        probe,
+        input_of(weighted, 1),
+        probe.shape(weighted.outputs[0])[:-2],
+        heads,
+        False,
+        f"values of attention {number}",
+        True,
+        scores=False,
     )
-    if v.scale != 1.0:
-        raise UnsupportedModel(f"attention {number}: values are scaled by {v.scale} after the cache: this form is not supported")
-    rank, into = len(shape), input_of(softmax, 0)
+    rank = len(shape)
 
     def scores(at: GraphProbe, values: Array) -> Array:
         rows, _, chunk, total = values.shape
         given = values if rank == 4 else np.broadcast_to(values, (rows, heads, chunk, total)).reshape(at.shape(raw))
         return np.reshape(at.derive({raw: given}).value(into), (rows, -1, chunk, total))
 
-    _check_weights(probe, softmax, weighted, number)
+    sinks = None if column is None else _sinks(probe, column, heads, number)
+    _check_weights(probe, softmax, weighted, number, sunk=sinks is not None)
     between = {value for node in _between(graph, into, raw) for value in node.inputs if value is not None}
     masks = tuple(v for v in between if graph.dependence(v) is Dependence.SHAPE)
-    return AttentionPattern(number, softmax, weighted.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks)
+    return AttentionPattern(number, softmax, weighted.outputs[0], q, k, v, _scaled(scores, q.scale * k.scale), masks, sinks)
+
+
+def _before_sinks(graph: DecoderGraph, value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """The scores that a softmax takes, and the column of sinks that is appended to them, if there is one."""
+    current = value
+    while (node := current.producer()) is not None and node.op_type in ("Cast", "Identity"):
+        current = input_of(node, 0)
+    if node is None or node.op_type != "Concat" or len(node.inputs) != 2:
+        return value, None
+    scores, column = input_of(node, 0), input_of(node, 1)
+    learned = graph.dependence(scores) is Dependence.TOKENS and graph.dependence(column) is not Dependence.TOKENS
+    return (scores, column) if learned else (value, None)
+
+
+def _sinks(probe: GraphProbe, column: ir.Value, heads: int, number: int) -> Array:
+    """The sink of each head [H]. UnsupportedModel where it is not one number a head."""
+    values = probe.value(column)
+    shape = (probe.batch, heads, probe.chunk, 1)
+    if values.ndim != 4 or values.shape[-1] != 1 or not np.array_equal(values, np.broadcast_to(values[:1, :, :1], values.shape)):
+        raise UnsupportedModel(f"attention {number}: its sinks of shape {list(values.shape)} are not one number a head: not supported")
+    return np.asarray(np.broadcast_to(values, shape)[0, :, 0, 0], np.float32)
 
 
 def _scaled(scores: Scores, scale: float) -> Scores:
@@ -178,7 +208,7 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
                 if found is not None and found is not node:
                     return None
                 found = node
-            elif node.op_type in SCORE_OPS or node.op_type in ("IsNaN", "Not", "Dropout"):
+            elif node.op_type in SCORE_OPS or node.op_type in ("IsNaN", "Not", "Dropout", "Slice"):
                 output = node.outputs[0]
                 if output not in seen:
                     seen.add(output)
@@ -188,13 +218,13 @@ def _weighted_sum(graph: DecoderGraph, weights: ir.Value) -> ir.Node | None:
     return found
 
 
-def _check_weights(probe: GraphProbe, softmax: ir.Node, weighted: ir.Node, number: int) -> None:
-    """Check that the values are multiplied by the softmax itself."""
+def _check_weights(probe: GraphProbe, softmax: ir.Node, weighted: ir.Node, number: int, *, sunk: bool) -> None:
+    """Check that the values are multiplied by the softmax itself; by all but its last column where that is a sink's (`sunk`)."""
     shape = probe.shape(softmax.outputs[0])
     weights = np.random.default_rng(0).random(shape, np.float32)
     got = np.asarray(probe.derive({softmax.outputs[0]: weights}).value(input_of(weighted, 0)), np.float32)
-    axis = attribute(softmax, "axis", -1)
-    if axis not in (-1, len(shape) - 1) or not np.allclose(got.reshape(-1), weights.reshape(-1), rtol=1e-2, atol=1e-6):
+    axis, kept = attribute(softmax, "axis", -1), (weights[..., :-1] if sunk else weights).reshape(-1)
+    if axis not in (-1, len(shape) - 1) or got.size != kept.size or not np.allclose(got.reshape(-1), kept, rtol=1e-2, atol=1e-6):
         raise UnsupportedModel(f"attention {number} ({softmax.name}): the attention weights are changed after the softmax: not supported")
 
 
@@ -218,9 +248,7 @@ def _operator_pattern(graph: DecoderGraph, probe: GraphProbe, node: ir.Node, num
         raise UnsupportedModel(f"{where}: {heads} query heads do not divide into {kv_heads} key heads")
     q = find_operand(graph, probe, query, None, heads, False, f"queries of {where}")
     k = find_operand(graph, probe, key, None, kv_heads, False, f"keys of {where}", True, own_cache=past_key is not None)
-    v = find_operand(graph, probe, value, None, kv_heads, False, f"values of {where}", True, own_cache=past_key is not None)
-    if v.scale != 1.0:
-        raise UnsupportedModel(f"{where}: values are scaled by {v.scale} after the cache: this form is not supported")
+    v = find_operand(graph, probe, value, None, kv_heads, False, f"values of {where}", True, own_cache=past_key is not None, scores=False)
     width = shape[-1] // heads if merged else shape[-1]
     scale = float(attribute(node, "scale", 0.0) or 0.0) or width**-0.5
     softcap, causal = float(attribute(node, "softcap", 0.0) or 0.0), bool(attribute(node, "is_causal", 0))

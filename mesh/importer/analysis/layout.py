@@ -65,13 +65,15 @@ def find_operand(
     cached: bool | None = None,
     *,
     own_cache: bool = False,
+    scores: bool = True,
 ) -> Operand:
     """The best value to take new tokens' q, k or v from, and its layout.
 
-    leading: the axes before the last two of the product the operand takes part in; None for an operand of Attention.
+    leading: the axes before the last two of the product the operand takes part in; None for an operand of Attention. scores: whether the
+    operand is of queries or keys.
     """
     cached = transposed if cached is None else cached
-    best: tuple[tuple[int, int, int, int], Operand] | None = None
+    best: tuple[tuple[int, int, int, int, int], Operand] | None = None
     seen_cache = not (cached and graph.has_past) or own_cache
     for depth, (value, scale, past) in enumerate(_walk(graph, probe, operand)):
         if past is not None:
@@ -81,7 +83,8 @@ def find_operand(
         layout = _layout(probe, operand, value, scale, past, leading, heads, transposed)
         if layout is None:
             continue
-        rank = (layout.heads, layout.cost, -int(scale != 1.0), depth)
+        scaled = int(scale != 1.0)  # a scale of queries and keys becomes that of the scores; one of values is better left where it is
+        rank = (0 if scores else scaled, layout.heads, layout.cost, -scaled, depth)
         if best is None or rank < best[0]:
             best = rank, Operand(value, layout, scale)
     if best is None:

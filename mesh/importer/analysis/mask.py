@@ -1,6 +1,6 @@
 """Recognise what a source's attention does to its scores, by evaluating the source's own mask on concrete sizes.
 
-    causal, optionally with a sliding window; a linear bias of the distance (ALiBi); a scale; a soft cap
+    causal, optionally with a sliding window or in chunks; a linear bias of the distance (ALiBi); a scale; a soft cap
 
 Anything else is an UnsupportedModel that says what was seen.
 """
@@ -29,12 +29,26 @@ LONGEST_SQUARE = 4200  # a mask [T, T] for a source without a cache is evaluated
 
 @dataclass(frozen=True, slots=True)
 class ScoreRule:
-    """softmax(softcap(scale * q @ k.T) + slopes * (slot - position)) over the slots in the window."""
+    """softmax(softcap(scale * q @ k.T) + slopes * (slot - position)) over the slots in the window, or in the position's own chunk."""
 
     scale: float
     softcap: float
     window: int | None  # tokens seen, the own one included
     slopes: tuple[float, ...] | None  # one a query head
+    chunk: int | None = None  # positions are seen from the last multiple of this on
+
+    @property
+    def most(self) -> int | None:
+        """The most positions that a token sees; None: all before it."""
+        return self.window or self.chunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """How far back positions see: a window of the last tokens, their own chunk, or all."""
+
+    window: int | None = None
+    chunk: int | None = None
 
 
 class MaskReader:
@@ -43,7 +57,7 @@ class MaskReader:
     def __init__(self, graph: DecoderGraph, context_length: int) -> None:
         self.graph, self.context_length = graph, context_length
         self._probes: dict[tuple[int, int, int], GraphProbe] = {}
-        self._windows: dict[frozenset[Any], int | None] = {}
+        self._reaches: dict[frozenset[Any], _Reach] = {}
 
     def read(self, pattern: AttentionPattern) -> ScoreRule:
         """UnsupportedModel if the pattern masks, biases or scales its scores in a way that blocks cannot express."""
@@ -56,9 +70,10 @@ class MaskReader:
         slopes = _slopes(at_zero, visible, positions, slots, where)
         scale, softcap = self._scale(pattern, small, at_zero, visible, where)
         key = frozenset(pattern.mask_values)
-        if key not in self._windows or not pattern.mask_values:
-            self._windows[key] = self._window(pattern, slopes, where)
-        return ScoreRule(scale, softcap, self._windows[key], slopes)
+        if key not in self._reaches or not pattern.mask_values:
+            self._reaches[key] = self._reach(pattern, slopes, where)
+        reach = self._reaches[key]
+        return ScoreRule(scale, softcap, reach.window, slopes, reach.chunk)
 
     def _probe(self, batch: int, chunk: int, past: int) -> GraphProbe:
         key = batch, chunk, past
@@ -92,8 +107,8 @@ class MaskReader:
                 raise UnsupportedModel(f"{where}: scores are bounded by something else than softcap * tanh(scores / softcap)")
         return scale, cap
 
-    def _window(self, pattern: AttentionPattern, slopes: tuple[float, ...] | None, where: str) -> int | None:
-        """How many tokens a late position sees; None if it sees all."""
+    def _reach(self, pattern: AttentionPattern, slopes: tuple[float, ...] | None, where: str) -> _Reach:
+        """How far back a late position sees."""
         limit = self.context_length
         if self.graph.has_past:
             probes = [(1, limit - 1)]
@@ -101,21 +116,46 @@ class MaskReader:
             sizes = [64, 512, 2048, *(int(c) + 2 for c in self._candidates(pattern))]
             probes = [(size, 0) for size in sorted({min(size, limit) for size in sizes if size <= LONGEST_SQUARE or size >= limit})]
         for chunk, past in probes:
-            # squares are large: not kept for other patterns
-            probe = self._probe(1, chunk, past) if past else GraphProbe(self.graph, 1, chunk, past)
-            last = self._last_row(pattern, probe)
-            if slopes is not None:
-                last = last - np.asarray(slopes)[None, :, None] * (np.arange(probe.total) - probe.total + 1)
-                last = last - last[..., -1:]
-            visible = last > HIDDEN
-            count = int(visible[0, 0].sum())
-            if not visible[..., -count:].all() or visible[..., : probe.total - count].any():
-                raise UnsupportedModel(
-                    f"{where}: position {probe.total - 1} sees {_runs(visible[0, 0])}: only causal and sliding-window masks are supported"
-                )
-            if count < probe.total:
-                return count
-        return None
+            total = chunk + past
+            count = self._seen(pattern, slopes, where, chunk, past)
+            if count == total:
+                continue
+            before = self._seen(pattern, slopes, where, *((1, past - 1) if past else (chunk - 1, 0)))
+            if before == count:
+                return _Reach(window=count)
+            return _Reach(chunk=self._chunk(pattern, slopes, where, total - count))
+        return _Reach()
+
+    def _chunk(self, pattern: AttentionPattern, slopes: tuple[float, ...] | None, where: str, start: int) -> int:
+        """The size of the chunks where one begins at position `start`. UnsupportedModel: the positions seen are no chunks."""
+
+        def seen(position: int) -> int:
+            return self._seen(pattern, slopes, where, *((1, position) if self.graph.has_past and position else (position + 1, 0)))
+
+        size = seen(start - 1)
+        if start % size or (seen(size - 1), seen(size), seen(start)) != (size, 1, 1):
+            raise UnsupportedModel(
+                f"{where}: position {start} sees {seen(start)} and position {start - 1} sees {size}: only causal masks, sliding windows "
+                "and chunks of one size are supported"
+            )
+        return size
+
+    def _seen(self, pattern: AttentionPattern, slopes: tuple[float, ...] | None, where: str, chunk: int, past: int) -> int:
+        """How many positions the last of `chunk` after `past` sees; they are the last ones."""
+        # squares are large: not kept for other patterns
+        probe = self._probe(1, chunk, past) if past else GraphProbe(self.graph, 1, chunk, past)
+        last = self._last_row(pattern, probe)
+        if slopes is not None:
+            last = last - np.asarray(slopes)[None, :, None] * (np.arange(probe.total) - probe.total + 1)
+            last = last - last[..., -1:]
+        visible = last > HIDDEN
+        count = int(visible[0, 0].sum())
+        if not visible[..., -count:].all() or visible[..., : probe.total - count].any():
+            raise UnsupportedModel(
+                f"{where}: position {probe.total - 1} sees {_runs(visible[0, 0])}: only causal, sliding-window and chunked masks are "
+                "supported"
+            )
+        return count
 
     def _last_row(self, pattern: AttentionPattern, probe: GraphProbe) -> Array:
         """Scores [1, H or 1, S] of the last position for raw scores of zero."""

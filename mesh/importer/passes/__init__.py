@@ -8,6 +8,8 @@ nbits.py        onnxruntime's packed 4-bit and 8-bit weights
 sequences.py    a tensor that is split into a sequence and taken apart again
 einsum.py       an Einsum that is a matrix product
 identities.py   nodes that hand their input on
+sinks.py        attention sinks that are a factor, as one more score
+shifts.py       the highest score, subtracted before a softmax
 batch.py        exports for one row
 experts.py      experts that choose rows by the tokens
 """

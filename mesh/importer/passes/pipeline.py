@@ -22,6 +22,8 @@ from mesh.importer.passes.identities import drop_identities, drop_single_input_n
 from mesh.importer.passes.inputs import name_inputs
 from mesh.importer.passes.opset import convert_opset
 from mesh.importer.passes.sequences import rewrite_sequences
+from mesh.importer.passes.shifts import drop_shifts
+from mesh.importer.passes.sinks import append_sinks
 
 __all__ = ["PIPELINE", "Pass", "Repeat", "run_passes"]
 
@@ -68,6 +70,8 @@ PIPELINE: tuple[Pass | Repeat, ...] = (
     Pass(rewrite_sequences, "after the branches, which may hold some: no later pass knows what a sequence is"),
     Pass(drop_identities, "after the branches: inside one, an Identity would rename a value of the outer graph"),
     Pass(drop_single_input_nodes, "with the identities, which they are in all but name"),
+    Pass(append_sinks, "after the identities, which could stand between the parts of its pattern"),
+    Pass(drop_shifts, "after the identities, which could stand between; what comes before a softmax is then its scores"),
     Pass(free_batch, "before the experts, whose indices are made for any number of rows"),
     Repeat((Pass(make_experts_static, "one choice at a time"),), "a choice among chosen rows can be read once the outer one is static"),
     Pass(mask_chosen_rows, "last: it follows the rows of all experts to where they are added"),

@@ -117,7 +117,7 @@ class OnnxSource:
     @property
     def cache(self) -> tuple[CacheInfo, ...]:
         return tuple(
-            CacheInfo(kv_heads=i.kv_heads, key_dim=i.k.layout.width, value_dim=i.v.layout.width, window=rule.window)
+            CacheInfo(kv_heads=i.kv_heads, key_dim=i.k.layout.width, value_dim=i.v.layout.width, window=rule.most)
             for i, rule in zip(self.patterns, self.rules, strict=True)
         )
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import CorruptModel, UnsupportedModel, decoding, short
-from mesh.importer.sources.quantized_forms import Packed, Parts, awq, four_bit_floats, gptq, packed_integers, plain
+from mesh.importer.sources.quantized_forms import Packed, Parts, awq, four_bit_experts, four_bit_floats, gptq, packed_integers, plain
 from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint, read_json
 from mesh.importer.write.kept import Kept, KeptForm
 
@@ -64,12 +64,15 @@ def _quantization(directory: Path) -> tuple[Config, Path] | None:
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How one method lays weights out. `parts`: what stands after a module's name in the names of its tensors, first the two that are
-    always there. `ignored`: other such tensors, which say nothing about weights. `note`: for the report."""
+    always there; `joint` stands between them. `ignored`: other such tensors, which say nothing about weights. `weight`: what stands after
+    the module's name in the name of the unquantized weight. `note`: for the report."""
 
     parts: tuple[str, ...]
     make: Callable[[Parts], Packed]
     ignored: tuple[str, ...] = ()
     note: str | None = None
+    joint: str = "."
+    weight: str = ".weight"
 
 
 class QuantizedCheckpoint:
@@ -82,22 +85,23 @@ class QuantizedCheckpoint:
         parts: set[str] = set()
         for scheme in schemes:
             for name in checkpoint:
-                module, _, part = name.rpartition(".")
-                if part == scheme.parts[0] and f"{module}.weight" not in self._schemes and self._is_of(module, scheme):
-                    self._schemes[f"{module}.weight"] = module, scheme
-                    parts.update(f"{module}.{each}" for each in (*scheme.parts, *scheme.ignored))
+                module, _, part = name.rpartition(scheme.joint)
+                weight = f"{module}{scheme.weight}"
+                if part == scheme.parts[0] and weight not in self._schemes and self._is_of(module, scheme):
+                    self._schemes[weight] = module, scheme
+                    parts.update(f"{module}{scheme.joint}{each}" for each in (*scheme.parts, *scheme.ignored))
         self._plain = [name for name in checkpoint if name not in parts and name.rpartition(".")[2] not in _ACTIVATIONS]
         self._names = dict.fromkeys((*self._schemes, *self._plain))
         self._notes = dict.fromkeys(scheme.note for _, scheme in self._schemes.values() if scheme.note)
 
     def _is_of(self, module: str, scheme: Scheme) -> bool:
-        return all(f"{module}.{part}" in self._checkpoint for part in scheme.parts[:2])
+        return all(f"{module}{scheme.joint}{part}" in self._checkpoint for part in scheme.parts[:2])
 
     @property
     def note(self) -> str | None:
         """What the report says about how the weights are kept."""
         wide = [name for name in self._schemes if name in self._opened and self._opened[name].form is None]
-        widened = f"{len(wide)} weights have groups of unequal size and are held at 32 bits" if wide else None
+        widened = f"{len(wide)} weights have groups of unequal size, or several experts, and are held at 32 bits" if wide else None
         return "; ".join(filter(None, (*self._notes, widened))) or None
 
     def __contains__(self, name: str) -> bool:
@@ -132,7 +136,7 @@ class QuantizedCheckpoint:
     def _packed(self, name: str) -> Packed:
         if name not in self._opened:
             module, scheme = self._schemes[name]
-            self._opened[name] = scheme.make(Parts(self._checkpoint, module))
+            self._opened[name] = scheme.make(Parts(self._checkpoint, module, scheme.joint))
         return self._opened[name]
 
 
@@ -212,11 +216,16 @@ def _fbgemm_fp8(config: Config, path: Path) -> tuple[Scheme, ...]:
     )
 
 
+def _mxfp4(config: Config, path: Path) -> tuple[Scheme, ...]:
+    return (Scheme(("blocks", "scales"), four_bit_experts, joint="_", weight=""),)
+
+
 _METHODS: Mapping[str, Callable[[Config, Path], tuple[Scheme, ...]]] = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "fbgemm_fp8": _fbgemm_fp8,
     "fp8": _fp8,
     "gptq": _gptq,
+    "mxfp4": _mxfp4,
 }
 SUPPORTED: tuple[str, ...] = tuple(_METHODS)

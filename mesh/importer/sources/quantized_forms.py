@@ -9,6 +9,7 @@ A weight is several tensors of one module, `Parts`; each function here makes a `
     packed_integers   compressed-tensors: codes of 2 to 8 bits in words along the inputs
     plain             a weight of its own type (int8 or float8) and scales of the whole, of outputs, of groups, or of blocks
     four_bit_floats   MXFP4 and NVFP4: floats of 4 bits, twice which are whole numbers
+    four_bit_experts  the MXFP4 of gpt_oss: all experts of a layer in one tensor
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ from mesh.importer.passes.nbits import group_order
 from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
 from mesh.importer.write.kept import Kept, KeptForm
 
-__all__ = ["Packed", "Parts", "awq", "experts_of_blocks", "four_bit_floats", "gptq", "packed_integers", "plain", "unpack_words"]
+__all__ = [
+    "Packed",
+    "Parts",
+    "awq",
+    "experts_of_blocks",
+    "four_bit_experts",
+    "four_bit_floats",
+    "gptq",
+    "packed_integers",
+    "plain",
+    "unpack_words",
+]
 
 Array = npt.NDArray[Any]
 
@@ -48,22 +60,23 @@ _E8M0_BIAS = 127
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The tensors of one module, `name`.PART."""
+    """The tensors of one module, `name`.PART, or with another `joint` in place of the dot."""
 
     checkpoint: SafetensorsCheckpoint
     name: str
+    joint: str = "."
 
     def __contains__(self, part: str) -> bool:
-        return f"{self.name}.{part}" in self.checkpoint
+        return f"{self.name}{self.joint}{part}" in self.checkpoint
 
     def shape(self, part: str) -> tuple[int, ...]:
-        return self.checkpoint.shape(f"{self.name}.{part}")
+        return self.checkpoint.shape(f"{self.name}{self.joint}{part}")
 
     def dtype(self, part: str) -> str:
-        return self.checkpoint.dtype(f"{self.name}.{part}")
+        return self.checkpoint.dtype(f"{self.name}{self.joint}{part}")
 
     def read(self, part: str) -> Array:
-        return self.checkpoint.read_packed(f"{self.name}.{part}")
+        return self.checkpoint.read_packed(f"{self.name}{self.joint}{part}")
 
     def matrix(self, part: str, *dtypes: str) -> tuple[int, int]:
         """The shape of a part that must be a matrix of one of these types."""
@@ -78,7 +91,7 @@ class Parts:
         """CorruptModel where a part has none of these shapes."""
         if self.shape(part) not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise CorruptModel(f"tensor {self.name}.{part} has shape {list(self.shape(part))} where its weight needs {wanted}")
+            raise CorruptModel(f"tensor {self.name}{self.joint}{part} has shape {list(self.shape(part))} where its weight needs {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +366,23 @@ def four_bit_floats(parts: Parts) -> Packed:
         return Kept(form, _twice(parts.read("weight_packed")), (scale, None))
 
     return _keep((out, depth), form, kept)
+
+
+def four_bit_experts(parts: Parts) -> Packed:
+    """Experts as blocks of 32 floats of 4 bits, each with a power of two as its scale. A block of ours holds them as numbers."""
+    shape = parts.shape("blocks")
+    if parts.dtype("blocks") != "U8" or len(shape) != 4 or shape[-1] != 16 or not all(shape):
+        raise UnsupportedModel(f"tensor {parts.name}{parts.joint}blocks is {parts.dtype('blocks')} of shape {list(shape)}: not supported")
+    parts.expect("scales", shape[:-1])
+    experts, out, groups, _ = shape
+
+    def numbers() -> Array:
+        return experts_of_blocks(parts.read("blocks"), parts.read("scales").view(np.uint8))
+
+    def none() -> Kept:
+        raise UnsupportedModel(f"tensor {parts.name} has several experts: a block holds such tensors as numbers")
+
+    return Packed((experts, groups * 32, out), None, none, numbers)
 
 
 def experts_of_blocks(blocks: Array, scales: Array) -> Array:

@@ -5,6 +5,7 @@ model.py       a directory's model without weights in memory, and what is refuse
 weights.py     the model's parameters from the checkpoint, one at a time
 export.py      one graph with a past and a present, its weights read when they are needed
 latent.py      caches that hold what latents expand to
+complex_numbers.py  complex rotary positions as pairs of real numbers
 reference.py   the model's own logits, one module's weights in memory at a time
 tokenizer.py   a tokenizer that has no tokenizer.json, converted
 """

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
+from mesh.importer.trace.complex_numbers import pairs_of_reals
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel, cache_shapes
@@ -38,7 +39,7 @@ def export(model: TracedModel, parameters: Parameters) -> ir.Model:
     two, four = {0: dim, 1: dim}, {0: dim, 2: dim}
     pairs = [f"{layer}.{which}" for layer in range(len(shapes)) for which in ("key", "value")]
     try:
-        with torch.no_grad(), quiet(), _numbers_kept(), caches_of(model.module) as new_cache:
+        with torch.no_grad(), quiet(), _numbers_kept(), pairs_of_reals(), caches_of(model.module) as new_cache:
             program = torch.onnx.export(
                 _wrapper(model.module, new_cache),
                 (ids, mask, positions, past),

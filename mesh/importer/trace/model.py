@@ -126,9 +126,6 @@ def _refuse_state(directory: Path, config: Any, kind: type) -> None:
 def _refuse_attention(directory: Path, config: Any, text: Any, module: Any) -> None:
     """Kinds of attention that a block has no form for; a trace would find them too, only later."""
     path = directory / "config.json"
-    sinks = next((name for name, _ in module.named_parameters() if "sink" in name.rsplit(".", 1)[-1]), None)
-    if sinks is not None:
-        raise UnsupportedModel(f"{path}: {config.model_type} has attention sinks ({sinks}), which blocks have no form for: not served")
     if getattr(text, "num_kv_shared_layers", None):
         raise UnsupportedModel(
             f"{path}: the last {text.num_kv_shared_layers} layers of {config.model_type} read the keys and values of earlier layers, which "

@@ -65,7 +65,7 @@ def _transformers(source: Source, directory: Path, model: TracedModel, parameter
 
 def _unscaled(source: Source) -> bool:
     """Whether a block's cache holds the very keys that the source's holds."""
-    return not isinstance(source, OnnxSource) or all(pattern.k.scale == 1.0 for pattern in source.patterns)
+    return not isinstance(source, OnnxSource) or all(each.k.scale == each.v.scale == 1.0 for each in source.patterns)
 
 
 def _width(value: ir.Value) -> int | None:

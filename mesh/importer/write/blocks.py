@@ -239,14 +239,17 @@ def attention_block(
     scale: float,
     softcap: float = 0.0,
     window: int | None = None,
+    chunk: int | None = None,
     alibi_slopes: npt.ArrayLike | None = None,
+    sinks: npt.ArrayLike | None = None,
     mask: str | None = None,
     present: tuple[str, str] = ("present_key", "present_value"),
 ) -> tuple[str, str, str]:
     """Write new keys and values to the cache and attend over it: (context [B, Hq, T, Dv], present_key, present_value).
 
     q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv] are values of the compute type. `window`: tokens seen, the own one
-    included. `alibi_slopes` [Hq] adds slope * (slot - position); `mask` names a further additive bias [B or 1, Hq or 1, T, S].
+    included. `chunk`: positions are seen from the last multiple of it on. `alibi_slopes` [Hq] adds slope * (slot - position); `mask`
+    names a further additive bias [B or 1, Hq or 1, T, S]. `sinks` [Hq] are one more logit of each head's softmax, without a value.
     """
     present_key = builder.op("TensorScatter", past_key, k, write_indices, axis=-2, mode="linear", out=present[0])
     present_value = builder.op("TensorScatter", past_value, v, write_indices, axis=-2, mode="linear", out=present[1])
@@ -255,6 +258,9 @@ def attention_block(
     if window is not None:
         recent = builder.op("Greater", slots, builder.op("Sub", positions, builder.const(window)))
         attn_mask = builder.op("And", attn_mask, recent)
+    if chunk is not None:
+        begin = builder.op("Mul", builder.op("Div", positions, builder.const(chunk)), builder.const(chunk))
+        attn_mask = builder.op("And", attn_mask, builder.op("GreaterOrEqual", slots, begin))
     bias = mask
     if alibi_slopes is not None:
         distance = builder.op("Cast", builder.op("Sub", slots, positions), to=tensor_type(builder.options.dtype))
@@ -263,8 +269,22 @@ def attention_block(
         bias = alibi if bias is None else builder.op("Add", bias, alibi)
     if bias is not None:
         attn_mask = builder.op("Where", attn_mask, bias, builder.const(-np.inf))
-    context = builder.op("Attention", q, present_key, present_value, attn_mask, is_causal=0, scale=float(scale), softcap=float(softcap))
+    keys, values = present_key, present_value
+    if sinks is not None:
+        keys, values, attn_mask = with_sinks(builder, keys, values, attn_mask, sinks, additive=bias is not None)
+    context = builder.op("Attention", q, keys, values, attn_mask, is_causal=0, scale=float(scale), softcap=float(softcap))
     return context, present_key, present_value
+
+
+def with_sinks(builder: GraphBuilder, keys: str, values: str, mask: str, sinks: npt.ArrayLike, *, additive: bool) -> tuple[str, str, str]:
+    """Keys, values and mask with one more position, whose key and value are zeros and whose bias is the sink of each head [Hq]."""
+    own = np.asarray(sinks, np.float32).reshape(1, -1, 1, 1)
+    zeros = builder.const(np.zeros(own.shape, np.float32))
+    bias = builder.op("Add", mask, zeros) if additive else builder.op("Where", mask, zeros, builder.const(-np.inf))  # [B, Hq, T, S]
+    size = builder.op("Concat", builder.op("Shape", bias, start=0, end=3), builder.const([1]), axis=0)
+    column = builder.op("Expand", builder.parameter("attention.sinks", Weight(lambda: own)), size)
+    one = builder.const([0, 0, 0, 0, 0, 0, 1, 0])
+    return builder.op("Pad", keys, one), builder.op("Pad", values, one), builder.op("Concat", bias, column, axis=-1)
 
 
 def cache_slots(builder: GraphBuilder, position_ids: str, past_key: str) -> tuple[str, str]:

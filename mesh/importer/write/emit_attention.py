@@ -3,6 +3,7 @@ around them."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
@@ -24,8 +25,19 @@ def emit_attention(values: Values, pattern: AttentionPattern, rule: ScoreRule | 
         raise UnsupportedModel(f"attention {pattern.number} is not in a layer of its own")
     q, k, v = (_operand(values, operand) for operand in (pattern.q, pattern.k, pattern.v))
     context, _, _ = attention_block(
-        values.builder, q, k, v, scale=rule.scale, softcap=rule.softcap, window=rule.window, alibi_slopes=rule.slopes
+        values.builder,
+        q,
+        k,
+        v,
+        scale=rule.scale,
+        softcap=rule.softcap,
+        window=rule.window,
+        chunk=rule.chunk,
+        alibi_slopes=rule.slopes,
+        sinks=pattern.sinks,
     )
+    if pattern.v.scale != 1.0:  # a sum of scaled values is the scaled sum
+        context = values.builder.op("Mul", context, values.builder.const(np.float32(pattern.v.scale)))
     values.uses_positions = True
     values.types[context] = values.compute
     own = values.dims(pattern.output)

@@ -12,6 +12,7 @@ from mesh.importer.graph.decoder import Draft
 from mesh.importer.passes.identities import drop_identities, drop_single_input_nodes
 from mesh.importer.passes.pipeline import PIPELINE, Pass, Repeat, run_passes
 from mesh.importer.passes.sequences import rewrite_sequences
+from mesh.importer.passes.sinks import append_sinks
 
 
 def draft_of(*nodes: ir.Node, x: ir.Value, output: ir.Value) -> Draft:
@@ -75,6 +76,37 @@ def test_the_parts_of_a_split_sequence_become_slices() -> None:
     given = np.arange(12, dtype=np.float32).reshape(2, 6)
     (got,) = ReferenceEvaluator(ir.to_proto(draft.model)).run(None, {"x": given})
     assert np.array_equal(got, np.concatenate([given[:, 3:], given[:, 1:3]], 1))
+
+
+def constant_of(name: str, array: np.ndarray) -> ir.Value:
+    kind = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    return ir.Value(name=name, const_value=ir.tensor(array), shape=ir.Shape(array.shape), type=kind)
+
+
+def test_a_sink_that_is_written_as_a_factor_becomes_one_more_score() -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2, 3, 4, 5]), type=ir.TensorType(ir.DataType.FLOAT))
+    values = constant_of("v", np.random.default_rng(0).standard_normal((1, 1, 5, 6)).astype(np.float32))
+    sinks = constant_of("sinks", np.array([-3, 0.5, 9], np.float32).reshape(1, 3, 1))
+    last = constant_of("last", np.array([-1]))
+    total = ir.node("ReduceLogSumExp", [x, last], attributes={"keepdims": 0})
+    share = ir.node("Sigmoid", [ir.node("Sub", [total.outputs[0], sinks]).outputs[0]])
+    softmax = ir.node("Softmax", [x], attributes={"axis": -1})
+    weighted = ir.node("MatMul", [softmax.outputs[0], values])
+    factor = ir.node("Unsqueeze", [share.outputs[0], last])
+    product = ir.node("Mul", [weighted.outputs[0], factor.outputs[0]])
+    after = ir.node("Neg", [product.outputs[0]])
+    difference = share.inputs[0].producer() if share.inputs[0] is not None else None
+    assert difference is not None
+    draft = draft_of(total, difference, share, softmax, weighted, factor, product, after, x=x, output=after.outputs[0])
+    for value in (values, sinks, last):
+        draft.model.graph.register_initializer(value)
+    draft.model.graph.outputs[0].dtype = ir.DataType.FLOAT
+    given = 3 * np.random.default_rng(1).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    (before,) = ReferenceEvaluator(ir.to_proto(draft.model)).run(None, {"x": given})
+    assert append_sinks(draft) and not append_sinks(draft)
+    (result,) = ReferenceEvaluator(ir.to_proto(draft.model)).run(None, {"x": given})
+    np.testing.assert_allclose(np.asarray(result), np.asarray(before), rtol=1e-5, atol=1e-6)
+    assert softmax.inputs[0] is not x
 
 
 def test_an_output_behind_an_identity_keeps_its_name() -> None:

@@ -110,6 +110,41 @@ def test_a_quantized_model_computes_what_transformers_computes(name: str, tmp_pa
         assert total(tmp_path / "model", "*.data") < 1.1 * total(tmp_path / "source", "*.safetensors")
 
 
+def test_sinks_and_experts_of_four_bits_compute_what_transformers_computes(tmp_path: Path) -> None:
+    """gpt_oss as it is published: all experts of a layer in one tensor of MXFP4, and one more logit in the softmax of each head."""
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    values = {**LLAMA, "num_hidden_layers": 2, "head_dim": 16, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = make_model("GptOss", {**values, "sliding_window": 9})
+    source, rng = tmp_path / "source", np.random.default_rng(0)
+    model.save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                experts, depth, out = value.shape
+                blocks = torch.from_numpy(rng.integers(0, 256, (experts, out, depth // 32, 16), np.uint8))
+                scales = torch.from_numpy(rng.integers(122, 125, (experts, out, depth // 32), np.uint8))
+                del tensors[name]
+                tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+                value.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
+    manifest = import_model(source, tmp_path / "model")
+    assert manifest.report["source_error"] < 1e-4 and manifest.report["source_greedy_equal"] == 1.0
+    assert "held at 32 bits" in manifest.report["note"] and {each.window for each in manifest.cache} == {None, 9}
+    prompt = rng.integers(0, manifest.vocab_size, 23).tolist()
+    chain = Chain(tmp_path / "model", manifest.cache)
+    expected = logits_of(model, prompt)
+    assert relative_error(np.concatenate([chain(prompt[:9]), chain(prompt[9:])]), expected) < 1e-4
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(-1e4)  # as if there were none
+    assert relative_error(logits_of(model, prompt), expected) > 1e-2
+
+
 @LONG
 def test_another_width_is_made_of_the_numbers_only_when_it_is_asked_for(tmp_path: Path) -> None:
     model = make_model("Llama", TINY)

@@ -22,13 +22,18 @@ def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "FINE", 16)
 
 
-def by_formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray, *, scale: float, softcap: float) -> np.ndarray:
-    """In float64; mask bool [B, 1, T, L]."""
+def by_formula(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray, *, scale: float, softcap: float, sinks: np.ndarray | None = None
+) -> np.ndarray:
+    """In float64; mask bool [B, 1, T, L], sinks [B, H, T, 1]."""
     keys, values = (np.repeat(each.astype(np.float64), GROUP, axis=1) for each in (keys, values))
     scores = np.einsum("bhtd,bhld->bhtl", q.astype(np.float64), keys) * scale
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     scores = np.where(mask, scores, -np.inf)
+    if sinks is not None:
+        scores = np.concatenate([scores, sinks], -1)
+        values = np.concatenate([values, np.zeros_like(values[:, :, :1])], 2)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("bhtl,bhld->bhtd", weights / weights.sum(axis=-1, keepdims=True), values)
 
@@ -40,13 +45,22 @@ def by_formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.nda
     window=st.sampled_from([None, 1, 30]),
     additive=st.booleans(),
     softcap=st.sampled_from([0.0, 2.0]),
+    sunk=st.sampled_from([None, -40.0, 0.0, 40.0]),
     sizes=st.sampled_from([(64, 16), (1024, 128), (1024, 1024)]),
     seed=st.integers(0, 2**31),
 )
 def test_attention_in_blocks_is_attention(
-    positions: list[int], chunk: int, window: int | None, additive: bool, softcap: float, sizes: tuple[int, int], seed: int
+    positions: list[int],
+    chunk: int,
+    window: int | None,
+    additive: bool,
+    softcap: float,
+    sunk: float | None,
+    sizes: tuple[int, int],
+    seed: int,
 ) -> None:
-    """Rows of any length side by side, or a chunk of one row. Positions that are masked hold the largest float."""
+    """Rows of any length side by side, or a chunk of one row. Positions that are masked hold the largest float. `sunk`: about what the
+    sinks are, so far below the scores, among them, or far above."""
     rng = np.random.default_rng(seed)
     if chunk:
         first = min(positions[0], LENGTH - chunk)
@@ -63,7 +77,8 @@ def test_attention_in_blocks_is_attention(
     mask = (slot <= at[..., None]) & (slot > at[..., None] - (window or slots))
     mask = mask[:, None]  # [B, 1, T, L]
     mine = slice(below, below + batch)
-    expected = by_formula(q, keys[mine, :, :LENGTH], values[mine, :, :LENGTH], mask, scale=0.5, softcap=softcap)
+    sinks = None if sunk is None else np.float32(sunk) + rng.standard_normal((batch, HEADS * GROUP, tokens, 1)).astype(np.float32)
+    expected = by_formula(q, keys[mine, :, :LENGTH], values[mine, :, :LENGTH], mask, scale=0.5, softcap=softcap, sinks=sinks)
     unseen = np.asarray(~mask.any(axis=(1, 2)))  # [B, L]
     for array in (keys, values):
         array[mine, :, :LENGTH][np.broadcast_to(unseen[:, None], (batch, HEADS, LENGTH))] = np.finfo(np.float32).max
@@ -74,7 +89,8 @@ def test_attention_in_blocks_is_attention(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "COARSE", sizes[0])
         patch.setattr(cache, "FINE", sizes[1])
-        got = attend(jnp.asarray(q), past_keys, past_values, jnp.asarray(given_mask), scale=0.5, softcap=softcap)
+        column = None if sinks is None else jnp.asarray(sinks)
+        got = attend(jnp.asarray(q), past_keys, past_values, jnp.asarray(given_mask), scale=0.5, softcap=softcap, sinks=column)
     np.testing.assert_allclose(np.asarray(got), expected, rtol=2e-5, atol=2e-5)
 
 
