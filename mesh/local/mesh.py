@@ -48,6 +48,8 @@ _STOP_S = 10.0
 _HTTP_DRAIN_S = 2.0
 _MUCH = 10**15
 """Bytes that a shard may take where the system does not say how much is free."""
+_JETSTREAM_S = 30.0
+"""How long servers are waited for that were just started: those of a cluster choose a leader first."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,7 @@ class LocalMesh:
             await Bus.connect(self.bus, name="mesh-up") as bus,
         ):
             table = LeaseTable(Bucket(bus, KV_SHARDS, ttl_s=LEASE_TTL_S), ShardLease, lambda name, lease: changed.set())
-            await table.start()
+            await table.start(timeout_s=_JETSTREAM_S)
             async with AsyncMeshClient(options=self.bus) as client:
                 try:
                     while True:
