@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import orjson
 from fastapi import Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mesh.client import Completion, Usage
+from mesh.client import Usage
 from mesh.client.embedding import together, vector_in
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.gateway.answering import json_response
@@ -43,15 +44,16 @@ async def create(body: EmbeddingRequest, request: Request, gateway: Gateway = De
     gate = asyncio.Semaphore(at_once)
     with paying(caller, cost_of(inputs, limits), at_once=at_once) as bill:
 
-        async def one(index: int, fields: dict[str, Any]) -> Completion:
+        async def one(index: int, fields: dict[str, Any]) -> tuple[orjson.Fragment, Usage]:
             async with gate:
                 with _about(index, len(inputs)):
                     completion = await patiently(gateway, bill, model, fields)
-            _require_few(len(inputs), len(vector_in(completion)))
-            return completion
+            vector = vector_in(completion)
+            _require_few(len(inputs), len(vector))
+            return _encoded(vector, body.encoding_format), completion.usage
 
-        completions = await until_gone(request.receive, together([one(index, fields) for index, fields in enumerate(inputs)]))
-    return json_response(_document(body, model, completions))
+        vectors = await until_gone(request.receive, together([one(index, fields) for index, fields in enumerate(inputs)]))
+    return json_response(_document(model, vectors))
 
 
 @contextmanager
@@ -71,14 +73,16 @@ def _require_few(inputs: int, numbers: int) -> None:
         raise BadRequest(f"input has {inputs:,} entries of {numbers:,} numbers each: send at most {most:,} at once", field="input")
 
 
-def _document(body: EmbeddingRequest, model: str, completions: Sequence[Completion]) -> dict[str, Any]:
-    encode = _base64 if body.encoding_format == "base64" else list
-    data = [{"object": "embedding", "index": index, "embedding": encode(vector_in(each))} for index, each in enumerate(completions)]
-    usage = Usage.total(each.usage for each in completions).document()
+def _document(model: str, vectors: Sequence[tuple[orjson.Fragment, Usage]]) -> dict[str, Any]:
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, (vector, _) in enumerate(vectors)]
+    usage = Usage.total(usage for _, usage in vectors).document()
     del usage["completion_tokens"]
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
-def _base64(vector: Sequence[float]) -> str:
-    """As little-endian float32."""
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+def _encoded(vector: Sequence[float], encoding: str) -> orjson.Fragment:
+    """The vector's JSON: its numbers, or a text of them as little-endian float32. It is made when the vector is there: all of an answer at
+    once would keep everybody's tokens waiting."""
+    if encoding == "base64":
+        return orjson.Fragment(b'"' + base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)) + b'"')
+    return orjson.Fragment(orjson.dumps(vector))

@@ -260,16 +260,24 @@ class ChatRequest(Common):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+Inputs = Annotated[
+    Text
+    | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
+    ByKind("a text, a list of texts, a list of token ids, or a list of such lists"),
+]
+
+
+def _parts(inputs: str | list[Any]) -> list[Any]:
+    """Each text, or list of token ids."""
+    return [inputs] if isinstance(inputs, str) or all(isinstance(part, int) for part in inputs) else inputs
+
+
 class CompletionRequest(Common):
     """`prompt`: a text, several texts, token ids, or several lists of token ids. It is used as it is, without a chat template."""
 
-    prompt: Annotated[
-        Text
-        | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
-        ByKind("a text, a list of texts, a list of token ids, or a list of such lists"),
-    ]
+    prompt: Inputs
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool | None = None
     suffix: Annotated[Any, Unmet("a mesh continues a text, and inserts nothing: leave it out", ("",))] = None
@@ -290,11 +298,7 @@ class CompletionRequest(Common):
 
     def prompts(self) -> list[dict[str, Any]]:
         """Each prompt as fields of mesh.protocol.generation.Generate."""
-        if isinstance(self.prompt, str):
-            return [{"prompt": self.prompt, "raw": True}]
-        if all(isinstance(part, int) for part in self.prompt):
-            return [{"tokens": self.prompt}]
-        return [{"prompt": part, "raw": True} if isinstance(part, str) else {"tokens": part} for part in self.prompt]
+        return [{"prompt": part, "raw": True} if isinstance(part, str) else {"tokens": part} for part in _parts(self.prompt)]
 
 
 class EmbeddingRequest(RequestBody):
@@ -303,13 +307,7 @@ class EmbeddingRequest(RequestBody):
     numbers of it. `normalize`: its length is 1 (true where it is left out)."""
 
     model: Label | None = None
-    input: Annotated[
-        Text
-        | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
-        ByKind("a text, a list of texts, a list of token ids, or a list of such lists"),
-    ]
+    input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Dimensions | None = None
     pooling: Literal["last"] = "last"
@@ -320,9 +318,7 @@ class EmbeddingRequest(RequestBody):
     def inputs(self) -> list[dict[str, Any]]:
         """Each input as fields of mesh.protocol.generation.Generate."""
         embed = self.model_dump(include={"dimensions", "pooling", "normalize"}, exclude_none=True)
-        whole = isinstance(self.input, str) or all(isinstance(part, int) for part in self.input)
-        parts = [self.input] if whole else self.input
-        return [{"prompt" if isinstance(part, str) else "tokens": part, "embed": embed, "max_tokens": 1} for part in parts]
+        return [{"prompt" if isinstance(part, str) else "tokens": part, "embed": embed, "max_tokens": 1} for part in _parts(self.input)]
 
 
 class EmbeddingEntry(ResponseBody):
