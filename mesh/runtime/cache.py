@@ -118,11 +118,7 @@ class CacheView(_View):
         if op_type == "TensorScatter" and args[0] is self:
             return self.write(args[1], args[2])
         if op_type == "Attention" and isinstance(args[1], CacheView) and isinstance(args[2], CacheView):
-            mask = args[3]
-            if attrs.get("is_causal", 0) or mask is None:
-                raise ValueError("a block's Attention has an explicit mask")
-            scale = attrs.get("scale") or float(args[0].shape[-1]) ** -0.5
-            return attend(args[0], args[1], args[2], jnp.asarray(mask), scale=scale, softcap=attrs.get("softcap", 0.0))
+            return attend(args[0], args[1], args[2], _mask(args, attrs), **_scores(args[0], attrs))
         if op_type == "Pad" and np.asarray(args[1]).tolist() == [0, 0, 0, 0, 0, 0, 1, 0]:
             return _PaddedView(self)
         return NotImplemented
@@ -137,9 +133,20 @@ class _PaddedView:
     def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
         if op_type != "Attention" or not all(isinstance(each, _PaddedView) for each in args[1:3]):
             raise ValueError(f"{op_type} cannot read a padded cache")
-        mask = jnp.asarray(args[3])
-        scale, softcap = attrs.get("scale") or float(args[0].shape[-1]) ** -0.5, attrs.get("softcap", 0.0)
-        return attend(args[0], args[1].view, args[2].view, mask[..., :-1], scale=scale, softcap=softcap, sinks=mask[..., -1:])
+        mask = _mask(args, attrs)
+        return attend(args[0], args[1].view, args[2].view, mask[..., :-1], **_scores(args[0], attrs), sinks=mask[..., -1:])
+
+
+def _mask(args: tuple[Any, ...], attrs: Mapping[str, Any]) -> jax.Array:
+    """The mask of a block's Attention."""
+    if attrs.get("is_causal", 0) or args[3] is None:
+        raise ValueError("a block's Attention has an explicit mask")
+    return jnp.asarray(args[3])
+
+
+def _scores(q: Any, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a block's Attention does to its scores, as `attend` takes it."""
+    return {"scale": attrs.get("scale") or float(q.shape[-1]) ** -0.5, "softcap": attrs.get("softcap", 0.0)}
 
 
 @jax.tree_util.register_dataclass
