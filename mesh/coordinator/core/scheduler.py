@@ -11,11 +11,12 @@ their blocks.
 
 Prompts. What a frame has room for beside the sessions that decode is filled with tokens of prompts (a history that is computed again
 counts as one): whole short ones, and parts of long ones. The room is a budget of tokens, so that no step takes much longer than the others
-(pace.py); while nobody decodes it is a whole chunk. Prompts go by virtual finishing time: a session's turn is the number of tokens that
-had been sent when it came, plus the number that it needs. So a short prompt overtakes a long one, but a long one is not overtaken for ever
-(Demers, Keshav, Shenker 1989). Where prompts of several callers wait, the next tokens are of the caller who has been served the fewest
-since it began to wait, so that nobody gets more by asking more often. If some stage of the route computes segments one after the other
-(`Replica.packs`), a frame carries one.
+(pace.py); while nobody decodes it is a whole chunk. In a frame that ends prompts, the part of one that goes on has the room that it would
+have beside as many sessions as those prompts have tokens there: a first token does not wait for a whole chunk of another prompt. Prompts go
+by virtual finishing time: a session's turn is the number of tokens that had been sent when it came, plus the number that it needs. So a
+short prompt overtakes a long one, but a long one is not overtaken for ever (Demers, Keshav, Shenker 1989). Where prompts of several callers
+wait, the next tokens are of the caller who has been served the fewest since it began to wait, so that nobody gets more by asking more
+often. If some stage of the route computes segments one after the other (`Replica.packs`), a frame carries one.
 """
 
 from __future__ import annotations
@@ -272,27 +273,32 @@ class Scheduler:
         """The parts of prompts that a frame with `ready` decoding sessions takes along, the next in turn first. They count as sent."""
         if not group.prefilling or any(self._prompts_out.get(hop.shard, 0) >= group.processors for hop in group.route):
             return
-        room = self._room(group, ready)
+        most = max(group.chunk - ready, 1)
+        room = self._room(group, ready, most)
         states = max(group.chunk // 2, 1)  # hidden states travel back as float32, and may have come as 16 bits
+        ended = 0  # tokens of the prompts that end with this frame
         for session in group.next_prompts():
+            if ended and len(session.history) - session.sent > room:
+                room = min(room, self._room(group, ready + ended, most))
             stop = min(session.sent + room, len(session.history))
-            if session.request.embed and stop == len(session.history):
+            last = stop == len(session.history)
+            if session.request.embed and last:
                 if not states:
                     continue
                 states -= 1
             row = _row(session, session.sent, stop)
-            room -= stop - session.sent
-            self._tokens_sent += stop - session.sent
-            group.served[session.caller] += stop - session.sent
+            room -= len(row.tokens)
+            ended += len(row.tokens) if last else 0
+            self._tokens_sent += len(row.tokens)
+            group.served[session.caller] += len(row.tokens)
             session.sent = stop
             yield session, row
             if not room or not group.packs:
                 return
 
-    def _room(self, group: _Group, ready: int) -> int:
-        """Tokens of prompts that a frame may carry."""
+    def _room(self, group: _Group, ready: int, most: int) -> int:
+        """Tokens of prompts that a frame may carry, at most `most`, beside `ready` sessions that decode."""
         decoding = ready or max(self._decoders.get(hop.shard, 0) for hop in group.route)
-        most = max(group.chunk - ready, 1)
         waiting = sum(session.sent < len(session.history) for session in group.prefilling)
         return (group.pace.budget if group.packs else group.pace.part)(decoding, waiting, most)
 

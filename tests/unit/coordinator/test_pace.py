@@ -62,6 +62,13 @@ def test_a_frame_is_filled_with_whole_prompts_while_no_session_decodes() -> None
     assert parts == [[8, 100, 100, 48], [52]]
 
 
+def test_a_frame_that_ends_a_short_prompt_carries_little_of_a_long_one() -> None:
+    fixed_s, each_s = 0.016, 0.002
+    parts, took = parts_beside(0, [1000, 16], fixed_s=fixed_s, each_s=each_s)
+    assert parts[0][0] == 16 and took[0] <= SLOWDOWN * (fixed_s + each_s * 16) * 1.05
+    assert [len(part) for part in parts[1:]] == [1] * (len(parts) - 1) and parts[1] == [256], "then the long one has whole chunks"
+
+
 @pytest.mark.parametrize("decoding", [4, 16, 32])
 def test_prompts_make_a_step_at_most_so_many_times_as_long(decoding: int) -> None:
     fixed_s, each_s = 0.016, 0.002
