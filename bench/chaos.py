@@ -1,8 +1,10 @@
 """Kill, suspend and restart everything under load, and compare every token with an undisturbed run.
 
-    python bench/chaos.py [--kills 100] [--stops 20] [--server-restarts 5] [--mode balance|mirror] [--seed 1] [--out result.json]
+    python bench/chaos.py [--kills 100] [--stops 20] [--server-restarts 5] [--mode balance|mirror] [--sessions 8] [--generations 0] [--seed 1]
+        [--out result.json]
 
-A mesh of real processes: 3 ranges x 2 replicas, 2 coordinators, an embedded nats-server; 8 sessions at a time, greedy and sampled. The
+A mesh of real processes: 3 ranges x 2 replicas, 2 coordinators, an embedded nats-server; 8 sessions at a time, greedy and sampled; it goes on
+until every disturbance is over and so many generations are complete. The
 disturbances come one after the other in a seeded order: SIGKILL of a shard or a coordinator, which is restarted after a random delay;
 SIGSTOP, and SIGCONT after a random time; SIGKILL of the nats-server, which is restarted with its store. A coordinator is left
 alone while the other one is away, so that one always answers. Shards are disturbed at any time.
@@ -45,12 +47,13 @@ AWAY_MOST = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """The extent of a run. gap_s: the time between two disturbances. away_s: the time until a process is restarted, or goes on."""
+    """The extent of a run. generations: at least so many. gap_s: between two disturbances. away_s: until a process is restarted, or goes on."""
 
     kills: int = 100
     stops: int = 20
     server_restarts: int = 5
     sessions: int = 8
+    generations: int = 0
     max_tokens: tuple[int, int] = (60, 180)
     gap_s: tuple[float, float] = (0.1, 2.0)
     away_s: tuple[float, float] = (0.0, 3.0)
@@ -173,7 +176,7 @@ class Chaos:
     # -- load ----------------------------------------------------------------------------------------------------------
 
     async def _session(self, client: AsyncMeshClient, random: Random) -> None:
-        while not self._over:
+        while not self._over or self.report.generations < self.plan.generations:
             await self._generate(client, random.choice(self.wishes))
 
     async def _generate(self, client: AsyncMeshClient, wish: Wish) -> None:
@@ -304,7 +307,7 @@ def run(model: Path, plan: Plan, seed: int, *, mode: str, coordinators: int = 2,
         replicas=2,
         mode=mode,
         coordinators=coordinators,
-        rows=ROWS,
+        rows=max(plan.sessions, ROWS),
         context=CONTEXT,
         failover_timeout_s=180.0,
         http=False,
@@ -319,13 +322,25 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stops", type=int, default=20)
     parser.add_argument("--server-restarts", type=int, default=5)
+    parser.add_argument("--sessions", type=int, default=Plan.sessions)
+    parser.add_argument("--max-tokens", type=int, nargs=2, default=Plan.max_tokens, metavar=("LEAST", "MOST"))
+    parser.add_argument("--generations", type=int, default=0)
+    parser.add_argument("--gap", type=float, default=Plan.gap_s[1], help="the longest time between two disturbances, s")
     parser.add_argument("--coordinators", type=int, default=2)
     parser.add_argument("--mode", choices=("balance", "mirror"), default="balance")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--logs", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    plan = Plan(kills=args.kills, stops=args.stops, server_restarts=args.server_restarts)
+    plan = Plan(
+        args.kills,
+        args.stops,
+        args.server_restarts,
+        sessions=args.sessions,
+        generations=args.generations,
+        max_tokens=(args.max_tokens[0], args.max_tokens[1]),
+        gap_s=(Plan.gap_s[0], args.gap),
+    )
     with tempfile.TemporaryDirectory() as folder:
         report = run(make_model(Path(folder)), plan, args.seed, mode=args.mode, coordinators=args.coordinators, logs=args.logs)
     document = {"mode": args.mode, "seed": args.seed, **report.as_dict()}
