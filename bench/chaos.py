@@ -1,10 +1,10 @@
 """Kill, suspend and restart everything under load, and compare every token with an undisturbed run.
 
-    python bench/chaos.py [--kills 100] [--stops 20] [--server-restarts 5] [--mode balance|mirror] [--sessions 8] [--generations 0] [--seed 1]
-        [--out result.json]
+    python bench/chaos.py [--kills 100] [--stops 20] [--server-restarts 5] [--mode balance|mirror] [--sessions 8] [--generations 0]
+        [--seed 1] [--out result.json]
 
-A mesh of real processes: 3 ranges x 2 replicas, 2 coordinators, an embedded nats-server; 8 sessions at a time, greedy and sampled; it goes on
-until every disturbance is over and so many generations are complete. The
+A mesh of real processes: 3 ranges x 2 replicas, 2 coordinators, an embedded nats-server; 8 sessions at a time, greedy and sampled. It goes
+on until every disturbance is over and --generations are complete. The
 disturbances come one after the other in a seeded order: SIGKILL of a shard or a coordinator, which is restarted after a random delay;
 SIGSTOP, and SIGCONT after a random time; SIGKILL of the nats-server, which is restarted with its store. A coordinator is left
 alone while the other one is away, so that one always answers. Shards are disturbed at any time.
@@ -47,7 +47,7 @@ AWAY_MOST = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """The extent of a run. generations: at least so many. gap_s: between two disturbances. away_s: until a process is restarted, or goes on."""
+    """The extent of a run. generations: at least so many. gap_s: between two disturbances. away_s: until a process starts again or goes on."""
 
     kills: int = 100
     stops: int = 20
