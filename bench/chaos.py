@@ -47,7 +47,7 @@ AWAY_MOST = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """The extent of a run. generations: at least so many. gap_s: between two disturbances. away_s: until a process starts again or goes on."""
+    """The extent of a run. generations: at least so many. gap_s: between two disturbances. away_s: until a process is there again."""
 
     kills: int = 100
     stops: int = 20
