@@ -12,7 +12,8 @@ pip wheel --require-hashes --no-deps -r "$HERE/requirements.lock" --wheel-dir "$
 rm -f "$FOLDER"/stagemesh-*.whl
 pip wheel --no-deps --wheel-dir "$FOLDER" "$HERE"
 rm -rf "$HERE/build"
-if [ -z "${MESH_NO_KERNELS:-}" ] && ! "$PYTHON" -m zipfile -l "$FOLDER"/stagemesh-*.whl | grep -q kernels/native/kernels.so; then
+# grep reads to the end: with -q it would leave early, and what still writes to it would fail
+if [ -z "${MESH_NO_KERNELS:-}" ] && ! "$PYTHON" -m zipfile -l "$FOLDER"/stagemesh-*.whl | grep kernels/native/kernels.so > /dev/null; then
   echo "the wheel of stagemesh has no kernels: install g++, or set MESH_NO_KERNELS=1 for machines that are to compute without them" >&2
   exit 2
 fi

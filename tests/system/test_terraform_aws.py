@@ -137,4 +137,4 @@ def test_a_plan_that_no_type_can_hold_says_what_would(tmp_path: Path) -> None:
         site.init()
         done = site.run("plan", "-input=false", codes=(1,))
         said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
-        assert "No type of instance_types has the memory of node-1 (10.5 GiB), node-2 (10.5 GiB)" in said
+        assert "No type of instance_types has the memory of node-1 (10.0 GiB), node-2 (10.0 GiB)" in said
