@@ -19,10 +19,12 @@ import statistics
 from collections import deque
 from typing import Final
 
-__all__ = ["SLOWDOWN", "Pace"]
+__all__ = ["RECOVERY", "SLOWDOWN", "Pace"]
 
 SLOWDOWN: Final = 2.5
 """How many times as long a step may take because of prompts."""
+RECOVERY: Final = 2.0
+"""So many times longer yet while sessions that lost a shard compute their history again: they had tokens, and wait for the next one."""
 LEAST: Final = 16
 """Tokens of prompts that a step carries at least: with fewer, a stage would spend more on its weights than on the prompts."""
 PARTS: Final = 4
@@ -57,17 +59,19 @@ class Pace:
             self._fixed_tokens = self._fit()
         return self._fixed_tokens
 
-    def budget(self, decoding: int, waiting: int, most: int) -> int:
-        """Tokens of prompts in a step where `decoding` sessions decode and `waiting` wait for their first token; at most `most`."""
+    def budget(self, decoding: int, waiting: int, most: int, *, recovering: bool = False) -> int:
+        """Tokens of prompts in a step where `decoding` sessions decode and `waiting` wait for their first token; at most `most`.
+        recovering: some of those that wait had tokens before."""
         if not decoding:
             return most
-        budget = (self._slowdown - 1) * (max(decoding, waiting) + self.fixed_tokens)
+        slowdown = self._slowdown * (RECOVERY if recovering else 1.0)
+        budget = (slowdown - 1) * (max(decoding, waiting) + self.fixed_tokens)
         return max(min(int(budget), most), min(LEAST, most))
 
-    def part(self, decoding: int, waiting: int, most: int) -> int:
+    def part(self, decoding: int, waiting: int, most: int, *, recovering: bool = False) -> int:
         """The same where stages pad a chunk: a whole one or a part that is a compiled size."""
         part = max(most // PARTS, 1)
-        return most if self.budget(decoding, waiting, most) >= most else part
+        return most if self.budget(decoding, waiting, most, recovering=recovering) >= most else part
 
     def _fit(self) -> float:
         """A straight line through the medians of the sizes, by least squares."""

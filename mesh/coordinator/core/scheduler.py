@@ -299,8 +299,9 @@ class Scheduler:
     def _room(self, group: _Group, ready: int, most: int) -> int:
         """Tokens of prompts that a frame may carry, at most `most`, beside `ready` sessions that decode."""
         decoding = ready or max(self._decoders.get(hop.shard, 0) for hop in group.route)
-        waiting = sum(session.sent < len(session.history) for session in group.prefilling)
-        return (group.pace.budget if group.packs else group.pace.part)(decoding, waiting, most)
+        waiting = [session for session in group.prefilling if session.sent < len(session.history)]
+        recovering = any(session.restarts for session in waiting)
+        return (group.pace.budget if group.packs else group.pace.part)(decoding, len(waiting), most, recovering=recovering)
 
     def _fly(self, flight: Flight, group: _Group) -> None:
         self._flights[flight.out.frame] = flight

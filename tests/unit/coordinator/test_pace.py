@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.coordinator.core.events import FrameOut
-from mesh.coordinator.core.pace import LEAST, SLOWDOWN, Pace
+from mesh.coordinator.core.pace import LEAST, RECOVERY, SLOWDOWN, Pace
 from mesh.coordinator.core.routing import Hop
 from mesh.coordinator.core.scheduler import Scheduler
 from mesh.coordinator.core.session import GenerationRequest, Session, State
@@ -16,8 +16,8 @@ CHUNK = 256
 ROUTE = (Hop(LayerRange(0, 2), "a"), Hop(LayerRange(2, 4), "b"))
 
 
-def session(number: int, prompt: int, state: State) -> Session:
-    made = Session(GenerationRequest(f"s{number}", tuple(range(prompt)), 1000, None), number, 0.0, state=state)
+def session(number: int, prompt: int, state: State, restarts: int = 0) -> Session:
+    made = Session(GenerationRequest(f"s{number}", tuple(range(prompt)), 1000, None), number, 0.0, state=state, restarts=restarts)
     made.route, made.rows = ROUTE, {0: number, 1: number}
     return made
 
@@ -27,7 +27,7 @@ def scheduler_of(*, processors: int = 1, packs: bool = True) -> Scheduler:
 
 
 def parts_beside(
-    decoding: int, prompts: list[int], *, fixed_s: float, each_s: float, packs: bool = True
+    decoding: int, prompts: list[int], *, fixed_s: float, each_s: float, packs: bool = True, restarts: int = 0
 ) -> tuple[list[list[int]], list[float]]:
     """(the parts of prompts in each frame, the seconds of each frame) until all prompts are sent, where `decoding` sessions decode."""
     scheduler = scheduler_of(packs=packs)
@@ -35,7 +35,7 @@ def parts_beside(
         decoder = session(number, 3, State.DECODING)
         decoder.history.append(0)
         scheduler.resume(decoder)
-    arriving = [session(100 + number, length, State.PREFILLING) for number, length in enumerate(prompts)]
+    arriving = [session(100 + number, length, State.PREFILLING, restarts) for number, length in enumerate(prompts)]
     keys = {each.key for each in arriving}
 
     def seconds(out: FrameOut) -> float:
@@ -76,6 +76,13 @@ def test_prompts_make_a_step_at_most_so_many_times_as_long(decoding: int) -> Non
     assert max(took[4:]) <= SLOWDOWN * (fixed_s + each_s * decoding) * 1.05
     assert min(map(sum, parts[:-1])) >= LEAST
     assert max(took[4:-1]) <= 1.1 * min(took[4:-1]), "steps are equally long"
+
+
+def test_sessions_that_lost_a_shard_may_make_a_step_longer_than_new_ones() -> None:
+    fixed_s, each_s = 0.016, 0.002
+    _, took = parts_beside(16, [1000, 1000], fixed_s=fixed_s, each_s=each_s, restarts=1)
+    longest = max(took[4:]) / (fixed_s + each_s * 16)
+    assert 1.5 * SLOWDOWN < longest <= RECOVERY * SLOWDOWN * 1.05
 
 
 def test_a_crowd_that_waits_is_not_held_back_by_the_few_that_decode() -> None:
