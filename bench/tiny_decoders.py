@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mesh.importer.trace.library import quiet, torch_and_transformers
@@ -66,11 +67,11 @@ def families(multimodal: bool = False) -> list[str]:
     return sorted(set(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(causal) if multimodal else causal)
 
 
-def make(kind: str, out: Path) -> Any:
-    """Write a random model of `kind` to `out` as transformers saves it; returns the model."""
+def make(kind: str, out: Path, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Write a random model of `kind`, with `more` settings, to `out` as transformers saves it; returns the model."""
     torch, transformers = torch_and_transformers()
     with quiet():
-        config = _config(transformers.CONFIG_MAPPING[kind], OWN.get(kind, {}))
+        config = _config(transformers.CONFIG_MAPPING[kind], {**OWN.get(kind, {}), **more})
         torch.manual_seed(sum(kind.encode()))
         mapping = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
         auto = next(each for each in mapping if type(config) in each._model_mapping)
@@ -89,7 +90,7 @@ def _config(kind: Any, own: Mapping[str, Any]) -> Any:
     if "kv_lora_rank" in default.to_dict():  # latent attention: its head sizes follow from the parts
         given = {key: value for key, value in given.items() if key not in ("head_dim", "qk_head_dim")} | {"num_key_value_heads": 4}
     values = {key: value for key, value in given.items() if key in default.to_dict() or key in own}
-    if kinds := list(dict.fromkeys(default.to_dict().get("layer_types") or ())):
+    if "layer_types" not in own and (kinds := list(dict.fromkeys(default.to_dict().get("layer_types") or ()))):
         values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]  # one layer of each kind
     for key, inner in _inner(default):
         values[key] = _config(type(inner), {}).to_dict()
