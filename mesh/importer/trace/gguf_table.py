@@ -265,7 +265,6 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         implied=("attention.key_length", "attention.head_count_kv"),
         settings=_latent,
     ),
-    "minimax-m2": Architecture("minimax_m2", needs=BY_SIGMOID),
     "nemotron": Architecture("nemotron", norm_plus_one=True),
     "olmo": Architecture("olmo", pairs=True, needs={"attention.layer_norm_epsilon": (np.float32(1e-5),)}),
     "olmo2": _olmo,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,6 +139,11 @@ def _refuse_attention(path: Path, config: Any, text: Any, module: Any) -> None:
             f"{path}: the last {text.num_kv_shared_layers} layers of {config.model_type} read the keys and values of earlier layers, which "
             "may be on another shard: not served"
         )
+    if getattr(text, "keep_window_size", None):
+        raise UnsupportedModel(
+            f"{path}: {config.model_type} adds a number made of each position's values to its scores, and hides the lowest beyond "
+            f"{text.keep_window_size} positions: such an attention is not served"
+        )
 
 
 def _stateful(path: Path, kind: str, seen: str) -> UnsupportedModel:
@@ -189,12 +195,17 @@ def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
     torch, transformers = torch_and_transformers()
     path, kind = model.path, model.kind
     try:
-        with torch.device("meta"), torch.no_grad(), quiet(), caches_of(model.module) as new_cache:
+        with torch.device("meta"), torch.no_grad(), quiet(), caches_of(model.module) as new_cache, _attentions(model.module) as calls:
             cache = new_cache(())
             ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
             model.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     except Exception as error:
         raise UnsupportedModel(f"{path}: {kind} does not run on token ids and a cache ({_first(error)})") from None
+    if max(calls.values(), default=0) > 1:
+        raise UnsupportedModel(
+            f"{path}: the layers of {kind} run {max(calls.values())} times for each token, on what the last time has made: they cannot be "
+            "divided between shards"
+        )
     if not cache.layers:
         raise UnsupportedModel(f"{path}: {kind} does not fill the key/value cache that it is given: such a model is not served")
     shapes = []
@@ -206,6 +217,19 @@ def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
             raise UnsupportedModel(f"{path}: the cache of {kind} is no key and value for each position: such a model is not served")
         shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
     return shapes
+
+
+@contextmanager
+def _attentions(module: Any) -> Iterator[Counter[Any]]:
+    """How often each attention with a place in the cache is called within the block."""
+    calls: Counter[Any] = Counter()
+    found = [each for each in module.modules() if hasattr(each, "layer_idx") and type(each).__name__.endswith("Attention")]
+    hooks = [each.register_forward_pre_hook(lambda called, _: calls.update([called])) for each in found]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _first(error: BaseException) -> str:

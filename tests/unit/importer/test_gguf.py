@@ -16,7 +16,6 @@ from tiny_gguf import write_gguf
 from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources import gguf_file
 from mesh.importer.sources.gguf import open_source
@@ -199,7 +198,7 @@ def test_smollm2_answers_in_its_chat_template(tmp_path: Path) -> None:
 
     from mesh.model.tokenizer import Tokenizer
 
-    source: DecoderSource = open_source(smollm2_gguf())
+    source = open_source(smollm2_gguf())
     source.write_blocks(BlockWriter(tmp_path), ImportOptions(bits=16), lambda *_: None)
     info, files = source.write_tokenizer(tmp_path)
     assert info is not None and [file.name for file in files] == ["tokenizer.json", "chat_template.jinja"]
