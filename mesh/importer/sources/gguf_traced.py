@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.errors import UnsupportedModel
 from mesh.importer.sources.gguf_file import GgufCheckpoint
 from mesh.importer.sources.gguf_tokenizer import write_gguf_tokenizer
 from mesh.importer.sources.traced import TracedSource
 from mesh.importer.trace.export import export
 from mesh.importer.trace.gguf_config import architecture_of, configuration
-from mesh.importer.trace.gguf_weights import FREQUENCY_FACTORS, GgufParameters
+from mesh.importer.trace.gguf_weights import GgufParameters, divide_frequencies
 from mesh.importer.trace.library import INSTALL, available, versions
 from mesh.importer.trace.model import model_of
 from mesh.model.manifest import FileInfo, TokenizerInfo
@@ -30,7 +30,7 @@ def open_source(path: Path, checkpoint: GgufCheckpoint, progress: Progress = no_
         raise UnsupportedModel(f"{path}: the GGUF architecture {name!r} is traced from transformers, which needs {INSTALL}")
     library = versions()
     progress(f"build it with transformers {library['transformers']}", 0, 3)
-    model = model_of(path, configuration(checkpoint, architecture), lambda module: _divide_frequencies(checkpoint, module))
+    model = model_of(path, configuration(checkpoint, architecture), lambda module: divide_frequencies(checkpoint, module))
     parameters = GgufParameters(model, checkpoint, name, architecture)
     parameters.check_complete()
     progress(f"trace it with torch {library['torch']}", 1, 3)
@@ -62,17 +62,3 @@ class GgufTracedSource(TracedSource):
 
     def write_tokenizer(self, directory: Path) -> tuple[TokenizerInfo | None, tuple[FileInfo, ...]]:
         return write_gguf_tokenizer(self._checkpoint.metadata, str(self.file), directory)
-
-
-def _divide_frequencies(checkpoint: GgufCheckpoint, module: Any) -> None:
-    """The rotary frequencies divided by the factors that the file has for them."""
-    if FREQUENCY_FACTORS not in checkpoint:
-        return
-    factors = checkpoint.read(FREQUENCY_FACTORS)
-    buffers = [(name, each) for name, each in module.named_buffers() if name.endswith("inv_freq")]
-    if not buffers or any(each.shape != factors.shape for _, each in buffers):
-        raise CorruptModel(f"{checkpoint.path}: {FREQUENCY_FACTORS} has {factors.size} entries, which the rotary positions do not need")
-    import torch
-
-    for _, each in buffers:
-        each.div_(torch.from_numpy(factors.copy()))

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.trace.gguf_table import Architecture, Change, halves
+from mesh.importer.trace.library import torch_and_transformers
 from mesh.importer.trace.model import TracedModel
 from mesh.importer.trace.weights import ModelParameters, NamedTensors
 from mesh.importer.write.kept import SourceMatrix
 
-__all__ = ["FREQUENCY_FACTORS", "GgufParameters"]
+__all__ = ["GgufParameters", "divide_frequencies"]
 
 Array = npt.NDArray[Any]
 
@@ -126,3 +127,16 @@ def _candidates(parameter: str, names: Callable[[str], str | None], architecture
     bias = names(parameter.removesuffix("_bias")) or names(f"{part}.gate.e_score_correction")
     yield from ((f"{names(parameter)}{end}",) for end in ("", ".weight", ".bias"))
     yield (f"{bias}.bias",)
+
+
+def divide_frequencies(checkpoint: GgufTensors, module: Any) -> None:
+    """Divide the rotary frequencies of `module` by the factors that the file has for them."""
+    if FREQUENCY_FACTORS not in checkpoint:
+        return
+    torch, _ = torch_and_transformers()
+    factors = np.array(checkpoint.read(FREQUENCY_FACTORS), np.float32)
+    buffers = [each for name, each in module.named_buffers() if name.endswith("inv_freq")]
+    if not buffers or any(tuple(each.shape) != factors.shape for each in buffers):
+        raise CorruptModel(f"{checkpoint.path}: {FREQUENCY_FACTORS} has {factors.size} entries, which the rotary positions do not need")
+    for each in buffers:
+        each.div_(torch.from_numpy(factors))
