@@ -1,7 +1,7 @@
 """Which decoder families of the installed transformers import, and whether their tokens are transformers' own.
 
     python bench/models.py --work DIR [--only NAME ...] [--multimodal] [--seconds N]    try families; results go to DIR/results.jsonl
-    python bench/models.py --work DIR --table                                             write docs/models.md from them
+    python bench/models.py --work DIR --table    write docs/models.md from them, and from the gguf.jsonl of bench/gguf_families.py
 
 Each family is a tiny model with random weights (bench/tiny_decoders.py): made and saved by transformers, imported by `mesh import`'s own
 function, then run as stages of 1 to N shards. 24 greedy tokens are compared with those that transformers generates. A run goes on where the
@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +56,18 @@ those that transformers generates, at every number of shards. Of the {all} famil
 tokens and {refused} are refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the
 table has not been tried: `mesh import` says what it finds, and writes no model whose logits differ from transformers' in its own check.
 """
+GGUF_HEAD = """
+## GGUF files
+
+Files of the architectures llama, qwen2, qwen3 and gemma3 are built from their weights. Any other is traced like a Hugging Face directory:
+the `gguf` package's tables name the tensors, the metadata become a configuration of transformers, and a key or a tensor that nothing reads
+refuses the file ([how](model-format.md#traced-models)).
+
+The table is written by `bench/gguf_families.py`: llama.cpp's own converter makes files of tiny models with random weights, and 24 greedy
+tokens of the imported file are compared with those of the model that was converted, at every number of shards. The last column says the
+same of llama.cpp's tokens from the file. Of the {all} families tried {equal} import with equal tokens and {refused} are refused; {others}
+cannot be converted, or the attempt ended otherwise.
+"""
 
 
 def main() -> None:
@@ -69,7 +82,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / "results.jsonl"
     if options.table:
-        DOCS.write_text(page(read(results)), encoding="utf-8")
+        DOCS.write_text(page(read(results)) + gguf_page(read(options.work / "gguf.jsonl")), encoding="utf-8")
         return
     began, done = time.monotonic(), set() if options.again else set(read(results))
     for kind in options.only or tiny_decoders.families(options.multimodal):
@@ -97,16 +110,22 @@ def tried(kind: str, work: Path) -> dict[str, Any]:
     try:
         with quiet():
             made = tiny_decoders.make(kind, source)
-            expected = wanted(made)
     except Exception as error:  # each family has its own demands on its sizes
         signal.alarm(0)
         return {"outcome": "unmade", "why": _text(error)}
+    try:
+        with quiet():
+            expected = wanted(made)
+    except Exception as error:  # nor can all of them be called with token ids alone
+        expected, silent = [], _text(error)
     began, cpu = time.monotonic(), time.process_time()
     try:
         way = "builder" if has_family(source) else "trace"
         manifest = import_model(source, out, ImportOptions())
         took = {"way": way, "seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
         took |= {"late": manifest.report.get("late_positions"), "windows": sorted({c.window for c in manifest.cache if c.window})}
+        if not expected:
+            return {"outcome": "unmade", "why": f"it imports, but transformers generates nothing to compare with: {silent}", **took}
         counts = list(range(1, manifest.layers + 1))
         compiled: Compiled = {}
         found = {count: greedy(out, manifest, expected[:PROMPT], count, compiled) for count in counts}
@@ -187,6 +206,20 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join([head, "| family | way | tokens |", "|---|---|---|", *rows, ""])
 
 
+def gguf_page(results: dict[str, dict[str, Any]]) -> str:
+    """The part of docs/models.md about GGUF files; nothing where none was tried."""
+    if not results:
+        return ""
+    counts = Counter(each["outcome"] for each in results.values())
+    others = len(results) - counts["equal"] - counts["refused"]
+    head = GGUF_HEAD.format(all=len(results), equal=counts["equal"], refused=counts["refused"], others=others)
+    rows = [
+        f"| {each.get('architecture', '-')} | {each['family']} | {_way(each)} | {_outcome(each)} | {each.get('llama', '-')} |"
+        for each in sorted(results.values(), key=lambda each: (each.get("architecture", "~"), each["family"]))
+    ]
+    return "\n".join([head, "| architecture | of the family | way | tokens | llama.cpp |", "|---|---|---|---|---|", *rows, ""])
+
+
 def _way(result: dict[str, Any]) -> str:
     return result.get("way", "-")
 
@@ -194,7 +227,7 @@ def _way(result: dict[str, Any]) -> str:
 def _outcome(result: dict[str, Any]) -> str:
     if result["outcome"] == "equal":
         return f"equal at 1 to {len(result['shards'])} shards{result.get('note', '')}"
-    why = re.sub(r"^\S*source(/config\.json)?: ", "", result.get("why", "")).replace("|", "\\|")
+    why = re.sub(r"^\S*(source(/config\.json)?|\.gguf): ", "", result.get("why", "")).replace("|", "\\|")
     return f"{result['outcome']}: {why[:220]}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mesh.importer.trace.library import quiet, torch_and_transformers
@@ -50,10 +51,31 @@ SIZES: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }
 """What a configuration gets for each of these keys that it has."""
+_KEYED = {each: {"rope_type": "default", "rope_theta": 10000.0} for each in ("full_attention", "sliding_attention")}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8}
+_OWN_CACHES = {"num_kv_shared_layers": 0, "per_layer_config": {}, "layer_types": ["sliding_attention", "full_attention"]}
 OWN: Mapping[str, Mapping[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
-    "dots3_note": {"per_layer_config": {}},
+    "bailing_hybrid": {"qk_rope_head_dim": 4, "head_dim": 8},
+    "bamba": _MAMBA,
     "bloom": {"hidden_size": 36, "n_head": 6},
+    "cohere_compass_text": {"rope_parameters": _KEYED, "logit_scale": 0.5},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
+    | {"ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
+    | {"layer_types": ["sliding_attention", "mlp", "sliding_attention", "mlp", "full_attention", "mlp"]},
+    "dots3_note": {"per_layer_config": {}},
+    "dots3_note_text": {"per_layer_config": {}},
+    "gemma4_text": _OWN_CACHES,
+    "gemma4_unified_text": _OWN_CACHES,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
+    "granitemoehybrid": _MAMBA,
+    "inkling2_text": {"unpadded_vocab_size": 96},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "attention_head_size": 8, "feed_forward_size": 56},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What single families need besides."""
 
@@ -66,11 +88,11 @@ def families(multimodal: bool = False) -> list[str]:
     return sorted(set(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(causal) if multimodal else causal)
 
 
-def make(kind: str, out: Path) -> Any:
-    """Write a random model of `kind` to `out` as transformers saves it; returns the model."""
+def make(kind: str, out: Path, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Write a random model of `kind`, with `more` settings, to `out` as transformers saves it; returns the model."""
     torch, transformers = torch_and_transformers()
     with quiet():
-        config = _config(transformers.CONFIG_MAPPING[kind], OWN.get(kind, {}))
+        config = _config(transformers.CONFIG_MAPPING[kind], {**OWN.get(kind, {}), **more})
         torch.manual_seed(sum(kind.encode()))
         mapping = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
         auto = next(each for each in mapping if type(config) in each._model_mapping)
@@ -87,12 +109,14 @@ def _config(kind: Any, own: Mapping[str, Any]) -> Any:
     default = kind()
     given = {**SIZES, **own}
     if "kv_lora_rank" in default.to_dict():  # latent attention: its head sizes follow from the parts
-        given = {key: value for key, value in given.items() if key not in ("head_dim", "qk_head_dim")} | {"num_key_value_heads": 4}
+        follow = {"head_dim", "qk_head_dim"} - set(own)
+        given = {key: value for key, value in given.items() if key not in follow} | {"num_key_value_heads": 4}
     values = {key: value for key, value in given.items() if key in default.to_dict() or key in own}
-    if kinds := list(dict.fromkeys(default.to_dict().get("layer_types") or ())):
+    if "layer_types" not in own and (kinds := list(dict.fromkeys(default.to_dict().get("layer_types") or ()))):
         values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]  # one layer of each kind
     for key, inner in _inner(default):
-        values[key] = _config(type(inner), {}).to_dict()
+        if key not in own:
+            values[key] = _config(type(inner), OWN.get(inner.model_type, {})).to_dict()
     return kind(**values)
 
 

@@ -121,7 +121,7 @@ def open_source(path: Path, options: ImportOptions | None = None, progress: Prog
     if kind == "gguf":
         from mesh.importer.sources import gguf
 
-        return gguf.open_source(path if path.is_file() else next(path.glob("*.gguf")))
+        return gguf.open_source(path if path.is_file() else next(path.glob("*.gguf")), progress)
     from mesh.importer.sources import safetensors
 
     if safetensors.has_family(path):

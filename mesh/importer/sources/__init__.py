@@ -8,6 +8,6 @@ safetensors.py      Hugging Face directories of the families that are built in; 
 traced.py           those of any other: transformers' implementation, taken through the ONNX path
 hub.py              models of the Hugging Face hub, fetched into its cache
 gguf.py             GGUF files; gguf_file.py reads the format, gguf_tokenizer.py builds the tokenizer from it,
-                    gguf_blocks.py takes quantized tensors apart
+                    gguf_blocks.py takes quantized tensors apart, gguf_traced.py traces what gguf.py does not build
 tokenizer.py        the tokenizer files of a model directory
 """

@@ -1,4 +1,4 @@
-"""The source for GGUF files: decoders of the kinds llama (Mixtral's experts too), qwen2, qwen3 and gemma3."""
+"""The source for GGUF files: decoders of the kinds llama (Mixtral's experts too), qwen2, qwen3 and gemma3. Others are traced."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mesh.importer.families.spec import DecoderSpec, EmbedWeights, Experts, Head
 from mesh.importer.families.tensors import Tensors
 from mesh.importer.sources.gguf_file import GgufCheckpoint
 from mesh.importer.sources.gguf_tokenizer import write_gguf_tokenizer
+from mesh.importer.sources.source import Source
+from mesh.types import Progress, no_progress
 
 __all__ = ["SUPPORTED", "open_source"]
 
@@ -30,8 +32,8 @@ GEMMA3_27B_LAYERS = 62  # the one size whose queries are scaled by hidden / head
 Array = npt.NDArray[Any]
 
 
-def open_source(path: Path) -> DecoderSource:
-    """Open a GGUF file (of a split model, the first part); reads only the header.
+def open_source(path: Path, progress: Progress = no_progress) -> Source:
+    """Open a GGUF file (of a split model, the first part); reads only the header. What is not built here is traced.
 
     Errors: ModelNotFound, CorruptModel, UnsupportedModel.
     """
@@ -40,7 +42,11 @@ def open_source(path: Path) -> DecoderSource:
         raise UnsupportedModel(f"reading {path} needs the import extra: pip install 'stagemesh[import]'")
     checkpoint = GgufCheckpoint(path)
     with decoding(CorruptModel, str(path)):
-        return _open(path, checkpoint)
+        if checkpoint.metadata.get("general.architecture") in SUPPORTED:
+            return _open(path, checkpoint)
+        from mesh.importer.sources import gguf_traced
+
+        return gguf_traced.open_source(path, checkpoint, progress)
 
 
 def _open(path: Path, checkpoint: GgufCheckpoint) -> DecoderSource:
@@ -70,11 +76,6 @@ class _Metadata:
         self.path = checkpoint.path
         self._values = checkpoint.metadata
         self.architecture = str(self._values.get("general.architecture"))
-        if self.architecture not in SUPPORTED:
-            raise UnsupportedModel(
-                f"{self.path}: GGUF architecture {self.architecture!r} is not a supported decoder; supported: {', '.join(SUPPORTED)}. "
-                "Import the Hugging Face directory that the file was made from: any decoder family is traced there"
-            )
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(f"{self.architecture}.{key}", default)

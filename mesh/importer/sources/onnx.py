@@ -49,7 +49,7 @@ def open_source(path: Path) -> OnnxSource:
 class OnnxSource:
     """An exported decoder; see mesh/importer/sources/source.py for the attributes. `file` is the .onnx file."""
 
-    kind: Literal["onnx", "safetensors"] = "onnx"
+    kind: Literal["onnx", "safetensors", "gguf"] = "onnx"
 
     def __init__(self, file: Path) -> None:
         self.file = file

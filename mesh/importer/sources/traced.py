@@ -15,7 +15,7 @@ from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 from mesh.importer.trace.export import export
 from mesh.importer.trace.library import versions
 from mesh.importer.trace.model import TracedModel, open_model
-from mesh.importer.trace.weights import Parameters
+from mesh.importer.trace.weights import ModelParameters, Parameters
 from mesh.importer.write.kept import SourceMatrix
 from mesh.model.manifest import FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress, no_progress
@@ -35,7 +35,7 @@ def open_source(directory: Path, trust_remote_code: bool = False, progress: Prog
     progress(f"trace it with torch {library['torch']}", 1, 3)
     graph = export(model, parameters)
     progress("read the graph", 2, 3)
-    source = TracedSource(directory, model, graph, parameters)
+    source = TracedSource(model.path, model, graph, parameters)
     if isinstance(checkpoint, QuantizedCheckpoint):
         source.note = "; ".join(filter(None, (source.note, checkpoint.note))) or None
     progress("read the graph", 3, 3)
@@ -43,13 +43,13 @@ def open_source(directory: Path, trust_remote_code: bool = False, progress: Prog
 
 
 class TracedSource(OnnxSource):
-    """A traced decoder; `parameters` are its weights, `model` is what transformers built."""
+    """A traced decoder; `parameters` are its weights, `model` is what transformers built of what `path` says."""
 
-    kind: Literal["onnx", "safetensors"] = "safetensors"
+    kind: Literal["onnx", "safetensors", "gguf"] = "safetensors"
     note: str | None = None
 
-    def __init__(self, directory: Path, model: TracedModel, graph: Any, parameters: Parameters) -> None:
-        self.file, self.model, self.parameters = directory / "config.json", model, parameters
+    def __init__(self, path: Path, model: TracedModel, graph: Any, parameters: ModelParameters) -> None:
+        self.file, self.model, self.parameters = path, model, parameters
         config = {**model.text.to_dict(), "model_type": model.kind}
         self._open(lambda: in_one_form(self.file, graph), config)
         if model.config is not model.text:
@@ -74,6 +74,10 @@ class TracedSource(OnnxSource):
     @property
     def name(self) -> str:
         return self.file.parent.resolve().name
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.file.parent.glob("*.safetensors"))
 
     @property
     def made(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from mesh.importer.trace.complex_numbers import pairs_of_reals
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel, cache_shapes
-from mesh.importer.trace.weights import Parameters
+from mesh.importer.trace.weights import ModelParameters
 
 __all__ = ["export"]
 
@@ -24,7 +24,7 @@ OPSET = 18
 WRAPPER = "model."  # what the wrapper puts before the names of parameters
 
 
-def export(model: TracedModel, parameters: Parameters) -> ir.Model:
+def export(model: TracedModel, parameters: ModelParameters) -> ir.Model:
     """The graph. Its weights are read from the checkpoint each time they are asked for, and never kept.
 
     UnsupportedModel: torch cannot trace the model. CorruptModel: the checkpoint lacks a weight that the graph uses.
@@ -54,7 +54,7 @@ def export(model: TracedModel, parameters: Parameters) -> ir.Model:
                 output_names=["logits", *(f"present.{pair}" for pair in pairs)],
             )
     except Exception as error:  # the exporter wraps what goes wrong in classes of its own
-        raise UnsupportedModel(f"{model.directory}: torch cannot trace {model.kind} ({_cause(error)})") from None
+        raise UnsupportedModel(f"{model.path}: torch cannot trace {model.kind} ({_cause(error)})") from None
     graph: ir.Model = program.model
     _give_weights(model, graph, parameters)
     return graph
@@ -97,7 +97,7 @@ def _wrapper(module: Any, new_cache: Callable[[Iterable[Any]], Any]) -> Any:
     return OneGraph().eval()
 
 
-def _give_weights(model: TracedModel, graph: ir.Model, parameters: Parameters) -> None:
+def _give_weights(model: TracedModel, graph: ir.Model, parameters: ModelParameters) -> None:
     """Put a reader in place of each weight, and its numbers in place of each buffer."""
     torch, _ = torch_and_transformers()
     own = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
@@ -112,7 +112,7 @@ def _give_weights(model: TracedModel, graph: ir.Model, parameters: Parameters) -
         elif name in buffers:
             value.const_value = ir.tensor(_numbers(buffers[name]), name=value.name)
         elif isinstance(held, torch.Tensor) and held.device.type == "meta":
-            raise UnsupportedModel(f"{model.directory}: {model.kind} makes the constant {value.name} while it runs: it cannot be traced")
+            raise UnsupportedModel(f"{model.path}: {model.kind} makes the constant {value.name} while it runs: it cannot be traced")
 
 
 def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
@@ -123,7 +123,7 @@ def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
 class _Reader(ir.LazyTensor):
     """A weight that is read anew each time. `source`: as the checkpoint has quantized it."""
 
-    def __init__(self, name: str, value: ir.Value, parameters: Parameters) -> None:
+    def __init__(self, name: str, value: ir.Value, parameters: ModelParameters) -> None:
         assert value.dtype is not None and value.shape is not None
         dtype, label = value.dtype, str(value.name)
         super().__init__(lambda: ir.tensor(parameters.read(name), name=label), dtype=dtype, shape=value.shape, name=label, cache=False)

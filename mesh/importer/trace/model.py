@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 
-__all__ = ["TracedModel", "cache_shapes", "open_model"]
+__all__ = ["TracedModel", "cache_shapes", "model_of", "open_model"]
 
 ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "moe", "dense", "sparse"))
 """Entries of `layer_types` whose state is a list of positions."""
@@ -21,12 +22,14 @@ ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention
 
 @dataclass(frozen=True, eq=False)
 class TracedModel:
-    """`module`: every parameter and buffer on the meta device. `config` is the whole one; `text` is that of its language model."""
+    """`module`: every parameter and buffer on the meta device. `config` is the whole one; `text` is that of its language model. `path`: the
+    file that says what the model is. `finish` changes buffers that no configuration describes."""
 
-    directory: Path
+    path: Path
     module: Any
     config: Any
     text: Any
+    finish: Callable[[Any], None] = field(default=lambda _: None)
 
     @property
     def kind(self) -> str:
@@ -41,21 +44,27 @@ class TracedModel:
     def real(self) -> Any:
         """A second construction, whose parameters alone have no memory: buffers have their values."""
         with _parameters_on_meta(), quiet():
-            return _build(self.config)
+            module = _build(self.config)
+        self.finish(module)
+        return module
 
 
 def open_model(directory: Path, trust_remote_code: bool = False) -> TracedModel:
     """The model of `directory`. UnsupportedModel: transformers does not know it, or it is no decoder with a cache of positions."""
-    config = _unquantized(_config(directory, trust_remote_code))
+    return model_of(directory / "config.json", _unquantized(_config(directory, trust_remote_code)))
+
+
+def model_of(path: Path, config: Any, finish: Callable[[Any], None] = lambda _: None) -> TracedModel:
+    """The model with the configuration that `path` says. UnsupportedModel as `open_model`."""
     text = config.get_text_config(decoder=True)
-    _refuse_by_config(directory, config, text)
+    _refuse_by_config(path, config, text)
     torch, _ = torch_and_transformers()
     with torch.device("meta"), quiet():
         module = _build(config)
-    _refuse_state(directory, config, type(module))
-    _refuse_attention(directory, config, text, module)
+    _refuse_state(path, config, type(module))
+    _refuse_attention(path, config, text, module)
     _fix_rotary(module)
-    return TracedModel(directory, module, config, text)
+    return TracedModel(path, module, config, text, finish)
 
 
 def _config(directory: Path, trust_remote_code: bool) -> Any:
@@ -108,8 +117,8 @@ def _fix_rotary(module: Any) -> None:
             each.rope_type = "default"
 
 
-def _refuse_by_config(directory: Path, config: Any, text: Any) -> None:
-    path, kind = directory / "config.json", config.model_type
+def _refuse_by_config(path: Path, config: Any, text: Any) -> None:
+    kind = config.model_type
     architectures = " ".join(config.architectures or ())
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in architectures:
         raise UnsupportedModel(f"{path}: {kind} is an encoder with a decoder: only decoders alone are served")
@@ -118,18 +127,22 @@ def _refuse_by_config(directory: Path, config: Any, text: Any) -> None:
         raise _stateful(path, kind, f"its layers are {', '.join(state)}")
 
 
-def _refuse_state(directory: Path, config: Any, kind: type) -> None:
+def _refuse_state(path: Path, config: Any, kind: type) -> None:
     if getattr(kind, "_is_stateful", False):
-        raise _stateful(directory / "config.json", config.model_type, f"transformers marks {kind.__name__} as stateful")
+        raise _stateful(path, config.model_type, f"transformers marks {kind.__name__} as stateful")
 
 
-def _refuse_attention(directory: Path, config: Any, text: Any, module: Any) -> None:
+def _refuse_attention(path: Path, config: Any, text: Any, module: Any) -> None:
     """Kinds of attention that a block has no form for; a trace would find them too, only later."""
-    path = directory / "config.json"
     if getattr(text, "num_kv_shared_layers", None):
         raise UnsupportedModel(
             f"{path}: the last {text.num_kv_shared_layers} layers of {config.model_type} read the keys and values of earlier layers, which "
             "may be on another shard: not served"
+        )
+    if getattr(text, "keep_window_size", None):
+        raise UnsupportedModel(
+            f"{path}: {config.model_type} adds a number made of each position's values to its scores, and hides the lowest beyond "
+            f"{text.keep_window_size} positions: such an attention is not served"
         )
 
 
@@ -180,14 +193,19 @@ def _parameters_on_meta() -> Iterator[None]:
 def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
     """(heads, key width, value width) of each layer's cache, from a run without numbers."""
     torch, transformers = torch_and_transformers()
-    path, kind = model.directory / "config.json", model.kind
+    path, kind = model.path, model.kind
     try:
-        with torch.device("meta"), torch.no_grad(), quiet(), caches_of(model.module) as new_cache:
+        with torch.device("meta"), torch.no_grad(), quiet(), caches_of(model.module) as new_cache, _attentions(model.module) as calls:
             cache = new_cache(())
             ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
             model.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     except Exception as error:
         raise UnsupportedModel(f"{path}: {kind} does not run on token ids and a cache ({_first(error)})") from None
+    if max(calls.values(), default=0) > 1:
+        raise UnsupportedModel(
+            f"{path}: the layers of {kind} run {max(calls.values())} times for each token, on what the last time has made: they cannot be "
+            "divided between shards"
+        )
     if not cache.layers:
         raise UnsupportedModel(f"{path}: {kind} does not fill the key/value cache that it is given: such a model is not served")
     shapes = []
@@ -199,6 +217,19 @@ def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
             raise UnsupportedModel(f"{path}: the cache of {kind} is no key and value for each position: such a model is not served")
         shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
     return shapes
+
+
+@contextmanager
+def _attentions(module: Any) -> Iterator[Counter[Any]]:
+    """How often each attention with a place in the cache is called within the block."""
+    calls: Counter[Any] = Counter()
+    found = [each for each in module.modules() if hasattr(each, "layer_idx") and type(each).__name__.endswith("Attention")]
+    hooks = [each.register_forward_pre_hook(lambda called, _: calls.update([called])) for each in found]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _first(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
-from mesh.importer.trace.weights import Parameters
+from mesh.importer.trace.weights import ModelParameters
 
 __all__ = ["TransformersReference"]
 
@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 class TransformersReference:
     """`whole`: keep all weights in memory. `name` says which engine it is."""
 
-    def __init__(self, model: TracedModel, parameters: Parameters, *, whole: bool) -> None:
+    def __init__(self, model: TracedModel, parameters: ModelParameters, *, whole: bool) -> None:
         _, transformers = torch_and_transformers()
         self.name = f"transformers {transformers.__version__}"
         self._model = model.real
@@ -89,7 +89,7 @@ def _late_layer(past: Past, index: int) -> Any:
 class _Loader:
     """Puts weights into a module that was built without any."""
 
-    def __init__(self, module: Any, parameters: Parameters) -> None:
+    def __init__(self, module: Any, parameters: ModelParameters) -> None:
         self._module, self._parameters = module, parameters
         self._own: dict[Any, list[tuple[str, str]]] = {}
         for prefix, each in module.named_modules(remove_duplicate=True):

@@ -1,4 +1,4 @@
-"""The parameters of a traced model from its checkpoint, read and converted one at a time.
+"""The parameters of a traced model from its checkpoint, read and converted one at a time. gguf_weights.py does it for GGUF files.
 
 Checkpoints name and divide tensors in their own ways (one tensor an expert, fused projections). transformers has a list of conversions
 for each model; they are applied here to one parameter at a time, so that no more than it is in memory.
@@ -6,6 +6,7 @@ for each model; they are applied here to one parameter at a time, so that no mor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
 from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
 
-__all__ = ["Parameters"]
+__all__ = ["ModelParameters", "Parameters"]
 
 Array = npt.NDArray[Any]
 
@@ -43,23 +44,61 @@ class _Recipe:
     tensors: list[tuple[str, str]] = field(default_factory=list)  # pattern, name in the checkpoint
 
 
-class Parameters:
+class ModelParameters(ABC):
     """Parameters and saved buffers of `model` by their names in it. `unused`: tensors of the checkpoint that it has no place for."""
 
-    def __init__(self, model: TracedModel, checkpoint: NamedTensors) -> None:
-        self._model, self._checkpoint = model.module, checkpoint
+    def __init__(self, model: TracedModel) -> None:
+        self._model = model.module
         self._state: Mapping[str, Any] = self._model.state_dict()
-        self._recipes: dict[str, _Recipe] = {}
-        self.unused: list[str] = []
-        with quiet():
-            self._plan(checkpoint)
         self._same = _tied(self._model)
+        self.unused: list[str] = []
 
     def check_complete(self) -> None:
         """CorruptModel where a parameter of the model has no tensor."""
         for name, _ in self._model.named_parameters():
             if name not in self:
                 self.read(name)
+
+    def __contains__(self, name: str) -> bool:
+        return self._source(name) is not None
+
+    def read(self, name: str) -> Array:
+        """The parameter `name` as float32 or its own integer type. CorruptModel: the checkpoint lacks it, or it has another shape."""
+        source = self._source(name)
+        if source is None:
+            raise CorruptModel(f"the checkpoint has no tensor for the parameter {name}: its weights are not those of its configuration")
+        array = self._made(source)
+        wanted = tuple(self._state[source].shape)
+        if array.shape != wanted:
+            raise CorruptModel(f"the tensor for {name} has shape {list(array.shape)} where the configuration needs {list(wanted)}")
+        return array
+
+    def matrix(self, name: str) -> SourceMatrix | None:
+        """The parameter `name` as the checkpoint has quantized it, if it is one tensor of it that a block can hold so."""
+        source = self._source(name)
+        return None if source is None else self._matrix(source)
+
+    def _source(self, name: str) -> str | None:
+        """The name under which the checkpoint's tensors make a parameter."""
+        return next((each for each in (name, *self._same.get(name, ())) if self._has(each)), None)
+
+    @abstractmethod
+    def _has(self, name: str) -> bool: ...
+    @abstractmethod
+    def _made(self, name: str) -> Array: ...
+    @abstractmethod
+    def _matrix(self, name: str) -> SourceMatrix | None: ...
+
+
+class Parameters(ModelParameters):
+    """Those of a directory with safetensors files."""
+
+    def __init__(self, model: TracedModel, checkpoint: NamedTensors) -> None:
+        super().__init__(model)
+        self._checkpoint = checkpoint
+        self._recipes: dict[str, _Recipe] = {}
+        with quiet():
+            self._plan(checkpoint)
 
     def _plan(self, names: Iterable[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -95,32 +134,16 @@ class Parameters:
             return [recipe.first]
         return [name for each in own if (name := recipe.first.replace(begin, each, 1)) in self._state]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._recipes or any(other in self._recipes for other in self._same.get(name, ()))
+    def _has(self, name: str) -> bool:
+        return name in self._recipes
 
-    def read(self, name: str) -> Array:
-        """The parameter `name` as float32 or its own integer type. CorruptModel: the checkpoint lacks it, or it has another shape."""
-        source = self._source(name)
-        if source is None:
-            raise CorruptModel(f"the checkpoint has no tensor for the parameter {name}: its weights are not those of its config.json")
-        array = self._made(source)
-        wanted = tuple(self._state[source].shape)
-        if array.shape != wanted:
-            raise CorruptModel(f"the tensor for {name} has shape {list(array.shape)} where config.json needs {list(wanted)}")
-        return array
-
-    def matrix(self, name: str) -> SourceMatrix | None:
-        """The parameter `name` as the checkpoint has quantized it, if it is one tensor of it that a block can hold so."""
-        recipe = self._recipes.get(self._source(name) or "")
-        if recipe is None or recipe.converter is not None:
+    def _matrix(self, name: str) -> SourceMatrix | None:
+        recipe = self._recipes[name]
+        if recipe.converter is not None:
             return None
         tensor = recipe.tensors[0][1]
         form = self._checkpoint.form(tensor)
         return None if form is None else SourceMatrix(lambda: self.read(name), form, lambda: self._checkpoint.kept(tensor))
-
-    def _source(self, name: str) -> str | None:
-        """The name under which the checkpoint's tensors make a parameter."""
-        return next((each for each in (name, *self._same.get(name, ())) if each in self._recipes), None)
 
     def _made(self, name: str) -> Array:
         torch, _ = torch_and_transformers()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from mesh.importer.sources.traced import TracedSource
 from mesh.importer.trace.library import available
 from mesh.importer.trace.model import TracedModel, cache_shapes, open_model
 from mesh.importer.trace.reference import TransformersReference
-from mesh.importer.trace.weights import Parameters
+from mesh.importer.trace.weights import ModelParameters, Parameters
 from mesh.importer.verify.oracle import OrtParts, open_oracle
 from mesh.importer.verify.verify import NOTHING, Outside
 
@@ -35,7 +34,7 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
     """What runs `source`, and what the manifest's report says about how it was made."""
     if isinstance(source, TracedSource):
         notes = {"made_by": source.made} | ({} if source.note is None else {"note": source.note})
-        return _transformers(source, source.file.parent, source.model, source.parameters), notes
+        return _transformers(source, source.weight_bytes, source.model, source.parameters), notes
     if isinstance(source, OnnxSource):
         return _onnxruntime(source), {}
     note = source.note if isinstance(source, DecoderSource) else None
@@ -44,15 +43,15 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
         try:
             model = open_model(source.directory)
             checkpoint = open_checkpoint(source.directory)
-            return _transformers(source, source.directory, model, Parameters(model, checkpoint)), notes
+            size = sum(file.stat().st_size for file in source.directory.glob("*.safetensors"))
+            return _transformers(source, size, model, Parameters(model, checkpoint)), notes
         except UnsupportedModel as error:
             return NOTHING, {**notes, "not_compared": str(error)}
     return NOTHING, notes
 
 
-def _transformers(source: Source, directory: Path, model: TracedModel, parameters: Parameters) -> Outside:
-    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    whole = size <= WHOLE_CHECKPOINT_BYTES
+def _transformers(source: Source, weight_bytes: int, model: TracedModel, parameters: ModelParameters) -> Outside:
+    whole = weight_bytes <= WHOLE_CHECKPOINT_BYTES
     same_cache = cache_shapes(model) == [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache] and _unscaled(source)
     reference = TransformersReference(model, parameters, whole=whole)
     return Outside(

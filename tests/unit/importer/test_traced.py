@@ -14,6 +14,7 @@ from tiny_models import LLAMA, logits_of, make_model
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer import run
 from mesh.importer.run import import_model
+from mesh.importer.trace.model import cache_shapes, open_model
 from mesh.importer.verify import outside
 from mesh.model.manifest import Manifest
 
@@ -99,3 +100,27 @@ def test_what_cannot_be_traced_is_refused_by_name_before_anything_is_written(tmp
     with pytest.raises(UnsupportedModel, match=r"builds model_type 'stablelm' .*pip install 'stagemesh\[trace\]'"):
         import_model(source, out)
     assert not out.exists()
+
+
+EARLY: dict[str, tuple[str, dict[str, Any], str]] = {
+    "layers that run several times": (
+        "HrmText",
+        {**LLAMA, "num_hidden_layers": 6, "H_cycles": 2, "L_cycles": 2, "head_dim": 16},
+        r"the layers of hrm_text run \d times for each token, .* cannot be divided between shards",
+    ),
+    "scores with a part of the values": (
+        "Doge",
+        {**LLAMA, "num_hidden_layers": 2, "keep_window_size": 2048},
+        r"doge adds a number made of each position's values to its scores, .* beyond 2048 positions",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_what_no_trace_can_help_is_refused_before_one(case: str, tmp_path: Path) -> None:
+    import transformers
+
+    kind, values, message = EARLY[case]
+    getattr(transformers, f"{kind}Config")(**values).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=message):
+        cache_shapes(open_model(tmp_path))

@@ -1,0 +1,195 @@
+"""Which architectures of GGUF files import, and whether their tokens are those of the converted model and of llama.cpp.
+
+    python bench/gguf_families.py --work DIR --llama SRC --tokens PROGRAM [--only NAME ...] [--again]
+
+Each family that llama.cpp's converter knows is a tiny model with random weights (bench/tiny_decoders.py), made by transformers and
+converted by `SRC/conversion`, which a source distribution of llama-cpp-python has (vendor/llama.cpp). Three engines add 24 tokens to one
+prompt: transformers from the model itself, llama.cpp from the file, and our runtime from the imported file at every number of shards. The
+models have no vocabulary. Results go to DIR/gguf.jsonl; bench/models.py --table writes them into docs/models.md.
+
+PROGRAM is bench/llama_tokens.cpp, built against llama.cpp:
+
+    g++ -O2 -std=c++17 -I SRC/include -I SRC/ggml/include bench/llama_tokens.cpp -o llama_tokens BUILD/src/libllama.a \\
+        BUILD/ggml/src/libggml.a BUILD/ggml/src/libggml-cpu.a BUILD/ggml/src/libggml-base.a -lgomp -lpthread -ldl -lm
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import models
+import tiny_decoders
+
+from mesh.errors import MeshError
+from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
+from mesh.importer.trace.library import quiet
+from mesh.runtime.programs import Compiled
+
+RESULTS = "gguf.jsonl"
+OLDER_NAMES = {"rotary_pct": 0.25, "n_ctx": 320, "rotary_dim": 8}  # that the converter reads, and transformers 5 writes otherwise
+SIGMOID = {"scoring_func": "sigmoid"}  # that configurations of checkpoints have, and transformers' own leave out
+TIED = {"tie_word_embeddings": True}  # llama.cpp has no other form of these
+PATTERN = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+NO_WINDOW = {"sliding_window": None}  # llama.cpp leaves these windows out
+SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3}
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "afmoe": PATTERN | {"num_dense_layers": 1, "mup_enabled": True, "route_scale": 1.7, "route_norm": True},
+    "bitnet": TIED,
+    "cohere": TIED,
+    "cohere2": TIED | PATTERN | {"rotary_pct": 1.0},
+    "deepseek_v3": SIGMOID,
+    "dots1": {"num_key_value_heads": 4, **SIGMOID},
+    "ernie4_5_moe": {"intermediate_size": 48},
+    "exaone4": NO_WINDOW | {"layer_types": ["full_attention"] * 2},
+    "exaone_moe": SIGMOID,
+    "gemma": TIED,
+    "gemma2": TIED | {"query_pre_attn_scalar": 8},
+    "glm4_moe_lite": SIGMOID,
+    "gpt2": {"n_inner": 128},
+    "gpt_bigcode": {"n_inner": 128},
+    "granite": SCALES,
+    "granitemoe": SCALES,
+    "granitemoeshared": SCALES | {"shared_intermediate_size": 24},
+    "mellum": PATTERN,
+    "minimax_m2": SIGMOID,
+    "mistral": NO_WINDOW,
+    "mixtral": NO_WINDOW,
+    "olmoe": {"num_key_value_heads": 4},
+    "phi": {"num_key_value_heads": 4, "intermediate_size": 128},
+    "phi3": NO_WINDOW,
+    "qwen3_moe": {"norm_topk_prob": True},
+    "smollm3": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
+    "starcoder2": NO_WINDOW,
+}
+"""What the converter or llama.cpp asks of a tiny model besides."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--llama", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--again", action="store_true", help="also those that are in the results already")
+    parser.add_argument("--convert", nargs=2, type=Path, metavar=("FROM", "TO"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.convert:
+        convert(options.llama, *options.convert)
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = options.work / RESULTS
+    done = set() if options.again else set(models.read(results))
+    for kind in options.only or convertible(options.llama):
+        if kind not in done:
+            result = tried(kind, options)
+            with results.open("a") as file:
+                file.write(json.dumps({"family": kind, **result}) + "\n")
+            print(f"{kind}: {json.dumps(result)}", flush=True)
+
+
+def convertible(llama: Path) -> list[str]:
+    """Families of transformers whose class the converter has."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    code = "import conversion; print(*conversion.TEXT_MODEL_MAP)"
+    known = subprocess.run([sys.executable, "-c", code], env=_with(llama), capture_output=True, text=True, check=True).stdout.split()
+    return sorted(kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in known)
+
+
+def convert(llama: Path, source: Path, out: Path) -> None:
+    """In a process of its own, whose gguf package is the converter's. The converted model says that it has no vocabulary."""
+    import gguf
+    import torch
+
+    conversion = import_module("conversion")
+    base = import_module("conversion.base")
+    settings = OLDER_NAMES | base.ModelBase.load_hparams(source, False)
+    kind: Any = conversion.get_model_class(conversion.get_model_architecture(settings, base.ModelType.TEXT))
+
+    def without_vocabulary(self: Any) -> None:
+        self.gguf_writer.add_tokenizer_model("none")
+        if not any(key.endswith(".vocab_size") for part in self.gguf_writer.kv_data for key in part):
+            self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+
+    names = {"set_vocab": without_vocabulary, "model_arch": kind.model_arch}
+    with torch.inference_mode():
+        type(kind.__name__, (kind,), names)(source, gguf.LlamaFileType.ALL_F32, out, eager=False, hparams=settings).write()
+
+
+def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """How one family went: `outcome` as in bench/models.py, or unconverted; `llama`: whether llama.cpp's tokens are the model's."""
+    source, file, out = (options.work / each for each in ("source", f"{kind}.gguf", "model"))
+    for each in (source, out):
+        shutil.rmtree(each, ignore_errors=True)
+    file.unlink(missing_ok=True)
+    try:
+        with quiet():
+            expected = models.wanted(tiny_decoders.make(kind, source, OWN.get(kind, {})))
+    except Exception as error:  # each family has its own demands on its sizes
+        return {"outcome": "unmade", "why": models._text(error)}
+    call = [sys.executable, __file__, "--work", options.work, "--llama", options.llama, "--convert", source, file]
+    made = subprocess.run(call, env=_with(options.llama), capture_output=True, text=True)
+    if made.returncode:
+        return {"outcome": "unconverted", "why": made.stderr.strip().splitlines()[-1][:300]}
+    said, llama = by_llama(options.tokens, file, expected) if options.tokens else ("not run", [])
+    result = {"architecture": _architecture(file), "llama": said, **imported(file, out, expected, llama)}
+    if result["outcome"] == "equal":
+        file.unlink()
+    return result
+
+
+def imported(file: Path, out: Path, expected: Sequence[int], llama: Sequence[int]) -> dict[str, Any]:
+    """How the import went. Tokens of llama.cpp that are not the model's show what the converter has lost: ours have to be these."""
+    began = time.process_time()
+    try:
+        manifest = import_model(file, out, ImportOptions())
+        took = {"way": "trace" if "made_by" in manifest.report else "builder", "cpu_seconds": round(time.process_time() - began, 1)}
+        counts = list(range(1, manifest.layers + 1))
+        compiled: Compiled = {}
+        found = {count: models.greedy(out, manifest, expected[: models.PROMPT], count, compiled) for count in counts}
+        wrong = [count for count, tokens in found.items() if tokens != expected]
+        as_llama = wrong == counts and all(tokens[models.PROMPT :] == llama for tokens in found.values())
+        note = {"note": "llama.cpp's tokens, which are not those of the model that was converted"} if as_llama else {}
+        return {"outcome": "different" if wrong and not as_llama else "equal", "shards": counts, "wrong": wrong, **note, **took}
+    except MeshError as error:
+        took = {"cpu_seconds": round(time.process_time() - began, 1)}
+        return {"outcome": "refused", "kind": type(error).__name__, "why": models._text(error), **took}
+    except Exception as error:
+        return {"outcome": "failed", "why": f"{type(error).__name__}: {models._text(error)}"}
+
+
+def by_llama(program: Path, file: Path, expected: Sequence[int]) -> tuple[str, list[int]]:
+    """How llama.cpp's tokens compare with those expected, and the tokens."""
+    prompt, wanted = expected[: models.PROMPT], list(expected[models.PROMPT :])
+    call = [str(program), str(file), str(len(wanted)), *map(str, prompt)]
+    run = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
+    if run.returncode:
+        return f"cannot run it: {' '.join(run.stderr.split())[:200]}", []
+    found = [int(line) for line in run.stdout.split()]
+    differs = next((f"differs from token {i}" for i in range(len(wanted)) if found[i] != wanted[i]), None)
+    return differs or "equal", found
+
+
+def _architecture(file: Path) -> str:
+    from mesh.importer.sources.gguf_file import GgufCheckpoint
+
+    return str(GgufCheckpoint(file).metadata["general.architecture"])
+
+
+def _with(llama: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(llama), str(llama / "gguf-py"), str(Path(__file__).parent)))}
+
+
+if __name__ == "__main__":
+    main()

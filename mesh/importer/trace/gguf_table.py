@@ -1,0 +1,286 @@
+"""What the architectures of GGUF files are in transformers, and what llama.cpp fixes that no file says.
+
+Names come from the libraries: those of tensors from the gguf package's tables (gguf_weights.py), those of most numbers from the keys that
+all architectures share (gguf_config.py). Here stands the rest. An architecture is added when bench/gguf_families.py has found its tokens
+equal to those of the model that was converted, and to llama.cpp's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ARCHITECTURES", "Architecture", "Header", "halves"]
+
+Array = npt.NDArray[Any]
+Change = Callable[[Sequence[Array], Any], Array]
+"""What makes a parameter of its tensors, with the configuration."""
+Settings = Callable[["Header", int], Mapping[str, Any]]
+"""Settings that take more than one value of the file, which has that many layers."""
+
+
+class Header(Protocol):
+    """What a file says of its model: a key without the architecture's name before it, and the shapes of its tensors."""
+
+    def get(self, key: str, default: Any = None) -> Any: ...
+    def has(self, tensor: str) -> bool: ...
+    def shape(self, tensor: str) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one name means.
+
+    kind: transformers' model_type.
+    fixed, rotary: settings of its configuration, and of its rotary positions, that hold for every file.
+    keys: which setting a key is, where other architectures call it otherwise.
+    implied: keys that say what others say already.
+    needs: what a key has to be (None: it may be left out), since transformers has nothing else.
+    settings: those of several values of the file.
+    pairs: queries and keys are stored with rotary pairs side by side.
+    norm_plus_one: norms are stored as the multiplier, of which the model keeps one less.
+    tensors: the tensors of a parameter, {} for its layer, by the end of its name.
+    changes: what makes a parameter of its tensors, by the end of its name.
+    """
+
+    kind: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    rotary: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    implied: tuple[str, ...] = ()
+    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    settings: Settings = lambda header, layers: {}
+    pairs: bool = False
+    norm_plus_one: bool = False
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+
+def halves(parts: Sequence[Array], config: Any) -> Array:
+    """Rows of a query or key with the two of a rotary pair side by side -> the first of all pairs, then the second."""
+    (array,) = parts
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return array.reshape(-1, width // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _windows(every: int) -> Settings:
+    """Layers with a window: as the file lists them, else all but each `every`th, as llama.cpp has it; none where there is no window."""
+
+    def layer_types(header: Header, layers: int) -> Mapping[str, Any]:
+        said = header.get("attention.sliding_window_pattern")
+        windowed = [bool(each) for each in said] if isinstance(said, list) else [(layer + 1) % every != 0 for layer in range(layers)]
+        there = bool(header.get("attention.sliding_window"))
+        return {"layer_types": ["sliding_attention" if there and each else "full_attention" for each in windowed[:layers]]}
+
+    return layer_types
+
+
+def _dense_first(header: Header, layers: int) -> Mapping[str, Any]:
+    """Which layers have experts, for configurations that list them."""
+    dense = int(header.get("leading_dense_block_count") or 0)
+    return {"mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(layers)]}
+
+
+def _both(*settings: Settings) -> Settings:
+    return lambda header, layers: {name: value for each in settings for name, value in each(header, layers).items()}
+
+
+def _scaled_by_head(header: Header, layers: int) -> Mapping[str, Any]:
+    """Queries of Gemma 2 are divided by the root of a head's width; in the largest one by that of the hidden size's share of a head."""
+    share = header.get("embedding_length") // header.get("attention.head_count")
+    return {"query_pre_attn_scalar": share if layers == GEMMA2_27B_LAYERS else header.get("attention.key_length")}
+
+
+def _latent(header: Header, layers: int) -> Mapping[str, Any]:
+    """Widths of the parts of heads whose keys and values are made of latents."""
+    turned = header.get("rope.dimension_count")
+    key = header.get("attention.key_length_mla") or header.get("attention.key_length")
+    share = header.get("embedding_length") // header.get("attention.head_count")
+    value = header.get("attention.value_length_mla") or header.get("attention.value_length") or share
+    heads = header.get("attention.head_count")  # the file counts one head of latents
+    return {
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": key - turned,
+        "v_head_dim": value,
+        "num_key_value_heads": heads,
+        "head_dim": turned,
+    }
+
+
+def _groups(header: Header, layers: int) -> Mapping[str, Any]:
+    return {"topk_method": "group_limited_greedy" if (header.get("expert_group_count") or 1) > 1 else "greedy"}
+
+
+def _ernie(header: Header, layers: int) -> Mapping[str, Any]:
+    return {"moe_layer_end_index": layers - 1}
+
+
+def _one_key(header: Header, layers: int) -> Mapping[str, Any]:
+    return {"multi_query": header.get("attention.head_count_kv") == 1}
+
+
+def _deepseek(header: Header) -> Architecture:
+    """Three generations have one name: the last has no experts, and the middle one chooses them by sigmoids."""
+    if header.get("expert_count") is None:
+        return Architecture("youtu", implied=(*LATENT, *EXPERTS), settings=_latent, tensors=KV_B, changes=_KV_B)
+    if header.get("expert_gating_func") == SIGMOID:
+        return Architecture("deepseek_v3", implied=LATENT, needs=BY_SIGMOID, settings=_latent, tensors=KV_B, changes=_KV_B)
+    return Architecture(
+        "deepseek_v2",
+        implied=LATENT,
+        needs={"expert_gating_func": (SOFTMAX, None)},
+        settings=_both(_latent, _groups),
+        tensors=KV_B,
+        changes=_KV_B,
+    )
+
+
+def _olmo(header: Header) -> Architecture:
+    """Two generations have one name: the last has windows."""
+    return Architecture("olmo3", settings=_windows(4)) if header.get("attention.sliding_window") else Architecture("olmo2")
+
+
+def _expanding(parts: Sequence[Array], config: Any) -> Array:
+    """Keys [heads, latent, width] and values [heads, width, latent] -> one matrix that makes both of latents, head by head."""
+    keys, values = parts
+    return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, keys.shape[1])
+
+
+def _turned(parts: Sequence[Array], config: Any) -> Array:
+    """A matrix of GPT-2, which its module keeps [in, out]."""
+    return parts[0].T
+
+
+def _turned_experts(parts: Sequence[Array], config: Any) -> Array:
+    return parts[0].swapaxes(1, 2)
+
+
+def _of_heads(parts: Sequence[Array], config: Any) -> Array:
+    """Queries, keys and values one after the other -> those of each head together."""
+    (array,) = parts
+    return array.reshape(3, config.num_attention_heads, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
+def _taking_turns(parts: Sequence[Array], config: Any) -> Array:
+    """Gates and ups of experts [experts, wide, ...] -> [experts, ..., 2 wide], one of each in turn."""
+    both = np.stack(list(parts), axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
+    return both if both.ndim == 2 else both.swapaxes(1, 2)
+
+
+def _row(parts: Sequence[Array], config: Any) -> Array:
+    return parts[0].reshape(1, -1)
+
+
+def _rows(parts: Sequence[Array], config: Any) -> Array:
+    """One linear layer of two, one after the other."""
+    return np.concatenate(list(parts))
+
+
+SOFTMAX, SIGMOID = 1, 2
+BY_SIGMOID: Mapping[str, tuple[Any, ...]] = {"expert_gating_func": (SIGMOID,)}
+GEMMA2_27B_LAYERS = 46
+LATENT = ("attention.key_length", "attention.key_length_mla", "attention.value_length_mla", "attention.head_count_kv")
+EXPERTS = ("expert_feed_forward_length", "expert_shared_count", "leading_dense_block_count")
+KV_B = {"kv_b_proj.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight")}
+_KV_B: Mapping[str, Change] = {"kv_b_proj.weight": _expanding}
+_CONV1D: Mapping[str, Change] = dict.fromkeys(("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight"), _turned)
+_QKV: Mapping[str, Change] = {"query_key_value.weight": _of_heads, "query_key_value.bias": _of_heads}
+_GPT_OSS = {
+    "experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
+    "experts.gate_up_proj_bias": ("blk.{}.ffn_gate_exps.bias", "blk.{}.ffn_up_exps.bias"),
+    "experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
+    "experts.down_proj_bias": ("blk.{}.ffn_down_exps.bias",),
+    "self_attn.sinks": ("blk.{}.attn_sinks.weight",),
+}
+_GRANITE_MOE = {
+    "block_sparse_moe.experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
+    "block_sparse_moe.experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
+    "block_sparse_moe.router.weight": ("blk.{}.ffn_gate_inp.weight",),
+    "shared_mlp.input_linear.weight": ("blk.{}.ffn_gate_shexp.weight", "blk.{}.ffn_up_shexp.weight"),
+    "shared_mlp.output_linear.weight": ("blk.{}.ffn_down_shexp.weight",),
+}
+
+ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
+    "afmoe": Architecture(
+        "afmoe",
+        fixed={"mup_enabled": True},
+        needs={"expert_gating_func": (SIGMOID, None), "expert_weights_norm": (True,)},
+        settings=_windows(4),
+    ),
+    "arcee": Architecture("arcee", pairs=True),
+    "bloom": Architecture("bloom", implied=("context_length", "feed_forward_length", "attention.head_count_kv"), changes=_QKV),
+    "chatglm": Architecture("glm"),
+    "cohere2": Architecture("cohere2", settings=_windows(4)),
+    "command-r": Architecture("cohere"),
+    "deepseek2": _deepseek,
+    "dots1": Architecture("dots1", needs=BY_SIGMOID),
+    "ernie4_5": Architecture("ernie4_5"),
+    "ernie4_5-moe": Architecture(
+        "ernie4_5_moe",
+        keys={
+            "expert_count": "moe_num_experts",
+            "expert_used_count": "moe_k",
+            "interleave_moe_layer_step": "moe_layer_interval",
+            "leading_dense_block_count": "moe_layer_start_index",
+        },
+        implied=("expert_shared_feed_forward_length",),
+        settings=_ernie,
+        tensors={"moe_statics.e_score_correction_bias": ("blk.{}.exp_probs_b.bias",)},
+    ),
+    "exaone4": Architecture("exaone4", settings=_windows(4)),
+    "exaone-moe": Architecture(
+        "exaone_moe",
+        implied=("expert_shared_feed_forward_length",),
+        needs=BY_SIGMOID,
+        settings=_both(_windows(4), _dense_first),
+    ),
+    "gemma": Architecture("gemma", norm_plus_one=True),
+    "gemma2": Architecture("gemma2", norm_plus_one=True, settings=_both(_windows(2), _scaled_by_head)),
+    "glm4": Architecture("glm4"),
+    "glm4moe": Architecture("glm4_moe", needs={"expert_gating_func": (SIGMOID, None)}),
+    "gpt2": Architecture("gpt2", changes=_CONV1D, implied=("attention.head_count_kv",)),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        rotary={"truncate": False},
+        settings=_windows(2),
+        tensors=_GPT_OSS,
+        changes={
+            "experts.gate_up_proj": _taking_turns,
+            "experts.gate_up_proj_bias": _taking_turns,
+            "experts.down_proj": _turned_experts,
+        },
+    ),
+    "gptneox": Architecture("gpt_neox", changes=_QKV),
+    "granite": Architecture("granite", pairs=True),
+    "granitemoe": Architecture("granitemoeshared", pairs=True, tensors=_GRANITE_MOE, changes={"shared_mlp.input_linear.weight": _rows}),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense"),
+    "jais2": Architecture("jais2"),
+    "minicpm3": Architecture(
+        "minicpm3",
+        fixed={"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4},
+        implied=("attention.key_length", "attention.head_count_kv"),
+        settings=_latent,
+    ),
+    "nemotron": Architecture("nemotron", norm_plus_one=True),
+    "olmo": Architecture("olmo", pairs=True, needs={"attention.layer_norm_epsilon": (np.float32(1e-5),)}),
+    "olmo2": _olmo,
+    "olmoe": Architecture("olmoe", fixed={"norm_topk_prob": False}),
+    "phi2": Architecture("phi"),
+    "phi3": Architecture("phi3", keys={"rope.scaling.original_context_length": "original_max_position_embeddings"}),
+    "qwen2moe": Architecture(
+        "qwen2_moe",
+        fixed={"norm_topk_prob": False, "use_sliding_window": False},
+        changes={"shared_expert_gate.weight": _row},
+    ),
+    "qwen3moe": Architecture("qwen3_moe", fixed={"norm_topk_prob": True, "use_sliding_window": False}),
+    "seed_oss": Architecture("seed_oss"),
+    "smollm3": Architecture("smollm3", fixed={"no_rope_layer_interval": 4, "use_sliding_window": False}, pairs=True),
+    "stablelm": Architecture("stablelm"),
+    "starcoder": Architecture("gpt_bigcode", settings=_one_key),
+    "starcoder2": Architecture("starcoder2"),
+}
+"""By the name in the file. A function chooses by what the file says."""

@@ -1,0 +1,142 @@
+"""The parameters of a traced model from a GGUF file: which tensors make each, by the gguf package's own table of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.trace.gguf_table import Architecture, Change, halves
+from mesh.importer.trace.library import torch_and_transformers
+from mesh.importer.trace.model import TracedModel
+from mesh.importer.trace.weights import ModelParameters, NamedTensors
+from mesh.importer.write.kept import SourceMatrix
+
+__all__ = ["GgufParameters", "divide_frequencies"]
+
+Array = npt.NDArray[Any]
+
+FREQUENCY_FACTORS = "rope_freqs.weight"
+LAYER = re.compile(r"\.(\d+)\.")
+HALVED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+
+
+class GgufTensors(NamedTensors, Protocol):
+    path: Any
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+class GgufParameters(ModelParameters):
+    """`name` of the file's architecture, `architecture` what it means."""
+
+    def __init__(self, model: TracedModel, checkpoint: GgufTensors, name: str, architecture: Architecture) -> None:
+        super().__init__(model)
+        self._checkpoint, self._architecture, self._config = checkpoint, architecture, model.text
+        self._tensors: dict[str, tuple[str, ...]] = {}
+        names = _names(name, model.text.num_hidden_layers)
+        for parameter in self._state:
+            found = self._find(parameter, names)
+            if found:
+                self._tensors[parameter] = found
+        used = {tensor for tensors in self._tensors.values() for tensor in tensors} | {FREQUENCY_FACTORS}
+        self.unused = [tensor for tensor in checkpoint if tensor not in used]
+        ahead = [tensor for tensor in self.unused if _layer(tensor) >= model.text.num_hidden_layers]
+        lost = next((tensor for tensor in self.unused if tensor not in ahead), None)
+        self.note = "the layers that guess tokens ahead are left out" if ahead else None
+        if lost is not None:
+            raise UnsupportedModel(
+                f"{checkpoint.path}: {architecture.kind} of transformers has no use for the tensor {lost}: this is a "
+                f"variant of {name} that is not supported"
+            )
+
+    def _find(self, parameter: str, names: Callable[[str], str | None]) -> tuple[str, ...]:
+        """The tensors of a parameter; none where the file has not all of them."""
+        for tensors in _candidates(parameter, names, self._architecture):
+            if tensors and all(tensor in self._checkpoint for tensor in tensors):
+                return tuple(tensors)
+        return ()
+
+    def _has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def _made(self, name: str) -> Array:
+        parts = [np.asarray(self._checkpoint.read(tensor)).astype(np.float32, copy=False) for tensor in self._tensors[name]]
+        change = self._change(name)
+        array = change(parts, self._config) if change is not None else parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        if self._architecture.norm_plus_one and name.endswith("norm.weight"):
+            array = array - 1
+        return np.ascontiguousarray(array).reshape(self._shape_of(name, array))
+
+    def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
+        """The parameter's own shape where only sides of 1 differ, which a file leaves out."""
+        wanted = tuple(self._state[name].shape)
+        same = [side for side in wanted if side > 1] == [side for side in array.shape if side > 1]
+        return wanted if same else array.shape
+
+    def _change(self, name: str) -> Change | None:
+        """What makes a parameter of its tensors: the table's, or rotary pairs put back to halves."""
+        own = next((change for end, change in self._architecture.changes.items() if name.endswith(end)), None)
+        return halves if own is None and self._architecture.pairs and name.endswith(HALVED) else own
+
+    def _matrix(self, name: str) -> SourceMatrix | None:
+        tensors, change = self._tensors[name], self._change(name)
+        if len(tensors) > 1 or len(self._state[name].shape) != 2 or change not in (None, halves):
+            return None
+        form = self._checkpoint.form(tensors[0])
+        if form is None:
+            return None
+
+        def rows(array: Array) -> Array:
+            return array if change is None else change([array], self._config)
+
+        return SourceMatrix(lambda: self.read(name), form, lambda: self._checkpoint.kept(tensors[0]).rows(rows))
+
+
+def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
+    """The tensor that the gguf package's table names for a part of a Hugging Face model."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    table = get_tensor_name_map(next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), layers)
+    return lambda part: table.get_name(part) or table.get_name(part.partition(".")[2])  # some are named without what holds the layers
+
+
+def _layer(tensor: str) -> int:
+    found = re.match(r"blk\.(\d+)\.", tensor)
+    return int(found[1]) if found else -1
+
+
+def _candidates(parameter: str, names: Callable[[str], str | None], architecture: Architecture) -> Iterator[tuple[str, ...]]:
+    """Tensors that together may be `parameter`, the likeliest first."""
+    own = next((tensors for end, tensors in architecture.tensors.items() if parameter.endswith(end)), None)
+    if own is not None:
+        layer = LAYER.search(parameter)
+        yield tuple(tensor.format(layer[1] if layer else "") for tensor in own)
+        return
+    part, _, kind = parameter.rpartition(".")
+    if kind in ("weight", "bias"):
+        yield (f"{names(part)}.{kind}",)
+        return
+    if kind == "gate_up_proj":  # of all experts
+        yield (f"{names(parameter)}.weight",)
+        yield f"{names(f'{part}.gate_proj')}.weight", f"{names(f'{part}.up_proj')}.weight"
+    bias = names(parameter.removesuffix("_bias")) or names(f"{part}.gate.e_score_correction")
+    yield from ((f"{names(parameter)}{end}",) for end in ("", ".weight", ".bias"))
+    yield (f"{bias}.bias",)
+
+
+def divide_frequencies(checkpoint: GgufTensors, module: Any) -> None:
+    """Divide the rotary frequencies of `module` by the factors that the file has for them."""
+    if FREQUENCY_FACTORS not in checkpoint:
+        return
+    torch, _ = torch_and_transformers()
+    factors = np.array(checkpoint.read(FREQUENCY_FACTORS), np.float32)
+    buffers = [each for name, each in module.named_buffers() if name.endswith("inv_freq")]
+    if not buffers or any(tuple(each.shape) != factors.shape for each in buffers):
+        raise CorruptModel(f"{checkpoint.path}: {FREQUENCY_FACTORS} has {factors.size} entries, which the rotary positions do not need")
+    for each in buffers:
+        each.div_(torch.from_numpy(factors))

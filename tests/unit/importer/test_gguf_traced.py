@@ -1,0 +1,227 @@
+"""GGUF files of architectures that nothing here builds: transformers' implementation is traced, with the weights of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from ort_chain import Chain, relative_error
+from tiny_models import LLAMA, logits_of, make_model
+
+from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.run import import_model
+from mesh.importer.sources.gguf_file import GgufCheckpoint
+from mesh.importer.trace.gguf_config import architecture_of, configuration
+from mesh.importer.trace.gguf_weights import GgufParameters
+from mesh.importer.trace.model import model_of
+from mesh.importer.trace.reference import TransformersReference
+
+BASE = {**LLAMA, "num_hidden_layers": 2}
+HEADS, KV_HEADS = LLAMA["num_attention_heads"], LLAMA["num_key_value_heads"]
+SIZES: Mapping[str, Any] = {
+    "block_count": 2,
+    "context_length": LLAMA["max_position_embeddings"],
+    "embedding_length": LLAMA["hidden_size"],
+    "feed_forward_length": LLAMA["intermediate_size"],
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": KV_HEADS,
+}
+PROMPT = np.random.default_rng(1).integers(0, LLAMA["vocab_size"], 23)
+Stored = Callable[[str, np.ndarray], np.ndarray]
+
+
+def as_it_is(name: str, array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def in_pairs(name: str, array: np.ndarray) -> np.ndarray:
+    """Queries and keys as llama.cpp's converter stores those of LLaMA's kin."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return array
+    heads = HEADS if "q_proj" in name else KV_HEADS
+    return array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+
+
+def norms_plus_one(name: str, array: np.ndarray) -> np.ndarray:
+    return array + 1 if name.endswith("norm.weight") else array
+
+
+def fits(array: Any) -> bool:
+    """Whether a matrix has blocks of 32."""
+    return array.ndim == 2 and array.shape[1] % 32 == 0
+
+
+def write(path: Path, architecture: str, model: Any, keys: Mapping[str, Any], stored: Stored = as_it_is, quantized: bool = False) -> None:
+    """`keys`: without the architecture's name before them. `quantized`: matrices as Q8_0."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        add: Mapping[type, Callable[[str, Any], None]] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        add[type(value)](f"{architecture}.{key}", value)
+    writer.add_tokenizer_model("none")
+    kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, 2)
+    for name, value in model.state_dict().items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is None or (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            continue
+        array = np.ascontiguousarray(stored(name, value.float().numpy()), np.float32)
+        if quantized and fits(array):
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(theirs, gguf.quants.quantize(array, q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(theirs, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+STARCODER2 = {**SIZES, "attention.layer_norm_epsilon": 1e-5, "rope.freq_base": 5000.0}
+GRANITE = {
+    **SIZES,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.dimension_count": LLAMA["hidden_size"] // HEADS,
+    "attention.scale": 0.3,
+    "embedding_scale": 3.0,
+    "residual_scale": 0.5,
+    "logit_scale": 2.0,
+}
+GEMMA2 = {
+    **SIZES,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.key_length": 24,
+    "attention.value_length": 24,
+    "attention.sliding_window": 9,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 9.0,
+}
+CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
+    "as they are": ("starcoder2", "Starcoder2", {**BASE, "sliding_window": None, "norm_epsilon": 1e-5}, STARCODER2, as_it_is),
+    "pairs, and four scales": (
+        "granite",
+        "Granite",
+        BASE
+        | {"rms_norm_eps": 1e-5, "attention_multiplier": 0.3, "embedding_multiplier": 3.0}
+        | {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+        GRANITE,
+        in_pairs,
+    ),
+    "norms, soft caps and windows": (
+        "gemma2",
+        "Gemma2",
+        BASE
+        | {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 9, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+        | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0},
+        GEMMA2,
+        norms_plus_one,
+    ),
+}
+
+
+def rotary(values: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, "rope_parameters": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_configuration_and_the_weights_are_those_of_the_model(case: str, tmp_path: Path) -> None:
+    architecture, kind, values, keys, stored = CASES[case]
+    model, path = make_model(kind, rotary(values, keys)), tmp_path / "model.gguf"
+    write(path, architecture, model, keys, stored)
+    checkpoint = GgufCheckpoint(path)
+    found = architecture_of(checkpoint)
+    traced = model_of(path, configuration(checkpoint, found))
+    reference = TransformersReference(traced, GgufParameters(traced, checkpoint, architecture, found), whole=True)
+    assert relative_error(reference.logits(PROMPT), logits_of(model, PROMPT.tolist())) < 1e-5
+
+
+def test_an_import_computes_what_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers needs it to read GGUF files")
+    architecture, kind, values, keys, stored = CASES["as they are"]
+    path = tmp_path / "model.gguf"
+    write(path, architecture, make_model(kind, rotary(values, keys)), {**keys, "vocab_size": LLAMA["vocab_size"]}, stored)
+    manifest = import_model(path, tmp_path / "model")
+    assert manifest.source == "gguf" and manifest.architecture == "starcoder2" and manifest.tokenizer is None
+    assert manifest.report["made_by"]["way"] == "trace" and manifest.report["source_greedy_equal"] == 1.0
+    import torch
+    from transformers import AutoConfig, Starcoder2ForCausalLM
+
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+    config.rope_parameters["rope_theta"], config.vocab_size = keys["rope.freq_base"], LLAMA["vocab_size"]  # which their table leaves out
+    theirs = Starcoder2ForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, config=config, dtype=torch.float32).eval()
+    assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(theirs, PROMPT.tolist())) < 1e-4
+
+
+def test_quantized_matrices_stay_as_they_are_with_their_rows_in_another_order(tmp_path: Path) -> None:
+    architecture, kind, values, keys, stored = CASES["pairs, and four scales"]
+    model, path = make_model(kind, rotary(values, keys)), tmp_path / "model.gguf"
+    write(path, architecture, model, keys, stored, quantized=True)
+    manifest = import_model(path, tmp_path / "model")
+    assert manifest.weights.kept == "Q8_0"
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    for value in model.state_dict().values():
+        if fits(value):
+            value.copy_(value.new_tensor(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), q8), q8)))
+    assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(model, PROMPT.tolist())) < 1e-3
+
+
+REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
+    "a setting that nothing reads": ("starcoder2", {"attention.scale": 0.5}, r"starcoder2\.attention\.scale \(0\.5\) is a setting that"),
+    "scaling that a table does not hold": ("starcoder2", {"rope.scaling.type": "longrope"}, r"rotary positions with starcoder2\.rope\.sc"),
+    "layers that differ": ("starcoder2", {"attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv differs between layers"),
+    "experts that are chosen otherwise": ("dots1", {"expert_gating_func": 1}, r"expert_gating_func is 1 where dots1 of transformers has 2"),
+    "recurrent state": ("mamba2", {"ssm.state_size": 16}, r"'mamba2' is not supported: it keeps recurrent .*mamba2\.ssm\.state_size"),
+    "an encoder": ("bert", {"attention.causal": False}, r"'bert' is not supported: it is an encoder"),
+    "one that is not described": ("grok", {}, r"'grok' is not supported: what its metadata .* any decoder family is traced there"),
+    "one that nobody knows": ("bertx", {}, r"'bertx' is not supported: the installed gguf package does not know it"),
+}
+
+
+class Named:
+    """A file that says `keys` of its model."""
+
+    path = "model.gguf"
+
+    def __init__(self, architecture: str, keys: Mapping[str, Any]) -> None:
+        self.metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in keys.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return False
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (LLAMA["vocab_size"], LLAMA["hidden_size"])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_served_is_refused_by_name_from_the_metadata_alone(case: str) -> None:
+    architecture, keys, message = REFUSED[case]
+    file = Named(architecture, {**STARCODER2, **keys})
+    with pytest.raises(UnsupportedModel, match=message):
+        configuration(file, architecture_of(file))
+
+
+def test_a_file_that_lacks_a_weight_or_has_one_too_many_is_refused(tmp_path: Path) -> None:
+    architecture, kind, values, keys, stored = CASES["as they are"]
+    path, out = tmp_path / "model.gguf", tmp_path / "out"
+    write(path, architecture, make_model(kind, rotary(values, keys)), keys, stored)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_uq.weight"))
+    with pytest.raises(UnsupportedModel, match=r"no use for the tensor blk\.1\.ffn_uq\.weight"):
+        import_model(path, out)
+    at = whole.index(b"starcoder2.block_count") + len(b"starcoder2.block_count") + 4
+    path.write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])
+    with pytest.raises(CorruptModel, match=r"starcoder2\.block_count is 0 where a number from 1"):
+        import_model(path, out)
+    assert not out.exists()
