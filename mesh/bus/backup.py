@@ -126,7 +126,7 @@ async def restore_streams(bus: Bus, folder: Path, *, replace: bool = False, prog
             await _api(bus, f"DELETE.{stream.name}", {})
         await _restore(bus, stream, folder, progress)
     for stream in wanted:
-        await _settled(bus, stream.name)
+        await _settled(bus, stream.name, int(stream.state["last_seq"]))
     return [stream.name for stream in wanted]
 
 
@@ -205,14 +205,16 @@ async def _restore(bus: Bus, stream: SavedStream, folder: Path, progress: Progre
         raise ServiceError(f"{stream.name} has {messages} messages after it was restored, and had {stream.messages}")
 
 
-async def _settled(bus: Bus, name: str) -> None:
-    """Wait until every server of the cluster that keeps the stream has all of it: each of them answers reads."""
+async def _settled(bus: Bus, name: str, last: int) -> None:
+    """Wait until every server of the cluster that keeps the stream has all of it, up to the message of the number `last`: each of them
+    answers reads. A server that has just been made the leader may say that all are current, and have nothing yet."""
     deadline = time.monotonic() + _COPIES_S
     while True:
         said = await _api(bus, f"INFO.{name}", {})
         cluster = said.get("cluster") or {}
         copies = cluster.get("replicas") or []
-        if (not copies or cluster.get("leader")) and all(copy.get("current") and not copy.get("lag") for copy in copies):
+        led = int(said["state"]["last_seq"]) >= last and (not copies or cluster.get("leader"))
+        if led and all(copy.get("current") and not copy.get("lag") for copy in copies):
             return
         if time.monotonic() > deadline:
             behind = ", ".join(str(copy.get("name")) for copy in copies if not copy.get("current") or copy.get("lag"))
