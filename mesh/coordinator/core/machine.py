@@ -428,6 +428,9 @@ class Core:
             ends.end(state, session, Act.FAIL, "error", ends.other_version())
             return
         if request.embed:
+            if not token.finite:
+                ends.end(state, session, Act.FAIL, "error", ends.no_vector())
+                return
             session.first_token_at = state.now
             state.effects.append(Emit(session.id, 0, token))
             ends.end(state, session, Act.FINISH, "stop")
