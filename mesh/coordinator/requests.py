@@ -230,6 +230,7 @@ def options_of(message: Generate | Tokenize, tools: Sequence[Tool]) -> ChatOptio
         continue_final_message=message.continue_final_message,
         parse_special=message.parse_special,
         tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+        variables=message.chat_template_kwargs,
     )
 
 

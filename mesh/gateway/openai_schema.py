@@ -18,6 +18,7 @@ from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 from mesh.protocol.structured import LogitBias, SchemaObject, StructuredOutputs
+from mesh.protocol.template_values import TemplateValues
 from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, Tool, ToolCall, ToolChoice, ToolFormatName
 
 __all__ = [
@@ -203,13 +204,15 @@ def _choice(choice: ToolChoice) -> Any:
 
 
 class ChatRequest(Common):
-    """add_generation_prompt, continue_final_message, parse_special and tool_format are additions: see mesh.protocol.generation.Generate."""
+    """add_generation_prompt, continue_final_message, parse_special, chat_template_kwargs and tool_format are additions: see
+    mesh.protocol.generation.Generate."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     parse_special: bool = False
+    chat_template_kwargs: TemplateValues | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
@@ -236,8 +239,13 @@ class ChatRequest(Common):
     def turns(self) -> dict[str, Any]:
         """The fields of mesh.protocol.generation.Generate about messages."""
         messages = [message.request() for message in self.messages]
-        names = {"add_generation_prompt", "continue_final_message", "parse_special"}
-        return {"messages": messages, **self.model_dump(include=names & self.model_fields_set), **self._form(), **self._tools()}
+        names = {"add_generation_prompt", "continue_final_message", "parse_special", "chat_template_kwargs"}
+        return {
+            "messages": messages,
+            **self.model_dump(include=names & self.model_fields_set, exclude_none=True),
+            **self._form(),
+            **self._tools(),
+        }
 
     def _tools(self) -> dict[str, Any]:
         if not self.tools:
