@@ -132,6 +132,7 @@ class _Grammars:
             form=form,
             tokenizer=self._tokenizer,
             vocabulary=self._vocabulary(),
+            answer=message.structured_outputs,
         )
         return grammar or ""
 

@@ -243,7 +243,8 @@ class MessagesRequest(SamplingFields, CountRequest):
         given = self.model_dump(include=names & self.model_fields_set | {"temperature", "max_tokens"}, exclude_none=True)
         if self.stop_sequences:
             given["stop"] = self.stop_sequences
-        if self.output_config is not None and self.output_config.format is not None:
+        forced = self.tool_choice is not None and self.tool_choice.type in ("any", "tool")  # then there is no text that could have a form
+        if self.output_config is not None and self.output_config.format is not None and not forced:
             given["structured_outputs"] = {"json": self.output_config.format.form}
         if self.tool_choice is not None:
             given |= self.tool_choice.request()

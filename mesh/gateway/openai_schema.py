@@ -261,7 +261,8 @@ class ChatRequest(Common):
             return {}
         if self.structured_outputs is not None:
             raise BadRequest("response_format and structured_outputs both say which form the answer has: give one", field="response_format")
-        return {"structured_outputs": form}
+        forced = self.tools and self.tool_choice not in (None, "auto", "none")
+        return {} if forced else {"structured_outputs": form}  # of text: an answer of calls has none
 
     @property
     def longest(self) -> int | None:
