@@ -160,6 +160,9 @@ class Requests:
             bad = next(token for token in tokens if token >= manifest.vocab_size)
             raise BadRequest(f"token {bad} is not in the vocabulary: ids are 0 to {manifest.vocab_size - 1}", field=field)
         self._require_tokens(len(tokens), message.longest)
+        wanted = 0 if message.embed is None else message.embed.dimensions or 0
+        if wanted > manifest.hidden.size:
+            raise BadRequest(f"dimensions is {wanted:,}, but a vector has {manifest.hidden.size:,}: ask for fewer", field="dimensions")
         if len(message.given) > message.max_tokens or max(message.given, default=0) >= manifest.vocab_size:
             raise BadRequest(
                 "given is not a beginning of this request's answer: give the tokens that it was answered with, or none", field="given"
