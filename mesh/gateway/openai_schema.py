@@ -155,7 +155,7 @@ class Common(SamplingFields, RequestBody):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    model: Label
+    model: Label | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -415,10 +415,13 @@ class TextCompletion(ResponseBody):
 
 
 class ModelCard(ResponseBody):
+    """`max_model_len`: the most tokens that a prompt and its answer may have together now; null where a layer range has no shard."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None
 
 
 class ModelList(ResponseBody):
