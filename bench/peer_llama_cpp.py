@@ -206,7 +206,7 @@ def tool_calls() -> Iterator[Case]:
     yield from asked("weather", weather, well_called([WEATHER]), tools=[WEATHER])
     call = {"id": "call_6789", "type": "function", "function": {"name": "calculate", "arguments": '{"expression":"sin(30 * pi / 180)"}'}}
     result = {"role": "tool", "name": "calculate", "content": "0.556", "tool_call_id": "call_6789"}
-    done = [
+    done: list[Body] = [
         {"role": "user", "content": "What is the sine of 30 degrees?"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         result,

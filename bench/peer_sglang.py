@@ -230,7 +230,7 @@ def tools() -> Iterator[Case]:
     def strict(*tools: Body) -> list[Body]:
         return [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
 
-    one = {"parallel_tool_calls": False}
+    one: Body = {"parallel_tool_calls": False}
     named = {"type": "function", "function": {"name": "get_weather"}}
     yield from ways("auto", well_called(three), tools=three, tool_choice="auto")
     yield from ways("required", well_called(three, least=1), tools=three, tool_choice="required", temperature=0.2, **one)
@@ -304,7 +304,7 @@ def responses() -> Iterator[Case]:
         body = {"model": MODEL, "input": "The capital of France is", "temperature": 0, "max_output_tokens": 16, **more}
         return Case(suite, name, sends(path, body, check), reason)
 
-    all_keys = {"store": True, "parallel_tool_calls": True, "tool_choice": "auto", "truncation": "disabled", "top_p": 1.0}
+    all_keys: Body = {"store": True, "parallel_tool_calls": True, "tool_choice": "auto", "truncation": "disabled", "top_p": 1.0}
     for name in ("a response", "a completion"):
         yield case(name, is_response, **all_keys)
         yield case(f"{name}, streaming", whole_response_stream, stream=True, **all_keys)
@@ -349,7 +349,7 @@ def messages() -> Iterator[Case]:
         ("a stream of several turns", {"messages": talk}),
         ("a stream with a system", {"system": "Be a pirate."}),
     ):
-        yield case(name, whole_stream, stream=True, **more)  # type: ignore[arg-type]
+        yield case(name, whole_stream, stream=True, **more)
     yield case("max_tokens below one", refused, max_tokens=-1)
     yield case("no messages", refused, messages=[])
     yield Case(suite, "no JSON", lambda peer: refused(*_pair(peer, b"not json")))

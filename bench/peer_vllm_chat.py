@@ -129,13 +129,13 @@ def chats() -> Iterator[Case]:
     for seed in (-(2**63) - 1, 2**63):
         yield case(f"the seed {seed}", refused, seed=seed)
     yield Case(suite, "invocations", sends("/invocations", chat_body(), content(str)), "another route")
-    warm = {"temperature": 0.7}
+    warm: Body = {"temperature": 0.7}
     yield case("n", choices(3), n=3, **warm)
     yield case("n, streaming", streamed(choices(2)), n=2, stream=True, **warm)
     yield case("n with a seed", choices(2), n=2, seed=42, **warm)
     yield case("n is one", choices(1), n=1, **warm)
     start = [HELLO[0], {"role": "assistant", "content": "Here is a saying. An apple a day, keeps"}]
-    going = {"continue_final_message": True, "add_generation_prompt": False}
+    going: Body = {"continue_final_message": True, "add_generation_prompt": False}
     yield case("a message continued", content(lambda text: "saying" not in text), messages=start, **going)
     yield case("echo: a message continued", content(lambda text: "saying" in text), "keys of that server", start, echo=True, **going)
     yield case("echo: false", content(str), "keys of that server", start, echo=False, **going)
@@ -251,7 +251,7 @@ def completions() -> Iterator[Case]:
     def unlike(status: int, body: Any) -> bool:
         return choices(3)(status, body) and len({choice["text"] for choice in body["choices"]}) == 3
 
-    many = {"prompt": "Once upon a time there was", "n": 3, "temperature": 1.0, "seed": 42, "max_tokens": 20}
+    many: Body = {"prompt": "Once upon a time there was", "n": 3, "temperature": 1.0, "seed": 42, "max_tokens": 20}
     yield case("n", unlike, logprobs=0, **many)
     yield case("n, streaming", streamed(unlike), stream=True, **many)
     yield from stream_options(suite, TEXT, asked)
@@ -275,7 +275,7 @@ def completions() -> Iterator[Case]:
     yield case("no prompts", refused, prompt=[])
     yield case("one prompt", choices(1), prompt=["hello"])
     yield case("an id beyond the vocabulary", says("999999"), prompt=[999999])
-    emoji = {"prompt": "I love coding 🚀", "logprobs": 1, "max_tokens": 10}
+    emoji: Body = {"prompt": "I love coding 🚀", "logprobs": 1, "max_tokens": 10}
     yield case("token ids", lambda _, body: bool(choice_of(body)["token_ids"]), "keys of that server", return_token_ids=True, **emoji)
     yield case("tokens as ids", ok, "keys of that server", return_tokens_as_token_ids=True, **emoji)
 
@@ -347,9 +347,12 @@ def tools() -> Iterator[Case]:
     yield same("no tools, whole and streamed", content(str), joke)
     yield same("tools that are not needed, whole and streamed", well_called([WEATHER]), joke, tools=[WEATHER])
     yield same("a call, whole and streamed", well_called(both), dallas, tools=both)
-    one = [*dallas, {"role": "assistant", "tool_calls": [called("chatcmpl-tool-1", "Dallas")]}, result("chatcmpl-tool-1")]
+    one: list[Body] = [*dallas, {"role": "assistant", "tool_calls": [called("chatcmpl-tool-1", "Dallas")]}, result("chatcmpl-tool-1")]
     yield same("a result, whole and streamed", well_called(both), one, tools=both)
-    two = [*dallas, {"role": "assistant", "tool_calls": [called("chatcmpl-tool-1", "Dallas"), called("chatcmpl-tool-2", "Orlando")]}]
+    two: list[Body] = [
+        *dallas,
+        {"role": "assistant", "tool_calls": [called("chatcmpl-tool-1", "Dallas"), called("chatcmpl-tool-2", "Orlando")]},
+    ]
     yield same(
         "two results, whole and streamed", well_called(both), [*two, result("chatcmpl-tool-1"), result("chatcmpl-tool-2")], tools=both
     )
@@ -361,7 +364,7 @@ def tools() -> Iterator[Case]:
         yield case(f"{choice} without tools", refused, "taken here" if choice == "auto" else "", tool_choice=choice)
         yield case(f"{choice} with null tools", refused, "taken here" if choice == "auto" else "", tool_choice=choice, tools=None)
     named = {"type": "function", "function": {"name": "get_current_weather"}}
-    form = {"structured_outputs": {"json": {"type": "object"}}}
+    form: Body = {"structured_outputs": {"json": {"type": "object"}}}
     yield case("a function, and a form", refused, tools=[WEATHER], tool_choice=named, **form)
     yield case("a form, or calls", ok, tools=[WEATHER], tool_choice="auto", max_completion_tokens=40, **form)
     yield case("tools without a choice", well_called([WEATHER]), tools=[WEATHER], max_completion_tokens=60)
@@ -370,14 +373,19 @@ def tools() -> Iterator[Case]:
     yield case("a choice that is none", refused, tools=[WEATHER], tool_choice="bogus")
     yield case("none of them", lambda status, body: status == 200 and not calls_in(body), tools=[WEATHER], tool_choice="none")
     options = {"type": "object", "properties": {"days": {"type": "integer", "minimum": 1, "maximum": 7}}, "additionalProperties": False}
-    where = {"city": {"type": "string", "maxLength": 10, "default": "Vienna"}, "country": {"type": "string", "maxLength": 10}, "unit": UNIT}
+    where: Body = {
+        "city": {"type": "string", "maxLength": 10, "default": "Vienna"},
+        "country": {"type": "string", "maxLength": 10},
+        "unit": UNIT,
+    }
     now = function("get_current_weather", ["country", "unit"], **where, options={"$ref": "#/$defs/Options"})
     now["function"]["parameters"]["$defs"] = {"Options": options}
     later = function("get_forecast", ["country", "days", "unit"], days={"type": "integer", "minimum": 1, "maximum": 7}, **where)
     berlin = [{"role": "user", "content": "How is the weather in Berlin, and for the next 5 days, in fahrenheit?"}]
+    ways: tuple[Any, ...] = ("auto", "required", named)
     for thinking in (False, True):
-        for choice in ("auto", "required", named):
-            use = {"tools": [now, later], "tool_choice": choice, "parallel_tool_calls": False, "max_completion_tokens": 200}
+        for choice in ways:
+            use: Body = {"tools": [now, later], "tool_choice": choice, "parallel_tool_calls": False, "max_completion_tokens": 200}
             body = chat_body(berlin, **use, chat_template_kwargs={"enable_thinking": thinking})
             right = well_called([now, later], least=0 if choice == "auto" else 1)
             check = all_of(right, lambda _, body: bool(choice_of(body)["message"]["reasoning"])) if thinking else right
@@ -387,7 +395,7 @@ def tools() -> Iterator[Case]:
     for arguments in ("{}", ""):
         time = function("get_current_time")
         call = {"id": "call-of-a-clock", "type": "function", "function": {"name": "get_current_time", "arguments": arguments}}
-        asked = [{"role": "user", "content": "What time is it?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        asked: list[Body] = [{"role": "user", "content": "What time is it?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
         yield case(f"the result of a call without arguments: {arguments!r}", content(str), messages=[*asked, result("call-of-a-clock")])
         yield case(
             f"the same with its tool: {arguments!r}", well_called([time]), messages=[*asked, result("call-of-a-clock")], tools=[time]
@@ -407,8 +415,8 @@ def tools() -> Iterator[Case]:
     def cut(status: int, body: Any) -> bool:
         return status == 200 and choice_of(body)["finish_reason"] == "length" and choice_of(body)["message"].get("tool_calls") is None
 
-    for what, choice in (("required", "required"), ("a function", named)):
-        yield case(f"a call that one token cuts: {what}", cut, tools=[now, later], tool_choice=choice, max_completion_tokens=1)
+    for what, forced in (("required", ways[1]), ("a function", named)):
+        yield case(f"a call that one token cuts: {what}", cut, tools=[now, later], tool_choice=forced, max_completion_tokens=1)
 
 
 def suites() -> Iterator[Case]:

@@ -102,7 +102,7 @@ def responses() -> Iterator[Case]:
     talk = [{"role": "system", "content": "Finish with QED."}, *TALK]
     yield case("a conversation", is_response, given=talk)
     yield case("input_text", is_response, given=[{"role": "user", "content": [{"type": "input_text", "text": "Hello!"}]}])
-    include = {"include": ["message.output_text.logprobs"], "top_logprobs": 5}
+    include: Body = {"include": ["message.output_text.logprobs"], "top_logprobs": 5}
 
     def five(status: int, body: Any) -> bool:
         entries = [entry for item in body["output"] for part in item["content"] for entry in part["logprobs"]]
@@ -227,7 +227,7 @@ def calls(suite: str) -> Iterator[Case]:
 
     named, tools = {"type": "function", "name": "get_weather"}, [TOOL]
     yield case("a tool: auto", called(0), tools=tools, tool_choice="auto")
-    yield case("a tool: required", called(1), tools=tools, tool_choice="required")
+    yield case("a tool: required", called(1), tools=tools, tool_choice="required", parallel_tool_calls=False)
     none = lambda _, body: all(item["type"] != "function_call" for item in body["output"])  # noqa: E731
     cut = lambda _, body: body["incomplete_details"]["reason"] == "max_output_tokens"  # noqa: E731
     yield case("a call that is cut", all_of(is_response, none, cut), tools=tools, tool_choice="required", max_output_tokens=10)

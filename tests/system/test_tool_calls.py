@@ -28,7 +28,7 @@ CITY = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "the weather", "parameters": CITY, "strict": True}}
-SUM = {
+SUM: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "sum",
@@ -111,7 +111,7 @@ def test_an_answer_beside_tools_calls_or_has_the_form_that_was_asked_for(ai: ope
     """As agents ask that end with an answer of a form: whole, streamed, and where calls are forced. A bias says which it is."""
     verdict = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}, "required": ["verdict"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": verdict}}
-    brace = httpx.post(f"{url}/tokenize", json={"prompt": "{"}).json()["tokens"][-1]
+    brace = httpx.post(f"{url}/tokenize", json={"model": "tinychat", "prompt": "{"}, timeout=60).json()["tokens"][-1]
     bias = {str(brace): -100 if calls else 100}
     asked: dict[str, Any] = {**ASK, "tools": [SUM], "response_format": form, "parallel_tool_calls": False, "logit_bias": bias}
     for seed in range(3):

@@ -108,7 +108,7 @@ def test_what_another_model_thought_is_left_out_of_messages() -> None:
 @pytest.mark.parametrize(("choice", "formed"), [(None, True), ("auto", True), ("none", True), ("any", False), ("tool", False)])
 def test_a_form_is_of_the_text_and_calls_that_are_forced_have_none(choice: str | None, formed: bool) -> None:
     tool, form = {"name": "f", "input_schema": SCHEMA}, {"format": {"type": "json_schema", "schema": SCHEMA}}
-    named = {} if choice is None else {"tool_choice": {"type": choice, **({"name": "f"} if choice == "tool" else {})}}
+    named: dict[str, Any] = {} if choice is None else {"tool_choice": {"type": choice, **({"name": "f"} if choice == "tool" else {})}}
     assert ("structured_outputs" in fields(tools=[tool], output_config=form, **named)) is formed
     named = {"tool_choice": {"any": "required", "tool": {"type": "function", "name": "f"}}.get(choice or "", choice)}
     function, text = (
@@ -197,7 +197,7 @@ def test_items_become_messages_after_those_of_earlier_responses() -> None:
 
 
 def test_what_another_model_thought_is_left_out_of_a_response() -> None:
-    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None, "status": "completed"}
+    thought: dict[str, Any] = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None, "status": "completed"}
     spoken = {
         "type": "message",
         "role": "assistant",
