@@ -9,7 +9,7 @@ from typing import Any
 from mesh.client.results import Chunk, Completion, Token, Usage
 from mesh.protocol.tools import CallPart, ToolParser
 
-__all__ = ["ChatShape", "OpenAIShape", "TextShape"]
+__all__ = ["ChatShape", "OpenAIShape", "TextShape", "logprob_entries"]
 
 
 class OpenAIShape:
@@ -180,13 +180,16 @@ def _bytes(piece: str | None, raw: bytes | None) -> bytes | None:
 
 
 def _chat_logprobs(tokens: Sequence[Token] | None) -> dict[str, Any] | None:
-    if tokens is None:
-        return None
-    content = []
+    return None if tokens is None else {"content": logprob_entries(tokens), "refusal": None}
+
+
+def logprob_entries(tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    """Each token, with its log-probability and those of its alternatives."""
+    entries = []
     for token in tokens:
         top = [_entry(*alternative) for alternative in token.alternatives()]
-        content.append({**_entry(token.id, token.logprob or 0.0, token.piece, token.raw), "top_logprobs": top})
-    return {"content": content, "refusal": None}
+        entries.append({**_entry(token.id, token.logprob or 0.0, token.piece, token.raw), "top_logprobs": top})
+    return entries
 
 
 def _entry(id: int, logprob: float, piece: str | None, raw: bytes | None) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class _Fields(TypedDict, total=False):
     add_generation_prompt: bool
     continue_final_message: bool
     parse_special: bool
+    chat_template_kwargs: Mapping[str, Any]
     session: str | None
     cache_salt: str | None
     traceparent: str | None

@@ -49,6 +49,7 @@ class ChatOptions(TypedDict):
     continue_final_message: bool
     parse_special: bool
     tools: list[dict[str, Any]] | None
+    variables: dict[str, Any]
 
 
 TOKENS: Final = b"T"
@@ -63,7 +64,9 @@ MOST_ANSWER_BYTES: Final = 1 + 4 * MAX_TOKENS
 FORM_FIELD: Final = "structured_outputs"
 
 
-TEMPLATE_AS_USUAL: Final = ChatOptions(add_generation_prompt=True, continue_final_message=False, parse_special=False, tools=None)
+TEMPLATE_AS_USUAL: Final = ChatOptions(
+    add_generation_prompt=True, continue_final_message=False, parse_special=False, tools=None, variables={}
+)
 
 
 def tokenize(
@@ -129,6 +132,7 @@ class _Grammars:
             form=form,
             tokenizer=self._tokenizer,
             vocabulary=self._vocabulary(),
+            answer=message.structured_outputs,
         )
         return grammar or ""
 

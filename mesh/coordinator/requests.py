@@ -21,7 +21,7 @@ from mesh.protocol import documents, topics
 from mesh.protocol.generation import ChatMessage, Generate
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
 from mesh.protocol.rights import inbox_user
-from mesh.protocol.structured import MAX_SCHEMA_BYTES
+from mesh.protocol.structured import MAX_SCHEMA_BYTES, StructuredOutputs
 from mesh.protocol.tokenizing import Tokenize
 from mesh.protocol.tools import Tool
 from mesh.settings.schema import ReuseScope
@@ -160,6 +160,9 @@ class Requests:
             bad = next(token for token in tokens if token >= manifest.vocab_size)
             raise BadRequest(f"token {bad} is not in the vocabulary: ids are 0 to {manifest.vocab_size - 1}", field=field)
         self._require_tokens(len(tokens), message.longest)
+        wanted = 0 if message.embed is None else message.embed.dimensions or 0
+        if wanted > manifest.hidden.size:
+            raise BadRequest(f"dimensions is {wanted:,}, but a vector has {manifest.hidden.size:,}: ask for fewer", field="dimensions")
         if len(message.given) > message.max_tokens or max(message.given, default=0) >= manifest.vocab_size:
             raise BadRequest(
                 "given is not a beginning of this request's answer: give the tokens that it was answered with, or none", field="given"
@@ -201,10 +204,10 @@ class Requests:
                 f"{self._manifest.name} has no tokenizer, so the form of an answer cannot be forced: leave it out", field=_FORM
             )
         if form is not None and message.offers_tools:
-            raise BadRequest("an answer that may call tools has their form: leave out tools or structured_outputs", field=_FORM)
+            _require_forms_go_together(message, form)
         if message.ignore_eos:
             raise BadRequest("an answer that must have a form ends where the form does: leave out ignore_eos", field="ignore_eos")
-        return await (self._pool.tool_grammar(_calls(message)) if form is None else self._pool.grammar(form))
+        return await (self._pool.tool_grammar(_calls(message)) if message.offers_tools or form is None else self._pool.grammar(form))
 
     def _require_tokens(self, count: int, max_tokens: int) -> None:
         context = self._manifest.context_length
@@ -230,6 +233,7 @@ def options_of(message: Generate | Tokenize, tools: Sequence[Tool]) -> ChatOptio
         continue_final_message=message.continue_final_message,
         parse_special=message.parse_special,
         tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+        variables=message.chat_template_kwargs,
     )
 
 
@@ -237,9 +241,17 @@ def _characters(message: ChatMessage) -> int:
     return len(message.content) + sum(len(call.function.arguments) for call in message.tool_calls or ())
 
 
+def _require_forms_go_together(message: Generate, form: StructuredOutputs) -> None:
+    """BadRequest: the answer is calls in any case, or its form is not JSON."""
+    if message.tool_choice not in (None, "auto"):
+        raise BadRequest("calls are forced, so the answer has their form: leave out structured_outputs or tool_choice", field=_FORM)
+    if form.json_schema is None and not form.json_object:
+        raise BadRequest("an answer that may call tools is calls, text or JSON: give json or json_object, or leave out tools", field=_FORM)
+
+
 def _calls(message: Generate) -> dict[str, Any]:
-    """The fields of a request about tools."""
-    fields = {"tools", "tool_choice", "parallel_tool_calls", "tool_format"}
+    """The fields of a request about tools, and about the answer that calls none."""
+    fields = {"tools", "tool_choice", "parallel_tool_calls", "tool_format", "structured_outputs"}
     return message.model_dump(mode="json", include=fields, exclude_none=True)
 
 

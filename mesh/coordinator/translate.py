@@ -24,6 +24,11 @@ class HiddenState(NamedTuple):
     values: np.ndarray
     id: int = EMBEDDED
 
+    @property
+    def finite(self) -> bool:
+        """Whether every one of them is a number."""
+        return bool(np.isfinite(self.values).all())
+
 
 _KINDS: Final = {"prefill": Kind.PREFILL, "decode": Kind.DECODE, "packed": Kind.PACKED}
 

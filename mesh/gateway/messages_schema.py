@@ -46,9 +46,10 @@ def _joined(blocks: str | list[TextBlock] | None) -> str:
 
 class MessageBlock(RequestBody):
     """A text, a call of a tool (the assistant's: tool_use), or the result of one (the user's: tool_result). Each type has keys of its own;
-    those of types that a mesh does not take are known so that the error is about the type."""
+    those of types that a mesh does not take are known so that the error is about the type. What another server's model thought (thinking)
+    is taken, and left out: templates have no place for it."""
 
-    type: Literal["text", "tool_use", "tool_result"]
+    type: Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
     text: Text | None = None
     id: CallId | None = None
     name: Name | None = None
@@ -68,8 +69,8 @@ class MessageBlock(RequestBody):
 
     @model_validator(mode="after")
     def _has_its_keys(self) -> Self:
-        needed = {"text": ("text",), "tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id",)}[self.type]
-        require_keys(self, self.type, needed)
+        needed = {"text": ("text",), "tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id",)}
+        require_keys(self, self.type, needed.get(self.type, ()))
         return self
 
     def call(self) -> dict[str, Any]:
@@ -92,10 +93,11 @@ class InputMessage(RequestBody):
 
     @model_validator(mode="after")
     def _blocks_are_of_its_role(self) -> Self:
-        wrong = "tool_result" if self.role == "assistant" else "tool_use"
-        if any(block.type == wrong for block in self._blocks):
+        wrong = {"tool_result"} if self.role == "assistant" else {"tool_use", "thinking", "redacted_thinking"}
+        found = next((block.type for block in self._blocks if block.type in wrong), None)
+        if found is not None:
             raise PydanticCustomError(
-                "unmet", "has a block {type}, which messages of the role {role} do not have", {"type": wrong, "role": self.role}
+                "unmet", "has a block {type}, which messages of the role {role} do not have", {"type": found, "role": self.role}
             )
         return self
 
@@ -114,7 +116,7 @@ class InputMessage(RequestBody):
                 texts.append(block.text or "")
             elif block.type == "tool_use":
                 calls.append(block.call())
-            else:
+            elif block.type == "tool_result":
                 if texts:
                     yield {"role": self.role, "content": "\n".join(texts)}
                     texts = []
@@ -211,7 +213,8 @@ class CountRequest(RequestBody):
     def continues(self) -> bool:
         """Whether the last message is the beginning of the answer."""
         last = self.messages[-1]
-        return last.role == "assistant" and not any(block.type == "tool_use" for block in last.content if isinstance(block, MessageBlock))
+        kinds = {"text"} if isinstance(last.content, str) else {block.type for block in last.content}
+        return last.role == "assistant" and "text" in kinds and "tool_use" not in kinds
 
     def conversation(self) -> dict[str, Any]:
         """The fields of mesh.protocol.tokenizing.Tokenize."""
@@ -243,7 +246,8 @@ class MessagesRequest(SamplingFields, CountRequest):
         given = self.model_dump(include=names & self.model_fields_set | {"temperature", "max_tokens"}, exclude_none=True)
         if self.stop_sequences:
             given["stop"] = self.stop_sequences
-        if self.output_config is not None and self.output_config.format is not None:
+        forced = self.tool_choice is not None and self.tool_choice.type in ("any", "tool")  # then there is no text that could have a form
+        if self.output_config is not None and self.output_config.format is not None and not forced:
             given["structured_outputs"] = {"json": self.output_config.format.form}
         if self.tool_choice is not None:
             given |= self.tool_choice.request()

@@ -17,6 +17,7 @@ from mesh.gateway.context import Gateway, gateway_of
 from mesh.gateway.errors import openai_document
 from mesh.gateway.events import STREAM, event
 from mesh.gateway.guard import guarded
+from mesh.gateway.known import KnownModel
 from mesh.gateway.openai_schema import ChatCompletion, ChatRequest, Common, CompletionRequest, ModelCard, ModelList, TextCompletion
 
 __all__ = ["openai"]
@@ -60,7 +61,7 @@ async def completions(body: CompletionRequest, request: Request, gateway: Gatewa
 @openai.get("/v1/models", response_model=ModelList)
 async def models(gateway: Gateway = Depends(gateway_of)) -> Response:  # noqa: B008
     """The models that the mesh serves."""
-    return json_response({"object": "list", "data": [_card(known.name, known.first_seen_unix_s) for known in await gateway.models.all()]})
+    return json_response({"object": "list", "data": [_card(known) for known in await gateway.models.all()]})
 
 
 @openai.get("/v1/models/{model}", response_model=ModelCard)
@@ -68,7 +69,7 @@ async def model(model: str, gateway: Gateway = Depends(gateway_of)) -> Response:
     """One model."""
     for known in await gateway.models.all():
         if known.name == model:
-            return json_response(_card(known.name, known.first_seen_unix_s))
+            return json_response(_card(known))
     raise ModelNotFound(f"no coordinator serves a model {model!r}")
 
 
@@ -115,5 +116,6 @@ async def _text_of(gateway: Gateway, model: str, prompt: dict[str, Any]) -> str:
     return prompt["prompt"] if "prompt" in prompt else await gateway.client.detokenize(prompt["tokens"], model=model)
 
 
-def _card(name: str, created_unix_s: float) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(created_unix_s), "owned_by": "stagemesh"}
+def _card(known: KnownModel) -> dict[str, Any]:
+    created, length = int(known.first_seen_unix_s), known.context
+    return {"id": known.name, "object": "model", "created": created, "owned_by": "stagemesh", "max_model_len": length}

@@ -18,6 +18,7 @@ from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 from mesh.protocol.structured import LogitBias, SchemaObject, StructuredOutputs
+from mesh.protocol.template_values import TemplateValues
 from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, Tool, ToolCall, ToolChoice, ToolFormatName
 
 __all__ = [
@@ -154,7 +155,7 @@ class Common(SamplingFields, RequestBody):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    model: Label
+    model: Label | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -203,13 +204,15 @@ def _choice(choice: ToolChoice) -> Any:
 
 
 class ChatRequest(Common):
-    """add_generation_prompt, continue_final_message, parse_special and tool_format are additions: see mesh.protocol.generation.Generate."""
+    """add_generation_prompt, continue_final_message, parse_special, chat_template_kwargs and tool_format are additions: see
+    mesh.protocol.generation.Generate."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     parse_special: bool = False
+    chat_template_kwargs: TemplateValues | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
@@ -236,8 +239,13 @@ class ChatRequest(Common):
     def turns(self) -> dict[str, Any]:
         """The fields of mesh.protocol.generation.Generate about messages."""
         messages = [message.request() for message in self.messages]
-        names = {"add_generation_prompt", "continue_final_message", "parse_special"}
-        return {"messages": messages, **self.model_dump(include=names & self.model_fields_set), **self._form(), **self._tools()}
+        names = {"add_generation_prompt", "continue_final_message", "parse_special", "chat_template_kwargs"}
+        return {
+            "messages": messages,
+            **self.model_dump(include=names & self.model_fields_set, exclude_none=True),
+            **self._form(),
+            **self._tools(),
+        }
 
     def _tools(self) -> dict[str, Any]:
         if not self.tools:
@@ -253,7 +261,8 @@ class ChatRequest(Common):
             return {}
         if self.structured_outputs is not None:
             raise BadRequest("response_format and structured_outputs both say which form the answer has: give one", field="response_format")
-        return {"structured_outputs": form}
+        forced = self.tools and self.tool_choice not in (None, "auto", "none")
+        return {} if forced else {"structured_outputs": form}  # of text: an answer of calls has none
 
     @property
     def longest(self) -> int | None:
@@ -406,10 +415,13 @@ class TextCompletion(ResponseBody):
 
 
 class ModelCard(ResponseBody):
+    """`max_model_len`: the most tokens that a prompt and its answer may have together now; null where a layer range has no shard."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None
 
 
 class ModelList(ResponseBody):

@@ -13,8 +13,9 @@ from mesh.gateway.openai_schema import Positive
 from mesh.protocol.documents import BRANCH
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import Label
-from mesh.protocol.sampling import SamplingFields
+from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 from mesh.protocol.structured import SchemaObject
+from mesh.protocol.template_values import TemplateValues
 from mesh.protocol.tools import MAX_TOOLS, CallId, Name, ToolFormatName, choice_kind
 
 __all__ = ["ResponseDeleted", "ResponseDocument", "ResponsesRequest"]
@@ -27,7 +28,7 @@ _KEEPS_NONE = "a mesh keeps responses, and no conversations beside them: give pr
 class InputPart(RequestBody):
     """The keys of other types are known so that the error is about the type."""
 
-    type: Literal["input_text", "output_text"]
+    type: Literal["input_text", "output_text", "reasoning_text"]
     text: Text
     annotations: Harmless = None
     logprobs: Harmless = None
@@ -45,9 +46,9 @@ _Parts = Annotated[
 
 class InputItem(RequestBody):
     """A message, a call of a function, or its result. Each type has keys of its own. Items of an earlier response may come
-    back as they are."""
+    back as they are. What another server's model thought (reasoning) is taken, and left out: templates have no place for it."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: _Parts | None = None
     call_id: CallId | None = None
@@ -57,6 +58,8 @@ class InputItem(RequestBody):
     id: Harmless = None
     status: Harmless = None
     phase: Harmless = None
+    summary: Harmless = None
+    encrypted_content: Harmless = None
 
     @model_validator(mode="after")
     def _has_its_keys(self) -> Self:
@@ -64,6 +67,7 @@ class InputItem(RequestBody):
             "message": ("role", "content"),
             "function_call": ("call_id", "name", "arguments"),
             "function_call_output": ("call_id", "output"),
+            "reasoning": (),
         }[self.type]
         require_keys(self, self.type, needed)
         return self
@@ -79,7 +83,7 @@ class InputItem(RequestBody):
 
 
 def _joined(parts: str | list[InputPart] | None) -> str:
-    return parts if isinstance(parts, str) else "".join(part.text for part in parts or ())
+    return parts if isinstance(parts, str) else "".join(part.text for part in parts or () if part.type != "reasoning_text")
 
 
 def joined_turns(turns: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -153,14 +157,14 @@ class ResponseStreamOptions(RequestBody):
 
 
 class ResponsesRequest(SamplingFields, RequestBody):
-    """`store` (true where it is left out): the response is kept for a while, for previous_response_id. ignore_eos, tool_format and the
-    sampling parameters that OpenAI does not have are additions."""
+    """`store` (true where it is left out): the response is kept for a while, for previous_response_id. ignore_eos, tool_format,
+    chat_template_kwargs and the sampling parameters that OpenAI does not have are additions."""
 
     model_config = ConfigDict(json_schema_extra=describe_sampling)
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    logprobs: Annotated[Any, Unmet("responses have no log-probabilities here: ask /v1/chat/completions")] = None
-    model: Label
+    logprobs: Annotated[Any, Unmet('give top_logprobs and include: ["message.output_text.logprobs"] in its place')] = None
+    model: Label | None = None
     input: Annotated[
         Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)],
         ByKind("a text or a list of items"),
@@ -175,19 +179,15 @@ class ResponsesRequest(SamplingFields, RequestBody):
     tool_choice: FunctionToolChoice | None = None
     parallel_tool_calls: bool | None = None
     tool_format: ToolFormatName | None = None
+    chat_template_kwargs: TemplateValues | None = None
     text: TextOptions | None = None
     metadata: Annotated[dict[Label, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     ignore_eos: bool | None = None
-    include: Annotated[
-        Any,
-        Unmet(
-            "a mesh has nothing more to include: leave it out",
-            ([], ["reasoning.encrypted_content"]),
-            {"type": "array", "items": {"const": "reasoning.encrypted_content"}, "maxItems": 1},
-        ),
-    ] = None
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]], Field(max_length=8, fail_fast=True)] | None
+    ) = None
     truncation: Annotated[Any, Unmet("a mesh leaves no messages out: shorten the input", ("disabled",))] = None
-    top_logprobs: Annotated[Any, Unmet("responses have no log-probabilities here: ask /v1/chat/completions", (0,))] = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     background: Annotated[Any, Unmet("a mesh answers at once: leave it out, or use /api/v1/batch", (False,))] = None
     background_options: Annotated[Any, Unmet("a mesh answers at once: leave it out, or use /api/v1/batch")] = None
     conversation: Annotated[Any, Unmet(_KEEPS_NONE)] = None
@@ -205,23 +205,41 @@ class ResponsesRequest(SamplingFields, RequestBody):
     prompt_cache_retention: Harmless = None
     prompt_cache_options: Harmless = None
 
+    @model_validator(mode="after")
+    def _has_text_whose_tokens_are_known(self) -> Self:
+        if self.with_logprobs and self.tools and self.tool_choice != "none":
+            raise PydanticCustomError(
+                "unmet", "log-probabilities are not told apart where calls may be made: leave out top_logprobs or tools"
+            )
+        return self
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether the text of the answer comes with log-probabilities."""
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
+
     @property
     def kept(self) -> bool:
         return self.store is not False
 
     def turns(self) -> list[dict[str, Any]]:
         """As mesh.protocol.generation.ChatMessage."""
-        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else [item.turn() for item in self.input]
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        return [item.turn() for item in self.input if item.type != "reasoning"]
 
     def fields(self, before: list[dict[str, Any]]) -> dict[str, Any]:
         """As mesh.protocol.generation.Generate. `before`: the messages of the responses before this one."""
         system = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
-        names = {*SamplingFields.model_fields, "ignore_eos"} - {"logprobs"}
+        names = {*SamplingFields.model_fields, "ignore_eos", "chat_template_kwargs"} - {"logprobs"}
         given = self.model_dump(include=names & self.model_fields_set | {"temperature"}, exclude_none=True)
         given["messages"] = list(joined_turns([*system, *before, *self.turns()]))
         if self.max_output_tokens is not None:
             given["max_tokens"] = self.max_output_tokens
-        form = None if self.text is None or self.text.format is None else self.text.format.structured()
+        if self.with_logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        forced = self.tools and self.tool_choice not in (None, "auto", "none")  # then there is no text that could have a form
+        form = None if forced or self.text is None or self.text.format is None else self.text.format.structured()
         return given | ({} if form is None else {"structured_outputs": form}) | self._tools()
 
     def _tools(self) -> dict[str, Any]:

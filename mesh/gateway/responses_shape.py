@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesh.client import Chunk, Completion
+from mesh.client.openai_shapes import logprob_entries
 from mesh.client.shapes import parts_of, text_of
 from mesh.errors import MeshError
 from mesh.gateway.errors import openai_document
@@ -16,7 +17,7 @@ __all__ = ["ResponseShape"]
 
 class ResponseShape:
     """See mesh.client.shapes.Shape. `echoed`: the keys of a response that repeat its request. `document` is the response, once it is
-    complete."""
+    complete. Log-probabilities are those of the message's text; a token that completes no character waits for the next piece of text."""
 
     def __init__(self, model: str, created: int, echoed: dict[str, Any]) -> None:
         self.model = model
@@ -27,6 +28,7 @@ class ResponseShape:
         self._parser: ToolParser | None = None
         self._items: list[dict[str, Any]] = []
         self._open = False  # the last item goes on
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is not out yet
         self._sequence = 0  # of the next event
 
     @property
@@ -58,6 +60,7 @@ class ResponseShape:
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         (completion,) = completions
         text = text_of(completion)
+        self._logprobs = logprob_entries(completion.logprobs or ())
         if text:
             self._text(text)
         for index, call in enumerate(completion.tool_calls):
@@ -70,6 +73,8 @@ class ResponseShape:
         if self._sequence == 0:
             begun = self._response("in_progress")
             events += [self._event("response.created", response=begun), self._event("response.in_progress", response=begun)]
+        if chunk.token is not None and chunk.token.logprob is not None:
+            self._logprobs += logprob_entries((chunk.token,))
         for part in parts_of(self._parser, chunk.text, end=completion is not None):
             events += self._text(part) if isinstance(part, str) else self._call(part)
         if completion is not None:
@@ -122,8 +127,10 @@ class ResponseShape:
             opened = [*self._close("completed"), self._begin("message", "msg", role="assistant", content=[])]
             self._items[-1]["content"].append(_part(""))
             opened.append(self._of_item("response.content_part.added", content_index=0, part=_part("")))
-        self._items[-1]["content"][0]["text"] += text
-        return [*opened, self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+        part, logprobs, self._logprobs = self._items[-1]["content"][0], self._logprobs, []
+        part["text"] += text
+        part["logprobs"] = [*part["logprobs"], *logprobs]
+        return [*opened, self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)]
 
     def _call(self, part: CallPart) -> list[dict[str, Any]]:
         opened = []
@@ -146,8 +153,9 @@ class ResponseShape:
         item["status"] = status
         if item["type"] == "message":
             (part,) = item["content"]
+            part["logprobs"], self._logprobs = [*part["logprobs"], *self._logprobs], []
             events = [
-                self._of_item("response.output_text.done", content_index=0, text=part["text"], logprobs=[]),
+                self._of_item("response.output_text.done", content_index=0, text=part["text"], logprobs=part["logprobs"]),
                 self._of_item("response.content_part.done", content_index=0, part=part),
             ]
         else:

@@ -12,6 +12,7 @@ from mesh.protocol.generation import MAX_MESSAGES, Content, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOKENS, Label
 from mesh.protocol.sampling import SamplingFields
 from mesh.protocol.structured import LogitBias, StructuredOutputs
+from mesh.protocol.template_values import TemplateValues
 from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, Tool, ToolCall, ToolChoice, ToolFormatName
 
 __all__ = [
@@ -53,7 +54,8 @@ class Sampling(SamplingFields, RequestBody):
 
 class InferenceItem(Sampling):
     """Exactly one of prompt, messages and tokens. `raw`: no chat template around the prompt. `continue_final_message`: the answer goes on
-    with the last message, the assistant's. `parse_special`: a control token that a message spells is that token, and not plain text."""
+    with the last message, the assistant's. `parse_special`: a control token that a message spells is that token, and not plain text.
+    `chat_template_kwargs`: values for the chat template, by its own names."""
 
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
@@ -62,6 +64,7 @@ class InferenceItem(Sampling):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     parse_special: bool = False
+    chat_template_kwargs: TemplateValues | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True

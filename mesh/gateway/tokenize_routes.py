@@ -19,6 +19,7 @@ from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatMessage, TokenIds
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import Label
+from mesh.protocol.template_values import TemplateValues
 from mesh.protocol.tokenizing import Tokenized
 from mesh.protocol.tools import MAX_TOOLS, Tool
 
@@ -43,7 +44,7 @@ class TokenizeRequest(RequestBody):
     parse_special: bool = False
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     chat_template: Annotated[Any, Unmet(_TEMPLATE)] = None
-    chat_template_kwargs: Annotated[Any, Unmet(_TEMPLATE, ({},))] = None
+    chat_template_kwargs: TemplateValues | None = None
     mm_processor_kwargs: Annotated[Any, Unmet("a mesh takes text alone: leave it out", ({},))] = None
 
     @model_validator(mode="after")
@@ -59,10 +60,15 @@ class TokenizeRequest(RequestBody):
         names = bool(self.return_token_strs)
         if self.messages is None:
             return {"prompt": self.prompt, "special": self.add_special_tokens is not False, "names": names}
-        turn = {"add_generation_prompt", "continue_final_message", "parse_special"}
+        turn = {"add_generation_prompt", "continue_final_message", "parse_special", "chat_template_kwargs"}
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         messages = [message.request() for message in self.messages]
-        return {"messages": messages, "tools": tools, "names": names, **self.model_dump(include=turn & self.model_fields_set)}
+        return {
+            "messages": messages,
+            "tools": tools,
+            "names": names,
+            **self.model_dump(include=turn & self.model_fields_set, exclude_none=True),
+        }
 
 
 class TokenizeResponse(ResponseBody):

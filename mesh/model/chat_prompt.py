@@ -50,22 +50,25 @@ class ChatPrompts:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         parse_special: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids. `tools`: what the answer may call, for the template; a template that knows none gets them in words (tool_prompt.py).
         `add_generation_prompt`: the assistant's turn is begun. `continue_final_message`: the last message is the beginning of the answer.
-        `parse_special`: a control token that a message spells is that token. BadRequest as for apply_chat_template."""
+        `parse_special`: a control token that a message spells is that token. `variables`: further values for the template, by its own
+        names; control tokens that they spell are as those of messages. BadRequest as for apply_chat_template."""
         given: list[dict[str, Any]] = [{**message, "content": str(message.get("content") or "")} for message in messages]
         offered: list[Any] | None = list(tools) if tools else None
         if not self.tokenizer.knows_tools:
             given, offered = in_words(given, offered), None
-        spelled = not parse_special and any(map(self._spells, _texts((given, offered))))
+        values: dict[str, Any] = dict(variables or {})
+        spelled = not parse_special and any(map(self._spells, _texts((given, offered, values))))
         if spelled:
-            given, offered = _changed(given, self._set_aside), _changed(offered, self._set_aside)
+            given, offered, values = (_changed(each, self._set_aside) for each in (given, offered, values))
         if continue_final_message and given:
             # the space shows whether the template strips messages
             given[-1]["content"] = given[-1]["content"].replace(_END, "") + _END + " "
         text = self.tokenizer.apply_chat_template(
-            given, tools=offered, add_generation_prompt=add_generation_prompt and not continue_final_message
+            given, tools=offered, add_generation_prompt=add_generation_prompt and not continue_final_message, **values
         )
         if continue_final_message:
             text = _until_end(text)

@@ -27,7 +27,7 @@ from mesh.model.manifest import Manifest
 from mesh.model.tokenizer import TOKENIZER_FILE
 from mesh.protocol.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_BYTES, StructuredOutputs
 
-__all__ = ["FIELD", "LIMITS", "Matcher", "Vocabulary", "exact_formats", "grammar_of", "json_options", "require_schema"]
+__all__ = ["FIELD", "LIMITS", "Matcher", "Vocabulary", "exact_formats", "grammar_of", "json_options", "require_schema", "require_types"]
 
 FIELD: Final = "structured_outputs"
 MAX_DEPTH: Final = 64
@@ -152,6 +152,26 @@ _EXACT: Final = {"email": _EMAIL, "date": f"^{_DATE}$", "time": f"^{_TIME}$", "d
 """Formats that the library takes too widely: it allows the 29th of February in any year, a leap second in any minute, and
 more than 64 characters before an @."""
 _VALUES: Final = frozenset({"const", "enum", "default", "examples"})
+_TYPES: Final = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+
+
+def require_types(schema: Mapping[str, Any], what: str) -> None:
+    """BadRequest: some part of the schema has a type that JSON does not have, so it is no schema at all."""
+    left: list[Any] = [schema]
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict):
+            given = node.get("type")
+            wrong = next(
+                (name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str) and name not in _TYPES), None
+            )
+            if wrong is not None:
+                raise _bad(
+                    f"{what} has the type {short(wrong)!r}, which JSON does not have: there are {', '.join(sorted(_TYPES))}", "tools"
+                )
+            left += [each for key, each in node.items() if key not in _VALUES]
 
 
 def exact_formats(schema: Any) -> Any:

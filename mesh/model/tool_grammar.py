@@ -1,6 +1,7 @@
 """The grammar of an answer that calls tools: the family's form around each call, the function's schema inside it.
 
 required, or one function   the answer is calls and nothing else
+auto, with a form of JSON   calls and nothing else, or JSON of the form and nothing else
 auto, with a strict tool    text, and calls wherever the family's mark begins one
 auto otherwise              no grammar
 """
@@ -12,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from mesh.errors import BadRequest
-from mesh.model.grammar import Vocabulary, exact_formats, json_options, require_schema
+from mesh.model.grammar import Vocabulary, exact_formats, json_options, require_schema, require_types
 from mesh.model.tokenizer import Tokenizer
-from mesh.protocol.structured import MAX_GRAMMAR_BYTES
+from mesh.protocol.structured import MAX_GRAMMAR_BYTES, StructuredOutputs
 from mesh.protocol.tools import NamedChoice, Tool, ToolChoice, ToolFormat
 
 __all__ = ["tool_grammar"]
@@ -24,17 +25,27 @@ _ANY: Final[dict[str, Any]] = {"type": "object"}
 
 
 def tool_grammar(
-    tools: Sequence[Tool], choice: ToolChoice | None, *, parallel: bool, form: ToolFormat, tokenizer: Tokenizer, vocabulary: Vocabulary
+    tools: Sequence[Tool],
+    choice: ToolChoice | None,
+    *,
+    parallel: bool,
+    form: ToolFormat,
+    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+    answer: StructuredOutputs | None = None,
 ) -> str | None:
-    """The grammar; None where the answer needs none. BadRequest: a strict tool's schema is not supported. A tool that is not strict, and
-    whose schema is not supported, may have any object as arguments."""
+    """The grammar; None where the answer needs none. `answer`: the form of JSON of an answer that calls nothing. BadRequest: that, or a
+    strict tool's schema, is not supported, or a tool's is none. A tool that is not strict, and whose schema is not supported, may have
+    any object as arguments."""
     forced = choice == "required" or isinstance(choice, NamedChoice)
-    if not forced and not any(tool.function.strict for tool in tools):
+    if not forced and answer is None and not any(tool.function.strict for tool in tools):
         return None
     if isinstance(choice, NamedChoice):
         tools, parallel = [tool for tool in tools if tool.function.name == choice.function.name], False
     schemas = [_schema(tool, vocabulary) for tool in tools]
-    grammar = _Writer(form, tokenizer, parallel).grammar(tools, schemas, forced=forced)
+    writer = _Writer(form, tokenizer, parallel)
+    begins = writer.forced() if forced else writer.anywhere() if answer is None else writer.either(_answer_schema(answer, vocabulary))
+    grammar = "\n".join([*begins, *writer.calls(tools, schemas)])
     if len(grammar) > MAX_GRAMMAR_BYTES:
         raise BadRequest(
             f"the tools take {len(grammar):,} characters as a grammar: at most {MAX_GRAMMAR_BYTES:,} are taken; offer fewer", field="tools"
@@ -49,6 +60,7 @@ def tool_grammar(
 def _schema(tool: Tool, vocabulary: Vocabulary) -> dict[str, Any]:
     """The schema of a tool's arguments, which is supported."""
     function = tool.function
+    require_types(function.parameters or {}, f"the parameters of {function.name}")
     schema = {**_ANY, **exact_formats(function.parameters or {}), "x-guidance": json_options()}
     try:
         require_schema(schema, f"the parameters of {function.name}")
@@ -60,6 +72,15 @@ def _schema(tool: Tool, vocabulary: Vocabulary) -> dict[str, Any]:
     return schema
 
 
+def _answer_schema(answer: StructuredOutputs, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The schema of an answer that calls nothing, which is supported."""
+    given = _ANY if answer.json_schema is None else answer.json_schema
+    require_schema(given)
+    schema: dict[str, Any] = {**exact_formats(given), "x-guidance": json_options()}
+    vocabulary.require(f"start: %json {json.dumps(schema)}")
+    return schema
+
+
 class _Writer:
     """Writes one grammar in Lark's form, as llguidance reads it."""
 
@@ -68,28 +89,33 @@ class _Writer:
         self._tokenizer = tokenizer
         self._parallel = parallel
 
-    def grammar(self, tools: Sequence[Tool], schemas: Sequence[dict[str, Any]], *, forced: bool) -> str:
+    def calls(self, tools: Sequence[Tool], schemas: Sequence[dict[str, Any]]) -> list[str]:
+        """A call of any of the tools."""
         lines = [f'call_{index}: {self._call(tool)} arguments_{index} "}}"' for index, tool in enumerate(tools)]
         lines += [f"arguments_{index}: %json {json.dumps(schema)}" for index, schema in enumerate(schemas)]
-        lines.append(f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}")
-        return "\n".join([*(self._forced() if forced else self._anywhere()), *lines])
+        return [*lines, f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
 
     def _call(self, tool: Tool) -> str:
         return json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "{self._form.key}": ')
 
-    def _forced(self) -> list[str]:
+    def either(self, schema: dict[str, Any]) -> list[str]:
+        """Calls, or JSON of the schema."""
+        return ["start: calls | answer", f"answer: %json {json.dumps(schema)}", *self.forced("calls")]
+
+    def forced(self, name: str = "start") -> list[str]:
+        """Calls, and nothing else."""
         form = self._form
         if form.listed:
             more = ' (", " call)*' if self._parallel else ""
-            return [f'start: {self._mark(form.begin)} "[" call{more} "]" {self._mark(form.end)}']
+            return [f'{name}: {self._mark(form.begin)} "[" call{more} "]" {self._mark(form.end)}']
         if form.bare:
-            return ['start: call ("; " call)*' if self._parallel else "start: call"]
-        return [f"start: marked ({_LINE} marked)*" if self._parallel else "start: marked", self._marked()]
+            return [f'{name}: call ("; " call)*' if self._parallel else f"{name}: call"]
+        return [f"{name}: marked ({_LINE} marked)*" if self._parallel else f"{name}: marked", self._marked()]
 
     def _marked(self) -> str:
         return f"marked: {self._mark(self._form.begin)} {_LINE} call {_LINE} {self._mark(self._form.end)}"
 
-    def _anywhere(self) -> list[str]:
+    def anywhere(self) -> list[str]:
         """Text, and after each mark a call."""
         form, times = self._form, "*" if self._parallel else "?"
         if form.bare:

@@ -9,6 +9,7 @@ message       Message, the base of all JSON messages, and the types that several
 sampling      the sampling parameters, stated once for every API
 structured    the form that an answer must have
 tools         tools, calls, and the forms in which families of models write them
+template_values   values of a request for its chat template, by names of its own
 generation    what a client asks of a coordinator
 embedding     what a client asks of a vector, and how it is made
 tokenizing    what a client asks of a model's tokenizer

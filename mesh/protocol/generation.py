@@ -14,6 +14,7 @@ from mesh.protocol.embedding import Embed
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, Label, Message, Seconds, Token, TokenIds
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 from mesh.protocol.structured import LogitBias, StructuredOutputs
+from mesh.protocol.template_values import TemplateValues
 from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, NamedChoice, Tool, ToolCall, ToolChoice, ToolFormatName
 from mesh.settings.units import format_bytes
 
@@ -125,8 +126,9 @@ class Generate(SamplingFields, Input):
     used as it is, without the model's chat template. `add_generation_prompt`: the template begins the assistant's turn (None: it does,
     unless the last message is continued). `continue_final_message`: the last message, the assistant's, is the beginning of the answer,
     which goes on from there. `parse_special`: a control token that a message spells, such as <|im_end|>, is that token; otherwise it is
-    plain text. In a raw prompt it always is one. `attempt`: how often a named request was sent before; 0 promises that this is the
-    first time. `given`: the tokens of the answer that the caller already has; the answer continues after them.
+    plain text. In a raw prompt it always is one. `chat_template_kwargs`: values for the chat template, by its own names. `attempt`: how
+    often a named request was sent before; 0 promises that this is the first time. `given`: the tokens of the answer that the caller already
+    has; the answer continues after them.
     `epoch`: the highest of the documents that the caller has seen; those that follow have no lower one.
     `cache_salt`: the generation begins with what an earlier one has left in the mesh only where both have the same salt; a gateway sets
     that of its caller (docs/prefix-reuse.md).
@@ -150,6 +152,7 @@ class Generate(SamplingFields, Input):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     parse_special: bool = False
+    chat_template_kwargs: TemplateValues = Field(default_factory=dict)
     stream: bool = False
     session: Token | None = None
     attempt: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -197,6 +200,12 @@ class Generate(SamplingFields, Input):
             raise ValueError("continue_final_message needs messages, of which the last one is the assistant's")
         if self.add_generation_prompt:
             raise ValueError("continue_final_message goes on with a turn, and add_generation_prompt begins one: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_template(self) -> Self:
+        if self.chat_template_kwargs and (self.tokens is not None or self.raw or self.embed is not None):
+            raise ValueError("chat_template_kwargs needs a chat template, which tokens, raw prompts and embeddings have not: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mesh.protocol.generation import MAX_CHARACTERS, MAX_MESSAGES, ChatMessage, Text
 from mesh.protocol.message import MAX_INT, MAX_TOKENS, Message, TokenIds
+from mesh.protocol.template_values import TemplateValues
 from mesh.protocol.tools import MAX_TOOLS, Tool
 
 __all__ = ["Detokenize", "Detokenized", "Tokenize", "Tokenized"]
@@ -20,7 +21,8 @@ class Tokenize(Message):
     """Exactly one of prompt and messages. A prompt is tokenized as it is, without the chat template, and may spell control tokens.
 
     `special`: a prompt begins with the tokens that the model wants there, such as a bos. `tools`, `add_generation_prompt`,
-    `continue_final_message`, `parse_special`: as in mesh.protocol.generation.Generate. `names`: the tokens as the vocabulary has them, too.
+    `continue_final_message`, `parse_special`, `chat_template_kwargs`: as in mesh.protocol.generation.Generate. `names`: the tokens as the
+    vocabulary has them, too.
     """
 
     limit_bytes: ClassVar[int] = MAX_CHARACTERS
@@ -33,6 +35,7 @@ class Tokenize(Message):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     parse_special: bool = False
+    chat_template_kwargs: TemplateValues = Field(default_factory=dict)
     names: bool = False
 
     @model_validator(mode="after")

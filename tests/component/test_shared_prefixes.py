@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,5 +142,36 @@ def test_callers_with_tokens_of_their_own_share_nothing(server: NatsServer, mode
                 await client.wait_batch(kept, timeout_s=60)
                 (result,) = await client.batch_results(kept)
                 assert result.completion is not None and result.completion.usage.cached_tokens == 0
+
+    run(work())
+
+
+def texts_with(mark: str) -> Iterator[str]:
+    """The texts with `mark` that containers and objects of this process have."""
+    gc.collect()
+    for each in gc.get_objects():
+        yield from (text for text in gc.get_referents(each) if isinstance(text, str) and mark in text)
+
+
+def test_a_caller_with_another_salt_each_time_leaves_nothing_behind(server: NatsServer, model: Path, run: Any) -> None:
+    """Of its salts the client, the coordinator and the shards know those of the last requests; of its rows as many as shards have."""
+    rows, at_once, count = 2, 8, 120
+
+    async def work() -> None:
+        async with shards(server.url, model, RANGES, rows=rows) as running, coordinator(server.url, model) as serving:
+            async with AsyncMeshClient(server.url, model="tiny") as client:
+                gate = asyncio.Semaphore(at_once)
+
+                async def one(number: int) -> None:
+                    async with gate:
+                        answer = await ask(client, PROMPT, 1, cache_salt=f"never-the-same-{number}.")
+                        assert answer.usage.cached_tokens == 0
+
+                await asyncio.gather(*map(one, range(count)))
+                known = {number for number in range(count) if any(f"-{number}." in text for text in set(texts_with("never-the-same-")))}
+                assert 0 < len(known) <= at_once
+            assert serving.core.counts()["finished"] == count
+            serving.core.check()  # also that no more is remembered of a shard than it can hold
+            assert all(0 < shard.state.kept_rows <= rows for shard in running)
 
     run(work())

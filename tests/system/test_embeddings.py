@@ -109,6 +109,7 @@ def test_what_cannot_be_is_refused_by_name(url: str) -> None:
         ({"input": ""}, "input", "empty"),
         ({"input": ["a", 3]}, "input", ""),
         ({"input": "a", "dimensions": 0}, "dimensions", "1 or more"),
+        ({"input": "a", "dimensions": 33}, "dimensions", "a vector has 32"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "base64"),
         ({"input": "a", "pooling": "mean"}, "pooling", "last"),
         ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "never cut"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import openai
 import pytest
 from running import Run
@@ -27,7 +28,7 @@ CITY = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "the weather", "parameters": CITY, "strict": True}}
-SUM = {
+SUM: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "sum",
@@ -105,6 +106,29 @@ def test_none_and_auto(ai: openai.OpenAI) -> None:
         assert answer.finish_reason == "length" and not answer.message.tool_calls and answer.message.content
 
 
+@pytest.mark.parametrize("calls", [True, False])
+def test_an_answer_beside_tools_calls_or_has_the_form_that_was_asked_for(ai: openai.OpenAI, url: str, calls: bool) -> None:
+    """As agents ask that end with an answer of a form: whole, streamed, and where calls are forced. A bias says which it is."""
+    verdict = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}, "required": ["verdict"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": verdict}}
+    brace = httpx.post(f"{url}/tokenize", json={"model": "tinychat", "prompt": "{"}, timeout=60).json()["tokens"][-1]
+    bias = {str(brace): -100 if calls else 100}
+    asked: dict[str, Any] = {**ASK, "tools": [SUM], "response_format": form, "parallel_tool_calls": False, "logit_bias": bias}
+    for seed in range(3):
+        choice = ai.chat.completions.create(**asked, seed=seed).choices[0]
+        message = choice.message
+        if calls:
+            assert choice.finish_reason == "tool_calls" and message.content is None and message.tool_calls is not None
+            (call,) = message.tool_calls
+            assert jsonschema_rs.is_valid(SUM["function"]["parameters"], json.loads(call.function.arguments))
+            continue
+        assert choice.finish_reason == "stop" and message.content is not None and not message.tool_calls
+        assert jsonschema_rs.is_valid(verdict, json.loads(message.content))
+        parts = [part.choices[0].delta.content or "" for part in ai.chat.completions.create(**asked, seed=seed, stream=True)]
+        assert "".join(parts) == message.content
+    assert ai.chat.completions.create(**asked, tool_choice="required").choices[0].message.tool_calls
+
+
 def test_an_agent_calls_three_times_and_ends(ai: openai.OpenAI) -> None:
     """Each turn has the results of those before it; the model is made to call with tool_choice, and to end without."""
     tools: dict[str, Any] = {"weather": lambda city, days: f"{city}: sun for {days} days", "sum": lambda a, b: str(a + b)}
@@ -168,7 +192,9 @@ def test_the_native_api_and_the_sdk_have_calls_too(mesh: LocalMesh, url: str) ->
             {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}}}]},
             "not",
         ),
-        ({"response_format": {"type": "json_object"}}, "leave out tools or structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}}, "is calls, text or JSON"),
+        ({"structured_outputs": {"json_object": True}, "tool_choice": "required"}, "calls are forced"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}}, "not"),
     ],
 )
 def test_what_is_wrong_is_a_400_that_says_so(url: str, change: dict[str, Any], why: str) -> None:

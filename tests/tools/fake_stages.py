@@ -52,10 +52,12 @@ VOCABULARY = 50
 
 @dataclass(frozen=True)
 class Sampled:
-    """`state`: in place of a token, for a session that asked for a hidden state; as the next token, it depends on the whole history."""
+    """`state`: in place of a token, for a session that asked for a hidden state; as the next token, it depends on the whole history.
+    `finite`: whether every number of the state is one."""
 
     id: int
     state: int | None = None
+    finite: bool = True
 
 
 def next_token(history: Sequence[int]) -> int:

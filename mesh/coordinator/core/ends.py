@@ -10,7 +10,7 @@ from mesh.coordinator.core.session import Act, Session, State
 from mesh.coordinator.core.state import CoreState
 from mesh.errors import BadRequest, MeshError, Unavailable
 
-__all__ = ["end", "no_token", "other_version", "settle"]
+__all__ = ["end", "no_token", "no_vector", "other_version", "settle"]
 
 
 def end(
@@ -72,4 +72,13 @@ def no_token() -> MeshError:
         "no token continues the answer: its form needs more work at one token than a shard may take, or the tokens that came with the "
         "request do not have it. Ask for a simpler form",
         field="structured_outputs",
+    )
+
+
+def no_vector() -> MeshError:
+    """The error of a session whose hidden state is no vector: some number of it is NaN or infinite."""
+    return BadRequest(
+        "the model makes no vector of this text: numbers of its hidden state are NaN or infinite. Give another text, or import the model "
+        "with a wider dtype",
+        field="prompt",
     )

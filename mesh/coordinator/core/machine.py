@@ -273,6 +273,8 @@ class Core:
             assert not session.ended or session.in_flight, "an ended session keeps its rows"
         for shard, keys in state.replicas.held().items():
             assert keys <= state.by_key.keys(), f"rows of {shard} are held for no session"
+        for shard, names in state.prefixes.names().items():
+            assert names <= rows.most_names(state, shard), f"more is remembered of {shard} than it can hold"
         for flight in state.scheduler.flights.values():
             for session in flight.sessions:
                 assert state.by_key.get(session.key) is session
@@ -428,6 +430,9 @@ class Core:
             ends.end(state, session, Act.FAIL, "error", ends.other_version())
             return
         if request.embed:
+            if not token.finite:
+                ends.end(state, session, Act.FAIL, "error", ends.no_vector())
+                return
             session.first_token_at = state.now
             state.effects.append(Emit(session.id, 0, token))
             ends.end(state, session, Act.FINISH, "stop")

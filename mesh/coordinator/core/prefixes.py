@@ -101,6 +101,10 @@ class PrefixIndex:
         if not rows:
             del self._held[shard]
 
+    def names(self) -> dict[str, int]:
+        """How many beginnings each shard is known to hold."""
+        return {shard: len(rows) for shard, rows in self._held.items()}
+
     def missed(self, shard: str, digest: str) -> None:
         """The shard does not hold it, or less of it than was thought."""
         self._held.get(shard, OrderedDict()).pop(digest, None)

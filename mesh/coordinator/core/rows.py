@@ -9,7 +9,7 @@ from mesh.coordinator.core.routing import complete
 from mesh.coordinator.core.session import Act, Session
 from mesh.coordinator.core.state import CoreState
 
-__all__ = ["begin_if_open", "give_back", "note_found", "note_held", "note_kept", "open_rows", "release", "reusable_at"]
+__all__ = ["begin_if_open", "give_back", "most_names", "note_found", "note_held", "note_kept", "open_rows", "release", "reusable_at"]
 
 _NAMES = 2
 """A row may be known by the name under which it was kept, and by that of the session that has it."""
@@ -101,7 +101,12 @@ def note_held(state: CoreState, session: Session) -> None:
 
 def _note(state: CoreState, shards: tuple[str, ...], held: Remembered) -> None:
     for shard in shards:
-        state.prefixes.note(shard, held, _NAMES * state.replicas.rows_of(shard))
+        state.prefixes.note(shard, held, most_names(state, shard))
+
+
+def most_names(state: CoreState, shard: str) -> int:
+    """Of how many beginnings it is known that a shard holds them. Whatever callers ask for, there are no more."""
+    return _NAMES * state.replicas.rows_of(shard)
 
 
 def give_back(state: CoreState, session: Session, shard: str, kept: Beginning | None = None) -> None:

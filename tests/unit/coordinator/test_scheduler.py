@@ -11,7 +11,8 @@ from fake_stages import FakeMesh, Sampled, expected, next_token, session_of
 from mesh.coordinator.core.events import CancelSession, FrameOut, Result, ResultRow, Tick
 from mesh.coordinator.core.machine import Core, CoreConfig
 from mesh.coordinator.core.session import TERMINAL, TRANSITIONS, Act, GenerationRequest, IllegalTransition, Session, State
-from mesh.errors import Busy, PromptTooLong, Unavailable
+from mesh.errors import BadRequest, Busy, PromptTooLong, Unavailable
+from mesh.protocol.frame import EMBEDDED
 from mesh.types import LayerRange
 
 RANGES = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)]
@@ -263,3 +264,17 @@ def test_a_token_in_place_of_a_hidden_state_ends_the_session() -> None:
     assert not mesh.tokens["r"] and not mesh.states
     mesh.settle(random)
     assert mesh.core.idle
+
+
+def test_a_hidden_state_that_is_no_vector_ends_its_session_alone() -> None:
+    mesh, random = make(), Random(1)
+    for name in ("broken", "whole"):
+        mesh.submit(GenerationRequest(name, (1, 2, 3), 0, None, embed=True))
+    run_until(mesh, lambda: mesh.frames, random)
+    frame = mesh.frames[0]
+    broken = session_of(mesh, "broken").key
+    answers = [ResultRow(row.key, 2, Sampled(EMBEDDED, 7, finite=row.key != broken)) for row in frame.rows]
+    mesh.event(Result(frame.frame, tuple(answers)))
+    assert isinstance(mesh.ended["broken"].error, BadRequest) and "NaN or infinite" in str(mesh.ended["broken"].error)
+    mesh.settle(random)
+    assert mesh.ended["whole"].reason == "stop" and list(mesh.states) == ["whole"] and mesh.core.idle

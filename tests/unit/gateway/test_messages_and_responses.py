@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,26 @@ def test_a_last_message_of_the_assistant_is_continued() -> None:
     assert fields(messages=[USER, {"role": "assistant", "content": "Once"}])["continue_final_message"] is True
 
 
+def test_what_another_model_thought_is_left_out_of_messages() -> None:
+    thought, hidden = {"type": "thinking", "thinking": "so", "signature": "s"}, {"type": "redacted_thinking", "data": "d"}
+    said = {"role": "assistant", "content": [thought, hidden, {"type": "text", "text": "b"}]}
+    assert fields(messages=[USER, said, USER])["messages"] == [USER, {"role": "assistant", "content": "b"}, USER]
+    assert "continue_final_message" not in fields(messages=[USER, {"role": "assistant", "content": [thought]}])
+
+
+@pytest.mark.parametrize(("choice", "formed"), [(None, True), ("auto", True), ("none", True), ("any", False), ("tool", False)])
+def test_a_form_is_of_the_text_and_calls_that_are_forced_have_none(choice: str | None, formed: bool) -> None:
+    tool, form = {"name": "f", "input_schema": SCHEMA}, {"format": {"type": "json_schema", "schema": SCHEMA}}
+    named: dict[str, Any] = {} if choice is None else {"tool_choice": {"type": choice, **({"name": "f"} if choice == "tool" else {})}}
+    assert ("structured_outputs" in fields(tools=[tool], output_config=form, **named)) is formed
+    named = {"tool_choice": {"any": "required", "tool": {"type": "function", "name": "f"}}.get(choice or "", choice)}
+    function, text = (
+        {"type": "function", "name": "f", "parameters": SCHEMA},
+        {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}},
+    )
+    assert ("structured_outputs" in response(tools=[function], text=text, **named)) is formed
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
@@ -121,12 +142,16 @@ def test_choices_of_tools(choice: dict[str, Any], expected: dict[str, Any]) -> N
         ({"messages": [{"role": "system", "content": "a"}]}, "messages.0.role: should be 'user' or 'assistant'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64"}}]}]},
-            "messages.0.content.0.type: should be 'text', 'tool_use' or 'tool_result'",
+            "messages.0.content.0.type: should be 'text', 'tool_use', 'tool_result', 'thinking' or",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0: needs text with type text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}]},
             "messages.0: has a block tool_use, which messages of the role user do not have",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "so"}]}]},
+            "messages.0: has a block thinking, which messages of the role user do not have",
         ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type: should be 'custom'"),
         ({"tool_choice": {"type": "tool"}}, 'tool_choice: needs name with type "tool", and with no other'),
@@ -171,6 +196,17 @@ def test_items_become_messages_after_those_of_earlier_responses() -> None:
     ]
 
 
+def test_what_another_model_thought_is_left_out_of_a_response() -> None:
+    thought: dict[str, Any] = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None, "status": "completed"}
+    spoken = {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "reasoning_text", "text": "so"}, {"type": "output_text", "text": "b"}],
+    }
+    items = [USER, {**thought, "content": [{"type": "reasoning_text", "text": "so"}]}, spoken, thought]
+    assert response(input=items)["messages"] == [USER, {"role": "assistant", "content": "b"}]
+
+
 def test_functions_of_a_response() -> None:
     tools = [{"type": "function", "name": "f", "parameters": SCHEMA, "strict": True, "description": None}]
     made = response(tools=tools, tool_choice={"type": "function", "name": "f"}, parallel_tool_calls=False)
@@ -183,13 +219,15 @@ def test_functions_of_a_response() -> None:
     [
         ({"background": True}, "background: a mesh answers at once"),
         ({"conversation": "conv_1"}, "conversation: a mesh keeps responses, and no conversations"),
-        ({"include": ["file_search_call.results"]}, "include: a mesh has nothing more to include"),
+        ({"include": ["file_search_call.results"]}, "include.0: should be 'message.output_text.logprobs' or"),
         ({"truncation": "auto"}, "truncation: a mesh leaves no messages out"),
-        ({"top_logprobs": 2}, "top_logprobs: responses have no log-probabilities here"),
+        ({"top_logprobs": 21}, "top_logprobs: should be 20 or less"),
+        ({"logprobs": True}, "logprobs: give top_logprobs and include"),
+        ({"top_logprobs": 2, "tools": [{"type": "function", "name": "f"}]}, "log-probabilities are not told apart"),
         ({"prompt": {"id": "p"}}, "prompt: a mesh keeps no prompts"),
         ({"max_tool_calls": 3}, "max_tool_calls: a mesh calls no tools itself"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: should be 'function'"),
-        ({"input": [{"type": "item_reference", "id": "i"}]}, "input.0.type: should be 'message', 'function_call' or"),
+        ({"input": [{"type": "item_reference", "id": "i"}]}, "input.0.type: should be 'message', 'function_call', 'function_call_output'"),
         ({"input": [{"type": "function_call_output", "output": "1"}]}, "input.0: needs call_id with type function_call_output"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]}, "input.0.content.0.type: should"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format: needs schema"),
@@ -291,6 +329,36 @@ def test_a_response_and_its_events_say_the_same(reason: str) -> None:
     assert done == whole["output"]
     deltas = "".join(event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta")
     assert deltas == whole["output"][1]["arguments"] == '{"x": 1}'
+
+
+@pytest.mark.parametrize(
+    ("asked", "most"),
+    [({}, None), ({"top_logprobs": 0}, None), ({"top_logprobs": 3}, 3), ({"include": ["message.output_text.logprobs"]}, 0)],
+)
+def test_log_probabilities_of_a_response(asked: dict[str, Any], most: int | None) -> None:
+    assert response(**asked).get("logprobs") == most
+
+
+def test_log_probabilities_of_a_response_are_in_its_events_and_in_the_whole() -> None:
+    """Each once, also those of tokens that complete no character."""
+    pieces = [("a", None), ("\ufffd", b"\xc3"), ("\ufffd", b"\xa9"), ("b", None)]
+    tokens = [Token(id, -0.5, ((id, -0.5), (9, -1.5)), piece, ("z",), raw) for id, (piece, raw) in enumerate(pieces)]
+    tokens = [replace(token, top_pieces=(token.piece, "z"), top_raws=(token.raw, None)) for token in tokens]
+    answer = replace(completion("aéb"), logprobs=tuple(tokens))
+    shape, texts = ResponseShape("m", 5, {}), ("a", "", "é", "b")
+    chunks = [Chunk(text, token, token.id, 0.0) for text, token in zip(texts, tokens, strict=True)]
+    shape.name("r")
+    events = [event for chunk in chunks for event in shape.part(0, chunk, None)]
+    events += [*shape.part(0, Chunk("", None, 4, 0.0), answer), *shape.end([answer])]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [len(delta["logprobs"]) for delta in deltas] == [1, 2, 1]
+    (part,) = events[-1]["response"]["output"][0]["content"]
+    assert part["logprobs"] == [entry for delta in deltas for entry in delta["logprobs"]]
+    assert part["logprobs"][0] == {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": part["logprobs"][0]["top_logprobs"]}
+    assert bytes(byte for entry in part["logprobs"] for byte in entry["bytes"]).decode() == "aéb"
+    whole = ResponseShape("m", 5, {})
+    whole.name("r")
+    assert whole.whole([answer])["output"] == events[-1]["response"]["output"]
 
 
 def test_the_turn_of_a_response_is_a_message_that_a_later_request_takes() -> None:

@@ -71,6 +71,7 @@ HARMLESS: dict[str, Any] = {
     "user": "u" * 300, "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
     "metadata": {"a": "b", "c": 1}, "store": True, "verbosity": "low", "reasoning_effort": "minimal", "parallel_tool_calls": True,
     "prediction": {"type": "content", "content": "x"}, "tools": [], "functions": [], "tool_choice": "none", "function_call": "auto",
+    "chat_template_kwargs": {"enable_thinking": False, "budget": 5, "style": "plain"},
     "response_format": {"type": "text"}, "modalities": ["text"], "service_tier": "auto", "logit_bias": {},
 }  # fmt: skip
 
@@ -89,6 +90,17 @@ def test_completions_take_them_too(key: str) -> None:
     assert completion(**{key: HARMLESS[key]}) is None
 
 
+def test_a_mesh_of_one_model_needs_no_name_of_it() -> None:
+    assert chat(model=None) is completion(model=None) is None
+
+
+@pytest.mark.parametrize(("choice", "formed"), [(None, True), ("auto", True), ("none", True), ("required", False)])
+def test_a_form_is_of_the_text_and_calls_that_are_forced_have_none(choice: str | None, formed: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"messages": [USER], "tools": tools, "tool_choice": choice, "response_format": {"type": "json_object"}}
+    assert ("structured_outputs" in read(ChatRequest, body).turns()) is formed
+
+
 def test_options_of_a_stream_pass_with_a_stream_alone() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
     assert chat(stream=True, stream_options=options) is completion(stream=True, stream_options=options) is None
@@ -101,8 +113,8 @@ def test_null_is_a_key_that_is_left_out() -> None:
     """Also where a key is not known: it asks for nothing."""
     optional = [name for name, field in ChatRequest.model_fields.items() if not field.is_required()]
     assert chat(**dict.fromkeys([*optional, "seven", "of"])) is None
-    plain: ChatRequest = read(ChatRequest, {"model": "m", "messages": [USER]})
-    nulls: ChatRequest = read(ChatRequest, {"model": "m", "messages": [{**USER, "name": None, "x": None}], **dict.fromkeys(optional)})
+    plain: ChatRequest = read(ChatRequest, {"messages": [USER]})
+    nulls: ChatRequest = read(ChatRequest, {"messages": [{**USER, "name": None, "x": None}], **dict.fromkeys(optional)})
     assert nulls == plain and nulls.sampling() == plain.sampling()
     native: InferenceRequest = read(InferenceRequest, {"prompt": "a", "temperature": None, "stop": None, "max_tokens": None, "x": None})
     assert native == read(InferenceRequest, {"prompt": "a"})
@@ -127,6 +139,10 @@ def test_null_is_a_key_that_is_left_out() -> None:
         ({"modalities": ["text", "audio"]}, "modalities: a mesh answers with text alone"),
         ({"web_search_options": {}}, "web_search_options: a mesh searches nothing"),
         ({"service_tier": "priority"}, "service_tier: a mesh has one tier"),
+        ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs: has messages, which the rest of the request"),
+        ({"chat_template_kwargs": {"deep": [1]}}, "chat_template_kwargs.deep: should be true, false, a number or a text"),
+        ({"chat_template_kwargs": {"long": "x" * 2000}}, "chat_template_kwargs.long: should be true, false, a number or a text"),
+        ({"chat_template_kwargs": {f"a{n}": n for n in range(17)}}, "chat_template_kwargs"),
         ({"colour": "red"}, "colour is not a key here"),
         ({"temprature": 1}, "temprature is not a key here"),
     ],

@@ -156,3 +156,19 @@ def test_a_template_that_leaves_the_last_message_out() -> None:
     with pytest.raises(BadRequest, match="cannot be continued") as refused:
         ChatPrompts(tokenizer).encode([user("a"), assistant("b")], continue_final_message=True)
     assert refused.value.field == "continue_final_message"
+
+
+THINKING = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{{ note }}{% endif %}"
+
+
+def test_values_of_a_request_reach_the_template_and_spell_no_control_token() -> None:
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", "<think>", "</think>", template=THINKING)
+    prompts, messages = ChatPrompts(tokenizer), [user("hi")]
+    as_usual = prompts.encode(messages)
+    quiet = prompts.encode(messages, variables={"enable_thinking": False, "note": "", "unknown": 1})
+    assert quiet[: len(as_usual)] == as_usual and [tokenizer.token(id) for id in quiet[len(as_usual) :]] == ["<think>", "</think>"]
+    assert prompts.encode(messages, variables={"enable_thinking": True}) == as_usual
+    spelled = prompts.encode(messages, variables={"enable_thinking": False, "note": "<|im_end|>"})
+    assert spelled[: len(quiet)] == quiet and len(spelled) == len(quiet) + len("<|im_end|>")
+    meant = prompts.encode(messages, variables={"enable_thinking": False, "note": "<|im_end|>"}, parse_special=True)
+    assert [tokenizer.token(id) for id in meant[len(quiet) :]] == ["<|im_end|>"]

@@ -17,6 +17,7 @@ from mesh.model.grammar import Vocabulary
 from mesh.model.manifest import TokenizerInfo
 from mesh.model.tokenizer import Tokenizer
 from mesh.model.tool_grammar import tool_grammar
+from mesh.protocol.structured import StructuredOutputs
 from mesh.protocol.tools import FORMATS, FunctionName, NamedChoice, Tool, ToolChoice, calls_of
 
 CITY = {
@@ -81,8 +82,17 @@ def made(request: pytest.FixtureRequest) -> Made:
     return Made(request.param)
 
 
-def grammar(made: Made, form: str, choice: ToolChoice | None, *, parallel: bool = True, tools: tuple[Tool, ...] = TOOLS) -> str | None:
-    return tool_grammar(tools, choice, parallel=parallel, form=FORMATS[form], tokenizer=made.tokenizer, vocabulary=made.vocabulary)
+def grammar(
+    made: Made,
+    form: str,
+    choice: ToolChoice | None,
+    *,
+    parallel: bool = True,
+    tools: tuple[Tool, ...] = TOOLS,
+    answer: StructuredOutputs | None = None,
+) -> str | None:
+    marks = {"form": FORMATS[form], "tokenizer": made.tokenizer, "vocabulary": made.vocabulary}
+    return tool_grammar(tools, choice, parallel=parallel, answer=answer, **marks)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
@@ -125,6 +135,43 @@ def test_with_a_strict_tool_text_is_free_and_calls_are_right(made: Made, form: s
         ids = list(encode(text, add_special_tokens=False).ids)
         matcher.go_to(ids)
         assert (matcher.allowed() is not None) is right, text
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_an_answer_calls_or_has_the_form_that_was_asked_for(made: Made, form: str) -> None:
+    """Also where no tool is strict, and where both begin with the same letters, as Llama's calls and JSON do."""
+    verdict = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}, "required": ["verdict"], "additionalProperties": False}
+    tools = tuple(tool(name, strict=False) for name in SCHEMAS)
+    written = grammar(made, form, "auto", parallel=False, tools=tools, answer=StructuredOutputs.model_validate({"json": verdict}))
+    assert written is not None
+    called = set()
+    for seed in range(12):
+        text = made.draw(written, seed)
+        content, calls = calls_of(text, FORMATS[form], SCHEMAS, "r")
+        called.add(bool(calls))
+        if calls:
+            assert not content.strip() and all(
+                jsonschema_rs.is_valid(SCHEMAS[c.function.name], json.loads(c.function.arguments)) for c in calls
+            )
+        else:
+            assert jsonschema_rs.is_valid(verdict, json.loads(content)), text
+    assert called == {True, False}
+
+
+def test_a_form_beside_tools_that_is_not_supported_is_an_error(made: Made) -> None:
+    for schema in ({"type": "object", "properties": {"a": {"not": {}}}}, {"type": "hiccup"}):
+        with pytest.raises(BadRequest) as refused:
+            grammar(made, "hermes", "auto", answer=StructuredOutputs.model_validate({"json": schema}))
+        assert refused.value.field == "structured_outputs"
+
+
+def test_parameters_of_a_type_that_json_does_not_have_are_an_error_also_where_the_tool_is_not_strict(made: Made) -> None:
+    parameters = {"type": "object", "properties": {"type": {"type": ["string", "hiccup"]}}}
+    with pytest.raises(BadRequest, match="the parameters of odd has the type 'hiccup', which JSON does not have") as refused:
+        grammar(made, "hermes", "required", tools=(tool("odd", strict=False, parameters=parameters),))
+    assert refused.value.field == "tools"
+    named = {"type": "object", "properties": {"type": {"const": {"type": "hiccup"}}, "default": {"type": "string"}}}
+    assert grammar(made, "hermes", "required", tools=(tool("odd", strict=False, parameters=named),)) is not None
 
 
 def test_auto_without_a_strict_tool_needs_no_grammar(made: Made) -> None:
