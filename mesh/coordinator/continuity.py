@@ -139,6 +139,8 @@ class Continuity:
                 "prompt": None,
                 "messages": None,
                 "tokens": job.request.prompt,
+                "continue_final_message": False,  # this and the next one say how messages become a prompt
+                "chat_template_kwargs": {},
                 "seed": job.request.sampling.seed,
                 "given": (),
                 "waited_s": self._waited_s(job.request.id),

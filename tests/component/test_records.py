@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 from running import Run
-from serving import LONG, coordinator, shards
+from serving import LONG, coordinator, shards, unique
 from waiting import entry, until
 
 from mesh.bus import Bus, BusOptions, Received
@@ -329,6 +329,43 @@ def test_a_session_that_another_took_is_dropped_without_a_word(run: Run, server:
             await serving.bus.flush()
             said = [answers.get_nowait() for _ in range(answers.qsize())]
             assert said and all("Nats-Service-Error" not in document.headers for document in said)
+
+    run(work())
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOLD = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [CALL]}]
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        {"messages": [*TOLD[:1], {"role": "assistant", "content": "b"}], "continue_final_message": True},
+        {"messages": TOLD[:1], "add_generation_prompt": False, "parse_special": True},
+        {"messages": TOLD[:1], "chat_template_kwargs": {"enable_thinking": False}},
+        {
+            "messages": [*TOLD, {"role": "tool", "tool_call_id": "c1", "content": "1"}],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        },
+        {"prompt": "a", "raw": True},
+    ],
+)
+def test_every_kind_of_request_is_written_down_with_its_prompt_in_tokens(
+    run: Run, server: NatsServer, model: Path, request_of: dict[str, object]
+) -> None:
+    """What says how messages become a prompt means nothing any more, and must not keep the record from being written. No shard runs."""
+
+    async def work() -> None:
+        async with coordinator(server.url, model) as serving:
+            recorder = serving.continuity.recorder
+            name = f"kept-{unique('r')}"
+            request = Generate.model_validate_json(orjson.dumps({**request_of, "session": name, "stream": True}))
+            await serving.bus.publish(topics.GENERATE.at(serving.manifest.name).subject, request.to_bytes(), reply=serving.bus.new_inbox())
+            kept = parsed(await entry(recorder.bucket, recorder.key(name), lambda found: found))
+            assert kept is not None and kept.message.tokens and kept.message.messages is None and not recorder.counters["failed"]
+            assert kept.digest == digest_of(request)
+            await serving.bus.send(topics.CANCEL.at(serving.manifest.name, serving.name), Cancel(request=name))
+            await until(lambda: not serving.core.load(0.0).live, because="nobody listens for the answer of this one")
 
     run(work())
 
