@@ -23,7 +23,7 @@ __all__ = ["RECOVERY", "SLOWDOWN", "Pace"]
 
 SLOWDOWN: Final = 2.5
 """How many times as long a step may take because of prompts."""
-RECOVERY: Final = 2.0
+RECOVERY: Final = 4.0
 """So many times longer yet while sessions that lost a shard compute their history again: they had tokens, and wait for the next one."""
 LEAST: Final = 16
 """Tokens of prompts that a step carries at least: with fewer, a stage would spend more on its weights than on the prompts."""
