@@ -23,7 +23,7 @@ from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS
 from mesh.protocol.rights import inbox_user
 from mesh.protocol.structured import MAX_SCHEMA_BYTES, StructuredOutputs
 from mesh.protocol.tokenizing import Tokenize
-from mesh.protocol.tools import Tool
+from mesh.protocol.tools import Tool, must_call
 from mesh.settings.schema import ReuseScope
 
 __all__ = ["PrefixReuse", "Requests", "options_of"]
@@ -243,7 +243,7 @@ def _characters(message: ChatMessage) -> int:
 
 def _require_forms_go_together(message: Generate, form: StructuredOutputs) -> None:
     """BadRequest: the answer is calls in any case, or its form is not JSON."""
-    if message.tool_choice not in (None, "auto"):
+    if must_call(message.tool_choice):
         raise BadRequest("calls are forced, so the answer has their form: leave out structured_outputs or tool_choice", field=_FORM)
     if form.json_schema is None and not form.json_object:
         raise BadRequest("an answer that may call tools is calls, text or JSON: give json or json_object, or leave out tools", field=_FORM)

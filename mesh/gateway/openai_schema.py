@@ -18,8 +18,8 @@ from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_TOKENS, Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 from mesh.protocol.structured import LogitBias, SchemaObject, StructuredOutputs
-from mesh.protocol.template_values import TemplateValues
-from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, Tool, ToolCall, ToolChoice, ToolFormatName
+from mesh.protocol.template_values import TEMPLATE_FIELDS, TemplateValues
+from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, Tool, ToolCall, ToolChoice, ToolFormatName, must_call
 
 __all__ = [
     "ChatCompletion",
@@ -239,10 +239,9 @@ class ChatRequest(Common):
     def turns(self) -> dict[str, Any]:
         """The fields of mesh.protocol.generation.Generate about messages."""
         messages = [message.request() for message in self.messages]
-        names = {"add_generation_prompt", "continue_final_message", "parse_special", "chat_template_kwargs"}
         return {
             "messages": messages,
-            **self.model_dump(include=names & self.model_fields_set, exclude_none=True),
+            **self.model_dump(include=self.model_fields_set & TEMPLATE_FIELDS, exclude_none=True),
             **self._form(),
             **self._tools(),
         }
@@ -261,7 +260,7 @@ class ChatRequest(Common):
             return {}
         if self.structured_outputs is not None:
             raise BadRequest("response_format and structured_outputs both say which form the answer has: give one", field="response_format")
-        forced = self.tools and self.tool_choice not in (None, "auto", "none")
+        forced = self.tools and must_call(self.tool_choice)
         return {} if forced else {"structured_outputs": form}  # of text: an answer of calls has none
 
     @property

@@ -16,7 +16,7 @@ from mesh.protocol.message import Label
 from mesh.protocol.sampling import MAX_LOGPROBS, SamplingFields
 from mesh.protocol.structured import SchemaObject
 from mesh.protocol.template_values import TemplateValues
-from mesh.protocol.tools import MAX_TOOLS, CallId, Name, ToolFormatName, choice_kind
+from mesh.protocol.tools import MAX_TOOLS, CallId, Name, ToolFormatName, choice_kind, must_call
 
 __all__ = ["ResponseDeleted", "ResponseDocument", "ResponsesRequest"]
 
@@ -238,7 +238,7 @@ class ResponsesRequest(SamplingFields, RequestBody):
             given["max_tokens"] = self.max_output_tokens
         if self.with_logprobs:
             given["logprobs"] = self.top_logprobs or 0
-        forced = self.tools and self.tool_choice not in (None, "auto", "none")  # then there is no text that could have a form
+        forced = self.tools and must_call(self.tool_choice)  # then there is no text that could have a form
         form = None if forced or self.text is None or self.text.format is None else self.text.format.structured()
         return given | ({} if form is None else {"structured_outputs": form}) | self._tools()
 

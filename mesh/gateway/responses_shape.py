@@ -129,7 +129,7 @@ class ResponseShape:
             opened.append(self._of_item("response.content_part.added", content_index=0, part=_part("")))
         part, logprobs, self._logprobs = self._items[-1]["content"][0], self._logprobs, []
         part["text"] += text
-        part["logprobs"] = [*part["logprobs"], *logprobs]
+        part["logprobs"] += logprobs
         return [*opened, self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)]
 
     def _call(self, part: CallPart) -> list[dict[str, Any]]:
@@ -153,7 +153,8 @@ class ResponseShape:
         item["status"] = status
         if item["type"] == "message":
             (part,) = item["content"]
-            part["logprobs"], self._logprobs = [*part["logprobs"], *self._logprobs], []
+            part["logprobs"] += self._logprobs
+            self._logprobs = []
             events = [
                 self._of_item("response.output_text.done", content_index=0, text=part["text"], logprobs=part["logprobs"]),
                 self._of_item("response.content_part.done", content_index=0, part=part),

@@ -19,7 +19,7 @@ from mesh.gateway.guard import caller_of, guarded
 from mesh.gateway.openai_schema import ChatMessage, TokenIds
 from mesh.protocol.generation import MAX_MESSAGES, Text
 from mesh.protocol.message import Label
-from mesh.protocol.template_values import TemplateValues
+from mesh.protocol.template_values import TEMPLATE_FIELDS, TemplateValues
 from mesh.protocol.tokenizing import Tokenized
 from mesh.protocol.tools import MAX_TOOLS, Tool
 
@@ -60,14 +60,13 @@ class TokenizeRequest(RequestBody):
         names = bool(self.return_token_strs)
         if self.messages is None:
             return {"prompt": self.prompt, "special": self.add_special_tokens is not False, "names": names}
-        turn = {"add_generation_prompt", "continue_final_message", "parse_special", "chat_template_kwargs"}
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         messages = [message.request() for message in self.messages]
         return {
             "messages": messages,
             "tools": tools,
             "names": names,
-            **self.model_dump(include=turn & self.model_fields_set, exclude_none=True),
+            **self.model_dump(include=self.model_fields_set & TEMPLATE_FIELDS, exclude_none=True),
         }
 
 

@@ -16,7 +16,7 @@ from mesh.errors import BadRequest
 from mesh.model.grammar import Vocabulary, exact_formats, json_options, require_schema, require_types
 from mesh.model.tokenizer import Tokenizer
 from mesh.protocol.structured import MAX_GRAMMAR_BYTES, StructuredOutputs
-from mesh.protocol.tools import NamedChoice, Tool, ToolChoice, ToolFormat
+from mesh.protocol.tools import NamedChoice, Tool, ToolChoice, ToolFormat, must_call
 
 __all__ = ["tool_grammar"]
 
@@ -37,7 +37,7 @@ def tool_grammar(
     """The grammar; None where the answer needs none. `answer`: the form of JSON of an answer that calls nothing. BadRequest: that, or a
     strict tool's schema, is not supported, or a tool's is none. A tool that is not strict, and whose schema is not supported, may have
     any object as arguments."""
-    forced = choice == "required" or isinstance(choice, NamedChoice)
+    forced = must_call(choice)
     if not forced and answer is None and not any(tool.function.strict for tool in tools):
         return None
     if isinstance(choice, NamedChoice):

@@ -15,7 +15,7 @@ from mesh.protocol.message import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerEpoch, L
 from mesh.protocol.sampling import SamplingFields, SamplingParams, without_ranges
 from mesh.protocol.structured import LogitBias, StructuredOutputs
 from mesh.protocol.template_values import TemplateValues
-from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, NamedChoice, Tool, ToolCall, ToolChoice, ToolFormatName
+from mesh.protocol.tools import MAX_CALLS, MAX_TOOLS, CallId, NamedChoice, Tool, ToolCall, ToolChoice, ToolFormatName, must_call
 from mesh.settings.units import format_bytes
 
 __all__ = [
@@ -190,7 +190,7 @@ class Generate(SamplingFields, Input):
     @property
     def forces_calls(self) -> bool:
         """Whether a grammar has to see to it that calls are made, or are right."""
-        return self.offers_tools and (self.tool_choice not in (None, "auto") or any(tool.function.strict for tool in self.tools))
+        return self.offers_tools and (must_call(self.tool_choice) or any(tool.function.strict for tool in self.tools))
 
     @model_validator(mode="after")
     def _can_be_continued(self) -> Self:

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-__all__ = ["TemplateValues"]
+__all__ = ["TEMPLATE_FIELDS", "TemplateValues"]
+
+TEMPLATE_FIELDS: Final = frozenset({"add_generation_prompt", "continue_final_message", "parse_special", "chat_template_kwargs"})
+"""The fields of a request that say how its messages become a prompt, by the names that all APIs have for them."""
 
 MAX_VALUES: Final = 16
 MAX_VALUE_CHARACTERS: Final = 1024

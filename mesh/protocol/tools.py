@@ -36,6 +36,7 @@ __all__ = [
     "calls_of",
     "choice_kind",
     "format_of",
+    "must_call",
 ]
 
 MAX_TOOLS: Final = 128
@@ -81,6 +82,11 @@ ToolChoice = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag(BRANCH.format("text"))] | Annotated[NamedChoice, Tag(BRANCH.format("object"))],
     Discriminator(choice_kind),
 ]
+
+
+def must_call(choice: Any) -> bool:
+    """Whether the answer is calls and nothing else, as OpenAI's APIs say it in tool_choice: required, or one function."""
+    return choice not in (None, "auto", "none")
 
 
 class CalledFunction(_Part):

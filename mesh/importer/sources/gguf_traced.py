@@ -10,7 +10,7 @@ import numpy as np
 from mesh.errors import UnsupportedModel
 from mesh.importer.sources.gguf_file import GgufCheckpoint
 from mesh.importer.sources.gguf_tokenizer import write_gguf_tokenizer
-from mesh.importer.sources.traced import TracedSource
+from mesh.importer.sources.traced import TracedSource, joined_notes
 from mesh.importer.trace.export import export
 from mesh.importer.trace.gguf_config import architecture_of, configuration
 from mesh.importer.trace.gguf_weights import GgufParameters, divide_frequencies
@@ -49,7 +49,7 @@ class GgufTracedSource(TracedSource):
     def __init__(self, path: Path, model: Any, graph: Any, parameters: GgufParameters, checkpoint: GgufCheckpoint) -> None:
         self._checkpoint = checkpoint
         super().__init__(path, model, graph, parameters)
-        self.note = "; ".join(filter(None, (self.note, parameters.note))) or None
+        self.note = joined_notes(self.note, parameters.note)
 
     @property
     def name(self) -> str:

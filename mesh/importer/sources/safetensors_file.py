@@ -16,7 +16,7 @@ from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.sources.place import inside_source, refuse_pointer
 from mesh.importer.write.kept import Kept
 
-__all__ = ["INDEX", "SINGLE", "SafetensorsCheckpoint", "read_json"]
+__all__ = ["INDEX", "SINGLE", "SafetensorsCheckpoint", "checkpoint_bytes", "read_json"]
 
 MOST_JSON_BYTES = 64 * 1024 * 1024  # of config.json or an index
 MOST_HEADER_BYTES = 64 * 1024 * 1024
@@ -48,6 +48,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptModel(f"{path} is not a JSON object: fetch it again")
     return value
+
+
+def checkpoint_bytes(directory: Path) -> int:
+    """What its weights take in files."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 @dataclass(frozen=True, slots=True)

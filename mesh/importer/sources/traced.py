@@ -11,6 +11,7 @@ from mesh.importer.families.rotary import shorter_context
 from mesh.importer.sources.onnx import OnnxSource
 from mesh.importer.sources.onnx_file import in_one_form
 from mesh.importer.sources.quantized import QuantizedCheckpoint, open_checkpoint
+from mesh.importer.sources.safetensors_file import checkpoint_bytes
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
 from mesh.importer.trace.export import export
 from mesh.importer.trace.library import versions
@@ -20,7 +21,7 @@ from mesh.importer.write.kept import SourceMatrix
 from mesh.model.manifest import FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress, no_progress
 
-__all__ = ["TracedSource", "open_source"]
+__all__ = ["TracedSource", "joined_notes", "open_source"]
 
 
 def open_source(directory: Path, trust_remote_code: bool = False, progress: Progress = no_progress) -> TracedSource:
@@ -37,9 +38,14 @@ def open_source(directory: Path, trust_remote_code: bool = False, progress: Prog
     progress("read the graph", 2, 3)
     source = TracedSource(model.path, model, graph, parameters)
     if isinstance(checkpoint, QuantizedCheckpoint):
-        source.note = "; ".join(filter(None, (source.note, checkpoint.note))) or None
+        source.note = joined_notes(source.note, checkpoint.note)
     progress("read the graph", 3, 3)
     return source
+
+
+def joined_notes(*notes: str | None) -> str | None:
+    """Those that there are, as one."""
+    return "; ".join(filter(None, notes)) or None
 
 
 class TracedSource(OnnxSource):
@@ -53,7 +59,7 @@ class TracedSource(OnnxSource):
         config = {**model.text.to_dict(), "model_type": model.kind}
         self._open(lambda: in_one_form(self.file, graph), config)
         if model.config is not model.text:
-            self.note = "; ".join(filter(None, ("the text decoder alone: images and sounds are not served", self.note)))
+            self.note = joined_notes("the text decoder alone: images and sounds are not served", self.note)
         rows = getattr(model.text, "vocab_size", None)
         if isinstance(rows, int) and rows != self.vocab_size:
             raise CorruptModel(f"{self.file}: vocab_size is {rows} where the model gives {self.vocab_size} logits")
@@ -77,7 +83,7 @@ class TracedSource(OnnxSource):
 
     @property
     def weight_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.file.parent.glob("*.safetensors"))
+        return checkpoint_bytes(self.file.parent)
 
     @property
     def made(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.sources.onnx import OnnxSource
 from mesh.importer.sources.quantized import open_checkpoint
+from mesh.importer.sources.safetensors_file import checkpoint_bytes
 from mesh.importer.sources.source import Source
 from mesh.importer.sources.traced import TracedSource
 from mesh.importer.trace.library import available
@@ -43,8 +44,7 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
         try:
             model = open_model(source.directory)
             checkpoint = open_checkpoint(source.directory)
-            size = sum(file.stat().st_size for file in source.directory.glob("*.safetensors"))
-            return _transformers(source, size, model, Parameters(model, checkpoint)), notes
+            return _transformers(source, checkpoint_bytes(source.directory), model, Parameters(model, checkpoint)), notes
         except UnsupportedModel as error:
             return NOTHING, {**notes, "not_compared": str(error)}
     return NOTHING, notes
