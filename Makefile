@@ -100,9 +100,9 @@ chaos: install
 FAMILIES := /tmp/mesh-families-$(shell id -u)
 families:
 	$(MAKE) install EXTRAS=dev,trace
-	$(BIN)/python bench/models.py --work $(FAMILIES)
-	$(BIN)/python bench/models.py --work $(FAMILIES) --multimodal
-	$(BIN)/python bench/models.py --work $(FAMILIES) --table
+	$(BIN)/python bench/families.py --work $(FAMILIES)
+	$(BIN)/python bench/families.py --work $(FAMILIES) --multimodal
+	$(BIN)/python bench/families.py --work $(FAMILIES) --table
 
 soak: install
 	$(BIN)/python bench/soak.py

@@ -5,7 +5,7 @@
 Each family that llama.cpp's converter knows is a tiny model with random weights (bench/tiny_decoders.py), made by transformers and
 converted by `SRC/conversion`, which a source distribution of llama-cpp-python has (vendor/llama.cpp). Three engines add 24 tokens to one
 prompt: transformers from the model itself, llama.cpp from the file, and our runtime from the imported file at every number of shards. The
-models have no vocabulary. Results go to DIR/gguf.jsonl; bench/models.py --table writes them into docs/models.md.
+models have no vocabulary. Results go to DIR/gguf.jsonl; bench/families.py --table writes them into docs/models.md.
 
 PROGRAM is bench/llama_tokens.cpp, built against llama.cpp:
 
@@ -27,7 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import models
+import families
 import tiny_decoders
 
 from mesh.errors import MeshError
@@ -89,7 +89,7 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / RESULTS
-    done = set() if options.again else set(models.read(results))
+    done = set() if options.again else set(families.read(results))
     for kind in options.only or convertible(options.llama):
         if kind not in done:
             result = tried(kind, options)
@@ -128,16 +128,16 @@ def convert(llama: Path, source: Path, out: Path) -> None:
 
 
 def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """How one family went: `outcome` as in bench/models.py, or unconverted; `llama`: whether llama.cpp's tokens are the model's."""
+    """How one family went: `outcome` as in bench/families.py, or unconverted; `llama`: whether llama.cpp's tokens are the model's."""
     source, file, out = (options.work / each for each in ("source", f"{kind}.gguf", "model"))
     for each in (source, out):
         shutil.rmtree(each, ignore_errors=True)
     file.unlink(missing_ok=True)
     try:
         with quiet():
-            expected = models.wanted(tiny_decoders.make(kind, source, OWN.get(kind, {})))
+            expected = families.wanted(tiny_decoders.make(kind, source, OWN.get(kind, {})))
     except Exception as error:  # each family has its own demands on its sizes
-        return {"outcome": "unmade", "why": models._text(error)}
+        return {"outcome": "unmade", "why": families.one_line(error)}
     call = [sys.executable, __file__, "--work", options.work, "--llama", options.llama, "--convert", source, file]
     made = subprocess.run(call, env=_with(options.llama), capture_output=True, text=True)
     if made.returncode:
@@ -157,21 +157,21 @@ def imported(file: Path, out: Path, expected: Sequence[int], llama: Sequence[int
         took = {"way": "trace" if "made_by" in manifest.report else "builder", "cpu_seconds": round(time.process_time() - began, 1)}
         counts = list(range(1, manifest.layers + 1))
         compiled: Compiled = {}
-        found = {count: models.greedy(out, manifest, expected[: models.PROMPT], count, compiled) for count in counts}
+        found = {count: families.greedy(out, manifest, expected[: families.PROMPT], count, compiled) for count in counts}
         wrong = [count for count, tokens in found.items() if tokens != expected]
-        as_llama = wrong == counts and all(tokens[models.PROMPT :] == llama for tokens in found.values())
+        as_llama = wrong == counts and all(tokens[families.PROMPT :] == llama for tokens in found.values())
         note = {"note": "llama.cpp's tokens, which are not those of the model that was converted"} if as_llama else {}
         return {"outcome": "different" if wrong and not as_llama else "equal", "shards": counts, "wrong": wrong, **note, **took}
     except MeshError as error:
         took = {"cpu_seconds": round(time.process_time() - began, 1)}
-        return {"outcome": "refused", "kind": type(error).__name__, "why": models._text(error), **took}
+        return {"outcome": "refused", "kind": type(error).__name__, "why": families.one_line(error), **took}
     except Exception as error:
-        return {"outcome": "failed", "why": f"{type(error).__name__}: {models._text(error)}"}
+        return {"outcome": "failed", "why": f"{type(error).__name__}: {families.one_line(error)}"}
 
 
 def by_llama(program: Path, file: Path, expected: Sequence[int]) -> tuple[str, list[int]]:
     """How llama.cpp's tokens compare with those expected, and the tokens."""
-    prompt, wanted = expected[: models.PROMPT], list(expected[models.PROMPT :])
+    prompt, wanted = expected[: families.PROMPT], list(expected[families.PROMPT :])
     call = [str(program), str(file), str(len(wanted)), *map(str, prompt)]
     run = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
     if run.returncode:

@@ -1,7 +1,7 @@
 """Which decoder families of the installed transformers import, and whether their tokens are transformers' own.
 
-    python bench/models.py --work DIR [--only NAME ...] [--multimodal] [--seconds N]    try families; results go to DIR/results.jsonl
-    python bench/models.py --work DIR --table    write docs/models.md from them, and from the gguf.jsonl of bench/gguf_families.py
+    python bench/families.py --work DIR [--only NAME ...] [--multimodal] [--seconds N]    try families; results go to DIR/results.jsonl
+    python bench/families.py --work DIR --table    write docs/models.md from them, and from the gguf.jsonl of bench/gguf_families.py
 
 Each family is a tiny model with random weights (bench/tiny_decoders.py): made and saved by transformers, imported by `mesh import`'s own
 function, then run as stages of 1 to N shards. 24 greedy tokens are compared with those that transformers generates. A run goes on where the
@@ -50,7 +50,7 @@ weights: bloom, gemma3, gpt2, gpt_neox, llama, mistral, mixtral, opt, phi3, qwen
 implementation becomes one graph, and the graph goes the way of an ONNX export ([how](model-format.md#traced-models)). Tracing needs
 `pip install 'stagemesh[trace]'`.
 
-The table is written by `bench/models.py`, which tries every model_type that transformers {transformers} (with torch {torch}) lists as a
+The table is written by `bench/families.py`, which tries every model_type that transformers {transformers} (with torch {torch}) lists as a
 causal language model, or as a model of images and text with one inside: tiny models with random weights, 24 greedy tokens compared with
 those that transformers generates, at every number of shards. Of the {all} families that have been tried so far {equal} import with equal
 tokens and {refused} are refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the
@@ -112,12 +112,12 @@ def tried(kind: str, work: Path) -> dict[str, Any]:
             made = tiny_decoders.make(kind, source)
     except Exception as error:  # each family has its own demands on its sizes
         signal.alarm(0)
-        return {"outcome": "unmade", "why": _text(error)}
+        return {"outcome": "unmade", "why": one_line(error)}
     try:
         with quiet():
             expected = wanted(made)
     except Exception as error:  # nor can all of them be called with token ids alone
-        expected, silent = [], _text(error)
+        expected, silent = [], one_line(error)
     began, cpu = time.monotonic(), time.process_time()
     try:
         way = "builder" if has_family(source) else "trace"
@@ -135,9 +135,9 @@ def tried(kind: str, work: Path) -> dict[str, Any]:
         return {"outcome": "different" if wrong else "equal", "shards": counts, "wrong": wrong, **took}
     except MeshError as error:
         took = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-        return {"outcome": "refused", "kind": type(error).__name__, "why": _text(error), **took}
+        return {"outcome": "refused", "kind": type(error).__name__, "why": one_line(error), **took}
     except Exception as error:
-        return {"outcome": "failed", "why": f"{type(error).__name__}: {_text(error)}", "seconds": round(time.monotonic() - began, 1)}
+        return {"outcome": "failed", "why": f"{type(error).__name__}: {one_line(error)}", "seconds": round(time.monotonic() - began, 1)}
     finally:
         signal.alarm(0)
 
@@ -192,7 +192,7 @@ def _late(*_: Any) -> None:
     raise TimeoutError(f"more than {LONGEST_S} s")
 
 
-def _text(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400]
 
 
