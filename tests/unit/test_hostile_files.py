@@ -234,6 +234,10 @@ LONG = b"k" * 20_000
     [
         ("manifest", b"{", b'{"' + LONG + b'": 1, '),
         ("manifest", b'"onnx"', b'"' + LONG + b'"'),
+        ("config.json", b'"llama"', b'"' + LONG + b'"'),
+        ("config.json", b'"linear"', b'"' + LONG + b'"'),
+        ("config.json", b"{", b'{"head_dim": "' + LONG + b'", '),
+        ("config.json", b'"silu"', b'"' + LONG + b'"'),
         ("placement", b"{", b'{"' + LONG + b'": 1, '),
         ("placement", b'"layers_start": 0', b'"layers_start": "' + LONG + b'"'),
         ("yaml", b"shard_id", LONG),
@@ -247,6 +251,7 @@ def test_an_error_repeats_the_beginning_of_what_is_long(name: str, old: bytes, n
     with pytest.raises(MeshError) as caught:
         decode(path)
     assert len(str(caught.value)) < 1000
+    assert name != "config.json" or "kkkk" in str(caught.value)
 
 
 # -- what random changes seldom find -------------------------------------------------------------------------------------------

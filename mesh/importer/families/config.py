@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel, short
 from mesh.importer.families.spec import ACTIVATIONS
 
 __all__ = ["Config"]
@@ -31,7 +31,7 @@ class Config:
         """A positive integer. CorruptModel if it is missing (and there is no default), null, or anything else."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CorruptModel(f"{self.path}: {key} is {value!r} where {self.model_type} needs a positive integer")
+            raise CorruptModel(f"{self.path}: {key} is {short(repr(value))} where {self.model_type} needs a positive integer")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -41,12 +41,12 @@ class Config:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise CorruptModel(f"{self.path}: {key} is {value!r} where {self.model_type} needs a number")
+            raise CorruptModel(f"{self.path}: {key} is {short(repr(value))} where {self.model_type} needs a number")
         return float(value)
 
     def activation(self, *keys: str, default: str) -> str:
         """Our name for the activation that is given by the first of `keys` in the configuration."""
         name = next((str(self.values[key]) for key in keys if self.values.get(key) is not None), default)
         if name not in ACTIVATIONS:
-            raise UnsupportedModel(f"{self.path}: activation {name!r} is not supported: only {', '.join(ACTIVATIONS)} are")
+            raise UnsupportedModel(f"{self.path}: activation {short(name)!r} is not supported: only {', '.join(ACTIVATIONS)} are")
         return ACTIVATIONS[name]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel, short
 from mesh.importer.families import gpt, llama
 from mesh.importer.families.config import Config
 from mesh.importer.families.spec import DecoderSpec, DecoderWeights
@@ -72,7 +72,7 @@ _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\
 def unknown(kind: str, path: str) -> UnsupportedModel:
     """The error for a model_type that no family here builds."""
     return UnsupportedModel(
-        f"{path}: no family of ours builds model_type {kind!r} (they build {', '.join(SUPPORTED)}). "
+        f"{path}: no family of ours builds model_type {short(kind)!r} (they build {', '.join(SUPPORTED)}). "
         "With torch and transformers `mesh import` traces their own implementation: pip install 'stagemesh[trace]'"
     )
 
@@ -110,5 +110,5 @@ def open_decoder(config: Mapping[str, Any], path: str, checkpoint: Checkpoint, n
     used = tensors.used | head_tensors.used | {head + family.head}
     for name in known:
         if name.startswith(prefix) and name not in used and not _BUFFERS.search(name):
-            raise UnsupportedModel(f"{path}: {kind} has no use for the tensor {name}: this is a variant that is not supported")
+            raise UnsupportedModel(f"{path}: {kind} has no use for the tensor {short(name)}: this is a variant that is not supported")
     return spec, weights

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import UnsupportedModel
+from mesh.errors import UnsupportedModel, short
 from mesh.importer.families.spec import Rotary
 
 __all__ = ["frequencies", "rope_settings", "rotary_from_config", "shorter_context", "trained_context"]
@@ -42,7 +42,7 @@ def rope_settings(config: Settings, *, layer_type: str | None = None, theta: flo
         settings["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     settings.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     if settings["rope_type"] not in KINDS:
-        raise UnsupportedModel(f"rotary scaling {kind!r} is not supported: only {', '.join(KINDS)} are")
+        raise UnsupportedModel(f"rotary scaling {short(kind)!r} is not supported: only {', '.join(KINDS)} are")
     return settings
 
 
@@ -76,7 +76,7 @@ def rotary_from_config(settings: Settings, *, head_dim: int, context_length: int
         if kind == "longrope":
             return _longrope(plain, settings, context_length)
     except KeyError as error:
-        raise UnsupportedModel(f"rotary scaling {kind!r} lacks the setting {error}") from None
+        raise UnsupportedModel(f"rotary scaling {short(kind)!r} lacks the setting {error}") from None
     return _rotary(plain)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import CorruptModel, UnsupportedModel, decoding
+from mesh.errors import CorruptModel, UnsupportedModel, decoding, short
 from mesh.importer.families.decoder_source import DecoderSource
 from mesh.importer.families.rotary import rotary_from_config
 from mesh.importer.families.spec import DecoderSpec, EmbedWeights, Experts, HeadWeights, LayerWeights, Linear, Rotary
@@ -60,7 +60,9 @@ def _open(path: Path, checkpoint: GgufCheckpoint) -> DecoderSource:
     weights.head()
     for name in checkpoint:
         if name not in tensors.used and name != "rope_freqs.weight":
-            raise UnsupportedModel(f"{path}: {spec.architecture} has no use for the tensor {name}: this is a variant that is not supported")
+            raise UnsupportedModel(
+                f"{path}: {spec.architecture} has no use for the tensor {short(name)}: this is a variant that is not supported"
+            )
     return DecoderSource("gguf", path.stem, spec, weights, lambda out: write_gguf_tokenizer(checkpoint.metadata, str(path), out))
 
 
@@ -88,7 +90,7 @@ class _Metadata:
                 raise UnsupportedModel(f"{self.path}: {self.architecture}.{key} differs between layers, which is not supported")
             value = value[0]
         if not isinstance(value, int) or value < 1:
-            raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {value!r} where a positive integer is needed")
+            raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {short(repr(value))} where a positive integer is needed")
         if value > _LARGEST:
             raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {value:,} where at most {_LARGEST:,} is believed")
         return value
@@ -107,7 +109,9 @@ def _spec(metadata: _Metadata, checkpoint: GgufCheckpoint) -> DecoderSpec:
     context = metadata.integer("context_length")
     epsilon = metadata.get("attention.layer_norm_rms_epsilon")
     if not isinstance(epsilon, float):
-        raise CorruptModel(f"{metadata.path}: {architecture}.attention.layer_norm_rms_epsilon is {epsilon!r} where a number is needed")
+        raise CorruptModel(
+            f"{metadata.path}: {architecture}.attention.layer_norm_rms_epsilon is {short(repr(epsilon))} where a number is needed"
+        )
     window = metadata.get("attention.sliding_window") or None
     windows = [None if gemma and (index + 1) % GEMMA3_PATTERN == 0 else window for index in range(layers)]
     whole, local = _rotary(metadata, checkpoint, head_dim, context, local=False), None
@@ -145,7 +149,9 @@ def _rotary(metadata: _Metadata, checkpoint: GgufCheckpoint, head_dim: int, cont
     kind = metadata.get("rope.scaling.type") or ("linear" if metadata.get("rope.scale_linear") else "none")
     if not local and kind != "none":
         if kind not in ("linear", "yarn"):
-            raise UnsupportedModel(f"{metadata.path}: rotary scaling {kind!r} is not supported in GGUF: only linear and yarn are")
+            raise UnsupportedModel(
+                f"{metadata.path}: rotary scaling {short(repr(kind))} is not supported in GGUF: only linear and yarn are"
+            )
         settings |= {
             "rope_type": kind,
             "factor": metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear") or 1.0,

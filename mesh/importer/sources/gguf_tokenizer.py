@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel, short
 from mesh.importer.sources.tokenizer import TOKENIZER, Written, write_tokenizer_files
 from mesh.model.manifest import TokenizerInfo
 
@@ -58,7 +58,7 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], path: str, out: Path) -> W
         tokenizer = _sentencepiece(metadata, tokens, types, path)
     else:
         raise UnsupportedModel(
-            f"{path}: tokenizer kind {kind!r} is not supported: only gpt2 (byte-level BPE) and llama (SentencePiece) are"
+            f"{path}: tokenizer kind {short(repr(kind))} is not supported: only gpt2 (byte-level BPE) and llama (SentencePiece) are"
         )
     _add_special(tokenizer, tokens, types)
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
@@ -82,7 +82,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], path: str) -
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in PRE_TOKENIZERS:
         raise UnsupportedModel(
-            f"{path}: pre-tokenizer {name!r} is not supported ({', '.join(sorted(PRE_TOKENIZERS))} are): import the Hugging Face directory"
+            f"{path}: pre-tokenizer {short(repr(name))} is not supported ({', '.join(sorted(PRE_TOKENIZERS))} are): "
+            "import the Hugging Face directory"
         )
     expressions, whole_words = PRE_TOKENIZERS[name]
     pairs = (merge.partition(" ") for merge in metadata.get("tokenizer.ggml.merges") or ())

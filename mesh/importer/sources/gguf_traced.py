@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mesh.errors import UnsupportedModel
+from mesh.errors import UnsupportedModel, short
 from mesh.importer.sources.gguf_file import GgufCheckpoint
 from mesh.importer.sources.gguf_tokenizer import write_gguf_tokenizer
 from mesh.importer.sources.traced import TracedSource, joined_notes
@@ -27,7 +27,7 @@ def open_source(path: Path, checkpoint: GgufCheckpoint, progress: Progress = no_
     architecture = architecture_of(checkpoint)
     name = str(checkpoint.metadata["general.architecture"])
     if not available():
-        raise UnsupportedModel(f"{path}: the GGUF architecture {name!r} is traced from transformers, which needs {INSTALL}")
+        raise UnsupportedModel(f"{path}: the GGUF architecture {short(name)!r} is traced from transformers, which needs {INSTALL}")
     library = versions()
     progress(f"build it with transformers {library['transformers']}", 0, 3)
     model = model_of(path, configuration(checkpoint, architecture), lambda module: divide_frequencies(checkpoint, module))

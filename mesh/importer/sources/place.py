@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mesh.errors import CorruptModel
+from mesh.errors import CorruptModel, short
 from mesh.host.paths import inside
 
 __all__ = ["inside_source", "refuse_pointer"]
@@ -26,7 +26,7 @@ def inside_source(directory: Path, name: str) -> Path:
     try:
         return inside(directory, name)
     except ValueError as error:  # a zero byte in the name
-        raise CorruptModel(f"{name!r} is no name of a file ({error})") from None
+        raise CorruptModel(f"{short(repr(name))} is no name of a file ({error})") from None
 
 
 def refuse_pointer(path: Path) -> None:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
+from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding, short
 from mesh.importer.sources.place import inside_source, refuse_pointer
 from mesh.importer.write.kept import Kept
 
@@ -90,7 +90,7 @@ class SafetensorsCheckpoint:
         for file in files:
             path = directory / file
             if path.parent != directory:
-                raise CorruptModel(f"{index_path}: {file!r} is not a file of this directory")
+                raise CorruptModel(f"{index_path}: {short(repr(file))} is not a file of this directory")
             inside_source(directory, file)
             if not path.is_file():
                 raise CorruptModel(f"{path} is missing though {INDEX} names it: fetch it")

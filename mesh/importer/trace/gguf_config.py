@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.errors import CorruptModel, UnsupportedModel, short
 from mesh.importer.trace.gguf_table import ARCHITECTURES, Architecture
 from mesh.importer.trace.library import quiet, torch_and_transformers
 
@@ -119,7 +119,7 @@ class _Header:
         """A positive integer that the file must have."""
         value = self.get(key)
         if not isinstance(value, int) or not 0 < value <= LARGEST:
-            raise CorruptModel(f"{self.path}: {self.name}.{key} is {value!r} where a number from 1 to {LARGEST:,} is needed")
+            raise CorruptModel(f"{self.path}: {self.name}.{key} is {short(repr(value))} where a number from 1 to {LARGEST:,} is needed")
         return value
 
 
@@ -143,7 +143,7 @@ def architecture_of(file: GgufFile) -> Architecture:
             "what its metadata and tensors mean in transformers is not described here. Import the Hugging Face directory that the file was "
             "made from: any decoder family is traced there"
         )
-    raise UnsupportedModel(f"{header.path}: the GGUF architecture {header.name!r} is not supported: {why}")
+    raise UnsupportedModel(f"{header.path}: the GGUF architecture {short(header.name)!r} is not supported: {why}")
 
 
 def configuration(file: GgufFile, architecture: Architecture) -> Any:
@@ -176,7 +176,8 @@ def _values(header: _Header, architecture: Architecture, known: set[str]) -> dic
     for key, good in architecture.needs.items():
         if header.get(key) not in good:
             raise UnsupportedModel(
-                f"{header.path}: {header.name}.{key} is {header.get(key)!r} where {architecture.kind} of transformers has {good[0]!r} alone"
+                f"{header.path}: {header.name}.{key} is {short(repr(header.get(key)))} "
+                f"where {architecture.kind} of transformers has {good[0]!r} alone"
             )
     for key, value in header.keys.items():
         name = architecture.keys.get(key) or next((each for each in COMMON.get(key, ()) if each in {*known, "head_dim"}), None)
@@ -255,7 +256,9 @@ def _check(header: _Header, config: Any, values: Mapping[str, Any], architecture
     """UnsupportedModel: the library has put another value in place of one that the file says, or the file has values of another width."""
     for name, value in values.items():
         if name != "rope_parameters" and (getattr(config, name, None) or None) != (value or None):
-            raise UnsupportedModel(f"{header.path}: transformers makes {name} {getattr(config, name, None)!r} of the file's {value!r}")
+            raise UnsupportedModel(
+                f"{header.path}: transformers makes {name} {getattr(config, name, None)!r} of the file's {short(repr(value))}"
+            )
     keys, wide = header.get("attention.key_length"), header.get("attention.value_length")
     if wide is not None and wide != keys and "attention.key_length" not in architecture.implied:
         raise UnsupportedModel(f"{header.path}: keys of {keys} and values of {wide} numbers are not supported")
