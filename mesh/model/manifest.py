@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -174,8 +175,8 @@ class Manifest(_Strict):
         return layers
 
     def save(self, directory: Path) -> None:
-        """Write the file whole or not at all: other processes may read it meanwhile."""
-        fresh = directory / f".{FILE_NAME}.{os.getpid()}"
+        """Write the file whole or not at all: others may read it meanwhile, or write it too."""
+        fresh = directory / f".{FILE_NAME}.{secrets.token_hex(8)}"
         fresh.write_bytes(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
         fresh.replace(directory / FILE_NAME)
 
