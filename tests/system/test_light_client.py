@@ -57,6 +57,13 @@ def light(site: Path, *arguments: str, url: str = "") -> subprocess.CompletedPro
     return subprocess.run(command(site, *arguments), capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.fixture(scope="module")
+def asked(mesh: LocalMesh, site: Path) -> LocalMesh:
+    """The mesh after a request, so that there is a trace of one."""
+    assert light(site, "mesh.cli", "generate", "Rain?", "--max-tokens", "1", url=mesh.url).returncode == 0
+    return mesh
+
+
 def test_the_base_has_none_of_the_heavy_packages() -> None:
     assert not base_packages() & HEAVY and {"nats-py", "pydantic", "orjson"} <= base_packages()
 
@@ -80,8 +87,8 @@ def test_the_client_generates_without_them(mesh: LocalMesh, site: Path, tmp_path
         "usage",
     ],
 )
-def test_the_commands_of_a_client_work_without_them(mesh: LocalMesh, site: Path, line: str) -> None:
-    done = light(site, "mesh.cli", *line.split(), url=mesh.url)
+def test_the_commands_of_a_client_work_without_them(asked: LocalMesh, site: Path, line: str) -> None:
+    done = light(site, "mesh.cli", *line.split(), url=asked.url)
     assert done.returncode == 0, done.stderr
 
 
