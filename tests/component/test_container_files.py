@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,9 @@ def test_the_coordinators_of_compose_have_a_configuration() -> None:
     assert config.authentication.enabled and config.distributed.shards_count == 3
     addresses = [service["networks"]["mesh"]["ipv4_address"] for name, service in compose()["services"].items() if "coordinator" in name]
     assert re.findall(r"server ([\d.]+):8080", (DOCKER / "nginx.conf").read_text()) == addresses
+    (subnet,) = compose()["networks"]["mesh"]["ipam"]["config"]
+    assert all(ip_address(each) in ip_network(subnet["subnet"]) for each in addresses)
+    assert not any(ip_address(each) in ip_network(subnet["ip_range"]) for each in addresses)  # or another container may have it first
 
 
 def test_nginx_takes_the_configuration(tmp_path: Path) -> None:
