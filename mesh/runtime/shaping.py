@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh.kernels.calls import likeliest
+from mesh.kernels.library import kernels
 from mesh.model.grammar import Matcher, Vocabulary
 from mesh.protocol.frame import NOT_ALLOWED
 from mesh.protocol.sampling import SamplingParams
@@ -213,6 +215,9 @@ def choose(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     """The likeliest token of each row of logits [B, V] that `allowed` [B, ceil(V / 32)] has a bit for: int32 [B]. It is the token that
     `sample` draws greedily from what `shape_logits` returns."""
     with jax.named_scope("choose"):
+        if kernels().name is not None:
+            chosen: jax.Array = likeliest(logits, allowed)
+            return chosen
         return argmax(_masked(logits, allowed))
 
 
