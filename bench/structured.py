@@ -2,10 +2,11 @@
 
     python bench/structured.py MODEL [--rows 1,32] [--steps 60]
 
-For each number of rows, in turn step by step: the median step of plain greedy rows, of rows that all draw tokens (temperature 1), of rows
-that all follow a schema greedily, and of a batch in which every other row follows one. Steps include everything that the stage does: the
-mask of the next step is computed in a thread meanwhile. Beside it the median and the quartiles of what each step took of the greedy one
-before it, and the part of the step in which tokens were drawn: waiting for masks, applying them, choosing. Also one mask's time.
+For each number of rows: the median step of plain greedy rows, of rows that all draw tokens (temperature 1), of rows that all follow a
+schema greedily, and of a batch in which every other row follows one. Each kind takes a few steps in turn, of which the first is not
+counted: masks are computed in a thread beside the next step, so beside that one run those of the kind before. Beside the median step: the
+median and the quartiles of what each step took of the greedy one of the same turn, and the part of the step that waited for drawing:
+applying masks and choosing, or the wait for masks alone where the likeliest allowed tokens suffice. Also one mask's time.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ SCHEMA: dict[str, Any] = {
     "minItems": 50,
 }
 PROMPT = list(range(40, 56))
-_FIRST = 5
-"""Steps that are not counted."""
+_TURN = 5
+"""Steps of a kind in a row. The first is not counted, nor the first turn."""
 
 
 def main() -> None:
@@ -67,15 +68,18 @@ def measure(model: Path, rows: int, steps: int, grammar: str) -> None:
     }
     pipeline = Pipeline.load(model, rows=rows * len(kinds), context=512)
     runs = {name: Run(pipeline, params, first * rows) for first, (name, params) in enumerate(kinds.items())}
-    for _ in range(steps):
+    for turn in range(1 + -(-steps // (_TURN - 1))):
         for run in runs.values():
-            run.step()
-    plain = runs["greedy"].took[_FIRST:]
+            for step in range(_TURN):
+                run.step(counts=turn > 0 and step > 0)
+    plain = runs["greedy"].took
     for name, run in runs.items():
-        took = run.took[_FIRST:]
-        low, middle, high = statistics.quantiles([own / other for own, other in zip(took, plain, strict=True)], n=4)
-        took_ms, drawing_ms = (statistics.median(each) * 1e3 for each in (took, run.drawing[_FIRST:]))
-        print(f"{rows:3} rows, {name}: median step {took_ms:.2f} ms over {len(took)} steps, of which drawing {drawing_ms:.2f} ms;", end=" ")
+        low, middle, high = statistics.quantiles([own / other for own, other in zip(run.took, plain, strict=True)], n=4)
+        took_ms, drawing_ms = (statistics.median(each) * 1e3 for each in (run.took, run.drawing))
+        print(
+            f"{rows:3} rows, {name}: median step {took_ms:.2f} ms over {len(run.took)} steps, of which drawing {drawing_ms:.2f} ms;",
+            end=" ",
+        )
         print(f"{middle:.3f} ({low:.3f} to {high:.3f}) of greedy")
 
 
@@ -90,11 +94,12 @@ class Run:
         self.took: list[float] = []
         self.drawing: list[float] = []
 
-    def step(self) -> None:
+    def step(self, *, counts: bool) -> None:
         began = time.perf_counter()
         answer = self.pipeline.decode(self.rows, np.full(len(self.rows), self.position), np.array(self.tokens))
-        self.took.append(time.perf_counter() - began)
-        self.drawing.append(self.pipeline.stages[-1].sampled_s)
+        if counts:
+            self.took.append(time.perf_counter() - began)
+            self.drawing.append(self.pipeline.stages[-1].sampled_s)
         self.tokens = [token.id for token in answer]
         assert min(self.tokens) >= 0
         self.position += 1

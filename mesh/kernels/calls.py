@@ -2,8 +2,9 @@
 
     products    norm or activation of the input, one or more products of it, bias and residual: one custom call
     attention   rotation, writing to the cache in place, and attention of tokens of any rows: one custom call
+    likeliest   the likeliest token that the mask of a row allows
 
-Both take the number of tokens that are real, and compute only those: padding to a compiled size costs next to nothing.
+The first two take the number of tokens that are real, and compute only those: padding to a compiled size costs next to nothing.
 
 The arguments of a custom call are checked in mesh/kernels/native/handlers.cpp, which reads the description of a weight in the order of
 `KernelWeight.described`.
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-__all__ = ["KINDS", "MOST_WEIGHTS", "Gated", "InputNorm", "KernelFactors", "KernelWeight", "Kind", "attention", "products"]
+__all__ = ["KINDS", "MOST_WEIGHTS", "Gated", "InputNorm", "KernelFactors", "KernelWeight", "Kind", "attention", "likeliest", "products"]
 
 Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits"]
 KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits")
@@ -160,3 +161,12 @@ def attention(
         softcap=np.float32(softcap),
     )
     return context, keys, values
+
+
+def likeliest(logits: Any, allowed: Any) -> Any:
+    """logits [rows, vocabulary] float32, allowed [rows, ceil(vocabulary / 32)] int32 with a bit for each token, the lowest first -> the
+    first of the likeliest allowed tokens of each row, int32 [rows]; 0 where no allowed token has more than -inf, the last token of the
+    vocabulary where an allowed one has NaN."""
+    rows, vocabulary = logits.shape
+    call = jax.ffi.ffi_call("mesh_likeliest", jax.ShapeDtypeStruct((rows,), np.int32))
+    return call(logits, allowed, rows=np.int64(rows), vocabulary=np.int64(vocabulary))

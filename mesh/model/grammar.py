@@ -305,17 +305,20 @@ class Matcher:
 
     def go_to(self, tokens: list[int]) -> None:
         """Be where an answer of these tokens is: what they have in common with those before is kept."""
-        common = next(
-            (at for at, (a, b) in enumerate(zip(self.tokens, tokens, strict=False)) if a != b), min(len(self.tokens), len(tokens))
-        )
-        back = len(self.tokens) - common
+        had = len(self.tokens)
+        common = had
+        if tokens[:had] != self.tokens:  # seldom: most answers go on where they were
+            both = zip(self.tokens, tokens, strict=False)
+            common = next((at for at, (a, b) in enumerate(both) if a != b), min(had, len(tokens)))
+        back = had - common
         # a matcher never leaves an error, and cannot go back from its end
         if self._matcher.is_error() or (back and (self._matcher.is_stopped() or not self._matcher.rollback(back))):
             self._matcher, self.tokens, self._computed, common = self._beginning.deep_copy(), [], False, 0
-        for token in tokens[common:]:
+        new = tokens[common:]
+        for token in new:
             self._matcher.consume_token(token)
-        self._computed = self._computed and self.tokens == tokens
-        self.tokens = list(tokens)
+        self._computed = self._computed and not back and not new
+        self.tokens[common:] = new
 
     def allowed(self) -> Any:
         """Which tokens may come next, a bit each: int32 [ceil(vocabulary / 32)]. None: the answer so far does not have the form, or the

@@ -94,7 +94,7 @@ class StageTiming(NamedTuple):
     arrived_us: when the frame arrived, in microseconds since 1970 by the shard's own clock; 0 where it is not known. bytes: the size of
     the frame that arrived. bucket: the rows or tokens that were computed, padding included. read_us: the part of `codec_us` in which the
     frame was decoded; the rest is what encoding the stage's frame of this kind took at the step before. sample_us: the part of
-    `compute_us` in which tokens were drawn; 0 where the likeliest ones sufficed.
+    `compute_us` in which tokens were drawn, or masks of grammars awaited; 0 where the likeliest ones sufficed.
     """
 
     queue_us: int = 0

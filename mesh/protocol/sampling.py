@@ -74,8 +74,13 @@ class SamplingParams(SamplingFields):
     @property
     def plain(self) -> bool:
         """Whether nothing but the likeliest token is wanted."""
+        return self.likeliest_allowed and self.grammar is None
+
+    @property
+    def likeliest_allowed(self) -> bool:
+        """Whether nothing but the likeliest token is wanted, or the likeliest of those that the grammar allows."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return self.greedy and penalties == (1.0, 0.0, 0.0) and self.logprobs is None and not self.shaped
+        return self.greedy and penalties == (1.0, 0.0, 0.0) and self.logprobs is None and not self.logit_bias
 
     @property
     def shaped(self) -> bool:

@@ -20,7 +20,7 @@ from mesh.runtime.cache import SLACK
 from mesh.runtime.executables import Executables
 from mesh.runtime.loading import Block
 from mesh.runtime.sampling import RowTable, Sampled, sample
-from mesh.runtime.shaping import Shaping, shape_logits, table_shapes
+from mesh.runtime.shaping import Shaping, choose, mask_shape, shape_logits, table_shapes
 from mesh.runtime.step import LayerCache
 
 __all__ = ["Compiled", "Group", "Pick", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "packed_numbers", "to_host"]
@@ -95,15 +95,22 @@ class _Arrays:
 
 
 class _Step(NamedTuple):
-    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, what
-    changes logits, and sampling. Those of a packed step's tokens have no head: it runs for other numbers of tokens."""
+    """The executables of one bucket: the embedding, each group of layers, the program that picks one token of a chunk, the head, and what
+    draws other tokens than the likeliest. Those of a packed step's tokens have no head: it runs for other numbers of tokens."""
 
     embed: Any
     layers: tuple[Any, ...]
     last: Any = None
     head: Any = None
-    shaped: Any = None
-    sampled: Any = None
+    drawing: _Drawing | None = None
+
+
+class _Drawing(NamedTuple):
+    """The executables that draw tokens from logits: the likeliest of those that are allowed; what changes logits, and sampling."""
+
+    chosen: Any
+    shaped: Any
+    sampled: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,8 @@ class Programs:
         compiled: Compiled | None = None,
     ) -> None:
         self.sampled_s = 0.0
-        """What drawing tokens took in the last step; 0 where the likeliest ones sufficed."""
+        """What drawing tokens took in the last step; 0 where the likeliest ones sufficed. Of the likeliest allowed ones, which are found
+        while the device still computes, only the wait for the masks."""
         self._embed, self._head = embed, head
         self._layers = tuple(layers)
         self._own = own or slice(0, len(layers))
@@ -155,7 +163,7 @@ class Programs:
         self._making: dict[Any, threading.Lock] = {}
         self._kept = Executables.of_this_process()
         self._steps: dict[ShapeBucket, _Step] = {}
-        self._picks: dict[Pick, tuple[Any, Any, Any]] = {}  # of packed steps: the head, what changes logits, sampling
+        self._picks: dict[Pick, tuple[Any, _Drawing]] = {}  # of packed steps: the head, and what draws tokens
         self._table: tuple[bytes, Any] = (b"", None)
         self._on_host = jax.default_backend() == "cpu"
         # Flat tuples; otherwise every step would flatten the trees again.
@@ -197,10 +205,12 @@ class Programs:
         wanted: tuple[np.ndarray, np.ndarray] | None = None,
         shaping: Callable[[], Shaping] | None = None,
         *,
+        allowed: Callable[[], np.ndarray] | None = None,
         picks: bool = True,
     ) -> tuple[Any, Any]:
         """Run one step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' sampling parameters; None if the
-        likeliest tokens suffice. `shaping` is called once the logits are there, and says how they are changed. `caches` is updated in
+        likeliest tokens suffice. `shaping` is called once the logits are there, and says how they are changed. `allowed` is called while
+        they are computed: the masks of a step without `wanted`, if the likeliest tokens that these allow suffice. `caches` is updated in
         place. `picks`: a token is wanted after a chunk; without it the head does not run, and the result of the last stage is None.
         Returns (history, hidden [B, T, D]), or on the last stage (history, Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
@@ -218,8 +228,8 @@ class Programs:
         history, logits, likeliest = step.head(self._head_weights, history, x, numbers_)
         self.sampled_s = 0.0
         if wanted is None:
-            return history, Sampled(likeliest, None, None, None)
-        return history, self._drawn((step.shaped, step.sampled), logits, history, numbers_, wanted, shaping)
+            return history, self._likeliest(step.drawing, logits, likeliest, allowed)
+        return history, self._drawn(step.drawing, logits, history, numbers_, wanted, shaping)
 
     def _through_layers(self, step: _Step, caches: list[LayerCache], x: Any, numbers: Any) -> Any:
         if self.embed is not None:
@@ -229,20 +239,28 @@ class Programs:
             caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, numbers)
         return x
 
+    def _likeliest(self, drawing: Any, logits: Any, likeliest: Any, allowed: Callable[[], np.ndarray] | None) -> Sampled:
+        """The likeliest tokens, or those among the `allowed` ones. The logits are still being computed."""
+        if allowed is not None:
+            began = time.perf_counter()
+            masks = allowed()
+            self.sampled_s = time.perf_counter() - began
+            likeliest = drawing.chosen(logits, masks)
+        return Sampled(likeliest, None, None, None)
+
     def _drawn(
         self,
-        programs: tuple[Any, Any],
+        drawing: Any,
         logits: Any,
         history: Any,
         numbers: Any,
         wanted: tuple[np.ndarray, np.ndarray],
         shaping: Callable[[], Shaping] | None,
     ) -> Any:
-        shaped, sampled = programs
         logits.block_until_ready()  # the result is needed at once in any case
         began = time.perf_counter()
-        scores = logits if shaping is None else shaped(logits, *shaping())
-        drawn = jax.block_until_ready(sampled(scores, history, numbers, *self._on_device(*wanted), logits))
+        scores = logits if shaping is None else drawing.shaped(logits, *shaping())
+        drawn = jax.block_until_ready(drawing.sampled(scores, history, numbers, *self._on_device(*wanted), logits))
         self.sampled_s = time.perf_counter() - began
         return drawn
 
@@ -285,17 +303,18 @@ class Programs:
         seen: int,
         draw: tuple[Any, Any, Any, Any] | None = None,
         shaping: Callable[[], Shaping] | None = None,
+        allowed: Callable[[], np.ndarray] | None = None,
     ) -> Sampled:
         """The next tokens after hidden [K, 1, D], of which `count` are real. `draw`: None if the likeliest ones suffice, else (history
-        [K, seen], positions [K], floats, ints): see `sample`. `shaping`: as for `run`."""
+        [K, seen], positions [K], floats, ints): see `sample`. `shaping`, `allowed`: as for `run`."""
         size = Pick(len(hidden), seen)
-        head, *programs = self._picks.get(size) or self.compile_pick(size)
+        head, drawing = self._picks.get(size) or self.compile_pick(size)
         self.sampled_s = 0.0
         logits, likeliest = head(self._head_weights, hidden, np.int32(count))
         if draw is None:
-            return Sampled(likeliest, None, None, None)
+            return self._likeliest(drawing, logits, likeliest, allowed)
         history, positions, *wanted = draw
-        drawn: Sampled = self._drawn((programs[0], programs[1]), logits, history, positions, (wanted[0], wanted[1]), shaping)
+        drawn: Sampled = self._drawn(drawing, logits, history, positions, (wanted[0], wanted[1]), shaping)
         return drawn
 
     def compile_packed(self, bucket: ShapeBucket, caches: Sequence[LayerCache]) -> _Step:
@@ -319,15 +338,17 @@ class Programs:
         size, dtype = self._hidden
         return jax.ShapeDtypeStruct((*bucket.tokens_shape, size), dtype)
 
-    def compile_pick(self, pick: Pick) -> tuple[Any, Any, Any]:
+    def compile_pick(self, pick: Pick) -> tuple[Any, _Drawing]:
         """Compile what picks the next tokens of packed steps."""
         assert self._head is not None
         rows = ShapeBucket(False, pick.size, 0, True)
         head = self._get("packed_head", rows, self._head, None, self._hidden_shape(rows))
         sampled = self._get("packed_sampled", ShapeBucket(False, pick.size, pick.seen, True), self._vocabulary)
-        shaped = self._get("shaped", ShapeBucket(False, pick.size, 0), self._vocabulary)
-        self._picks[pick] = head, shaped, sampled
-        return head, shaped, sampled
+        self._picks[pick] = picked = head, self._drawing(ShapeBucket(False, pick.size, 0), sampled)
+        return picked
+
+    def _drawing(self, bucket: ShapeBucket, sampled: Any) -> _Drawing:
+        return _Drawing(self._get("chosen", bucket, self._vocabulary), self._get("shaped", bucket, self._vocabulary), sampled)
 
     # ----------------------------------------------------------------------------------------------------------------------
 
@@ -337,16 +358,14 @@ class Programs:
         layers = self._compile_layers(bucket, caches)
         if self._alone and self._head is not None:
             self._get("head", bucket, self._head, history, x)
-            self._get("shaped", bucket, self._vocabulary)
-            self._get("sampled", bucket, self._vocabulary, history)
+            self._drawing(bucket, self._get("sampled", bucket, self._vocabulary, history))
             if bucket.prefill:
                 self._get("last", bucket, self._head, history, x)
         head = self.head
         self._steps[bucket] = step = layers._replace(
             last=self._get("last", bucket, head, history, x) if head is not None and bucket.prefill else None,
             head=None if head is None else self._get("head", bucket, head, history, x),
-            shaped=None if head is None else self._get("shaped", bucket, self._vocabulary),
-            sampled=None if head is None else self._get("sampled", bucket, self._vocabulary, history),
+            drawing=None if head is None else self._drawing(bucket, self._get("sampled", bucket, self._vocabulary, history)),
         )
         return step
 
@@ -377,7 +396,7 @@ def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
     sampling looks back over one of a few lengths."""
     if kind in ("embed", "last"):
         return replace(bucket, length=0)
-    if kind in ("head", "shaped"):
+    if kind in ("head", "chosen", "shaped"):
         return ShapeBucket(False, 1 if bucket.prefill else bucket.size, 0)
     if kind == "sampled":
         seen = _SEEN
@@ -540,6 +559,11 @@ def _states(bucket: ShapeBucket, what: _States, state: Any, x: Any) -> _Program:
     return _Program(jax.jit(states), (weights, x), tree)
 
 
+def _chosen(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x: Any) -> _Program:
+    logits = _shape((bucket.size, vocabulary.size), np.float32)
+    return _Program(jax.jit(choose), (logits, mask_shape(bucket.size, vocabulary.size)))
+
+
 def _shaped(bucket: ShapeBucket, vocabulary: _Vocabulary, state: Any, x: Any) -> _Program:
     tables = table_shapes(bucket.size, vocabulary.size)
     return _Program(jax.jit(shape_logits), (_shape((bucket.size, vocabulary.size), np.float32), *tables))
@@ -589,6 +613,7 @@ _PROGRAM: dict[str, Callable[..., _Program]] = {
     "last": _last,
     "head": _head,
     "states": _states,
+    "chosen": _chosen,
     "shaped": _shaped,
     "sampled": _sampled,
     "packed_head": _packed_head,

@@ -8,7 +8,8 @@ randomness is jax.random seeded by (seed, position), and no row's parameters aff
            temperature 0: arg-max of the penalised logits
 
 Only what some row of the step asks for is computed. A decode batch whose rows all want the likeliest token (`RowTable.plain`) needs
-none of this: its head's program has that token.
+none of this: its head's program has that token. Where some want the likeliest that a grammar allows and nothing else
+(`RowTable.likeliest_allowed`), `shaping.choose` has it.
 
 Penalties are those in common use: repetition (Keskar et al. 2019) over prompt and output, presence and frequency (OpenAI)
 over the output. top_p is Holtzman et al. 2019, min_p Nguyen et al. 2024. Filters keep every token that ties with the last kept.
@@ -47,6 +48,8 @@ class RowTable:
     def __init__(self, rows: int) -> None:
         self.plain = [True] * rows
         """Of which rows nothing but the likeliest token is wanted."""
+        self.likeliest_allowed = [True] * rows
+        """The same, or the likeliest of those that the row's grammar allows."""
         floats, ints = _columns(SamplingParams(temperature=0.0), prompt_length=0)
         self.floats, self.ints = np.tile(floats, (rows, 1)), np.tile(ints, (rows, 1))
         self._greedy = floats, ints
@@ -55,6 +58,7 @@ class RowTable:
         """Set the parameters of `row`. Penalties count positions from `prompt_length` on as output."""
         self.floats[row], self.ints[row] = _columns(params, prompt_length)
         self.plain[row] = params.plain
+        self.likeliest_allowed[row] = params.likeliest_allowed
 
     def logprobs(self, row: int) -> int:
         """How many alternatives are reported with a token of `row`; -1 where no log-probabilities are."""

@@ -44,7 +44,7 @@ from mesh.runtime.packing import can_pack, in_turn, token_sizes
 from mesh.runtime.programs import Compiled, Pick, Programs, ShapeBucket, chunk_numbers, decode_numbers, packed_numbers, to_host
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.segments import Segments
-from mesh.runtime.shaping import Pending, RowShapes
+from mesh.runtime.shaping import Pending, RowShapes, Shaping
 from mesh.runtime.step import LayerCache
 from mesh.settings.units import format_bytes
 from mesh.types import LayerRange, Progress, no_progress
@@ -382,13 +382,14 @@ class Stage:
             x[rows - base, 0] = hidden
         wanted = pending = None
         if self.last and not all(self._table.plain[row] for row in rows_):
-            wanted = self._table.only(rows, base, size)
+            if not all(self._table.likeliest_allowed[row] for row in rows_):
+                wanted = self._table.only(rows, base, size)
             for row, position, token in zip(rows_, positions_, tokens_, strict=True):
                 self._shapes.fed(row, position, (token,))
             pending = self._begin_shaping(rows_)
-        shaping = None if pending is None else partial(pending.take, range(base, base + size), size)
+        shaping, allowed = _applied(pending, range(base, base + size), size)
         bucket = ShapeBucket(False, size, length)
-        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping)
+        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping, allowed=allowed)
         if self.last:
             host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
             answer: Any = self._shaped(pending, rows_, [self._token(host, row - base, row) for row in rows_])
@@ -462,11 +463,13 @@ class Stage:
         if hidden is not None:
             x = np.zeros((1, size, self.manifest.hidden.size), self._dtype)
             x[0, :count] = hidden
-        wanted = None if self._table.plain[row] else self._table.only(np.array([row]), row, 1)
+        wanted = None if self._table.likeliest_allowed[row] else self._table.only(np.array([row]), row, 1)
         numbers = chunk_numbers(tokens, start, row, size)
-        shaping = None if pending is None else partial(pending.take, [row], 1)
+        shaping, allowed = _applied(pending, [row], 1)
         picks = row not in self._embedding
-        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping, picks=picks)
+        self._history, result = self.programs.run(
+            bucket, self._caches, self._history, x, numbers, wanted, shaping, allowed=allowed, picks=picks
+        )
         if self.last:
             return None if result is None else to_host(result, logprobs=self._table.logprobs(row) >= 0)
         return np.asarray(result)[0]
@@ -520,14 +523,14 @@ class Stage:
         x = np.zeros((size, *hidden.shape[1:]), hidden.dtype)
         x[: len(rows)] = hidden[at]
         draw, seen = None, self.buckets.lengths[0]
-        if not all(self._table.plain[row] for row in rows):
+        if not all(self._table.likeliest_allowed[row] for row in rows):
             positions = np.zeros(size, np.int32)
             positions[: len(rows)] = [segments.starts[index] + segments.counts[index] - 1 for index in chosen]
             seen = Buckets.fit(self.buckets.lengths, int(positions.max()) + 1)
             history = np.zeros((size, seen), np.int32)
             history[: len(rows)] = self._history[rows, :seen]
             draw = (history, positions, *self._table.of(rows, size))
-        picked = self.programs.pick(x, len(rows), seen, draw, None if pending is None else partial(pending.take, rows, size))
+        picked = self.programs.pick(x, len(rows), seen, draw, *_applied(pending, rows, size))
         host = to_host(picked, logprobs=draw is not None and any(self._table.logprobs(row) >= 0 for row in rows))
         return dict(zip(rows, self._shaped(pending, rows, [self._token(host, index, row) for index, row in enumerate(rows)]), strict=True))
 
@@ -630,6 +633,13 @@ class Stage:
             got = "nothing" if hidden is None else f"{hidden.dtype} {hidden.shape}"
             raise BadRequest(f"this stage needs a hidden state of {self._dtype} {want}, not {got}", field="hidden")
         return hidden
+
+
+def _applied(
+    pending: Pending | None, rows: Sequence[int], size: int
+) -> tuple[Callable[[], Shaping] | None, Callable[[], np.ndarray] | None]:
+    """What Programs asks for, where tokens are drawn and where the likeliest allowed ones suffice."""
+    return (None, None) if pending is None else (partial(pending.take, rows, size), partial(pending.allowed, rows, size))
 
 
 def _no_vocabulary(manifest: Manifest) -> Vocabulary:

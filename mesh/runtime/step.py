@@ -3,7 +3,8 @@
     embed      token ids -> hidden state                            first stage
     layers     a few consecutive layers, their caches updated       every stage, as often as its layers need
     head       hidden state -> logits, the likeliest tokens         last stage
-    shaped     logits -> logits with biases and masks of grammars   last stage, if some row has either (shaping.py)
+    chosen     logits, masks of grammars -> likeliest allowed tokens last stage, if some row has a mask and none asks for more (shaping.py)
+    shaped     logits -> logits with biases and masks of grammars   last stage, if some row has either and some row asks for more
     sampled    logits -> sampled tokens                             last stage, if some row asks for more than the likeliest token
     states     hidden state -> the same after the final norm        last stage, if some row asks for that and no token
     copied     caches -> the same, a row's beginning in another row every stage, if a session begins with another one's tokens

@@ -57,7 +57,7 @@ SPANS: Final = (
     SpanType("read frame", "shard", "stage", "decoding and checking the frame"),
     SpanType("wait", "shard", "stage", "until the compute thread is free"),
     SpanType("compute", "shard", "stage", "the layers; on the last stage also the head, and the likeliest token of each row"),
-    SpanType("sampling", "shard", "stage", "drawing tokens, where a row asks for more than the likeliest one"),
+    SpanType("sampling", "shard", "stage", "drawing tokens, where a row asks for more than the likeliest one, or awaiting masks"),
     SpanType("write frame", "shard", "stage", "encoding the result and handing it to the connection"),
     SpanType("turn", "coordinator", "the generation", "the coordinator between the answer to a step and the next step"),
     SpanType("detokenize", "coordinator", "the generation", "the token's text and stop texts"),

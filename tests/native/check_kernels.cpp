@@ -374,6 +374,29 @@ void attention() {
   }
 }
 
+void likeliest() {
+  const float odd[] = {-INFINITY, INFINITY, NAN, 0.0f, -0.0f, 3e38f};
+  for (int round = 0; round < 400; round++) {
+    const int64_t count = 1 + below(round % 4 ? 100 : 3000);
+    Exact<float> logits(count);
+    Exact<uint32_t> allowed((count + 31) / 32);
+    const int kind = below(4);
+    for (int64_t i = 0; i < count; i++) logits[i] = kind ? (float)(below(9) - 4) : -INFINITY;
+    for (int n = below(4); n > 0 && kind > 1; n--) logits[below((int)count)] = odd[below(6)];
+    const int sort = below(4);
+    for (size_t i = 0; i < allowed.count; i++) allowed[i] = sort == 0 ? 0 : sort == 1 ? ~0u : below(3) ? (uint32_t)source() : 0;
+    int64_t want = -1;
+    bool unordered = false;
+    for (int64_t i = 0; i < count; i++) {
+      if (!(allowed[i / 32] >> i % 32 & 1)) continue;
+      unordered = unordered || std::isnan(logits[i]);
+      if (logits[i] > (want < 0 ? -INFINITY : logits[want])) want = i;
+    }
+    want = unordered ? count - 1 : want < 0 ? 0 : want;
+    compare("the likeliest", best().likeliest(logits.get(), count, allowed.get()), (double)want, 0);
+  }
+}
+
 // Threads that begin late, or never while a call runs.
 struct Lazy {
   std::vector<std::thread> threads;
@@ -417,6 +440,7 @@ int main(int argc, char** argv) {
   products();
   norms();
   attention();
+  likeliest();
   plans();
   std::printf("%s: ok %d\n", best().name, compared);
 }

@@ -300,6 +300,32 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Res
   return ffi::Error::Success();
 }
 
+struct Likeliest {
+  const float* logits;
+  const uint32_t* allowed;
+  int32_t* tokens;
+  int64_t vocabulary, words;
+
+  void row(int64_t at) const { tokens[at] = best().likeliest(logits + at * vocabulary, vocabulary, allowed + at * words); }
+};
+
+ffi::Error likeliest(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> tokens, int64_t rows, int64_t vocabulary) {
+  if (rows < 1 || vocabulary < 1 || vocabulary > INT32_MAX || tokens->element_type() != ffi::DataType::S32 ||
+      (int64_t)tokens->element_count() != rows)
+    return wrong("a call for the likeliest tokens is described wrongly");
+  Likeliest call{};
+  Arguments args{given, 0, true, ""};
+  call.vocabulary = vocabulary, call.words = (vocabulary + 31) / 32, call.tokens = (int32_t*)tokens->untyped_data();
+  call.logits = args.floats(rows * vocabulary, "the logits");
+  call.allowed = (const uint32_t*)args.integers(rows * call.words, "the masks");
+  if (!args.ok) return wrong(args.problem);
+  Plan* plan = new (std::nothrow) Plan(&call);
+  if (!plan) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory");
+  plan->add(rows, [](void* c, int64_t row) { ((Likeliest*)c)->row(row); });
+  run(plan, threads);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 }  // namespace kernels
@@ -334,8 +360,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_likeliest, kernels::likeliest,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("rows")
+                                  .Attr<int64_t>("vocabulary"));
+
 // Of the calls in mesh/kernels/calls.py: changes with what they are given.
-extern "C" int mesh_kernels_version() { return 3; }
+extern "C" int mesh_kernels_version() { return 4; }
 
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 

@@ -102,6 +102,9 @@ struct Kernels {
   void (*attention_whole)(const Attention&, int64_t item);
   void (*attention_span)(const Attention&, int64_t item, int64_t span);
   void (*attention_merge)(const Attention&, int64_t item);
+  // The first index of the largest of `count` numbers among those that `allowed` has a bit for, the lowest bit of a word first; 0 if none
+  // of these is more than -inf, the last index if one of them is NaN.
+  int32_t (*likeliest)(const float* logits, int64_t count, const uint32_t* allowed);
 };
 
 enum Activation : int { kSilu, kGeluTanh };

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 from tiny_chat_model import byte_level
 
-from mesh.model.grammar import Vocabulary, grammar_of
+from mesh.model.grammar import Matcher, Vocabulary, grammar_of
 from mesh.protocol.structured import StructuredOutputs
-from mesh.runtime.sampling import SamplingParams
-from mesh.runtime.shaping import RowShapes, shape_logits
+from mesh.runtime.sampling import RowTable, SamplingParams, sample
+from mesh.runtime.shaping import RowShapes, choose, shape_logits
 
 TOKENIZER = byte_level()
 END = TOKENIZER.get_vocab_size() - 1
@@ -64,8 +68,8 @@ def test_a_row_is_followed_token_by_token(shapes: RowShapes) -> None:
 
 
 def test_a_replay_with_the_tokens_so_far_has_the_mask_of_the_undisturbed_run(shapes: RowShapes) -> None:
-    for given, following in [("", "abc"), ("ab", "-"), ("ab-12", "0123456789"), ("ab-123", "*")]:
-        begin(shapes, row=3, given=given)
+    for so_far, following in [("", "abc"), ("ab", "-"), ("ab-12", "0123456789"), ("ab-123", "*")]:
+        begin(shapes, row=3, given=so_far)
         assert allowed(shapes, 3) == following
 
 
@@ -147,3 +151,68 @@ def test_logits_are_biased_and_masked_row_by_row(shapes: RowShapes) -> None:
     expected[1:] = logits[1:]
     expected[2, [0, 7]] += np.array([-3.0, 1.0], np.float32)
     np.testing.assert_allclose(shaped, expected, rtol=1e-6)
+
+
+def test_what_was_computed_ahead_is_used_and_computed_once(shapes: RowShapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[list[int]] = []
+    go_to = Matcher.go_to
+
+    def noted(matcher: Matcher, tokens: list[int]) -> None:
+        computed.append(list(tokens))
+        go_to(matcher, tokens)
+
+    monkeypatch.setattr(Matcher, "go_to", noted)
+    begin(shapes)
+    begin(shapes, 1)
+    assert allowed(shapes, 0) == allowed(shapes, 1) == "abc"
+    shapes.sampled([0, 1], ids("ab"))
+    shapes.fed(0, PROMPT, ids("a"))
+    assert allowed(shapes, 0) == "abc"
+    assert sorted(computed) == [[], [], ids("a"), ids("b")]
+    shapes.fed(0, PROMPT, ids("a"))  # again: it may be another answer by now
+    shapes.fed(1, PROMPT, ids("c"))  # not what was drawn
+    assert allowed(shapes, 0) == allowed(shapes, 1) == "abc"
+    assert sorted(computed) == sorted([[], [], ids("a"), ids("b"), ids("a"), ids("c")])
+
+
+_VALUES = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, 3e38, np.inf, -np.inf, np.nan])
+
+
+@st.composite
+def logits_and_masks(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Logits with many ties and with what is no number, and masks, of which some allow all or nothing."""
+    rows, vocab = draw(st.sampled_from([(1, 32), (1, 131), (3, 131), (4, 1000)]))
+    seed = draw(st.integers(0, 2**32 - 1))
+    logits = np.random.default_rng(seed).integers(-3, 3, (rows, vocab)).astype(np.float32)
+    for row, token, value in draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, vocab - 1), _VALUES), max_size=6)):
+        logits[row, token] = value
+    few = st.sampled_from([0, -1, 1, -(2**31)])
+    masks = draw(arrays.arrays(np.int32, (rows, -(-vocab // 32)), elements=few | st.integers(-(2**31), 2**31 - 1)))
+    for row, every in draw(st.lists(st.tuples(st.integers(0, rows - 1), st.sampled_from([0, -1])), max_size=2)):
+        masks[row] = every
+    return logits, masks
+
+
+@jax.jit
+def drawn(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """What is sampled greedily from shaped logits."""
+    rows = len(logits)
+    floats, ints = RowTable(rows).of(list(range(rows)), rows)
+    nothing = jnp.zeros((rows, 1), jnp.int32)
+    scores = shape_logits(logits, masks, nothing, nothing.astype(jnp.float32))
+    tokens: jax.Array = sample(scores, jnp.asarray(floats), jnp.asarray(ints), nothing, nothing[:, 0], logits).tokens
+    return tokens
+
+
+@settings(max_examples=200, deadline=None)
+@given(logits_and_masks())
+def test_the_likeliest_allowed_token_is_the_one_that_greedy_sampling_draws(case: tuple[np.ndarray, np.ndarray]) -> None:
+    logits, masks = case
+    chosen = np.asarray(jax.jit(choose)(logits, masks))
+    np.testing.assert_array_equal(chosen, drawn(logits, masks))
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : logits.shape[1]].astype(bool)
+    for row, token in enumerate(chosen):
+        possible = np.flatnonzero(bits[row])
+        if np.isnan(logits[row, possible]).any() or not (logits[row, possible] > -np.inf).any():
+            continue  # no token is the likeliest
+        assert bits[row, token] and token == possible[np.argmax(logits[row, possible])]
