@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mesh.importer.trace.library import torch_and_transformers
+
 __all__ = ["recurrences"]
 
 
@@ -31,4 +33,45 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-_IN_PLACE_OF = {"create_recurrent_attention_mask": _no_mask}
+def _gated_delta_rule(
+    query: Any,
+    key: Any,
+    value: Any,
+    g: Any,
+    beta: Any,
+    *_: Any,
+    initial_state: Any = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    **__: Any,
+) -> tuple[Any, Any]:
+    """query, key [B, T, Hk, Dk], value [B, T, H, Dv], g (logarithms of the decay) and beta [B, T, H], the state before [B, H, Dk, Dv] ->
+    the output [B, T, H, Dv] and the state after. One token after the other; Hk divides H."""
+    torch, _ = torch_and_transformers()
+    from torch._higher_order_ops.scan import scan
+
+    rows, heads, width = value.shape[0], value.shape[2], key.shape[3]
+    q, k = (_of_each_head(x.float(), heads) for x in (query, key))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6) for x in (q, k))
+    state = torch.zeros(rows, heads, width, value.shape[3]) if initial_state is None else initial_state.float()
+
+    def step(state: Any, now: Any) -> tuple[Any, Any]:
+        q, k, v, decay, beta = now
+        state = state * decay[..., None, None]
+        new = (v - (state * k[..., None]).sum(dim=-2)) * beta[..., None]
+        state = state + k[..., None] * new[..., None, :]
+        return state, (state * q[..., None]).sum(dim=-2)
+
+    by_token = [x.transpose(0, 1) for x in (q * width**-0.5, k, value.float(), g.float().exp(), beta.float())]
+    state, out = scan(step, state, by_token)
+    return out.transpose(0, 1).to(query.dtype), state
+
+
+def _of_each_head(x: Any, heads: int) -> Any:
+    """[B, T, Hk, D] -> [B, T, heads, D]: consecutive heads share one."""
+    if x.shape[2] == heads:
+        return x
+    return x.unsqueeze(3).expand(-1, -1, -1, heads // x.shape[2], -1).flatten(2, 3)
+
+
+_IN_PLACE_OF = {"create_recurrent_attention_mask": _no_mask, "torch_chunk_gated_delta_rule": _gated_delta_rule}
