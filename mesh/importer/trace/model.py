@@ -20,8 +20,8 @@ __all__ = ["TracedModel", "cache_shapes", "model_of", "open_model"]
 
 ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "moe", "dense", "sparse"))
 """Entries of `layer_types` whose state is a list of positions."""
-CARRYING = frozenset(("conv", "linear_attention", "mamba"))
-"""Entries of `layer_types` whose state has a fixed size (states.py)."""
+CARRYING = frozenset(("conv", "linear_attention", "mamba", "mlp"))
+"""Entries of `layer_types` whose state has a fixed size (states.py), or of layers beside these that keep nothing."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mesh.importer.trace.library import torch_and_transformers
 
-__all__ = ["recurrences"]
+__all__ = ["recurrences", "selective_states"]
 
 
 @contextmanager
@@ -74,4 +74,50 @@ def _of_each_head(x: Any, heads: int) -> Any:
     return x.unsqueeze(3).expand(-1, -1, -1, heads // x.shape[2], -1).flatten(2, 3)
 
 
-_IN_PLACE_OF = {"create_recurrent_attention_mask": _no_mask, "torch_chunk_gated_delta_rule": _gated_delta_rule}
+def selective_states(
+    hidden_states: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    *_: Any,
+    D: Any = None,
+    dt_bias: Any = None,
+    initial_states: Any = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **__: Any,
+) -> Any:
+    """The recurrence of Mamba 2: x [B, T, H, P], dt [B, T, H], A and D [H], B and C [B, T, G, N], the state before [B, H, P, N] -> the
+    output [B, T, H, P], and the state after if asked for. One token after the other; G divides H."""
+    torch, _ = torch_and_transformers()
+    from torch._higher_order_ops.scan import scan
+
+    x = hidden_states.float()
+    rows, heads, width = x.shape[0], x.shape[2], x.shape[3]
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
+    if tuple(dt_limit) != (0.0, float("inf")) or not dt_softplus:
+        dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
+    b, c = (_of_each_head(each.float(), heads) for each in (B, C))
+    state = torch.zeros(rows, heads, width, b.shape[3]) if initial_states is None else initial_states.float()
+
+    def step(state: Any, now: Any) -> tuple[Any, Any]:
+        x, decay, b, c = now
+        state = state * decay[..., None, None] + x[..., None] * b[..., None, :]
+        return state, (state * c[..., None, :]).sum(dim=-1)
+
+    dt = dt.float()
+    by_token = [each.transpose(0, 1) for each in (x * dt[..., None], (A.float() * dt).exp(), b, c)]
+    state, out = scan(step, state, by_token)
+    out = out.transpose(0, 1)
+    out = out if D is None else out + x * D[..., None]
+    return (out, state) if return_final_states else out
+
+
+_IN_PLACE_OF = {
+    "create_recurrent_attention_mask": _no_mask,
+    "torch_chunk_gated_delta_rule": _gated_delta_rule,
+    "mamba2_chunk_scan": selective_states,
+}

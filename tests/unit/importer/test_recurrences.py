@@ -9,7 +9,7 @@ import pytest
 from tiny_models import make_model, torch, transformers
 
 from mesh.importer.run import import_model
-from mesh.importer.trace.recurrences import recurrences
+from mesh.importer.trace.recurrences import recurrences, selective_states
 
 QWEN: dict[str, Any] = {
     **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -46,6 +46,23 @@ def test_the_gated_delta_rule_is_that_of_transformers(tokens: int, normed: bool)
             wanted, wanted_after = own(q, k, v, initial_state=before, **given)
             assert same(out, wanted) and same(after, wanted_after)
     assert home.torch_chunk_gated_delta_rule is own
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_the_recurrence_of_mamba_2_is_that_of_transformers(tokens: int) -> None:
+    from transformers.models.bamba import modeling_bamba as home
+
+    sizes = [(2, tokens, 4, 6), (2, tokens, 4), (4,), (2, tokens, 2, 8), (2, tokens, 2, 8), (4,), (4,), (2, 4, 6, 8)]
+    x, dt, a, b, c, d, bias, state = randoms(*sizes)
+    given = {"chunk_size": 16, "D": d, "dt_bias": bias, "dt_softplus": True, "return_final_states": True}
+    with torch.no_grad():
+        for limit in ((0.0, float("inf")), (0.1, 0.9)):
+            for before in (None, state):
+                options = {**given, "dt_limit": limit, "initial_states": before}
+                out, after = selective_states(x, dt, -a.exp(), b, c, **options)
+                wanted, wanted_after = home.mamba2_chunk_scan(x, dt, -a.exp(), b, c, **options)
+                assert same(out, wanted) and same(after, wanted_after)
+    assert isinstance(selective_states(x, dt, -a.exp(), b, c, dt_softplus=True), torch.Tensor)
 
 
 def test_a_model_with_a_gated_delta_rule_computes_what_transformers_computes(tmp_path: Any) -> None:
