@@ -57,7 +57,7 @@ class Oracle:
     def __init__(self, model: Path, count: int) -> None:
         manifest = Manifest.load(model)
         names = [block_name("embed"), *map(block_name, range(manifest.layers)), block_name("head")]
-        caches = [None, *(((info.kv_heads, info.key_dim), (info.kv_heads, info.value_dim)) for info in manifest.cache), None]
+        caches = [None, *manifest.cache, None]
         self._blocks = [
             OrtBlock(model, name, slots=len(PROMPT) + count, cache=cache, dtype=np.float32)
             for name, cache in zip(names, caches, strict=True)

@@ -54,9 +54,10 @@ SIZES: Mapping[str, Any] = {
 _KEYED = {each: {"rope_type": "default", "rope_theta": 10000.0} for each in ("full_attention", "sliding_attention")}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8}
 _OWN_CACHES = {"num_kv_shared_layers": 0, "per_layer_config": {}, "layer_types": ["sliding_attention", "full_attention"]}
+_DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
 OWN: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {"qk_rope_head_dim": 4, "head_dim": 8},
-    "bamba": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "bloom": {"hidden_size": 36, "n_head": 6},
     "cohere_compass_text": {"rope_parameters": _KEYED, "logit_scale": 0.5},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
@@ -68,12 +69,17 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "gemma4_text": _OWN_CACHES,
     "gemma4_unified_text": _OWN_CACHES,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
-    "granitemoehybrid": _MAMBA,
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
     "inkling2_text": {"unpadded_vocab_size": 96},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "olmo_hybrid": _DELTA,
+    "qwen3_5_moe_text": _DELTA,
+    "qwen3_5_text": _DELTA,
+    "qwen3_next": _DELTA,
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "attention_head_size": 8, "feed_forward_size": 56},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},

@@ -131,7 +131,8 @@ class Coordinator:
             self.prompts,
             context=self._context,
             most_preparing=max(options.queue_limit, 1),
-            reuse=PrefixReuse(options.prefix_reuse, exact=Flags.BF16 not in options.flags),
+            # What a row with states holds is nothing that another session could begin with.
+            reuse=PrefixReuse("off" if self.manifest.has_states else options.prefix_reuse, exact=Flags.BF16 not in options.flags),
         )
         jobs: dict[str, Job] = {}
         self.tracing = Tracing(

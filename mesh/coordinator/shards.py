@@ -244,7 +244,7 @@ class Shards:
             shard, failure = (effect.shard, str(answer)) if isinstance(answer, MeshError) else (answer.shard, "")
             self._opened(effect.request.id, OpenTry(asked.began, time.perf_counter(), effect.epoch, effect.layers, shard, failure))
             if isinstance(answer, control.Opened):
-                return RowOpened(effect.key, effect.epoch, effect.stage, answer.shard, answer.row, answer.filled)
+                return RowOpened(effect.key, effect.epoch, effect.stage, answer.shard, answer.row, answer.filled, answer.begins)
             full = isinstance(answer, Busy)
             if not full:
                 log.warning("opening a row of %s: %s", effect.shard or f"layers {effect.layers}", answer)

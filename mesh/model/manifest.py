@@ -6,11 +6,12 @@ import hashlib
 import io
 import os
 import secrets
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound, decoding
 from mesh.host.paths import open_inside
@@ -29,6 +30,7 @@ __all__ = [
     "HiddenInfo",
     "Manifest",
     "SignatureInfo",
+    "StateInfo",
     "TokenizerInfo",
     "WeightsInfo",
     "block_name",
@@ -70,13 +72,36 @@ class BlockInfo(_Strict):
     parameters: Count  # number of weight elements
 
 
-class CacheInfo(_Strict):
-    """The KV cache of one layer. Bytes for a token in a row: kv_heads * (key_dim + value_dim) * itemsize."""
+class StateInfo(_Strict):
+    """A state of a row that a layer carries from token to token: `shape` numbers of float32, however many tokens there were."""
 
-    kv_heads: Positive
-    key_dim: Positive
-    value_dim: Positive
+    shape: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]
+
+    @property
+    def bytes(self) -> int:
+        return 4 * prod(self.shape)
+
+
+class CacheInfo(_Strict):
+    """What one layer keeps of a row: keys and values of each position, states, or both. Bytes for a token in a row: kv_heads * (key_dim +
+    value_dim) * itemsize. A layer without attention has none of these three."""
+
+    kv_heads: Count
+    key_dim: Count
+    value_dim: Count
     window: Positive | None = None  # the most positions that a token sees, by a sliding window or in chunks; None: the whole context
+    states: Annotated[tuple[StateInfo, ...], Field(max_length=16)] = ()
+
+    @property
+    def attends(self) -> bool:
+        return self.kv_heads > 0
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Self:
+        sizes = (self.kv_heads, self.key_dim, self.value_dim)
+        if not all(sizes) and (any(sizes) or not self.states):
+            raise ValueError("a layer needs kv_heads, key_dim and value_dim, or states and none of these")
+        return self
 
 
 class HiddenInfo(_Strict):
@@ -136,6 +161,11 @@ class Manifest(_Strict):
     extra_files: Annotated[tuple[FileInfo, ...], Field(max_length=16)] = ()  # tokenizer.json, chat_template.jinja
     report: dict[str, Any] = Field(default_factory=dict)  # what verification measured
     signature: SignatureInfo | None = None
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layer carries a state: then a row can be gone on with only where its states stand."""
+        return any(layer.states for layer in self.cache)
 
     @property
     def model_hash(self) -> str:

@@ -6,7 +6,8 @@ fits is a placement which loads. Weights and KV cache are exact; workspace is an
     weights     the blocks' `weight_bytes`: as stored, quantized ones at their stored width
     KV cache    rows * (context + slack) * kv_heads * (key_dim + value_dim) * itemsize, summed over the layers. A layer with a
                 sliding window holds the whole context too: its cache is addressed by absolute position. Without a cache: that of one
-                row, and rows * context * (D * itemsize + 4) for the input of every row (4 alone on the first stage: tokens)
+                row, and rows * context * (D * itemsize + 4) for the input of every row (4 alone on the first stage: tokens).
+                A layer with states has (rows * STATE_PLACES + 2) times their bytes, whatever the context
     workspace   of the larger step, a decode batch (a token for each row) or a prefill chunk of `prefill_rows`:
                   activations   tokens * (4 D + 3 W) * 4 bytes: residual, normed, attention's in and out; gate, up and product
                   scores        2 * tokens * query_heads * context * 4 bytes: scores and probabilities of one layer
@@ -44,6 +45,12 @@ DEFAULT_CHUNK = 256
 
 CACHE_SLACK = 16
 """Positions that a row of the cache has beyond its context; also the smallest prefill chunk. Equal to mesh/runtime/cache.py's."""
+
+STATE_PLACES = 4
+"""How many positions of a row a stage keeps the states of: see mesh/runtime/row_states.py."""
+
+SPARE_STATES = 2
+"""Places of no row: the zeros before position 0, and where a step writes what it computes for rows that it leaves out."""
 
 SHARED_BYTES = 145 << 20
 """The files of libraries in a shard's memory, which the shards of a host share."""
@@ -217,13 +224,19 @@ class ModelShape:
 
     @cached_property
     def query_heads(self) -> tuple[int, ...]:
-        return tuple(max(info.kv_heads, math.ceil(self.hidden_size / info.key_dim)) for info in self.cache)
+        return tuple(max(info.kv_heads, math.ceil(self.hidden_size / info.key_dim)) if info.attends else 0 for info in self.cache)
+
+    @cached_property
+    def states_of_a_row(self) -> tuple[int, ...]:
+        """Prefix sums of the bytes of a row's states at one position."""
+        return tuple(accumulate((sum(state.bytes for state in info.states) for info in self.cache), initial=0))
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """The widest activation of each layer, numbers a token; see the module's head."""
         widths = []
         for block, info, heads in zip(self.layers, self.cache, self.query_heads, strict=True):
+            # A layer that does not attend has nothing taken off, so its states' projections count as a wider MLP.
             attention = self.hidden_size * (heads + info.kv_heads) * (info.key_dim + info.value_dim)
             mlp = (block.parameters - attention) // (2 * self.hidden_size)
             widths.append(max(mlp, heads * max(info.key_dim, info.value_dim), self.hidden_size))
@@ -273,6 +286,9 @@ def predict(
         kept = rows * context * (_TOKEN_BYTES + (0 if embed else shape.hidden_size * shape.compute_itemsize))
         cache = (per_token[stop] - per_token[first]) * slots + kept
         rows = prefill_rows = 1
+
+    states = shape.states_of_a_row
+    cache += (states[stop] - states[first]) * (rows * STATE_PLACES + SPARE_STATES)
 
     width = max(shape.widths[first:stop])
     activations = (4 * shape.hidden_size + 3 * width) * _FLOAT32

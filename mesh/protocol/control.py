@@ -81,9 +81,13 @@ class Open(Message):
     prompt: Prefix | None = None
 
 
+MOST_BEGINS: Final = 64
+
+
 class Opened(Message):
     """The replica that opened the session, its row, and the positions its cache already holds: those of the session itself if it was
-    here before, or those that it reuses.
+    here before, or those that it reuses. `begins`: the positions at which a step may begin, where layers carry states; None: any up to
+    `filled`.
     `row` goes into the frames' slots as it is: it also says which instance of the shard is meant."""
 
     session: SessionId
@@ -94,6 +98,7 @@ class Opened(Message):
     layers_end: Natural
     row: Annotated[int, Field(ge=0, lt=2**32)]
     filled: Natural
+    begins: Annotated[tuple[Natural, ...], Field(max_length=MOST_BEGINS, fail_fast=True)] | None = None
     context: Positive
     chunk: Positive
 

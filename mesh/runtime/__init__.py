@@ -9,6 +9,7 @@ executables      compiled programs kept on disk across processes
 buckets          the few shapes that steps are padded to
 segments         the tokens of several sessions in one packed step
 packing          which stages can run packed steps, and how the others do
+row_states       where the states of a row stand, for models whose layers carry some
 step             one block's part of a step
 cache            attention over the KV cache
 sampling         the next token from logits

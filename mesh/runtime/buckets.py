@@ -29,24 +29,27 @@ class Buckets:
     chunks: tuple[int, ...]
     lengths: tuple[int, ...]
     copies: tuple[int, ...] = ()
+    exact: bool = False
 
     @classmethod
-    def plan(cls, *, rows: int, context: int, chunk: int) -> Buckets:
-        """Buckets for up to `rows` rows of `context` positions, prefilled by up to `chunk` tokens at a time."""
+    def plan(cls, *, rows: int, context: int, chunk: int, exact: bool = False) -> Buckets:
+        """Buckets for up to `rows` rows of `context` positions, prefilled by up to `chunk` tokens at a time. `exact`: a chunk has no
+        padding, because it would get into the states of the row; it is cut into pieces of these sizes instead."""
         for name, value in (("rows", rows), ("context", context), ("chunk", chunk)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}: give at least 1")
         row_sizes = [size for size in _ROWS if size < rows] + [rows]
-        chunk = max(SLACK, min(chunk, context))
-        chunk_sizes = [SLACK]
+        smallest = 1 if exact else SLACK
+        chunk = max(smallest, min(chunk, context))
+        chunk_sizes = [smallest]
         while chunk_sizes[-1] * 4 < chunk:
             chunk_sizes.append(chunk_sizes[-1] * 4)
-        if chunk > SLACK:
+        if chunk > smallest:
             chunk_sizes.append(chunk)
         lengths = [] if in_blocks() else [size for size in _SHORT_LENGTHS if size < context]
         lengths += _powers(_LENGTH, _LENGTH_STEP, context)
-        copies = [] if rows == 1 else [*_powers(_COPY, _COPY_STEP, context), context]
-        return cls(tuple(row_sizes), tuple(chunk_sizes), (*lengths, context), tuple(copies))
+        copies = [] if rows == 1 or exact else [*_powers(_COPY, _COPY_STEP, context), context]
+        return cls(tuple(row_sizes), tuple(chunk_sizes), (*lengths, context), tuple(copies), exact)
 
     @staticmethod
     def fit(sizes: tuple[int, ...], value: int) -> int:
@@ -57,8 +60,10 @@ class Buckets:
         raise ValueError(f"{value} is over the largest bucket {sizes[-1]}")
 
     def chunk(self, start: int, count: int) -> int:
-        """The chunk size for `count` tokens from `start` on: the smallest that holds them. If its padding would go beyond the row, a
-        size that holds only some of them; the caller continues with the rest."""
+        """The chunk size for `count` tokens from `start` on: the smallest that holds them. If its padding would go beyond the row, or
+        there may be none, a size that holds only some of them; the caller continues with the rest."""
+        if self.exact:
+            return max(size for size in self.chunks if size <= count)
         for size in self.chunks:
             if count <= size:
                 if start + size <= self.lengths[-1] + SLACK:

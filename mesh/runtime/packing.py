@@ -34,6 +34,8 @@ def can_pack(blocks: Sequence[Block], manifest: Manifest, layers: Sequence[int])
     if kernels().name is None or jax.default_backend() != "cpu":
         return False
     caches = [manifest.cache[layer] for layer in layers]
+    if any(cache.states for cache in caches):  # tokens of one row would have to be computed one after the other
+        return False
     floats = manifest.hidden.dtype == "float32" and manifest.cache_dtype in ("float32", "float16")
     sizes = all(cache.key_dim == cache.value_dim and cache.key_dim % 16 == 0 for cache in caches)
     return floats and sizes and all(map(_attention_is_one_call, blocks))

@@ -29,7 +29,7 @@ _SEEN, _SEEN_FACTOR = 2048, 4
 """Penalties look back over this many tokens, or a power of the factor times as many: few programs, for 0.02 ms more with penalties."""
 
 Compiled = dict[tuple[Any, ...], Any]
-"""(kind, bucket, signature, shape of the state) -> executable."""
+"""(kind, bucket, signature, shapes of caches or history) -> executable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,16 +207,18 @@ class Programs:
         *,
         allowed: Callable[[], np.ndarray] | None = None,
         picks: bool = True,
+        places: np.ndarray | None = None,
     ) -> tuple[Any, Any]:
         """Run one step of `numbers` (`decode_numbers` or `chunk_numbers`). `wanted`: the rows' sampling parameters; None if the
         likeliest tokens suffice. `shaping` is called once the logits are there, and says how they are changed. `allowed` is called while
         they are computed: the masks of a step without `wanted`, if the likeliest tokens that these allow suffice. `caches` is updated in
         place. `picks`: a token is wanted after a chunk; without it the head does not run, and the result of the last stage is None.
+        `places` int32 [2, B]: where the rows' states are read and written, if layers carry some.
         Returns (history, hidden [B, T, D]), or on the last stage (history, Sampled)."""
         step = self._steps.get(bucket) or self.compile(bucket, caches, history)
         # A call copies host arrays to the device itself, faster than device_put. But an accelerator would get it once for each program.
-        numbers_, x = (numbers, hidden) if self._on_host else jax.device_put((numbers, hidden))
-        x = self._through_layers(step, caches, x, numbers_)
+        numbers_, x, places_ = (numbers, hidden, places) if self._on_host else jax.device_put((numbers, hidden, places))
+        x = self._through_layers(step, caches, x, numbers_, places_)
         if self.head is None:
             return history, x
         if bucket.prefill:
@@ -231,12 +233,13 @@ class Programs:
             return history, self._likeliest(step.drawing, logits, likeliest, allowed)
         return history, self._drawn(step.drawing, logits, history, numbers_, wanted, shaping)
 
-    def _through_layers(self, step: _Step, caches: list[LayerCache], x: Any, numbers: Any) -> Any:
+    def _through_layers(self, step: _Step, caches: list[LayerCache], x: Any, numbers: Any, places: Any = None) -> Any:
         if self.embed is not None:
             x = step.embed(self._embed_weights, numbers)
         for run, group, weights in zip(step.layers, self.groups, self._weights, strict=True):
             stop = group.first + len(group.blocks)
-            caches[group.first : stop], x = run(weights, tuple(caches[group.first : stop]), x, numbers)
+            own = tuple(caches[group.first : stop])
+            caches[group.first : stop], x = run(weights, own, x, numbers, *((places,) if _carry(own) else ()))
         return x
 
     def _likeliest(self, drawing: Any, logits: Any, likeliest: Any, allowed: Callable[[], np.ndarray] | None) -> Sampled:
@@ -378,8 +381,8 @@ class Programs:
 
     def _get(self, kind: str, bucket: ShapeBucket, what: Any, state: Any = None, x: Any = None) -> Any:
         bucket = _relevant(kind, bucket, state)
-        first = None if state is None else jax.tree.leaves(state)[0]
-        key = (kind, bucket, what.signature, None if first is None else (first.shape, str(first.dtype)))
+        shapes = tuple(dict.fromkeys((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(state)))
+        key = (kind, bucket, what.signature, shapes)
         found = self._compiled.get(key)
         if found is None:
             with self._lock:
@@ -521,13 +524,19 @@ def _layers(bucket: ShapeBucket, group: Group, caches: Sequence[LayerCache], x: 
     one = step.packed_layer if bucket.packed else step.layer
     traced = {signature: jax.jit(partial(one, graph, length=bucket.length)) for signature, graph in graphs.items()}
 
-    def layers(flat: Any, caches: Any, hidden: Any, vector: Any) -> Any:
+    def layers(flat: Any, caches: Any, hidden: Any, vector: Any, *places: Any) -> Any:
         n = _numbers(bucket, vector)
         runs = [traced[block.signature] for block in group.blocks]
         where = (n.row, n.count) if bucket.packed else (n.writes, n.row)
-        return step.layers(runs, tree.unflatten(flat), caches, hidden, n.positions, *where)
+        return step.layers(runs, tree.unflatten(flat), caches, hidden, n.positions, *where, *places)
 
-    return _Program(jax.jit(layers, donate_argnums=1), (weights, tuple(caches), x, _vector(bucket)), tree)
+    places = (_shape((2, bucket.tokens_shape[0])),) if _carry(caches) else ()
+    return _Program(jax.jit(layers, donate_argnums=1), (weights, tuple(caches), x, _vector(bucket), *places), tree)
+
+
+def _carry(caches: Sequence[LayerCache]) -> bool:
+    """Whether one of the layers has states."""
+    return any(cache.states for cache in caches)
 
 
 def _last(bucket: ShapeBucket, block: Block, history: Any, x: Any) -> _Program:

@@ -9,7 +9,8 @@
     stage.copy(source, target, n)    what one row holds at its first n positions, for another row
 
 Synchronous, one caller at a time. What is written at a position depends only on that position's input and on earlier positions, so
-repeating a step changes nothing up to its last position: recovery is replay. After a prefill chunk comes its padding.
+repeating a step changes nothing up to its last position: recovery is replay. After a prefill chunk comes its padding. Where layers carry
+states, a step begins where the row's states stand at one of a few positions (row_states.py), and a chunk has no padding.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mesh.kernels.library import kernels
 from mesh.model.arrivals import Arrivals
 from mesh.model.grammar import Vocabulary
 from mesh.model.manifest import Manifest
-from mesh.model.memory import MemoryNeed, predict
+from mesh.model.memory import SPARE_STATES, STATE_PLACES, MemoryNeed, predict
 from mesh.protocol.frame import EMBEDDED, NOT_ALLOWED
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.cache import SLACK
@@ -42,6 +43,7 @@ from mesh.runtime.kernel_variants import VariantTable
 from mesh.runtime.loading import Block, block_names, load_block
 from mesh.runtime.packing import can_pack, in_turn, token_sizes
 from mesh.runtime.programs import Compiled, Pick, Programs, ShapeBucket, chunk_numbers, decode_numbers, packed_numbers, to_host
+from mesh.runtime.row_states import Move, RowStates, StatesOfRows
 from mesh.runtime.sampling import RowTable, Sampled, SamplingParams
 from mesh.runtime.segments import Segments
 from mesh.runtime.shaping import Pending, RowShapes, Shaping
@@ -78,6 +80,18 @@ class StageConfig:
     kept_rows: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a chunk that is one step: `count` tokens from position `start` on in a program of `bucket`, with the states at the row's
+    place `source` (None: zeros) before and `target` after."""
+
+    start: int
+    count: int
+    bucket: ShapeBucket
+    source: int | None
+    target: int
+
+
 class Stage:
     """An Engine that keeps keys and values of every row. Made by `load`; see the module's docstring."""
 
@@ -102,7 +116,8 @@ class Stage:
         self.counters = StageCounters()
         self.bucket = 0
         self.sampled_s = 0.0
-        self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk)
+        self.carries = manifest.has_states
+        self.buckets = Buckets.plan(rows=config.rows, context=self.context, chunk=config.chunk, exact=self.carries)
         inner = list(blocks)
         embed = inner.pop(0) if config.embed else None
         head = inner.pop() if config.head else None
@@ -209,6 +224,7 @@ class Stage:
         self.first = bool(self.config.embed) and layers.start == held.start
         self.last = bool(self.config.head) and layers.stop == held.stop
         self.programs.serve(slice(layers.start - held.start, layers.stop - held.start), embed=self.first, head=self.last)
+        self._forget_states()
 
     def warm_up(self, progress: Progress = no_progress, *, decode: bool = True) -> None:
         """Compile every program that the buckets allow; those of decode steps only if `decode`. Idempotent.
@@ -241,8 +257,8 @@ class Stage:
             if self.last:
                 self._compile(Pick(1, Buckets.fit(self.buckets.lengths, min(prompt_length + max_tokens, self.context))))
             return
-        for start in range(0, prompt_length, chunk):
-            self._compile(self._prefill_bucket(start, min(chunk, prompt_length - start)))
+        for piece in self._cut(RowStates(), 0, prompt_length):
+            self._compile(piece.bucket)
         longest = Buckets.fit(self.buckets.lengths, min(prompt_length + max_tokens, self.context))
         for length in self.buckets.lengths:
             if max_tokens > 1 and Buckets.fit(self.buckets.lengths, prompt_length + 1) <= length <= longest:
@@ -266,6 +282,14 @@ class Stage:
             for rows in buckets.rows:
                 every = range(rows)
                 self.packed(Segments(every, [0] * rows, [1] * rows, [True] * rows), np.zeros(rows, np.int32), hidden(rows))
+            self.counters = StageCounters()
+            return
+        if self.carries:
+            for size in buckets.chunks:
+                self.prefill(0, 0, np.zeros(size, np.int32), hidden(size))
+            for rows in buckets.rows:
+                self.decode(np.array([rows - 1], np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), hidden(1))
+            self._forget_states()
             self.counters = StageCounters()
             return
         self._exercise_copies()
@@ -298,6 +322,9 @@ class Stage:
         self._check_row(source)
         self._check_row(target)
         self._check_positions(0, positions - 1)
+        if self.carries:
+            why = "which stand at single positions: no row begins with a part of another one"
+            raise BadRequest(f"{self.manifest.name} carries states, {why}", field="row")
         if source == target or positions < 1:
             return
         size = Buckets.fit(self.buckets.copies, positions)
@@ -316,6 +343,8 @@ class Stage:
         self._check_row(row)
         tokens = np.asarray(tokens, np.int32)
         hidden = self.check_chunk(start, tokens, hidden)
+        if self.carries:
+            self._states.check_begins(row, start)
         if self._packs:
             packed = self._packed(Segments([row], [start], [len(tokens)], [True]), tokens, hidden)
             return packed[0] if self.last else packed  # type: ignore[return-value]  # a token was wanted
@@ -324,17 +353,15 @@ class Stage:
         pieces: list[np.ndarray] = []
         result: Any = None
         pending: Pending | None = None
-        done = computed = 0
-        while done < len(tokens):
-            bucket = self._prefill_bucket(start + done, len(tokens) - done)
+        computed = 0
+        for piece in self._cut(self._states.of[row], start, len(tokens)):
+            bucket, count = piece.bucket, piece.count
             computed += bucket.size
-            count = min(bucket.size, len(tokens) - done)
-            piece = slice(done, done + count)
-            pending = self._begin_shaping([row]) if done + count == len(tokens) else None
-            result = self._prefill_chunk(row, start + done, tokens[piece], None if hidden is None else hidden[piece], bucket, pending)
+            part = slice(piece.start - start, piece.start - start + count)
+            pending = self._begin_shaping([row]) if part.stop == len(tokens) else None
+            result = self._prefill_chunk(row, piece, tokens[part], None if hidden is None else hidden[part], pending)
             if not self.last:
                 pieces.append(result[:count])
-            done += count
         if self.last and row in self._embedding:
             answer: Any = self._embedded(np.asarray(self.programs.before_head))
         elif self.last:
@@ -371,6 +398,7 @@ class Stage:
         began = time.perf_counter()
         size = Buckets.fit(self.buckets.rows, high - low + 1)
         base = min(low, self.rows - size)
+        places = self._states.decode_places(rows_, positions_, base, size) if self.carries else None
         length = Buckets.fit(self.buckets.lengths, last + 1)
         whole = rows_ == list(range(base, base + size))
         numbers = decode_numbers(rows_, positions_, tokens_, base=base, size=size, unseen=self.context + SLACK - 1)
@@ -389,7 +417,9 @@ class Stage:
             pending = self._begin_shaping(rows_)
         shaping, allowed = _applied(pending, range(base, base + size), size)
         bucket = ShapeBucket(False, size, length)
-        self._history, result = self.programs.run(bucket, self._caches, self._history, x, numbers, wanted, shaping, allowed=allowed)
+        self._history, result = self.programs.run(
+            bucket, self._caches, self._history, x, numbers, wanted, shaping, allowed=allowed, places=places
+        )
         if self.last:
             host = to_host(result, logprobs=wanted is not None and bool((wanted[1][:, -1] >= 0).any()))
             answer: Any = self._shaped(pending, rows_, [self._token(host, row - base, row) for row in rows_])
@@ -450,25 +480,39 @@ class Stage:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _forget_states(self) -> None:
+        self._states = StatesOfRows(self.rows)
+
+    def _cut(self, states: RowStates, start: int, count: int) -> Iterator[_Piece]:
+        """The pieces of a chunk that are computed one after the other. Where layers carry states, each begins with those that the piece
+        before it has left."""
+        moves = states.advance(start, count) if self.carries else [Move(None, 0, start, start + count)]
+        for move in moves:
+            at, source = move.start, move.source
+            while at < move.stop:
+                bucket = self._prefill_bucket(at, move.stop - at)
+                size = min(bucket.size, move.stop - at)
+                yield _Piece(at, size, bucket, source, move.target)
+                at, source = at + size, move.target
+
     def _prefill_bucket(self, start: int, count: int) -> ShapeBucket:
         """The bucket of a chunk. If its padding would go beyond the row, it holds fewer than `count` tokens."""
         size = self.buckets.chunk(start, count)
         return ShapeBucket(True, size, Buckets.fit(self.buckets.lengths, start + min(size, count)))
 
-    def _prefill_chunk(
-        self, row: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None, bucket: ShapeBucket, pending: Pending | None
-    ) -> Any:
-        count, size = len(tokens), bucket.size
+    def _prefill_chunk(self, row: int, piece: _Piece, tokens: np.ndarray, hidden: np.ndarray | None, pending: Pending | None) -> Any:
+        count, bucket, size = piece.count, piece.bucket, piece.bucket.size
         x = None
         if hidden is not None:
             x = np.zeros((1, size, self.manifest.hidden.size), self._dtype)
             x[0, :count] = hidden
         wanted = None if self._table.likeliest_allowed[row] else self._table.only(np.array([row]), row, 1)
-        numbers = chunk_numbers(tokens, start, row, size)
+        numbers = chunk_numbers(tokens, piece.start, row, size)
         shaping, allowed = _applied(pending, [row], 1)
         picks = row not in self._embedding
+        places = self._states.places(row, piece.source, piece.target) if self.carries else None
         self._history, result = self.programs.run(
-            bucket, self._caches, self._history, x, numbers, wanted, shaping, allowed=allowed, picks=picks
+            bucket, self._caches, self._history, x, numbers, wanted, shaping, allowed=allowed, picks=picks, places=places
         )
         if self.last:
             return None if result is None else to_host(result, logprobs=self._table.logprobs(row) >= 0)
@@ -569,7 +613,9 @@ class Stage:
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
         info, dtype = self.manifest.cache[layer], NUMPY_DTYPES[self.manifest.cache_dtype]
         shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
-        return LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
+        key, value = (jnp.zeros(shape, dtype) if info.attends else None for shape in shapes)
+        places = self.rows * STATE_PLACES + SPARE_STATES
+        return LayerCache(key, value, tuple(jnp.zeros((places, *state.shape), jnp.float32) for state in info.states))
 
     def _buckets(self) -> Iterator[ShapeBucket | Pick]:
         """Every shape a step can have."""

@@ -48,10 +48,12 @@ GROUP_LAYERS = 6
 
 
 class LayerCache(NamedTuple):
-    """key [R, Hkv, S, Dk] and value [R, Hkv, S, Dv] of one layer."""
+    """key [R, Hkv, S, Dk] and value [R, Hkv, S, Dv] of one layer, None where it does not attend, and its states, each [P, ...] float32 at
+    P places."""
 
     key: Any
     value: Any
+    states: tuple[Any, ...] = ()
 
 
 def group_sizes(count: int) -> list[int]:
@@ -74,19 +76,35 @@ def layer(
     positions: jax.Array,
     writes: jax.Array,
     row: jax.Array,
+    places: jax.Array | None = None,
     *,
     length: int,
 ) -> tuple[LayerCache, jax.Array]:
     """hidden [B, T, D], positions [B, T], writes [B] -> the cache and hidden [B, T, D].
 
-    The rows are `row` .. row + B - 1; B or T is 1. At most `length` cache positions are read.
+    The rows are `row` .. row + B - 1; B or T is 1. At most `length` cache positions are read. `places` [2, B]: where the states of the
+    rows are read, and where they are written.
     """
     given: dict[str, Any] = {"position_ids": positions, "write_indices": writes, "hidden_in": hidden, COUNT: jnp.int32(hidden.shape[0])}
     used = jnp.minimum(jnp.max(positions) + 1, length)
     for which, array in (("past_key", cache.key), ("past_value", cache.value)):
-        given[which] = CacheView(array, row, used, hidden.shape[0], length)
+        if array is not None:
+            given[which] = CacheView(array, row, used, hidden.shape[0], length)
+    for number, array in enumerate(cache.states):
+        assert places is not None
+        # The barrier has the states read before others are written, so that the array is updated in place.
+        given[f"past_state_{number}"] = jax.lax.optimization_barrier(array[places[0]])
     out = _run(block, weights, given)
-    return LayerCache(out["present_key"].array, out["present_value"].array), out["hidden_out"]
+    key = None if cache.key is None else out["present_key"].array
+    value = None if cache.value is None else out["present_value"].array
+    return LayerCache(key, value, _written(cache.states, places, out)), out["hidden_out"]
+
+
+def _written(states: Sequence[jax.Array], places: jax.Array | None, out: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The states of a layer with those of this step at `places[1]`."""
+    if places is None:
+        return ()
+    return tuple(array.at[places[1]].set(out[f"present_state_{n}"], mode="promise_in_bounds") for n, array in enumerate(states))
 
 
 def packed_layer(
@@ -115,14 +133,13 @@ def layers(
     caches: Sequence[LayerCache],
     hidden: jax.Array,
     positions: jax.Array,
-    writes: jax.Array,
-    row: jax.Array,
+    *where: jax.Array,
 ) -> tuple[tuple[LayerCache, ...], jax.Array]:
-    """`layer` of each block, one after the other."""
+    """`layer` of each block, one after the other; `where` are its other arguments."""
     updated = []
     for index, (run, own, cache) in enumerate(zip(runs, weights, caches, strict=True)):
         with jax.named_scope(f"layer{index}"):
-            cache, hidden = run(own, cache, hidden, positions, writes, row)
+            cache, hidden = run(own, cache, hidden, positions, *where)
         updated.append(cache)
     return tuple(updated), hidden
 

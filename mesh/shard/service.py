@@ -135,6 +135,7 @@ class Shard:
                 # A session has one decode step or prefill chunk in flight. More than twice that is a coordinator's mistake.
                 queue_limit=2 * options.rows + 8,
                 tag=tag_of(self.instance),
+                carries=self.manifest.has_states and options.kv_cache,
             )
         )
         self.stage: Engine | None = None
@@ -296,14 +297,11 @@ class Shard:
             set_row = partial(self.stage.open, reservation.row, message.sampling, prompt_length=message.prompt_length)
             self._compute.submit(set_row, self._after_open)
         return Opened(
-            session=reservation.session,
-            epoch=reservation.epoch,
+            **reservation.said,
             shard=shape.shard,
             instance=self.instance,
             layers_start=shape.layers.start,
             layers_end=shape.layers.stop,
-            row=reservation.slot,
-            filled=reservation.filled,
             context=shape.context,
             chunk=self.options.chunk,
         )

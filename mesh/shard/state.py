@@ -15,6 +15,7 @@ count as done because the compute thread takes steps in the order in which they 
     prefill, its epoch     there, start <= filled   computed; filled = start + count: its padding is written over what follows
     packed, its epoch      there, start <= filled   as a decode step if it is one token of the row, else as a prefill chunk
     frame row, its epoch   there, start > filled    NACK hole, from `filled` on: a step was lost
+    frame row, its epoch   no states at its start   NACK hole, from the last position before it that has some
     frame row, lower epoch there                    NACK stale_epoch
     frame row              none, or a higher epoch  NACK unknown_session; nothing at all if its slot is another instance's
     close, expiry          there                    row free, unless it has a later epoch than the one that is closed
@@ -30,6 +31,11 @@ Kept rows. A free row may keep what it holds, under the digest that its coordina
 it is, where it begins with most of what the row holds. Otherwise it gets a copy of the beginning in another row, so that the longer history
 stays for whoever goes on with it. A row that a session has is copied from, as far as it is filled. A row that is taken is found under the
 digest that it was taken by until it is closed: two sessions that begin alike may ask for it at once. Rows are given up oldest first.
+
+States. Where layers carry states, a step begins only where those of the row stand: at one of a few positions (RowStates, which the stage
+keeps in the same way for what it computes). `filled` is then one of these, after each step its end. An answer to an open names all of them,
+so that a replay begins where every shard can. Such a row is nothing that another session could begin with: its states at the end of a
+common beginning are gone. It is neither kept nor copied.
 
 A slot is a row with the tag of the shard's instance above it. Two processes may have the name of the shard for a while
 (mesh/shard/lease.py), and both hear its frames. The one whose tag a slot does not carry leaves the slot to the other.
@@ -53,6 +59,7 @@ from mesh.protocol.control import Close, Open, Prefix
 from mesh.protocol.frame import STEPS
 from mesh.protocol.frame_codec import Frame, Kind, Nack
 from mesh.protocol.status import Heartbeat
+from mesh.runtime.row_states import RowStates
 from mesh.types import LayerRange
 
 __all__ = ["ROW_MASK", "Admission", "KeptRow", "Reservation", "ShardShape", "ShardState", "tag_of"]
@@ -87,6 +94,7 @@ class ShardShape:
     hidden_dtype: Any  # numpy dtype
     queue_limit: int  # the most frames that may be admitted and not yet computed
     tag: int = 0  # of the instance
+    carries: bool = False  # whether steps begin where a row's states stand (mesh/runtime/row_states.py)
 
     @property
     def first(self) -> bool:
@@ -108,7 +116,8 @@ class KeptRow:
 @dataclass(slots=True)
 class Reservation:
     """The row that a session has here, and the slot by which frames name it. `copy_of`: the row of which `filled` positions have to be
-    copied here before any step is computed; whoever sees to that clears it. `holds`: what other sessions may find here."""
+    copied here before any step is computed; whoever sees to that clears it. `holds`: what other sessions may find here. `states`: where
+    the row's states stand, if the model carries some."""
 
     session: int
     epoch: int
@@ -116,9 +125,26 @@ class Reservation:
     row: int
     slot: int
     filled: int
-    missing: bool = False  # from the last heartbeat of its coordinator
     copy_of: int | None = None
     holds: tuple[Prefix, ...] = ()
+    states: RowStates | None = None
+    missing: bool = False  # from the last heartbeat of its coordinator
+
+    @property
+    def begins(self) -> tuple[int, ...] | None:
+        """The positions at which a step may begin; None: at any that is filled, or the one after."""
+        return None if self.states is None else self.states.begins(self.filled)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What an answer to an open says of it."""
+        return {"session": self.session, "epoch": self.epoch, "row": self.slot, "filled": self.filled, "begins": self.begins}
+
+    def keep(self, positions: int) -> None:
+        """No more than `positions` positions count as filled from now on; where states are carried, as many as one stands at."""
+        self.filled = min(self.filled, positions)
+        if self.states is not None:
+            self.filled = self.states.begins(self.filled)[-1]
 
     def found(self, digest: str) -> int:
         """How many positions of what `digest` names are here by now."""
@@ -128,6 +154,10 @@ class Reservation:
         """Note that `count` positions from `start` on are written. A prefill chunk may be padded to a compiled size, and its padding
         overwrites what followed."""
         stop = start + count
+        if self.states is not None:
+            self.states.advance(start, count)
+            self.filled = stop
+            return
         self.filled = stop if kind is Kind.PREFILL or count > 1 else max(self.filled, stop)
 
 
@@ -204,7 +234,7 @@ class ShardState:
             if message.epoch < reservation.epoch:
                 raise MessageRejected(f"epoch: {message.epoch} is over, the session is at {reservation.epoch}", field="epoch")
             if message.epoch > reservation.epoch:
-                reservation.filled = min(reservation.filled, message.keep)
+                reservation.keep(message.keep)
                 reservation.epoch = message.epoch
                 reservation.coordinator = message.coordinator
             reservation.missing = False
@@ -297,7 +327,10 @@ class ShardState:
                 if here[index] >> _ROW_BITS != self.shape.tag:
                     self.gaps["other_instance"] += 1
                     continue
-                go_on = reservation.filled if why is Nack.HOLE and reservation is not None else start
+                go_on = start
+                if why is Nack.HOLE and reservation is not None:
+                    reservation.keep(start)
+                    go_on = reservation.filled
                 refused.setdefault(why, []).append((index, go_on))
         if kept:
             self._hear(frame.coordinator, now)
@@ -380,7 +413,8 @@ class ShardState:
             return Nack.UNKNOWN_SESSION
         if start + count > self.shape.context:
             return Nack.BAD_INPUT
-        return Nack.HOLE if start > reservation.filled else Nack.NONE
+        begins = reservation.begins
+        return Nack.HOLE if start > reservation.filled or (begins is not None and start not in begins) else Nack.NONE
 
     def _refuse(self, frame: Frame, why: Nack) -> Admission:
         self.gaps[why.name.lower()] += frame.rows
@@ -419,7 +453,7 @@ class ShardState:
 
     def _reserve(self, message: Open) -> Reservation:
         """A row for a session that has none."""
-        reuse = message.reuse
+        reuse = None if self.shape.carries else message.reuse
         kept = None if reuse is None else self._kept.get(reuse.digest)
         source, positions = None, 0
         if reuse is None:
@@ -439,7 +473,8 @@ class ShardState:
         holds = [] if reuse is None or not positions else [Prefix(digest=reuse.digest, positions=positions)]
         holds += [] if message.prompt is None else [message.prompt]
         slot = self.shape.tag << _ROW_BITS | row
-        return Reservation(message.session, message.epoch, message.coordinator, row, slot, positions, copy_of=source, holds=tuple(holds))
+        states = RowStates() if self.shape.carries else None
+        return Reservation(message.session, message.epoch, message.coordinator, row, slot, positions, source, tuple(holds), states)
 
     def _should_take(self, kept: KeptRow, positions: int) -> bool:
         """Whether a session that begins with `positions` of what a row keeps gets the row itself: no other one is free, or not much is lost
@@ -458,7 +493,7 @@ class ShardState:
 
     def _leave(self, reservation: Reservation, kept: Prefix | None = None) -> None:
         del self._reservations[reservation.session]
-        positions = 0 if kept is None else min(kept.positions, reservation.filled)
+        positions = 0 if kept is None or self.shape.carries else min(kept.positions, reservation.filled)
         if kept is None or not positions:
             heapq.heappush(self._free, reservation.row)
             return

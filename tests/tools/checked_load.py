@@ -26,18 +26,19 @@ def options(model: Path, **values: Any) -> LocalOptions:
 class Load:
     """The prompts, generated again and again until `stop`; every answer is compared."""
 
-    def __init__(self, client: AsyncMeshClient, undisturbed: list[list[int]]) -> None:
+    def __init__(self, client: AsyncMeshClient, undisturbed: list[list[int]], prompts: list[list[int]] = PROMPTS) -> None:
         self._client = client
         self._undisturbed = undisturbed
+        self._prompts = prompts
         self._over = False
         self._news = asyncio.Event()
         self.tokens = self.finished = 0
-        self.tasks = [asyncio.create_task(self._go_on(index)) for index in range(len(PROMPTS))]
+        self.tasks = [asyncio.create_task(self._go_on(index)) for index in range(len(prompts))]
 
     async def _go_on(self, index: int) -> None:
         while not self._over:
             seen: list[int] = []
-            async with self._client.stream(tokens=PROMPTS[index], max_tokens=TOKENS, temperature=0.0, ignore_eos=True) as stream:
+            async with self._client.stream(tokens=self._prompts[index], max_tokens=TOKENS, temperature=0.0, ignore_eos=True) as stream:
                 async for chunk in stream:
                     if chunk.token is not None:
                         assert chunk.index == len(seen)
@@ -66,9 +67,11 @@ class Load:
 
 
 @asynccontextmanager
-async def load(mesh: LocalMesh, undisturbed: list[list[int]]) -> AsyncIterator[tuple[Load, AsyncMeshClient]]:
+async def load(
+    mesh: LocalMesh, undisturbed: list[list[int]], prompts: list[list[int]] = PROMPTS
+) -> AsyncIterator[tuple[Load, AsyncMeshClient]]:
     async with AsyncMeshClient(options=mesh.bus, model="tiny") as client:
-        running = Load(client, undisturbed)
+        running = Load(client, undisturbed, prompts)
         try:
             await running.more()
             yield running, client

@@ -43,6 +43,7 @@ from mesh.coordinator.core.scheduler import Flight
 from mesh.coordinator.core.session import GenerationRequest, Session
 from mesh.errors import Busy, MessageRejected, Unavailable
 from mesh.protocol.frame import EMBEDDED
+from mesh.runtime.row_states import RowStates
 from mesh.types import LayerRange
 
 __all__ = ["FakeMesh", "Sampled", "expected", "next_token"]
@@ -86,11 +87,21 @@ class Reservation:
     missing: bool = False
     holds: tuple[Beginning, ...] = ()  # under these names others find it
     embeds: bool = False
+    states: RowStates | None = None
+
+    @property
+    def begins(self) -> tuple[int, ...] | None:
+        return None if self.states is None else self.states.begins(self.filled)
+
+    def keep(self, positions: int) -> None:
+        self.filled = min(self.filled, positions)
+        self.filled = self.filled if self.begins is None else self.begins[-1]
 
 
 @dataclass
 class Shard:
     replica: Replica
+    carries: bool = False  # a step begins only where the row's states stand
     reservations: dict[int, Reservation] = field(default_factory=dict)  # key -> reservation
     cache: dict[int, dict[int, int]] = field(default_factory=dict)  # row -> position -> token
     stopped: bool = False  # it lives, and does nothing
@@ -106,13 +117,14 @@ class Shard:
         """A row for a new session; None: all are taken. What it reuses is copied, unless no other row is free."""
         if not self.free:
             return None
-        reuse = opens.reuse
+        reuse = None if self.carries else opens.reuse
         positions, found = (0, {}) if reuse is None else self.find(reuse)
         row = self.free_row(None if reuse is None else reuse.digest)
         self.cache[row] = found
+        states = RowStates() if self.carries else None
         holds = [] if reuse is None or not positions else [Beginning(reuse.digest, positions)]
         holds += [] if opens.prompt is None else [opens.prompt]
-        return Reservation(row, opens.epoch, positions, holds=tuple(holds), embeds=opens.request.embed)
+        return Reservation(row, opens.epoch, positions, holds=tuple(holds), embeds=opens.request.embed, states=states)
 
     def find(self, reuse: Beginning) -> tuple[int, dict[int, int]]:
         """(positions, their tokens) of what a row holds of `reuse`."""
@@ -134,7 +146,7 @@ class Shard:
 
     def close(self, key: int, kept: Beginning | None) -> None:
         reservation = self.reservations.pop(key)
-        positions = 0 if kept is None else min(kept.positions, reservation.filled)
+        positions = 0 if kept is None or self.carries else min(kept.positions, reservation.filled)
         if kept is not None and positions:
             self.kept.pop(kept.digest, None)
             self.kept[kept.digest] = (reservation.row, positions)
@@ -190,9 +202,10 @@ class FakeMesh:
         mirrors: bool = False,
         processor: str = "",
         packs: bool = True,
+        carries: bool = False,
     ) -> None:
         replica = Replica(shard, layers, rows, rows, context, chunk, instance, mirrors=mirrors, processor=processor, packs=packs)
-        self.shards[shard] = Shard(replica)
+        self.shards[shard] = Shard(replica, carries)
         self.event(ReplicaSeen(replica))
 
     def lease(self, shard: str, *, draining: bool = False) -> None:
@@ -336,7 +349,8 @@ class FakeMesh:
                     self._send(name, "core", OpenRefused(key, epoch, stage, name, False, error, permanent=True))
                     return
                 if reservation is not None and epoch > reservation.epoch:
-                    reservation.epoch, reservation.filled = epoch, min(reservation.filled, message.keep)
+                    reservation.epoch = epoch
+                    reservation.keep(message.keep)
                 if reservation is None:
                     reservation = shard.reserve(message)
                     if reservation is None:
@@ -344,7 +358,7 @@ class FakeMesh:
                         return
                     shard.reservations[key] = reservation
                 reservation.missing = False
-                self._send(name, "core", RowOpened(key, epoch, stage, name, reservation.row, reservation.filled))
+                self._send(name, "core", RowOpened(key, epoch, stage, name, reservation.row, reservation.filled, reservation.begins))
             case CloseRow(key=key, epoch=epoch, kept=left):
                 reservation = shard.reservations.get(key)
                 if reservation is not None and reservation.epoch <= epoch:
@@ -372,7 +386,7 @@ class FakeMesh:
             well = (
                 reservation is not None
                 and reservation.epoch == row.epoch
-                and row.start <= reservation.filled
+                and self._can_begin(reservation, row.start)
                 and (reservation.row == row.rows[stage] or not mine)
             )
             (kept if well else gone).append(row)
@@ -384,7 +398,10 @@ class FakeMesh:
         shard.followed += not mine
         for row in kept:
             reservation = shard.reservations[row.key]
-            reservation.filled = max(reservation.filled, row.start + len(row.tokens))
+            stop = row.start + len(row.tokens)
+            reservation.filled = max(reservation.filled, stop) if reservation.states is None else stop
+            if reservation.states is not None:
+                reservation.states.advance(row.start, len(row.tokens))
             cache = shard.cache[reservation.row]
             assert all(position in cache for position in range(row.start)), "a hole in the history"
             for offset, token in enumerate(row.tokens):
@@ -400,6 +417,13 @@ class FakeMesh:
             cache = shard.cache[row.rows[stage]]
             answers.append(ResultRow(row.key, position, self._sampled(shard, row, [cache[p] for p in range(position + 1)])))
         self._send(name, "core", Result(out.frame, tuple(answers)))
+
+    def _can_begin(self, reservation: Reservation, start: int) -> bool:
+        """Whether a step may begin there. Where no states stand, the row has no more from now on than those before."""
+        if start > reservation.filled or reservation.begins is None or start in reservation.begins:
+            return start <= reservation.filled
+        reservation.keep(start)
+        return False
 
     def _sampled(self, shard: Shard, row: FrameRow, history: list[int]) -> Sampled | None:
         if not row.wants:

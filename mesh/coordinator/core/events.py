@@ -85,7 +85,7 @@ class ReplicaGone:
 @dataclass(frozen=True, slots=True)
 class RowOpened:
     """`shard` opened row `row` for epoch `epoch` of the session `key`, as stage `stage` of its route or as that stage's mirror. `filled`:
-    the positions that the row holds already."""
+    the positions that the row holds already. `begins`: where a step may begin, None: at any up to `filled`."""
 
     key: int
     epoch: int
@@ -93,6 +93,7 @@ class RowOpened:
     shard: str
     row: int
     filled: int = 0
+    begins: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

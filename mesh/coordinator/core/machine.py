@@ -378,6 +378,7 @@ class Core:
                 state.replicas.take(event.shard, event.key)
             session.rows[event.stage] = event.row
         session.filled[event.shard] = event.filled
+        session.begins[event.shard] = event.begins
         rows.note_found(state, session, event.shard)
         if event.shard not in state.replicas:  # its lease ended meanwhile
             losses.lose(state, session)

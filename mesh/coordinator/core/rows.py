@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mesh.coordinator.core.events import CloseRow, OpenRow, PrefixKept
 from mesh.coordinator.core.prefixes import Beginning, Remembered
 from mesh.coordinator.core.routing import complete
@@ -21,7 +23,7 @@ def open_rows(state: CoreState, session: Session) -> None:
     """Ask every stage that was chosen for the session, and every mirror, for a row."""
     assert session.choices is not None
     key, epoch, keep = session.key, session.epoch, len(session.history)
-    session.rows, session.filled, session.asked = {}, {}, {}
+    session.rows, session.filled, session.begins, session.asked = {}, {}, {}, {}
     session.route = None
     prompt = None if session.chain is None else session.chain.whole(len(session.request.prompt))
     for stage, choice in enumerate(session.choices):
@@ -66,13 +68,16 @@ def begin_if_open(state: CoreState, session: Session) -> None:
     if route is None or len(session.rows) < len(route) or any(shard not in session.filled for shard in session.mirrors.values()):
         return
     last = len(session.history) - 1
-    start = min(last, *(session.filled[hop.shard] for hop in route))
+    followed = [hop.shard for hop in route]
+    start = _common(session, last, followed)
     for stage, shard in list(session.mirrors.items()):
-        if session.filled[shard] < start - MIRROR_LAG:
+        with_it = _common(session, start, [*followed, shard])
+        if with_it < start - MIRROR_LAG:
             del session.mirrors[stage]
             give_back(state, session, shard)
         else:
-            start = min(start, session.filled[shard])
+            start = with_it
+            followed.append(shard)
     session.route = route
     session.sent = session.done = start
     if session.cached is None:
@@ -85,6 +90,13 @@ def begin_if_open(state: CoreState, session: Session) -> None:
     else:
         session.act(Act.OPENED)
         state.scheduler.begin(session)
+
+
+def _common(session: Session, most: int, shards: Sequence[str]) -> int:
+    """The last position up to `most` at which the session may go on at all of these shards; 0 always is one."""
+    start = min(most, *(session.filled[shard] for shard in shards))
+    begins = [set(own) for shard in shards if (own := session.begins.get(shard)) is not None]
+    return start if not begins else max((at for at in set.intersection(*begins) if at <= start), default=0)
 
 
 def note_kept(state: CoreState, kept: PrefixKept) -> None:
@@ -123,7 +135,7 @@ def release(state: CoreState, session: Session, *, keep: bool = False) -> None:
     if state.by_key.pop(session.key, None) is not None:
         state.admission.gave_rows_back(session)
     session.choices = session.route = None
-    session.rows, session.mirrors, session.filled, session.asked = {}, {}, {}, {}
+    session.rows, session.mirrors, session.filled, session.begins, session.asked = {}, {}, {}, {}, {}
 
 
 def _keep(state: CoreState, session: Session) -> Beginning | None:

@@ -126,6 +126,7 @@ class Session:
     mirrors: dict[int, str] = field(default_factory=dict)  # stage index -> the shard that follows it
     rows: dict[int, int] = field(default_factory=dict)  # stage index -> row, as shards answer
     filled: dict[str, int] = field(default_factory=dict)  # shard -> positions that its row held when it was opened in this epoch
+    begins: dict[str, tuple[int, ...] | None] = field(default_factory=dict)  # shard -> where its steps may begin; None: anywhere
     chain: Chain | None = None  # of its history, where rows are reused
     asked: dict[str, Beginning] = field(default_factory=dict)  # shard -> what its row is to begin with in this epoch
     cached: int | None = None  # positions of the prompt that were there when it began; None until then

@@ -3,6 +3,7 @@
 attention.py   the attention pattern of each layer
 layout.py      how its queries, keys and values are laid out
 mask.py        what it does to its scores: causal, window, ALiBi, scale, soft cap
+layers.py      what each layer keeps: keys and values, states, or both
 cut.py         where one layer ends and the next begins
 positions.py   what depends on sizes and positions alone
 """

@@ -99,7 +99,7 @@ def find_attention(graph: DecoderGraph) -> list[AttentionPattern]:
             continue
         if pattern is not None:
             patterns.append(pattern)
-    if not patterns:
+    if not patterns and not graph.states:
         raise UnsupportedModel(
             f"{graph.path}: no attention was found: a decoder needs softmax(q @ k.T) @ v, Attention or GroupQueryAttention"
         )

@@ -1,8 +1,9 @@
 """Where a decoder may be cut: values that every path from the token ids to the logits crosses.
 
-In the data path each attention pattern counts as one step from its queries, keys and values to its output. Between two
-patterns the cut is the last such value of shape [B, T, D]. After the last pattern it is the value at which the last layer has
-done what the earlier layers do.
+In the data path each attention pattern counts as one step from its queries, keys and values to its output. What a layer keeps marks its
+place: the output of its attention, and the first values that its states and its tokens make together. Between the marks of two layers the
+cut is the last such value of shape [B, T, D]. After the last mark it is the value at which the last layer has done what the earlier
+layers do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
 from mesh.importer.analysis.attention import AttentionPattern
+from mesh.importer.analysis.layers import DecoderLayer
 from mesh.importer.graph.decoder import DecoderGraph, Dependence, Role, producer
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import GraphProbe
@@ -74,15 +76,15 @@ class DataPath:
         return sorted(needed, key=self.place)
 
 
-def find_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probe: GraphProbe) -> Cut:
+def find_cuts(path: DataPath, layers: Sequence[DecoderLayer], probe: GraphProbe) -> Cut:
     """Cuts for every layer. UnsupportedModel where two layers share more than the hidden state."""
     graph = path.graph
     order = path.between(graph.logits, None)
     crossings = [v for v in _articulations(path, order) if _is_hidden(probe, v)]
-    outputs = [path.place(pattern.output) for pattern in patterns]
+    marks = _marks(path, order, layers)
     values: list[ir.Value] = []
-    for number, end in enumerate(outputs):
-        start = outputs[number - 1] if number else -1
+    for number, (end, _) in enumerate(marks):
+        start = marks[number - 1][1] if number else -1
         inside = [v for v in crossings if start < path.place(v) < end]
         if not inside:
             if number == 0:
@@ -93,7 +95,7 @@ def find_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probe: Graph
                 f"layers {number - 1} and {number} share more than the hidden state: such a graph cannot be cut between them"
             )
         values.append(inside[-1])
-    after = [v for v in crossings if path.place(v) > outputs[-1] and v is not graph.logits]
+    after = [v for v in crossings if path.place(v) > marks[-1][1] and v is not graph.logits]
     if not after:
         raise UnsupportedModel("nothing crosses from the last layer to the logits alone: such a graph cannot be cut")
     values.append(_last_layer_end(path, values, after))
@@ -101,6 +103,31 @@ def find_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probe: Graph
     if len(sizes) > 1:
         raise UnsupportedModel(f"the hidden state has different widths in different layers ({sorted(sizes)}): not supported")
     return Cut(tuple(values), sizes.pop())
+
+
+def _marks(path: DataPath, order: Sequence[ir.Value], layers: Sequence[DecoderLayer]) -> list[tuple[int, int]]:
+    """The places of the first and the last mark of each layer."""
+    source = path.graph.input(Role.TOKENS)
+    live: set[ir.Value] = set()  # what depends on the tokens
+    made_of: dict[ir.Value, set[ir.Value]] = {}  # the states alone that a value is made of
+    met: dict[ir.Value, int] = {}  # the place at which a state meets the tokens
+    for value in order:
+        given = path.inputs(value)
+        states = {value} if path.graph.roles.get(value) is Role.STATE else set().union(*(made_of.get(v, ()) for v in given))
+        if value is source or any(v in live for v in given):
+            live.add(value)
+            for state in states:
+                met.setdefault(state, path.place(value))
+        elif states:
+            made_of[value] = states
+    marks = []
+    for layer in layers:
+        places = [met[state.before] for state in layer.states if state.before in met]
+        places += [] if layer.pattern is None else [path.place(layer.pattern.output)]
+        if not places:
+            raise UnsupportedModel(f"{path.graph.path}: the states of a layer are not read: such a graph cannot be cut")
+        marks.append((min(places), max(places)))
+    return marks
 
 
 def _articulations(path: DataPath, order: Sequence[ir.Value]) -> Iterator[ir.Value]:
@@ -142,4 +169,9 @@ def _last_layer_end(path: DataPath, values: Sequence[ir.Value], after: Sequence[
 
 
 def _signature(path: DataPath, value: ir.Value, start: ir.Value) -> Counter[str]:
-    return Counter("pattern" if v in path.patterns else producer(v).op_type for v in path.between(value, start))
+    def kind(v: ir.Value) -> str:
+        if v in path.patterns:
+            return "pattern"
+        return "state" if path.graph.roles.get(v) is Role.STATE else producer(v).op_type
+
+    return Counter(map(kind, path.between(value, start)))

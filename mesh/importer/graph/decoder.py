@@ -22,8 +22,22 @@ from onnx_ir.passes import common as passes
 
 from mesh.errors import UnsupportedModel
 
-__all__ = ["DecoderGraph", "Dependence", "Draft", "Role", "attribute", "constant", "input_of", "producer", "scalar"]
+__all__ = [
+    "PAST_STATE",
+    "PRESENT_STATE",
+    "DecoderGraph",
+    "Dependence",
+    "Draft",
+    "Role",
+    "attribute",
+    "constant",
+    "input_of",
+    "producer",
+    "scalar",
+]
 
+PAST_STATE, PRESENT_STATE = "past_state.", "present_state."
+"""What the names of inputs and outputs that are states begin with; the layer and the number of the state in it follow."""
 SMALL = 4096  # elements: what counts as a constant rather than as a weight
 
 
@@ -33,7 +47,7 @@ class Dependence(IntEnum):
     CONSTANT = 0
     SHAPE = 1  # shapes of inputs, position ids, the attention mask
     PAST = 2  # the past key and value inputs
-    TOKENS = 3  # the data path
+    TOKENS = 3  # the data path, with the states of layers that carry some
 
 
 class Role(Enum):
@@ -43,6 +57,10 @@ class Role(Enum):
     CACHE_POSITION = "cache_position"
     SEGMENTS = "token_type_ids"
     PAST = "past"
+    STATE = "state"
+
+
+_DEPENDENCE = {Role.TOKENS: Dependence.TOKENS, Role.STATE: Dependence.TOKENS, Role.PAST: Dependence.PAST}
 
 
 @dataclass(slots=True)
@@ -62,7 +80,7 @@ class DecoderGraph:
     def __post_init__(self) -> None:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         for value, role in self.roles.items():
-            self.dependences[value] = {Role.TOKENS: Dependence.TOKENS, Role.PAST: Dependence.PAST}.get(role, Dependence.SHAPE)
+            self.dependences[value] = _DEPENDENCE.get(role, Dependence.SHAPE)
         for node in self.nodes:
             most = max((self.dependence(value) for value in node.inputs if value is not None), default=Dependence.CONSTANT)
             if node.op_type in ("Shape", "Size"):
@@ -75,6 +93,15 @@ class DecoderGraph:
 
     def input(self, role: Role) -> ir.Value | None:
         return next((value for value, other in self.roles.items() if other is role), None)
+
+    @property
+    def states(self) -> list[tuple[int, ir.Value, ir.Value]]:
+        """Of each state the layer of the source, the value before the tokens and that after them, in order."""
+        after = {str(value.name).removeprefix(PRESENT_STATE): value for value in self.model.graph.outputs[1:]}
+        before = {str(value.name).removeprefix(PAST_STATE): value for value, role in self.roles.items() if role is Role.STATE}
+        places = sorted(tuple(map(int, name.split("."))) for name in before)
+        names = [f"{layer}.{number}" for layer, number in places]
+        return [(place[0], before[name], after[name]) for place, name in zip(places, names, strict=True)]
 
     @property
     def has_past(self) -> bool:

@@ -24,7 +24,7 @@ from mesh.lowering import ops
 from mesh.lowering.registry import find, op_types
 from mesh.model.onnx_form import OPSET
 
-__all__ = ["GraphProbe"]
+__all__ = ["GraphProbe", "state_shape"]
 
 Array = npt.NDArray[Any]
 
@@ -140,11 +140,14 @@ class GraphProbe:
             return
         role = self.graph.roles.get(value)
         batch, chunk, past = self.batch, self.chunk, self.past
-        if role in (Role.TOKENS, Role.PAST):
+        if role in (Role.TOKENS, Role.PAST, Role.STATE):
             if numbers:
                 raise NotConcrete(value.name)
             self._dtypes[value] = int(value.dtype) if value.dtype is not None else onnx.TensorProto.FLOAT
-            self._shapes[value] = (batch, chunk) if role is Role.TOKENS else past_shape(value, batch, past)
+            if role is Role.STATE:
+                self._shapes[value] = (batch, *state_shape(value))
+            else:
+                self._shapes[value] = (batch, chunk) if role is Role.TOKENS else past_shape(value, batch, past)
             return
         dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.int64)
         positions = np.arange(past, past + chunk)
@@ -244,6 +247,14 @@ def _misfit(node: ir.Node, error: Exception) -> UnsupportedModel:
     return UnsupportedModel(
         f"node {node.name} ({node.op_type}) does not fit its inputs ({detail}): export the model again with dynamic axes"
     )
+
+
+def state_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a state without the batch."""
+    dims = tuple(dim for dim in (value.shape or ())[1:] if isinstance(dim, int))
+    if value.shape is None or len(dims) != len(value.shape) - 1:
+        raise UnsupportedModel(f"input {value.name} has shape {value.shape}: a state has a size of its own: export it with static axes")
+    return dims
 
 
 def past_shape(value: ir.Value, batch: int, past: int) -> tuple[int, ...]:

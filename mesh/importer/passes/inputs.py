@@ -1,6 +1,6 @@
 """Name what a decoder takes and gives: each graph input gets its role, and the logits become the only output.
 
-Inputs that only choose how the graph runs become constants.
+The states after a step stay outputs beside them. Inputs that only choose how the graph runs become constants.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.graph.decoder import Draft, Role, constant, input_of
+from mesh.importer.graph.decoder import PAST_STATE, PRESENT_STATE, Draft, Role, constant, input_of
 
 __all__ = ["CACHE_BRANCH", "name_inputs"]
 
@@ -23,8 +23,9 @@ def name_inputs(draft: Draft) -> bool:
     """Find the roles of `draft`. UnsupportedModel if there are no logits, no token ids, or an input that no decoder has."""
     logits = _logits(draft.path, draft.model)
     _refuse_windowed_cache(draft.path, draft.model)
+    states = [value for value in draft.model.graph.outputs if str(value.name).startswith(PRESENT_STATE)]
     del draft.model.graph.outputs[:]
-    draft.model.graph.outputs.append(logits)
+    draft.model.graph.outputs.extend([logits, *states])
     draft.roles, draft.source_logits = _roles(draft.path, draft.model), str(logits.name)
     return True
 
@@ -64,6 +65,8 @@ def _roles(path: Path, model: ir.Model) -> dict[ir.Value, Role]:
             _bind(model, value, np.array(True))
         elif name.endswith("logits_to_keep"):  # 0 keeps those of every position
             _bind(model, value, np.zeros(_static(value), np.int64))
+        elif name.startswith(PAST_STATE):
+            roles[value] = Role.STATE
         elif value.dtype is not None and value.dtype.is_floating_point():
             if value.shape is not None and len(value.shape) >= 4:
                 roles[value] = Role.PAST

@@ -19,16 +19,17 @@ from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, AttentionPattern, find_attention
 from mesh.importer.analysis.cut import DataPath, find_cuts
+from mesh.importer.analysis.layers import DecoderLayer, find_layers
 from mesh.importer.analysis.mask import MaskReader, ScoreRule
 from mesh.importer.analysis.positions import InputParts, context_limit
 from mesh.importer.graph.decoder import DecoderGraph, attribute, input_of
 from mesh.importer.graph.evaluate import NotConcrete
-from mesh.importer.graph.probe import GraphProbe
+from mesh.importer.graph.probe import GraphProbe, state_shape
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.onnx_file import load
 from mesh.importer.write.blocks import BlockWriter, GraphBuilder
 from mesh.importer.write.emit import Emitter, Part
-from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, WeightsInfo, block_name
+from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, StateInfo, TokenizerInfo, WeightsInfo, block_name
 from mesh.types import DType, Progress
 
 __all__ = ["OnnxSource", "open_source"]
@@ -68,12 +69,13 @@ class OnnxSource:
     def _analyse(self, graph: DecoderGraph, config: dict[str, Any]) -> None:
         file, self.graph, self._config = self.file, graph, config
         self.patterns: list[AttentionPattern] = find_attention(self.graph)
+        self._layers = find_layers(self.graph, self.patterns)
         self._path = DataPath(self.graph, self.patterns)
         probe = GraphProbe(self.graph, BATCH, CHUNK, PAST if self.graph.has_past else 0)
         self.context_length = self._context_length()
         reader = MaskReader(self.graph, self.context_length)
         self.rules: list[ScoreRule] = [reader.read(pattern) for pattern in self.patterns]
-        self._cut = find_cuts(self._path, self.patterns, probe)
+        self._cut = find_cuts(self._path, self._layers, probe)
         self._inputs = InputParts(self.graph, self.context_length)
         logits = probe.shape(self.graph.logits)
         if len(logits) != 3 or logits[:2] != (BATCH, CHUNK):
@@ -101,7 +103,7 @@ class OnnxSource:
 
     @property
     def layers(self) -> int:
-        return len(self.patterns)
+        return len(self._layers)
 
     @property
     def kept_weights(self) -> WeightsInfo | None:
@@ -116,10 +118,18 @@ class OnnxSource:
 
     @property
     def cache(self) -> tuple[CacheInfo, ...]:
-        return tuple(
-            CacheInfo(kv_heads=i.kv_heads, key_dim=i.k.layout.width, value_dim=i.v.layout.width, window=rule.most)
-            for i, rule in zip(self.patterns, self.rules, strict=True)
-        )
+        return tuple(map(self._kept, self._layers))
+
+    def _kept(self, layer: DecoderLayer) -> CacheInfo:
+        states = tuple(StateInfo(shape=state_shape(state.before)) for state in layer.states)
+        pattern, rule = layer.pattern, self._rule(layer)
+        if pattern is None or rule is None:
+            return CacheInfo(kv_heads=0, key_dim=0, value_dim=0, states=states)
+        widths = {"key_dim": pattern.k.layout.width, "value_dim": pattern.v.layout.width}
+        return CacheInfo(kv_heads=pattern.kv_heads, **widths, window=rule.most, states=states)
+
+    def _rule(self, layer: DecoderLayer) -> ScoreRule | None:
+        return None if layer.pattern is None else self.rules[layer.pattern.number]
 
     def _context_length(self) -> int:
         config = self._config.get("text_config") or self._config
@@ -131,7 +141,7 @@ class OnnxSource:
         """See mesh/importer/sources/source.py. Weights are read from the source's file while their block is written."""
         cuts, total = self._cut.values, self.layers + 2
         parts = [Part(block_name("embed"), None, cuts[0])]
-        parts += [Part(block_name(i), cuts[i], cuts[i + 1], self.rules[i]) for i in range(self.layers)]
+        parts += [Part(block_name(i), cuts[i], cuts[i + 1], self._rule(layer), layer.states) for i, layer in enumerate(self._layers)]
         parts.append(Part(block_name("head"), cuts[-1], self.graph.logits))
         blocks = []
         for done, part in enumerate(parts):
@@ -164,6 +174,9 @@ class OnnxSource:
                 raise UnsupportedModel(f"{self.file}: the head needs positions: not supported")
             builder.input("position_ids", ["batch", "chunk"], TensorProto.INT64)
         builder.output(out, ["batch", "chunk", self.vocab_size] if out == "logits" else hidden)
+        for number, state in enumerate(part.states):
+            for value, declare in ((f"past_state_{number}", builder.input), (f"present_state_{number}", builder.output)):
+                declare(value, ["batch", *state_shape(state.before)], TensorProto.FLOAT)
         if part.rule is not None:
             cache = self.cache[self._cut.values.index(part.start)]
             builder.input("write_indices", ["batch"], TensorProto.INT64)

@@ -7,6 +7,8 @@ gguf_table.py  what the architectures of GGUF files are in transformers; gguf_co
                gguf_weights.py its parameters of the tensors
 export.py      one graph with a past and a present, its weights read when they are needed
 latent.py      caches that hold what latents expand to
+states.py      caches whose layers carry states of a fixed size
+recurrences.py  what such layers compute, in a form that a graph can hold
 complex_numbers.py  complex rotary positions as pairs of real numbers
 reference.py   the model's own logits, one module's weights in memory at a time
 tokenizer.py   a tokenizer that has no tokenizer.json, converted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,13 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
+from mesh.importer.graph.decoder import PAST_STATE, PRESENT_STATE
 from mesh.importer.trace.complex_numbers import pairs_of_reals
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel, cache_shapes
+from mesh.importer.trace.recurrences import recurrences
+from mesh.importer.trace.states import LayerKeeps, states_of
 from mesh.importer.trace.weights import ModelParameters
 
 __all__ = ["export"]
@@ -34,24 +37,31 @@ def export(model: TracedModel, parameters: ModelParameters) -> ir.Model:
     with torch.device("meta"):
         ids, mask = torch.zeros(BATCH, CHUNK, dtype=torch.long), torch.ones(BATCH, PAST + CHUNK, dtype=torch.long)
         positions = torch.zeros(BATCH, CHUNK, dtype=torch.long)
-        past = [(torch.zeros(BATCH, h, PAST, k), torch.zeros(BATCH, h, PAST, v)) for h, k, v in shapes]
+        attention = [(layer, kept.attention) for layer, kept in enumerate(shapes) if kept.attention is not None]
+        past = [(torch.zeros(BATCH, h, PAST, k), torch.zeros(BATCH, h, PAST, v)) for _, (h, k, v) in attention]
+        states = [torch.zeros(BATCH, *state.shape) for kept in shapes for state in kept.states]
     dim = torch.export.Dim.DYNAMIC
     two, four = {0: dim, 1: dim}, {0: dim, 2: dim}
-    pairs = [f"{layer}.{which}" for layer in range(len(shapes)) for which in ("key", "value")]
+    pairs = [f"{layer}.{which}" for layer, _ in attention for which in ("key", "value")]
+    carried = [f"{layer}.{number}" for layer, kept in enumerate(shapes) for number in range(len(kept.states))]
     try:
-        with torch.no_grad(), quiet(), _numbers_kept(), pairs_of_reals(), caches_of(model.module) as new_cache:
+        with torch.no_grad(), quiet(), _numbers_kept(), pairs_of_reals(), recurrences(model.module), caches_of(model.module) as new_cache:
             program = torch.onnx.export(
-                _wrapper(model.module, new_cache),
-                (ids, mask, positions, past),
+                _wrapper(model.module, new_cache, shapes),
+                (ids, mask, positions, past, states),
                 None,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
                 external_data=False,
                 opset_version=OPSET,
-                dynamic_shapes=(two, two, two, [(four, four) for _ in shapes]),
-                input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{pair}" for pair in pairs)],
-                output_names=["logits", *(f"present.{pair}" for pair in pairs)],
+                dynamic_shapes=(two, two, two, [(four, four) for _ in attention], [{0: dim} for _ in states]),
+                input_names=[
+                    *("input_ids", "attention_mask", "position_ids"),
+                    *(f"past_key_values.{pair}" for pair in pairs),
+                    *(f"{PAST_STATE}{each}" for each in carried),
+                ],
+                output_names=["logits", *(f"present.{pair}" for pair in pairs), *(f"{PRESENT_STATE}{each}" for each in carried)],
             )
     except Exception as error:  # the exporter wraps what goes wrong in classes of its own
         raise UnsupportedModel(f"{model.path}: torch cannot trace {model.kind} ({_cause(error)})") from None
@@ -77,7 +87,7 @@ def _numbers_kept() -> Iterator[None]:
         torch.tensor = tensor
 
 
-def _wrapper(module: Any, new_cache: Callable[[Iterable[Any]], Any]) -> Any:
+def _wrapper(module: Any, new_cache: Callable[..., Any], shapes: Sequence[LayerKeeps]) -> Any:
     torch, _ = torch_and_transformers()
     takes = inspect.signature(module.forward).parameters
 
@@ -88,11 +98,14 @@ def _wrapper(module: Any, new_cache: Callable[[Iterable[Any]], Any]) -> Any:
             super().__init__()
             self.model = module
 
-        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
-            cache = new_cache((key, value) for key, value in past)
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any, states: Any) -> Any:
+            pairs = [(key, value) for key, value in past]
+            cache = new_cache(pairs, states, shapes) if states else new_cache(pairs)
             given = {"position_ids": position_ids} if "position_ids" in takes else {}
             out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
-            return out.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
+            kept = list(zip(cache.layers, shapes, strict=True))
+            keys_and_values = [part for layer, own in kept if own.attention is not None for part in (layer.keys, layer.values)]
+            return out.logits, *keys_and_values, *(state for layer, own in kept for state in states_of(layer, own))
 
     return OneGraph().eval()
 

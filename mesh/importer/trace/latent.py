@@ -7,11 +7,13 @@ expand to is joined to the cache. The numbers are the same; the cache is larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from mesh.importer.trace.library import torch_and_transformers
+from mesh.importer.trace.states import LayerKeeps, filled_layers, fresh_layers
 
 __all__ = ["caches_of"]
 
@@ -20,11 +22,15 @@ _EXPAND = "expand_kv"
 
 
 @contextmanager
-def caches_of(module: Any) -> Iterator[Callable[[Iterable[Any]], Any]]:
-    """What makes the cache for a step of `module` from (key, value) of each layer's past; nothing for an empty one. A cache is used for
-    one step, and only within the block."""
+def caches_of(module: Any) -> Iterator[Callable[..., Any]]:
+    """What makes the cache for a step of `module` from (key, value) of each layer's past; nothing for an empty one. Where layers have
+    states, it takes these too, and what each layer keeps (states.py). A cache is used for one step, and only within the block."""
     _, transformers = torch_and_transformers()
     latent = {each.layer_idx: each for each in module.modules() if callable(getattr(each, _EXPAND, None))}
+    fresh = fresh_layers(module.config)
+    if fresh is not None and not latent:
+        yield partial(_with_states, transformers, module.config)
+        return
     if not latent:
         yield lambda past: transformers.DynamicCache(ddp_cache_data=list(past) or None)
         return
@@ -56,3 +62,10 @@ def caches_of(module: Any) -> Iterator[Callable[[Iterable[Any]], Any]]:
 
 def _joined(expand: Callable[..., Any], layer_idx: int, of_this_step: list[Any]) -> Callable[..., Any]:
     return lambda *latents: of_this_step[0].join(*expand(*latents), layer_idx)
+
+
+def _with_states(
+    transformers: Any, config: Any, past: Iterable[Any], states: Iterable[Any] = (), kept: Sequence[LayerKeeps] | None = None
+) -> Any:
+    layers = fresh_layers(config) if kept is None else filled_layers(config, past, states, kept)
+    return transformers.cache_utils.Cache(layers=layers)

@@ -13,11 +13,15 @@ from typing import Any
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
+from mesh.importer.trace.recurrences import recurrences
+from mesh.importer.trace.states import LayerKeeps, fresh_layers, kept_by
 
 __all__ = ["TracedModel", "cache_shapes", "model_of", "open_model"]
 
 ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "moe", "dense", "sparse"))
 """Entries of `layer_types` whose state is a list of positions."""
+CARRYING = frozenset(("conv", "linear_attention", "mamba", "mlp"))
+"""Entries of `layer_types` whose state has a fixed size (states.py), or of layers beside these that keep nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +126,13 @@ def _refuse_by_config(path: Path, config: Any, text: Any) -> None:
     architectures = " ".join(config.architectures or ())
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in architectures:
         raise UnsupportedModel(f"{path}: {kind} is an encoder with a decoder: only decoders alone are served")
-    state = sorted({str(each) for each in getattr(text, "layer_types", None) or ()} - ATTENTION)
+    state = sorted({str(each) for each in getattr(text, "layer_types", None) or ()} - ATTENTION - CARRYING)
     if state:
         raise _stateful(path, kind, f"its layers are {', '.join(state)}")
 
 
 def _refuse_state(path: Path, config: Any, kind: type) -> None:
-    if getattr(kind, "_is_stateful", False):
+    if getattr(kind, "_is_stateful", False) and fresh_layers(config) is None:
         raise _stateful(path, config.model_type, f"transformers marks {kind.__name__} as stateful")
 
 
@@ -190,12 +194,19 @@ def _parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = register
 
 
-def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
-    """(heads, key width, value width) of each layer's cache, from a run without numbers."""
+def cache_shapes(model: TracedModel) -> list[LayerKeeps]:
+    """What each layer keeps, from a run without numbers."""
     torch, transformers = torch_and_transformers()
     path, kind = model.path, model.kind
     try:
-        with torch.device("meta"), torch.no_grad(), quiet(), caches_of(model.module) as new_cache, _attentions(model.module) as calls:
+        with (
+            torch.device("meta"),
+            torch.no_grad(),
+            quiet(),
+            recurrences(model.module),
+            caches_of(model.module) as new_cache,
+            _attentions(model.module) as calls,
+        ):
             cache = new_cache(())
             ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
             model.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
@@ -208,14 +219,16 @@ def cache_shapes(model: TracedModel) -> list[tuple[int, int, int]]:
         )
     if not cache.layers:
         raise UnsupportedModel(f"{path}: {kind} does not fill the key/value cache that it is given: such a model is not served")
-    shapes = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if type(layer) is not transformers.cache_utils.DynamicLayer:
+    library = transformers.cache_utils
+    served = (library.DynamicLayer, library.LinearAttentionLayer, library.LinearAttentionAndFullAttentionLayer)
+    shapes = [kept_by(layer) for layer in cache.layers]
+    for layer, kept in zip(cache.layers, shapes, strict=True):
+        if kept.anything and type(layer) not in served:
             raise _stateful(path, kind, f"its cache has a {type(layer).__name__}")
-        if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != 3:
+        keys = getattr(layer, "keys", None)
+        lacking = type(layer) is library.DynamicLayer if keys is None else keys.ndim != 4 or keys.shape[2] != 3
+        if lacking or (type(layer) is not library.DynamicLayer and not kept.states and type(layer) in served):
             raise UnsupportedModel(f"{path}: the cache of {kind} is no key and value for each position: such a model is not served")
-        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
     return shapes
 
 

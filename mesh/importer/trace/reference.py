@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
+from mesh.importer.trace.states import has_states
 from mesh.importer.trace.weights import ModelParameters
 
 __all__ = ["TransformersReference"]
@@ -52,7 +53,8 @@ class TransformersReference:
         torch, transformers = torch_and_transformers()
         ids = torch.from_numpy(np.asarray(tokens, np.int64)[None])
         given = {"position_ids": torch.arange(start, start + len(tokens))[None]} if "position_ids" in self._takes else {}
-        cache = cache if cache is not None else transformers.DynamicCache()
+        if cache is None:  # one without a configuration keeps every position, where no layer has a state
+            cache = transformers.DynamicCache(config=self._model.config if has_states(self._model.config) else None)
         with torch.no_grad(), quiet():
             mask = torch.ones(1, start + len(tokens), dtype=torch.long)
             out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)

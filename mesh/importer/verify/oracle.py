@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 
 from mesh.errors import ConfigError, CorruptModel, UnsupportedModel
+from mesh.model.manifest import CacheInfo
 
 __all__ = ["OrtBlock", "OrtParts", "OrtSource", "open_oracle", "session"]
 
@@ -43,18 +44,18 @@ def session(model: Path | bytes, *, data: Path | None = None) -> Any:
 
 
 class OrtBlock:
-    """One block in stock onnxruntime, with a static cache of `slots` for one row."""
+    """One block in stock onnxruntime, with what a layer keeps of one row: a static cache of `slots` positions, and states."""
 
-    def __init__(
-        self, directory: Path, name: str, *, slots: int = 0, cache: tuple[tuple[int, int], tuple[int, int]] | None = None, dtype: Any = None
-    ):
+    def __init__(self, directory: Path, name: str, *, slots: int = 0, cache: CacheInfo | None = None, dtype: Any = None):
         self._session = session(Path(directory) / f"{name}.onnx")
         self.inputs = {item.name for item in self._session.get_inputs()}
         self.output = "logits" if name == "head" else "hidden_out"
         self._past: dict[str, Array] = {}
-        if cache is not None:
-            for which, (heads, width) in zip(("key", "value"), cache, strict=True):
-                self._past[which] = np.zeros((1, heads, slots, width), dtype)
+        if cache is not None and cache.attends:
+            for which, width in (("key", cache.key_dim), ("value", cache.value_dim)):
+                self._past[which] = np.zeros((1, cache.kv_heads, slots, width), dtype)
+        for number, state in enumerate(() if cache is None else cache.states):
+            self._past[f"state_{number}"] = np.zeros((1, *state.shape), np.float32)
 
     def preset(self, key: Array, value: Array) -> None:
         """Fill the first slots of the cache with keys and values [heads, slots, width]."""

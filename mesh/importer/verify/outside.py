@@ -52,7 +52,8 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
 
 def _transformers(source: Source, weight_bytes: int, model: TracedModel, parameters: ModelParameters) -> Outside:
     whole = weight_bytes <= WHOLE_CHECKPOINT_BYTES
-    same_cache = cache_shapes(model) == [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache] and _unscaled(source)
+    kept = [layer.attention for layer in cache_shapes(model) if not layer.states]  # where there are states, they would be made up too
+    same_cache = kept == [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache] and _unscaled(source)
     reference = TransformersReference(model, parameters, whole=whole)
     return Outside(
         reference.name,

@@ -203,8 +203,7 @@ def _late_logits(directory: Path, manifest: Manifest, tokens: Array, past: MadeU
     start = past.start
     row = OrtBlock(directory, "embed").run(tokens, start)
     for layer, info in enumerate(manifest.cache):
-        shapes = ((info.kv_heads, info.key_dim), (info.kv_heads, info.value_dim))
-        block = OrtBlock(directory, block_name(layer), slots=start + len(tokens), cache=shapes, dtype=jnp.dtype(manifest.cache_dtype))
+        block = OrtBlock(directory, block_name(layer), slots=start + len(tokens), cache=info, dtype=jnp.dtype(manifest.cache_dtype))
         block.preset(*past.layer(layer))
         row = block.run(row, start)
     return OrtBlock(directory, "head").run(row, 0).astype(np.float32)
@@ -263,10 +262,7 @@ def _distinct(rows: list[Array]) -> list[Array]:
 
 def _oracle_block(directory: Path, manifest: Manifest, name: str, row: Array) -> Array:
     """One row through one block: a first chunk, then the rest on the cache it left."""
-    cache = None
-    if name != "embed":
-        info = manifest.cache[int(name.removeprefix("layer_"))]
-        cache = ((info.kv_heads, info.key_dim), (info.kv_heads, info.value_dim))
+    cache = None if name == "embed" else manifest.cache[int(name.removeprefix("layer_"))]
     dtype = jnp.dtype(manifest.cache_dtype)
     block = OrtBlock(directory, name, slots=len(row) + 3, cache=cache, dtype=dtype)
     half = max(1, len(row) // 2)

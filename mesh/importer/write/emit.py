@@ -5,6 +5,7 @@ The nodes of the data path are copied. Attention patterns, sizes and positions a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
 from mesh.importer.analysis.cut import DataPath
+from mesh.importer.analysis.layers import CarriedState
 from mesh.importer.analysis.mask import ScoreRule
 from mesh.importer.analysis.positions import InputParts
 from mesh.importer.graph.decoder import Dependence, Role, input_of, producer
@@ -25,12 +27,13 @@ __all__ = ["Emitter", "Part"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a block is made of: from `start` (None: the token ids) to `end`, and the attention in it."""
+    """What a block is made of: from `start` (None: the token ids) to `end`, the attention in it, and the states that it carries."""
 
     name: str
     start: ir.Value | None
     end: ir.Value
     rule: ScoreRule | None = None
+    states: Sequence[CarriedState] = ()
 
 
 class Emitter:
@@ -47,14 +50,20 @@ class Emitter:
         return self.values.uses_positions
 
     def emit(self, out: str) -> None:
-        """Emit everything up to the part's end, which gets the name `out` in the compute type."""
+        """Emit everything up to the part's end, which gets the name `out` in the compute type. States are float32: their errors add up."""
         values = self.values
         start = self.part.start
         tokens = self.graph.input(Role.TOKENS)
         if start is not None:
             values.names[start] = "hidden_in"
             values.types["hidden_in"] = values.compute
-        order = self.path.between(self.part.end, start)
+        wide = np.dtype(np.float32)
+        for number, state in enumerate(self.part.states):
+            values.names[state.before] = f"past_state_{number}"
+            values.types[f"past_state_{number}"] = wide
+        ends = (self.part.end, *(state.after for state in self.part.states))
+        needed = {value for end in ends for value in self.path.between(end, start)}
+        order = sorted(needed - {state.before for state in self.part.states}, key=self.path.place)
         done: set[ir.Node] = set()
         for value in order:
             if value is tokens:
@@ -71,6 +80,8 @@ class Emitter:
             self._node(node)
         last = values.typed(values.names[self.part.end], values.compute)
         self.builder.op("Identity", last, out=out)
+        for number, state in enumerate(self.part.states):
+            self.builder.op("Identity", values.typed(values.names[state.after], wide), out=f"present_state_{number}")
 
     def _token_ids(self, tokens: ir.Value) -> str:
         if tokens.dtype in (None, ir.DataType.INT64):

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from onnx import helper
 
@@ -35,7 +36,7 @@ SMALL_BYTES = 1024
 # computed in float32 under a 16-bit compute type
 WIDE = frozenset((
     "Pow", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceSumSquare", "Sqrt", "Reciprocal", "Exp", "Log", "Softmax", "LogSoftmax",
-    "Cos", "Sin", "Erf",
+    "Cos", "Sin", "Erf", "Scan",
 ))  # fmt: skip
 # take and give the compute type
 NARROW = frozenset(("MatMul", "Gemm", "LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Einsum", "CastLike"))
@@ -355,9 +356,12 @@ class Values:
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """The attributes of a node as GraphBuilder takes them. UnsupportedModel if one of them is a graph."""
+    """The attributes of a node as GraphBuilder takes them. UnsupportedModel if one of them is a graph, but for the body of a Scan."""
     result: dict[str, Any] = {}
     for attribute in node.attributes.values():
+        if node.op_type == "Scan" and attribute.type == ir.AttributeType.GRAPH:
+            result[attribute.name] = body_of(node, attribute.as_graph())
+            continue
         if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
             raise UnsupportedModel(
                 f"node {node.name} ({node.op_type}) has a branch or loop of its own that depends on its inputs: export without control flow"
@@ -365,3 +369,16 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
         value = attribute.value
         result[attribute.name] = ir.to_proto(value) if attribute.type == ir.AttributeType.TENSOR else value
     return result
+
+
+def body_of(node: ir.Node, graph: ir.Graph) -> onnx.GraphProto:
+    """The body of a Scan, under names that no block has. UnsupportedModel if it uses values of the graph around it."""
+    body = graph.clone()
+    held = {*body.inputs, *body.initializers.values(), *(value for each in body for value in each.outputs)}
+    used = {value for each in body for value in each.inputs if value is not None}
+    if used - held:
+        names = ", ".join(sorted(str(value.name) for value in used - held))
+        raise UnsupportedModel(f"the loop {node.name} uses values of the graph around it ({names}): not supported")
+    for number, value in enumerate(sorted(held, key=lambda value: str(value.name))):
+        value.name = f"{node.name}.{number}"
+    return ir.to_proto(body)

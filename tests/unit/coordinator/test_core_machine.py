@@ -25,11 +25,12 @@ class CoreMachine(RuleBasedStateMachine):
         rows=st.integers(1, 4),
         strategy=st.sampled_from(["least_loaded", "round_robin", "queue_group"]),
         mirror=st.booleans(),
+        carries=st.booleans(),
         seed=st.integers(0, 2**16),
     )
-    def begin(self, stages: int, replicas: int, rows: int, strategy: str, mirror: bool, seed: int) -> None:
+    def begin(self, stages: int, replicas: int, rows: int, strategy: str, mirror: bool, carries: bool, seed: int) -> None:
         self.random = Random(seed)
-        self.mirror = mirror
+        self.mirror, self.carries = mirror, carries
         config = CoreConfig(6, strategy, queue_limit=4, failover_timeout_s=30, step_timeout_s=10)  # type: ignore[arg-type]
         self.mesh = FakeMesh(Core(config, Random(seed + 1)))
         self.ranges = [LayerRange(*cut) for cut in CUTS[stages]]
@@ -43,7 +44,9 @@ class CoreMachine(RuleBasedStateMachine):
 
     def spawn(self, layers: LayerRange) -> None:
         self.spawned += 1
-        self.mesh.join(f"s{self.spawned}", layers, rows=self.rows, chunk=3, instance=str(self.spawned), mirrors=self.mirror)
+        self.mesh.join(
+            f"s{self.spawned}", layers, rows=self.rows, chunk=3, instance=str(self.spawned), mirrors=self.mirror, carries=self.carries
+        )
 
     @rule(
         prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12),
@@ -130,7 +133,7 @@ class CoreMachine(RuleBasedStateMachine):
         layers = self.mesh.shards[name].replica.layers
         self.mesh.kill(name, noticed=False)
         self.spawned += 1
-        self.mesh.join(name, layers, rows=self.rows, chunk=3, instance=str(self.spawned), mirrors=self.mirror)
+        self.mesh.join(name, layers, rows=self.rows, chunk=3, instance=str(self.spawned), mirrors=self.mirror, carries=self.carries)
 
     @precondition(lambda self: self.mesh.shards)
     @rule(data=st.data(), draining=st.booleans())

@@ -134,7 +134,7 @@ def test_without_a_cache_tokens_are_the_same(llama: Path, expected: list[tuple[S
 def test_a_stage_without_a_cache_keeps_as_little_as_predicted(llama: Path) -> None:
     for layers in ((0, 2), (1, 4), (2, 5)):
         stage, cached = RecomputingStage.load(llama, config(*layers)), Stage.load(llama, config(*layers))
-        kept = sum(array.nbytes for pair in stage._inner._caches for array in pair) + stage._tokens.nbytes
+        kept = sum(array.nbytes for cache in stage._inner._caches for array in (cache.key, cache.value)) + stage._tokens.nbytes
         kept += 0 if stage._hidden is None else stage._hidden.nbytes
         assert stage._inner.need.cache_bytes == kept
         assert kept < cached.need.cache_bytes

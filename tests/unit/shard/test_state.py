@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mesh.errors import Busy, FrameRejected, MessageRejected, PromptTooLong, Unavailable
-from mesh.protocol.control import Close, Open
+from mesh.protocol.control import Close, HeldPrefix, Open, Prefix
 from mesh.protocol.frame_codec import Flags, Frame, Hop, Kind, Nack
 from mesh.protocol.status import Heartbeat
+from mesh.runtime.row_states import EVERY
 from mesh.shard.state import ShardShape, ShardState
 from mesh.types import LayerRange
 
@@ -323,3 +324,45 @@ def test_a_frame_to_another_range_is_not_followed() -> None:
     with pytest.raises(FrameRejected) as caught:
         state.follow(replace(frame(Kind.DECODE, [(1, 1, 0, 0)], [1]), route=(Hop(LayerRange(0, 3), "b"),)))
     assert caught.value.reason == "route"
+
+
+def test_where_states_are_carried_a_step_begins_only_where_some_stand() -> None:
+    """A replay from another position is answered with the last one before it that has states, and begins there."""
+    context = 4 * EVERY
+    state = ShardState(replace(SHAPE, context=context, carries=True))
+
+    def admitted(kind: Kind, start: int, count: int, epoch: int) -> tuple[bool, list[int]]:
+        admission = state.admit(frame(kind, [(1, epoch, start, 0)], [1] * count), 0.0)
+        if not admission.nothing:
+            state.done()
+        return not admission.nothing, [int(at) for nack in admission.nacks for at in nack.positions]
+
+    reservation = state.open(opening(1, 1), 0.0)
+    assert reservation.begins == (0,)
+    assert admitted(Kind.PREFILL, 0, EVERY + 20, 1) == (True, [])
+    for at in range(EVERY + 20, EVERY + 30):
+        assert admitted(Kind.DECODE, at, 1, 1) == (True, [])
+    assert reservation.begins is not None and {0, EVERY, EVERY + 29, EVERY + 30} <= set(reservation.begins)
+    assert admitted(Kind.DECODE, EVERY + 29, 1, 1) == (True, [])  # the last step again
+    assert admitted(Kind.DECODE, EVERY + 40, 1, 1) == (False, [EVERY + 30])
+    assert admitted(Kind.PREFILL, EVERY + 5, 9, 1) == (False, [EVERY])
+    reopened = state.open(opening(1, 2, keep=EVERY + 31), 0.0)
+    assert reopened.filled == EVERY and reopened.begins == (0, EVERY)
+    assert admitted(Kind.PREFILL, EVERY, 12, 2) == (True, [])
+    kept = state.open(opening(1, 3, keep=EVERY - 1), 0.0)
+    assert kept.filled == 0 and kept.begins == (0,)
+    state.check()
+
+
+def test_a_row_with_states_is_neither_kept_nor_copied() -> None:
+    state = ShardState(replace(SHAPE, carries=True))
+    held = Prefix(digest="d" * 32, positions=16)
+    state.open(opening(1).model_copy(update={"prompt": held}), 0.0)
+    assert not state.admit(frame(Kind.PREFILL, [(1, 1, 0, 0)], [1] * 20), 0.0).nothing
+    state.done()
+    running = state.open(opening(2).model_copy(update={"reuse": held}), 0.0)
+    assert running.filled == 0 and running.copy_of is None
+    state.close(Close(coordinator="c", sessions=(1,), kept=(HeldPrefix(session=1, digest=held.digest, positions=16),)), 0.0)
+    later = state.open(opening(3).model_copy(update={"reuse": held}), 0.0)
+    assert later.filled == 0 and later.copy_of is None
+    state.check()
