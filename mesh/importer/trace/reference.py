@@ -112,7 +112,7 @@ class _Loader:
         for name, full in self._own[module]:
             if full not in self._parameters:
                 continue  # a part that text never reaches: it fails by itself where it is used
-            tensor = torch.from_numpy(np.array(self._parameters.read(full)))
+            tensor = torch.from_numpy(np.require(self._parameters.read(full), requirements=("C", "W")))
             if name in module._buffers:
                 module._buffers[name] = tensor
             else:

@@ -2,7 +2,7 @@
 
     source     the original graph in onnxruntime (ONNX sources): logits of whole sequences
     oracle     the blocks in stock onnxruntime, one after the other: a chunk, then the rest on its cache
-    runtime    the blocks as stages run them: prompts prefilled whole and in chunks, then 32 decode steps of all rows together
+    runtime    the layers as stages run them, after the embedding: prompts prefilled whole and in chunks, then 32 decode steps of all rows together
 
 Sequences are three random prompts. The source's own greedy tokens continue them if it is small enough to be run whole, random
 tokens otherwise. Logits are compared at every position, so agreement means equal greedy tokens. Blocks are verified in groups
@@ -284,9 +284,13 @@ def _runtime_group(
     compiled: Compiled | None = None,
     chunk: int = 32,
 ) -> list[Array]:
-    """Run the rows through the layers as a stage does: tokens [T] or hidden [T, D] of each row -> hidden [T, D] of each."""
+    """Run the rows through the layers as a stage does: tokens [T] or hidden [T, D] of each row -> hidden [T, D] of each. The embedding,
+    which may be larger than any layer, is gone before the layers are loaded."""
+    if group.start == 0:
+        rows = _embedded(directory, rows)
+        gc.collect()
     longest = max(len(row) for row in rows)
-    config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
+    config = StageConfig(group, embed=False, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
     stage = Stage.load(directory, config, manifest=manifest, compiled=compiled)
     tokens = sequences.tokens
     out: list[list[Array]] = [[] for _ in rows]
@@ -295,13 +299,12 @@ def _runtime_group(
         step = CHUNK if index == len(rows) - 1 and len(rows) > 1 else stage.buckets.chunks[-1]
         for start in range(0, prompt, step):
             stop = min(start + step, prompt)
-            hidden = None if stage.first else row[start:stop]
-            out[index].append(np.asarray(stage.prefill(index, start, tokens[index][start:stop], hidden)))
+            out[index].append(np.asarray(stage.prefill(index, start, tokens[index][start:stop], row[start:stop])))
     positions = list(sequences.prompts)
     while any(position < len(row) for position, row in zip(positions, rows, strict=True)):
         live = [index for index, row in enumerate(rows) if positions[index] < len(row)]
         at = np.array([positions[index] for index in live])
-        hidden = None if stage.first else np.stack([rows[index][positions[index]] for index in live])
+        hidden = np.stack([rows[index][positions[index]] for index in live])
         result = np.asarray(stage.decode(np.array(live), at, np.array([tokens[index][positions[index]] for index in live]), hidden))
         for place, index in enumerate(live):
             out[index].append(result[place : place + 1])
@@ -309,6 +312,23 @@ def _runtime_group(
     del stage
     gc.collect()  # frees its weights before those of the next group are loaded
     return [np.concatenate(parts) for parts in out]
+
+
+def _embedded(directory: Path, rows: list[Array]) -> list[Array]:
+    """tokens [T] of each row -> hidden [T, D] of each."""
+    block = load_block(directory, block_name("embed"))
+    longest = max(len(row) for row in rows)
+    tokens = np.zeros((len(rows), longest), np.int64)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    positions = np.broadcast_to(np.arange(longest), tokens.shape)
+
+    @jax.jit
+    def run(weights: Any, ids: Any, at: Any) -> Any:
+        return block.lowered(weights, {"input_ids": ids, "position_ids": at})["hidden_out"]
+
+    hidden = np.asarray(run(block.weights, tokens, positions))
+    return [hidden[index, : len(row)] for index, row in enumerate(rows)]
 
 
 def _logits(directory: Path, rows: list[Array]) -> list[Array]:
