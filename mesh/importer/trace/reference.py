@@ -7,7 +7,6 @@ and dropped when it returns, so that any model can be run, slowly, in the memory
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,7 +44,7 @@ class TransformersReference:
         """tokens [T] after `past.start` positions whose keys and values are made up -> [T, V] float32."""
         with caches_of(self._model) as new_cache:
             cache = new_cache(())
-            cache.layers = [_late_layer(past, index) for index in range(len(past.cache))]
+            cache.layers = [_late_layer(past, index) for index in range(past.held)]
             return self._run(tokens, cache, past.start)
 
     def _run(self, tokens: Array, cache: Any, start: int) -> Array:
@@ -65,7 +64,7 @@ class Past(Protocol):
     @property
     def start(self) -> int: ...
     @property
-    def cache(self) -> Sized: ...
+    def held(self) -> int: ...
     def layer(self, index: int) -> tuple[Array, Array]: ...
 
 

@@ -2,7 +2,7 @@
 
     source     the original graph in onnxruntime (ONNX sources): logits of whole sequences
     oracle     the blocks in stock onnxruntime, one after the other: a chunk, then the rest on its cache
-    runtime    the layers as stages run them, after the embedding: prompts prefilled whole and in chunks, then 32 decode steps of all rows together
+    runtime    the embedding, and the layers as stages run them: prompts prefilled whole and in chunks, then 32 decode steps of all rows
 
 Sequences are three random prompts. The source's own greedy tokens continue them if it is small enough to be run whole, random
 tokens otherwise. Logits are compared at every position, so agreement means equal greedy tokens. Blocks are verified in groups
@@ -42,8 +42,8 @@ class Outside:
     """What runs the source itself, in an engine of its own.
 
     greedy: fast enough to be run token by token. rows: the logits of whole sequences, where it is slow. parts: the source part by part.
-    late: the logits of tokens [T] after made-up keys and values, which is how a late position is reached at once. dtype: the type of its
-    arithmetic, to which its logits are right.
+    late: the logits of tokens [T] after made-up keys and values, which is how a late position is reached at once. owners: the layer whose
+    keys and values each layer reads; nothing where each has its own. dtype: the type of its arithmetic, to which its logits are right.
     """
 
     engine: str
@@ -51,6 +51,7 @@ class Outside:
     rows: Reference | None = None
     parts: OrtParts | None = None
     late: Callable[[Array, MadeUpCache], Array] | None = None
+    owners: tuple[int, ...] = ()
     dtype: DType = "float32"
 
 
@@ -61,9 +62,16 @@ class MadeUpCache:
     cache: tuple[CacheInfo, ...]
     start: int
     seed: int
+    owners: tuple[int, ...] = ()
+
+    @property
+    def held(self) -> int:
+        """How many layers have keys and values of their own: the first ones."""
+        return len(set(self.owners)) or len(self.cache)
 
     def layer(self, index: int) -> tuple[Array, Array]:
-        """The key [heads, start, width] and the value of one layer."""
+        """The key [heads, start, width] and the value that one layer reads."""
+        index = self.owners[index] if self.owners else index
         info, rng = self.cache[index], np.random.default_rng((self.seed, index))
         key, value = (rng.standard_normal((info.kv_heads, self.start, width), np.float32) for width in (info.key_dim, info.value_dim))
         return LATE_SCALE * key, LATE_SCALE * value
@@ -178,7 +186,7 @@ def _compare_late(directory: Path, manifest: Manifest, outside: Outside, allowed
     done = []
     for start in _late_positions(manifest):
         tokens = rng.integers(0, manifest.vocab_size, LATE_TOKENS)
-        past = MadeUpCache(manifest.cache, start, seed)
+        past = MadeUpCache(manifest.cache, start, seed, outside.owners)
         error = _error([_late_logits(directory, manifest, tokens, past)], [outside.late(tokens, past)])
         # frequencies that differ in their last bit turn a late position by as many bits as it has
         limit = max(allowed, LATE_TOLERANCE * start)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.cut import DataPath
+from mesh.importer.analysis.cut import Crossing, DataPath
 from mesh.importer.analysis.mask import ScoreRule
 from mesh.importer.analysis.positions import InputParts
 from mesh.importer.graph.decoder import Dependence, Role, input_of, producer
@@ -25,11 +25,13 @@ __all__ = ["Emitter", "Part"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a block is made of: from `start` (None: the token ids) to `end`, and the attention in it."""
+    """What a block is made of: from `start` (none: the token ids) to `end`, and the attention in it. `width`: of the hidden state that
+    enters and leaves it."""
 
     name: str
-    start: ir.Value | None
-    end: ir.Value
+    start: tuple[Crossing, ...]
+    end: tuple[Crossing, ...]
+    width: int
     rule: ScoreRule | None = None
 
 
@@ -38,7 +40,7 @@ class Emitter:
 
     def __init__(self, path: DataPath, inputs: InputParts, builder: GraphBuilder, part: Part, source_type: np.dtype[Any]) -> None:
         self.path, self.graph, self.builder, self.part = path, path.graph, builder, part
-        first_input = "hidden_in" if part.start is not None else "input_ids"
+        first_input = "hidden_in" if part.start else "input_ids"
         self.values = Values(path.graph, inputs, builder, source_type, first_input)
 
     @property
@@ -49,12 +51,11 @@ class Emitter:
     def emit(self, out: str) -> None:
         """Emit everything up to the part's end, which gets the name `out` in the compute type."""
         values = self.values
-        start = self.part.start
         tokens = self.graph.input(Role.TOKENS)
-        if start is not None:
-            values.names[start] = "hidden_in"
-            values.types["hidden_in"] = values.compute
-        order = self.path.between(self.part.end, start)
+        starts, ends = ([each.value for each in side] for side in (self.part.start, self.part.end))
+        if starts:
+            self._take_apart()
+        order = self.path.between(ends, starts)
         done: set[ir.Node] = set()
         for value in order:
             if value is tokens:
@@ -69,8 +70,35 @@ class Emitter:
                 continue
             done.add(node)
             self._node(node)
-        last = values.typed(values.names[self.part.end], values.compute)
-        self.builder.op("Identity", last, out=out)
+        self.builder.op("Identity", self._put_together(fill=out == "hidden_out"), out=out)
+
+    def _take_apart(self) -> None:
+        """Name the values that cross into the block: parts of `hidden_in`, one after the other."""
+        values, builder, crossings = self.values, self.builder, self.part.start
+        names = ["hidden_in"]
+        if len(crossings) > 1 or crossings[0].width < self.part.width:
+            widths = [each.width for each in crossings]
+            rest = self.part.width - sum(widths)
+            sizes = [*widths, *([rest] if rest else [])]
+            names = builder.ops("Split", "hidden_in", builder.const(sizes), out=len(sizes), axis=-1)
+        for each, name in zip(crossings, names[: len(crossings)], strict=True):
+            if len(each.rest) != 1:
+                name = builder.op("Reshape", name, builder.const([0, 0, *each.rest]))
+            if each.perm != tuple(range(len(each.perm))):
+                name = builder.op("Transpose", name, perm=[each.perm.index(axis) for axis in range(len(each.perm))])
+            values.names[each.value], values.types[name] = name, values.compute
+
+    def _put_together(self, *, fill: bool) -> str:
+        """The values that leave the block, one after the other; `fill`: and zeros up to the width of the hidden state."""
+        values, builder, parts = self.values, self.builder, []
+        for each in self.part.end:
+            name = values.typed(values.names[each.value], values.compute)
+            if each.perm != tuple(range(len(each.perm))):
+                name = builder.op("Transpose", name, perm=list(each.perm))
+            parts.append(name if len(each.rest) == 1 else builder.op("Reshape", name, builder.const([0, 0, each.width])))
+        together = parts[0] if len(parts) == 1 else builder.op("Concat", *parts, axis=-1)
+        missing = self.part.width - sum(each.width for each in self.part.end)
+        return builder.op("Pad", together, builder.const([0, 0, 0, 0, 0, missing])) if fill and missing else together
 
     def _token_ids(self, tokens: ir.Value) -> str:
         if tokens.dtype in (None, ir.DataType.INT64):
