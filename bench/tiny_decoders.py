@@ -58,6 +58,7 @@ _ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden
 _SHARING = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
 _LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 _NGRAMS = {"ngram_vocab_size_base": 100, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_embed_dim": 32}
 OWN: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {"num_expert_group": 1, "linear_head_dim": 8, "linear_num_heads": 4, "layer_types": _LAST},
@@ -69,20 +70,25 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
     | {"layer_types": ["sliding_attention", "mlp", "sliding_attention", "mlp", "full_attention", "mlp"]},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
-    "dots3_note_vision_encoder": {"per_layer_config": {}},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32},
     "gemma3n_text": {**_SHARING, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": _SHARING,
     "gemma4_unified_text": _SHARING,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
     "granitemoehybrid": {**_MAMBA, "layer_types": _LAST},
     "inkling2_loop_text": {"unpadded_vocab_size": 96, "num_hidden_layers": 3, "n_layers_per_attn_res_block": 1}
-    | {"loop_layer_index_start": 1, "loop_layer_index_end": 2},
+    | {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},
     "inkling2_text": {"unpadded_vocab_size": 96},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "qwen2_5_vl_text": _SECTIONS,
+    "qwen2_vl_text": _SECTIONS,
+    "qwen3_vl_moe_text": _SECTIONS,
+    "qwen3_vl_text": _SECTIONS,
     "qwen4_exp_text": {**_INDEXED, **_LINEAR, **_NGRAMS, "hc_lowrank": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "attention_head_size": 8, "feed_forward_size": 56},
