@@ -1,7 +1,7 @@
 """Which decoder families of the installed transformers import, and whether their tokens are transformers' own.
 
     python bench/families.py --work DIR [--only NAME ...] [--multimodal] [--seconds N]    try families; results go to DIR/results.jsonl
-    python bench/families.py --work DIR --table    write docs/models.md from them, and from the gguf.jsonl of bench/gguf_families.py
+    python bench/families.py --work DIR --table    put them, and the gguf.jsonl of bench/gguf_families.py, into docs/models.md
 
 Each family is a tiny model with random weights (bench/tiny_decoders.py): made and saved by transformers, imported by `mesh import`'s own
 function, then run as stages of 1 to N shards. 24 greedy tokens are compared with those that transformers generates. A run goes on where the
@@ -11,6 +11,7 @@ last one ended. Needs the extras `import` and `trace`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
 from mesh.importer.sources.safetensors import has_family
 from mesh.importer.trace.library import quiet, torch_and_transformers, versions
+from mesh.importer.trace.model import open_model
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.sampling import SamplingParams
@@ -40,6 +42,8 @@ PROMPT = 20
 TOKENS = 24
 LONGEST_S = 600
 _DIFFERS = "; transformers' `generate` differs there from its own logits without a cache, which ours equal"
+WITH_IMAGES = ", with images"
+"""After a family's name: the model of images and text, whose text decoder is imported."""
 GREEDY = SamplingParams(temperature=0.0)
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 HEAD = """\
@@ -82,16 +86,18 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / "results.jsonl"
     if options.table:
-        DOCS.write_text(page(read(results)) + gguf_page(read(options.work / "gguf.jsonl")), encoding="utf-8")
+        before = DOCS.read_text(encoding="utf-8")
+        DOCS.write_text(page(read(results), before) + gguf_page(read(options.work / "gguf.jsonl"), before), encoding="utf-8")
         return
     began, done = time.monotonic(), set() if options.again else set(read(results))
     for kind in options.only or tiny_decoders.families(options.multimodal):
-        if kind in done or time.monotonic() - began > options.seconds:
+        family = f"{kind}{WITH_IMAGES}" if options.multimodal else kind
+        if family in done or time.monotonic() - began > options.seconds:
             continue
-        result = tried(kind, options.work)
+        result = tried(kind, options.work, options.multimodal)
         with results.open("a") as file:
-            file.write(json.dumps({"family": kind, **result}) + "\n")
-        print(f"{kind}: {json.dumps(result)}", flush=True)
+            file.write(json.dumps({"family": family, **result}) + "\n")
+        print(f"{family}: {json.dumps(result)}", flush=True)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -100,7 +106,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {(entry := json.loads(line))["family"]: entry for line in lines}
 
 
-def tried(kind: str, work: Path) -> dict[str, Any]:
+def tried(kind: str, work: Path, multimodal: bool = False) -> dict[str, Any]:
     """How one family went: `outcome` is equal, different, refused, failed or unmade (no tiny model could be made)."""
     source, out = work / "source", work / "model"
     for each in (source, out):
@@ -109,10 +115,10 @@ def tried(kind: str, work: Path) -> dict[str, Any]:
     signal.alarm(LONGEST_S)
     try:
         with quiet():
-            made = tiny_decoders.make(kind, source)
+            made = tiny_decoders.make(kind, source, multimodal=multimodal)
     except Exception as error:  # each family has its own demands on its sizes
         signal.alarm(0)
-        return {"outcome": "unmade", "why": one_line(error)}
+        return refused_by_name(kind, source) or {"outcome": "unmade", "why": one_line(error)}
     try:
         with quiet():
             expected = wanted(made)
@@ -140,6 +146,18 @@ def tried(kind: str, work: Path) -> dict[str, Any]:
         return {"outcome": "failed", "why": f"{type(error).__name__}: {one_line(error)}", "seconds": round(time.monotonic() - began, 1)}
     finally:
         signal.alarm(0)
+
+
+def refused_by_name(kind: str, directory: Path) -> dict[str, Any] | None:
+    """How a family whose model cannot be made is refused for its configuration alone; None where it is not, or that cannot be made."""
+    try:
+        tiny_decoders.configuration(kind).save_pretrained(directory)
+        open_model(directory)
+    except MeshError as error:
+        return {"outcome": "refused", "kind": type(error).__name__, "why": one_line(error)}
+    except Exception:
+        return None
+    return None
 
 
 def wanted(model: Any) -> list[int]:
@@ -196,28 +214,38 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
-    """docs/models.md."""
-    equal = [each for each in results.values() if each["outcome"] == "equal"]
-    refused = [each for each in results.values() if each["outcome"] == "refused"]
-    others = [each for each in results.values() if each["outcome"] not in ("equal", "refused")]
-    head = HEAD.format(**versions(), all=len(results), equal=len(equal), refused=len(refused), others=len(others))
-    rows = [f"| {each['family']} | {_way(each)} | {_outcome(each)} |" for each in sorted(results.values(), key=lambda each: each["family"])]
-    return "\n".join([head, "| family | way | tokens |", "|---|---|---|", *rows, ""])
+def page(results: dict[str, dict[str, Any]], before: str) -> str:
+    """docs/models.md without its part about GGUF files: the rows that it had `before`, and the results of those that were tried since."""
+    rows = _rows(before, "family") | {(family,): [family, _way(each), _outcome(each)] for family, each in results.items()}
+    counts = _counts([row[2] for row in rows.values()])
+    head = HEAD.format(**versions(), **counts)
+    return "\n".join([head, "| family | way | tokens |", "|---|---|---|", *_lines(rows), ""])
 
 
-def gguf_page(results: dict[str, dict[str, Any]]) -> str:
-    """The part of docs/models.md about GGUF files; nothing where none was tried."""
-    if not results:
-        return ""
-    counts = Counter(each["outcome"] for each in results.values())
-    others = len(results) - counts["equal"] - counts["refused"]
-    head = GGUF_HEAD.format(all=len(results), equal=counts["equal"], refused=counts["refused"], others=others)
-    rows = [
-        f"| {each.get('architecture', '-')} | {each['family']} | {_way(each)} | {_outcome(each)} | {each.get('llama', '-')} |"
-        for each in sorted(results.values(), key=lambda each: (each.get("architecture", "~"), each["family"]))
-    ]
-    return "\n".join([head, "| architecture | of the family | way | tokens | llama.cpp |", "|---|---|---|---|---|", *rows, ""])
+def gguf_page(results: dict[str, dict[str, Any]], before: str) -> str:
+    """The part about GGUF files, in the same way."""
+    new = [[each.get("architecture", "-"), each["family"], _way(each), _outcome(each), each.get("llama", "-")] for each in results.values()]
+    rows = _rows(before, "architecture") | {(row[0], row[1]): row for row in new}
+    head = GGUF_HEAD.format(**_counts([row[3] for row in rows.values()]))
+    return "\n".join([head, "| architecture | of the family | way | tokens | llama.cpp |", "|---|---|---|---|---|", *_lines(rows), ""])
+
+
+def _rows(text: str, first: str) -> dict[tuple[str, ...], list[str]]:
+    """The rows of the table whose first column is named so, by the family, or the architecture and the family."""
+    _, _, table = text.partition(f"| {first} |")
+    lines = itertools.takewhile(lambda line: line.startswith("|"), table.splitlines()[1:])
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return {tuple(row[: 1 if first == "family" else 2]): row for row in rows[1:]}
+
+
+def _lines(rows: dict[tuple[str, ...], list[str]]) -> list[str]:
+    return [f"| {' | '.join(rows[key])} |" for key in sorted(rows)]
+
+
+def _counts(outcomes: Sequence[str]) -> dict[str, int]:
+    kinds = Counter(outcome.split(" ")[0].rstrip(":") for outcome in outcomes)
+    others = len(outcomes) - kinds["equal"] - kinds["refused"]
+    return {"all": len(outcomes), "equal": kinds["equal"], "refused": kinds["refused"], "others": others}
 
 
 def _way(result: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """Make a llama of a given size with random weights, for measurements that do not depend on the answers.
 
     python bench/random_llama.py OUT [--layers 22] [--hidden 2048] [--inner 5632] [--heads 32] [--kv-heads 4] [--vocabulary 32000]
+                                     [--dtype float32|bfloat16] [--family llama|granite]
     mesh import OUT models/random
 
-OUT is a Hugging Face directory of float32 (4.4 GB with the defaults, which are 1.1 billion parameters), or a file that ends in .gguf, of
-float16, without a tokenizer, which llama.cpp reads too. Needs the import extra.
+OUT is a Hugging Face directory (4.4 GB with the defaults, which are 1.1 billion parameters of float32), or a file that ends in .gguf, of
+float16, without a tokenizer, which llama.cpp reads too. Needs the import extra. A granite of the same tensors is traced, a llama is built.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -30,6 +32,8 @@ class Size:
     heads: int
     kv_heads: int
     vocabulary: int
+    dtype: str = "float32"
+    family: str = "llama"
 
     @property
     def head(self) -> int:
@@ -65,8 +69,8 @@ def tensors_of(size: Size, random: np.random.Generator) -> Iterator[tuple[str, d
 def write_huggingface(out: Path, size: Size, random: np.random.Generator) -> None:
     out.mkdir(parents=True)
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{size.family.capitalize()}ForCausalLM"],
+        "model_type": size.family,
         "hidden_act": "silu",
         "hidden_size": size.hidden,
         "intermediate_size": size.inner,
@@ -77,12 +81,16 @@ def write_huggingface(out: Path, size: Size, random: np.random.Generator) -> Non
         "rms_norm_eps": EPSILON,
         "rope_theta": THETA,
         "tie_word_embeddings": False,
-        "torch_dtype": "float32",
+        "torch_dtype": size.dtype,
         "vocab_size": size.vocabulary,
     }
+    if size.family == "granite":
+        config["attention_multiplier"] = size.head**-0.5
     (out / "config.json").write_text(json.dumps(config, indent=1))
     index: dict[str, str] = {}
-    for part, tensors in tensors_of(size, random):
+    dtype = ml_dtypes.bfloat16 if size.dtype == "bfloat16" else np.float32
+    for part, wide in tensors_of(size, random):
+        tensors = {name: values.astype(dtype) for name, values in wide.items()}
         save_file(tensors, out / f"model-{part}.safetensors", metadata={"format": "np"})
         index.update(dict.fromkeys(tensors, f"model-{part}.safetensors"))
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
@@ -121,9 +129,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, default in (("layers", 22), ("hidden", 2048), ("inner", 5632), ("heads", 32), ("kv-heads", 4), ("vocabulary", 32000)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the safetensors files")
+    parser.add_argument("--family", choices=("llama", "granite"), default="llama", help="of the Hugging Face directory")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    size = Size(args.layers, args.hidden, args.inner, args.heads, args.kv_heads, args.vocabulary)
+    size = Size(args.layers, args.hidden, args.inner, args.heads, args.kv_heads, args.vocabulary, args.dtype, args.family)
     write = write_gguf if args.out.suffix == ".gguf" else write_huggingface
     write(args.out, size, np.random.default_rng(args.seed))
 

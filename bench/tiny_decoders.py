@@ -9,15 +9,15 @@ from typing import Any
 
 from mesh.importer.trace.library import quiet, torch_and_transformers
 
-__all__ = ["families", "make"]
+__all__ = ["configuration", "families", "make"]
 
 LAYERS = 2
 SAME: Mapping[int, tuple[str, ...]] = {
     96: ("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"),
-    32: ("hidden_size", "d_model", "n_embd", "model_dim", "embedding_size", "word_embed_proj_dim", "embed_dim", "emb_dim"),
+    32: ("hidden_size", "d_model", "n_embd", "model_dim", "embedding_size", "word_embed_proj_dim", "embed_dim", "emb_dim", "embedding_dim"),
     56: ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "n_inner", "ffn_hidden_size", "dim_ff"),
     LAYERS: (
-        *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
+        *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks"),
         *("num_key_value_heads", "num_kv_heads", "n_head_kv"),
         *("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"),
     ),
@@ -52,11 +52,17 @@ SIZES: Mapping[str, Any] = {
 }
 """What a configuration gets for each of these keys that it has."""
 _KEYED = {each: {"rope_type": "default", "rope_theta": 10000.0} for each in ("full_attention", "sliding_attention")}
+_LAST = ["linear_attention", "full_attention"]
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8}
-_OWN_CACHES = {"num_kv_shared_layers": 0, "per_layer_config": {}, "layer_types": ["sliding_attention", "full_attention"]}
+_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16}
+_SHARING = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
 _DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+_NGRAMS = {"ngram_vocab_size_base": 100, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_embed_dim": 32}
 OWN: Mapping[str, Mapping[str, Any]] = {
-    "bailing_hybrid": {"qk_rope_head_dim": 4, "head_dim": 8},
+    "bailing_hybrid": {"qk_rope_head_dim": 4, "head_dim": 8, "num_expert_group": 1, "linear_head_dim": 8, "linear_num_heads": 4}
+    | {"layer_types": _LAST},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "bloom": {"hidden_size": 36, "n_head": 6},
     "cohere_compass_text": {"rope_parameters": _KEYED, "logit_scale": 0.5},
@@ -64,45 +70,66 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     | {"ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
     "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
     | {"layer_types": ["sliding_attention", "mlp", "sliding_attention", "mlp", "full_attention", "mlp"]},
-    "dots3_note": {"per_layer_config": {}},
-    "dots3_note_text": {"per_layer_config": {}},
-    "gemma4_text": _OWN_CACHES,
-    "gemma4_unified_text": _OWN_CACHES,
+    "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32},
+    "gemma3n_text": {**_SHARING, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": _SHARING,
+    "gemma4_unified_text": _SHARING,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
+    "inkling2_loop_text": {"unpadded_vocab_size": 96, "num_hidden_layers": 3, "n_layers_per_attn_res_block": 1}
+    | {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},
     "inkling2_text": {"unpadded_vocab_size": 96},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False},
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "olmo_hybrid": _DELTA,
+    "qwen2_5_vl_text": _SECTIONS,
+    "qwen2_vl_text": _SECTIONS,
     "qwen3_5_moe_text": _DELTA,
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA,
+    "qwen3_vl_moe_text": _SECTIONS,
+    "qwen3_vl_text": _SECTIONS,
+    "qwen4_exp_text": {**_INDEXED, **_DELTA, **_NGRAMS, "hc_lowrank": 8},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "attention_head_size": 8, "feed_forward_size": 56},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {**_ZAMBA, "mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False},
+    "zamba2": {**_ZAMBA, "mamba_headdim": 8, "mamba_d_state": 8, "hybrid_layer_ids": [1], "kv_channels": 8, "use_mamba_kernels": False},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What single families need besides."""
 
 
 def families(multimodal: bool = False) -> list[str]:
-    """The model_types that transformers maps to a causal language model, or to a model of images and text alone."""
+    """The model_types that transformers maps to a causal language model, or those that it maps to another model of images and text."""
     from transformers.models.auto import modeling_auto as auto
 
-    causal = dict(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return sorted(set(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(causal) if multimodal else causal)
+    causal, both = dict(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), dict(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return sorted(kind for kind in both if causal.get(kind) != both[kind]) if multimodal else sorted(causal)
 
 
-def make(kind: str, out: Path, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """Write a random model of `kind`, with `more` settings, to `out` as transformers saves it; returns the model."""
-    torch, transformers = torch_and_transformers()
+def configuration(kind: str, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """That of a tiny model of `kind`, with `more` settings."""
+    _, transformers = torch_and_transformers()
     with quiet():
-        config = _config(transformers.CONFIG_MAPPING[kind], {**OWN.get(kind, {}), **more})
+        return _config(transformers.CONFIG_MAPPING[kind], {**OWN.get(kind, {}), **more})
+
+
+def make(kind: str, out: Path, more: Mapping[str, Any] = MappingProxyType({}), *, multimodal: bool = False) -> Any:
+    """Write a random model of `kind`, with `more` settings, to `out` as transformers saves it; returns the model. `multimodal`: the model
+    of images and text, where there is one."""
+    torch, transformers = torch_and_transformers()
+    config = configuration(kind, more)
+    with quiet():
         torch.manual_seed(sum(kind.encode()))
         mapping = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
-        auto = next(each for each in mapping if type(config) in each._model_mapping)
+        auto = next(each for each in mapping[:: -1 if multimodal else 1] if type(config) in each._model_mapping)
         model = auto.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 signals    the event loop, and what SIGTERM and SIGINT do
 process    children that end with their parent, memory, the garbage collector
+pages      mapped files, copied piece by piece
 machine    memory, processors, open files, ports and disk, with the limits of a container
 turns      large pieces of work on the event loop, one at a time
 processor  what the machine computes with

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mesh.host.pages import aligned, copy_mapped
 from mesh.kernels.library import kernels
 from mesh.lowering import linear
 from mesh.lowering.linear import Codes, Factors
@@ -77,12 +78,16 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
     """Operands of one kind as one weight: their outputs one after the other. `read` gives an initializer, as stored, and its format if its
     elements are smaller than a byte."""
     first = parts[0]
-    columns, layout = [], read(first.codes)[1]
+    stored, layout = [], read(first.codes)[1]
     for part in parts:
-        stored, format_ = read(part.codes)
-        columns.append(_by_output(stored if format_ is None else np.asarray(unpack(stored, format_)), part))
-    codes = np.empty((sum(map(len, columns)), first.depth), columns[0].dtype)
-    np.concatenate(columns, out=codes)
+        array, format_ = read(part.codes)
+        stored.append(array if format_ is None else np.asarray(unpack(array, format_)))
+    codes = aligned((sum(part.out for part in parts), first.depth), stored[0].dtype)
+    start = 0
+    for part, array in zip(parts, stored, strict=True):
+        own = codes[start : start + part.out]
+        copy_mapped(array, own if part.turned else own.T)
+        start += part.out
     factors = {name: _factors([getattr(part, name) for part in parts], first, read) for name in ("scale", "zero", "minimum")}
     minimum = factors["minimum"]
     if minimum is not None and first.sign < 0:
@@ -99,16 +104,12 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
     )
 
 
-def _by_output(array: Array, operand: RightOperand) -> Array:
-    return array if operand.turned else array.T
-
-
 def _codes(codes: Array, layout: PackedFormat | None, *, grouped: bool) -> Codes:
     """Codes [out, in], those of fewer than 8 bits packed again; rows that are not whole blocks stay bytes."""
     if layout is not None and layout.bits == 4 and codes.shape[1] % _BLOCK == 0:
         return _packed(codes, 4, layout.signed)
     bits = _fewer_bits(codes) if grouped and kernels().name is not None else 8
-    return _packed(codes, bits, codes.dtype == np.int8) if bits < 8 else Codes(jax.device_put(codes))
+    return _packed(codes, bits, codes.dtype == np.int8) if bits < 8 else Codes(jax.device_put(codes, may_alias=True))
 
 
 def _fewer_bits(codes: Array) -> int:

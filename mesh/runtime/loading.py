@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 import onnx
 
 from mesh.errors import CorruptModel
+from mesh.host.pages import PIECE_BYTES, aligned, copy_mapped, forget_pages
 from mesh.kernels.library import kernels
 from mesh.lowering import Lowered, lower
 from mesh.lowering.fuse import fuse
@@ -90,14 +90,23 @@ def load_block(
         weights[key] = weight if variants is None else weight.with_variants(variants(weight))
         for part in names:
             for each in found[part].names:
-                _forget_pages(read(each)[0])
+                forget_pages(read(each)[0])
     packed = {each for operand in found.values() for each in operand.names}
-    weights |= {each: jnp.asarray(array) for each, array in lowered.weights.items() if each not in packed}
+    weights |= {each: _on_device(array) for each, array in lowered.weights.items() if each not in packed}
     # From here on the graph needs only the names of the weights: release the mapped file.
     graphs = [graph, graph] if kernels().name is None else [fuse(graph, weights, decode=decode) for decode in (False, True)]
     bare, decode = (Lowered(each, dict.fromkeys(weights, _GONE), lowered.packed, lowered.static_inputs) for each in graphs)
     held = hashlib.sha256(str(jax.tree.structure(weights)).encode()).hexdigest()  # codes of few bits are packed by their values
     return Block(name, f"{signature} {held}", bare, weights, decode, _states(states, weights, lowered))
+
+
+def _on_device(array: np.ndarray) -> Any:
+    """A weight that stays as it is stored."""
+    if array.nbytes <= PIECE_BYTES:
+        return jnp.asarray(array)
+    copy = aligned(array.shape, array.dtype)
+    copy_mapped(array, copy)
+    return jax.device_put(copy, may_alias=True)
 
 
 def _states(graph: Graph | None, weights: Mapping[str, Any], lowered: Lowered) -> Lowered | None:
@@ -126,18 +135,3 @@ def _stored_as(lowered: Lowered, operand: RightOperand) -> tuple[Any, ...]:
 
     factors = (None if each is None else (of(each.name), of(each.step)) for each in (operand.scale, operand.zero, operand.minimum))
     return (of(operand.codes), operand.dtype, operand.group, operand.sign, *factors)
-
-
-def _forget_pages(array: np.ndarray) -> None:
-    """Let the system drop the pages of a mapped file that was read: otherwise a block would be in memory twice."""
-    mapped: Any = array
-    while mapped is not None and not isinstance(mapped, mmap.mmap):
-        mapped = getattr(mapped, "base", None)
-    if mapped is None or not hasattr(mapped, "madvise"):
-        return
-    whole = np.frombuffer(mapped, np.uint8)
-    start = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0:
-        mapped.madvise(mmap.MADV_DONTNEED, first, length)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import onnx_ir as ir
 
@@ -21,17 +22,35 @@ from mesh.importer.graph.decoder import DecoderGraph, Dependence, Role, producer
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import GraphProbe
 
-__all__ = ["Cut", "DataPath", "find_cuts"]
+__all__ = ["Crossing", "Cut", "DataPath", "find_cuts"]
 
 PRIME = (1 << 61) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """`values[0]` leaves embed, `values[i + 1]` leaves layer i; all [B, T, size]."""
+class Crossing:
+    """One value that crosses a cut. `perm` brings its axes into the order batch, tokens, all others, which are `rest`."""
 
-    values: tuple[ir.Value, ...]
+    value: ir.Value
+    perm: tuple[int, ...]
+    rest: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return prod(self.rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """`crossings[0]` leave embed, `crossings[i + 1]` leave layer i: together at most `size` numbers for each token."""
+
+    crossings: tuple[tuple[Crossing, ...], ...]
     size: int
+
+    @property
+    def values(self) -> tuple[ir.Value, ...]:
+        """The first value of each, which is all where the hidden state alone crosses."""
+        return tuple(each[0].value for each in self.crossings)
 
 
 class DataPath:
@@ -56,20 +75,20 @@ class DataPath:
         node = value.producer()
         return self.graph.index[node] if node is not None else -1
 
-    def between(self, value: ir.Value, start: ir.Value | None) -> list[ir.Value]:
-        """The values needed for `value` back to `start`, in order, `start` itself left out.
+    def between(self, ends: Sequence[ir.Value], starts: Sequence[ir.Value]) -> list[ir.Value]:
+        """The values needed for `ends` back to `starts` (none: the token ids), in order, `starts` themselves left out.
 
-        UnsupportedModel if one of them needs the token ids past `start`.
+        UnsupportedModel if one of them needs the token ids past `starts`.
         """
         needed: set[ir.Value] = set()
-        stack = [value]
+        stack = list(ends)
         while stack:
             current = stack.pop()
-            if current in needed or current is start:
+            if current in needed or current in starts:
                 continue
-            if start is not None and self.graph.roles.get(current) is Role.TOKENS:
+            if starts and self.graph.roles.get(current) is Role.TOKENS:
                 raise UnsupportedModel(
-                    f"{value.name} needs the token ids again after the embedding (embeddings for each layer): not supported"
+                    f"{ends[0].name} needs the token ids again after the embedding (embeddings for each layer): not supported"
                 )
             needed.add(current)
             stack.extend(self.inputs(current))
@@ -79,7 +98,7 @@ class DataPath:
 def find_cuts(path: DataPath, layers: Sequence[DecoderLayer], probe: GraphProbe) -> Cut:
     """Cuts for every layer. UnsupportedModel where two layers share more than the hidden state."""
     graph = path.graph
-    order = path.between(graph.logits, None)
+    order = path.between([graph.logits], [])
     crossings = [v for v in _articulations(path, order) if _is_hidden(probe, v)]
     marks = _marks(path, order, layers)
     values: list[ir.Value] = []
@@ -102,7 +121,8 @@ def find_cuts(path: DataPath, layers: Sequence[DecoderLayer], probe: GraphProbe)
     sizes = {probe.shape(v)[-1] for v in values}
     if len(sizes) > 1:
         raise UnsupportedModel(f"the hidden state has different widths in different layers ({sorted(sizes)}): not supported")
-    return Cut(tuple(values), sizes.pop())
+    size = sizes.pop()
+    return Cut(tuple((Crossing(value, (0, 1, 2), (size,)),) for value in values), size)
 
 
 def _marks(path: DataPath, order: Sequence[ir.Value], layers: Sequence[DecoderLayer]) -> list[tuple[int, int]]:
@@ -174,4 +194,4 @@ def _signature(path: DataPath, value: ir.Value, start: ir.Value) -> Counter[str]
             return "pattern"
         return "state" if path.graph.roles.get(v) is Role.STATE else producer(v).op_type
 
-    return Counter(map(kind, path.between(value, start)))
+    return Counter(map(kind, path.between([value], [start])))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 import orjson
@@ -18,10 +18,11 @@ from onnx import TensorProto
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.analysis.attention import BATCH, CHUNK, PAST, AttentionPattern, find_attention
-from mesh.importer.analysis.cut import DataPath, find_cuts
+from mesh.importer.analysis.cut import Crossing, Cut, DataPath, find_cuts
 from mesh.importer.analysis.layers import DecoderLayer, find_layers
 from mesh.importer.analysis.mask import MaskReader, ScoreRule
 from mesh.importer.analysis.positions import InputParts, context_limit
+from mesh.importer.analysis.wide_cut import find_wide_cuts
 from mesh.importer.graph.decoder import DecoderGraph, attribute, input_of
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import GraphProbe, state_shape
@@ -51,6 +52,8 @@ class OnnxSource:
     """An exported decoder; see mesh/importer/sources/source.py for the attributes. `file` is the .onnx file."""
 
     kind: Literal["onnx", "safetensors", "gguf"] = "onnx"
+    wide: ClassVar[bool] = False
+    """Whether more than the hidden state may go from layer to layer. `part` has no form for that."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -75,7 +78,7 @@ class OnnxSource:
         self.context_length = self._context_length()
         reader = MaskReader(self.graph, self.context_length)
         self.rules: list[ScoreRule] = [reader.read(pattern) for pattern in self.patterns]
-        self._cut = find_cuts(self._path, self._layers, probe)
+        self._cut = self._cuts(probe)
         self._inputs = InputParts(self.graph, self.context_length)
         logits = probe.shape(self.graph.logits)
         if len(logits) != 3 or logits[:2] != (BATCH, CHUNK):
@@ -85,6 +88,16 @@ class OnnxSource:
         self.vocab_size = logits[2]
         self.hidden_size = self._cut.size
         self._type = probe.dtype(self._cut.values[0])
+
+    def _cuts(self, probe: GraphProbe) -> Cut:
+        """Where the graph is cut: at single values where there are some, else, if it may be, at as many as cross."""
+        try:
+            return find_cuts(self._path, self._layers, probe)
+        except UnsupportedModel:
+            if not self.wide or self.graph.states:
+                raise
+            past = PAST if self.graph.has_past else 0
+            return find_wide_cuts(self._path, self.patterns, [probe, GraphProbe(self.graph, BATCH + 3, CHUNK + 4, past)])
 
     @property
     def name(self) -> str:
@@ -131,6 +144,13 @@ class OnnxSource:
     def _rule(self, layer: DecoderLayer) -> ScoreRule | None:
         return None if layer.pattern is None else self.rules[layer.pattern.number]
 
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """For each layer the first that has its keys and values; nothing where all have their own."""
+        first: dict[tuple[ir.Value, ir.Value], int] = {}
+        found = tuple(first.setdefault((each.k.value, each.v.value), each.number) for each in self.patterns)
+        return found if len(first) < len(found) else ()
+
     def _context_length(self) -> int:
         config = self._config.get("text_config") or self._config
         said = next((int(config[key]) for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
@@ -139,10 +159,11 @@ class OnnxSource:
 
     def write_blocks(self, writer: BlockWriter, options: ImportOptions, progress: Progress) -> tuple[BlockInfo, ...]:
         """See mesh/importer/sources/source.py. Weights are read from the source's file while their block is written."""
-        cuts, total = self._cut.values, self.layers + 2
-        parts = [Part(block_name("embed"), None, cuts[0])]
-        parts += [Part(block_name(i), cuts[i], cuts[i + 1], self._rule(layer), layer.states) for i, layer in enumerate(self._layers)]
-        parts.append(Part(block_name("head"), cuts[-1], self.graph.logits))
+        cuts, size, total = self._cut.crossings, self._cut.size, self.layers + 2
+        logits = (Crossing(self.graph.logits, (0, 1, 2), (self.vocab_size,)),)
+        parts = [Part(block_name("embed"), (), cuts[0], size)]
+        parts += [Part(block_name(i), cuts[i], cuts[i + 1], size, self._rule(each), each.states) for i, each in enumerate(self._layers)]
+        parts.append(Part(block_name("head"), cuts[-1], logits, size))
         blocks = []
         for done, part in enumerate(parts):
             progress(part.name, done, total)
@@ -163,9 +184,9 @@ class OnnxSource:
         builder = GraphBuilder(part.name, options)
         emitter = Emitter(self._path, self._inputs, builder, part, self._type)
         hidden: list[int | str] = ["batch", "chunk", self.hidden_size]
-        out = "logits" if part.end is self.graph.logits else "hidden_out"
+        out = "logits" if part.end[0].value is self.graph.logits else "hidden_out"
         emitter.emit(out)
-        if part.start is None:
+        if not part.start:
             builder.input("input_ids", ["batch", "chunk"], TensorProto.INT64)
         else:
             builder.input("hidden_in", hidden)
@@ -178,7 +199,7 @@ class OnnxSource:
             for value, declare in ((f"past_state_{number}", builder.input), (f"present_state_{number}", builder.output)):
                 declare(value, ["batch", *state_shape(state.before)], TensorProto.FLOAT)
         if part.rule is not None:
-            cache = self.cache[self._cut.values.index(part.start)]
+            cache = self.cache[self._cut.crossings.index(part.start)]
             builder.input("write_indices", ["batch"], TensorProto.INT64)
             for which, width in (("key", cache.key_dim), ("value", cache.value_dim)):
                 shape: list[int | str] = ["batch", cache.kv_heads, "cache", width]

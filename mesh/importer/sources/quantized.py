@@ -117,6 +117,10 @@ class QuantizedCheckpoint:
         """The numbers of a tensor; those of a quantized weight are float32."""
         return self._packed(name).numbers() if name in self._schemes else self._checkpoint.read(name)
 
+    def read_wide(self, name: str) -> Array:
+        """The same as float32."""
+        return self._checkpoint.read_wide(name) if name not in self._schemes else self.read(name)
+
     def form(self, name: str) -> KeptForm | None:
         if name in self._schemes:
             return self._packed(name).form

@@ -20,6 +20,7 @@ __all__ = ["INDEX", "SINGLE", "SafetensorsCheckpoint", "checkpoint_bytes", "read
 
 MOST_JSON_BYTES = 64 * 1024 * 1024  # of config.json or an index
 MOST_HEADER_BYTES = 64 * 1024 * 1024
+PIECE_BYTES = 64 * 1024 * 1024  # of a tensor that is widened: its file is mapped for one piece at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -117,6 +118,21 @@ class SafetensorsCheckpoint:
         if suspicious and np.isnan(array).any():
             raise _not_a_number(entry.path, name)
         return array
+
+    def read_wide(self, name: str) -> npt.NDArray[Any]:
+        """The tensor as float32; never in memory with as many narrow numbers."""
+        entry = self._entry(name)
+        if entry.dtype not in DTYPES or entry.dtype == "F32" or not entry.shape:
+            return self.read(name).astype(np.float32, copy=False)
+        wide = np.empty(entry.shape, np.float32)
+        height = max(1, PIECE_BYTES // max(1, wide[:1].nbytes))
+        for start in range(0, len(wide), height):
+            piece = wide[start : start + height]
+            with _opened(entry.path) as file, decoding(CorruptModel, f"{entry.path}: tensor {name}"):
+                piece[...] = np.asarray(file.get_slice(name)[start : start + len(piece)], DTYPES[entry.dtype])
+            if np.isnan(piece).any():
+                raise _not_a_number(entry.path, name)
+        return wide
 
     def dtype(self, name: str) -> str:
         """The type of a tensor as safetensors calls it."""

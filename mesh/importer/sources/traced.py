@@ -52,6 +52,7 @@ class TracedSource(OnnxSource):
     """A traced decoder; `parameters` are its weights, `model` is what transformers built of what `path` says."""
 
     kind: Literal["onnx", "safetensors", "gguf"] = "safetensors"
+    wide = True
     note: str | None = None
 
     def __init__(self, path: Path, model: TracedModel, graph: Any, parameters: ModelParameters) -> None:

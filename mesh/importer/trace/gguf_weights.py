@@ -29,6 +29,7 @@ class GgufTensors(NamedTensors, Protocol):
     path: Any
 
     def __contains__(self, name: str) -> bool: ...
+    def read(self, name: str) -> Array: ...
 
 
 class GgufParameters(ModelParameters):

@@ -138,10 +138,10 @@ def _refuse_state(path: Path, config: Any, kind: type) -> None:
 
 def _refuse_attention(path: Path, config: Any, text: Any, module: Any) -> None:
     """Kinds of attention that a block has no form for; a trace would find them too, only later."""
-    if getattr(text, "num_kv_shared_layers", None):
+    if (getattr(text, "num_kv_shared_layers", None) or 0) >= (getattr(text, "num_hidden_layers", None) or 1):
         raise UnsupportedModel(
-            f"{path}: the last {text.num_kv_shared_layers} layers of {config.model_type} read the keys and values of earlier layers, which "
-            "may be on another shard: not served"
+            f"{path}: no layer of {config.model_type} makes keys and values of its own: it drafts tokens for another model, and reads "
+            "those of that: not served"
         )
     if getattr(text, "keep_window_size", None):
         raise UnsupportedModel(

@@ -7,7 +7,6 @@ and dropped when it returns, so that any model can be run, slowly, in the memory
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,7 +45,7 @@ class TransformersReference:
         """tokens [T] after `past.start` positions whose keys and values are made up -> [T, V] float32."""
         with caches_of(self._model) as new_cache:
             cache = new_cache(())
-            cache.layers = [_late_layer(past, index) for index in range(len(past.cache))]
+            cache.layers = [_late_layer(past, index) for index in range(past.held)]
             return self._run(tokens, cache, past.start)
 
     def _run(self, tokens: Array, cache: Any, start: int) -> Array:
@@ -67,7 +66,7 @@ class Past(Protocol):
     @property
     def start(self) -> int: ...
     @property
-    def cache(self) -> Sized: ...
+    def held(self) -> int: ...
     def layer(self, index: int) -> tuple[Array, Array]: ...
 
 
@@ -114,7 +113,7 @@ class _Loader:
         for name, full in self._own[module]:
             if full not in self._parameters:
                 continue  # a part that text never reaches: it fails by itself where it is used
-            tensor = torch.from_numpy(np.array(self._parameters.read(full)))
+            tensor = torch.from_numpy(np.require(self._parameters.read(full), requirements=("C", "W")))
             if name in module._buffers:
                 module._buffers[name] = tensor
             else:

@@ -12,7 +12,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -30,9 +29,16 @@ class NamedTensors(Protocol):
     """Tensors by name; `form` and `kept`: as a block can hold a quantized one, see mesh/importer/families/tensors.py."""
 
     def __iter__(self) -> Iterator[str]: ...
-    def read(self, name: str) -> Array: ...
     def form(self, name: str) -> KeptForm | None: ...
     def kept(self, name: str) -> Kept: ...
+
+
+class WideTensors(NamedTensors, Protocol):
+    """Those of a directory."""
+
+    def read_wide(self, name: str) -> Array:
+        """A tensor as float32."""
+        ...
 
 
 @dataclass(slots=True)
@@ -93,7 +99,7 @@ class ModelParameters(ABC):
 class Parameters(ModelParameters):
     """Those of a directory with safetensors files."""
 
-    def __init__(self, model: TracedModel, checkpoint: NamedTensors) -> None:
+    def __init__(self, model: TracedModel, checkpoint: WideTensors) -> None:
         super().__init__(model)
         self._checkpoint = checkpoint
         self._recipes: dict[str, _Recipe] = {}
@@ -149,11 +155,11 @@ class Parameters(ModelParameters):
         torch, _ = torch_and_transformers()
         recipe = self._recipes[name]
         if recipe.converter is None:
-            return _wide(self._checkpoint.read(recipe.tensors[0][1]))
+            return self._checkpoint.read_wide(recipe.tensors[0][1])
         converter = deepcopy(recipe.converter)
         for pattern, tensor in recipe.tensors:
             converter.add_tensor(
-                recipe.first, tensor, pattern, lambda tensor=tensor: torch.from_numpy(_wide(self._checkpoint.read(tensor)).copy())
+                recipe.first, tensor, pattern, lambda tensor=tensor: torch.from_numpy(self._checkpoint.read_wide(tensor).copy())
             )
         with quiet(), torch.no_grad():
             made = converter.convert(recipe.first, model=self._model, config=self._model.config)
@@ -162,10 +168,6 @@ class Parameters(ModelParameters):
             raise CorruptModel(f"the tensors {', '.join(n for _, n in recipe.tensors[:3])} make no parameter {name}")
         found = found[0] if isinstance(found, list) else found
         return np.asarray(found.contiguous().numpy())
-
-
-def _wide(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64)) else array
 
 
 def _tied(module: Any) -> dict[str, tuple[str, ...]]:

@@ -53,13 +53,16 @@ def outside_engine(source: Source) -> tuple[Outside, dict[str, Any]]:
 def _transformers(source: Source, weight_bytes: int, model: TracedModel, parameters: ModelParameters) -> Outside:
     whole = weight_bytes <= WHOLE_CHECKPOINT_BYTES
     kept = [layer.attention for layer in cache_shapes(model) if not layer.states]  # where there are states, they would be made up too
-    same_cache = kept == [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache] and _unscaled(source)
+    owners = source.owners if isinstance(source, OnnxSource) else ()
+    own = [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache[: len(set(owners)) or None]]
+    same_cache = kept == own and set(owners) == set(range(len(set(owners)))) and _unscaled(source)
     reference = TransformersReference(model, parameters, whole=whole)
     return Outside(
         reference.name,
         greedy=reference.logits if whole else None,
         rows=None if whole else reference.logits,
         late=reference.late if same_cache else None,
+        owners=owners,
     )
 
 

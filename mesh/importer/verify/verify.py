@@ -2,7 +2,7 @@
 
     source     the original graph in onnxruntime (ONNX sources): logits of whole sequences
     oracle     the blocks in stock onnxruntime, one after the other: a chunk, then the rest on its cache
-    runtime    the blocks as stages run them: prompts prefilled whole and in chunks, then 32 decode steps of all rows together
+    runtime    the embedding, and the layers as stages run them: prompts prefilled whole and in chunks, then 32 decode steps of all rows
 
 Sequences are three random prompts. The source's own greedy tokens continue them if it is small enough to be run whole, random
 tokens otherwise. Logits are compared at every position, so agreement means equal greedy tokens. Blocks are verified in groups
@@ -42,8 +42,8 @@ class Outside:
     """What runs the source itself, in an engine of its own.
 
     greedy: fast enough to be run token by token. rows: the logits of whole sequences, where it is slow. parts: the source part by part.
-    late: the logits of tokens [T] after made-up keys and values, which is how a late position is reached at once. dtype: the type of its
-    arithmetic, to which its logits are right.
+    late: the logits of tokens [T] after made-up keys and values, which is how a late position is reached at once. owners: the layer whose
+    keys and values each layer reads; nothing where each has its own. dtype: the type of its arithmetic, to which its logits are right.
     """
 
     engine: str
@@ -51,6 +51,7 @@ class Outside:
     rows: Reference | None = None
     parts: OrtParts | None = None
     late: Callable[[Array, MadeUpCache], Array] | None = None
+    owners: tuple[int, ...] = ()
     dtype: DType = "float32"
 
 
@@ -61,9 +62,16 @@ class MadeUpCache:
     cache: tuple[CacheInfo, ...]
     start: int
     seed: int
+    owners: tuple[int, ...] = ()
+
+    @property
+    def held(self) -> int:
+        """How many layers have keys and values of their own: the first ones."""
+        return len(set(self.owners)) or len(self.cache)
 
     def layer(self, index: int) -> tuple[Array, Array]:
-        """The key [heads, start, width] and the value of one layer."""
+        """The key [heads, start, width] and the value that one layer reads."""
+        index = self.owners[index] if self.owners else index
         info, rng = self.cache[index], np.random.default_rng((self.seed, index))
         key, value = (rng.standard_normal((info.kv_heads, self.start, width), np.float32) for width in (info.key_dim, info.value_dim))
         return LATE_SCALE * key, LATE_SCALE * value
@@ -178,7 +186,7 @@ def _compare_late(directory: Path, manifest: Manifest, outside: Outside, allowed
     done = []
     for start in _late_positions(manifest):
         tokens = rng.integers(0, manifest.vocab_size, LATE_TOKENS)
-        past = MadeUpCache(manifest.cache, start, seed)
+        past = MadeUpCache(manifest.cache, start, seed, outside.owners)
         error = _error([_late_logits(directory, manifest, tokens, past)], [outside.late(tokens, past)])
         # frequencies that differ in their last bit turn a late position by as many bits as it has
         limit = max(allowed, LATE_TOLERANCE * start)
@@ -280,9 +288,13 @@ def _runtime_group(
     compiled: Compiled | None = None,
     chunk: int = 32,
 ) -> list[Array]:
-    """Run the rows through the layers as a stage does: tokens [T] or hidden [T, D] of each row -> hidden [T, D] of each."""
+    """Run the rows through the layers as a stage does: tokens [T] or hidden [T, D] of each row -> hidden [T, D] of each. The embedding,
+    which may be larger than any layer, is gone before the layers are loaded."""
+    if group.start == 0:
+        rows = _embedded(directory, rows)
+        gc.collect()
     longest = max(len(row) for row in rows)
-    config = StageConfig(group, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
+    config = StageConfig(group, embed=False, head=False, rows=len(rows), context=longest, chunk=chunk, checksums=False)
     stage = Stage.load(directory, config, manifest=manifest, compiled=compiled)
     tokens = sequences.tokens
     out: list[list[Array]] = [[] for _ in rows]
@@ -291,13 +303,12 @@ def _runtime_group(
         step = CHUNK if index == len(rows) - 1 and len(rows) > 1 else stage.buckets.chunks[-1]
         for start in range(0, prompt, step):
             stop = min(start + step, prompt)
-            hidden = None if stage.first else row[start:stop]
-            out[index].append(np.asarray(stage.prefill(index, start, tokens[index][start:stop], hidden)))
+            out[index].append(np.asarray(stage.prefill(index, start, tokens[index][start:stop], row[start:stop])))
     positions = list(sequences.prompts)
     while any(position < len(row) for position, row in zip(positions, rows, strict=True)):
         live = [index for index, row in enumerate(rows) if positions[index] < len(row)]
         at = np.array([positions[index] for index in live])
-        hidden = None if stage.first else np.stack([rows[index][positions[index]] for index in live])
+        hidden = np.stack([rows[index][positions[index]] for index in live])
         result = np.asarray(stage.decode(np.array(live), at, np.array([tokens[index][positions[index]] for index in live]), hidden))
         for place, index in enumerate(live):
             out[index].append(result[place : place + 1])
@@ -305,6 +316,23 @@ def _runtime_group(
     del stage
     gc.collect()  # frees its weights before those of the next group are loaded
     return [np.concatenate(parts) for parts in out]
+
+
+def _embedded(directory: Path, rows: list[Array]) -> list[Array]:
+    """tokens [T] of each row -> hidden [T, D] of each."""
+    block = load_block(directory, block_name("embed"))
+    longest = max(len(row) for row in rows)
+    tokens = np.zeros((len(rows), longest), np.int64)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    positions = np.broadcast_to(np.arange(longest), tokens.shape)
+
+    @jax.jit
+    def run(weights: Any, ids: Any, at: Any) -> Any:
+        return block.lowered(weights, {"input_ids": ids, "position_ids": at})["hidden_out"]
+
+    hidden = np.asarray(run(block.weights, tokens, positions))
+    return [hidden[index, : len(row)] for index, row in enumerate(rows)]
 
 
 def _logits(directory: Path, rows: list[Array]) -> list[Array]:

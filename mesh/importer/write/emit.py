@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.cut import DataPath
+from mesh.importer.analysis.cut import Crossing, DataPath
 from mesh.importer.analysis.layers import CarriedState
 from mesh.importer.analysis.mask import ScoreRule
 from mesh.importer.analysis.positions import InputParts
@@ -27,11 +27,13 @@ __all__ = ["Emitter", "Part"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a block is made of: from `start` (None: the token ids) to `end`, the attention in it, and the states that it carries."""
+    """What a block is made of: from `start` (none: the token ids) to `end`, the attention in it, and the states that it carries.
+    `width`: of the hidden state that enters and leaves it."""
 
     name: str
-    start: ir.Value | None
-    end: ir.Value
+    start: tuple[Crossing, ...]
+    end: tuple[Crossing, ...]
+    width: int
     rule: ScoreRule | None = None
     states: Sequence[CarriedState] = ()
 
@@ -41,7 +43,7 @@ class Emitter:
 
     def __init__(self, path: DataPath, inputs: InputParts, builder: GraphBuilder, part: Part, source_type: np.dtype[Any]) -> None:
         self.path, self.graph, self.builder, self.part = path, path.graph, builder, part
-        first_input = "hidden_in" if part.start is not None else "input_ids"
+        first_input = "hidden_in" if part.start else "input_ids"
         self.values = Values(path.graph, inputs, builder, source_type, first_input)
 
     @property
@@ -52,18 +54,17 @@ class Emitter:
     def emit(self, out: str) -> None:
         """Emit everything up to the part's end, which gets the name `out` in the compute type. States are float32: their errors add up."""
         values = self.values
-        start = self.part.start
         tokens = self.graph.input(Role.TOKENS)
-        if start is not None:
-            values.names[start] = "hidden_in"
-            values.types["hidden_in"] = values.compute
+        starts, ends = ([each.value for each in side] for side in (self.part.start, self.part.end))
+        if starts:
+            self._take_apart()
         wide = np.dtype(np.float32)
         for number, state in enumerate(self.part.states):
             values.names[state.before] = f"past_state_{number}"
             values.types[f"past_state_{number}"] = wide
-        ends = (self.part.end, *(state.after for state in self.part.states))
-        needed = {value for end in ends for value in self.path.between(end, start)}
-        order = sorted(needed - {state.before for state in self.part.states}, key=self.path.place)
+        before = {state.before for state in self.part.states}
+        ends += [state.after for state in self.part.states]
+        order = [value for value in self.path.between(ends, starts) if value not in before]
         done: set[ir.Node] = set()
         for value in order:
             if value is tokens:
@@ -78,8 +79,7 @@ class Emitter:
                 continue
             done.add(node)
             self._node(node)
-        last = values.typed(values.names[self.part.end], values.compute)
-        self.builder.op("Identity", last, out=out)
+        self.builder.op("Identity", self._put_together(fill=out == "hidden_out"), out=out)
         for number, state in enumerate(self.part.states):
             self.builder.op("Identity", values.typed(values.names[state.after], wide), out=f"present_state_{number}")
 

@@ -11,11 +11,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from mesh.importer.sources import safetensors_file
 from mesh.importer.sources.safetensors_file import INDEX, SINGLE, SafetensorsCheckpoint
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
-def test_a_tensor_is_read_as_it_was_written(dtype: type, tmp_path: Path) -> None:
+def test_a_tensor_is_read_as_it_was_written(dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "PIECE_BYTES", 2 * 5 * 4)  # two of three rows
     tensors: dict[str, np.ndarray] = {
         "matrix": np.random.default_rng(0).standard_normal((3, 5)).astype(dtype),
         "scalar": np.array(2.5, dtype),
@@ -28,6 +30,8 @@ def test_a_tensor_is_read_as_it_was_written(dtype: type, tmp_path: Path) -> None
         got = checkpoint.read(name)
         assert checkpoint.shape(name) == tensor.shape
         assert got.dtype == tensor.dtype and np.array_equal(got, tensor)
+        wide = checkpoint.read_wide(name)
+        assert wide.dtype == np.float32 and wide.flags.writeable and np.array_equal(wide, tensor.astype(np.float32))
 
 
 def test_a_tensor_of_a_type_that_is_no_weight_is_refused_when_it_is_read(tmp_path: Path) -> None:
@@ -38,6 +42,15 @@ def test_a_tensor_of_a_type_that_is_no_weight_is_refused_when_it_is_read(tmp_pat
         checkpoint.read("ids")
     with pytest.raises(CorruptModel, match="no tensor other"):
         checkpoint.read("other")
+
+
+def test_a_number_that_is_none_is_found_in_a_later_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "PIECE_BYTES", 16)
+    weight = np.ones((5, 2), ml_dtypes.bfloat16)
+    weight[4, 1] = np.nan
+    save_file({"weight": weight}, tmp_path / SINGLE)
+    with pytest.raises(CorruptModel, match="tensor weight holds NaN"):
+        SafetensorsCheckpoint.open(tmp_path).read_wide("weight")
 
 
 def damaged(whole: bytes) -> dict[str, bytes]:

@@ -40,6 +40,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LLAMA, "num_hidden_layers": 3, "head_dim": 16, "intermediate_size_mlp": 40, "num_local_experts": 4, "attention_chunk_size": 10}
         | {"no_rope_layers": [1, 0, 1], "floor_scale": 4, "interleave_moe_layer_step": 2},
     ),
+    "layers that read the keys and values of earlier ones, and an embedding for each layer": (
+        "Gemma4Text",
+        {**LLAMA, "num_hidden_layers": 3, "head_dim": 16, "global_head_dim": 24, "sliding_window": 9, "num_kv_shared_layers": 1}
+        | {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "hidden_size_per_layer_input": 8}
+        | {"vocab_size_per_layer_input": LLAMA["vocab_size"], "eos_token_id": None, "bos_token_id": None},
+    ),
     "latents in the cache": (
         "DeepseekV3",
         {**LLAMA, "num_hidden_layers": 2, "num_key_value_heads": LLAMA["num_attention_heads"], "q_lora_rank": 24, "kv_lora_rank": 16}
