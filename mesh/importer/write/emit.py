@@ -83,6 +83,34 @@ class Emitter:
         for number, state in enumerate(self.part.states):
             self.builder.op("Identity", values.typed(values.names[state.after], wide), out=f"present_state_{number}")
 
+    def _take_apart(self) -> None:
+        """Name the values that cross into the block: parts of `hidden_in`, one after the other."""
+        values, builder, crossings = self.values, self.builder, self.part.start
+        names = ["hidden_in"]
+        if len(crossings) > 1 or crossings[0].width < self.part.width:
+            widths = [each.width for each in crossings]
+            rest = self.part.width - sum(widths)
+            sizes = [*widths, *([rest] if rest else [])]
+            names = builder.ops("Split", "hidden_in", builder.const(sizes), out=len(sizes), axis=-1)
+        for each, name in zip(crossings, names[: len(crossings)], strict=True):
+            if len(each.rest) != 1:
+                name = builder.op("Reshape", name, builder.const([0, 0, *each.rest]))
+            if each.perm != tuple(range(len(each.perm))):
+                name = builder.op("Transpose", name, perm=[each.perm.index(axis) for axis in range(len(each.perm))])
+            values.names[each.value], values.types[name] = name, values.compute
+
+    def _put_together(self, *, fill: bool) -> str:
+        """The values that leave the block, one after the other; `fill`: and zeros up to the width of the hidden state."""
+        values, builder, parts = self.values, self.builder, []
+        for each in self.part.end:
+            name = values.typed(values.names[each.value], values.compute)
+            if each.perm != tuple(range(len(each.perm))):
+                name = builder.op("Transpose", name, perm=list(each.perm))
+            parts.append(name if len(each.rest) == 1 else builder.op("Reshape", name, builder.const([0, 0, each.width])))
+        together = parts[0] if len(parts) == 1 else builder.op("Concat", *parts, axis=-1)
+        missing = self.part.width - sum(each.width for each in self.part.end)
+        return builder.op("Pad", together, builder.const([0, 0, 0, 0, 0, missing])) if fill and missing else together
+
     def _token_ids(self, tokens: ir.Value) -> str:
         if tokens.dtype in (None, ir.DataType.INT64):
             return "input_ids"
