@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,11 @@ def test_a_checkpoint_takes_its_largest_table_once(tmp_path: Path) -> None:
     """Tables of 16 bits that are 32 bits wide in the blocks, more of them together than may be in memory: they are written, loaded by a
     stage and by transformers one at a time, and none of it in two copies."""
     pytest.importorskip("torch", reason="what it is compared with (the fixtures extra)")
-    sizes = {"layers": 2, "hidden": 2048, "inner": 512, "heads": 8, "kv_heads": 8, "dtype": "bfloat16"}
+    wide = random_llama.Size(layers=2, hidden=2048, inner=512, heads=8, kv_heads=8, vocabulary=40_000, dtype="bfloat16")
     rng = np.random.default_rng(0)
-    random_llama.write_huggingface(tmp_path / "tiny", random_llama.Size(vocabulary=500, **sizes), rng)
-    random_llama.write_huggingface(tmp_path / "wide", random_llama.Size(vocabulary=40_000, **sizes), rng)
-    table_bytes = 4 * 40_000 * sizes["hidden"]
+    random_llama.write_huggingface(tmp_path / "tiny", replace(wide, vocabulary=500), rng)
+    random_llama.write_huggingface(tmp_path / "wide", wide, rng)
+    table_bytes = 4 * wide.vocabulary * wide.hidden
     libraries = int(said(IMPORT_CHECKPOINT, tmp_path / "tiny", tmp_path / "a"))
     peak = int(said(IMPORT_CHECKPOINT, tmp_path / "wide", tmp_path / "b"))
     print(f"libraries {libraries >> 20} MiB, peak {peak >> 20} MiB, table {table_bytes >> 20} MiB")
