@@ -329,7 +329,8 @@ class Stage:
             return
         size = Buckets.fit(self.buckets.copies, positions)
         for index, cache in enumerate(self._caches):
-            self._caches[index] = LayerCache(*self.programs.copy(cache, source, target, size))
+            key, value = self.programs.copy((cache.key, cache.value), source, target, size)
+            self._caches[index] = LayerCache(key, value)
         if isinstance(self._history, np.ndarray):
             self._history[target, :positions] = self._history[source, :positions]
         elif self._history is not None:
@@ -642,7 +643,7 @@ class Stage:
     def _compile_copies(self) -> None:
         histories = () if self._history is None or isinstance(self._history, np.ndarray) else ((self._history,),)
         for size in self.buckets.copies:
-            for arrays in (*self._caches, *histories):
+            for arrays in (*((cache.key, cache.value) for cache in self._caches), *histories):
                 self.programs.compile_copy(arrays, size)
 
     def _token(self, sampled: Sampled, index: int, row: int) -> SampledToken:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-__all__ = ["INSTALL", "available", "quiet", "torch_and_transformers", "versions"]
+__all__ = ["INSTALL", "available", "quiet", "torch_and_transformers", "torch_scan", "versions"]
 
 INSTALL = "pip install 'stagemesh[trace]'"
 
@@ -35,6 +35,13 @@ def torch_and_transformers() -> tuple[Any, Any]:
         import transformers
 
     return torch, transformers
+
+
+def torch_scan() -> Any:
+    """torch's loop over an axis, which its exporter writes as a Scan of ONNX."""
+    from torch._higher_order_ops.scan import scan
+
+    return scan
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mesh.importer.trace.library import torch_and_transformers
+from mesh.importer.trace.library import torch_and_transformers, torch_scan
 
 __all__ = ["recurrences", "selective_states"]
 
@@ -46,9 +46,7 @@ def _gated_delta_rule(
 ) -> tuple[Any, Any]:
     """query, key [B, T, Hk, Dk], value [B, T, H, Dv], g (logarithms of the decay) and beta [B, T, H], the state before [B, H, Dk, Dv] ->
     the output [B, T, H, Dv] and the state after. One token after the other; Hk divides H."""
-    torch, _ = torch_and_transformers()
-    from torch._higher_order_ops.scan import scan
-
+    torch, scan = torch_and_transformers()[0], torch_scan()
     rows, heads, width = value.shape[0], value.shape[2], key.shape[3]
     q, k = (_of_each_head(x.float(), heads) for x in (query, key))
     if use_qk_l2norm_in_kernel:
@@ -91,9 +89,7 @@ def selective_states(
 ) -> Any:
     """The recurrence of Mamba 2: x [B, T, H, P], dt [B, T, H], A and D [H], B and C [B, T, G, N], the state before [B, H, P, N] -> the
     output [B, T, H, P], and the state after if asked for. One token after the other; G divides H."""
-    torch, _ = torch_and_transformers()
-    from torch._higher_order_ops.scan import scan
-
+    torch, scan = torch_and_transformers()[0], torch_scan()
     x = hidden_states.float()
     rows, heads, width = x.shape[0], x.shape[2], x.shape[3]
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
