@@ -155,11 +155,12 @@ def texts_with(mark: str) -> set[str]:
     return {text for text in every if type(text) is str and mark in text}  # isinstance asks some objects things
 
 
-def test_a_caller_with_another_salt_each_time_leaves_nothing_behind(server: NatsServer, model: Path, run: Any) -> None:
-    """Of its salts the client, the coordinator and the shards know those of the last requests; of its rows as many as shards have."""
+def test_a_caller_with_another_salt_each_time_leaves_nothing_behind(model: Path, run: Any) -> None:
+    """Of its salts the client, the coordinator and the shards know those of the last requests; of its rows as many as shards have. The
+    server is its own: on another, the coordinator takes over what other tests have left, and knows records of sessions meanwhile."""
     rows, at_once, count = 2, 8, 120
 
-    async def work() -> None:
+    async def work(server: NatsServer) -> None:
         async with shards(server.url, model, RANGES, rows=rows) as running, coordinator(server.url, model) as serving:
             async with AsyncMeshClient(server.url, model="tiny") as client:
                 gate = asyncio.Semaphore(at_once)
@@ -180,4 +181,5 @@ def test_a_caller_with_another_salt_each_time_leaves_nothing_behind(server: Nats
             serving.core.check()  # also that no more is remembered of a shard than it can hold
             assert all(0 < shard.state.kept_rows <= rows for shard in running)
 
-    run(work())
+    with NatsServer.start() as own:
+        run(work(own))
