@@ -7,7 +7,8 @@ tokens so, and writes them into a cache of its own, so that any two layers may b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -26,18 +27,14 @@ def find_wide_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probes:
     narrowest cut, of several the last. `probes` differ in batch and tokens. UnsupportedModel where something crosses that has no numbers
     for each token."""
     order = path.between([path.graph.logits], [])
+    crossing = _crossing(path, order)
     known: dict[ir.Value, Crossing | None] = {}
-    last_use: dict[ir.Value, int] = {}
-    for index, value in enumerate(order):
-        for used in path.inputs(value):
-            last_use[used] = index
     outputs = [order.index(pattern.output) for pattern in patterns]
-    bounds = [-1, *outputs, len(order) - 1]
     cuts = []
-    for number in range(len(bounds) - 1):
+    for number, (start, stop) in enumerate(pairwise([-1, *outputs, len(order) - 1])):
         best: tuple[Crossing, ...] | None = None
-        for place in range(bounds[number] + 1, bounds[number + 1]):
-            found = _crossing(order[: place + 1], place, last_use, probes, known)
+        for values in crossing[start + 1 : stop]:
+            found = _handed_on(values, probes, known)
             if found and (best is None or sum(each.width for each in found) <= sum(each.width for each in best)):
                 best = found
         if best is None:
@@ -47,18 +44,23 @@ def find_wide_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probes:
     return Cut(tuple(cuts), max(sum(each.width for each in cut) for cut in cuts))
 
 
-def _crossing(
-    before: Sequence[ir.Value],
-    place: int,
-    last_use: Mapping[ir.Value, int],
-    probes: Sequence[GraphProbe],
-    known: dict[ir.Value, Crossing | None],
+def _crossing(path: DataPath, order: Sequence[ir.Value]) -> list[list[ir.Value]]:
+    """For each place of `order`, what is computed up to there and used later, in order."""
+    last_use = {used: place for place, value in enumerate(order) for used in path.inputs(value)}
+    crossing: list[list[ir.Value]] = []
+    alive: list[ir.Value] = []
+    for place, value in enumerate(order):
+        alive = [each for each in (*alive, value) if last_use.get(each, -1) > place]
+        crossing.append(alive)
+    return crossing
+
+
+def _handed_on(
+    values: Sequence[ir.Value], probes: Sequence[GraphProbe], known: dict[ir.Value, Crossing | None]
 ) -> tuple[Crossing, ...] | None:
-    """What is computed in `before`, which ends at `place`, and used later; None where some of it cannot be handed on."""
+    """The values as numbers for each token; None where one of them is not that."""
     found = []
-    for value in before:
-        if last_use.get(value, -1) <= place:
-            continue
+    for value in values:
         if value not in known:
             known[value] = _of_tokens(value, probes)
         each = known[value]
