@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding, short
+from mesh.host.pages import PIECE_BYTES
 from mesh.importer.sources.place import inside_source, refuse_pointer
 from mesh.importer.write.kept import Kept
 
@@ -20,7 +21,6 @@ __all__ = ["INDEX", "SINGLE", "SafetensorsCheckpoint", "checkpoint_bytes", "read
 
 MOST_JSON_BYTES = 64 * 1024 * 1024  # of config.json or an index
 MOST_HEADER_BYTES = 64 * 1024 * 1024
-PIECE_BYTES = 64 * 1024 * 1024  # of a tensor that is widened: its file is mapped for one piece at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -120,7 +120,7 @@ class SafetensorsCheckpoint:
         return array
 
     def read_wide(self, name: str) -> npt.NDArray[Any]:
-        """The tensor as float32; never in memory with as many narrow numbers."""
+        """The tensor as float32; never in memory with as many narrow numbers: its file is mapped for one piece at a time."""
         entry = self._entry(name)
         if entry.dtype not in DTYPES or entry.dtype == "F32" or not entry.shape:
             return self.read(name).astype(np.float32, copy=False)
