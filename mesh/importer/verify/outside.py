@@ -54,8 +54,9 @@ def _transformers(source: Source, weight_bytes: int, model: TracedModel, paramet
     whole = weight_bytes <= WHOLE_CHECKPOINT_BYTES
     kept = [layer.attention for layer in cache_shapes(model) if not layer.states]  # where there are states, they would be made up too
     owners = source.owners if isinstance(source, OnnxSource) else ()
-    own = [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache[: len(set(owners)) or None]]
-    same_cache = kept == own and set(owners) == set(range(len(set(owners)))) and _unscaled(source)
+    held = len(set(owners)) or len(source.cache)
+    own = [(c.kv_heads, c.key_dim, c.value_dim) for c in source.cache[:held]]
+    same_cache = kept == own and all(owner < held for owner in owners) and _unscaled(source)
     reference = TransformersReference(model, parameters, whole=whole)
     return Outside(
         reference.name,
