@@ -12,9 +12,11 @@ fits is a placement which loads. Weights and KV cache are exact; workspace is an
                   activations   tokens * (4 D + 3 W) * 4 bytes: residual, normed, attention's in and out; gate, up and product
                   scores        2 * tokens * query_heads * context * 4 bytes: scores and probabilities of one layer
                   reads         rows of the step * context * kv_heads * (key_dim + value_dim) * 4 bytes: one layer's keys and
-                                values as attention reads them on an accelerator; in blocks, as on a CPU, it takes less
+                                values as attention reads them. Neither scores nor reads where it goes through the cache in blocks, as on
+                                a CPU: a block takes 3 MB
                 and for either step
-                  logits        3 * rows * vocab * 4 bytes (head only): logits, their sorted copy, the penalty counts
+                  logits        8 * rows * vocab * 4 bytes (head only): the product and its copy, the changed logits, and what a draw
+                                makes of them: penalties and counts, the scaled ones, their weights, noise
                   history       rows * (context + slack) * 4 bytes (head only): the tokens that penalties look at
                   widening      the largest matrix at the compute type, where weights are stored narrower than that and no kernels
                                 read them so: XLA is expected to widen one matrix at a time
@@ -60,6 +62,8 @@ _PROGRAM_BYTES = int(3.6 * 2**20)
 _HEAD_PROGRAM_BYTES = int(4.5 * 2**20)
 """Of a compiled program of a layer, and of the head."""
 _PREFILL_SHAPES = 3
+_LOGITS = 8
+"""Arrays of rows * vocab float32 that head and sampling hold at once."""
 
 _FLOAT32 = 4
 _TOKEN_BYTES = 4
@@ -264,12 +268,14 @@ def predict(
     prefill_rows: int = 1,
     kv_cache: bool = True,
     widens: bool = False,
+    in_blocks: bool = False,
 ) -> MemoryNeed:
     """What a shard that holds `layers` needs, with the embedding and the head where asked.
 
     `rows` sequences are held at once, each of up to `context` tokens; a prefill step takes `prefill_rows` of them by up to
     `chunk` tokens. Without `kv_cache` a row's input is kept instead, and one row at a time is computed from its beginning. `widens`:
-    the process has no kernels for narrow weights. Bytes; formulas at the head of this file. BadLayerRange outside the model.
+    the process has no kernels for narrow weights. `in_blocks`: its attention goes through the cache in blocks. Bytes; formulas at the head
+    of this file. BadLayerRange outside the model.
     """
     shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
     first, stop = layers.start, layers.stop
@@ -292,12 +298,12 @@ def predict(
 
     width = max(shape.widths[first:stop])
     activations = (4 * shape.hidden_size + 3 * width) * _FLOAT32
-    scores = 2 * max(shape.query_heads[first:stop]) * context * _FLOAT32
-    reads = largest // shape.cache_itemsize * context * _FLOAT32
+    scores = 0 if in_blocks else 2 * max(shape.query_heads[first:stop]) * context * _FLOAT32
+    reads = 0 if in_blocks else largest // shape.cache_itemsize * context * _FLOAT32
     prefill_tokens = prefill_rows * max(CACHE_SLACK, min(chunk, context))
     steps = ((rows, rows), (prefill_tokens, prefill_rows))  # (tokens, rows)
     step = max(tokens * (activations + scores) + step_rows * reads for tokens, step_rows in steps)
-    sampling = rows * (3 * shape.vocab_size + slots) * _FLOAT32 if head else 0
+    sampling = rows * (_LOGITS * shape.vocab_size + slots) * _FLOAT32 if head else 0
     widening = 0
     if widens and shape.bits < 8 * shape.compute_itemsize:
         columns = max(width, shape.vocab_size) if head else width

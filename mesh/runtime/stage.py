@@ -37,7 +37,7 @@ from mesh.model.manifest import Manifest
 from mesh.model.memory import SPARE_STATES, STATE_PLACES, MemoryNeed, predict
 from mesh.protocol.frame import EMBEDDED, NOT_ALLOWED
 from mesh.runtime.buckets import Buckets
-from mesh.runtime.cache import SLACK
+from mesh.runtime.cache import SLACK, in_blocks
 from mesh.runtime.engine import SampledToken, StageCounters
 from mesh.runtime.kernel_variants import VariantTable
 from mesh.runtime.loading import Block, block_names, load_block
@@ -176,6 +176,7 @@ class Stage:
             chunk=config.chunk,
             kv_cache=kept,
             widens=kernels().name is None,
+            in_blocks=in_blocks(),
         )
         allowed = config.max_memory_bytes
         if allowed is not None and need.total_bytes > allowed:

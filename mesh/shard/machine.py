@@ -7,6 +7,7 @@ from mesh.kernels.library import kernels
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
 from mesh.protocol.status import MachineReport
+from mesh.runtime.cache import in_blocks
 from mesh.shard.options import ShardOptions
 
 __all__ = ["machine_report", "predicted_bytes"]
@@ -40,5 +41,6 @@ def predicted_bytes(manifest: Manifest, options: ShardOptions) -> int:
         chunk=options.chunk,
         kv_cache=options.kv_cache,
         widens=kernels().name is None,
+        in_blocks=in_blocks(),
     )
     return need.total_bytes

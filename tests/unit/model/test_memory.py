@@ -48,7 +48,13 @@ def test_embedding_and_head_are_counted_where_they_are_held() -> None:
     bare = predict(_manifest(), LayerRange(0, 4), embed=False, head=False, rows=3, context=100, chunk=10)
     full = predict(_manifest(), LayerRange(0, 4), embed=True, head=True, rows=3, context=100, chunk=10)
     assert full.weights_bytes - bare.weights_bytes == 4 * (V * D + V * D + D)
-    assert full.workspace_bytes - bare.workspace_bytes == 3 * (3 * V + 100 + CACHE_SLACK) * 4
+    assert full.workspace_bytes - bare.workspace_bytes == 3 * (8 * V + 100 + CACHE_SLACK) * 4
+
+
+def test_attention_in_blocks_holds_neither_scores_nor_what_it_reads() -> None:
+    width = (70_000 - D * (D // DK + KV) * (DK + DV)) // (2 * D)
+    need = predict(_manifest(), LayerRange(3, 4), embed=False, head=False, rows=3, context=100, chunk=40, in_blocks=True)
+    assert need.workspace_bytes == 40 * (4 * D + 3 * width) * 4
 
 
 def test_workspace_is_that_of_the_larger_step() -> None:
