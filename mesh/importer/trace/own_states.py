@@ -69,7 +69,7 @@ def linear_recurrence(x: Any, gate: Any, state: Any = None) -> tuple[Any, Any]:
     def step(state: Any, now: Any) -> tuple[Any, Any]:
         x, gate = now
         state = gate * state + x
-        return state, state[..., None]  # a loop of ONNX hands on two values: the same one twice has one name
+        return state, state[..., None].clone()  # a loop of ONNX hands on two values: the same one twice has one name
 
     state, out = scan(step, state, [each.float().transpose(0, 1) for each in (x, gate)])
     return out.squeeze(-1).transpose(0, 1).to(x.dtype), state
