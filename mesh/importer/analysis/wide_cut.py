@@ -58,7 +58,7 @@ def _crossing(path: DataPath, order: Sequence[ir.Value]) -> list[list[ir.Value]]
     for place, value in enumerate(order):
         if value is source or any(each in of_tokens for each in path.inputs(value)):
             of_tokens.add(value)
-            alive.append(value)
+            alive = [*alive, value]
         alive = [each for each in alive if last_use.get(each, -1) > place]
         crossing.append(alive)
     return crossing
