@@ -4,8 +4,9 @@
     python bench/families.py --work DIR --table    put them, and the gguf.jsonl of bench/gguf_families.py, into docs/models.md
 
 Each family is a tiny model with random weights (bench/tiny_decoders.py): made and saved by transformers, imported by `mesh import`'s own
-function, then run as stages of 1 to N shards. 24 greedy tokens are compared with those that transformers generates. A run goes on where the
-last one ended. Needs the extras `import` and `trace`.
+function, then run as stages of 1 to N shards. 24 greedy tokens are compared with those that transformers generates. Where layers carry
+states, they are compared after a prompt that goes past a checkpoint of them too, and so is what a replay from that checkpoint gives. A run
+goes on where the last one ended. Needs the extras `import` and `trace`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from mesh.importer.trace.library import quiet, torch_and_transformers, versions
 from mesh.importer.trace.model import open_model
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
+from mesh.runtime.row_states import EVERY
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.types import LayerRange
 
 PROMPT = 20
+LONG_PROMPT = EVERY + 24
 TOKENS = 24
 LONGEST_S = 600
 _DIFFERS = "; transformers' `generate` differs there from its own logits without a cache, which ours equal"
@@ -56,9 +59,10 @@ implementation becomes one graph, and the graph goes the way of an ONNX export (
 
 The table is written by `bench/families.py`, which tries every model_type that transformers {transformers} (with torch {torch}) lists as a
 causal language model, or as a model of images and text with one inside: tiny models with random weights, 24 greedy tokens compared with
-those that transformers generates, at every number of shards. Of the {all} families that have been tried so far {equal} import with equal
-tokens and {refused} are refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the
-table has not been tried: `mesh import` says what it finds, and writes no model whose logits differ from transformers' in its own check.
+those that transformers generates, at every number of shards; where layers carry states, also after a prompt that goes past a checkpoint of
+them, and after a replay from there. Of the {all} families that have been tried so far {equal} import with equal tokens and {refused} are
+refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the table has not been tried:
+`mesh import` says what it finds, and writes no model whose logits differ from transformers' in its own check.
 """
 GGUF_HEAD = """
 ## GGUF files
@@ -136,8 +140,10 @@ def tried(kind: str, work: Path, multimodal: bool = False) -> dict[str, Any]:
         compiled: Compiled = {}
         found = {count: greedy(out, manifest, expected[:PROMPT], count, compiled) for count in counts}
         if all(tokens == found[1] for tokens in found.values()) and found[1] != expected and found[1] == uncached(made, expected[:PROMPT]):
-            return {"outcome": "equal", "shards": counts, "wrong": [], "note": _DIFFERS, **took}
+            expected, took = found[1], took | {"note": _DIFFERS}
         wrong = [count for count, tokens in found.items() if tokens != expected]
+        if manifest.has_states and not wrong:
+            wrong = wrong_past_a_checkpoint(made, out, manifest, compiled)
         return {"outcome": "different" if wrong else "equal", "shards": counts, "wrong": wrong, **took}
     except MeshError as error:
         took = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
@@ -181,13 +187,16 @@ def uncached(model: Any, prompt: Sequence[int]) -> list[int]:
     return tokens
 
 
-def greedy(directory: Path, manifest: Manifest, prompt: Sequence[int], shards: int, compiled: Compiled) -> list[int]:
-    """The same by stages of our runtime, one for each of `shards` layer ranges."""
+def greedy(
+    directory: Path, manifest: Manifest, prompt: Sequence[int], shards: int, compiled: Compiled, *, replay: bool = False
+) -> list[int]:
+    """The same by stages of our runtime, one for each of `shards` layer ranges. `replay`: the last token is that of a replay from the first
+    checkpoint of states."""
     bounds = np.linspace(0, manifest.layers, shards + 1).astype(int)
     stages = [
         Stage.load(
             directory,
-            StageConfig(LayerRange(int(a), int(b)), head=b == manifest.layers, rows=1, context=PROMPT + TOKENS + 4, chunk=32),
+            StageConfig(LayerRange(int(a), int(b)), head=b == manifest.layers, rows=1, context=len(prompt) + TOKENS + 4, chunk=32),
             compiled=compiled,
         )
         for a, b in pairwise(bounds)
@@ -203,7 +212,20 @@ def greedy(directory: Path, manifest: Manifest, prompt: Sequence[int], shards: i
         for stage in stages:
             hidden = stage.decode(np.array([0]), np.array([len(tokens) - 1]), np.array(tokens[-1:]), hidden)
         (result,) = hidden
+    if replay:
+        result = None
+        for stage in stages:
+            result = stage.prefill(0, EVERY, np.array(tokens[EVERY:]), result)
     return [*tokens, int(result.id)]
+
+
+def wrong_past_a_checkpoint(model: Any, directory: Path, manifest: Manifest, compiled: Compiled) -> list[int]:
+    """Of one shard and one for each layer, the counts with which the tokens after a long prompt differ from those of `uncached`."""
+    prompt = [int(token) for token in np.random.default_rng(4).integers(5, 96, LONG_PROMPT)]
+    expected = uncached(model, prompt)
+    return [
+        count for count in sorted({1, manifest.layers}) if greedy(directory, manifest, prompt, count, compiled, replay=True) != expected
+    ]
 
 
 def _late(*_: Any) -> None:

@@ -53,7 +53,7 @@ SIZES: Mapping[str, Any] = {
 """What a configuration gets for each of these keys that it has."""
 _KEYED = {each: {"rope_type": "default", "rope_theta": 10000.0} for each in ("full_attention", "sliding_attention")}
 _LAST = ["linear_attention", "full_attention"]
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
 _ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16}
 _SHARING = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
@@ -83,10 +83,13 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     | {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},
     "inkling2_text": {"unpadded_vocab_size": 96},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False},
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
+    "lara_mini": _DELTA,
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
+    "nemotron_h": {"chunk_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8},
     "olmo_hybrid": _DELTA,
     "qwen2_5_vl_text": _SECTIONS,
     "qwen2_vl_text": _SECTIONS,
@@ -100,7 +103,8 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "attention_head_size": 8, "feed_forward_size": 56},
     "xmod": {"default_language": "en_XX"},
     "zamba": {**_ZAMBA, "mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False},
-    "zamba2": {**_ZAMBA, "mamba_headdim": 8, "mamba_d_state": 8, "hybrid_layer_ids": [1], "kv_channels": 8, "use_mamba_kernels": False},
+    "zamba2": {**_ZAMBA, "mamba_headdim": 8, "mamba_d_state": 8, "hybrid_layer_ids": [1], "kv_channels": 8, "use_mamba_kernels": False}
+    | {"chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What single families need besides."""

@@ -22,7 +22,7 @@ from mesh.importer.graph.decoder import DecoderGraph, Dependence, Role, producer
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import GraphProbe
 
-__all__ = ["Crossing", "Cut", "DataPath", "find_cuts"]
+__all__ = ["Crossing", "Cut", "DataPath", "find_cuts", "find_marks"]
 
 PRIME = (1 << 61) - 1
 
@@ -100,7 +100,7 @@ def find_cuts(path: DataPath, layers: Sequence[DecoderLayer], probe: GraphProbe)
     graph = path.graph
     order = path.between([graph.logits], [])
     crossings = [v for v in _articulations(path, order) if _is_hidden(probe, v)]
-    marks = _marks(path, order, layers)
+    marks = find_marks(path, order, layers)
     values: list[ir.Value] = []
     for number, (end, _) in enumerate(marks):
         start = marks[number - 1][1] if number else -1
@@ -125,7 +125,7 @@ def find_cuts(path: DataPath, layers: Sequence[DecoderLayer], probe: GraphProbe)
     return Cut(tuple((Crossing(value, (0, 1, 2), (size,)),) for value in values), size)
 
 
-def _marks(path: DataPath, order: Sequence[ir.Value], layers: Sequence[DecoderLayer]) -> list[tuple[int, int]]:
+def find_marks(path: DataPath, order: Sequence[ir.Value], layers: Sequence[DecoderLayer]) -> list[tuple[int, int]]:
     """The places of the first and the last mark of each layer."""
     source = path.graph.input(Role.TOKENS)
     live: set[ir.Value] = set()  # what depends on the tokens

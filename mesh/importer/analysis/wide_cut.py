@@ -7,6 +7,7 @@ tokens so, and writes them into a cache of its own, so that any two layers may b
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,26 +15,29 @@ import numpy as np
 import onnx_ir as ir
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.analysis.attention import AttentionPattern
-from mesh.importer.analysis.cut import Crossing, Cut, DataPath
+from mesh.importer.analysis.cut import Crossing, Cut, DataPath, find_marks
+from mesh.importer.analysis.layers import DecoderLayer
+from mesh.importer.graph.decoder import Role
 from mesh.importer.graph.evaluate import NotConcrete
 from mesh.importer.graph.probe import GraphProbe
 
 __all__ = ["find_wide_cuts"]
 
 
-def find_wide_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probes: Sequence[GraphProbe]) -> Cut:
+def find_wide_cuts(path: DataPath, layers: Sequence[DecoderLayer], probes: Sequence[GraphProbe]) -> Cut:
     """What crosses from the embedding to the first layer, from each layer to the next, and from the last to the logits: at each place the
     narrowest cut, of several the last. `probes` differ in batch and tokens. UnsupportedModel where something crosses that has no numbers
     for each token."""
     order = path.between([path.graph.logits], [])
     crossing = _crossing(path, order)
     known: dict[ir.Value, Crossing | None] = {}
-    outputs = [order.index(pattern.output) for pattern in patterns]
+    places = [path.place(value) for value in order]
+    marks = find_marks(path, order, layers)
+    spans = [(bisect_left(places, first), bisect_right(places, last)) for first, last in marks]
     cuts = []
-    for number, (start, stop) in enumerate(pairwise([-1, *outputs, len(order) - 1])):
+    for number, ((_, start), (stop, _)) in enumerate(pairwise([(0, 0), *spans, (len(order) - 1, 0)])):
         best: tuple[Crossing, ...] | None = None
-        for values in crossing[start + 1 : stop]:
+        for values in crossing[start:stop]:
             found = _handed_on(values, probes, known)
             if found and (best is None or sum(each.width for each in found) <= sum(each.width for each in best)):
                 best = found
@@ -45,12 +49,17 @@ def find_wide_cuts(path: DataPath, patterns: Sequence[AttentionPattern], probes:
 
 
 def _crossing(path: DataPath, order: Sequence[ir.Value]) -> list[list[ir.Value]]:
-    """For each place of `order`, what is computed up to there and used later, in order."""
+    """For each place of `order`, what is computed of the tokens up to there and used later, in order."""
     last_use = {used: place for place, value in enumerate(order) for used in path.inputs(value)}
+    source = path.graph.input(Role.TOKENS)
+    of_tokens: set[ir.Value] = set()
     crossing: list[list[ir.Value]] = []
     alive: list[ir.Value] = []
     for place, value in enumerate(order):
-        alive = [each for each in (*alive, value) if last_use.get(each, -1) > place]
+        if value is source or any(each in of_tokens for each in path.inputs(value)):
+            of_tokens.add(value)
+            alive = [*alive, value]
+        alive = [each for each in alive if last_use.get(each, -1) > place]
         crossing.append(alive)
     return crossing
 

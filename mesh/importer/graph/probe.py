@@ -196,7 +196,7 @@ class GraphProbe:
         elif node.op_type == "Shape":
             self._evaluate(node)
         else:
-            self._infer_generic(node)
+            (self._infer_scan if node.op_type == "Scan" else self._infer_generic)(node)
             return
         if node.op_type == "Cast":
             self._dtypes[out] = int(node.attributes["to"].value)
@@ -205,6 +205,32 @@ class GraphProbe:
         else:
             source = input_of(node, 1 if node.op_type in ("Where", "CastLike") else 0)
             self._dtypes[out] = helper.np_dtype_to_tensor_dtype(self.dtype(source))
+
+    def _infer_scan(self, node: ir.Node) -> None:
+        """What a loop over first axes hands on, one state or one output a step: onnx looks for the sizes in the body, where an exporter has
+        names for them."""
+        count = int(node.attributes["num_scan_inputs"].value)
+        if any(any(attribute(node, f"scan_{which}_axes", ())) for which in ("input", "output")):
+            raise NotConcrete(f"the shape of {node.outputs[0].name} (Scan over an axis that is not the first)")
+        given = [input_of(node, place) for place in range(len(node.inputs))]
+        states, steps = len(given) - count, self.shape(given[-1])[0]
+        body = ir.to_proto(node.attributes["body"].as_graph())
+        for place, (value, declared) in enumerate(zip(given, body.input, strict=True)):
+            kind = helper.np_dtype_to_tensor_dtype(self.dtype(value))
+            shape = self.shape(value)
+            declared.CopyFrom(helper.make_tensor_value_info(declared.name, kind, shape if place < states else shape[1:]))
+        del body.value_info[:]
+        for declared in body.output:
+            declared.type.tensor_type.ClearField("shape")
+        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+        for place, (output, found) in enumerate(
+            zip(node.outputs, onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output, strict=True)
+        ):
+            kind, dims = found.type.tensor_type.elem_type, found.type.tensor_type.shape.dim
+            if not found.type.tensor_type.HasField("shape") or not all(dim.HasField("dim_value") for dim in dims):
+                raise NotConcrete(f"the shape of {output.name} (Scan)")
+            self._shapes[output] = (*(() if place < states else (steps,)), *(dim.dim_value for dim in dims))
+            self._dtypes[output] = kind
 
     def _infer_generic(self, node: ir.Node) -> None:
         proto = ir.to_proto(node)

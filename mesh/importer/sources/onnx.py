@@ -94,10 +94,10 @@ class OnnxSource:
         try:
             return find_cuts(self._path, self._layers, probe)
         except UnsupportedModel:
-            if not self.wide or self.graph.states:
+            if not self.wide:
                 raise
             past = PAST if self.graph.has_past else 0
-            return find_wide_cuts(self._path, self.patterns, [probe, GraphProbe(self.graph, BATCH + 3, CHUNK + 4, past)])
+            return find_wide_cuts(self._path, self._layers, [probe, GraphProbe(self.graph, BATCH + 3, CHUNK + 4, past)])
 
     @property
     def name(self) -> str:

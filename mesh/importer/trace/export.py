@@ -17,7 +17,7 @@ from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel, cache_shapes
 from mesh.importer.trace.recurrences import recurrences
-from mesh.importer.trace.states import LayerKeeps, states_of
+from mesh.importer.trace.states import LayerKeeps, cache_argument, states_of
 from mesh.importer.trace.weights import ModelParameters
 
 __all__ = ["export"]
@@ -101,8 +101,8 @@ def _wrapper(module: Any, new_cache: Callable[..., Any], shapes: Sequence[LayerK
         def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any, states: Any) -> Any:
             pairs = [(key, value) for key, value in past]
             cache = new_cache(pairs, states, shapes) if states else new_cache(pairs)
-            given = {"position_ids": position_ids} if "position_ids" in takes else {}
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
+            given = {cache_argument(module): cache} | ({"position_ids": position_ids} if "position_ids" in takes else {})
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **given)
             kept = list(zip(cache.layers, shapes, strict=True))
             keys_and_values = [part for layer, own in kept if own.attention is not None for part in (layer.keys, layer.values)]
             return out.logits, *keys_and_values, *(state for layer, own in kept for state in states_of(layer, own))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from mesh.importer.trace.library import torch_and_transformers
@@ -27,13 +26,6 @@ def caches_of(module: Any) -> Iterator[Callable[..., Any]]:
     states, it takes these too, and what each layer keeps (states.py). A cache is used for one step, and only within the block."""
     _, transformers = torch_and_transformers()
     latent = {each.layer_idx: each for each in module.modules() if callable(getattr(each, _EXPAND, None))}
-    fresh = fresh_layers(module.config)
-    if fresh is not None and not latent:
-        yield partial(_with_states, transformers, module.config)
-        return
-    if not latent:
-        yield lambda past: transformers.DynamicCache(ddp_cache_data=list(past) or None)
-        return
     base: Any = transformers.DynamicCache
 
     class Expanded(base):  # type: ignore[misc]
@@ -47,9 +39,13 @@ def caches_of(module: Any) -> Iterator[Callable[..., Any]]:
 
     of_this_step: list[Expanded] = []
 
-    def make(past: Iterable[Any]) -> Any:
-        of_this_step[:] = [Expanded(ddp_cache_data=list(past) or None)]
-        return of_this_step[0]
+    def make(past: Iterable[Any], states: Iterable[Any] = (), kept: Sequence[LayerKeeps] | None = None) -> Any:
+        layers = fresh_layers(module.config) if kept is None else filled_layers(module.config, past, states, kept)
+        cache = Expanded(ddp_cache_data=None if layers else list(past) or None)
+        if layers:
+            cache.layers = layers
+        of_this_step[:] = [cache]
+        return cache
 
     for index, attention in latent.items():
         setattr(attention, _EXPAND, _joined(getattr(attention, _EXPAND), index, of_this_step))
@@ -62,10 +58,3 @@ def caches_of(module: Any) -> Iterator[Callable[..., Any]]:
 
 def _joined(expand: Callable[..., Any], layer_idx: int, of_this_step: list[Any]) -> Callable[..., Any]:
     return lambda *latents: of_this_step[0].join(*expand(*latents), layer_idx)
-
-
-def _with_states(
-    transformers: Any, config: Any, past: Iterable[Any], states: Iterable[Any] = (), kept: Sequence[LayerKeeps] | None = None
-) -> Any:
-    layers = fresh_layers(config) if kept is None else filled_layers(config, past, states, kept)
-    return transformers.cache_utils.Cache(layers=layers)

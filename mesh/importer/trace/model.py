@@ -14,7 +14,7 @@ from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.recurrences import recurrences
-from mesh.importer.trace.states import LayerKeeps, fresh_layers, kept_by
+from mesh.importer.trace.states import LayerKeeps, cache_argument, fresh_layers, kept_by
 
 __all__ = ["TracedModel", "cache_shapes", "model_of", "open_model"]
 
@@ -209,7 +209,7 @@ def cache_shapes(model: TracedModel) -> list[LayerKeeps]:
         ):
             cache = new_cache(())
             ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-            model.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            model.module(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_argument(model.module): cache})
     except Exception as error:
         raise UnsupportedModel(f"{path}: {kind} does not run on token ids and a cache ({_first(error)})") from None
     if max(calls.values(), default=0) > 1:

@@ -8,32 +8,59 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from mesh.importer.trace.library import torch_and_transformers, torch_scan
+from mesh.importer.trace.own_states import states_in_the_cache
 
-__all__ = ["recurrences", "selective_states"]
+__all__ = ["delta_rule", "recurrences", "selective_scan", "selective_states"]
 
 
 @contextmanager
 def recurrences(module: Any) -> Iterator[None]:
     """Within the block, the layers of `module` compute their recurrences in a form that can be traced."""
+    before: list[Any] = []
+    _, transformers = torch_and_transformers()
+    in_place_of = {**_IN_PLACE_OF, _SCAN: partial(_scan_after, before), "MiniMaxCache": transformers.DynamicCache}
     homes = {name: sys.modules[name] for name in {type(each).__module__ for each in module.modules()} if name in sys.modules}
-    replaced = [(home, name, getattr(home, name)) for home in homes.values() for name in _IN_PLACE_OF if hasattr(home, name)]
+    replaced = [(home, name, getattr(home, name)) for home in homes.values() for name in in_place_of if hasattr(home, name)]
+    scanning = {home.__name__ for home, name, _ in replaced if name == _SCAN}
+    mixers = [each for each in module.modules() if type(each).__module__ in scanning and hasattr(each, "A_log")]
+    hooks = [each.register_forward_pre_hook(partial(_note_state, before), with_kwargs=True) for each in mixers]
     for home, name, _ in replaced:
-        setattr(home, name, _IN_PLACE_OF[name])
+        setattr(home, name, in_place_of[name])
     try:
-        yield
+        with states_in_the_cache(module):
+            yield
     finally:
         for home, name, own in replaced:
             setattr(home, name, own)
+        for hook in hooks:
+            hook.remove()
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-def _gated_delta_rule(
+def _unmasked(hidden_states: Any, attention_mask: Any) -> Any:
+    return hidden_states
+
+
+def _note_state(before: list[Any], mixer: Any, _: Any, given: dict[str, Any]) -> None:
+    """Put the state that a layer of Mamba 1 has before its tokens into `before`: that of each of its scans, in order."""
+    cache = given["cache"]
+    state = None if cache is None else cache.get_recurrent_state(mixer.layer_idx)
+    before[:] = [] if state is None else state.unbind(1) if state.ndim == 4 else [state]
+
+
+def _scan_after(before: list[Any], *args: Any, **given: Any) -> Any:
+    """transformers' function has no argument for the state before its tokens: it begins with zeros."""
+    return selective_scan(*args, initial_state=before.pop(0) if before else None, **given)
+
+
+def delta_rule(
     query: Any,
     key: Any,
     value: Any,
@@ -44,23 +71,25 @@ def _gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **__: Any,
 ) -> tuple[Any, Any]:
-    """query, key [B, T, Hk, Dk], value [B, T, H, Dv], g (logarithms of the decay) and beta [B, T, H], the state before [B, H, Dk, Dv] ->
-    the output [B, T, H, Dv] and the state after. One token after the other; Hk divides H."""
+    """query, key [B, T, Hk, Dk], value [B, T, H, Dv], beta [B, T, H], g (logarithms of the decay) [B, T, H] or, one for each channel,
+    [B, T, H, Dk], the state before [B, H, Dk, Dv] -> the output [B, T, H, Dv] and the state after. One token after the other; Hk divides
+    H."""
     torch, scan = torch_and_transformers()[0], torch_scan()
     rows, heads, width = value.shape[0], value.shape[2], key.shape[3]
     q, k = (_of_each_head(x.float(), heads) for x in (query, key))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6) for x in (q, k))
+    decay = g.float().exp() if g.ndim == key.ndim else g.float().exp()[..., None]
     state = torch.zeros(rows, heads, width, value.shape[3]) if initial_state is None else initial_state.float()
 
     def step(state: Any, now: Any) -> tuple[Any, Any]:
         q, k, v, decay, beta = now
-        state = state * decay[..., None, None]
+        state = state * decay[..., None]
         new = (v - (state * k[..., None]).sum(dim=-2)) * beta[..., None]
         state = state + k[..., None] * new[..., None, :]
         return state, (state * q[..., None]).sum(dim=-2)
 
-    by_token = [x.transpose(0, 1) for x in (q * width**-0.5, k, value.float(), g.float().exp(), beta.float())]
+    by_token = [x.transpose(0, 1) for x in (q * width**-0.5, k, value.float(), decay, beta.float())]
     state, out = scan(step, state, by_token)
     return out.transpose(0, 1).to(query.dtype), state
 
@@ -112,8 +141,47 @@ def selective_states(
     return (out, state) if return_final_states else out
 
 
+def selective_scan(
+    hidden_states: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    *_: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    initial_state: Any = None,
+    **__: Any,
+) -> Any:
+    """The recurrence of Mamba 1: x, dt and the gate z [B, I, T], A [I, N], D and the bias of dt [I], B and C [B, N, T], the state before
+    [B, I, N] -> the output [B, I, T], and the state after if asked for. One token after the other."""
+    torch, scan = torch_and_transformers()[0], torch_scan()
+    x = hidden_states.float()
+    dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
+    dt = (torch.nn.functional.softplus(dt) if delta_softplus else dt).float()
+    state = torch.zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.float().contiguous()
+
+    def step(carried: Any, now: Any) -> tuple[Any, Any]:
+        (state, rates), (x, dt, b, c) = carried, now
+        state = state * (rates * dt[..., None]).exp() + x[..., None] * b[..., None, :]
+        return (state, rates.clone()), (state * c[..., None, :]).sum(dim=-1)
+
+    # The rates are carried too: the loop of a block knows no value of the graph around it, and exp(A * dt) of all tokens would be large.
+    (state, _), out = scan(step, (state, A.float()), [each.movedim(-1, 0) for each in (x * dt, dt, B.float(), C.float())])
+    out = out.movedim(0, -1)
+    out = out if D is None else out + x * D[:, None]
+    out = out if z is None else out * torch.nn.functional.silu(z)
+    return (out, state) if return_last_state else out
+
+
+_SCAN = "mamba_selective_scan"
 _IN_PLACE_OF = {
     "create_recurrent_attention_mask": _no_mask,
-    "torch_chunk_gated_delta_rule": _gated_delta_rule,
+    "apply_mask_to_padding_states": _unmasked,
+    "torch_chunk_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": delta_rule,
     "mamba2_chunk_scan": selective_states,
 }

@@ -7,6 +7,8 @@ and dropped when it returns, so that any model can be run, slowly, in the memory
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
-from mesh.importer.trace.states import has_states
+from mesh.importer.trace.states import cache_argument, has_states
 from mesh.importer.trace.weights import ModelParameters
 
 __all__ = ["TransformersReference"]
@@ -51,12 +53,13 @@ class TransformersReference:
     def _run(self, tokens: Array, cache: Any, start: int) -> Array:
         torch, transformers = torch_and_transformers()
         ids = torch.from_numpy(np.asarray(tokens, np.int64)[None])
-        given = {"position_ids": torch.arange(start, start + len(tokens))[None]} if "position_ids" in self._takes else {}
-        if cache is None:  # one without a configuration keeps every position, where no layer has a state
-            cache = transformers.DynamicCache(config=self._model.config if has_states(self._model.config) else None)
+        given: dict[str, Any] = {"position_ids": torch.arange(start, start + len(tokens))[None]} if "position_ids" in self._takes else {}
+        if cache is None and not has_states(self._model.config):
+            cache = transformers.DynamicCache()  # without a configuration it keeps every position
+        given |= {"use_cache": cache is not None, cache_argument(self._model): cache}
         with torch.no_grad(), quiet():
             mask = torch.ones(1, start + len(tokens), dtype=torch.long)
-            out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
+            out = self._model(input_ids=ids, attention_mask=mask, **given)
         return np.asarray(out.logits[0].float().numpy())
 
 
@@ -87,6 +90,22 @@ def _late_layer(past: Past, index: int) -> Any:
     return Late()
 
 
+@dataclass(frozen=True)
+class _DirectUse:
+    """What transformers calls before and after a layer uses the weights of a module in it without calling that module: convolutions whose
+    last inputs are a state. It looks for it under the name that accelerate's hooks have."""
+
+    load: Callable[[Any], None]
+    drop: Callable[[Any], None]
+
+    def pre_forward(self, module: Any, *_: Any, **__: Any) -> None:
+        self.load(module)
+
+    def post_forward(self, module: Any, output: Any) -> Any:
+        self.drop(module)
+        return output
+
+
 class _Loader:
     """Puts weights into a module that was built without any."""
 
@@ -107,6 +126,7 @@ class _Loader:
         for module in self._own:
             module.register_forward_pre_hook(lambda each, _: self._load(each))
             module.register_forward_hook(lambda each, _, out: self._drop(each))
+            module._hf_hook = _DirectUse(self._load, self._drop)
 
     def _load(self, module: Any) -> None:
         torch, _ = torch_and_transformers()

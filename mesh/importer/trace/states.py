@@ -6,13 +6,14 @@ the state before position 0 is zeros. So the layers of the cache here have state
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from mesh.importer.trace.library import torch_and_transformers
 
-__all__ = ["LayerKeeps", "StateKept", "filled_layers", "fresh_layers", "has_states", "kept_by", "states_of"]
+__all__ = ["LayerKeeps", "StateKept", "cache_argument", "filled_layers", "fresh_layers", "has_states", "kept_by", "states_of"]
 
 Shape = tuple[int, ...]
 _HELD_IN: Final = ("conv_states", "recurrent_states")
@@ -36,6 +37,11 @@ class LayerKeeps:
     @property
     def anything(self) -> bool:
         return self.attention is not None or bool(self.states)
+
+
+def cache_argument(module: Any) -> str:
+    """What `module` calls the cache that it is given."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def fresh_layers(config: Any) -> list[Any] | None:

@@ -6,12 +6,14 @@
 
 Sequences are three random prompts. The source's own greedy tokens continue them if it is small enough to be run whole, random
 tokens otherwise. Logits are compared at every position, so agreement means equal greedy tokens. Blocks are verified in groups
-that fit a budget of memory, so that a model of any size can be verified.
+that fit a budget of memory, so that a model of any size can be verified. Late positions are compared too: after made-up keys and values,
+or, where layers carry states, at the end of one longer sequence.
 """
 
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from mesh.importer.verify.oracle import OrtBlock, OrtParts
 from mesh.model.manifest import CacheInfo, Manifest, block_name
 from mesh.runtime.loading import load_block
 from mesh.runtime.programs import Compiled
+from mesh.runtime.row_states import EVERY
 from mesh.runtime.stage import Stage, StageConfig
 from mesh.types import DType, LayerRange, Progress, no_progress
 
@@ -85,6 +88,7 @@ CHUNK = 16
 GROUP_BYTES = 64 << 20  # a larger layer is a group of its own
 
 LATE_TOKENS = 8
+LONG_TOKENS = EVERY + 64
 LATE_SCALE = np.float32(0.5)
 LATE_BYTES = 128 << 20  # of the made-up keys and values of a layer
 LATE_TOLERANCE = 3e-7  # for each position
@@ -170,7 +174,9 @@ def verify(
             layer, at = _first_layer_of_source(directory, manifest, sequences, parts, allowed)
             where = "the embedding or the head" if layer is None else f"layer {layer}"
             raise _failed(f"{where} is the first that differs from the source's", layer, at or error.error or 0.0, allowed) from None
-    if outside.late is not None and oracle_runs:
+    if manifest.has_states and whole is not None:
+        report["late_positions"] = _compare_long(directory, manifest, outside.engine, whole, allowed, seed)
+    elif outside.late is not None and oracle_runs:
         report["late_positions"] = _compare_late(directory, manifest, outside, allowed, seed)
     progress("verified", len(groups) + 1, len(groups) + 1)
     return report
@@ -194,6 +200,19 @@ def _compare_late(directory: Path, manifest: Manifest, outside: Outside, allowed
             raise _failed(f"the logits at position {start} differ from those of {outside.engine}", None, error, limit)
         done.append(start)
     return done
+
+
+def _compare_long(directory: Path, manifest: Manifest, engine: str, whole: Reference, allowed: float, seed: int) -> list[int]:
+    """Compare the last tokens of a sequence that is longer than the distance of two checkpoints: states are those of all tokens before,
+    and cannot be made up. Returns the position from which on tokens were compared."""
+    tokens = np.random.default_rng(seed).integers(0, manifest.vocab_size, min(LONG_TOKENS, manifest.context_length))
+    (last,) = deque(runtime_logits(directory, manifest, tokens), maxlen=1)
+    count = min(LATE_TOKENS, len(last))
+    start = len(tokens) - count
+    error = _error([last[-count:]], [whole(tokens)[-count:]])
+    if not error <= allowed:
+        raise _failed(f"the logits at position {start} differ from those of {engine}", None, error, allowed)
+    return [start]
 
 
 def _late_positions(manifest: Manifest) -> list[int]:

@@ -71,9 +71,12 @@ def test_a_traced_model_computes_what_transformers_computes(case: str, tmp_path:
     assert relative_error(got, logits_of(model, prompt)) < 1e-4
 
 
-def test_a_model_too_large_to_run_whole_is_compared_module_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["StableLm", "Mamba"])
+def test_a_model_too_large_to_run_whole_is_compared_module_by_module(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of Mamba reads the weights of its convolution without calling it."""
     monkeypatch.setattr(outside, "WHOLE_CHECKPOINT_BYTES", 0)
-    make_model("StableLm", {**LLAMA, "num_hidden_layers": 2}, tmp_path / "source")
+    sizes = {**LLAMA, "num_hidden_layers": 2}
+    make_model(kind, sizes if kind == "StableLm" else {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 199}, tmp_path / "source")
     report = import_model(tmp_path / "source", tmp_path / "model").report
     assert report["source_error"] < 1e-4 and report["source_greedy_equal"] == 1.0
 
