@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mesh.importer.trace.indexers import positions_chosen
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
@@ -52,8 +53,9 @@ class TransformersReference:
         torch, transformers = torch_and_transformers()
         ids = torch.from_numpy(np.asarray(tokens, np.int64)[None])
         given = {"position_ids": torch.arange(start, start + len(tokens))[None]} if "position_ids" in self._takes else {}
-        if cache is None:  # one without a configuration keeps every position, where no layer has a state
-            cache = transformers.DynamicCache(config=self._model.config if has_states(self._model.config) else None)
+        if cache is None:  # one without a configuration keeps every position, where no layer keeps more than keys and values
+            more = has_states(self._model.config) or positions_chosen(self._model) is not None
+            cache = transformers.DynamicCache(config=self._model.config if more else None)
         with torch.no_grad(), quiet():
             mask = torch.ones(1, start + len(tokens), dtype=torch.long)
             out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
