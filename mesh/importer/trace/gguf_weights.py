@@ -136,7 +136,7 @@ def divide_frequencies(checkpoint: GgufTensors, module: Any) -> None:
         return
     torch, _ = torch_and_transformers()
     factors = np.array(checkpoint.read(FREQUENCY_FACTORS), np.float32)
-    buffers = [each for name, each in module.named_buffers() if name.endswith("inv_freq")]
+    buffers = [each for name, each in module.named_buffers() if name.endswith("inv_freq") and "sliding_attention" not in name]
     if not buffers or any(tuple(each.shape) != factors.shape for each in buffers):
         raise CorruptModel(f"{checkpoint.path}: {FREQUENCY_FACTORS} has {factors.size} entries, which the rotary positions do not need")
     for each in buffers:
