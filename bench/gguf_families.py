@@ -59,6 +59,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "gemma3n_text": TIED | {"hidden_size_per_layer_input": 256, "laurel_rank": 64},
     "gemma4_text": TIED | {"global_head_dim": 16},
     "gemma2": TIED | {"query_pre_attn_scalar": 8},
+    "glm": {"seq_length": 320},
     "glm4_moe_lite": SIGMOID,
     "gpt2": {"n_inner": 128},
     "gpt_bigcode": {"n_inner": 128},
