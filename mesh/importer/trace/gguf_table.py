@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import erf, sqrt
 from typing import Any, Protocol
 
 import numpy as np
@@ -144,6 +145,16 @@ def _of_each(header: Header, key: str, layers: int) -> list[int]:
     return said[:layers] if isinstance(said, list) else [said] * layers
 
 
+def _gemma3n(header: Header, layers: int) -> Mapping[str, Any]:
+    scales = header.get("activation_sparsity_scale")
+    return {
+        "vocab_size_per_layer_input": header.shape("per_layer_token_embd.weight")[0],
+        "laurel_rank": header.shape("blk.0.laurel_l.weight")[0],
+        "intermediate_size": _of_each(header, "feed_forward_length", layers),
+        "activation_sparsity_pattern": [(1 + erf(each / sqrt(2))) / 2 for each in scales[:layers]],
+    }
+
+
 def _gemma4(header: Header, layers: int) -> Mapping[str, Any]:
     """Layers without a window have heads of another width, may have another number of keys, and may take their keys as values."""
     windowed = [bool(each) for each in header.get("attention.sliding_window_pattern")[:layers]]
@@ -226,6 +237,11 @@ def _taking_turns(parts: Sequence[Array], config: Any) -> Array:
     return both if both.ndim == 2 else both.swapaxes(1, 2)
 
 
+def _one_of(place: int) -> Change:
+    """One matrix of several that the file has in one tensor."""
+    return lambda parts, config: parts[0][place]
+
+
 def _row(parts: Sequence[Array], config: Any) -> Array:
     return parts[0].reshape(1, -1)
 
@@ -259,6 +275,7 @@ _GRANITE_MOE = {
     "shared_mlp.input_linear.weight": ("blk.{}.ffn_gate_shexp.weight", "blk.{}.ffn_up_shexp.weight"),
     "shared_mlp.output_linear.weight": ("blk.{}.ffn_down_shexp.weight",),
 }
+_ALTUP = (("altup_projections", "altup_proj.weight"), ("altup_unembed_projections", "altup_unembd_proj.weight"))
 
 ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     "afmoe": Architecture(
@@ -303,6 +320,19 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     ),
     "gemma": Architecture("gemma", norm_plus_one=True),
     "gemma2": Architecture("gemma2", norm_plus_one=True, settings=_both(_windows(2), _scaled_by_head)),
+    "gemma3n": Architecture(
+        "gemma3n_text",
+        keys={
+            "altup.active_idx": "altup_active_idx",
+            "altup.num_inputs": "altup_num_inputs",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+        },
+        implied=("activation_sparsity_scale", "feed_forward_length"),
+        settings=_both(_windows(5), _gemma3n),
+        tensors={f"{name}.{i}.weight": (tensor,) for i in range(3) for name, tensor in _ALTUP},
+        changes={f"{name}.{i}.weight": _one_of(i) for i in range(3) for name, _ in _ALTUP},
+    ),
     "gemma4": Architecture(
         "gemma4_text",
         keys={

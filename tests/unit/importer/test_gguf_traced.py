@@ -241,3 +241,33 @@ def test_a_file_that_lacks_a_weight_or_has_one_too_many_is_refused(tmp_path: Pat
     with pytest.raises(CorruptModel, match=r"starcoder2\.block_count is 0 where a number from 1"):
         import_model(path, out)
     assert not out.exists()
+
+
+class Holding:
+    """A file that has every tensor that is asked for, and `more`."""
+
+    path = "model.gguf"
+
+    def __init__(self, more: str) -> None:
+        self.more = more
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def __iter__(self) -> Any:
+        return iter((self.more,))
+
+
+def test_keys_of_a_layer_that_reads_those_of_an_earlier_one_are_left_out() -> None:
+    import transformers
+
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    values = {**LLAMA, "num_kv_shared_layers": 1, "layer_types": kinds, "head_dim": 16, "hidden_size_per_layer_input": 8}
+    traced = model_of(Path("model.gguf"), transformers.Gemma4TextConfig(**values))
+    gemma4 = architecture_of(Named("gemma4", {}))
+    holding: Any = Holding("blk.2.attn_k.weight")
+    assert GgufParameters(traced, holding, "gemma4", gemma4).unused == ["blk.2.attn_k.weight"]
+    for lost in ("blk.2.attn_x.weight", "blk.0.attn_x.weight"):
+        holding = Holding(lost)
+        with pytest.raises(UnsupportedModel, match=f"no use for the tensor {lost}"):
+            GgufParameters(traced, holding, "gemma4", gemma4)
