@@ -53,14 +53,22 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5_moe": {"intermediate_size": 48},
     "exaone4": NO_WINDOW | {"layer_types": ["full_attention"] * 2},
     "exaone_moe": SIGMOID,
+    "falcon": {"num_kv_heads": 1, "multi_query": True, "ffn_hidden_size": 128},
     "gemma": TIED,
+    "gemma3_text": TIED | {"query_pre_attn_scalar": 8},
+    "gemma3n_text": TIED | {"hidden_size_per_layer_input": 256, "laurel_rank": 64},
+    "gemma4_text": TIED | {"global_head_dim": 16},
     "gemma2": TIED | {"query_pre_attn_scalar": 8},
+    "glm": {"seq_length": 320},
     "glm4_moe_lite": SIGMOID,
     "gpt2": {"n_inner": 128},
     "gpt_bigcode": {"n_inner": 128},
     "granite": SCALES,
+    "hunyuan_v1_moe": {"moe_topk": [2, 2], "moe_intermediate_size": [56, 56], "num_shared_expert": [1, 1]},
     "granitemoe": SCALES,
     "granitemoeshared": SCALES | {"shared_intermediate_size": 24},
+    "llama4_text": {"attention_chunk_size": 8192, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 1}
+    | {"layer_types": ["chunked_attention"] * 3 + ["full_attention"]},
     "mellum": PATTERN,
     "minimax_m2": SIGMOID,
     "mistral": NO_WINDOW,
@@ -73,6 +81,8 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "starcoder2": NO_WINDOW,
 }
 """What the converter or llama.cpp asks of a tiny model besides."""
+TOKENIZER = {"model": {"vocab": {str(token): token for token in range(96)}}, "added_tokens": []}
+"""What the converter counts the tokens of."""
 
 
 def main() -> None:
@@ -136,6 +146,7 @@ def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     try:
         with quiet():
             expected = families.wanted(tiny_decoders.make(kind, source, OWN.get(kind, {})))
+            (source / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     except Exception as error:  # each family has its own demands on its sizes
         return {"outcome": "unmade", "why": families.one_line(error)}
     call = [sys.executable, __file__, "--work", options.work, "--llama", options.llama, "--convert", source, file]

@@ -78,6 +78,8 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "gemma4_unified_text": _SHARING,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "glm4v_text": _SECTIONS,
+    "glm4v_moe_text": _SECTIONS,
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
     "inkling2_loop_text": {"unpadded_vocab_size": 96, "num_hidden_layers": 3, "n_layers_per_attn_res_block": 1}
     | {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},

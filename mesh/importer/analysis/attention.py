@@ -124,23 +124,24 @@ def _softmax_pattern(graph: DecoderGraph, probe: GraphProbe, softmax: ir.Node, n
     shape = probe.shape(raw)
     heads = prod(shape[:-2]) // probe.batch
     q = find_operand(graph, probe, input_of(product, 0), shape[:-2], heads, False, f"queries of attention {number}")
-    k = find_operand(graph, probe, input_of(product, 1), shape[:-2], heads, True, f"keys of attention {number}")
-    v = find_operand(
-        graph,
-        probe,
-        input_of(weighted, 1),
-        probe.shape(weighted.outputs[0])[:-2],
-        heads,
-        False,
-        f"values of attention {number}",
-        True,
-        scores=False,
-    )
+
+    def keys(as_many: int | None) -> Operand:
+        what = f"keys of attention {number}"
+        return find_operand(graph, probe, input_of(product, 1), shape[:-2], heads, True, what, as_many=as_many)
+
+    def values(as_many: int | None) -> Operand:
+        leading, what = probe.shape(weighted.outputs[0])[:-2], f"values of attention {number}"
+        return find_operand(graph, probe, input_of(weighted, 1), leading, heads, False, what, True, scores=False, as_many=as_many)
+
+    k, v = keys(None), values(None)
+    if k.layout.heads != v.layout.heads:  # one of the two was repeated before it was cached: the cache has one number of heads
+        most = max(k.layout.heads, v.layout.heads)
+        k, v = keys(most), values(most)
     rank = len(shape)
 
-    def scores(at: GraphProbe, values: Array) -> Array:
-        rows, _, chunk, total = values.shape
-        given = values if rank == 4 else np.broadcast_to(values, (rows, heads, chunk, total)).reshape(at.shape(raw))
+    def scores(at: GraphProbe, numbers: Array) -> Array:
+        rows, _, chunk, total = numbers.shape
+        given = numbers if rank == 4 else np.broadcast_to(numbers, (rows, heads, chunk, total)).reshape(at.shape(raw))
         return np.reshape(at.derive({raw: given}).value(into), (rows, -1, chunk, total))
 
     sinks = None if column is None else _sinks(probe, column, heads, number)

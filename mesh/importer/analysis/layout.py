@@ -66,11 +66,12 @@ def find_operand(
     *,
     own_cache: bool = False,
     scores: bool = True,
+    as_many: int | None = None,
 ) -> Operand:
     """The best value to take new tokens' q, k or v from, and its layout.
 
     leading: the axes before the last two of the product the operand takes part in; None for an operand of Attention. scores: whether the
-    operand is of queries or keys.
+    operand is of queries or keys. as_many: the heads that it has to have; None: as few as it can.
     """
     cached = transposed if cached is None else cached
     best: tuple[tuple[int, int, int, int, int], Operand] | None = None
@@ -81,7 +82,7 @@ def find_operand(
         if not seen_cache:
             continue
         layout = _layout(probe, operand, value, scale, past, leading, heads, transposed)
-        if layout is None:
+        if layout is None or as_many not in (None, layout.heads):
             continue
         scaled = int(scale != 1.0)  # a scale of queries and keys becomes that of the scores; one of values is better left where it is
         rank = (0 if scores else scaled, layout.heads, layout.cost, -scaled, depth)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mesh.errors import UnsupportedModel, short
 from mesh.importer.families.spec import Rotary
 
-__all__ = ["frequencies", "rope_settings", "rotary_from_config", "shorter_context", "trained_context"]
+__all__ = ["CHANGES", "frequencies", "rope_settings", "rotary_from_config", "shorter_context", "trained_context"]
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -53,11 +53,12 @@ def trained_context(settings: Settings, context_length: int) -> int:
     return context_length
 
 
-def shorter_context(context: int, whole: int) -> str | None:
-    """What is said at import of a context that ends before the model's; None where it does not."""
-    if context >= whole:
-        return None
-    return f"the context ends at {context:,} of {whole:,} tokens: beyond that the rotary frequencies change with the length of the sequence"
+CHANGES = "the rotary frequencies change with the length of the sequence"
+
+
+def shorter_context(context: int, whole: int, why: str = CHANGES) -> str | None:
+    """What is said at import of a context that ends before the model's; None where it does not. `why`: what is so beyond it."""
+    return None if context >= whole else f"the context ends at {context:,} of {whole:,} tokens: beyond that {why}"
 
 
 def rotary_from_config(settings: Settings, *, head_dim: int, context_length: int) -> Rotary:

@@ -5,6 +5,7 @@ inputs.py       the role of each input, and the logits
 opset.py        opset 11 to 24
 contrib.py      com.microsoft operators; rules in contrib_norms, contrib_products, contrib_attention, helpers in contrib_rewriter
 nbits.py        onnxruntime's packed 4-bit and 8-bit weights
+casts.py        the type of a CastLike
 sequences.py    a tensor that is split into a sequence and taken apart again
 einsum.py       an Einsum that is a matrix product
 identities.py   nodes that hand their input on

@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 from mesh.importer.graph.decoder import Draft
 from mesh.importer.passes.batch import free_batch
 from mesh.importer.passes.branches import inline_one_branch, take_cache_branch
+from mesh.importer.passes.casts import name_types
 from mesh.importer.passes.contrib import rewrite_contrib
 from mesh.importer.passes.einsum import rewrite_einsum
 from mesh.importer.passes.experts import make_experts_static, mask_chosen_rows
@@ -70,6 +71,7 @@ PIPELINE: tuple[Pass | Repeat, ...] = (
     Pass(rewrite_sequences, "after the branches, which may hold some: no later pass knows what a sequence is"),
     Pass(drop_identities, "after the branches: inside one, an Identity would rename a value of the outer graph"),
     Pass(drop_single_input_nodes, "with the identities, which they are in all but name"),
+    Pass(name_types, "before anything asks what the scores depend on: not on the value that a CastLike has its type of"),
     Pass(append_sinks, "after the identities, which could stand between the parts of its pattern"),
     Pass(drop_shifts, "after the identities, which could stand between; what comes before a softmax is then its scores"),
     Pass(free_batch, "before the experts, whose indices are made for any number of rows"),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mesh.errors import CorruptModel
 from mesh.importer.families.decoder_source import weights_info
-from mesh.importer.families.rotary import shorter_context
+from mesh.importer.families.rotary import CHANGES, shorter_context
 from mesh.importer.sources.onnx import OnnxSource
 from mesh.importer.sources.onnx_file import in_one_form
 from mesh.importer.sources.quantized import QuantizedCheckpoint, open_checkpoint
@@ -23,6 +23,8 @@ from mesh.types import Progress, no_progress
 
 __all__ = ["TracedSource", "joined_notes", "open_source"]
 
+CHOOSES = "an indexer chooses the positions that attention reads, which is not served"
+
 
 def open_source(directory: Path, trust_remote_code: bool = False, progress: Progress = no_progress) -> TracedSource:
     """Trace the model of `directory`; reads only the headers of its weights. Errors: CorruptModel, UnsupportedModel."""
@@ -31,7 +33,7 @@ def open_source(directory: Path, trust_remote_code: bool = False, progress: Prog
     progress(f"build it with transformers {library['transformers']}", 0, 3)
     model = open_model(directory, trust_remote_code)
     parameters = Parameters(model, checkpoint)
-    if model.config is model.text:  # of a multimodal model only what text needs has to be there, which the graph says
+    if not model.alone:  # of a multimodal model only what text needs has to be there, which the graph says
         parameters.check_complete()
     progress(f"trace it with torch {library['torch']}", 1, 3)
     graph = export(model, parameters)
@@ -59,7 +61,7 @@ class TracedSource(OnnxSource):
         self.file, self.model, self.parameters = path, model, parameters
         config = {**model.text.to_dict(), "model_type": model.kind}
         self._open(lambda: in_one_form(self.file, graph), config)
-        if model.config is not model.text:
+        if model.alone:
             self.note = joined_notes("the text decoder alone: images and sounds are not served", self.note)
         rows = getattr(model.text, "vocab_size", None)
         if isinstance(rows, int) and rows != self.vocab_size:
@@ -67,9 +69,10 @@ class TracedSource(OnnxSource):
 
     def _context_length(self) -> int:
         """The most that the graph is right for; `note` says why where the model has more."""
-        whole, fixed = super()._context_length(), self.model.context
-        context = whole if fixed is None else min(whole, fixed)
-        self.note = shorter_context(context, whole)
+        whole = super()._context_length()
+        limits = [(most, why) for most, why in ((self.model.context, CHANGES), (self.model.chosen, CHOOSES)) if most is not None]
+        context, why = min([(whole, ""), *limits])
+        self.note = shorter_context(context, whole, why)
         return context
 
     @property

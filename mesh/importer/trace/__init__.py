@@ -10,6 +10,8 @@ latent.py      caches that hold what latents expand to
 states.py      caches whose layers carry states of a fixed size
 recurrences.py  what such layers compute, in a form that a graph can hold
 own_states.py  the same of families that keep their states in their modules, or in a cache of their own
+indexers.py    attention that an indexer makes sparse, up to as many positions as it chooses
+python_forms.py  what single families compute by Python's means, for a graph
 complex_numbers.py  complex rotary positions as pairs of real numbers
 reference.py   the model's own logits, one module's weights in memory at a time
 tokenizer.py   a tokenizer that has no tokenizer.json, converted

@@ -16,6 +16,7 @@ from mesh.importer.trace.complex_numbers import pairs_of_reals
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel, cache_shapes
+from mesh.importer.trace.python_forms import python_forms
 from mesh.importer.trace.recurrences import recurrences
 from mesh.importer.trace.states import LayerKeeps, cache_argument, states_of
 from mesh.importer.trace.weights import ModelParameters
@@ -35,7 +36,8 @@ def export(model: TracedModel, parameters: ModelParameters) -> ir.Model:
     torch, _ = torch_and_transformers()
     shapes = cache_shapes(model)
     with torch.device("meta"):
-        ids, mask = torch.zeros(BATCH, CHUNK, dtype=torch.long), torch.ones(BATCH, PAST + CHUNK, dtype=torch.long)
+        before = PAST if any(kept.anything for kept in shapes) else 0
+        ids, mask = torch.zeros(BATCH, CHUNK, dtype=torch.long), torch.ones(BATCH, before + CHUNK, dtype=torch.long)
         positions = torch.zeros(BATCH, CHUNK, dtype=torch.long)
         attention = [(layer, kept.attention) for layer, kept in enumerate(shapes) if kept.attention is not None]
         past = [(torch.zeros(BATCH, h, PAST, k), torch.zeros(BATCH, h, PAST, v)) for _, (h, k, v) in attention]
@@ -45,7 +47,15 @@ def export(model: TracedModel, parameters: ModelParameters) -> ir.Model:
     pairs = [f"{layer}.{which}" for layer, _ in attention for which in ("key", "value")]
     carried = [f"{layer}.{number}" for layer, kept in enumerate(shapes) for number in range(len(kept.states))]
     try:
-        with torch.no_grad(), quiet(), _numbers_kept(), pairs_of_reals(), recurrences(model.module), caches_of(model.module) as new_cache:
+        with (
+            torch.no_grad(),
+            quiet(),
+            _numbers_kept(),
+            pairs_of_reals(),
+            python_forms(model.module),
+            recurrences(model.module),
+            caches_of(model.module) as new_cache,
+        ):
             program = torch.onnx.export(
                 _wrapper(model.module, new_cache, shapes),
                 (ids, mask, positions, past, states),

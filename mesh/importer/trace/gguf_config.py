@@ -214,7 +214,8 @@ def _rotary(header: _Header, known: Any, values: Mapping[str, Any], architecture
     default = getattr(known, "rope_parameters", None)
     if not isinstance(default, dict):
         return {}  # a family without them
-    said = {key: value for key, value in header.keys.items() if key.startswith(ROTARY) and key not in architecture.keys}
+    read = (*architecture.keys, *architecture.implied)
+    said = {key: value for key, value in header.keys.items() if key.startswith(ROTARY) and key not in read}
     apart = "full_attention" in default
     settings = _turning(header, said, values, partial=not apart and "partial_rotary_factor" in default)
     base = float(said.pop("rope.freq_base_swa", settings["rope_theta"]))
@@ -255,7 +256,7 @@ def _turning(header: _Header, said: dict[str, Any], values: Mapping[str, Any], *
 def _check(header: _Header, config: Any, values: Mapping[str, Any], architecture: Architecture) -> None:
     """UnsupportedModel: the library has put another value in place of one that the file says, or the file has values of another width."""
     for name, value in values.items():
-        if name != "rope_parameters" and (getattr(config, name, None) or None) != (value or None):
+        if name not in ("rope_parameters", *architecture.spread) and (getattr(config, name, None) or None) != (value or None):
             raise UnsupportedModel(
                 f"{header.path}: transformers makes {name} {getattr(config, name, None)!r} of the file's {short(repr(value))}"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import erf, sqrt
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +44,7 @@ class Architecture:
     settings: those of several values of the file.
     pairs: queries and keys are stored with rotary pairs side by side.
     norm_plus_one: norms are stored as the multiplier, of which the model keeps one less.
+    spread: settings that the library takes and keeps under other names, layer by layer.
     tensors: the tensors of a parameter, {} for its layer, by the end of its name.
     changes: what makes a parameter of its tensors, by the end of its name.
     """
@@ -54,6 +56,7 @@ class Architecture:
     implied: tuple[str, ...] = ()
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     settings: Settings = lambda header, layers: {}
+    spread: tuple[str, ...] = ()
     pairs: bool = False
     norm_plus_one: bool = False
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -123,6 +126,54 @@ def _one_key(header: Header, layers: int) -> Mapping[str, Any]:
     return {"multi_query": header.get("attention.head_count_kv") == 1}
 
 
+def _falcon(header: Header, layers: int) -> Mapping[str, Any]:
+    """The first generation has one key for all heads; the second has several, and one norm or two."""
+    groups = header.get("attention.head_count_kv")
+    norms = 2 if header.has("blk.0.attn_norm_2.weight") else 1
+    second = {"new_decoder_architecture": True, "num_ln_in_parallel_attn": norms}
+    first = {"num_kv_heads": groups, "multi_query": groups == 1, "bias": header.has("blk.0.attn_qkv.bias")}
+    return {**first, **(second if groups > 1 else {})}
+
+
+def _llama4(header: Header, layers: int) -> Mapping[str, Any]:
+    return {"use_qk_norm": header.get("expert_count") != LLAMA4_MAVERICK_EXPERTS}
+
+
+def _of_each(header: Header, key: str, layers: int) -> list[int]:
+    """A setting of each layer, which the file may say once."""
+    said = header.get(key)
+    return said[:layers] if isinstance(said, list) else [said] * layers
+
+
+def _gemma3n(header: Header, layers: int) -> Mapping[str, Any]:
+    scales = header.get("activation_sparsity_scale")
+    return {
+        "vocab_size_per_layer_input": header.shape("per_layer_token_embd.weight")[0],
+        "laurel_rank": header.shape("blk.0.laurel_l.weight")[0],
+        "intermediate_size": _of_each(header, "feed_forward_length", layers),
+        "activation_sparsity_pattern": [(1 + erf(each / sqrt(2))) / 2 for each in scales[:layers]],
+    }
+
+
+def _gemma4(header: Header, layers: int) -> Mapping[str, Any]:
+    """Layers without a window have heads of another width, may have another number of keys, and may take their keys as values."""
+    windowed = [bool(each) for each in header.get("attention.sliding_window_pattern")[:layers]]
+    heads, wide = _of_each(header, "attention.head_count_kv", layers), _of_each(header, "feed_forward_length", layers)
+    whole = [layer for layer, each in enumerate(windowed) if not each]
+    own = {"head_dim": header.get("attention.key_length"), "num_key_value_heads": heads[whole[0]]}
+    tables = "per_layer_token_embd.weight"
+    return {
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
+        "num_key_value_heads": heads[windowed.index(True)] if any(windowed) else heads[0],
+        "intermediate_size": wide[0],
+        "use_double_wide_mlp": wide[-1] != wide[0],
+        "attention_k_eq_v": not header.has(f"blk.{whole[0]}.attn_v.weight"),
+        "enable_moe_block": header.has("blk.0.ffn_gate_inp.weight"),
+        "per_layer_config": dict.fromkeys(whole, own),
+        **({"vocab_size_per_layer_input": header.shape(tables)[0]} if header.has(tables) else {}),
+    }
+
+
 def _deepseek(header: Header) -> Architecture:
     """Three generations have one name: the last has no experts, and the middle one chooses them by sigmoids."""
     if header.get("expert_count") is None:
@@ -165,10 +216,30 @@ def _of_heads(parts: Sequence[Array], config: Any) -> Array:
     return array.reshape(3, config.num_attention_heads, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
 
 
+def _of_groups(parts: Sequence[Array], config: Any) -> Array:
+    """All queries, then all keys and all values -> those of each group of heads together."""
+    (array,) = parts
+    heads, groups = config.num_attention_heads, config.num_kv_heads
+    rows = array.reshape(heads + 2 * groups, -1, *array.shape[1:])
+    queries, keys, values = rows[:heads], rows[heads : heads + groups], rows[heads + groups :]
+    each = queries.reshape(groups, -1, *rows.shape[1:])
+    return np.concatenate([each, keys[:, None], values[:, None]], axis=1).reshape(array.shape)
+
+
+def _side_by_side(parts: Sequence[Array], config: Any) -> Array:
+    """Gates and ups of experts [experts, wide, in] -> [experts, in, 2 wide], the gates first."""
+    return np.concatenate(list(parts), axis=1).swapaxes(1, 2)
+
+
 def _taking_turns(parts: Sequence[Array], config: Any) -> Array:
     """Gates and ups of experts [experts, wide, ...] -> [experts, ..., 2 wide], one of each in turn."""
     both = np.stack(list(parts), axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
     return both if both.ndim == 2 else both.swapaxes(1, 2)
+
+
+def _one_of(place: int) -> Change:
+    """One matrix of several that the file has in one tensor."""
+    return lambda parts, config: parts[0][place]
 
 
 def _row(parts: Sequence[Array], config: Any) -> Array:
@@ -183,6 +254,7 @@ def _rows(parts: Sequence[Array], config: Any) -> Array:
 SOFTMAX, SIGMOID = 1, 2
 BY_SIGMOID: Mapping[str, tuple[Any, ...]] = {"expert_gating_func": (SIGMOID,)}
 GEMMA2_27B_LAYERS = 46
+LLAMA4_MAVERICK_EXPERTS = 128
 LATENT = ("attention.key_length", "attention.key_length_mla", "attention.value_length_mla", "attention.head_count_kv")
 EXPERTS = ("expert_feed_forward_length", "expert_shared_count", "leading_dense_block_count")
 KV_B = {"kv_b_proj.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight")}
@@ -203,6 +275,7 @@ _GRANITE_MOE = {
     "shared_mlp.input_linear.weight": ("blk.{}.ffn_gate_shexp.weight", "blk.{}.ffn_up_shexp.weight"),
     "shared_mlp.output_linear.weight": ("blk.{}.ffn_down_shexp.weight",),
 }
+_ALTUP = (("altup_projections", "altup_proj.weight"), ("altup_unembed_projections", "altup_unembd_proj.weight"))
 
 ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     "afmoe": Architecture(
@@ -238,8 +311,44 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         needs=BY_SIGMOID,
         settings=_both(_windows(4), _dense_first),
     ),
+    "falcon": Architecture(
+        "falcon",
+        fixed={"parallel_attn": True, "alibi": False},
+        needs={"tensor_data_layout": ("jploski", None)},
+        settings=_falcon,
+        changes=dict.fromkeys(("query_key_value.weight", "query_key_value.bias"), _of_groups),
+    ),
     "gemma": Architecture("gemma", norm_plus_one=True),
     "gemma2": Architecture("gemma2", norm_plus_one=True, settings=_both(_windows(2), _scaled_by_head)),
+    "gemma3n": Architecture(
+        "gemma3n_text",
+        keys={
+            "altup.active_idx": "altup_active_idx",
+            "altup.num_inputs": "altup_num_inputs",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+        },
+        implied=("activation_sparsity_scale", "feed_forward_length"),
+        settings=_both(_windows(5), _gemma3n),
+        tensors={f"{name}.{i}.weight": (tensor,) for i in range(3) for name, tensor in _ALTUP},
+        changes={f"{name}.{i}.weight": _one_of(i) for i in range(3) for name, _ in _ALTUP},
+    ),
+    "gemma4": Architecture(
+        "gemma4_text",
+        keys={
+            "attention.key_length_swa": "head_dim",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "expert_used_count": "top_k_experts",
+        },
+        implied=(
+            *("attention.key_length", "attention.value_length", "attention.value_length_swa", "attention.head_count_kv"),
+            *("feed_forward_length", "rope.dimension_count", "rope.dimension_count_swa"),
+        ),
+        settings=_gemma4,
+        spread=("per_layer_config", "head_dim", "num_key_value_heads"),
+        tensors={"router.scale": ("blk.{}.ffn_gate_inp.scale",), "router.per_expert_scale": ("blk.{}.ffn_down_exps.scale",)},
+    ),
     "glm4": Architecture("glm4"),
     "glm4moe": Architecture("glm4_moe", needs={"expert_gating_func": (SIGMOID, None)}),
     "gpt2": Architecture("gpt2", changes=_CONV1D, implied=("attention.head_count_kv",)),
@@ -258,13 +367,30 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     "granite": Architecture("granite", pairs=True),
     "granitemoe": Architecture("granitemoeshared", pairs=True, tensors=_GRANITE_MOE, changes={"shared_mlp.input_linear.weight": _rows}),
     "hunyuan-dense": Architecture("hunyuan_v1_dense"),
+    "hunyuan-moe": Architecture(
+        "hunyuan_v1_moe",
+        keys={"expert_used_count": "moe_topk"},
+        implied=("expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_shared_count"),
+    ),
     "jais2": Architecture("jais2"),
+    "llama4": Architecture(
+        "llama4_text",
+        fixed={"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1, "attn_temperature_tuning": True},
+        keys={"feed_forward_length": "intermediate_size_mlp", "interleave_moe_layer_step": "interleave_moe_layer_step"},
+        settings=_llama4,
+        tensors={
+            "experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
+            "experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
+        },
+        changes={"experts.gate_up_proj": _side_by_side, "experts.down_proj": _turned_experts},
+    ),
     "minicpm3": Architecture(
         "minicpm3",
         fixed={"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4},
         implied=("attention.key_length", "attention.head_count_kv"),
         settings=_latent,
     ),
+    "minimax-m2": Architecture("minimax_m2", needs=BY_SIGMOID),
     "nemotron": Architecture("nemotron", norm_plus_one=True),
     "olmo": Architecture("olmo", pairs=True, needs={"attention.layer_norm_epsilon": (np.float32(1e-5),)}),
     "olmo2": _olmo,

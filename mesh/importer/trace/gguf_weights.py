@@ -21,6 +21,8 @@ __all__ = ["GgufParameters", "divide_frequencies"]
 Array = npt.NDArray[Any]
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
+KEPT_ELSEWHERE = re.compile(r"\.attn_(k|v|k_norm)\.weight$")
+"""What a layer that reads the keys and values of an earlier one has no use for, although files have it."""
 LAYER = re.compile(r"\.(\d+)\.")
 HALVED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
 
@@ -47,7 +49,9 @@ class GgufParameters(ModelParameters):
         used = {tensor for tensors in self._tensors.values() for tensor in tensors} | {FREQUENCY_FACTORS}
         self.unused = [tensor for tensor in checkpoint if tensor not in used]
         ahead = [tensor for tensor in self.unused if _layer(tensor) >= model.text.num_hidden_layers]
-        lost = next((tensor for tensor in self.unused if tensor not in ahead), None)
+        own = model.text.num_hidden_layers - (getattr(model.text, "num_kv_shared_layers", None) or 0)
+        shared = [tensor for tensor in self.unused if _layer(tensor) >= own and KEPT_ELSEWHERE.search(tensor)]
+        lost = next((tensor for tensor in self.unused if tensor not in (*ahead, *shared)), None)
         self.note = "the layers that guess tokens ahead are left out" if ahead else None
         if lost is not None:
             raise UnsupportedModel(
@@ -136,7 +140,7 @@ def divide_frequencies(checkpoint: GgufTensors, module: Any) -> None:
         return
     torch, _ = torch_and_transformers()
     factors = np.array(checkpoint.read(FREQUENCY_FACTORS), np.float32)
-    buffers = [each for name, each in module.named_buffers() if name.endswith("inv_freq")]
+    buffers = [each for name, each in module.named_buffers() if name.endswith("inv_freq") and "sliding_attention" not in name]
     if not buffers or any(tuple(each.shape) != factors.shape for each in buffers):
         raise CorruptModel(f"{checkpoint.path}: {FREQUENCY_FACTORS} has {factors.size} entries, which the rotary positions do not need")
     for each in buffers:

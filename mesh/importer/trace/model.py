@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.trace.indexers import INDEXED, positions_chosen
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
+from mesh.importer.trace.python_forms import python_forms
 from mesh.importer.trace.recurrences import recurrences
 from mesh.importer.trace.states import LayerKeeps, cache_argument, fresh_layers, kept_by
 
@@ -24,16 +27,22 @@ CARRYING = frozenset(("conv", "linear_attention", "mamba", "mlp"))
 """Entries of `layer_types` whose state has a fixed size (states.py), or of layers beside these that keep nothing."""
 
 
+DECIDES = ("Tensor.item()", "torch.nonzero()", "Cannot copy out of meta tensor")
+"""What torch says of a model that asks for a number where there are none."""
+
+
 @dataclass(frozen=True, eq=False)
 class TracedModel:
-    """`module`: every parameter and buffer on the meta device. `config` is the whole one; `text` is that of its language model. `path`: the
-    file that says what the model is. `finish` changes buffers that no configuration describes."""
+    """`module`: every parameter and buffer on the meta device. `config` is its own, `text` that of the language model in it. `path`: the
+    file that says what the model is. `finish` changes buffers that no configuration describes. `alone`: of a model of images or sounds the
+    language model is all that is served."""
 
     path: Path
     module: Any
     config: Any
     text: Any
     finish: Callable[[Any], None] = field(default=lambda _: None)
+    alone: bool = False
 
     @property
     def kind(self) -> str:
@@ -43,6 +52,11 @@ class TracedModel:
     def context(self) -> int | None:
         """The most positions for which the graph is right, where the rotary frequencies change with the length; None if they do not."""
         return _fixed_rotary(self.text)
+
+    @property
+    def chosen(self) -> int | None:
+        """The same where an indexer chooses what attention reads."""
+        return positions_chosen(self.module)
 
     @cached_property
     def real(self) -> Any:
@@ -61,14 +75,13 @@ def open_model(directory: Path, trust_remote_code: bool = False) -> TracedModel:
 def model_of(path: Path, config: Any, finish: Callable[[Any], None] = lambda _: None) -> TracedModel:
     """The model with the configuration that `path` says. UnsupportedModel as `open_model`."""
     text = config.get_text_config(decoder=True)
+    alone = text is not config
     _refuse_by_config(path, config, text)
-    torch, _ = torch_and_transformers()
-    with torch.device("meta"), quiet():
-        module = _build(config)
+    module, config = _built(config, text)
     _refuse_state(path, config, type(module))
     _refuse_attention(path, config, text, module)
     _fix_rotary(module)
-    return TracedModel(path, module, config, text, finish)
+    return TracedModel(path, module, config, text, finish, alone)
 
 
 def _config(directory: Path, trust_remote_code: bool) -> Any:
@@ -126,7 +139,7 @@ def _refuse_by_config(path: Path, config: Any, text: Any) -> None:
     architectures = " ".join(config.architectures or ())
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in architectures:
         raise UnsupportedModel(f"{path}: {kind} is an encoder with a decoder: only decoders alone are served")
-    state = sorted({str(each) for each in getattr(text, "layer_types", None) or ()} - ATTENTION - CARRYING)
+    state = sorted({str(each) for each in getattr(text, "layer_types", None) or ()} - ATTENTION - CARRYING - {INDEXED})
     if state:
         raise _stateful(path, kind, f"its layers are {', '.join(state)}")
 
@@ -143,6 +156,10 @@ def _refuse_attention(path: Path, config: Any, text: Any, module: Any) -> None:
             f"{path}: no layer of {config.model_type} makes keys and values of its own: it drafts tokens for another model, and reads "
             "those of that: not served"
         )
+    if INDEXED in (getattr(text, "layer_types", None) or ()) and positions_chosen(module) is None:
+        raise UnsupportedModel(
+            f"{path}: {config.model_type} has indexers that choose what its attention reads, of a form that is not known: not served"
+        )
     if getattr(text, "keep_window_size", None):
         raise UnsupportedModel(
             f"{path}: {config.model_type} adds a number made of each position's values to its scores, and hides the lowest beyond "
@@ -156,17 +173,31 @@ def _stateful(path: Path, kind: str, seen: str) -> UnsupportedModel:
     )
 
 
+def _built(config: Any, text: Any) -> tuple[Any, Any]:
+    """The module without memory, and its configuration: the language model alone where transformers cannot build what is around it."""
+    torch, _ = torch_and_transformers()
+    with torch.device("meta"), quiet():
+        try:
+            return _build(config), config
+        except UnsupportedModel:
+            if text is config:
+                raise
+            with suppress(UnsupportedModel):
+                return _build(text), text
+            raise
+
+
 def _build(config: Any) -> Any:
     """A module with that configuration: the causal language model, or the multimodal model around one."""
     torch, transformers = torch_and_transformers()
     for each in (config, config.get_text_config(decoder=True)):
         each._experts_implementation = "batched_mm"  # the one whose shapes do not depend on the tokens
     last: Exception | None = None
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        if type(config) not in auto._model_mapping and not getattr(config, "auto_map", None):
-            continue
+    autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    known = [auto.from_config for auto in autos if type(config) in auto._model_mapping or getattr(config, "auto_map", None)]
+    for make in known or [each._from_config for each in _causal_models(type(config))]:
         try:
-            return auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+            return make(config, attn_implementation="eager", dtype=torch.float32).eval()
         except Exception as error:  # the libraries raise whatever a wrong value leads to
             last = error
     if last is None:
@@ -174,6 +205,15 @@ def _build(config: Any) -> Any:
     raise UnsupportedModel(
         f"{config.model_type}: transformers cannot build it ({type(last).__name__}: {' '.join(str(last).split())[:300]})"
     )
+
+
+def _causal_models(config: type) -> list[Any]:
+    """The causal language models beside a configuration that no list of the library has: it is a part of another one."""
+    if not config.__module__.startswith("transformers.models."):  # nothing of a directory's own code is imported here
+        return []
+    home = import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    named = [each for name, each in vars(home).items() if name.endswith("ForCausalLM")]
+    return [each for each in named if getattr(each, "config_class", None) is config]
 
 
 @contextmanager
@@ -195,7 +235,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def cache_shapes(model: TracedModel) -> list[LayerKeeps]:
-    """What each layer keeps, from a run without numbers."""
+    """What each layer keeps, from a run without numbers. Nothing where the model has no cache: its graph is then one of whole sequences."""
     torch, transformers = torch_and_transformers()
     path, kind = model.path, model.kind
     try:
@@ -203,6 +243,7 @@ def cache_shapes(model: TracedModel) -> list[LayerKeeps]:
             torch.device("meta"),
             torch.no_grad(),
             quiet(),
+            python_forms(model.module),
             recurrences(model.module),
             caches_of(model.module) as new_cache,
             _attentions(model.module) as calls,
@@ -211,14 +252,16 @@ def cache_shapes(model: TracedModel) -> list[LayerKeeps]:
             ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
             model.module(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_argument(model.module): cache})
     except Exception as error:
+        if any(each in str(error) for each in DECIDES):
+            raise UnsupportedModel(
+                f"{path}: {kind} asks for numbers while it runs, to decide what it computes ({_first(error)[:120]}): it cannot be traced"
+            ) from None
         raise UnsupportedModel(f"{path}: {kind} does not run on token ids and a cache ({_first(error)})") from None
     if max(calls.values(), default=0) > 1:
         raise UnsupportedModel(
             f"{path}: the layers of {kind} run {max(calls.values())} times for each token, on what the last time has made: they cannot be "
             "divided between shards"
         )
-    if not cache.layers:
-        raise UnsupportedModel(f"{path}: {kind} does not fill the key/value cache that it is given: such a model is not served")
     library = transformers.cache_utils
     served = (library.DynamicLayer, library.LinearAttentionLayer, library.LinearAttentionAndFullAttentionLayer)
     shapes = [kept_by(layer) for layer in cache.layers]

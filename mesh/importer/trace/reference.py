@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mesh.importer.trace.indexers import positions_chosen
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
@@ -55,7 +56,9 @@ class TransformersReference:
         ids = torch.from_numpy(np.asarray(tokens, np.int64)[None])
         given: dict[str, Any] = {"position_ids": torch.arange(start, start + len(tokens))[None]} if "position_ids" in self._takes else {}
         if cache is None and not has_states(self._model.config):
-            cache = transformers.DynamicCache()  # without a configuration it keeps every position
+            # One without a configuration keeps every position; an indexer's has a place for more.
+            chooses = positions_chosen(self._model) is not None
+            cache = transformers.DynamicCache(config=self._model.config if chooses else None)
         given |= {"use_cache": cache is not None, cache_argument(self._model): cache}
         with torch.no_grad(), quiet():
             mask = torch.ones(1, start + len(tokens), dtype=torch.long)

@@ -23,6 +23,8 @@ from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
 __all__ = ["ModelParameters", "Parameters"]
 
 Array = npt.NDArray[Any]
+INSIDE = "language_model."
+"""Where models of images or sounds have their language model."""
 
 
 class NamedTensors(Protocol):
@@ -120,6 +122,8 @@ class Parameters(ModelParameters):
             target, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
             if target not in self._state and name in self._state:
                 target, pattern = name, None
+            if target not in self._state and INSIDE in name:  # the language model of this checkpoint was built alone
+                target, pattern = rename_source_key(name.replace(INSIDE, "", 1), renamings, converters, prefix, self._state)
             if target not in self._state:
                 self.unused.append(name)
                 continue

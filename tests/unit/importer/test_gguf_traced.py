@@ -50,6 +50,14 @@ def norms_plus_one(name: str, array: np.ndarray) -> np.ndarray:
     return array + 1 if name.endswith("norm.weight") else array
 
 
+def kinds_apart(name: str, array: np.ndarray) -> np.ndarray:
+    """Queries, keys and values of Falcon as llama.cpp's converter stores them: each kind together, not each group of heads."""
+    if not name.endswith("query_key_value.weight"):
+        return array
+    groups = array.reshape(KV_HEADS, HEADS // KV_HEADS + 2, -1, array.shape[-1])
+    return np.concatenate([groups[:, each].reshape(-1, array.shape[-1]) for each in (slice(0, -2), [-2], [-1])])
+
+
 def fits(array: Any) -> bool:
     """Whether a matrix has blocks of 32."""
     return array.ndim == 2 and array.shape[1] % 32 == 0
@@ -105,6 +113,7 @@ GEMMA2 = {
     "attn_logit_softcapping": 5.0,
     "final_logit_softcapping": 9.0,
 }
+FALCON = {**SIZES, "attention.layer_norm_epsilon": 1e-5, "tensor_data_layout": "jploski"}
 CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     "as they are": ("starcoder2", "Starcoder2", {**BASE, "sliding_window": None, "norm_epsilon": 1e-5}, STARCODER2, as_it_is),
     "pairs, and four scales": (
@@ -115,6 +124,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
         | {"residual_multiplier": 0.5, "logits_scaling": 2.0},
         GRANITE,
         in_pairs,
+    ),
+    "groups of heads in one matrix": (
+        "falcon",
+        "Falcon",
+        BASE | {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "ffn_hidden_size": LLAMA["intermediate_size"]},
+        FALCON,
+        kinds_apart,
     ),
     "norms, soft caps and windows": (
         "gemma2",
@@ -225,3 +241,33 @@ def test_a_file_that_lacks_a_weight_or_has_one_too_many_is_refused(tmp_path: Pat
     with pytest.raises(CorruptModel, match=r"starcoder2\.block_count is 0 where a number from 1"):
         import_model(path, out)
     assert not out.exists()
+
+
+class Holding:
+    """A file that has every tensor that is asked for, and `more`."""
+
+    path = "model.gguf"
+
+    def __init__(self, more: str) -> None:
+        self.more = more
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def __iter__(self) -> Any:
+        return iter((self.more,))
+
+
+def test_keys_of_a_layer_that_reads_those_of_an_earlier_one_are_left_out() -> None:
+    import transformers
+
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    values = {**LLAMA, "num_kv_shared_layers": 1, "layer_types": kinds, "head_dim": 16, "hidden_size_per_layer_input": 8}
+    traced = model_of(Path("model.gguf"), transformers.Gemma4TextConfig(**values))
+    gemma4 = architecture_of(Named("gemma4", {}))
+    holding: Any = Holding("blk.2.attn_k.weight")
+    assert GgufParameters(traced, holding, "gemma4", gemma4).unused == ["blk.2.attn_k.weight"]
+    for lost in ("blk.2.attn_x.weight", "blk.0.attn_x.weight"):
+        holding = Holding(lost)
+        with pytest.raises(UnsupportedModel, match=f"no use for the tensor {lost}"):
+            GgufParameters(traced, holding, "gemma4", gemma4)

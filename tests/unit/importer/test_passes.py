@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from mesh.importer.graph.decoder import Draft
+from mesh.importer.passes.casts import name_types
 from mesh.importer.passes.identities import drop_identities, drop_single_input_nodes
 from mesh.importer.passes.pipeline import PIPELINE, Pass, Repeat, run_passes
 from mesh.importer.passes.sequences import rewrite_sequences
@@ -55,6 +56,20 @@ def test_nodes_that_hand_their_input_on_are_removed_and_a_used_dropout_mask_is_n
     assert drop_single_input_nodes(draft)
     assert [node.op_type for node in draft.model.graph] == ["Relu", "Dropout", "Where"]
     assert not drop_single_input_nodes(draft)
+
+
+def test_a_cast_to_the_type_of_another_value_no_longer_depends_on_that_value() -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    least = ir.Value(name="least", const_value=ir.tensor(np.array([-7, 3])), shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64))
+    like = ir.node("CastLike", [least, x])
+    total = ir.node("Add", [like.outputs[0], x])
+    draft = draft_of(like, total, x=x, output=total.outputs[0])
+    draft.model.graph.register_initializer(least)
+    draft.model.graph.outputs[0].dtype = ir.DataType.FLOAT
+    assert name_types(draft) and not name_types(draft)
+    assert [node.op_type for node in draft.model.graph] == ["Cast", "Add"]
+    (got,) = ReferenceEvaluator(ir.to_proto(draft.model)).run(None, {"x": np.array([0.5, 1], np.float32)})
+    assert np.array_equal(got, np.array([-6.5, 4], np.float32))
 
 
 def test_the_parts_of_a_split_sequence_become_slices() -> None:

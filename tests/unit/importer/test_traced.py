@@ -46,6 +46,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "hidden_size_per_layer_input": 8}
         | {"vocab_size_per_layer_input": LLAMA["vocab_size"], "eos_token_id": None, "bos_token_id": None},
     ),
+    "keys picked by a list of one number": (
+        "Falcon",
+        {**LLAMA, "num_hidden_layers": 2, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 112},
+    ),
+    "a bias of positions from the end": (
+        "Mpt",
+        {"vocab_size": LLAMA["vocab_size"], "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
+    ),
     "latents in the cache": (
         "DeepseekV3",
         {**LLAMA, "num_hidden_layers": 2, "num_key_value_heads": LLAMA["num_attention_heads"], "q_lora_rank": 24, "kv_lora_rank": 16}
@@ -113,11 +121,81 @@ def test_what_cannot_be_traced_is_refused_by_name_before_anything_is_written(tmp
     assert not out.exists()
 
 
+INDEXED = (
+    "DeepseekV32",
+    {**LLAMA, "num_hidden_layers": 2, "num_key_value_heads": LLAMA["num_attention_heads"], "q_lora_rank": 24, "kv_lora_rank": 16}
+    | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+    | {
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 40,
+    },
+)
+
+
+def test_a_context_ends_where_an_indexer_would_leave_positions_out(tmp_path: Path) -> None:
+    model = make_model(*INDEXED, tmp_path / "source")
+    manifest = import_model(tmp_path / "source", tmp_path / "model")
+    assert manifest.context_length == 40 and manifest.report["source_greedy_equal"] == 1.0
+    assert "context ends at 40 of 256 tokens: beyond that an indexer chooses the positions" in manifest.report["note"]
+    prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 40).tolist()
+    assert relative_error(Chain(tmp_path / "model", manifest.cache)(prompt), logits_of(model, prompt)) < 1e-4
+
+
+def test_a_model_that_keeps_nothing_between_steps_gets_a_cache(tmp_path: Path) -> None:
+    values = {"vocab_size": LLAMA["vocab_size"], "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    model = make_model("OpenAIGPT", values, tmp_path / "source")
+    manifest = import_model(tmp_path / "source", tmp_path / "model")
+    assert [kept.kv_heads for kept in manifest.cache] == [4, 4]
+    prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 23).tolist()
+    chain = Chain(tmp_path / "model", manifest.cache)
+    got = np.concatenate([chain(prompt[:9]), chain(prompt[9:])])
+    assert relative_error(got, logits_of(model, prompt)) < 1e-4
+
+
+def test_the_language_model_is_built_alone_where_what_is_around_it_needs_another_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    source = tmp_path / "source"
+    model = make_model("Gemma2", {**LLAMA, "num_hidden_layers": 2, "head_dim": 16}, source)
+    whole = transformers.PaliGemmaConfig(text_config=model.config.to_dict(), vision_config={"num_hidden_layers": 1})
+    whole.save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    inside = {name.replace("model.", "model.language_model.", 1): each for name, each in tensors.items()}
+    save_file(inside, source / "model.safetensors")
+
+    def needs_more(*_: Any, **__: Any) -> None:
+        raise ImportError("the vision tower needs a package that is not there")
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_config", needs_more)
+    manifest = import_model(source, tmp_path / "model")
+    assert "the text decoder alone" in manifest.report["note"] and manifest.report["source_greedy_equal"] == 1.0
+    prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 23).tolist()
+    assert relative_error(Chain(tmp_path / "model", manifest.cache)(prompt), logits_of(model, prompt)) < 1e-4
+
+
 EARLY: dict[str, tuple[str, dict[str, Any], str]] = {
     "layers that run several times": (
         "HrmText",
         {**LLAMA, "num_hidden_layers": 6, "H_cycles": 2, "L_cycles": 2, "head_dim": 16},
         r"the layers of hrm_text run \d times for each token, .* cannot be divided between shards",
+    ),
+    "a choice by numbers in Python": (
+        "JetMoe",
+        {"vocab_size": LLAMA["vocab_size"], "hidden_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 16}
+        | {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+        r"jetmoe asks for numbers while it runs, to decide what it computes \(.*\): it cannot be traced",
+    ),
+    "an indexer of another form": (
+        "Qwen4ExpText",
+        {**LLAMA, "num_hidden_layers": 2, "layer_types": ["indexed_attention", "full_attention"]},
+        r"qwen4_exp_text",
     ),
     "scores with a part of the values": (
         "Doge",
