@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -77,7 +77,7 @@ async def together(mesh: LocalMesh, length: int, arrivals: int, seed: int) -> di
 def take_turns(args: argparse.Namespace, shards: Sequence[int]) -> dict[str, Any]:
     """The part `together`: meshes and llama.cpp in turn, prompts of every length."""
     llama = Llama(args.llama, os.cpu_count() or 1) if args.llama and args.gguf else None
-    meshes = {count: mesh_of(args.model, count, ARRIVALS, max(args.lengths) + ANSWER) for count in shards}
+    meshes = {count: mesh_of(args.model, count, args.rows, max(args.lengths) + ANSWER) for count in shards}
     found: dict[str, dict[int, list[dict[str, float]]]] = {}
     try:
         for mesh in meshes.values():
@@ -89,9 +89,9 @@ def take_turns(args: argparse.Namespace, shards: Sequence[int]) -> dict[str, Any
                     name = f"{count} shard" + "s" * (count > 1)
                     found.setdefault(name, {}).setdefault(length, []).append(asyncio.run(together(mesh, length, args.arrivals, turn)))
                 if llama is not None:
-                    batches = max(args.arrivals // ARRIVALS, 1)
-                    times, _ = llama.decode(args.gguf, [ARRIVALS], length, ANSWER)
-                    first, step = times[ARRIVALS]["prefill"], times[ARRIVALS]["step"]
+                    batches = max(args.arrivals // args.rows, 1)
+                    times, _ = llama.decode(args.gguf, [args.rows], length, ANSWER)
+                    first, step = times[args.rows]["prefill"], times[args.rows]["step"]
                     whole = first + step * ANSWER
                     row = {"first_p50_s": first, "firsts_s": first + whole * (batches - 1), "last_s": whole * batches}
                     found.setdefault("llama.cpp", {}).setdefault(length, []).append(row)
@@ -164,21 +164,25 @@ async def at_rate(client: AsyncMeshClient, rate: float, seconds: float, seed: in
     return outcomes
 
 
-async def poisson(mesh: LocalMesh, seconds: float) -> dict[str, Any]:
+async def poisson(mesh: LocalMesh, seconds: float, rates: Sequence[float]) -> dict[str, Any]:
+    """The share of requests that have a first token within 2 s and a mean time between tokens of 2.5 lone steps, at each of `rates`;
+    without any, at ever higher ones until fewer than 95 % have."""
     async with AsyncMeshClient(mesh.url, model=mesh.manifest.name, stall_timeout_s=600.0) as client:
         for turn in range(2):
             _, (lone,) = await all_of(client, [wish(16, 64, turn)])
         lone_s = statistics.median(b - a for a, b in pairwise(lone.token_s))
         rows: list[dict[str, Any]] = []
-        rate = 0.25
-        while not rows or rows[-1]["good"] >= 0.95:
+        ever_higher = (0.25 * 1.25**turn for turn in count())
+        for rate in rates or ever_higher:
+            if not rates and rows and rows[-1]["good"] < 0.95:
+                break
             outcomes = await at_rate(client, rate, seconds, seed=7)
             kept = [each.token_s[0] - each.sent_s <= 2.0 and pace(each) <= 2.5 * lone_s for each in outcomes if each.token_s]
             first = sorted(each.token_s[0] - each.sent_s for each in outcomes if each.token_s)
             rows.append({"rate": round(rate, 2), "requests": len(outcomes), "good": round(sum(kept) / len(outcomes), 3)})
+            rows[-1] |= {"pace_p95_ms": round(1e3 * sorted(pace(each) for each in outcomes)[int(len(outcomes) * 0.95)], 1)}
             rows[-1] |= {"first_p95_s": round(first[int(len(first) * 0.95)], 2), "failed": len(failed(outcomes))}
             print(rows[-1], file=sys.stderr, flush=True)
-            rate *= 1.25
     return {
         "lone_step_ms": round(1e3 * lone_s, 1),
         "rates": rows,
@@ -201,9 +205,11 @@ def main() -> None:
     parser.add_argument("--shards", type=numbers, default=[1, 3])
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["together", "beside", "overtake", "poisson"])
     parser.add_argument("--lengths", type=numbers, default=[8, 32, 128])
-    parser.add_argument("--arrivals", type=int, default=ARRIVALS, help="of `together`; the rows stay 32")
+    parser.add_argument("--arrivals", type=int, default=ARRIVALS, help="of `together`")
+    parser.add_argument("--rows", type=int, default=ARRIVALS, help="of `together`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each rate of `poisson`")
+    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[], help="of `poisson`, a second")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--llama", type=Path, help="the folder of llama.cpp's tools")
     parser.add_argument("--out", type=Path)
@@ -215,14 +221,14 @@ def main() -> None:
     alone = {
         "beside": (lambda mesh: beside(mesh, args.rounds), 32, 1024),
         "overtake": (lambda mesh: overtake(mesh, args.rounds), 4, 6144),
-        "poisson": (lambda mesh: poisson(mesh, args.seconds), 32, 2048),
+        "poisson": (lambda mesh: poisson(mesh, args.seconds, args.rates), 32, 2048),
     }
     for part in (part for part in args.parts if part in alone):
         run, rows, context = alone[part]
-        for count in args.shards:
-            with mesh_of(args.model, count, rows, context) as mesh:
-                results.setdefault(part, {})[count] = asyncio.run(run(mesh))
-            print(json.dumps({part: {count: results[part][count]}}), flush=True)
+        for shards in args.shards:
+            with mesh_of(args.model, shards, rows, context) as mesh:
+                results.setdefault(part, {})[shards] = asyncio.run(run(mesh))
+            print(json.dumps({part: {shards: results[part][shards]}}), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1))
