@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -172,8 +172,7 @@ async def poisson(mesh: LocalMesh, seconds: float, rates: Sequence[float]) -> di
             _, (lone,) = await all_of(client, [wish(16, 64, turn)])
         lone_s = statistics.median(b - a for a, b in pairwise(lone.token_s))
         rows: list[dict[str, Any]] = []
-        ever_higher = (0.25 * 1.25**turn for turn in count())
-        for rate in rates or ever_higher:
+        for rate in rates or [0.25 * 1.25**turn for turn in range(40)]:
             if not rates and rows and rows[-1]["good"] < 0.95:
                 break
             outcomes = await at_rate(client, rate, seconds, seed=7)
@@ -225,10 +224,10 @@ def main() -> None:
     }
     for part in (part for part in args.parts if part in alone):
         run, rows, context = alone[part]
-        for shards in args.shards:
-            with mesh_of(args.model, shards, rows, context) as mesh:
-                results.setdefault(part, {})[shards] = asyncio.run(run(mesh))
-            print(json.dumps({part: {shards: results[part][shards]}}), flush=True)
+        for count in args.shards:
+            with mesh_of(args.model, count, rows, context) as mesh:
+                results.setdefault(part, {})[count] = asyncio.run(run(mesh))
+            print(json.dumps({part: {count: results[part][count]}}), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1))

@@ -6,12 +6,15 @@ import contextlib
 import os
 from functools import cache
 from pathlib import Path
+from typing import TypedDict
 
 import jax
 
 from mesh.host.processor import machine_id
+from mesh.kernels.library import kernels
+from mesh.runtime.cache import in_blocks
 
-__all__ = ["keeps_programs", "memory", "prepare", "processor"]
+__all__ = ["Habits", "keeps_programs", "memory", "memory_habits", "prepare", "processor"]
 
 _WORKER = "tf_XLAEigen"
 """The name of the threads that compute."""
@@ -30,6 +33,18 @@ def prepare() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     _pin_workers()
     _prepared = True
+
+
+class Habits(TypedDict):
+    """What of a process its memory depends on: see mesh/model/memory.py."""
+
+    widens: bool
+    in_blocks: bool
+
+
+def memory_habits() -> Habits:
+    """Those of this process."""
+    return {"widens": kernels().name is None, "in_blocks": in_blocks()}
 
 
 def keeps_programs() -> bool:

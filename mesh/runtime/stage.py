@@ -30,14 +30,14 @@ import numpy as np
 
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
-from mesh.kernels.library import kernels
 from mesh.model.arrivals import Arrivals
 from mesh.model.grammar import Vocabulary
 from mesh.model.manifest import Manifest
 from mesh.model.memory import SPARE_STATES, STATE_PLACES, MemoryNeed, predict
 from mesh.protocol.frame import EMBEDDED, NOT_ALLOWED
 from mesh.runtime.buckets import Buckets
-from mesh.runtime.cache import SLACK, in_blocks
+from mesh.runtime.cache import SLACK
+from mesh.runtime.device import memory_habits
 from mesh.runtime.engine import SampledToken, StageCounters
 from mesh.runtime.kernel_variants import VariantTable
 from mesh.runtime.loading import Block, block_names, load_block
@@ -175,8 +175,7 @@ class Stage:
             context=context,
             chunk=config.chunk,
             kv_cache=kept,
-            widens=kernels().name is None,
-            in_blocks=in_blocks(),
+            **memory_habits(),
         )
         allowed = config.max_memory_bytes
         if allowed is not None and need.total_bytes > allowed:

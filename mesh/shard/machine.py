@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from mesh.host.machine import machine
-from mesh.kernels.library import kernels
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
 from mesh.protocol.status import MachineReport
-from mesh.runtime.cache import in_blocks
+from mesh.runtime.device import memory_habits
 from mesh.shard.options import ShardOptions
 
 __all__ = ["machine_report", "predicted_bytes"]
@@ -40,7 +39,6 @@ def predicted_bytes(manifest: Manifest, options: ShardOptions) -> int:
         context=min(options.context or manifest.context_length, manifest.context_length),
         chunk=options.chunk,
         kv_cache=options.kv_cache,
-        widens=kernels().name is None,
-        in_blocks=in_blocks(),
+        **memory_habits(),
     )
     return need.total_bytes

@@ -155,7 +155,7 @@ def configuration(file: GgufFile, architecture: Architecture) -> Any:
         known = kind()
     values = _values(header, architecture, {*known.to_dict(), *getattr(kind, "attribute_map", {})})
     values |= _rotary(header, known, values, architecture)
-    values |= dict(architecture.settings(header, values["num_hidden_layers"])) | dict(architecture.fixed)
+    values |= _of_several(header, architecture, values["num_hidden_layers"]) | dict(architecture.fixed)
     values["vocab_size"] = header.shape("token_embd.weight")[0]
     values["tie_word_embeddings"] = not header.has("output.weight")
     try:
@@ -251,6 +251,17 @@ def _turning(header: _Header, said: dict[str, Any], values: Mapping[str, Any], *
         settings |= {name: float(said.pop(f"rope.scaling.{key}")) for name, key in names.items() if f"rope.scaling.{key}" in said}
     said.pop("rope.scaling.finetuned", None)
     return settings
+
+
+def _of_several(header: _Header, architecture: Architecture, layers: int) -> dict[str, Any]:
+    """The settings that the table makes of several values. CorruptModel: one of these is missing, or of another form."""
+    try:
+        return dict(architecture.settings(header, layers))
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise CorruptModel(
+            f"{header.path}: one of the keys of {header.name} that describe its layers is missing, or has another form than llama.cpp's "
+            f"converter gives it ({type(error).__name__}: {short(str(error))})"
+        ) from None
 
 
 def _check(header: _Header, config: Any, values: Mapping[str, Any], architecture: Architecture) -> None:

@@ -101,6 +101,12 @@ def _of_each_head(x: Any, heads: int) -> Any:
     return x.unsqueeze(3).expand(-1, -1, -1, heads // x.shape[2], -1).flatten(2, 3)
 
 
+def _step_sizes(dt: Any, bias: Any, softplus: bool) -> Any:
+    torch, _ = torch_and_transformers()
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    return torch.nn.functional.softplus(dt) if softplus else dt
+
+
 def selective_states(
     hidden_states: Any,
     dt: Any,
@@ -121,8 +127,7 @@ def selective_states(
     torch, scan = torch_and_transformers()[0], torch_scan()
     x = hidden_states.float()
     rows, heads, width = x.shape[0], x.shape[2], x.shape[3]
-    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-    dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
+    dt = _step_sizes(dt, dt_bias, dt_softplus)
     if tuple(dt_limit) != (0.0, float("inf")) or not dt_softplus:
         dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
     b, c = (_of_each_head(each.float(), heads) for each in (B, C))
@@ -160,8 +165,7 @@ def selective_scan(
     [B, I, N] -> the output [B, I, T], and the state after if asked for. One token after the other."""
     torch, scan = torch_and_transformers()[0], torch_scan()
     x = hidden_states.float()
-    dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
-    dt = (torch.nn.functional.softplus(dt) if delta_softplus else dt).float()
+    dt = _step_sizes(dt, None if delta_bias is None else delta_bias[..., None], delta_softplus).float()
     state = torch.zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.float().contiguous()
 
     def step(carried: Any, now: Any) -> tuple[Any, Any]:

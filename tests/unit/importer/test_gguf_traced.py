@@ -271,3 +271,10 @@ def test_keys_of_a_layer_that_reads_those_of_an_earlier_one_are_left_out() -> No
         holding = Holding(lost)
         with pytest.raises(UnsupportedModel, match=f"no use for the tensor {lost}"):
             GgufParameters(traced, holding, "gemma4", gemma4)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gemma3n", "gemma4"])
+def test_a_file_without_the_keys_that_describe_its_layers_is_refused(kind: str) -> None:
+    file = Named(kind, {key: value for key, value in FALCON.items() if key != "attention.head_count_kv"})
+    with pytest.raises((CorruptModel, UnsupportedModel), match=f"model.gguf.*{kind}"):
+        configuration(file, architecture_of(file))

@@ -14,6 +14,7 @@ import pytest
 from mesh.errors import BadLayerRange, DoesNotFit
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
+from mesh.runtime.device import memory_habits
 from mesh.runtime.recompute import RecomputingStage
 from mesh.runtime.sampling import SamplingParams
 from mesh.runtime.stage import Stage, StageConfig
@@ -118,7 +119,7 @@ def test_layers_that_are_not_held_are_not_served(llama: Path) -> None:
 
 def test_memory_counts_the_layers_that_are_held(llama: Path) -> None:
     manifest = Manifest.load(llama)
-    held = predict(manifest, LayerRange(1, 5), embed=False, head=True, rows=ROWS, context=CONTEXT, chunk=16).total_bytes
+    held = predict(manifest, LayerRange(1, 5), embed=False, head=True, rows=ROWS, context=CONTEXT, chunk=16, **memory_habits()).total_bytes
     assert Stage.load(llama, config(2, 4, overlap=1)).need.total_bytes == held
     with pytest.raises(DoesNotFit, match="layers 2-4 and 1 more on either side"):
         Stage.load(llama, config(2, 4, overlap=1, max_memory_bytes=held - 1))
