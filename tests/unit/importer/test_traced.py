@@ -192,10 +192,11 @@ EARLY: dict[str, tuple[str, dict[str, Any], str]] = {
         | {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
         r"jetmoe asks for numbers while it runs, to decide what it computes \(.*\): it cannot be traced",
     ),
-    "an indexer of another form": (
+    "an indexer beside states of a form that is not known": (
         "Qwen4ExpText",
-        {**LLAMA, "num_hidden_layers": 2, "layer_types": ["indexed_attention", "full_attention"]},
-        r"qwen4_exp_text",
+        {**LLAMA, "num_hidden_layers": 2, "layer_types": ["indexed_attention", "full_attention"], "indexer_n_heads": 2}
+        | {"indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "head_dim": 8},
+        r"qwen4_exp_text keeps recurrent or convolution state, .*: such layers are not served",
     ),
     "scores with a part of the values": (
         "Doge",
