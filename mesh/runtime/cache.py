@@ -197,9 +197,9 @@ def _decode_step(args: tuple[Any, ...], attrs: Mapping[str, Any]) -> tuple[Any, 
 
 
 def _in_kernel(q: Any, keys: CacheView, values: CacheView) -> bool:
-    """Whether a kernel attends over these caches: float32 or float16, heads of whole vectors, keys as large as values."""
+    """Whether a kernel attends over these caches: float32 or float16, keys as large as values."""
     floats = np.dtype(q.dtype) == np.float32 and all(np.dtype(each.dtype) in (np.float32, np.float16) for each in (keys, values))
-    return floats and keys.dtype == values.dtype and q.shape[-1] % 16 == 0 and keys.array.shape == values.array.shape
+    return floats and keys.dtype == values.dtype and keys.array.shape == values.array.shape
 
 
 def _decode_step_in_parts(

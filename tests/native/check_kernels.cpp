@@ -313,7 +313,8 @@ struct Cache {
 void attention() {
   for (int round = 0; round < 60; round++) {
     Attention a{};
-    a.tokens = 1 + below(below(3) ? 40 : 3), a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(6)), a.dim = 16 * (1 + below(6));
+    a.tokens = 1 + below(below(3) ? 40 : 3), a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(6));
+    a.dim = below(2) ? 16 * (1 + below(6)) : 2 + below(99);
     a.length = a.tokens + below(600), a.slots = a.length + 16, a.cache_rows = 1 + below(5);
     a.half = below(3) ? a.dim / 2 : below((int)a.dim / 2) + 1;
     a.interleaved = below(2), a.window = below(3) ? 0 : 1 + below(300), a.softcap = below(3) ? 0 : 20, a.scale = 0.2f;

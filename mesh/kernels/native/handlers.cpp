@@ -235,7 +235,7 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Res
   a.cache_rows = cache[0], a.kv_heads = cache[1], a.slots = cache[2], a.dim = cache[3];
   a.heads = heads, a.half = rotated_pairs, a.interleaved = interleaved != 0;
   a.length = length, a.window = window, a.scale = scale, a.softcap = softcap;
-  if (tokens < 1 || tokens > kMostTokens || a.kv_heads < 1 || heads < a.kv_heads || heads % a.kv_heads || a.dim % 16 || a.dim < 16 ||
+  if (tokens < 1 || tokens > kMostTokens || a.kv_heads < 1 || heads < a.kv_heads || heads % a.kv_heads || a.dim < 1 ||
       length < 1 || length > a.slots || 2 * rotated_pairs > a.dim || out->element_type() != ffi::DataType::F32 ||
       (int64_t)out->element_count() != tokens * heads * a.dim)
     return wrong("a call of attention is described wrongly");

@@ -84,8 +84,12 @@ inline int64_t attention_blocks(const Attention& a, int32_t* blocks) {
   return count;
 }
 
-// Floats for the sums of `tokens` tokens and `heads` heads: for each span the highest score, the sum and the context.
-inline int64_t attention_partials(const Attention& a, int64_t tokens, int64_t heads) { return tokens * heads * a.spans * (a.dim + 16); }
+// Floats of a head in whole vectors.
+inline int64_t attention_padded(const Attention& a) { return (a.dim + 15) / 16 * 16; }
+// Floats for the sums of one span: the context, the highest score and the sum.
+inline int64_t attention_partial(const Attention& a) { return attention_padded(a) + 16; }
+// The same for `tokens` tokens and `heads` heads.
+inline int64_t attention_partials(const Attention& a, int64_t tokens, int64_t heads) { return tokens * heads * a.spans * attention_partial(a); }
 
 // The kernels for one kind of processor.
 struct Kernels {

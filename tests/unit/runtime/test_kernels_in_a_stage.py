@@ -28,13 +28,17 @@ WIDTHS = {
     "8": ImportOptions(bits=8),
     "4": ImportOptions(bits=4),
     "4 and a cache of 16": ImportOptions(bits=4, kv_cache="float16"),
+    "heads of 20": ImportOptions(),
+    "heads of 24 and a cache of 16": ImportOptions(kv_cache="float16"),
 }
+HEADS = {"heads of 20": 20, "heads of 24 and a cache of 16": 24}
+"""Others have 16 numbers a head: one vector of the kernels."""
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
 def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_llama: Callable[..., Path]) -> Path:
     directory = tmp_path_factory.mktemp("kernels")
-    import_model(new_llama(directory / "source", dim=16, hidden=96), directory / "model", WIDTHS[request.param])
+    import_model(new_llama(directory / "source", dim=HEADS.get(request.param, 16), hidden=96), directory / "model", WIDTHS[request.param])
     return directory / "model"
 
 
@@ -90,7 +94,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(imported: Path) -> None:
 
 def test_nothing_of_a_cache_is_copied(imported: Path) -> None:
     """The caches are written where they lie: the temporaries of a step are smaller than one cache."""
-    stage = Pipeline.load(imported, rows=4, context=60, chunk=16).stages[0]
+    stage = Pipeline.load(imported, rows=4, context=112, chunk=16).stages[0]
     stage.warm_up()
     cache = stage._caches[0].key.nbytes
     steps = [program for key, program in stage.programs._compiled.items() if key[0] == "layers" and not key[1].prefill]
