@@ -1,10 +1,11 @@
 """Calls of the kernels inside a program that JAX traces.
 
-    products    norm or activation of the input, one or more products of it, bias and residual: one custom call
-    attention   rotation, writing to the cache in place, and attention of tokens of any rows: one custom call
-    likeliest   the likeliest token that the mask of a row allows
+    products           norm or activation of the input, one or more products of it, bias and residual: one custom call
+    expert_products    each row times the weight of the expert that it has chosen, the rows of an expert together: one custom call
+    attention          rotation, writing to the cache in place, and attention of tokens of any rows: one custom call
+    likeliest          the likeliest token that the mask of a row allows
 
-The first two take the number of tokens that are real, and compute only those: padding to a compiled size costs next to nothing.
+Products and attention take the number of tokens that are real, and compute only those: padding to a compiled size costs next to nothing.
 
 The arguments of a custom call are checked in mesh/kernels/native/handlers.cpp, which reads the description of a weight in the order of
 `KernelWeight.described`.
@@ -19,7 +20,19 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-__all__ = ["KINDS", "MOST_WEIGHTS", "Gated", "InputNorm", "KernelFactors", "KernelWeight", "Kind", "attention", "likeliest", "products"]
+__all__ = [
+    "KINDS",
+    "MOST_WEIGHTS",
+    "Gated",
+    "InputNorm",
+    "KernelFactors",
+    "KernelWeight",
+    "Kind",
+    "attention",
+    "expert_products",
+    "likeliest",
+    "products",
+]
 
 Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits"]
 KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits")
@@ -112,6 +125,15 @@ def products(
         counted=np.int64(count is not None),
     )
     return list(results)
+
+
+def expert_products(x: Any, chosen: Any, weight: KernelWeight, experts: int) -> Any:
+    """x [rows, in], chosen int32 [rows], the weights of all experts one after the other [experts * out, in] -> [rows, out] float32: row r
+    times the weight of expert chosen[r]. A row has the same bits in any company."""
+    rows, out = x.shape[0], weight.shape[0] // experts
+    call = jax.ffi.ffi_call("mesh_expert_products", jax.ShapeDtypeStruct((rows, out), np.float32))
+    described = np.array(weight.described, np.int64)
+    return call(x, chosen, *weight.arrays, weights=described, rows=np.int64(rows), experts=np.int64(experts))
 
 
 def attention(

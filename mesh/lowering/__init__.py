@@ -8,6 +8,7 @@ static      values that are known while a graph is compiled
 prepare     before the first trace: inline, drop dead nodes, check, split weights from constants
 tensors     initializers as arrays
 operands    what the right operand of a product is made of
+experts     products with the weights of the experts that each token has chosen
 join        several products of one input become one
 states      the part of a head before its product with the vocabulary
 fuse        what stands beside the products goes into the calls of the kernels

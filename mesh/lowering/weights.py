@@ -21,7 +21,7 @@ from mesh.lowering.linear import Codes, Factors
 from mesh.lowering.operands import RightOperand, Stored
 from mesh.lowering.tensors import PackedFormat, unpack
 
-__all__ = ["PackedWeight", "Variants", "pack"]
+__all__ = ["PackedWeight", "Variants", "pack", "stored_codes"]
 
 Variants = tuple[tuple[int, str], ...]
 """(rows at most, variant of the product), ascending."""
@@ -94,7 +94,7 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
         minimum = Factors(-minimum.data) if minimum.step is None else Factors(minimum.data, -minimum.step)
     return PackedWeight(
         replace(
-            _codes(codes, layout, grouped=bool(first.group)),
+            stored_codes(codes, layout, grouped=bool(first.group)),
             dtype=first.dtype,
             scale=factors["scale"],
             zero_point=factors["zero"],
@@ -104,7 +104,7 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
     )
 
 
-def _codes(codes: Array, layout: PackedFormat | None, *, grouped: bool) -> Codes:
+def stored_codes(codes: Array, layout: PackedFormat | None, *, grouped: bool) -> Codes:
     """Codes [out, in], those of fewer than 8 bits packed again; rows that are not whole blocks stay bytes."""
     if layout is not None and layout.bits == 4 and codes.shape[1] % _BLOCK == 0:
         return _packed(codes, 4, layout.signed)

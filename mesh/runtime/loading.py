@@ -18,6 +18,7 @@ from mesh.errors import CorruptModel
 from mesh.host.pages import PIECE_BYTES, aligned, copy_mapped, forget_pages
 from mesh.kernels.library import kernels
 from mesh.lowering import Lowered, lower
+from mesh.lowering.experts import expert_operands, pack_experts
 from mesh.lowering.fuse import fuse
 from mesh.lowering.join import join_products
 from mesh.lowering.operands import RightOperand, operands
@@ -85,13 +86,18 @@ def load_block(
         return array, lowered.packed.get(name)
 
     weights: dict[str, Any] = {}
+    graph, experts = expert_operands(lowered, graph)
+    for key, tensor in experts.items():
+        weights[key] = pack_experts(tensor, read)
+        for part in tensor.names:
+            forget_pages(read(part)[0])
     for key, names in parts.items():
         weight = pack([found[part] for part in names], read)
         weights[key] = weight if variants is None else weight.with_variants(variants(weight))
         for part in names:
             for each in found[part].names:
                 forget_pages(read(each)[0])
-    packed = {each for operand in found.values() for each in operand.names}
+    packed = {each for operand in found.values() for each in operand.names} | {each for one in experts.values() for each in one.names}
     weights |= {each: _on_device(array) for each, array in lowered.weights.items() if each not in packed}
     # From here on the graph needs only the names of the weights: release the mapped file.
     graphs = [graph, graph] if kernels().name is None else [fuse(graph, weights, decode=decode) for decode in (False, True)]

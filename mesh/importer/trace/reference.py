@@ -33,6 +33,8 @@ class TransformersReference:
         _, transformers = torch_and_transformers()
         self.name = f"transformers {transformers.__version__}"
         self._model = model.real
+        for config in (self._model.config, self._model.config.get_text_config(decoder=True)):
+            config._experts_implementation = "eager"  # one expert at a time, where the traced form copies those of every token
         self._takes = inspect.signature(self._model.forward).parameters
         self._loader = _Loader(self._model, parameters)
         if whole:

@@ -87,6 +87,9 @@ PROMPT_LENGTHS = (24, 13, 9)
 CHUNK = 16
 GROUP_BYTES = 64 << 20  # a larger layer is a group of its own
 
+LARGE_BLOCK = 256 << 20
+ORACLE_TOKENS = 8  # that onnxruntime takes at a time through a larger block
+
 LATE_TOKENS = 8
 LONG_TOKENS = EVERY + 64
 LATE_SCALE = np.float32(0.5)
@@ -288,13 +291,14 @@ def _distinct(rows: list[Array]) -> list[Array]:
 
 
 def _oracle_block(directory: Path, manifest: Manifest, name: str, row: Array) -> Array:
-    """One row through one block: a first chunk, then the rest on the cache it left."""
+    """One row through one block: a first chunk, then the rest on the cache it left. A large block takes few tokens at a time: where it has
+    experts, onnxruntime copies the weights of each expert that a token has chosen."""
     cache = None if name == "embed" else manifest.cache[int(name.removeprefix("layer_"))]
     dtype = jnp.dtype(manifest.cache_dtype)
     block = OrtBlock(directory, name, slots=len(row) + 3, cache=cache, dtype=dtype)
-    half = max(1, len(row) // 2)
-    pieces = [block.run(row[:half], 0)] + ([block.run(row[half:], half)] if half < len(row) else [])
-    return np.concatenate(pieces)
+    most = ORACLE_TOKENS if manifest.block(name).weight_bytes > LARGE_BLOCK else len(row)
+    size = min(most, max(1, len(row) // 2))
+    return np.concatenate([block.run(row[start : start + size], start) for start in range(0, len(row), size)])
 
 
 def _runtime_group(

@@ -222,6 +222,122 @@ ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Rema
   return ffi::Error::Success();
 }
 
+// What `first` numbers before them are left out of.
+Numbers after(Numbers n, int64_t first) {
+  static const int bytes[] = {4, 2, 2, 1, 1};
+  if (n.data) n.data = (const char*)n.data + first * bytes[n.kind];
+  if (n.step) n.step = (const char*)n.step + first / n.each * bytes[n.step_kind];
+  return n;
+}
+
+// The outputs first .. first + count - 1 of a weight.
+Weight part(const Weight& w, int64_t first, int64_t count) {
+  Weight p = w;
+  p.out = count;
+  const bool packed = w.kind >= kNibbles;
+  p.codes = (const char*)w.codes + (packed ? first * w.in / 2 : bytes_of(w) / w.out * first);
+  if (w.high) p.high = w.high + first * w.in / (w.kind == kFiveBits ? 8 : 4);
+  const int64_t groups = w.groups();
+  p.scale = after(w.scale, first * groups), p.zero = after(w.zero, first * groups), p.minimum = after(w.minimum, first * groups);
+  return p;
+}
+
+// Each row times the weight of the expert that it has chosen. Rows of one expert are multiplied together, whatever their order.
+struct ExpertProducts {
+  struct Group {
+    int32_t expert, first, count;  // rows first .. first + count - 1 of those in the order of their experts
+  };
+  Weight weight;  // of all experts, one after the other: [experts * out, in]
+  const float* x;
+  const int32_t* chosen;
+  float* result;
+  int64_t experts, out, rows, in, stride, outputs, pieces;  // outputs: of a piece; pieces: of an expert
+  int32_t *order, *starts;                                  // [rows], [experts + 1]
+  Group* groups;
+  int64_t used;
+  float *sorted, *products;  // [rows, stride], [rows, out]: in the order of their experts
+
+  static constexpr int64_t kRowsAPiece = 4;
+
+  bool sort() {
+    std::memset(starts, 0, (size_t)(experts + 1) * sizeof(int32_t));
+    for (int64_t r = 0; r < rows; r++) {
+      if (chosen[r] < 0 || chosen[r] >= experts) return false;
+      starts[chosen[r] + 1]++;
+    }
+    used = 0;
+    for (int64_t e = 0; e < experts; e++) {
+      if (starts[e + 1]) groups[used++] = {(int32_t)e, starts[e], starts[e + 1]};
+      starts[e + 1] += starts[e];
+    }
+    for (int64_t r = 0; r < rows; r++) order[starts[chosen[r]]++] = (int32_t)r;
+    return true;
+  }
+
+  template <typename Do>
+  void rows_of(int64_t piece, Do each) const {
+    for (int64_t at = piece * kRowsAPiece; at < rows && at < (piece + 1) * kRowsAPiece; at++) each(at, order[at]);
+  }
+
+  void bring(int64_t piece) const {
+    rows_of(piece, [&](int64_t at, int64_t row) {
+      std::memcpy(sorted + at * stride, x + row * in, (size_t)in * sizeof(float));
+      std::memset(sorted + at * stride + in, 0, (size_t)(stride - in) * sizeof(float));
+    });
+  }
+
+  void multiply(int64_t piece) const {
+    const Group& g = groups[piece / pieces];
+    const int64_t first = piece % pieces * outputs, last = first + outputs < out ? first + outputs : out;
+    const Weight w = part(weight, g.expert * out, out);
+    best().tile(Tile{&w, first, last, sorted + g.first * stride, g.count, stride, products + g.first * out, nullptr});
+  }
+
+  void put(int64_t piece) const {
+    rows_of(piece, [&](int64_t at, int64_t row) { std::memcpy(result + row * out, products + at * out, (size_t)out * sizeof(float)); });
+  }
+};
+
+ffi::Error expert_products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> result,
+                           ffi::Span<const int64_t> described, int64_t rows, int64_t experts) {
+  if (described.size() != kFields || rows < 1 || rows > INT32_MAX || experts < 1 || experts > INT32_MAX || described[kOutField] % experts ||
+      described[kBiasField])
+    return wrong("a call of experts is described wrongly");
+  ExpertProducts call{};
+  Arguments args{given, 0, true, ""};
+  call.rows = rows, call.experts = experts, call.in = described[kInField], call.stride = (call.in + 15) / 16 * 16;
+  call.x = args.floats(rows * call.in, "the input");
+  call.chosen = args.integers(rows, "the experts that are chosen");
+  if (args.ok) call.weight = weight(args, described.begin());
+  if (!args.ok) return wrong(args.problem);
+  call.out = call.weight.out / experts;
+  if (result->element_type() != ffi::DataType::F32 || (int64_t)result->element_count() != rows * call.out)
+    return wrong("a result has another size than its product");
+  call.result = (float*)result->untyped_data();
+  const int64_t most_used = rows < experts ? rows : experts;
+  const int64_t integers = rows + experts + 1 + 3 * most_used;
+  float* memory = scratch(0, rows * (call.stride + call.out) + integers);
+  if (!memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for the products of experts");
+  call.sorted = memory, call.products = memory + rows * call.stride;
+  call.order = (int32_t*)(call.products + rows * call.out), call.starts = call.order + rows;
+  call.groups = (ExpertProducts::Group*)(call.starts + experts + 1);
+  if (!call.sort()) return wrong("an expert is chosen that there is not");
+
+  const int64_t size = bytes_of(call.weight) / experts, most = 8 * (threads.num_threads() + 1);
+  const int64_t piece_bytes = size * call.used / most > kPieceBytes ? size * call.used / most : kPieceBytes;
+  const int64_t outputs = (call.out * piece_bytes / size + kOutputsStep - 1) / kOutputsStep * kOutputsStep;
+  call.outputs = rows > 8 * call.used && outputs > 64 ? 64 : outputs < kOutputsStep ? kOutputsStep : outputs;
+  call.pieces = (call.out + call.outputs - 1) / call.outputs;
+  Plan* plan = new (std::nothrow) Plan(&call);
+  if (!plan) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory");
+  const int64_t rows_pieces = (rows + ExpertProducts::kRowsAPiece - 1) / ExpertProducts::kRowsAPiece;
+  plan->add(rows_pieces, [](void* c, int64_t piece) { ((ExpertProducts*)c)->bring(piece); });
+  plan->add(call.used * call.pieces, [](void* c, int64_t piece) { ((ExpertProducts*)c)->multiply(piece); });
+  plan->add(rows_pieces, [](void* c, int64_t piece) { ((ExpertProducts*)c)->put(piece); });
+  run(plan, threads);
+  return ffi::Error::Success();
+}
+
 ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys_out,
                      ffi::Result<ffi::AnyBuffer> values_out, int64_t tokens, int64_t heads, int64_t rotated_pairs, int64_t interleaved,
                      int64_t length, int64_t window, float scale, float softcap) {
@@ -344,6 +460,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_products, kernels::products,
                                   .Attr<int64_t>("residual")
                                   .Attr<int64_t>("counted"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_expert_products, kernels::expert_products,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<ffi::Span<const int64_t>>("weights")
+                                  .Attr<int64_t>("rows")
+                                  .Attr<int64_t>("experts"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -369,7 +494,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_likeliest, kernels::likeliest,
                                   .Attr<int64_t>("vocabulary"));
 
 // Of the calls in mesh/kernels/calls.py: changes with what they are given.
-extern "C" int mesh_kernels_version() { return 4; }
+extern "C" int mesh_kernels_version() { return 5; }
 
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest, PromptTooLong
 from mesh.importer.run import import_model
 from mesh.kernels.library import kernels
+from mesh.runtime import stage as stage_module
 from mesh.runtime.buckets import Buckets
 from mesh.runtime.engine import Segments
 from mesh.runtime.generate import Pipeline
@@ -36,7 +37,7 @@ needs_kernels = pytest.mark.skipif(kernels().name is None, reason=f"kernels: {ke
 
 @pytest.fixture(scope="module")
 def packing(tmp_path_factory: pytest.TempPathFactory, new_llama: Callable[..., Path]) -> Path:
-    """A model whose heads the kernels take; that of `llama` has smaller ones."""
+    """A model whose heads the kernels take."""
     directory = tmp_path_factory.mktemp("packing")
     import_model(new_llama(directory / "source", dim=16, hidden=96), directory / "model")
     return directory / "model"
@@ -96,12 +97,14 @@ def asked_of(numbers: np.random.Generator, count: int) -> list[Asked]:
 
 
 @pytest.fixture(scope="module", params=["kernels", "in turn"])
-def both(request: pytest.FixtureRequest, packing: Path, llama: Path) -> tuple[Pipeline, Pipeline]:
-    """(a pipeline that packs, one in which each session is alone); the second kind of model cannot be packed."""
+def both(request: pytest.FixtureRequest, packing: Path) -> tuple[Pipeline, Pipeline]:
+    """(a pipeline that packs, one in which each session is alone); the stages of the second kind are told that they cannot pack."""
     if request.param == "kernels" and kernels().name is None:
         pytest.skip(f"kernels: {kernels()}")
-    model = packing if request.param == "kernels" else llama
-    together, lone = (Pipeline.load(model, shards=2, rows=rows, context=CONTEXT, chunk=CHUNK) for rows in (ROWS, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in turn":
+            patch.setattr(stage_module, "can_pack", lambda *_: False)
+        together, lone = (Pipeline.load(packing, shards=2, rows=rows, context=CONTEXT, chunk=CHUNK) for rows in (ROWS, 1))
     assert all(stage.packs == (request.param == "kernels") for stage in together.stages)
     return together, lone
 
