@@ -6,7 +6,8 @@ A block chooses them by a gather, and multiplies after it:
 
 As written, that copies a whole expert for every token and choice: 25 GB for a chunk of 256 tokens of a model with eight experts of 12 MB
 a token. So the gather waits here for its product. With kernels, the rows of one expert are multiplied together and each weight is read
-once (mesh/kernels/calls.py); XLA's form takes a few experts at a time, so that the copies stay small. Either reads the weight as it is
+once (mesh/kernels/calls.py). XLA's form takes the experts of a few tokens at a time, so that the copies stay small, or one expert at a time
+for all tokens where there are many of these. Either reads the weight as it is
 stored: floats of 16 or 32 bits, or codes with scales.
 """
 
@@ -37,6 +38,8 @@ __all__ = ["ExpertOperand", "ExpertWeight", "expert_operands", "pack_experts"]
 _GATHERS = ("Gather", "GatherND")
 _COPIED_BYTES = 32 << 20
 """XLA's form has the weights of no more tokens in memory at a time."""
+_FEW_EXPERTS = 8
+"""On a CPU, XLA's form lets so many experts compute every token rather than read an expert for each."""
 
 Array = np.ndarray[Any, Any]
 
@@ -88,6 +91,16 @@ class ExpertWeight:
         def one(row: Any, expert: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[expert] if leaf.ndim else leaf, each).widened(x.dtype) @ row
 
+        if x.shape[0] >= 2 * self.experts and (self.experts <= _FEW_EXPERTS or jax.default_backend() != "cpu"):
+
+            def add(y: Any, pair: Any) -> tuple[Any, None]:
+                expert, weight = pair
+                return jnp.where((chosen == expert)[:, None], x @ weight.widened(x.dtype).T, y), None
+
+            out = self.codes.shape[0] // self.experts
+            numbers = jnp.arange(self.experts, dtype=jnp.int32)
+            spread = jax.tree.map(lambda leaf: leaf if leaf.ndim else jnp.broadcast_to(leaf, (self.experts,)), each)
+            return jax.lax.scan(add, jnp.zeros((x.shape[0], out), x.dtype), (numbers, spread))[0]
         size = math.prod(self.codes.shape) // self.experts * np.dtype(x.dtype).itemsize
         together = max(1, _COPIED_BYTES // size)
         if x.shape[0] <= together:

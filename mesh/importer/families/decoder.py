@@ -180,33 +180,33 @@ def _feed_forward(builder: GraphBuilder, spec: DecoderSpec, hidden: str, weights
 
 
 def _experts(builder: GraphBuilder, spec: DecoderSpec, experts: Experts, hidden: str, weights: LayerWeights) -> str:
-    """Every expert computes every token as one batched MatMul, weighted by its share: no gather of weights, no dynamic shapes."""
+    """Each token goes through the experts that its router has chosen: their weights are gathered, which the runtime does without a copy."""
     if weights.router is None or weights.gate is None:
         raise ValueError(f"{spec.architecture}: a mixture of experts needs a router and gated experts")
-    tokens = builder.op("Reshape", hidden, builder.const([1, -1, spec.hidden_size]))  # [1, N, D]
+    tokens = builder.op("Reshape", hidden, builder.const([-1, spec.hidden_size]))  # [N, D]
     scores = builder.op("MatMul", tokens, builder.parameter("router.weight", weights.router.weight))
     if weights.router.bias is not None:
         scores = builder.op("Add", scores, builder.parameter("router.bias", weights.router.bias))
-    shares = builder.op("Softmax", builder.op("Cast", scores, to=TensorProto.FLOAT), axis=-1)  # [1, N, E]
-    best, chosen = builder.ops("TopK", shares, builder.const([experts.active]), out=2, axis=-1)  # [1, N, active]
+    shares = builder.op("Softmax", builder.op("Cast", scores, to=TensorProto.FLOAT), axis=-1)  # [N, E]
+    best, chosen = builder.ops("TopK", shares, builder.const([experts.active]), out=2, axis=-1)  # [N, active]
     if experts.normalize:
         best = builder.op("Div", best, builder.op("ReduceSum", best, builder.const([-1]), keepdims=1))
-    # share of each expert, 0 where not chosen: [1, N, active, 1] against [E] -> [1, N, active, E] -> [1, N, E]
-    picked = builder.op("Equal", builder.op("Unsqueeze", chosen, builder.const([-1])), builder.const(np.arange(experts.count)))
-    spread = builder.op("Mul", builder.op("Cast", picked, to=TensorProto.FLOAT), builder.op("Unsqueeze", best, builder.const([-1])))
-    shares = builder.op("ReduceSum", spread, builder.const([2]), keepdims=0)
-    shares = builder.op("Cast", builder.op("Transpose", shares, perm=[2, 1, 0]), to=tensor_type(builder.options.dtype))  # [E, N, 1]
+    best = builder.op("Cast", builder.op("Unsqueeze", best, builder.const([-1])), to=tensor_type(builder.options.dtype))  # [N, active, 1]
 
-    gate = _activate(builder, spec.activation, _expert_linear(builder, spec, tokens, "gate", weights.gate))
-    active = builder.op("Mul", gate, _expert_linear(builder, spec, tokens, "up", weights.up))
-    output = _expert_linear(builder, spec, builder.op("Mul", active, shares), "down", weights.down)  # [E, N, D]
-    summed = builder.op("ReduceSum", output, builder.const([0]), keepdims=0)
+    each = builder.op("Expand", builder.op("Unsqueeze", tokens, builder.const([1])), builder.const([1, experts.active, 1]))
+    each = builder.op("Reshape", each, builder.const([-1, 1, spec.hidden_size]))  # [N * active, 1, D]
+    chosen = builder.op("Reshape", chosen, builder.const([-1]))
+    gate = _activate(builder, spec.activation, _expert_linear(builder, each, chosen, "gate", weights.gate))
+    active = builder.op("Mul", gate, _expert_linear(builder, each, chosen, "up", weights.up))
+    output = _expert_linear(builder, active, chosen, "down", weights.down)  # [N * active, 1, D]
+    output = builder.op("Reshape", output, builder.const([-1, experts.active, spec.hidden_size]))
+    summed = builder.op("ReduceSum", builder.op("Mul", output, best), builder.const([1]), keepdims=0)  # [N, D]
     return builder.op("Reshape", summed, builder.op("Shape", hidden))
 
 
-def _expert_linear(builder: GraphBuilder, spec: DecoderSpec, x: str, name: str, linear: Linear) -> str:
-    """x [E or 1, N, in] through each expert's own weight."""
-    return builder.op("MatMul", x, builder.matrix(name, linear.weight, experts=True))
+def _expert_linear(builder: GraphBuilder, x: str, chosen: str, name: str, linear: Linear) -> str:
+    """x [S, 1, in] through the weights of the experts `chosen` [S] -> [S, 1, out]."""
+    return builder.op("MatMul", x, builder.op("Gather", builder.matrix(name, linear.weight, experts=True), chosen))
 
 
 def _activate(builder: GraphBuilder, activation: str, x: str) -> str:

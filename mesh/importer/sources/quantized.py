@@ -101,8 +101,11 @@ class QuantizedCheckpoint:
     def note(self) -> str | None:
         """What the report says about how the weights are kept."""
         wide = [name for name in self._schemes if name in self._opened and self._opened[name].form is None]
-        widened = f"{len(wide)} weights have groups of unequal size, or several experts, and are held at 32 bits" if wide else None
-        return "; ".join(filter(None, (*self._notes, widened))) or None
+        widened = (
+            f"{len(wide)} weights have groups of unequal size, or several experts, and are held as numbers: of 32 bits, or of 16 where "
+            "experts have the same numbers so"
+        )
+        return "; ".join(filter(None, (*self._notes, widened if wide else None))) or None
 
     def __contains__(self, name: str) -> bool:
         return name in self._names

@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.importer.options import ImportOptions
 from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
-from mesh.importer.write.quantize import EXPERT_GROUP, half_type, quantize_rows, quantize_weight
+from mesh.importer.write.quantize import EXPERT_GROUP, exact_type, half_type, quantize_rows, quantize_weight
 from mesh.importer.write.writer import INLINE_BYTES, BlockWriter, Weight, WeightValue, as_callable, block_model
 from mesh.model.manifest import BlockInfo
 from mesh.types import DType
@@ -105,6 +105,8 @@ class GraphBuilder:
         own = self._own(weight)
         if own is not None:
             return self._kept(name, *own)
+        if options.bits == 32 and experts and options.dtype == "float32":
+            return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, exact_type)), to=TensorProto.FLOAT)
         if options.bits == 32:
             return self.parameter(f"{name}.weight", weight)
         if options.bits == 16:

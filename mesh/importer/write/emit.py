@@ -20,7 +20,7 @@ from mesh.importer.analysis.positions import InputParts
 from mesh.importer.graph.decoder import Dependence, Role, input_of, producer
 from mesh.importer.write.blocks import GraphBuilder, Weight
 from mesh.importer.write.emit_attention import emit_attention
-from mesh.importer.write.emit_values import Values, attributes_of
+from mesh.importer.write.emit_values import FLOATS, Values, attributes_of
 
 __all__ = ["Emitter", "Part"]
 
@@ -118,7 +118,7 @@ class Emitter:
 
     def _node(self, node: ir.Node) -> None:
         values = self.values
-        handler = {"MatMul": self._matmul, "Gemm": self._gemm, "Gather": self._gather}.get(node.op_type)
+        handler = {"MatMul": self._matmul, "Gemm": self._gemm, "Gather": self._gather, "GatherND": self._experts}.get(node.op_type)
         if handler is not None and handler(node):
             return
         inputs = [self._input(node, i) for i in range(len(node.inputs))]
@@ -188,8 +188,32 @@ class Emitter:
         values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True
 
+    def _experts(self, node: ir.Node) -> bool:
+        """The weights of the experts that a router has chosen, of a tensor of experts that nothing but such gathers read for products."""
+        values = self.values
+        table = input_of(node, 0)
+        attributes = attributes_of(node)
+        if self.graph.dependence(table) is not Dependence.CONSTANT or attributes.get("axis", 0) or attributes.get("batch_dims", 0):
+            return False
+        probe = values.inputs.probes[0]
+        if len(probe.shape(table)) != 3 or probe.dtype(table) not in FLOATS or values.kept(table):
+            return False
+        turned = _turned(node.outputs[0], len(probe.shape(node.outputs[0])))
+        if turned is None:
+            return False
+        matrix = values.experts(table, turned=turned)
+        name = self.builder.op(node.op_type, matrix, self._input(node, 1))
+        if not turned:
+            rank = len(probe.shape(node.outputs[0]))
+            name = self.builder.op("Transpose", name, perm=[*range(rank - 2), rank - 1, rank - 2])
+        values.names[node.outputs[0]], values.types[name] = name, values.compute
+        return True
+
     def _gather(self, node: ir.Node) -> bool:
-        """The embedding of the token ids."""
+        """The embedding of the token ids, or experts."""
+        return self._embedding(node) or self._experts(node)
+
+    def _embedding(self, node: ir.Node) -> bool:
         values = self.values
         table, ids = input_of(node, 0), input_of(node, 1)
         if self.graph.dependence(table) is not Dependence.CONSTANT or self.graph.roles.get(ids) is not Role.TOKENS or values.kept(table):
@@ -200,3 +224,17 @@ class Emitter:
         name = self.builder.embedding(values.names[ids], values.fresh_name(str(table.name)), own)
         values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True
+
+
+def _turned(value: ir.Value, rank: int, swapped: bool = False) -> bool | None:
+    """Whether the products that read chosen experts [..., a, b] sum over a; None where they differ, or something else reads them."""
+    found: set[bool | None] = set()
+    for node, place in value.uses():
+        perm = list(attributes_of(node).get("perm", ())) if node.op_type == "Transpose" else []
+        if node.op_type == "MatMul":
+            found.add((place == 1) ^ swapped)
+        elif perm and perm[:-2] == list(range(rank - 2)):
+            found.add(_turned(node.outputs[0], rank, swapped ^ (perm[-1] == rank - 2)))
+        else:
+            found.add(None)
+    return found.pop() if len(found) == 1 and not value.is_graph_output() else None

@@ -27,7 +27,7 @@ from mesh.importer.graph.probe import BROADCAST, GraphProbe
 from mesh.importer.write.blocks import GraphBuilder, Weight
 from mesh.importer.write.kept import SourceMatrix
 
-__all__ = ["Values", "attributes_of"]
+__all__ = ["FLOATS", "Values", "attributes_of"]
 
 Array = npt.NDArray[Any]
 
@@ -325,6 +325,10 @@ class Values:
             self._weights[key] = self.builder.matrix(self.fresh_name(str(value.name)), Weight(produce), experts=experts)
             self.types[self._weights[key]] = self.compute
         return self._weights[key]
+
+    def experts(self, value: ir.Value, *, turned: bool) -> str:
+        """A tensor of experts [experts, in, out] (`turned`), or [experts, out, in], as [experts, in, out]."""
+        return self.matrix(value, lambda: self.fold(value) if turned else self.fold(value).swapaxes(1, 2), True, "experts")
 
     def source_matrix(self, value: ir.Value, *, turned: bool) -> SourceMatrix | None:
         """A weight as a quantized checkpoint has it, [out, in], where the graph has that, or (`turned`) its transpose."""

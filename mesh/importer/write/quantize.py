@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from mesh.importer.options import ImportOptions
 
-__all__ = ["QuantizedWeight", "dequantize", "half_type", "quantize_rows", "quantize_weight"]
+__all__ = ["QuantizedWeight", "dequantize", "exact_type", "half_type", "quantize_rows", "quantize_weight"]
 
 Array = npt.NDArray[Any]
 
@@ -103,6 +103,20 @@ def half_type(weight: Array) -> np.dtype[Any]:
         return weight.dtype
     largest = max((float(np.abs(part).max(initial=0)) for part in _slices(weight)), default=0.0)
     return bfloat16 if largest > FLOAT16_MAX else np.dtype(np.float16)
+
+
+def exact_type(weight: Array) -> np.dtype[Any]:
+    """The smallest type that has every number of `weight`: bfloat16 or float16, else float32. Weights of experts are most of a model, and
+    many are stored in 16 bits, or stand for numbers of fewer."""
+    for name in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)):
+        if weight.dtype == name or all(_has_all(part, name) for part in _slices(weight)):
+            return name
+    return np.dtype(np.float32)
+
+
+def _has_all(part: Array, dtype: np.dtype[Any]) -> bool:
+    with np.errstate(over="ignore"):
+        return bool((part.astype(dtype).astype(part.dtype) == part).all())
 
 
 def _slices(array: Array) -> list[Array]:

@@ -134,7 +134,7 @@ def test_sinks_and_experts_of_four_bits_compute_what_transformers_computes(tmp_p
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
     manifest = import_model(source, tmp_path / "model")
     assert manifest.report["source_error"] < 1e-4 and manifest.report["source_greedy_equal"] == 1.0
-    assert "held at 32 bits" in manifest.report["note"] and {each.window for each in manifest.cache} == {None, 9}
+    assert "held as numbers" in manifest.report["note"] and {each.window for each in manifest.cache} == {None, 9}
     prompt = rng.integers(0, manifest.vocab_size, 23).tolist()
     chain = Chain(tmp_path / "model", manifest.cache)
     expected = logits_of(model, prompt)

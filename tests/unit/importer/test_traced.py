@@ -13,10 +13,13 @@ from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer import run
+from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
 from mesh.importer.trace.model import cache_shapes, open_model
 from mesh.importer.verify import outside
+from mesh.lowering.experts import ExpertWeight
 from mesh.model.manifest import Manifest
+from mesh.runtime.loading import load_block
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "soft caps and two kinds of layers": (
@@ -77,6 +80,16 @@ def test_a_traced_model_computes_what_transformers_computes(case: str, tmp_path:
     chain = Chain(tmp_path / "model", manifest.cache)
     got = np.concatenate([chain(prompt[:9]), chain(prompt[9:])])
     assert relative_error(got, logits_of(model, prompt)) < 1e-4
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(32, "float32"), (16, "float16"), (8, "int8"), (4, "4 bits")])
+def test_experts_are_held_as_the_options_say(bits: Any, stored: str, tmp_path: Path) -> None:
+    """The import itself compares the blocks with onnxruntime, and the logits with transformers."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+    make_model("Qwen3Moe", {**LLAMA, "num_hidden_layers": 2, **experts}, tmp_path / "source")
+    import_model(tmp_path / "source", tmp_path / "model", ImportOptions(bits=bits))
+    held = [each for each in load_block(tmp_path / "model", "layer_001").weights.values() if isinstance(each, ExpertWeight)]
+    assert [each.codes.stored_as for each in held] == [stored] * 2
 
 
 @pytest.mark.parametrize("kind", ["StableLm", "Mamba"])
