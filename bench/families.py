@@ -61,8 +61,9 @@ The table is written by `bench/families.py`, which tries every model_type that t
 causal language model, or as a model of images and text with one inside: tiny models with random weights, 24 greedy tokens compared with
 those that transformers generates, at every number of shards; where layers carry states, also after a prompt that goes past a checkpoint of
 them, and after a replay from there. Of the {all} families that have been tried so far {equal} import with equal tokens and {refused} are
-refused; for {others} the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the table has not been tried:
-`mesh import` says what it finds, and writes no model whose logits differ from transformers' in its own check.
+refused, the slowest {slowest} s after torch and transformers were loaded; for {others} the tiny model cannot be made, or the
+attempt ended otherwise. A family that is not in the table has not been tried: `mesh import` says what it finds, and writes no model whose
+logits differ from transformers' in its own check.
 """
 GGUF_HEAD = """
 ## GGUF files
@@ -158,9 +159,10 @@ def refused_by_name(kind: str, directory: Path) -> dict[str, Any] | None:
     """How a family whose model cannot be made is refused for its configuration alone; None where it is not, or that cannot be made."""
     try:
         tiny_decoders.configuration(kind).save_pretrained(directory)
+        began = time.monotonic()
         open_model(directory)
     except MeshError as error:
-        return {"outcome": "refused", "kind": type(error).__name__, "why": one_line(error)}
+        return {"outcome": "refused", "kind": type(error).__name__, "why": one_line(error), "seconds": round(time.monotonic() - began, 1)}
     except Exception:
         return None
     return None
@@ -240,7 +242,7 @@ def page(results: dict[str, dict[str, Any]], before: str) -> str:
     """docs/models.md without its part about GGUF files: the rows that it had `before`, and the results of those that were tried since."""
     rows = _rows(before, "family") | {(family,): [family, _way(each), _outcome(each)] for family, each in results.items()}
     counts = _counts([row[2] for row in rows.values()])
-    head = HEAD.format(**versions(), **counts)
+    head = HEAD.format(**versions(), **counts, slowest=max((_refused_after(row[2]) for row in rows.values()), default=0.0))
     return "\n".join([head, "| family | way | tokens |", "|---|---|---|", *_lines(rows), ""])
 
 
@@ -270,6 +272,12 @@ def _counts(outcomes: Sequence[str]) -> dict[str, int]:
     return {"all": len(outcomes), "equal": kinds["equal"], "refused": kinds["refused"], "others": others}
 
 
+def _refused_after(outcome: str) -> float:
+    """The seconds that `outcome` says a refusal took; 0 where it says none."""
+    said = re.match(r"refused after ([\d.]+) s", outcome)
+    return float(said[1]) if said else 0.0
+
+
 def _way(result: dict[str, Any]) -> str:
     return result.get("way", "-")
 
@@ -278,7 +286,8 @@ def _outcome(result: dict[str, Any]) -> str:
     if result["outcome"] == "equal":
         return f"equal at 1 to {len(result['shards'])} shards{result.get('note', '')}"
     why = re.sub(r"^\S*(source(/config\.json)?|\.gguf): ", "", result.get("why", "")).replace("|", "\\|")
-    return f"{result['outcome']}: {why[:220]}"
+    after = f" after {result['seconds']} s" if result["outcome"] == "refused" and "seconds" in result else ""
+    return f"{result['outcome']}{after}: {why[:220]}"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from mesh.types import Progress, no_progress
 __all__ = ["TracedSource", "joined_notes", "open_source"]
 
 CHOOSES = "an indexer chooses the positions that attention reads, which is not served"
+HIDES = "attention hides the positions with the lowest scores, which is not served"
 
 
 def open_source(directory: Path, trust_remote_code: bool = False, progress: Progress = no_progress) -> TracedSource:
@@ -63,6 +64,8 @@ class TracedSource(OnnxSource):
         self._open(lambda: in_one_form(self.file, graph), config)
         if model.alone:
             self.note = joined_notes("the text decoder alone: images and sounds are not served", self.note)
+        if model.language:
+            self.note = joined_notes(f"with the adapters of the language {model.language} alone", self.note)
         rows = getattr(model.text, "vocab_size", None)
         if isinstance(rows, int) and rows != self.vocab_size:
             raise CorruptModel(f"{self.file}: vocab_size is {rows} where the model gives {self.vocab_size} logits")
@@ -70,8 +73,8 @@ class TracedSource(OnnxSource):
     def _context_length(self) -> int:
         """The most that the graph is right for; `note` says why where the model has more."""
         whole = super()._context_length()
-        limits = [(most, why) for most, why in ((self.model.context, CHANGES), (self.model.chosen, CHOOSES)) if most is not None]
-        context, why = min([(whole, ""), *limits])
+        limits = ((self.model.context, CHANGES), (self.model.chosen, CHOOSES), (self.model.shown, HIDES))
+        context, why = min([(whole, ""), *((most, why) for most, why in limits if most is not None)])
         self.note = shorter_context(context, whole, why)
         return context
 

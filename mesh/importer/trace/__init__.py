@@ -11,6 +11,7 @@ states.py      caches whose layers carry states of a fixed size
 recurrences.py  what such layers compute, in a form that a graph can hold
 own_states.py  the same of families that keep their states in their modules, or in a cache of their own
 indexers.py    attention that an indexer makes sparse, up to as many positions as it chooses
+attention_forms.py  attention of single families over one list of keys and values
 python_forms.py  what single families compute by Python's means, for a graph
 complex_numbers.py  complex rotary positions as pairs of real numbers
 reference.py   the model's own logits, one module's weights in memory at a time

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from mesh.importer.trace.attention_forms import attention_forms
 from mesh.importer.trace.indexers import every_position
 from mesh.importer.trace.library import torch_and_transformers
 from mesh.importer.trace.states import LayerKeeps, filled_layers, fresh_layers
@@ -25,7 +26,7 @@ _EXPAND = "expand_kv"
 def caches_of(module: Any) -> Iterator[Callable[..., Any]]:
     """What makes the cache for a step of `module` from (key, value) of each layer's past; nothing for an empty one. Where layers have
     states, it takes these too, and what each layer keeps (states.py). A cache is used for one step, and only within the block."""
-    with every_position(module), _caches_of(module) as new_cache:
+    with every_position(module), attention_forms(module), _caches_of(module) as new_cache:
         yield new_cache
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.errors import CorruptModel, UnsupportedModel
+from mesh.importer.trace.attention_forms import positions_kept
 from mesh.importer.trace.indexers import INDEXED, positions_chosen
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
@@ -21,7 +22,9 @@ from mesh.importer.trace.states import LayerKeeps, cache_argument, fresh_layers,
 
 __all__ = ["TracedModel", "cache_shapes", "model_of", "open_model"]
 
-ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "moe", "dense", "sparse"))
+ATTENTION = frozenset(
+    ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_sliding", "moe", "dense", "sparse")
+)
 """Entries of `layer_types` whose state is a list of positions."""
 CARRYING = frozenset(("conv", "linear_attention", "mamba", "mlp"))
 """Entries of `layer_types` whose state has a fixed size (states.py), or of layers beside these that keep nothing."""
@@ -29,6 +32,22 @@ CARRYING = frozenset(("conv", "linear_attention", "mamba", "mlp"))
 
 DECIDES = ("Tensor.item()", "torch.nonzero()", "Cannot copy out of meta tensor")
 """What torch says of a model that asks for a number where there are none."""
+OTHERWISE: Mapping[str, str] = {
+    "prophetnet": "predicts several tokens ahead, each by a stream of its own beside the text",
+    "reformer": "attends to the positions whose hashes are equal",
+    "xlm": "fills in a mask token that is put after the text",
+    "xlnet": "fills in a token that is put after the text and sees the text in another order",
+}
+"""What families that are no decoders of one text do in place of predicting a token from the one before it."""
+PARTS: Mapping[str, str] = {
+    "DogeCDMoE": "chooses experts for a token by the numbers of other tokens",
+    **dict.fromkeys(
+        ("InklingRelativeLogits", "Inkling2RelativePositionBias", "Inkling2LoopRelativePositionBias"),
+        "adds to its scores a number that each query has for each distance",
+    ),
+    "Qwen4ExpTextNGramEmbedding": "embeds the tokens before each one together with it, and keeps their ids between steps",
+}
+"""What parts of models do that a block has no form for; a trace would find it too, only later."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +77,16 @@ class TracedModel:
         """The same where an indexer chooses what attention reads."""
         return positions_chosen(self.module)
 
+    @property
+    def shown(self) -> int | None:
+        """The same where attention hides the positions with the lowest scores."""
+        return positions_kept(self.module)
+
+    @property
+    def language(self) -> str | None:
+        """The language whose adapters are traced; None where the model has no adapters."""
+        return getattr(self.config, "default_language", None)
+
     @cached_property
     def real(self) -> Any:
         """A second construction, whose parameters alone have no memory: buffers have their values."""
@@ -78,8 +107,8 @@ def model_of(path: Path, config: Any, finish: Callable[[Any], None] = lambda _: 
     alone = text is not config
     _refuse_by_config(path, config, text)
     module, config = _built(config, text)
-    _refuse_state(path, config, type(module))
     _refuse_attention(path, config, text, module)
+    _refuse_state(path, config, type(module))
     _fix_rotary(module)
     return TracedModel(path, module, config, text, finish, alone)
 
@@ -139,6 +168,10 @@ def _refuse_by_config(path: Path, config: Any, text: Any) -> None:
     architectures = " ".join(config.architectures or ())
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in architectures:
         raise UnsupportedModel(f"{path}: {kind} is an encoder with a decoder: only decoders alone are served")
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise UnsupportedModel(f"{path}: {kind} attends to later positions of its prompt (use_bidirectional_attention): not served")
+    if text.model_type in OTHERWISE:
+        raise UnsupportedModel(f"{path}: {kind} {OTHERWISE[text.model_type]}: not served")
     state = sorted({str(each) for each in getattr(text, "layer_types", None) or ()} - ATTENTION - CARRYING - {INDEXED})
     if state:
         raise _stateful(path, kind, f"its layers are {', '.join(state)}")
@@ -150,20 +183,18 @@ def _refuse_state(path: Path, config: Any, kind: type) -> None:
 
 
 def _refuse_attention(path: Path, config: Any, text: Any, module: Any) -> None:
-    """Kinds of attention that a block has no form for; a trace would find them too, only later."""
+    """Kinds of attention that a block has no form for, and other parts; a trace would find them too, only later."""
     if (getattr(text, "num_kv_shared_layers", None) or 0) >= (getattr(text, "num_hidden_layers", None) or 1):
         raise UnsupportedModel(
             f"{path}: no layer of {config.model_type} makes keys and values of its own: it drafts tokens for another model, and reads "
             "those of that: not served"
         )
+    for part in module.modules():
+        if type(part).__name__ in PARTS:
+            raise UnsupportedModel(f"{path}: {config.model_type} {PARTS[type(part).__name__]}: not served")
     if INDEXED in (getattr(text, "layer_types", None) or ()) and positions_chosen(module) is None:
         raise UnsupportedModel(
             f"{path}: {config.model_type} has indexers that choose what its attention reads, of a form that is not known: not served"
-        )
-    if getattr(text, "keep_window_size", None):
-        raise UnsupportedModel(
-            f"{path}: {config.model_type} adds a number made of each position's values to its scores, and hides the lowest beyond "
-            f"{text.keep_window_size} positions: such an attention is not served"
         )
 
 

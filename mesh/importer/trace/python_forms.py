@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from mesh.importer.trace.library import torch_and_transformers
@@ -22,10 +23,12 @@ def python_forms(module: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_one_as_a_slice())
         for each in module.modules():
-            forward = _FORWARD.get(type(each).__name__)
-            if forward is not None:
-                each.forward = forward.__get__(each)
-                stack.callback(delattr, each, "forward")
+            for name, function in _METHODS.get(type(each).__name__, {}).items():
+                setattr(each, name, function.__get__(each))
+                stack.callback(delattr, each, name)
+            if type(each).__name__ == "XmodOutput":
+                each.lang_adapter = partial(_adapter, each, str(module.config.default_language))
+                stack.callback(delattr, each, "lang_adapter")
         for home in {type(each).__module__ for each in module.modules()}:
             for name, instead in _NAMES.get(home.rpartition(".")[2], {}).items():
                 setattr(sys.modules[home], name, instead)
@@ -93,7 +96,66 @@ def _longcat_experts(self: Any, hidden_states: Any, top_k_index: Any, top_k_weig
     return out.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-_FORWARD: Mapping[str, Callable[..., Any]] = {"DbrxExperts": _dbrx_experts, "LongcatFlashExperts": _longcat_experts}
-"""The forward of a class, by its name."""
+def _jetmoe_choice(router: Any, rows: Any) -> tuple[Any, Any]:
+    """rows [N, D] -> each row's k experts, as numbers and as weights [N k]."""
+    torch, _ = torch_and_transformers()
+    logits, chosen = router.layer(rows).float().topk(router.top_k, dim=1)
+    return chosen.reshape(-1), torch.softmax(logits, dim=1).type_as(rows).reshape(-1)
+
+
+def _by_expert(experts: Any, chosen: Any, rows: Any) -> Any:
+    """rows [N, D], each by the matrix of its own expert -> [N, O]."""
+    torch, _ = torch_and_transformers()
+    return torch.bmm(experts.weight[chosen], rows[..., None]).squeeze(-1)
+
+
+def _jetmoe_experts(self: Any, layer_input: Any) -> Any:
+    """[B, T, D] -> [B, T, D]: each token's own experts, as batched products."""
+    rows = layer_input.reshape(-1, self.input_size)
+    chosen, weights = _jetmoe_choice(self.router, rows)
+    gate, up = _by_expert(self.input_linear, chosen, rows.repeat_interleave(self.router.top_k, dim=0)).chunk(2, dim=-1)
+    out = _by_expert(self.output_linear, chosen, self.activation(gate) * up) * weights[:, None]
+    return out.view(rows.shape[0], self.router.top_k, -1).sum(dim=1).view(layer_input.shape) + self.bias
+
+
+def _jetmoe_attention(
+    self: Any, hidden_states: Any, attention_mask: Any = None, position_embeddings: Any = None, cache: Any = None, **_: Any
+) -> tuple[Any, None, None]:
+    """[B, T, D] -> [B, T, D]: each token's own experts make its queries and its output. The k queries for one key stand side by side."""
+    home, own, top = sys.modules[type(self).__module__], self.experts, self.top_k
+    batch, count, _ = hidden_states.shape
+    rows = hidden_states.reshape(-1, own.input_size)
+    chosen, weights = _jetmoe_choice(own.router, rows)
+    query = _by_expert(own.input_linear, chosen, rows.repeat_interleave(top, dim=0))
+    query = query.view(batch, count, top, -1, self.head_dim).permute(0, 3, 2, 1, 4).flatten(1, 2)
+    key, value = (x.view(batch, count, -1, self.head_dim).transpose(1, 2) for x in self.kv_proj(hidden_states).chunk(2, dim=-1))
+    query, key = home.apply_rotary_pos_emb(query, key, *position_embeddings)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
+    key, value = (home.repeat_kv(x, top) for x in (key, value))
+    out, _ = home.eager_attention_forward(self, query, key, value, attention_mask, scaling=self.scaling)
+    out = out.view(batch, count, -1, top, self.head_dim).transpose(2, 3).reshape(-1, own.hidden_size)
+    out = _by_expert(own.output_linear, chosen, out) * weights[:, None]
+    return out.view(rows.shape[0], top, -1).sum(dim=1).view(hidden_states.shape) + own.bias, None, None
+
+
+def _adapter(output: Any, language: str, lang_ids: Any, hidden_states: Any) -> Any:
+    """[B, T, D] -> [B, T, D]: where all rows are of one language, its adapter alone."""
+    residual = hidden_states
+    if output.adapter_layer_norm is not None:
+        hidden_states = output.adapter_layer_norm(hidden_states)
+    elif output.adapter_reuse_layer_norm:
+        hidden_states = output.LayerNorm(hidden_states)
+    residual = hidden_states if output.ln_before_adapter else residual
+    return output.adapter_modules[language](hidden_states) + residual
+
+
+_METHODS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "DbrxExperts": {"forward": _dbrx_experts},
+    "JetMoeAttention": {"forward": _jetmoe_attention},
+    "JetMoeMoE": {"forward": _jetmoe_experts},
+    "LongcatFlashExperts": {"forward": _longcat_experts},
+}
+"""Methods of a class, by its name."""
 _NAMES: Mapping[str, Mapping[str, Any]] = {"modeling_mpt": {"max": _largest}}
 """What a name means in a module of transformers, by the module's name."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ort_chain import Chain, relative_error
-from tiny_models import LLAMA, logits_of, make_model
+from tiny_models import LLAMA, logits_of, make_model, torch
 
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer import run
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
+from mesh.importer.trace import model as model_module
 from mesh.importer.trace.model import cache_shapes, open_model
 from mesh.importer.verify import outside
 from mesh.lowering.experts import ExpertWeight
@@ -62,6 +64,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LLAMA, "num_hidden_layers": 2, "num_key_value_heads": LLAMA["num_attention_heads"], "q_lora_rank": 24, "kv_lora_rank": 16}
         | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2}
         | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
+    ),
+    "a number of each position beside its scores": ("Doge", {**LLAMA, "num_hidden_layers": 2}),
+    "the difference of two attentions": (
+        "DiffLlama",
+        {**LLAMA, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+    "experts for queries and outputs": (
+        "JetMoe",
+        {"vocab_size": LLAMA["vocab_size"], "hidden_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 4, "kv_channels": 16}
+        | {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 256},
     ),
 }
 
@@ -149,13 +161,35 @@ INDEXED = (
 )
 
 
-def test_a_context_ends_where_an_indexer_would_leave_positions_out(tmp_path: Path) -> None:
-    model = make_model(*INDEXED, tmp_path / "source")
+HIDING = ("Doge", {**LLAMA, "num_hidden_layers": 2, "keep_window_size": 40})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "why"),
+    [(*INDEXED, "an indexer chooses the positions"), (*HIDING, "attention hides the positions with the lowest scores")],
+    ids=["an indexer", "hidden scores"],
+)
+def test_a_context_ends_where_positions_would_be_left_out(kind: str, values: dict[str, Any], why: str, tmp_path: Path) -> None:
+    model = make_model(kind, values, tmp_path / "source")
     manifest = import_model(tmp_path / "source", tmp_path / "model")
     assert manifest.context_length == 40 and manifest.report["source_greedy_equal"] == 1.0
-    assert "context ends at 40 of 256 tokens: beyond that an indexer chooses the positions" in manifest.report["note"]
+    assert f"context ends at 40 of 256 tokens: beyond that {why}" in manifest.report["note"]
     prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 40).tolist()
     assert relative_error(Chain(tmp_path / "model", manifest.cache)(prompt), logits_of(model, prompt)) < 1e-4
+
+
+def test_of_adapters_for_languages_those_of_the_default_language_are_served(tmp_path: Path) -> None:
+    values = {**LLAMA, "num_hidden_layers": 2, "is_decoder": True, "languages": ("en_XX", "de_DE"), "default_language": "de_DE"}
+    model = make_model("Xmod", {**values, "adapter_layer_norm": True, "pad_token_id": 1}, tmp_path / "source")
+    manifest = import_model(tmp_path / "source", tmp_path / "model")
+    assert manifest.report["source_greedy_equal"] == 1.0 and "the language de_DE alone" in manifest.report["note"]
+    prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 23)
+    chain = Chain(tmp_path / "model", manifest.cache)
+    got = np.concatenate([chain(prompt[:9].tolist()), chain(prompt[9:].tolist())])
+    given = {"position_ids": torch.arange(23)[None], "use_cache": False}  # as generate gives them: without them positions begin at 2
+    with torch.no_grad():
+        english, german = (model(torch.from_numpy(prompt)[None], lang_ids=torch.tensor([n]), **given).logits[0].numpy() for n in (0, 1))
+    assert relative_error(got, german) < 1e-4 < 0.1 < relative_error(got, english)
 
 
 def test_a_model_that_keeps_nothing_between_steps_gets_a_cache(tmp_path: Path) -> None:
@@ -177,7 +211,8 @@ def test_the_language_model_is_built_alone_where_what_is_around_it_needs_another
 
     source = tmp_path / "source"
     model = make_model("Gemma2", {**LLAMA, "num_hidden_layers": 2, "head_dim": 16}, source)
-    whole = transformers.PaliGemmaConfig(text_config=model.config.to_dict(), vision_config={"num_hidden_layers": 1})
+    text = {**model.config.to_dict(), "use_bidirectional_attention": False}
+    whole = transformers.PaliGemmaConfig(text_config=text, vision_config={"num_hidden_layers": 1})
     whole.save_pretrained(source)
     tensors = load_file(source / "model.safetensors")
     inside = {name.replace("model.", "model.language_model.", 1): each for name, each in tensors.items()}
@@ -193,28 +228,54 @@ def test_the_language_model_is_built_alone_where_what_is_around_it_needs_another
     assert relative_error(Chain(tmp_path / "model", manifest.cache)(prompt), logits_of(model, prompt)) < 1e-4
 
 
+QWEN4: dict[str, Any] = {
+    **{**LLAMA, "num_hidden_layers": 2, "layer_types": ["indexed_attention", "full_attention"], "indexer_n_heads": 2},
+    **{"indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "head_dim": 8},
+}
 EARLY: dict[str, tuple[str, dict[str, Any], str]] = {
     "layers that run several times": (
         "HrmText",
         {**LLAMA, "num_hidden_layers": 6, "H_cycles": 2, "L_cycles": 2, "head_dim": 16},
         r"the layers of hrm_text run \d times for each token, .* cannot be divided between shards",
     ),
-    "a choice by numbers in Python": (
-        "JetMoe",
-        {"vocab_size": LLAMA["vocab_size"], "hidden_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 16}
-        | {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
-        r"jetmoe asks for numbers while it runs, to decide what it computes \(.*\): it cannot be traced",
-    ),
-    "an indexer beside states of a form that is not known": (
+    "an indexer of another form": (
         "Qwen4ExpText",
-        {**LLAMA, "num_hidden_layers": 2, "layer_types": ["indexed_attention", "full_attention"], "indexer_n_heads": 2}
-        | {"indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "head_dim": 8},
-        r"qwen4_exp_text keeps recurrent or convolution state, .*: such layers are not served",
+        QWEN4,
+        r"qwen4_exp_text has indexers that choose what its attention reads, of a form that is not known: not served",
     ),
-    "scores with a part of the values": (
+    "an embedding of the tokens before": (
+        "Qwen4ExpText",
+        {
+            **QWEN4,
+            "layer_types": ["linear_attention", "indexed_attention"],
+            "ple_layer_ids": [1],
+            "eos_token_id": 2,
+            "ngram_vocab_size_base": 100,
+            "make_ngram_vocab_size_divisible_by": 8,
+            "ple_embed_dim": 32,
+        }
+        | {"split_ngram_parts": 2},
+        r"qwen4_exp_text embeds the tokens before each one together with it, .*: not served",
+    ),
+    "scores with a number for each query and distance": (
+        "InklingText",
+        {**LLAMA, "num_hidden_layers": 2, "layer_types": ["hybrid", "hybrid_sliding"]},
+        r"inkling_text adds to its scores a number that each query has for each distance: not served",
+    ),
+    "experts chosen by other tokens": (
         "Doge",
-        {**LLAMA, "num_hidden_layers": 2, "keep_window_size": 2048},
-        r"doge adds a number made of each position's values to its scores, .* beyond 2048 positions",
+        {**LLAMA, "num_hidden_layers": 2, "is_moe": True, "num_experts": 16},
+        r"doge chooses experts for a token by the numbers of other tokens: not served",
+    ),
+    "a prompt that is read in both directions": (
+        "PaliGemma",
+        {"text_config": {**LLAMA, "model_type": "gemma", "num_hidden_layers": 2, "head_dim": 16}},
+        r"paligemma attends to later positions of its prompt \(use_bidirectional_attention\): not served",
+    ),
+    "a mask token in place of the next one": (
+        "XLM",
+        {"vocab_size": LLAMA["vocab_size"]},
+        r"xlm fills in a mask token that is put after the text: not served",
     ),
 }
 
@@ -226,4 +287,14 @@ def test_what_no_trace_can_help_is_refused_before_one(case: str, tmp_path: Path)
     kind, values, message = EARLY[case]
     getattr(transformers, f"{kind}Config")(**values).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=message):
+        cache_shapes(open_model(tmp_path))
+
+
+def test_a_choice_by_numbers_in_python_is_refused_where_nothing_stands_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, values = CASES["experts for queries and outputs"]
+    make_model(kind, values, tmp_path)
+    monkeypatch.setattr(model_module, "python_forms", lambda _: nullcontext())
+    with pytest.raises(
+        UnsupportedModel, match=r"jetmoe asks for numbers while it runs, to decide what it computes \(.*\): it cannot be traced"
+    ):
         cache_shapes(open_model(tmp_path))
