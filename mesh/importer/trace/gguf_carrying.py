@@ -111,7 +111,7 @@ def _hybrid_sizes(header: Header, layers: int) -> Mapping[str, Any]:
 
 
 def _granite_hybrid(header: Header, layers: int) -> Mapping[str, Any]:
-    turns = header.get("rope.scaling.finetuned")
+    turns = header.get("rope.scaling.finetuned", True)  # as llama.cpp has it
     return {
         **_hybrid_sizes(header, layers),
         **_layer_types("linear_attention")(header, layers),

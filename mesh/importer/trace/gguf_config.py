@@ -137,8 +137,8 @@ def architecture_of(file: GgufFile) -> Architecture:
         why = "the installed gguf package does not know it: is it spelled so, or newer than the package?"
     elif state:
         why = (
-            f"it keeps recurrent or convolution state ({header.name}.{state[0]}) in a way that is not described here. Import the Hugging Face "
-            "directory that the file was made from: most such families are traced there"
+            f"it keeps recurrent or convolution state ({header.name}.{state[0]}) in a way that is not described here. Import the Hugging "
+            "Face directory that the file was made from: most such families are traced there"
         )
     elif header.get("attention.causal") is False or header.get("decoder_start_token_id") is not None or "t5" in header.name:
         why = "it is an encoder, or has one: only decoders alone are served"
