@@ -54,6 +54,8 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "exaone4": NO_WINDOW | {"layer_types": ["full_attention"] * 2},
     "exaone_moe": SIGMOID,
     "falcon": {"num_kv_heads": 1, "multi_query": True, "ffn_hidden_size": 128},
+    "falcon_h1": {"head_dim": 8},
+    "falcon_mamba": {"intermediate_size": 64, "mixer_rms_eps": 1e-5},
     "gemma": TIED,
     "gemma3_text": TIED | {"query_pre_attn_scalar": 8},
     "gemma3n_text": TIED | {"hidden_size_per_layer_input": 256, "laurel_rank": 64},
@@ -67,8 +69,10 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_moe": {"moe_topk": [2, 2], "moe_intermediate_size": [56, 56], "num_shared_expert": [1, 1]},
     "granitemoe": SCALES,
     "granitemoeshared": SCALES | {"shared_intermediate_size": 24},
+    "lfm2_moe": TIED,
     "llama4_text": {"attention_chunk_size": 8192, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 1}
     | {"layer_types": ["chunked_attention"] * 3 + ["full_attention"]},
+    "mamba": {"intermediate_size": 64},
     "mellum": PATTERN,
     "minimax_m2": SIGMOID,
     "mistral": NO_WINDOW,
@@ -81,6 +85,11 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "starcoder2": NO_WINDOW,
 }
 """What the converter or llama.cpp asks of a tiny model besides."""
+AS_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+}
+"""What configurations of checkpoints say, and transformers 5 writes otherwise: for the converter alone."""
 TOKENIZER = {"model": {"vocab": {str(token): token for token in range(96)}}, "added_tokens": []}
 """What the converter counts the tokens of."""
 
@@ -125,6 +134,7 @@ def convert(llama: Path, source: Path, out: Path) -> None:
     conversion = import_module("conversion")
     base = import_module("conversion.base")
     settings = OLDER_NAMES | base.ModelBase.load_hparams(source, False)
+    settings |= AS_CHECKPOINTS.get(settings["model_type"], {})
     kind: Any = conversion.get_model_class(conversion.get_model_architecture(settings, base.ModelType.TEXT))
 
     def without_vocabulary(self: Any) -> None:

@@ -4,7 +4,7 @@ library.py     torch and transformers, or how to install them
 model.py       a directory's model without weights in memory, and what is refused by name
 weights.py     the model's parameters from the checkpoint, one at a time
 gguf_table.py  what the architectures of GGUF files are in transformers; gguf_config.py makes the configuration of a file's metadata,
-               gguf_weights.py its parameters of the tensors
+               gguf_weights.py its parameters of the tensors; gguf_carrying.py is the table where layers carry states
 export.py      one graph with a past and a present, its weights read when they are needed
 latent.py      caches that hold what latents expand to
 states.py      caches whose layers carry states of a fixed size

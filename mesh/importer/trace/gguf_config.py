@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from mesh.errors import CorruptModel, UnsupportedModel, short
+from mesh.importer.trace.gguf_carrying import CARRYING
 from mesh.importer.trace.gguf_table import ARCHITECTURES, Architecture
 from mesh.importer.trace.library import quiet, torch_and_transformers
 
@@ -128,14 +129,17 @@ def architecture_of(file: GgufFile) -> Architecture:
     from gguf import MODEL_ARCH_NAMES
 
     header = _Header(file)
-    found = ARCHITECTURES.get(header.name)
+    found = ARCHITECTURES.get(header.name) or CARRYING.get(header.name)
     if found is not None:
         return found if isinstance(found, Architecture) else found(header)
     state = sorted(key for key in header.keys if key.startswith(STATE))
     if header.name not in MODEL_ARCH_NAMES.values():
         why = "the installed gguf package does not know it: is it spelled so, or newer than the package?"
     elif state:
-        why = f"it keeps recurrent or convolution state, not a list of positions ({header.name}.{state[0]}): such layers are not served"
+        why = (
+            f"it keeps recurrent or convolution state ({header.name}.{state[0]}) in a way that is not described here. Import the Hugging "
+            "Face directory that the file was made from: most such families are traced there"
+        )
     elif header.get("attention.causal") is False or header.get("decoder_start_token_id") is not None or "t5" in header.name:
         why = "it is an encoder, or has one: only decoders alone are served"
     else:
@@ -191,8 +195,10 @@ def _values(header: _Header, architecture: Architecture, known: set[str]) -> dic
             )
     values["num_hidden_layers"] = header.number("block_count") - int(header.get("nextn_predict_layers") or 0)
     values["sliding_window"] = values.get("sliding_window") or None
-    heads, hidden = header.number("attention.head_count"), header.number("embedding_length")
-    unsaid = {**UNSAID, "num_key_value_heads": heads, "head_dim": hidden // heads}
+    unsaid = dict(UNSAID)
+    if "attention.head_count" not in architecture.implied:
+        heads, hidden = header.number("attention.head_count"), header.number("embedding_length")
+        unsaid |= {"num_key_value_heads": heads, "head_dim": hidden // heads}
     values = {name: value for name, value in unsaid.items() if name in known} | values
     for name, tensors in BIASES.items():
         if name in known:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ARCHITECTURES", "Architecture", "Header", "halves"]
+__all__ = ["ARCHITECTURES", "BY_SIGMOID", "GRANITE_MOE", "Architecture", "Change", "Header", "halves", "rows_joined"]
 
 Array = npt.NDArray[Any]
 Change = Callable[[Sequence[Array], Any], Array]
@@ -26,6 +26,8 @@ Settings = Callable[["Header", int], Mapping[str, Any]]
 
 class Header(Protocol):
     """What a file says of its model: a key without the architecture's name before it, and the shapes of its tensors."""
+
+    path: Any
 
     def get(self, key: str, default: Any = None) -> Any: ...
     def has(self, tensor: str) -> bool: ...
@@ -246,7 +248,7 @@ def _row(parts: Sequence[Array], config: Any) -> Array:
     return parts[0].reshape(1, -1)
 
 
-def _rows(parts: Sequence[Array], config: Any) -> Array:
+def rows_joined(parts: Sequence[Array], config: Any) -> Array:
     """One linear layer of two, one after the other."""
     return np.concatenate(list(parts))
 
@@ -268,7 +270,7 @@ _GPT_OSS = {
     "experts.down_proj_bias": ("blk.{}.ffn_down_exps.bias",),
     "self_attn.sinks": ("blk.{}.attn_sinks.weight",),
 }
-_GRANITE_MOE = {
+GRANITE_MOE = {
     "block_sparse_moe.experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
     "block_sparse_moe.experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
     "block_sparse_moe.router.weight": ("blk.{}.ffn_gate_inp.weight",),
@@ -365,7 +367,9 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     ),
     "gptneox": Architecture("gpt_neox", changes=_QKV),
     "granite": Architecture("granite", pairs=True),
-    "granitemoe": Architecture("granitemoeshared", pairs=True, tensors=_GRANITE_MOE, changes={"shared_mlp.input_linear.weight": _rows}),
+    "granitemoe": Architecture(
+        "granitemoeshared", pairs=True, tensors=GRANITE_MOE, changes={"shared_mlp.input_linear.weight": rows_joined}
+    ),
     "hunyuan-dense": Architecture("hunyuan_v1_dense"),
     "hunyuan-moe": Architecture(
         "hunyuan_v1_moe",

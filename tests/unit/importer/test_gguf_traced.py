@@ -58,6 +58,11 @@ def kinds_apart(name: str, array: np.ndarray) -> np.ndarray:
     return np.concatenate([groups[:, each].reshape(-1, array.shape[-1]) for each in (slice(0, -2), [-2], [-1])])
 
 
+def states(name: str, array: np.ndarray) -> np.ndarray:
+    """The decay of states and short convolutions as llama.cpp's converter stores them."""
+    return -np.exp(array) if name.endswith("A_log") else array.squeeze(1) if ".conv" in name and array.ndim == 3 else array
+
+
 def fits(array: Any) -> bool:
     """Whether a matrix has blocks of 32."""
     return array.ndim == 2 and array.shape[1] % 32 == 0
@@ -114,6 +119,14 @@ GEMMA2 = {
     "final_logit_softcapping": 9.0,
 }
 FALCON = {**SIZES, "attention.layer_norm_epsilon": 1e-5, "tensor_data_layout": "jploski"}
+MAMBA = {
+    **{"block_count": 2, "context_length": 1 << 20, "embedding_length": 64, "feed_forward_length": 0, "attention.head_count": 0},
+    **{"ssm.conv_kernel": 3, "ssm.inner_size": 128, "ssm.state_size": 8, "ssm.time_step_rank": 6, "ssm.dt_b_c_rms": False},
+    "attention.layer_norm_rms_epsilon": 1e-3,
+}
+OF_MAMBA = {"vocab_size": LLAMA["vocab_size"], "hidden_size": 64, "num_hidden_layers": 2, "layer_norm_epsilon": 1e-3}
+OF_MAMBA |= {"conv_kernel": 3, "state_size": 8, "time_step_rank": 6}
+LFM2 = {**SIZES, "attention.head_count_kv": [0, KV_HEADS], "attention.layer_norm_rms_epsilon": 1e-3, "shortconv.l_cache": 4}
 CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     "as they are": ("starcoder2", "Starcoder2", {**BASE, "sliding_window": None, "norm_epsilon": 1e-5}, STARCODER2, as_it_is),
     "pairs, and four scales": (
@@ -140,6 +153,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
         | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0},
         GEMMA2,
         norms_plus_one,
+    ),
+    "states": ("mamba", "Mamba", OF_MAMBA, MAMBA, states),
+    "states that are normalized": ("mamba", "FalconMamba", {**OF_MAMBA, "mixer_rms_eps": 1e-3}, {**MAMBA, "ssm.dt_b_c_rms": True}, states),
+    "layers with a convolution": (
+        "lfm2",
+        "Lfm2",
+        BASE
+        | {"norm_eps": 1e-3, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True}
+        | {"layer_types": ["conv", "full_attention"]},
+        LFM2,
+        states,
     ),
 }
 
@@ -195,7 +219,9 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "scaling that a table does not hold": ("starcoder2", {"rope.scaling.type": "longrope"}, r"rotary positions with starcoder2\.rope\.sc"),
     "layers that differ": ("starcoder2", {"attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv differs between layers"),
     "experts that are chosen otherwise": ("dots1", {"expert_gating_func": 1}, r"expert_gating_func is 1 where dots1 of transformers has 2"),
-    "recurrent state": ("mamba2", {"ssm.state_size": 16}, r"'mamba2' is not supported: it keeps recurrent .*mamba2\.ssm\.state_size"),
+    "recurrent state": ("nemotron_h", {"ssm.state_size": 16}, r"'nemotron_h' is not supported: it keeps recurrent .*h\.ssm\.state_size"),
+    "heads that turn in part": ("granitehybrid", {"ssm.state_size": 16}, r"granitehybrid without expert_shared.* is Bamba"),
+    "layers that all carry states": ("lfm2moe", {"expert_gating_func": 1}, r"expert_gating_func is 1 where lfm2_moe of transformers has 2"),
     "an encoder": ("bert", {"attention.causal": False}, r"'bert' is not supported: it is an encoder"),
     "one that is not described": ("grok", {}, r"'grok' is not supported: what its metadata .* any decoder family is traced there"),
     "one that nobody knows": ("bertx", {}, r"'bertx' is not supported: the installed gguf package does not know it"),
@@ -271,6 +297,13 @@ def test_keys_of_a_layer_that_reads_those_of_an_earlier_one_are_left_out() -> No
         holding = Holding(lost)
         with pytest.raises(UnsupportedModel, match=f"no use for the tensor {lost}"):
             GgufParameters(traced, holding, "gemma4", gemma4)
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [2, 1]])
+def test_a_file_whose_layers_have_no_keys_or_several_numbers_of_them_is_refused(counts: list[int]) -> None:
+    file = Named("lfm2", {**LFM2, "attention.head_count_kv": counts})
+    with pytest.raises(CorruptModel, match=r"one of the keys of lfm2 that describe its layers .*head_count_kv is \[\d, \d\]"):
+        configuration(file, architecture_of(file))
 
 
 @pytest.mark.parametrize("kind", ["falcon", "gemma3n", "gemma4"])
