@@ -97,8 +97,8 @@ LATE_BYTES = 128 << 20  # of the made-up keys and values of a layer
 LATE_TOLERANCE = 3e-7  # for each position
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
-# The most that storing weights in fewer bits may change, as a share of the logits. More means damaged weights, not rounding. Rounding lets a
-# router choose another expert, which changes more than the rounding itself.
+# The most that storing weights in fewer bits may change, as a share of the logits. More means damaged weights, not rounding. Rounding lets
+# a router choose another expert, which changes more than the rounding itself.
 STORED_TOLERANCE = {32: 0.0, 16: 0.25, 8: 0.25, 4: 0.8}
 
 
