@@ -125,7 +125,8 @@ def test_high_rows_cost_as_much_as_low_rows(llama: Path, greedy_tokens: list[int
     for at in range(len(PROMPT), len(PROMPT) + 20):
         tokens = stages.decode(np.array([15, 13]), np.array([at, at]), np.array([history[at], history[at]]))
         assert [token.id for token in tokens] == [history[at + 1]] * 2
-    assert {key[1].size for key in stages.stages[0].programs._compiled if key[0] == "layers" and not key[1].prefill} == {4}
+    sizes = {key[1].size for key in stages.stages[0].programs._compiled if key[0] == "layers" and not key[1].prefill}
+    assert sizes == ({8} if stages.stages[0].packs else {4})  # packed tokens lie side by side; else a block has the rows 12 to 15
 
 
 def test_a_replayed_step_changes_nothing(pipeline: Pipeline, greedy_tokens: list[int]) -> None:
