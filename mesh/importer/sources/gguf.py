@@ -66,6 +66,7 @@ def _open(path: Path, checkpoint: GgufCheckpoint) -> DecoderSource:
     return DecoderSource("gguf", path.stem, spec, weights, lambda out: write_gguf_tokenizer(checkpoint.metadata, str(path), out))
 
 
+_MOST_LAYERS = 1 << 14
 _LARGEST_HEAD = 1 << 16
 _LARGEST = 1 << 27
 """Of a count or a size in the metadata: the longest contexts have 10 million positions. Tables are made as long as a head."""
@@ -100,6 +101,8 @@ def _spec(metadata: _Metadata, checkpoint: GgufCheckpoint) -> DecoderSpec:
     architecture = metadata.architecture
     gemma = architecture == "gemma3"
     layers, hidden, heads = metadata.integer("block_count"), metadata.integer("embedding_length"), metadata.integer("attention.head_count")
+    if layers > _MOST_LAYERS:
+        raise CorruptModel(f"{metadata.path}: {architecture}.block_count is {layers:,} where at most {_MOST_LAYERS:,} is believed")
     kv_heads = metadata.integer("attention.head_count_kv", heads)
     head_dim = metadata.integer("attention.key_length", hidden // heads)
     if head_dim > _LARGEST_HEAD:

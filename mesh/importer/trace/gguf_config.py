@@ -85,6 +85,7 @@ BIASES: Mapping[str, tuple[str, ...]] = {
 
 STATE = ("ssm.", "wkv.", "kda.", "shortconv.", "token_shift_count")
 LARGEST = 1 << 27
+MOST_LAYERS = 1 << 14
 
 
 class GgufFile(Protocol):
@@ -116,11 +117,11 @@ class _Header:
     def shape(self, tensor: str) -> tuple[int, ...]:
         return self.file.shape(tensor)
 
-    def number(self, key: str) -> int:
+    def number(self, key: str, most: int = LARGEST) -> int:
         """A positive integer that the file must have."""
         value = self.get(key)
-        if not isinstance(value, int) or not 0 < value <= LARGEST:
-            raise CorruptModel(f"{self.path}: {self.name}.{key} is {short(repr(value))} where a number from 1 to {LARGEST:,} is needed")
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise CorruptModel(f"{self.path}: {self.name}.{key} is {short(repr(value))} where a number from 1 to {most:,} is needed")
         return value
 
 
@@ -193,7 +194,7 @@ def _values(header: _Header, architecture: Architecture, known: set[str]) -> dic
             raise UnsupportedModel(
                 f"{header.path}: {header.name}.{key} ({str(value)[:40]}) is a setting that {architecture.kind} of transformers lacks"
             )
-    values["num_hidden_layers"] = header.number("block_count") - int(header.get("nextn_predict_layers") or 0)
+    values["num_hidden_layers"] = header.number("block_count", MOST_LAYERS) - int(header.get("nextn_predict_layers") or 0)
     values["sliding_window"] = values.get("sliding_window") or None
     unsaid = dict(UNSAID)
     if "attention.head_count" not in architecture.implied:

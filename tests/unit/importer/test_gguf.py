@@ -191,6 +191,10 @@ def test_an_unsupported_decoder_is_refused_by_name(whole: bytes, tmp_path: Path)
     path.write_bytes(replaced(whole, b"llama.block_count" + struct.pack("<II", 4, 3), b"llama.block_count" + struct.pack("<II", 4, 2)))
     with pytest.raises(UnsupportedModel, match=r"no use for the tensor blk.2"):
         open_source(path)
+    counted = b"llama.block_count" + struct.pack("<I", 4)
+    path.write_bytes(replaced(whole, counted + struct.pack("<I", 3), counted + struct.pack("<I", 1 << 26)))
+    with pytest.raises(CorruptModel, match=r"llama\.block_count is 67,108,864 where at most 16,384 is believed"):
+        open_source(path)
 
 
 def test_smollm2_answers_in_its_chat_template(tmp_path: Path) -> None:

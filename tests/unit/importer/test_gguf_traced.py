@@ -266,6 +266,9 @@ def test_a_file_that_lacks_a_weight_or_has_one_too_many_is_refused(tmp_path: Pat
     path.write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])
     with pytest.raises(CorruptModel, match=r"starcoder2\.block_count is 0 where a number from 1"):
         import_model(path, out)
+    path.write_bytes(whole[:at] + (1 << 26).to_bytes(4, "little") + whole[at + 4 :])
+    with pytest.raises(CorruptModel, match=r"starcoder2\.block_count is 67108864 where a number from 1 to 16,384 is needed"):
+        import_model(path, out)
     assert not out.exists()
 
 
