@@ -15,6 +15,7 @@ class AtAnImport:
         if name == sys.argv[0]:
             os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.argv[0] = sys.argv.pop(1)
 sys.meta_path.insert(0, AtAnImport())
 from mesh.entry import main
