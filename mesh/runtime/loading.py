@@ -30,7 +30,7 @@ from mesh.model.manifest import block_name
 from mesh.runtime.canonical import canonical
 from mesh.types import LayerRange
 
-__all__ = ["Block", "block_names", "load_block"]
+__all__ = ["Block", "block_names", "load_block", "read_model"]
 
 
 _GONE = np.empty(0, np.float32)
