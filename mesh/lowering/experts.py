@@ -122,7 +122,7 @@ class _Chosen:
 
     def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
         if op_type == "Transpose":
-            return replace(self, turned=self.turned ^ bool(_swaps(attrs, self.chosen.ndim + 2)))
+            return replace(self, turned=self.turned ^ bool(_swaps(attrs["perm"])))
         if op_type != "MatMul":
             return NotImplemented
         left = args[0] is self
@@ -135,11 +135,10 @@ class _Chosen:
         return y.swapaxes(-1, -2) if left else y
 
 
-def _swaps(attributes: Mapping[str, Any], rank: int) -> bool | None:
-    """Whether a Transpose swaps the last two axes; None where it does something else."""
-    perm = list(attributes.get("perm", range(rank)[::-1]))
-    rest = list(range(rank - 2))
-    return {(rank - 2, rank - 1): False, (rank - 1, rank - 2): True}.get((perm[-2], perm[-1])) if perm[:-2] == rest else None
+def _swaps(perm: Sequence[int]) -> bool | None:
+    """Whether a Transpose swaps the last two axes; None where it moves another."""
+    before = list(range(len(perm) - 2))
+    return perm[-1] < perm[-2] if list(perm[:-2]) == before else None
 
 
 def expert_operands(lowered: Lowered, graph: Graph) -> tuple[Graph, dict[str, ExpertOperand]]:
@@ -156,8 +155,8 @@ def expert_operands(lowered: Lowered, graph: Graph) -> tuple[Graph, dict[str, Ex
         operand = _stored(lowered, graph, name, made_by, readers)
         if operand is None or name in graph.outputs or not all(_chooses(node) and node.inputs[0] == name for node in nodes):
             continue
-        turns = {turned for node in nodes for turned in _seen(graph, node.outputs[0], readers, False)}
-        if len(turns) != 1 or (turned := turns.pop()) is None:
+        turned = _one({_turned(graph, node.outputs[0], readers) for node in nodes})
+        if turned is None:
             continue
         depth = 1 if turned else 2
         if operand.axis not in (0, depth):
@@ -175,19 +174,24 @@ def _chooses(node: GraphNode) -> bool:
     return own and not node.attributes.get("axis", 0) and not node.attributes.get("batch_dims", 0)
 
 
-def _seen(graph: Graph, value: str, readers: Mapping[str, Sequence[GraphNode]], swapped: bool) -> list[bool | None]:
-    """How the products that read a gathered value sum over a stored expert: along its first axis (True) or its second; None: something
-    else reads it."""
-    result: list[bool | None] = [None] if value in graph.outputs or not readers[value] else []
+def _turned(graph: Graph, value: str, readers: Mapping[str, Sequence[GraphNode]], swapped: bool = False) -> bool | None:
+    """Whether the products that read chosen experts [..., a, b] sum over a; None where they differ, or something else reads them."""
+    found: set[bool | None] = {None} if value in graph.outputs else set()
     for node in readers[value]:
         kind = node.op.op_type if node.op.domain == "" else ""
+        swaps = _swaps(node.attributes["perm"]) if kind == "Transpose" and "perm" in node.attributes else None
         if kind == "MatMul" and node.inputs.count(value) == 1:
-            result.append((node.inputs[1] == value) ^ swapped)
-        elif kind == "Transpose" and (perm := node.attributes.get("perm")) is not None and _swaps(node.attributes, len(perm)) is not None:
-            result += _seen(graph, node.outputs[0], readers, swapped ^ bool(_swaps(node.attributes, len(perm))))
+            found.add((node.inputs[1] == value) ^ swapped)
+        elif swaps is not None:
+            found.add(_turned(graph, node.outputs[0], readers, swapped ^ swaps))
         else:
-            result.append(None)
-    return result
+            found.add(None)
+    return _one(found)
+
+
+def _one(found: set[bool | None]) -> bool | None:
+    """What all say; None where they differ, or nothing is said."""
+    return found.pop() if len(found) == 1 else None
 
 
 def _stored(

@@ -18,6 +18,7 @@ from mesh.importer.families.tensors import Tensors
 from mesh.importer.sources.gguf_file import GgufCheckpoint
 from mesh.importer.sources.gguf_tokenizer import write_gguf_tokenizer
 from mesh.importer.sources.source import Source
+from mesh.importer.trace.gguf_config import LARGEST, MOST_LAYERS
 from mesh.types import Progress, no_progress
 
 __all__ = ["SUPPORTED", "open_source"]
@@ -66,10 +67,8 @@ def _open(path: Path, checkpoint: GgufCheckpoint) -> DecoderSource:
     return DecoderSource("gguf", path.stem, spec, weights, lambda out: write_gguf_tokenizer(checkpoint.metadata, str(path), out))
 
 
-_MOST_LAYERS = 1 << 14
 _LARGEST_HEAD = 1 << 16
-_LARGEST = 1 << 27
-"""Of a count or a size in the metadata: the longest contexts have 10 million positions. Tables are made as long as a head."""
+"""Tables are made as long as a head."""
 
 
 class _Metadata:
@@ -83,7 +82,7 @@ class _Metadata:
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(f"{self.architecture}.{key}", default)
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
         """A positive integer. If the file has one value for each layer, all must be equal."""
         value = self.get(key, default)
         if isinstance(value, list):
@@ -92,17 +91,16 @@ class _Metadata:
             value = value[0]
         if not isinstance(value, int) or value < 1:
             raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {short(repr(value))} where a positive integer is needed")
-        if value > _LARGEST:
-            raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {value:,} where at most {_LARGEST:,} is believed")
+        if value > most:
+            raise CorruptModel(f"{self.path}: {self.architecture}.{key} is {value:,} where at most {most:,} is believed")
         return value
 
 
 def _spec(metadata: _Metadata, checkpoint: GgufCheckpoint) -> DecoderSpec:
     architecture = metadata.architecture
     gemma = architecture == "gemma3"
-    layers, hidden, heads = metadata.integer("block_count"), metadata.integer("embedding_length"), metadata.integer("attention.head_count")
-    if layers > _MOST_LAYERS:
-        raise CorruptModel(f"{metadata.path}: {architecture}.block_count is {layers:,} where at most {_MOST_LAYERS:,} is believed")
+    layers = metadata.integer("block_count", most=MOST_LAYERS)
+    hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     kv_heads = metadata.integer("attention.head_count_kv", heads)
     head_dim = metadata.integer("attention.key_length", hidden // heads)
     if head_dim > _LARGEST_HEAD:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.trace.gguf_table import BY_SIGMOID, GRANITE_MOE, Architecture, Change, Header, rows_joined
+from mesh.importer.trace.gguf_table import BY_SIGMOID, GRANITE_MOE, IN_TWO, Architecture, Change, Header, rows_joined
 
 __all__ = ["CARRYING"]
 
@@ -37,13 +37,7 @@ def _mamba(header: Header) -> Architecture:
     return Architecture(
         "falcon_mamba" if normalizes else "mamba",
         fixed=epsilon,
-        keys={
-            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
-            "ssm.conv_kernel": "conv_kernel",
-            "ssm.inner_size": "intermediate_size",
-            "ssm.state_size": "state_size",
-            "ssm.time_step_rank": "time_step_rank",
-        },
+        keys={**KEYS_ALONE, "ssm.inner_size": "intermediate_size", "ssm.time_step_rank": "time_step_rank"},
         implied=(*NO_ATTENTION, "ssm.dt_b_c_rms"),
         settings=_mamba_sizes,
         changes={"A_log": _logarithm},
@@ -144,6 +138,12 @@ def _hybrid(header: Header) -> Architecture:
 
 HEADS = ("attention.head_count_kv",)
 NO_ATTENTION = ("attention.head_count", "context_length", "feed_forward_length")
+KEYS_ALONE = {
+    "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+    "ssm.conv_kernel": "conv_kernel",
+    "ssm.state_size": "state_size",
+}
+"""Of Mambas without attention."""
 MAMBA_KEYS = {
     "ssm.conv_kernel": "mamba_d_conv",
     "ssm.group_count": "mamba_n_groups",
@@ -152,10 +152,6 @@ MAMBA_KEYS = {
 }
 DT_BIAS = {".dt_bias": ("blk.{}.ssm_dt.bias",)}
 _STATES: Mapping[str, Change] = {"A_log": _logarithm, "mixer.norm.weight": _flat, "mamba.norm.weight": _flat}
-_EXPERTS = {
-    "experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
-    "experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
-}
 
 CARRYING: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     "falcon-h1": Architecture(
@@ -172,7 +168,7 @@ CARRYING: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         keys={"ssm.conv_kernel": "mamba_d_conv", "ssm.state_size": "mamba_d_state", "ssm.time_step_rank": "mamba_dt_rank"},
         implied=(*HEADS, "ssm.inner_size"),
         settings=_jamba,
-        tensors=_EXPERTS,
+        tensors=IN_TWO,
         changes={"A_log": _logarithm},
     ),
     "lfm2": Architecture(
@@ -189,18 +185,12 @@ CARRYING: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         implied=HEADS,
         needs=BY_SIGMOID,
         settings=_layer_types("conv"),
-        tensors={**_EXPERTS, "feed_forward.expert_bias": ("blk.{}.exp_probs_b.bias",)},
+        tensors={**IN_TWO, "feed_forward.expert_bias": ("blk.{}.exp_probs_b.bias",)},
     ),
     "mamba": _mamba,
     "mamba2": Architecture(
         "mamba2",
-        keys={
-            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
-            "ssm.conv_kernel": "conv_kernel",
-            "ssm.group_count": "n_groups",
-            "ssm.state_size": "state_size",
-            "ssm.time_step_rank": "num_heads",
-        },
+        keys={**KEYS_ALONE, "ssm.group_count": "n_groups", "ssm.time_step_rank": "num_heads"},
         implied=(*NO_ATTENTION, "ssm.inner_size"),
         settings=_mamba2,
         tensors=DT_BIAS,

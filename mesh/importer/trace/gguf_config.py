@@ -13,7 +13,7 @@ from mesh.importer.trace.gguf_carrying import CARRYING
 from mesh.importer.trace.gguf_table import ARCHITECTURES, Architecture
 from mesh.importer.trace.library import quiet, torch_and_transformers
 
-__all__ = ["architecture_of", "configuration"]
+__all__ = ["LARGEST", "MOST_LAYERS", "architecture_of", "configuration"]
 
 COMMON: Mapping[str, tuple[str, ...]] = {
     "attention.clamp_kqv": ("clip_qkv",),
@@ -85,7 +85,9 @@ BIASES: Mapping[str, tuple[str, ...]] = {
 
 STATE = ("ssm.", "wkv.", "kda.", "shortconv.", "token_shift_count")
 LARGEST = 1 << 27
+"""A count or a size in the metadata: the longest contexts have 10 million positions."""
 MOST_LAYERS = 1 << 14
+"""Lists are made as long as a model has layers, before any tensor is missed."""
 
 
 class GgufFile(Protocol):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ARCHITECTURES", "BY_SIGMOID", "GRANITE_MOE", "Architecture", "Change", "Header", "halves", "rows_joined"]
+__all__ = ["ARCHITECTURES", "BY_SIGMOID", "GRANITE_MOE", "IN_TWO", "Architecture", "Change", "Header", "halves", "rows_joined"]
 
 Array = npt.NDArray[Any]
 Change = Callable[[Sequence[Array], Any], Array]
@@ -263,16 +263,19 @@ KV_B = {"kv_b_proj.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight")
 _KV_B: Mapping[str, Change] = {"kv_b_proj.weight": _expanding}
 _CONV1D: Mapping[str, Change] = dict.fromkeys(("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight"), _turned)
 _QKV: Mapping[str, Change] = {"query_key_value.weight": _of_heads, "query_key_value.bias": _of_heads}
-_GPT_OSS = {
+IN_TWO = {
     "experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
-    "experts.gate_up_proj_bias": ("blk.{}.ffn_gate_exps.bias", "blk.{}.ffn_up_exps.bias"),
     "experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
+}
+"""The weights of experts as most families have them."""
+_GPT_OSS = {
+    **IN_TWO,
+    "experts.gate_up_proj_bias": ("blk.{}.ffn_gate_exps.bias", "blk.{}.ffn_up_exps.bias"),
     "experts.down_proj_bias": ("blk.{}.ffn_down_exps.bias",),
     "self_attn.sinks": ("blk.{}.attn_sinks.weight",),
 }
 GRANITE_MOE = {
-    "block_sparse_moe.experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
-    "block_sparse_moe.experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
+    **{f"block_sparse_moe.{name}": tensors for name, tensors in IN_TWO.items()},
     "block_sparse_moe.router.weight": ("blk.{}.ffn_gate_inp.weight",),
     "shared_mlp.input_linear.weight": ("blk.{}.ffn_gate_shexp.weight", "blk.{}.ffn_up_shexp.weight"),
     "shared_mlp.output_linear.weight": ("blk.{}.ffn_down_shexp.weight",),
@@ -382,10 +385,7 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         fixed={"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1, "attn_temperature_tuning": True},
         keys={"feed_forward_length": "intermediate_size_mlp", "interleave_moe_layer_step": "interleave_moe_layer_step"},
         settings=_llama4,
-        tensors={
-            "experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
-            "experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
-        },
+        tensors=IN_TWO,
         changes={"experts.gate_up_proj": _side_by_side, "experts.down_proj": _turned_experts},
     ),
     "minicpm3": Architecture(

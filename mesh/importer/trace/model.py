@@ -20,7 +20,7 @@ from mesh.importer.trace.python_forms import python_forms
 from mesh.importer.trace.recurrences import recurrences
 from mesh.importer.trace.states import LayerKeeps, cache_argument, fresh_layers, kept_by
 
-__all__ = ["TracedModel", "cache_shapes", "model_of", "open_model"]
+__all__ = ["TracedModel", "cache_shapes", "compute_experts", "model_of", "open_model"]
 
 ATTENTION = frozenset(
     ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_sliding", "moe", "dense", "sparse")
@@ -221,8 +221,7 @@ def _built(config: Any, text: Any) -> tuple[Any, Any]:
 def _build(config: Any) -> Any:
     """A module with that configuration: the causal language model, or the multimodal model around one."""
     torch, transformers = torch_and_transformers()
-    for each in (config, config.get_text_config(decoder=True)):
-        each._experts_implementation = "batched_mm"  # the one whose shapes do not depend on the tokens
+    compute_experts(config, "batched_mm")  # the one whose shapes do not depend on the tokens
     last: Exception | None = None
     autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     known = [auto.from_config for auto in autos if type(config) in auto._model_mapping or getattr(config, "auto_map", None)]
@@ -236,6 +235,12 @@ def _build(config: Any) -> Any:
     raise UnsupportedModel(
         f"{config.model_type}: transformers cannot build it ({type(last).__name__}: {' '.join(str(last).split())[:300]})"
     )
+
+
+def compute_experts(config: Any, form: str) -> None:
+    """Let transformers compute experts in the form of that name wherever a module has this configuration."""
+    for each in (config, config.get_text_config(decoder=True)):
+        each._experts_implementation = form
 
 
 def _causal_models(config: type) -> list[Any]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mesh.importer.trace.indexers import positions_chosen
 from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
-from mesh.importer.trace.model import TracedModel
+from mesh.importer.trace.model import TracedModel, compute_experts
 from mesh.importer.trace.states import cache_argument, has_states
 from mesh.importer.trace.weights import ModelParameters
 
@@ -33,8 +33,7 @@ class TransformersReference:
         _, transformers = torch_and_transformers()
         self.name = f"transformers {transformers.__version__}"
         self._model = model.real
-        for config in (self._model.config, self._model.config.get_text_config(decoder=True)):
-            config._experts_implementation = "eager"  # one expert at a time, where the traced form copies those of every token
+        compute_experts(self._model.config, "eager")  # one expert at a time, where the traced form copies those of every token
         self._takes = inspect.signature(self._model.forward).parameters
         self._loader = _Loader(self._model, parameters)
         if whole:

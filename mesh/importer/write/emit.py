@@ -198,13 +198,13 @@ class Emitter:
         probe = values.inputs.probes[0]
         if len(probe.shape(table)) != 3 or probe.dtype(table) not in FLOATS or values.kept(table):
             return False
-        turned = _turned(node.outputs[0], len(probe.shape(node.outputs[0])))
+        rank = len(probe.shape(node.outputs[0]))
+        turned = _turned(node.outputs[0], rank)
         if turned is None:
             return False
         matrix = values.experts(table, turned=turned)
         name = self.builder.op(node.op_type, matrix, self._input(node, 1))
         if not turned:
-            rank = len(probe.shape(node.outputs[0]))
             name = self.builder.op("Transpose", name, perm=[*range(rank - 2), rank - 1, rank - 2])
         values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True

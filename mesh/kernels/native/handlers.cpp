@@ -129,6 +129,19 @@ int64_t bytes_of(const Weight& w) {
   return w.out * w.in * bits[w.kind] / 8;
 }
 
+// A row of an input, with zeros after its end.
+void copy_row(const float* from, int64_t in, float* to, int64_t stride) {
+  std::memcpy(to, from, (size_t)in * sizeof(float));
+  std::memset(to + in, 0, (size_t)(stride - in) * sizeof(float));
+}
+
+// The outputs of a piece of about `piece_bytes` of a weight. `few`: no more than what many rows are multiplied with at a time.
+int64_t outputs_of(int64_t out, int64_t bytes, int64_t piece_bytes, bool few) {
+  const int64_t outputs = (out * piece_bytes / bytes + kOutputsStep - 1) / kOutputsStep * kOutputsStep;
+  if (few && outputs > 64) return 64;
+  return outputs < kOutputsStep ? kOutputsStep : outputs;
+}
+
 enum Prologue : int64_t { kAsGiven, kRmsNorm, kGatedSilu, kGatedGelu };
 
 struct Products {
@@ -152,10 +165,7 @@ struct Products {
     if (prologue == kRmsNorm) return best().rms_norm(from, second, epsilon, some, in, stride, to);
     if (prologue == kGatedSilu) return best().gated(kSilu, from, up, some, in, stride, to);
     if (prologue == kGatedGelu) return best().gated(kGeluTanh, from, up, some, in, stride, to);
-    for (int64_t r = 0; r < some; r++) {
-      std::memcpy(to + r * stride, from + r * in, (size_t)in * sizeof(float));
-      std::memset(to + r * stride + in, 0, (size_t)(stride - in) * sizeof(float));
-    }
+    for (int64_t r = 0; r < some; r++) copy_row(from + r * in, in, to + r * stride, stride);
   }
 
   void multiply(int64_t piece) const {
@@ -208,9 +218,7 @@ ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Rema
   call.firsts[0] = 0;
   for (int i = 0; i < call.count; i++) {
     const Weight& w = call.weights[i];
-    int64_t outputs = (w.out * piece_bytes / bytes_of(w) + kOutputsStep - 1) / kOutputsStep * kOutputsStep;
-    if (rows > 8 && outputs > 64 && !alone) outputs = 64;
-    call.outputs[i] = outputs < kOutputsStep ? kOutputsStep : outputs;
+    call.outputs[i] = outputs_of(w.out, bytes_of(w), piece_bytes, rows > 8 && !alone);
     call.firsts[i + 1] = call.firsts[i] + (w.out + call.outputs[i] - 1) / call.outputs[i];
   }
   Plan* plan = new (std::nothrow) Plan(&call);
@@ -222,7 +230,7 @@ ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Rema
   return ffi::Error::Success();
 }
 
-// What `first` numbers before them are left out of.
+// The numbers from `first` on.
 Numbers after(Numbers n, int64_t first) {
   static const int bytes[] = {4, 2, 2, 1, 1};
   if (n.data) n.data = (const char*)n.data + first * bytes[n.kind];
@@ -280,10 +288,7 @@ struct ExpertProducts {
   }
 
   void bring(int64_t piece) const {
-    rows_of(piece, [&](int64_t at, int64_t row) {
-      std::memcpy(sorted + at * stride, x + row * in, (size_t)in * sizeof(float));
-      std::memset(sorted + at * stride + in, 0, (size_t)(stride - in) * sizeof(float));
-    });
+    rows_of(piece, [&](int64_t at, int64_t row) { copy_row(x + row * in, in, sorted + at * stride, stride); });
   }
 
   void multiply(int64_t piece) const {
@@ -325,8 +330,7 @@ ffi::Error expert_products(ffi::ThreadPool threads, ffi::RemainingArgs given, ff
 
   const int64_t size = bytes_of(call.weight) / experts, most = 8 * (threads.num_threads() + 1);
   const int64_t piece_bytes = size * call.used / most > kPieceBytes ? size * call.used / most : kPieceBytes;
-  const int64_t outputs = (call.out * piece_bytes / size + kOutputsStep - 1) / kOutputsStep * kOutputsStep;
-  call.outputs = rows > 8 * call.used && outputs > 64 ? 64 : outputs < kOutputsStep ? kOutputsStep : outputs;
+  call.outputs = outputs_of(call.out, size, piece_bytes, rows > 8 * call.used);
   call.pieces = (call.out + call.outputs - 1) / call.outputs;
   Plan* plan = new (std::nothrow) Plan(&call);
   if (!plan) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory");

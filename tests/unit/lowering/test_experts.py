@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mesh.kernels import calls
 from mesh.kernels.library import kernels
-from mesh.lowering import linear
+from mesh.lowering import experts, linear
 from mesh.lowering.experts import ExpertWeight
 from mesh.lowering.lower import Lowered
 from mesh.runtime.loading import load_block
@@ -118,6 +118,20 @@ def test_products_are_those_of_the_standard(
         np.testing.assert_allclose(run(lowered, weights, given), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", STORED)
+def test_the_experts_of_a_few_tokens_at_a_time_give_the_same(stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's form where there are more experts than it lets compute every token, and more tokens than it has copies for."""
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(linear, "in_kernel", lambda *_: False)
+    monkeypatch.setattr(experts, "_FEW_EXPERTS", 0)
+    monkeypatch.setattr(experts, "_COPIED_BYTES", 3 * OUT * DEPTH * 4)
+    model = graph(stored, turned=False, gather="GatherND")
+    lowered, weights = loaded(model, tmp_path)
+    given = inputs(40, 1)
+    (expected,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(["y"], given)
+    np.testing.assert_allclose(run(lowered, weights, given), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_codes_of_four_bits_stay_four_bits(tmp_path: Path) -> None:
     _, weights = loaded(graph("int4", turned=True, gather="GatherND"), tmp_path)
     (held,) = (each for each in weights.values() if isinstance(each, ExpertWeight))
@@ -148,16 +162,16 @@ def test_no_expert_is_copied_for_every_token(engine: str, monkeypatch: pytest.Mo
 @pytest.mark.skipif(kernels().name is None, reason=f"kernels: {kernels()}")
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(0, 99))
-def test_a_row_has_the_same_bits_in_any_company(experts: int, out: int, depth: int, rows: int, seed: int) -> None:
+def test_a_row_has_the_same_bits_in_any_company(count: int, out: int, depth: int, rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    codes = linear.Codes(jnp.asarray(rng.standard_normal((experts * out, depth)), jnp.float32))
-    x, chosen = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32), jnp.asarray(rng.integers(0, experts, rows), jnp.int32)
-    weight = ExpertWeight(codes, experts, False)
+    codes = linear.Codes(jnp.asarray(rng.standard_normal((count * out, depth)), jnp.float32))
+    x, chosen = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float32), jnp.asarray(rng.integers(0, count, rows), jnp.int32)
+    weight = ExpertWeight(codes, count, False)
     together = np.asarray(weight.product(x, chosen))
     for row in range(rows):
         alone = np.asarray(weight.product(x[row : row + 1], chosen[row : row + 1]))[0]
         np.testing.assert_array_equal(together[row], alone)
-        whole = np.asarray(codes.data).reshape(experts, out, depth)[int(chosen[row])].astype(np.float64)
+        whole = np.asarray(codes.data).reshape(count, out, depth)[int(chosen[row])].astype(np.float64)
         np.testing.assert_allclose(alone, whole @ np.asarray(x[row], np.float64), rtol=1e-4, atol=1e-4)
 
 
