@@ -31,7 +31,7 @@ from mesh.lowering.lower import Lowered
 from mesh.lowering.op_helpers import numpy_type
 from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.tensors import PackedFormat, unpack
-from mesh.lowering.weights import stored_codes
+from mesh.lowering.weights import fits_tiles, stored_codes
 
 __all__ = ["ExpertOperand", "ExpertWeight", "expert_operands", "pack_experts"]
 
@@ -86,7 +86,7 @@ class ExpertWeight:
         chosen = jnp.where(chosen < 0, chosen + self.experts, chosen)  # as ONNX counts
         if linear.in_kernel(x.dtype, self.codes):
             return calls.expert_products(x, chosen, self.codes.for_kernels(), self.experts)
-        each = jax.tree.map(self._divided, self.codes)
+        each = jax.tree.map(self._divided, self.codes.in_rows())
 
         def one(row: Any, expert: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[expert] if leaf.ndim else leaf, each).widened(x.dtype) @ row
@@ -259,4 +259,4 @@ def pack_experts(operand: ExpertOperand, read: Callable[[str], tuple[Array, Pack
 
     held = stored_codes(codes, read(operand.codes)[1], grouped=operand.scale is not None)
     held = replace(held, dtype=operand.dtype, scale=factors(operand.scale), zero_point=factors(operand.zero), group=operand.group)
-    return ExpertWeight(held, experts, turned)
+    return ExpertWeight(held.in_tiles() if fits_tiles(held, experts) else held, experts, turned)
