@@ -119,6 +119,24 @@ def test_weights_of_experts_have_the_same_numbers_too(name: str, engine: str, tm
         np.testing.assert_array_equal(np.asarray(ours["y"])[:, 0].T, numbers.reshape(shape)[expert])
 
 
+def test_experts_whose_products_sum_over_their_rows_are_multiplied_out(tmp_path: Path) -> None:
+    """Groups lie along the rows, so such a product has no form that reads codes."""
+    kind, blocks, numbers = stored("Q4_K", EXPERTS * OUT)
+    shape = (EXPERTS, OUT, IN)
+    builder = GraphBuilder("layer_000", ImportOptions())
+    x, chosen = builder.input("x", ["rows", 1, OUT]), builder.input("chosen", ["rows"], 7)
+    table, _ = builder.experts("w", SourceMatrix(lambda: numbers.reshape(shape), FORMS[kind], lambda: kept(kind, blocks), shape))
+    builder.op("MatMul", x, builder.op("Gather", table, chosen), out="y")
+    builder.output("y", ["rows", 1, IN])
+    builder.write(BlockWriter(tmp_path))
+    block = load_block(tmp_path, "layer_000")
+    assert not any(isinstance(each, ExpertWeight) for each in block.weights.values())
+    chosen_experts = np.arange(OUT) % EXPERTS
+    given = {"x": jnp.eye(OUT, dtype=jnp.float32)[:, None], "chosen": jnp.asarray(chosen_experts, jnp.int32)}
+    y = np.asarray(block.lowered(block.weights, given)["y"])[:, 0]
+    np.testing.assert_array_equal(y, numbers.reshape(shape)[chosen_experts, np.arange(OUT)])
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_in_memory_a_weight_takes_about_what_it_takes_in_the_file(name: str, tmp_path: Path) -> None:
     kind, blocks, numbers = stored(name, 64)
