@@ -74,9 +74,9 @@ class PackedWeight:
         return NotImplemented
 
 
-def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, PackedFormat | None]]) -> PackedWeight:
+def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, PackedFormat | None]], *, experts: int = 1) -> PackedWeight:
     """Operands of one kind as one weight: their outputs one after the other. `read` gives an initializer, as stored, and its format if its
-    elements are smaller than a byte."""
+    elements are smaller than a byte. `experts`: how many equal parts are multiplied each by itself."""
     first = parts[0]
     stored, layout = [], read(first.codes)[1]
     for part in parts:
@@ -100,7 +100,7 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
         minimum=minimum,
         group=first.group,
     )
-    return PackedWeight(packed.in_tiles() if fits_tiles(packed) else packed)
+    return PackedWeight(packed.in_tiles() if fits_tiles(packed, experts) else packed)
 
 
 def fits_tiles(codes: Codes, experts: int = 1) -> bool:

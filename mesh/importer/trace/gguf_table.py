@@ -15,7 +15,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ARCHITECTURES", "BY_SIGMOID", "GRANITE_MOE", "IN_TWO", "Architecture", "Change", "Header", "halves", "rows_joined"]
+__all__ = [
+    "ARCHITECTURES",
+    "BY_SIGMOID",
+    "GRANITE_MOE",
+    "IN_TWO",
+    "TURNED_EXPERTS",
+    "Architecture",
+    "Change",
+    "Header",
+    "halves",
+    "rows_joined",
+]
 
 Array = npt.NDArray[Any]
 Change = Callable[[Sequence[Array], Any], Array]
@@ -237,6 +248,10 @@ def _taking_turns(parts: Sequence[Array], config: Any) -> Array:
     """Gates and ups of experts [experts, wide, ...] -> [experts, ..., 2 wide], one of each in turn."""
     both = np.stack(list(parts), axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
     return both if both.ndim == 2 else both.swapaxes(1, 2)
+
+
+TURNED_EXPERTS: frozenset[Change] = frozenset((_turned_experts, _side_by_side, _taking_turns))
+"""Changes that give [experts, in, out]: what they do to rows they do to anything that each output has."""
 
 
 def _one_of(place: int) -> Change:

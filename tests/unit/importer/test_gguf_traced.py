@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.run import import_model
+from mesh.importer.sources.gguf_blocks import FORMS, kept
 from mesh.importer.sources.gguf_file import GgufCheckpoint
 from mesh.importer.trace.gguf_config import architecture_of, configuration
 from mesh.importer.trace.gguf_weights import GgufParameters
 from mesh.importer.trace.model import model_of
 from mesh.importer.trace.reference import TransformersReference
+from mesh.lowering.experts import ExpertWeight
+from mesh.runtime.loading import load_block
 
 BASE = {**LLAMA, "num_hidden_layers": 2}
 HEADS, KV_HEADS = LLAMA["num_attention_heads"], LLAMA["num_key_value_heads"]
@@ -64,8 +67,18 @@ def states(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def fits(array: Any) -> bool:
-    """Whether a matrix has blocks of 32."""
-    return array.ndim == 2 and array.shape[1] % 32 == 0
+    """Whether a matrix, or one of several, has blocks of 32."""
+    return array.ndim in (2, 3) and array.shape[-1] % 32 == 0
+
+
+def one_by_one(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The parameters of a model with the gates and ups of its experts apart."""
+    for name, value in state.items():
+        if name.endswith(".experts.gate_up_proj"):
+            for part, rows in zip(("gate_proj", "up_proj"), value.chunk(2, dim=1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}.weight"), rows
+        else:
+            yield (f"{name}.weight" if name.endswith(".experts.down_proj") else name), value
 
 
 def write(path: Path, architecture: str, model: Any, keys: Mapping[str, Any], stored: Stored = as_it_is, quantized: bool = False) -> None:
@@ -83,7 +96,7 @@ def write(path: Path, architecture: str, model: Any, keys: Mapping[str, Any], st
     writer.add_tokenizer_model("none")
     kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, 2)
-    for name, value in model.state_dict().items():
+    for name, value in one_by_one(model.state_dict()):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
@@ -212,6 +225,85 @@ def test_quantized_matrices_stay_as_they_are_with_their_rows_in_another_order(tm
         if fits(value):
             value.copy_(value.new_tensor(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), q8), q8)))
     assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(model, PROMPT.tolist())) < 1e-3
+
+
+def test_experts_stay_as_they_are_and_compute_what_their_codes_stand_for(tmp_path: Path) -> None:
+    architecture, kind, path = "qwen3moe", "Qwen3Moe", tmp_path / "model.gguf"
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "norm_topk_prob": True}
+    model = make_model(kind, rotary({**BASE, **experts, "head_dim": 16, "rms_norm_eps": 1e-6}, {}))
+    keys = {"attention.key_length": 16, "attention.value_length": 16, "attention.layer_norm_rms_epsilon": 1e-6}
+    write(
+        path,
+        architecture,
+        model,
+        {**SIZES, **keys, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
+        quantized=True,
+    )
+    manifest = import_model(path, tmp_path / "model")
+    assert manifest.weights.kept == "Q8_0" and manifest.report["source_greedy_equal"] == 1.0
+    held = [each for each in load_block(tmp_path / "model", "layer_001").weights.values() if isinstance(each, ExpertWeight)]
+    assert [(each.codes.stored_as, each.codes.group) for each in held] == [("int8", 32)] * 2
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    for value in model.state_dict().values():
+        if fits(value):
+            value.copy_(value.new_tensor(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), q8), q8)))
+    assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(model, PROMPT.tolist())) < 1e-4
+
+
+OF_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+class OfExperts:
+    """A file with the experts of one layer, as Q4_K."""
+
+    path = "model.gguf"
+    kind = gguf.GGMLQuantizationType.Q4_K
+
+    def __init__(self) -> None:
+        rng, block = np.random.default_rng(0), gguf.GGML_QUANT_SIZES[self.kind][1]
+        self.blocks = {f"blk.0.{name}.weight": rng.integers(0, 256, (4 * 256, 1, block), np.uint8) for name in OF_EXPERTS}
+        for blocks in self.blocks.values():
+            blocks[..., :4] = rng.standard_normal((4 * 256, 1, 2)).astype(np.float16).view(np.uint8)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.blocks
+
+    def __iter__(self) -> Any:
+        return iter(self.blocks)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (4, 256, 256)
+
+    def form(self, name: str) -> Any:
+        return FORMS[self.kind]
+
+    def kept(self, name: str) -> Any:
+        return kept(self.kind, self.blocks[name])
+
+    def read(self, name: str) -> np.ndarray:
+        return gguf.quants.dequantize(self.blocks[name].reshape(4 * 256, -1), self.kind).reshape(self.shape(name))
+
+
+@pytest.mark.parametrize(("architecture", "config", "values"), [
+    ("qwen3moe", "Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 256, "decoder_sparse_step": 1}),
+    ("gpt-oss", "GptOssConfig", {"num_local_experts": 4, "intermediate_size": 256, "head_dim": 16}),
+    ("llama4", "Llama4TextConfig", {"num_local_experts": 4, "intermediate_size": 256, "interleave_moe_layer_step": 1, "head_dim": 64}),
+])  # fmt: skip
+def test_experts_are_kept_however_a_model_lays_them_out(architecture: str, config: str, values: dict[str, Any]) -> None:
+    """Gates and ups one after the other or in turns, turned or not: codes are those of the numbers."""
+    import transformers
+
+    traced = model_of(Path("model.gguf"), getattr(transformers, config)(**{**LLAMA, "hidden_size": 256, "num_hidden_layers": 1, **values}))
+    file: Any = OfExperts()
+    parameters = GgufParameters(traced, file, architecture, architecture_of(Named(architecture, {})))
+    found = [name for name in traced.module.state_dict() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(found) == 2
+    for name in found:
+        matrix = parameters.matrix(name)
+        assert matrix is not None and matrix.keep is not None and matrix.experts is not None
+        numbers = parameters.read(name)
+        assert matrix.turned == (architecture != "qwen3moe")
+        np.testing.assert_array_equal(matrix.keep().numbers().reshape(matrix.experts), numbers.swapaxes(1, 2) if matrix.turned else numbers)
 
 
 REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
