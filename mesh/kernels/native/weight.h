@@ -46,7 +46,7 @@ struct Weight {
 struct Whole {
   int8_t digits[3][32];
   int32_t centred;  // what the sum of code * x has more than that of (code - 8) * x, the other way round
-  float unit, sum;  // sum: of the 32 numbers
+  float unit, units, sum;  // sum: of the 32 numbers, which are so many units
 };
 
 // Some outputs of a product: y[r, o] = x[r] . weight[o] + bias[o] + residual[r, o]
