@@ -34,8 +34,22 @@ __all__ = [
     "products",
 ]
 
-Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits", "tiles of 4 bits"]
-KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits", "tiles of 4 bits")
+Kind = Literal[
+    "float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits", "tiles of 4 bits", "tiles of 6 bits", "tiles of 8 bits"
+]
+KINDS: tuple[Kind, ...] = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "int8",
+    "uint8",
+    "4 bits",
+    "5 bits",
+    "6 bits",
+    "tiles of 4 bits",
+    "tiles of 6 bits",
+    "tiles of 8 bits",
+)
 MOST_WEIGHTS = 8
 """Of one call."""
 

@@ -32,7 +32,7 @@ class Kernels:
 
     @property
     def reads_tiles(self) -> bool:
-        """Whether codes of 4 bits are best laid out in tiles (mesh/kernels/native/weight.h)."""
+        """Whether codes of 4, 6 and 8 bits are best laid out in tiles (mesh/kernels/native/weight.h)."""
         return self.name == "avx512vnni"
 
     def __str__(self) -> str:

@@ -40,6 +40,8 @@ VARIANTS = ("dot", "split", *_TILES, "rows", "stream", "kernel")
 _STREAMED = 512
 TILE = 16
 """Outputs of a tile."""
+_BYTE_OFFSET = 128
+"""Of codes of 8 bits in tiles, which are from 0 on."""
 _BEYOND_CACHE = 96 << 20
 _LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: smaller parts cost more calls; with larger ones the last core works longer alone
 
@@ -69,7 +71,7 @@ class Codes:
     with the low four bits of codes in blocks of 32: those of code j in the low half of byte j, those of code j + 16 in its high half. 5
     bits have the others in `high` [out, in / 8], the first code lowest; 6 bits in `high` [out, in / 4], in blocks of 64: byte j has two
     bits each of the codes j, j + 16, j + 32 and j + 48.
-    `tiles`: the codes of 4 bits, and the numbers of groups, of 16 outputs lie side by side: see mesh/kernels/native/weight.h.
+    `tiles`: the codes and the numbers of groups of 16 outputs lie side by side, int8 as uint8: see mesh/kernels/native/weight.h.
     """
 
     data: Any
@@ -95,26 +97,38 @@ class Codes:
     @property
     def stored_as(self) -> str:
         """The width and type of the codes, for a reader."""
-        return f"{self.bits} bits" if self.bits else str(np.dtype(self.data.dtype).name)
+        return f"{self.bits} bits" if self.bits else "int8" if self.tiles else str(np.dtype(self.data.dtype).name)
 
     def in_rows(self) -> Codes:
         """The same, output by output."""
         if not self.tiles:
             return self
-        out, width = self.data.shape
-        tiles = self.data.reshape(out // TILE, width // 4, TILE, 4)
+
+        def rows(array: Any) -> Any:
+            out, width = array.shape
+            return array.reshape(out // TILE, width // 4, TILE, 4).transpose(0, 2, 1, 3).reshape(out, width)
+
+        codes, high = rows(self.data), None if self.high is None else rows(self.high)
         turned: Any = {name: _turned(each, back=True) for name, each in self._factors()}
-        return replace(self, data=tiles.transpose(0, 2, 1, 3).reshape(out, width), tiles=False, **turned)
+        if not self.bits:
+            codes = (codes ^ np.uint8(_BYTE_OFFSET)).view(jnp.int8)
+        return replace(self, data=codes, high=high, tiles=False, **turned)
 
     def in_tiles(self) -> Codes:
-        """The same for kernels that read tiles, of 4 bits."""
-        out, width = self.data.shape
-        words = np.ascontiguousarray(self.data).view(np.uint32).reshape(out // TILE, TILE, width // 4)
-        tiles = in_large_pages((out // TILE, width // 4, TILE), np.uint32)
-        tiles[...] = words.transpose(0, 2, 1)
+        """The same for kernels that read tiles: of 4 or 6 bits, or int8."""
+
+        def tiles(array: Any) -> Any:
+            out, width = array.shape
+            words = np.ascontiguousarray(array).view(np.uint32).reshape(out // TILE, TILE, width // 4)
+            turned = in_large_pages((out // TILE, width // 4, TILE), np.uint32)
+            turned[...] = words.transpose(0, 2, 1)
+            if not self.bits:
+                turned ^= np.uint32(_BYTE_OFFSET * 0x01010101)
+            return jax.device_put(turned.view(np.uint8).reshape(out, width), may_alias=True)
+
+        codes, high = tiles(self.data), None if self.high is None else tiles(self.high)
         turned: Any = {name: _turned(each, back=False) for name, each in self._factors()}
-        codes = jax.device_put(tiles.view(np.uint8).reshape(out, width), may_alias=True)
-        return replace(self, data=codes, tiles=True, **turned)
+        return replace(self, data=codes, high=high, tiles=True, **turned)
 
     def _factors(self) -> list[tuple[str, Factors]]:
         each = (("scale", self.scale), ("zero_point", self.zero_point), ("minimum", self.minimum))
@@ -122,7 +136,9 @@ class Codes:
 
     def integers(self, dtype: Any) -> Any:
         """The codes [out, in] as `dtype`, less the offset, before zero point and scale."""
-        codes = self.in_rows().data
+        if self.tiles:
+            return self.in_rows().integers(dtype)
+        codes = self.data
         if self.bits:
             blocks = codes.reshape(codes.shape[0], -1, 16)
             codes = jnp.concatenate([blocks & 15, blocks >> 4], axis=-1).reshape(self.shape)
@@ -160,7 +176,7 @@ class Codes:
         """What the kernels call such a weight; None where none reads it."""
         depth = self.shape[1]
         names = {np.dtype(name): name for name in ("float32", "float16", "bfloat16", "int8", "uint8")}
-        kind: Any = "tiles of 4 bits" if self.tiles else f"{self.bits} bits" if self.bits else names.get(np.dtype(self.data.dtype))
+        kind: Any = f"{self.bits} bits" if self.bits else "int8" if self.tiles else names.get(np.dtype(self.data.dtype))
         floating = kind in ("float32", "float16", "bfloat16")
         if kind is None or floating == (self.scale is not None) or (floating and (self.zero_point or self.minimum) is not None):
             return None
@@ -170,7 +186,7 @@ class Codes:
             return None
         if (kind in ("int8", "6 bits") and self.minimum is not None) or (kind in ("5 bits", "6 bits") and self.zero_point is not None):
             return None
-        return kind
+        return f"tiles of {self.bits or 8} bits" if self.tiles else kind  # type: ignore[return-value]
 
     def for_kernels(self) -> calls.KernelWeight:
         """The same as the kernels are given it."""
@@ -179,7 +195,8 @@ class Codes:
             raise ValueError(f"no kernel reads a weight of {self.stored_as}")
         groups = -(-depth // self.group) if self.group else 1
         scale, zero, minimum = (_each_group(each, out, groups, tiles=self.tiles) for each in (self.scale, self.zero_point, self.minimum))
-        return calls.KernelWeight(kind, (out, depth), self.data, self.high, self.group, self.offset, scale, zero, minimum)
+        offset = _BYTE_OFFSET if self.tiles and not self.bits else self.offset
+        return calls.KernelWeight(kind, (out, depth), self.data, self.high, self.group, offset, scale, zero, minimum)
 
 
 def _turned(factors: Factors, *, back: bool) -> Factors:

@@ -105,14 +105,11 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
 
 def fits_tiles(codes: Codes, experts: int = 1) -> bool:
     """Whether the kernels here read a weight, or each of so many experts, best in tiles."""
-    whole_groups = codes.group == 0 or (codes.group >= _BLOCK and codes.kernel_kind is not None)
-    return (
-        kernels().reads_tiles
-        and codes.bits == 4
-        and codes.shape[0] % (experts * linear.TILE) == 0
-        and whole_groups
-        and codes.dtype == np.float32
-    )
+    if not kernels().reads_tiles or codes.dtype != np.float32 or codes.shape[0] % (experts * linear.TILE):
+        return False
+    if codes.kernel_kind == "6 bits":
+        return codes.offset == 1 << 5
+    return codes.kernel_kind in ("4 bits", "int8") and codes.shape[1] % _BLOCK == 0 and (codes.group == 0 or codes.group >= _BLOCK)
 
 
 def stored_codes(codes: Array, layout: PackedFormat | None, *, grouped: bool) -> Codes:

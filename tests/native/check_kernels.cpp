@@ -118,6 +118,7 @@ Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int m
   w.kind = kind, w.out = out, w.in = in, w.group = group;
   std::vector<double> codes(out * in);
   const size_t count = out * in;
+  const bool tiles = kind >= kTiles;
   const int bits = kind == kNibbles || kind == kTiles ? 4 : kind == kFiveBits ? 5 : 6;
   if (kind == kFloat32) {
     float* data = hold<float>(s, count);
@@ -136,6 +137,12 @@ Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int m
       codes[i] = kind == kFloat16 ? of_half(data[i]) : back;
     }
     w.codes = data;
+  } else if (kind == kByteTiles) {
+    uint8_t* data = hold<uint8_t>(s, count);
+    w.offset = 128;
+    for (size_t i = 0; i < count; i++) data[i] = (uint8_t)below(256), codes[i] = data[i] - 128;
+    turn((char*)data, out, in / 4, 4);
+    w.codes = data;
   } else if (kind == kInt8 || kind == kUint8) {
     int8_t* data = hold<int8_t>(s, count);
     w.offset = kind == kUint8 ? 16 : 0;
@@ -151,23 +158,20 @@ Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int m
     for (size_t i = 0; i < count; i++) {
       const int code = below(1 << bits);
       const size_t at = i % 32;
-      size_t byte = i / 32 * 16 + at % 16;
-      if (kind == kTiles) {
-        const size_t width = in / 2, output = byte / width, word = byte % width / 4;
-        byte = output / 16 * 16 * width + (word * 16 + output % 16) * 4 + byte % 4;
-      }
-      data[byte] |= (uint8_t)((code & 15) << (at < 16 ? 0 : 4));
+      data[i / 32 * 16 + at % 16] |= (uint8_t)((code & 15) << (at < 16 ? 0 : 4));
       if (kind == kFiveBits) high[i / 8] |= (uint8_t)(code >> 4 << (i % 8));
-      if (kind == kSixBits) high[i / 64 * 16 + i % 16] |= (uint8_t)(code >> 4 << (i % 64 / 16 * 2));
+      if (bits == 6) high[i / 64 * 16 + i % 16] |= (uint8_t)(code >> 4 << (i % 64 / 16 * 2));
       codes[i] = code - w.offset;
     }
+    if (tiles) turn((char*)data, out, in / 8, 4);
+    if (tiles && high) turn((char*)high, out, in / 16, 4);
     w.codes = data, w.high = high;
   }
   const int64_t groups = w.groups();
   std::vector<double> scale, other;
-  if (form >= 0) w.scale = numbers(s, out, groups, form, scale, kind == kTiles);
-  if (mode == 1) w.minimum = numbers(s, out, groups, form, other, kind == kTiles);
-  if (mode == 2) w.zero = numbers(s, out, groups, 2, other, kind == kTiles);
+  if (form >= 0) w.scale = numbers(s, out, groups, form, scale, tiles);
+  if (mode == 1) w.minimum = numbers(s, out, groups, form, other, tiles);
+  if (mode == 2) w.zero = numbers(s, out, groups, 2, other, tiles);
   s.values.resize(count);
   for (int64_t o = 0; o < out; o++) {
     for (int64_t k = 0; k < in; k++) {
@@ -195,7 +199,7 @@ void check_product(const Stored& s, int64_t rows) {
   const bool whole = best().reads_whole && best().reads_whole(w);
   Exact<Whole> numbers(whole ? rows * (w.in / 32) : 0);
   for (int64_t r = 0; whole && r < rows; r++) best().to_whole(x.get() + r * stride, w.in, numbers.get() + r * (w.in / 32));
-  const int64_t middle = below((int)w.out + 1) / (w.kind == kTiles ? 16 : 1) * (w.kind == kTiles ? 16 : 1);
+  const int64_t middle = below((int)w.out + 1) / (w.kind >= kTiles ? 16 : 1) * (w.kind >= kTiles ? 16 : 1);
   for (auto [first, last] : {std::pair<int64_t, int64_t>{0, middle}, {middle, w.out}})
     best().tile(Tile{&biased, first, last, x.get(), rows, stride, y.get(), residual.get(), whole ? numbers.get() : nullptr});
   for (int64_t r = 0; r < rows; r++) {
@@ -237,6 +241,10 @@ void products() {
         check_product(stored(kTiles, 16 * (1 + below(4)), 64 * (1 + below(4)), group, below(3), mode), rows[below(8)]);
       check_product(stored(kTiles, 16 * (1 + below(4)), 32 * (1 + below(9)), 32, below(3), below(3)), rows[below(8)]);
       check_product(stored(kTiles, 16 * (1 + below(4)), 256 * (1 + below(2)), 32, 3, below(2)), rows[below(8)]);
+      for (int mode : {0, 2}) check_product(stored(kByteTiles, 16 * (1 + below(4)), 64 * (1 + below(4)), group, below(2), mode), rows[below(8)]);
+      check_product(stored(kByteTiles, 16 * (1 + below(4)), 32 * (1 + below(9)), below(2) * 32, below(2), 0), rows[below(8)]);
+      check_product(stored(kSixBitTiles, 16 * (1 + below(4)), 64 * (1 + below(4)), group ? group / 2 : 0, below(2), 0), rows[below(8)]);
+      check_product(stored(kSixBitTiles, 16 * (1 + below(4)), 256 * (1 + below(2)), 16, 4, 0), rows[below(8)]);
     }
     for (int mode : {0, 1}) {
       check_product(stored(kNibbles, out, 256 * (1 + below(2)), 32, 3, mode), rows[below(8)]);

@@ -101,35 +101,38 @@ Numbers numbers(Arguments& args, int64_t parts, int64_t count, const char* what)
   return n;
 }
 
+// Elements of the codes of `count` weights: bytes, if they are packed.
+int64_t codes_of(Kind kind, int64_t count) { return kind >= kNibbles && kind != kByteTiles ? count / 2 : count; }
+
 Weight weight(Arguments& args, const int64_t* field) {
   Weight w;
   w.kind = (Kind)field[kKindField], w.out = field[kOutField], w.in = field[kInField];
   w.group = field[kGroupField], w.offset = (float)field[kOffsetField];
-  const bool packed = w.kind >= kNibbles;
-  if (w.kind < kFloat32 || w.kind > kTiles || w.out < 1 || w.in < 1 || w.group < 0) args.miss("a weight is described wrongly");
-  if (packed && w.in % (w.kind == kSixBits ? 64 : 32)) args.miss("a weight of packed codes is not made of whole blocks");
+  const bool packed = w.kind >= kNibbles, six = w.kind == kSixBits || w.kind == kSixBitTiles;
+  if (w.kind < kFloat32 || w.kind > kByteTiles || w.out < 1 || w.in < 1 || w.group < 0) args.miss("a weight is described wrongly");
+  if (packed && w.in % (six ? 64 : 32)) args.miss("a weight of packed codes is not made of whole blocks");
   if (w.group && w.group < w.in && (w.group & (w.group - 1) || w.group < 16)) args.miss("a group is no power of two from 16 on");
-  if (w.kind == kTiles && (w.out % 16 || !reads_whole(w))) args.miss("these kernels read no tiles, or not of this weight");
   if (!args.ok) return w;
   Kind kind = w.kind;
   int64_t found = 0;
   const int64_t count = w.out * w.in;
-  w.codes = args.any(packed ? count / 2 : count, &kind, &found, "a weight");
+  w.codes = args.any(codes_of(w.kind, count), &kind, &found, "a weight");
   if (kind != (packed ? kUint8 : w.kind)) args.miss("a weight's codes have another type than was said");
   if (w.kind == kFiveBits) w.high = (const uint8_t*)args.next(count / 8, ffi::DataType::U8, "the upper bits of a weight");
-  if (w.kind == kSixBits) w.high = (const uint8_t*)args.next(count / 4, ffi::DataType::U8, "the upper bits of a weight");
+  if (six) w.high = (const uint8_t*)args.next(count / 4, ffi::DataType::U8, "the upper bits of a weight");
   const int64_t factors = w.out * w.groups();
   w.scale = numbers(args, field[kScaleField], factors, "a scale");
   w.zero = numbers(args, field[kZeroField], factors, "a zero point");
   w.minimum = numbers(args, field[kMinimumField], factors, "a minimum");
   if (field[kBiasField]) w.bias = args.floats(w.out, "a bias");
+  if (w.kind >= kTiles && (w.out % 16 || !reads_whole(w))) args.miss("these kernels read no tiles, or not of this weight");
   const bool floating = w.kind <= kBfloat16;
   if (floating == (w.scale.data != nullptr) || (floating && (w.zero.data || w.minimum.data))) args.miss("a weight has factors that its kind has not");
   return w;
 }
 
 int64_t bytes_of(const Weight& w) {
-  static const int bits[] = {32, 16, 16, 8, 8, 4, 5, 6, 4};
+  static const int bits[] = {32, 16, 16, 8, 8, 4, 5, 6, 4, 6, 8};
   return w.out * w.in * bits[w.kind] / 8;
 }
 
@@ -263,8 +266,7 @@ Numbers after(Numbers n, int64_t first) {
 Weight part(const Weight& w, int64_t first, int64_t count) {
   Weight p = w;
   p.out = count;
-  const bool packed = w.kind >= kNibbles;
-  p.codes = (const char*)w.codes + (packed ? first * w.in / 2 : bytes_of(w) / w.out * first);
+  p.codes = (const char*)w.codes + (w.kind >= kNibbles ? codes_of(w.kind, first * w.in) : bytes_of(w) / w.out * first);
   if (w.high) p.high = w.high + first * w.in / (w.kind == kFiveBits ? 8 : 4);
   const int64_t groups = w.groups();
   p.scale = after(w.scale, first * groups), p.zero = after(w.zero, first * groups), p.minimum = after(w.minimum, first * groups);
@@ -332,7 +334,7 @@ struct ExpertProducts {
 ffi::Error expert_products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> result,
                            ffi::Span<const int64_t> described, int64_t rows, int64_t experts) {
   if (described.size() != kFields || rows < 1 || rows > INT32_MAX || experts < 1 || experts > INT32_MAX || described[kOutField] % experts ||
-      (described[kKindField] == kTiles && described[kOutField] / experts % 16) ||
+      (described[kKindField] >= kTiles && described[kOutField] / experts % 16) ||
       described[kBiasField])
     return wrong("a call of experts is described wrongly");
   ExpertProducts call{};

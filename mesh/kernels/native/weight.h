@@ -6,7 +6,7 @@
 namespace kernels {
 
 // How a number is stored. The first five are types of arrays, the others are codes of a weight.
-enum Kind : int32_t { kFloat32, kFloat16, kBfloat16, kInt8, kUint8, kNibbles, kFiveBits, kSixBits, kTiles };
+enum Kind : int32_t { kFloat32, kFloat16, kBfloat16, kInt8, kUint8, kNibbles, kFiveBits, kSixBits, kTiles, kSixBitTiles, kByteTiles };
 
 // One number for each output or group of a weight, [out, groups]: data, or data * step with a step for `each` numbers in a row.
 struct Numbers {
@@ -23,8 +23,9 @@ struct Numbers {
 // of code j + 16. The fifth bits of a block are 32 bits of `high`, the first one lowest. The upper two bits of 64 codes are 16 bytes of
 // `high`: byte j has those of the codes j, j + 16, j + 32 and j + 48, the first ones lowest.
 //
-// Tiles have codes of 4 bits of 16 outputs side by side, for kernels that read them as whole numbers: four bytes of each of the 16, then the
-// next four of each. So have their numbers of groups: the first group's of each of the 16, then the second's. `out` is a multiple of 16 then.
+// Tiles have the codes of 16 outputs side by side, for kernels that read them as whole numbers: four bytes of each of the 16, then the next
+// four of each. So have they the bytes of `high`, and the numbers of groups: the first group's of each of the 16, then the second's. `out` is
+// a multiple of 16 then. Codes of 8 bits are from 0 on in tiles, with an offset of 128.
 struct Weight {
   Kind kind = kFloat32;
   int64_t out = 0, in = 0;
@@ -45,8 +46,9 @@ struct Weight {
 // unit is a power of two, the smallest in which all 32 have three digits; NaN where one of them is not finite.
 struct Whole {
   int8_t digits[3][32];
-  int32_t centred;  // what the sum of code * x has more than that of (code - 8) * x, the other way round
+  int32_t centred;         // what the sum of code * x has more than that of (code - 8) * x, the other way round
   float unit, units, sum;  // sum: of the 32 numbers, which are so many units
+  int32_t low[2], high[2];  // of each half: the sums of digit 0, and of digit 1 + 256 * digit 2
 };
 
 // Some outputs of a product: y[r, o] = x[r] . weight[o] + bias[o] + residual[r, o]
