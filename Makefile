@@ -44,7 +44,7 @@ SANITIZERS := -std=c++17 -O1 -g -ffp-contract=fast -fsanitize=address,undefined 
 test-kernels:
 	mkdir -p $(SANITIZED)
 	g++ $(SANITIZERS) tests/native/check_kernels.cpp $(filter-out %/handlers.cpp,$(wildcard mesh/kernels/native/*.cpp)) -pthread -o $(SANITIZED)/check
-	for each in avx512 avx2 portable; do MESH_KERNELS=$$each $(SANITIZED)/check $(SEED) || exit 1; done
+	for each in avx512vnni avx512 avx2 portable; do MESH_KERNELS=$$each $(SANITIZED)/check $(SEED) || exit 1; done
 
 test-monitoring: install
 	MESH_TEST_PROMETHEUS=1 $(BIN)/python -m pytest -s tests/system/test_prometheus.py tests/component/test_monitoring_files.py tests/unit/test_monitoring.py

@@ -34,7 +34,10 @@ def add_parser(subparsers: Any) -> None:
         help="type of the arithmetic and the KV cache (default float32)",
     )
     parser.add_argument(
-        "--bits", type=int, choices=(32, 16, 8, 4), help="stored width of the weights (default: as the source has them, quantized or not)"
+        "--bits",
+        type=int,
+        choices=(32, 16, 8, 4),
+        help="stored width of the weights (default: as the source has them)",
     )
     parser.add_argument("--group-size", type=int, metavar="N", help="number of inputs that share a scale, at 8 and 4 bits")
     parser.add_argument(
@@ -91,6 +94,8 @@ def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
     width = f"{weights.bits}-bit" + (f", groups of {weights.group_size}" if weights.group_size else "") + " weights"
     if weights.kept is not None:
         width = f"weights as the source has them ({weights.kept})"
+    elif weights.bits == 32 and stored < 4 * parameters:
+        width += ", of 16 where experts have the same numbers so"
     report = manifest.report
     print(f"{manifest.name} ({manifest.architecture}) in {out}, {format_seconds(seconds)}")
     print(f"  {manifest.layers} layers, {format_count(parameters)} parameters, {format_bytes(stored)} of {width}")

@@ -22,8 +22,8 @@ class ImportOptions:
     dtype: type of the hidden state, the cache and all arithmetic.
     kv_cache: type of the cache where it is another: float16 under float32 arithmetic holds twice the positions.
     bits: width of the stored MatMul weights and embedding tables (at least 8 for tables and the output projection); 32 under
-    16-bit compute means 16. None: as the source has them. Weights that it has quantized are kept as they are under float32
-    compute, all others are 32 bits.
+    16-bit compute means 16. None: as the source has them. Weights that it has quantized, and its matrices and tables of 16 bits, are kept
+    as they are under float32 compute; all others are 32 bits.
     group_size: input elements that share a scale, for 8 and 4 bits; None is one scale an output channel at 8 bits and
     groups of 32 at 4 bits.
     trust_remote_code: whether code of the model's directory may run, where tracing it needs that.

@@ -34,8 +34,8 @@ __all__ = [
     "products",
 ]
 
-Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits"]
-KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits")
+Kind = Literal["float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits", "tiles of 4 bits"]
+KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "uint8", "4 bits", "5 bits", "6 bits", "tiles of 4 bits")
 MOST_WEIGHTS = 8
 """Of one call."""
 

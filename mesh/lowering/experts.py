@@ -7,8 +7,8 @@ A block chooses them by a gather, and multiplies after it:
 As written, that copies a whole expert for every token and choice: 25 GB for a chunk of 256 tokens of a model with eight experts of 12 MB
 a token. So the gather waits here for its product. With kernels, the rows of one expert are multiplied together and each weight is read
 once (mesh/kernels/calls.py). XLA's form takes the experts of a few tokens at a time, so that the copies stay small, or one expert at a time
-for all tokens where there are many of these. Either reads the weight as it is
-stored: floats of 16 or 32 bits, or codes with scales.
+for all tokens where there are many of these. Either reads the weight as it is stored: floats of 16 or 32 bits, or codes with scales. W may
+also be one weight [experts * out, in], in any of the ways of mesh/lowering/operands.py, which a Reshape divides.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from mesh.lowering import linear
 from mesh.lowering.linear import Codes, Factors
 from mesh.lowering.lower import Lowered
 from mesh.lowering.op_helpers import numpy_type
+from mesh.lowering.operands import Finder, RightOperand
 from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.tensors import PackedFormat, unpack
-from mesh.lowering.weights import stored_codes
+from mesh.lowering.weights import fits_tiles, pack, stored_codes
 
-__all__ = ["ExpertOperand", "ExpertWeight", "expert_operands", "pack_experts"]
+__all__ = ["ExpertOperand", "ExpertWeight", "KeptExperts", "expert_operands", "pack_experts"]
 
 _GATHERS = ("Gather", "GatherND")
 _COPIED_BYTES = 32 << 20
@@ -64,6 +65,19 @@ class ExpertOperand:
         return (self.codes, *(name for name in (self.scale, self.zero) if name is not None))
 
 
+@dataclass(frozen=True)
+class KeptExperts:
+    """The weights of experts as one weight of two axes, [experts * out, in]."""
+
+    weight: RightOperand
+    experts: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The initializers that it is made of."""
+        return self.weight.names
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertWeight:
@@ -86,7 +100,7 @@ class ExpertWeight:
         chosen = jnp.where(chosen < 0, chosen + self.experts, chosen)  # as ONNX counts
         if linear.in_kernel(x.dtype, self.codes):
             return calls.expert_products(x, chosen, self.codes.for_kernels(), self.experts)
-        each = jax.tree.map(self._divided, self.codes)
+        each = jax.tree.map(self._divided, self.codes.in_rows())
 
         def one(row: Any, expert: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[expert] if leaf.ndim else leaf, each).widened(x.dtype) @ row
@@ -141,28 +155,35 @@ def _swaps(perm: Sequence[int]) -> bool | None:
     return perm[-1] < perm[-2] if list(perm[:-2]) == before else None
 
 
-def expert_operands(lowered: Lowered, graph: Graph) -> tuple[Graph, dict[str, ExpertOperand]]:
+def expert_operands(lowered: Lowered, graph: Graph) -> tuple[Graph, dict[str, ExpertOperand | KeptExperts]]:
     """(the graph in which each tensor of experts is one name, and these by name). Only those that nothing but gathers and products read."""
     readers: dict[str, list[GraphNode]] = defaultdict(list)
     for node in graph.nodes:
         for name in {*node.inputs, *node.captured()}:
             readers[name].append(node)
     made_by = {name: node for node in graph.nodes for name in node.outputs if node.op.domain == ""}
-    found: dict[str, ExpertOperand] = {}
+    found: dict[str, ExpertOperand | KeptExperts] = {}
+    finder = Finder(lowered)
     replaced: dict[int, GraphNode] = {}
     for name in dict.fromkeys(node.inputs[0] for node in graph.nodes if _chooses(node)):
         nodes = readers[name]
-        operand = _stored(lowered, graph, name, made_by, readers)
+        operand = _kept(finder, graph, made_by.get(name)) or _stored(lowered, graph, name, made_by, readers)
         if operand is None or name in graph.outputs or not all(_chooses(node) and node.inputs[0] == name for node in nodes):
             continue
         turned = _one({_turned(graph, node.outputs[0], readers) for node in nodes})
         if turned is None:
             continue
         depth = 1 if turned else 2
-        if operand.axis not in (0, depth):
-            continue
-        found[operand.codes] = replace(operand, depth=depth)
-        replaced |= {id(node): replace(node, inputs=(operand.codes, *node.inputs[1:])) for node in nodes}
+        if isinstance(operand, KeptExperts):
+            if turned:
+                continue
+            codes = operand.weight.codes
+        else:
+            if operand.axis not in (0, depth):
+                continue
+            codes, operand = operand.codes, replace(operand, depth=depth)
+        found[codes] = operand
+        replaced |= {id(node): replace(node, inputs=(codes, *node.inputs[1:])) for node in nodes}
     if not found:
         return graph, found
     return with_nodes(graph, [replaced.get(id(node), node) for node in graph.nodes]), found
@@ -192,6 +213,17 @@ def _turned(graph: Graph, value: str, readers: Mapping[str, Sequence[GraphNode]]
 def _one(found: set[bool | None]) -> bool | None:
     """What all say; None where they differ, or nothing is said."""
     return found.pop() if len(found) == 1 else None
+
+
+def _kept(finder: Finder, graph: Graph, node: GraphNode | None) -> KeptExperts | None:
+    """What a node gives, if it is the Reshape of a weight [experts * out, in] to [experts, out, in]."""
+    if node is None or node.op.op_type != "Reshape":
+        return None
+    shape, weight = graph.constants.get(node.inputs[1]), finder.outputs_first(node.inputs[0])
+    if shape is None or weight is None or shape.size != 3:
+        return None
+    experts, out, depth = (int(size) for size in shape)
+    return KeptExperts(weight, experts) if min(experts, out, depth) > 0 and weight.shape == (experts * out, depth) else None
 
 
 def _stored(
@@ -230,8 +262,10 @@ def _stored(
     return replace(codes, dtype=np.dtype(held.dtype), scale=scale, zero=zero, axis=axis, group=group)
 
 
-def pack_experts(operand: ExpertOperand, read: Callable[[str], tuple[Array, PackedFormat | None]]) -> ExpertWeight:
+def pack_experts(operand: ExpertOperand | KeptExperts, read: Callable[[str], tuple[Array, PackedFormat | None]]) -> ExpertWeight:
     """The weight as the runtime holds it. `read` gives an initializer as stored, and its format if its elements are smaller than bytes."""
+    if isinstance(operand, KeptExperts):
+        return ExpertWeight(pack([operand.weight], read, experts=operand.experts).codes, operand.experts, turned=False)
     turned = operand.depth == 1
 
     def numbers(name: str) -> Array:
@@ -259,4 +293,4 @@ def pack_experts(operand: ExpertOperand, read: Callable[[str], tuple[Array, Pack
 
     held = stored_codes(codes, read(operand.codes)[1], grouped=operand.scale is not None)
     held = replace(held, dtype=operand.dtype, scale=factors(operand.scale), zero_point=factors(operand.zero), group=operand.group)
-    return ExpertWeight(held, experts, turned)
+    return ExpertWeight(held.in_tiles() if fits_tiles(held, experts) else held, experts, turned)

@@ -29,14 +29,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh.host.pages import in_large_pages
 from mesh.kernels import calls
 from mesh.kernels.library import kernels
 
-__all__ = ["VARIANTS", "Codes", "Factors", "candidates", "default_variant", "in_kernel", "measure", "parts", "product"]
+__all__ = ["TILE", "VARIANTS", "Codes", "Factors", "candidates", "default_variant", "in_kernel", "measure", "parts", "product"]
 
 _TILES = {"tile32": 32, "tile64": 64, "tile96": 96}
 VARIANTS = ("dot", "split", *_TILES, "rows", "stream", "kernel")
 _STREAMED = 512
+TILE = 16
+"""Outputs of a tile."""
 _BEYOND_CACHE = 96 << 20
 _LEAST_PART, _MOST_PART = 128 << 10, 512 << 10  # bytes: smaller parts cost more calls; with larger ones the last core works longer alone
 
@@ -66,6 +69,7 @@ class Codes:
     with the low four bits of codes in blocks of 32: those of code j in the low half of byte j, those of code j + 16 in its high half. 5
     bits have the others in `high` [out, in / 8], the first code lowest; 6 bits in `high` [out, in / 4], in blocks of 64: byte j has two
     bits each of the codes j, j + 16, j + 32 and j + 48.
+    `tiles`: the codes of 4 bits, and the numbers of groups, of 16 outputs lie side by side: see mesh/kernels/native/weight.h.
     """
 
     data: Any
@@ -77,6 +81,7 @@ class Codes:
     group: int = field(default=0, metadata={"static": True})
     bits: int = field(default=0, metadata={"static": True})
     offset: int = field(default=0, metadata={"static": True})
+    tiles: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,9 +97,32 @@ class Codes:
         """The width and type of the codes, for a reader."""
         return f"{self.bits} bits" if self.bits else str(np.dtype(self.data.dtype).name)
 
+    def in_rows(self) -> Codes:
+        """The same, output by output."""
+        if not self.tiles:
+            return self
+        out, width = self.data.shape
+        tiles = self.data.reshape(out // TILE, width // 4, TILE, 4)
+        turned: Any = {name: _turned(each, back=True) for name, each in self._factors()}
+        return replace(self, data=tiles.transpose(0, 2, 1, 3).reshape(out, width), tiles=False, **turned)
+
+    def in_tiles(self) -> Codes:
+        """The same for kernels that read tiles, of 4 bits."""
+        out, width = self.data.shape
+        words = np.ascontiguousarray(self.data).view(np.uint32).reshape(out // TILE, TILE, width // 4)
+        tiles = in_large_pages((out // TILE, width // 4, TILE), np.uint32)
+        tiles[...] = words.transpose(0, 2, 1)
+        turned: Any = {name: _turned(each, back=False) for name, each in self._factors()}
+        codes = jax.device_put(tiles.view(np.uint8).reshape(out, width), may_alias=True)
+        return replace(self, data=codes, tiles=True, **turned)
+
+    def _factors(self) -> list[tuple[str, Factors]]:
+        each = (("scale", self.scale), ("zero_point", self.zero_point), ("minimum", self.minimum))
+        return [(name, factors) for name, factors in each if factors is not None]
+
     def integers(self, dtype: Any) -> Any:
         """The codes [out, in] as `dtype`, less the offset, before zero point and scale."""
-        codes = self.data
+        codes = self.in_rows().data
         if self.bits:
             blocks = codes.reshape(codes.shape[0], -1, 16)
             codes = jnp.concatenate([blocks & 15, blocks >> 4], axis=-1).reshape(self.shape)
@@ -109,6 +137,8 @@ class Codes:
 
     def widened(self, dtype: Any) -> Any:
         """The weight [out, in] as `dtype`. Its arithmetic is the blocks' own, rounded to the type that they widen to."""
+        if self.tiles:
+            return self.in_rows().widened(dtype)
         work = np.dtype(self.dtype or dtype)
         values = self.integers(work)
         if self.zero_point is not None:
@@ -130,7 +160,7 @@ class Codes:
         """What the kernels call such a weight; None where none reads it."""
         depth = self.shape[1]
         names = {np.dtype(name): name for name in ("float32", "float16", "bfloat16", "int8", "uint8")}
-        kind: Any = f"{self.bits} bits" if self.bits else names.get(np.dtype(self.data.dtype))
+        kind: Any = "tiles of 4 bits" if self.tiles else f"{self.bits} bits" if self.bits else names.get(np.dtype(self.data.dtype))
         floating = kind in ("float32", "float16", "bfloat16")
         if kind is None or floating == (self.scale is not None) or (floating and (self.zero_point or self.minimum) is not None):
             return None
@@ -148,17 +178,31 @@ class Codes:
         if kind is None:
             raise ValueError(f"no kernel reads a weight of {self.stored_as}")
         groups = -(-depth // self.group) if self.group else 1
-        scale, zero, minimum = (_each_group(each, out, groups) for each in (self.scale, self.zero_point, self.minimum))
+        scale, zero, minimum = (_each_group(each, out, groups, tiles=self.tiles) for each in (self.scale, self.zero_point, self.minimum))
         return calls.KernelWeight(kind, (out, depth), self.data, self.high, self.group, self.offset, scale, zero, minimum)
 
 
-def _each_group(factors: Factors | None, out: int, groups: int) -> calls.KernelFactors | None:
+def _turned(factors: Factors, *, back: bool) -> Factors:
+    """Numbers [out, groups] with those of 16 outputs side by side, as in tiles, or back."""
+
+    def one(array: Any) -> Any:
+        if array is None or array.ndim < 2:
+            return array
+        out, groups = array.shape
+        tiles = array.reshape((out // TILE, groups, TILE) if back else (out // TILE, TILE, groups))
+        return tiles.transpose(0, 2, 1).reshape(out, groups)
+
+    return Factors(one(factors.data), one(factors.step))
+
+
+def _each_group(factors: Factors | None, out: int, groups: int, *, tiles: bool) -> calls.KernelFactors | None:
     """The same with a number for every group of every output."""
     if factors is None:
         return None
     data = factors.data if factors.data.ndim == 2 else factors.data.reshape(-1, 1)
     if data.shape != (out, groups):
         data = jnp.broadcast_to(data, (out, groups))
+        data = _turned(Factors(data), back=False).data if tiles else data
     return calls.KernelFactors(data, factors.step)
 
 
@@ -169,6 +213,7 @@ def product(x: Any, weight: Codes, *, variant: str) -> Any:
     """
     if variant == "kernel":
         return calls.products(x, [weight.for_kernels()])[0]
+    weight = weight.in_rows()
     if variant == "stream":
         return _stream(x, weight)
     scale = weight.scale

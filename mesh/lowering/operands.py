@@ -27,7 +27,7 @@ from mesh.lowering.op_helpers import numpy_type
 from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.tensors import PackedFormat
 
-__all__ = ["RightOperand", "Stored", "operands"]
+__all__ = ["Finder", "RightOperand", "Stored", "operands"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RightOperand:
 
 def operands(lowered: Lowered) -> tuple[Graph, dict[str, RightOperand]]:
     """(the graph in which each right operand made of initializers is one name, and the operands by those names)."""
-    found = _Finder(lowered)
+    found = Finder(lowered)
     nodes, result = [], {}
     for node in lowered.graph.nodes:
         if (node.op.domain, node.op.op_type) == ("", "MatMul"):
@@ -83,7 +83,7 @@ def operands(lowered: Lowered) -> tuple[Graph, dict[str, RightOperand]]:
     return with_nodes(lowered.graph, nodes), result
 
 
-class _Finder:
+class Finder:
     """Follows values back to initializers. A value that something else reads as well is not followed."""
 
     def __init__(self, lowered: Lowered) -> None:
@@ -130,8 +130,12 @@ class _Finder:
         return replace(inner, dtype=dtype, scale=scale, zero=zero, group=group, turned=turned, pending=turned)
 
     def _transpose(self, node: GraphNode) -> RightOperand | None:
-        inner = self.operand(node.inputs[0])
-        if inner is None or tuple(node.attributes.get("perm", (1, 0))) != (1, 0):
+        return self.outputs_first(node.inputs[0]) if tuple(node.attributes.get("perm", (1, 0))) == (1, 0) else None
+
+    def outputs_first(self, name: str) -> RightOperand | None:
+        """What a weight is that the graph has as [out, in], or None."""
+        inner = self.operand(name)
+        if inner is None:
             return None
         if inner.turned:
             return replace(inner, pending=False) if inner.pending else None
@@ -195,8 +199,8 @@ class _Finder:
 
 
 _KNOWN = {
-    "Cast": _Finder._cast,
-    "DequantizeLinear": _Finder._dequantize,
-    "Transpose": _Finder._transpose,
-    "Reshape": _Finder._reshape,
+    "Cast": Finder._cast,
+    "DequantizeLinear": Finder._dequantize,
+    "Transpose": Finder._transpose,
+    "Reshape": Finder._reshape,
 }

@@ -21,7 +21,7 @@ from mesh.lowering.linear import Codes, Factors
 from mesh.lowering.operands import RightOperand, Stored
 from mesh.lowering.tensors import PackedFormat, unpack
 
-__all__ = ["PackedWeight", "Variants", "pack", "stored_codes"]
+__all__ = ["PackedWeight", "Variants", "fits_tiles", "pack", "stored_codes"]
 
 Variants = tuple[tuple[int, str], ...]
 """(rows at most, variant of the product), ascending."""
@@ -74,9 +74,9 @@ class PackedWeight:
         return NotImplemented
 
 
-def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, PackedFormat | None]]) -> PackedWeight:
+def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, PackedFormat | None]], *, experts: int = 1) -> PackedWeight:
     """Operands of one kind as one weight: their outputs one after the other. `read` gives an initializer, as stored, and its format if its
-    elements are smaller than a byte."""
+    elements are smaller than a byte. `experts`: how many equal parts are multiplied each by itself."""
     first = parts[0]
     stored, layout = [], read(first.codes)[1]
     for part in parts:
@@ -92,15 +92,26 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
     minimum = factors["minimum"]
     if minimum is not None and first.sign < 0:
         minimum = Factors(-minimum.data) if minimum.step is None else Factors(minimum.data, -minimum.step)
-    return PackedWeight(
-        replace(
-            stored_codes(codes, layout, grouped=bool(first.group)),
-            dtype=first.dtype,
-            scale=factors["scale"],
-            zero_point=factors["zero"],
-            minimum=minimum,
-            group=first.group,
-        )
+    packed = replace(
+        stored_codes(codes, layout, grouped=bool(first.group)),
+        dtype=first.dtype,
+        scale=factors["scale"],
+        zero_point=factors["zero"],
+        minimum=minimum,
+        group=first.group,
+    )
+    return PackedWeight(packed.in_tiles() if fits_tiles(packed, experts) else packed)
+
+
+def fits_tiles(codes: Codes, experts: int = 1) -> bool:
+    """Whether the kernels here read a weight, or each of so many experts, best in tiles."""
+    whole_groups = codes.group == 0 or (codes.group >= _BLOCK and codes.kernel_kind is not None)
+    return (
+        kernels().reads_tiles
+        and codes.bits == 4
+        and codes.shape[0] % (experts * linear.TILE) == 0
+        and whole_groups
+        and codes.dtype == np.float32
     )
 
 

@@ -71,8 +71,16 @@ T* hold(Stored& s, size_t n) {
   return array->get();
 }
 
+// [out, groups] numbers of `size` bytes -> those of 16 outputs side by side.
+void turn(char* data, int64_t out, int64_t groups, int size) {
+  std::vector<char> rows(data, data + out * groups * size);
+  for (int64_t o = 0; o < out; o++)
+    for (int64_t g = 0; g < groups; g++)
+      std::memcpy(data + ((o / 16 * groups + g) * 16 + o % 16) * size, rows.data() + (o * groups + g) * size, size);
+}
+
 // Factors [out, groups] in some form, and what they are.
-Numbers numbers(Stored& s, int64_t out, int64_t groups, int form, std::vector<double>& values) {
+Numbers numbers(Stored& s, int64_t out, int64_t groups, int form, std::vector<double>& values, bool tiles) {
   Numbers n;
   values.resize(out * groups);
   const size_t count = out * groups;
@@ -96,6 +104,11 @@ Numbers numbers(Stored& s, int64_t out, int64_t groups, int form, std::vector<do
     for (size_t i = 0; i < count; i++) data[i] = (uint8_t)below(64), values[i] = data[i] * of_half(step[i / n.each]);
     n.data = data, n.kind = kUint8, n.step = step, n.step_kind = kFloat16;
   }
+  if (tiles) {
+    const int size = n.kind == kFloat32 ? 4 : n.kind == kFloat16 ? 2 : 1;
+    turn((char*)n.data, out, groups, size);
+    if (n.step) turn((char*)n.step, out, groups / n.each, 2);
+  }
   return n;
 }
 
@@ -105,7 +118,7 @@ Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int m
   w.kind = kind, w.out = out, w.in = in, w.group = group;
   std::vector<double> codes(out * in);
   const size_t count = out * in;
-  const int bits = kind == kNibbles ? 4 : kind == kFiveBits ? 5 : 6;
+  const int bits = kind == kNibbles || kind == kTiles ? 4 : kind == kFiveBits ? 5 : 6;
   if (kind == kFloat32) {
     float* data = hold<float>(s, count);
     for (size_t i = 0; i < count; i++) codes[i] = data[i] = normal();
@@ -133,12 +146,17 @@ Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int m
     w.codes = data;
   } else {
     uint8_t* data = hold<uint8_t>(s, count / 2);
-    uint8_t* high = kind == kNibbles ? nullptr : hold<uint8_t>(s, kind == kFiveBits ? count / 8 : count / 4);
+    uint8_t* high = bits == 4 ? nullptr : hold<uint8_t>(s, kind == kFiveBits ? count / 8 : count / 4);
     w.offset = mode == 1 ? 0 : (float)(1 << (bits - 1));
     for (size_t i = 0; i < count; i++) {
       const int code = below(1 << bits);
       const size_t at = i % 32;
-      data[i / 32 * 16 + at % 16] |= (uint8_t)((code & 15) << (at < 16 ? 0 : 4));
+      size_t byte = i / 32 * 16 + at % 16;
+      if (kind == kTiles) {
+        const size_t width = in / 2, output = byte / width, word = byte % width / 4;
+        byte = output / 16 * 16 * width + (word * 16 + output % 16) * 4 + byte % 4;
+      }
+      data[byte] |= (uint8_t)((code & 15) << (at < 16 ? 0 : 4));
       if (kind == kFiveBits) high[i / 8] |= (uint8_t)(code >> 4 << (i % 8));
       if (kind == kSixBits) high[i / 64 * 16 + i % 16] |= (uint8_t)(code >> 4 << (i % 64 / 16 * 2));
       codes[i] = code - w.offset;
@@ -147,9 +165,9 @@ Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int m
   }
   const int64_t groups = w.groups();
   std::vector<double> scale, other;
-  if (form >= 0) w.scale = numbers(s, out, groups, form, scale);
-  if (mode == 1) w.minimum = numbers(s, out, groups, form, other);
-  if (mode == 2) w.zero = numbers(s, out, groups, 2, other);
+  if (form >= 0) w.scale = numbers(s, out, groups, form, scale, kind == kTiles);
+  if (mode == 1) w.minimum = numbers(s, out, groups, form, other, kind == kTiles);
+  if (mode == 2) w.zero = numbers(s, out, groups, 2, other, kind == kTiles);
   s.values.resize(count);
   for (int64_t o = 0; o < out; o++) {
     for (int64_t k = 0; k < in; k++) {
@@ -174,9 +192,12 @@ void check_product(const Stored& s, int64_t rows) {
   for (size_t i = 0; i < bias.count; i++) bias[i] = normal();
   Weight biased = w;
   biased.bias = bias.get();
-  const int64_t middle = below((int)w.out + 1);
+  const bool whole = best().reads_whole && best().reads_whole(w);
+  Exact<Whole> numbers(whole ? rows * (w.in / 32) : 0);
+  for (int64_t r = 0; whole && r < rows; r++) best().to_whole(x.get() + r * stride, w.in, numbers.get() + r * (w.in / 32));
+  const int64_t middle = below((int)w.out + 1) / (w.kind == kTiles ? 16 : 1) * (w.kind == kTiles ? 16 : 1);
   for (auto [first, last] : {std::pair<int64_t, int64_t>{0, middle}, {middle, w.out}})
-    best().tile(Tile{&biased, first, last, x.get(), rows, stride, y.get(), residual.get()});
+    best().tile(Tile{&biased, first, last, x.get(), rows, stride, y.get(), residual.get(), whole ? numbers.get() : nullptr});
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t o = 0; o < w.out; o++) {
       double want = bias[o] + residual[r * w.out + o], scale = std::fabs(want);
@@ -188,7 +209,8 @@ void check_product(const Stored& s, int64_t rows) {
     }
   }
   const int64_t r = below((int)rows);
-  best().tile(Tile{&biased, 0, w.out, x.get() + r * stride, 1, stride, alone.get(), residual.get() + r * w.out});
+  best().tile(Tile{&biased, 0, w.out, x.get() + r * stride, 1, stride, alone.get(), residual.get() + r * w.out,
+                   whole ? numbers.get() + r * (w.in / 32) : nullptr});
   if (std::memcmp(alone.get(), y.get() + r * w.out, w.out * 4)) fail("a row alone differs from the same row among others", r, rows);
 }
 
@@ -207,6 +229,15 @@ void products() {
     }
     check_product(stored(kNibbles, out, 32 * (1 + below(9)), 32, below(3), below(2)), rows[below(8)]);
     check_product(stored(kNibbles, out, 32 * (1 + below(9)), 0, below(3), below(3)), rows[below(8)]);
+    for (int64_t group : {0, 32, 64}) {
+      Weight tiles;
+      tiles.kind = kTiles, tiles.out = 16, tiles.in = 64, tiles.group = group;
+      if (!best().reads_whole || !best().reads_whole(tiles)) break;
+      for (int mode : {0, 1, 2})
+        check_product(stored(kTiles, 16 * (1 + below(4)), 64 * (1 + below(4)), group, below(3), mode), rows[below(8)]);
+      check_product(stored(kTiles, 16 * (1 + below(4)), 32 * (1 + below(9)), 32, below(3), below(3)), rows[below(8)]);
+      check_product(stored(kTiles, 16 * (1 + below(4)), 256 * (1 + below(2)), 32, 3, below(2)), rows[below(8)]);
+    }
     for (int mode : {0, 1}) {
       check_product(stored(kNibbles, out, 256 * (1 + below(2)), 32, 3, mode), rows[below(8)]);
       check_product(stored(kFiveBits, out, 256 * (1 + below(2)), 32, 3, mode), rows[below(8)]);

@@ -199,8 +199,8 @@ def compressed(layout: str, each: dict[str, Any]) -> dict[str, Any]:
 def write_quantized(
     directory: Path, model: Any, quantize: Quantize, config: dict[str, Any], *, others: torch.dtype = torch.float16
 ) -> None:
-    """Save `model`, a float32 model of transformers, with the projections of its layers quantized and all else as `others`. The model's own
-    weights become the numbers that are stored."""
+    """Save `model`, a float32 model of transformers, with the projections of its layers quantized (of experts [experts, out, in] one at a
+    time) and all else as `others`. The model's own weights become the numbers that are stored."""
     model.save_pretrained(directory)
     tensors: dict[str, torch.Tensor] = {}
     with torch.no_grad():
@@ -209,6 +209,14 @@ def write_quantized(
                 made = quantize(value.float().numpy())
                 tensors |= {name.removesuffix("weight") + part: tensor.contiguous() for part, tensor in made.tensors.items()}
                 value.copy_(torch.from_numpy(made.numbers))
+            elif name.endswith("_proj") and value.ndim == 3:
+                holder, _, kind = name.rpartition(".")
+                kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+                for expert, own in enumerate(value):
+                    for part, rows in zip(kinds, own.chunk(len(kinds)), strict=True):
+                        made = quantize(rows.float().numpy())
+                        tensors |= {f"{holder}.{expert}.{part}.{each}": tensor.contiguous() for each, tensor in made.tensors.items()}
+                        rows.copy_(torch.from_numpy(made.numbers))
             else:
                 stored = value.to(others)
                 value.copy_(stored.float())

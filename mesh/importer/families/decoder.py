@@ -206,7 +206,9 @@ def _experts(builder: GraphBuilder, spec: DecoderSpec, experts: Experts, hidden:
 
 def _expert_linear(builder: GraphBuilder, x: str, chosen: str, name: str, linear: Linear) -> str:
     """x [S, 1, in] through the weights of the experts `chosen` [S] -> [S, 1, out]."""
-    return builder.op("MatMul", x, builder.op("Gather", builder.matrix(name, linear.weight, experts=True), chosen))
+    table, outputs_first = builder.experts(name, linear.weight)
+    each = builder.op("Gather", table, chosen)
+    return builder.op("MatMul", x, builder.op("Transpose", each, perm=[0, 2, 1]) if outputs_first else each)
 
 
 def _activate(builder: GraphBuilder, activation: str, x: str) -> str:

@@ -72,20 +72,20 @@ class DecoderSource:
 
 
 def kept_weights(layer: LayerWeights) -> WeightsInfo | None:
-    """How the quantized matrices of a layer are said to be stored: the nearest width, the group of the first, and the names of all. None
-    where it has none."""
+    """How the matrices of a layer that are kept are said to be stored. None where none is."""
     linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-    forms = [
-        each.weight.form for each in linears if each is not None and isinstance(each.weight, SourceMatrix) and each.weight.form is not None
-    ]
-    return weights_info(forms)
+    return weights_info([each.weight.form if isinstance(each.weight, SourceMatrix) else None for each in linears if each is not None])
 
 
-def weights_info(forms: Sequence[KeptForm]) -> WeightsInfo | None:
-    """The same for these forms of weights."""
+def weights_info(all_forms: Sequence[KeptForm | None]) -> WeightsInfo | None:
+    """The same for weights of these forms (None: not kept): the nearest width and the group of the quantized ones, or the width that most
+    have where none is quantized, and the names of all."""
+    forms = [form for form in all_forms if form is not None]
+    if not forms:
+        return None
     quantized = [form for form in forms if form.scaled]
     if not quantized:
-        return None
+        return WeightsInfo(bits=16 if 2 * len(forms) >= len(all_forms) else 32, kept=", ".join(dict.fromkeys(form.name for form in forms)))
     bits = sum(form.bits for form in quantized) / len(quantized)
     names = ", ".join(dict.fromkeys(form.name for form in (*quantized, *forms)))
     return WeightsInfo(bits=4 if bits < 6 else 8, group_size=quantized[0].group or None, kept=names)

@@ -129,7 +129,7 @@ class _Weights:
 
     def _logits(self, table: str, name: str) -> Linear:
         if self.tied:
-            return Linear(self.tensors.tensor(table, lambda array: array.T))
+            return Linear(self.tensors.matrix(table))
         return self._head.linear(name)
 
     def _fused_heads(self, name: str) -> tuple[Linear, Linear, Linear]:
@@ -147,7 +147,7 @@ class _Weights:
 class Gpt2Weights(_Weights):
     def embed(self) -> EmbedWeights:
         shape = (self.spec.context_length, self.spec.hidden_size)
-        return EmbedWeights(self.tensors.tensor("wte.weight"), self.tensors.tensor("wpe.weight", shape=shape))
+        return EmbedWeights(self.tensors.matrix("wte.weight"), self.tensors.matrix("wpe.weight", shape=shape))
 
     def head(self) -> HeadWeights:
         return HeadWeights(self._logits("wte.weight", "lm_head"), self.tensors.norm("ln_f"))
@@ -169,13 +169,13 @@ class Gpt2Weights(_Weights):
 
     def _conv1d(self, name: str, part: slice = slice(None), *, outputs: int | None = None) -> Linear:
         """A projection of GPT-2, which stores its weight as [in, out]."""
-        weight = self.tensors.tensor(f"{name}.weight", lambda array: array[:, part], shape=(None, outputs))
-        return Linear(weight, self.tensors.tensor(f"{name}.bias", lambda array: array[part]))
+        weight = self.tensors.matrix(f"{name}.weight", shape=(None, outputs))
+        return Linear(weight.transposed(lambda array: array[part]), self.tensors.tensor(f"{name}.bias", lambda array: array[part]))
 
 
 class GptNeoxWeights(_Weights):
     def embed(self) -> EmbedWeights:
-        return EmbedWeights(self.tensors.tensor("embed_in.weight"))
+        return EmbedWeights(self.tensors.matrix("embed_in.weight"))
 
     def head(self) -> HeadWeights:
         return HeadWeights(self._logits("embed_in.weight", "embed_out"), self.tensors.norm("final_layer_norm"))
@@ -199,8 +199,8 @@ class OptWeights(_Weights):
     def embed(self) -> EmbedWeights:
         rows = self.spec.context_length + OPT_POSITION_OFFSET
         return EmbedWeights(
-            tokens=self.tensors.tensor("embed_tokens.weight"),
-            positions=self.tensors.tensor("embed_positions.weight", shape=(rows, self.spec.hidden_size)),
+            tokens=self.tensors.matrix("embed_tokens.weight"),
+            positions=self.tensors.matrix("embed_positions.weight", shape=(rows, self.spec.hidden_size)),
             position_offset=OPT_POSITION_OFFSET,
             project=self.tensors.linear("project_in") if "project_in.weight" in self.tensors else None,
         )
@@ -233,7 +233,7 @@ class OptWeights(_Weights):
 
 class BloomWeights(_Weights):
     def embed(self) -> EmbedWeights:
-        return EmbedWeights(self.tensors.tensor("word_embeddings.weight"), norm=self.tensors.norm("word_embeddings_layernorm"))
+        return EmbedWeights(self.tensors.matrix("word_embeddings.weight"), norm=self.tensors.norm("word_embeddings_layernorm"))
 
     def head(self) -> HeadWeights:
         return HeadWeights(self._logits("word_embeddings.weight", "lm_head"), self.tensors.norm("ln_f"))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mesh.errors import CorruptModel
 from mesh.importer.families.spec import Linear, Norm
-from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
+from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix, joined, one_form
 
 __all__ = ["Checkpoint", "Tensors"]
 
@@ -84,18 +84,28 @@ class Tensors:
         form = self.checkpoint.form(full)
         return SourceMatrix(read, form, None if form is None else lambda: self.checkpoint.kept(full).rows(pick))
 
-    def stack(self, names: Sequence[str]) -> Callable[[], Array]:
-        """Weights stored [out, in] of several experts, as [experts, in, out]."""
-        readers = [self.tensor(name) for name in names]
+    def experts(self, name: str) -> SourceMatrix:
+        """The weights of all experts, of one tensor [experts, out, in]."""
+        read, full = self.tensor(name, shape=(None, None, None)), self.prefix + name
+        form, (experts, out, depth) = self.checkpoint.form(full), self.shape(name)
+        return SourceMatrix(read, form, None if form is None else lambda: self.checkpoint.kept(full), (experts, out, depth))
 
-        def produce() -> Array:
+    def stack(self, names: Sequence[str]) -> SourceMatrix:
+        """The same of a tensor [out, in] for each expert. They are kept where all have one form."""
+        readers = [self.tensor(name, shape=(None, None)) for name in names]
+        full = [self.prefix + name for name in names]
+        forms, (out, depth) = [self.checkpoint.form(name) for name in full], self.shape(names[0])
+
+        def read() -> Array:
             first = readers[0]()
-            stacked = np.empty((len(readers), *first.shape[::-1]), first.dtype)
-            for index, read in enumerate(readers):
-                stacked[index] = read().T
+            stacked = np.empty((len(readers), *first.shape), first.dtype)
+            for index, each in enumerate(readers):
+                stacked[index] = each()
             return stacked
 
-        return produce
+        form = one_form(forms, [self.shape(name) for name in names])
+        keep = None if form is None else lambda: joined([self.checkpoint.kept(name) for name in full])
+        return SourceMatrix(read, form, keep, (len(names), out, depth))
 
     def norm(self, name: str, *, plus_one: bool = False) -> Norm:
         """`name`.weight and `name`.bias if there is one. `plus_one`: stored as the multiplier less one."""

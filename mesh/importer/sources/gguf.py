@@ -214,7 +214,7 @@ class _Weights:
     def _experts(self, name: str, part: str) -> Linear:
         """All experts' weights: one tensor [experts, out, in], or in older files one tensor for each expert."""
         if f"{name}ffn_{part}_exps.weight" in self.tensors:
-            return Linear(self.tensors.tensor(f"{name}ffn_{part}_exps.weight", lambda array: array.transpose(0, 2, 1)))
+            return Linear(self.tensors.experts(f"{name}ffn_{part}_exps.weight"))
         assert self.spec.experts is not None
         return Linear(self.tensors.stack([f"{name}ffn_{part}.{expert}.weight" for expert in range(self.spec.experts.count)]))
 

@@ -18,12 +18,17 @@ import numpy.typing as npt
 
 from mesh.importer.write.kept import Kept, KeptForm
 
-__all__ = ["FORMS", "kept"]
+__all__ = ["FORMS", "TWICE_FP4", "half_powers", "kept"]
 
 Array = npt.NDArray[Any]
 
 _INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
 _INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
+
+TWICE_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+"""Twice what a float of 4 bits (e2m1) stands for, by its bits."""
+
+_E8M0_BIAS = 127
 
 FORMS: dict[int, KeptForm] = {
     2: KeptForm("Q4_0", _INT4, 32, bits=4.5),
@@ -34,6 +39,7 @@ FORMS: dict[int, KeptForm] = {
     12: KeptForm("Q4_K", _UINT4, 32, each=8, minimum="subtract", bits=4.5),
     13: KeptForm("Q5_K", _UINT8, 32, each=8, minimum="subtract", bits=5.5),
     14: KeptForm("Q6_K", _INT8, 16, each=16, bits=6.5625),
+    39: KeptForm("MXFP4", _INT8, 32, bits=4.25),
 }
 """By the number of the type in the file (GGMLQuantizationType)."""
 
@@ -46,6 +52,11 @@ def kept(kind: int, blocks: Array) -> Kept:
     if form.codes in (_INT4, _UINT4):
         codes = codes.astype(form.codes)
     return Kept(form, codes, _factors(scale, rows), _factors(minimum, rows))
+
+
+def half_powers(exponents: Array) -> Array:
+    """Half of the powers of two that e8m0 stands for, bfloat16: exact."""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - (_E8M0_BIAS + 1)).astype(ml_dtypes.bfloat16)
 
 
 def _factors(each: Any, rows: int) -> tuple[Array, Array | None] | None:
@@ -117,6 +128,10 @@ def _q5_k(blocks: Array) -> tuple[Any, Any, Any]:
     return codes, (scale, _halves(blocks, 0)), (minimum, _halves(blocks, 2))
 
 
+def _mxfp4(blocks: Array) -> tuple[Any, Any, Any]:
+    return TWICE_FP4[_nibbles(blocks[..., 1:])], half_powers(blocks[..., 0]), None
+
+
 def _q6_k(blocks: Array) -> tuple[Any, Any, Any]:
     lead = blocks.shape[:-1]
     low = _nibbles(np.ascontiguousarray(blocks[..., :128]).reshape(*lead, 2, 64)).reshape(*lead, 256)
@@ -134,4 +149,5 @@ _READ: dict[int, Callable[[Array], tuple[Any, Any, Any]]] = {
     12: _q4_k,
     13: _q5_k,
     14: _q6_k,
+    39: _mxfp4,
 }

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding
 from mesh.importer.sources.gguf_blocks import FORMS, kept
 from mesh.importer.sources.place import inside_source
-from mesh.importer.write.kept import Kept, KeptForm
+from mesh.importer.write.kept import UNQUANTIZED, Kept, KeptForm
 
 __all__ = ["GgufCheckpoint"]
 
@@ -96,11 +96,17 @@ class GgufCheckpoint:
             return _dequantize(entry, name)
 
     def form(self, name: str) -> KeptForm | None:
-        return FORMS.get(self._entry(name).kind)
+        """How a tensor [..., out, in] is stored, if a block can hold that: quantized, or as numbers of 16 bits."""
+        entry = self._entry(name)
+        if len(entry.shape) < 2:
+            return None
+        return UNQUANTIZED.get(PLAIN[entry.kind]) if entry.kind in PLAIN else FORMS.get(entry.kind)
 
     def kept(self, name: str) -> Kept:
-        """The tensor as it is quantized, of a type that has a `form`."""
-        entry = self._entry(name)
+        """The tensor as it is stored, of a type that has a `form`; what lies before its last axis is one: [... * out, in]."""
+        entry, form = self._entry(name), self.form(name)
+        if form is not None and not form.scaled:
+            return Kept(form, self.read(name).reshape(-1, entry.shape[-1]))
         with decoding(CorruptModel, f"{entry.file.path}: tensor {name}"):
             out = math.prod(entry.shape[:-1])
             elements, size = block_sizes(entry.kind)

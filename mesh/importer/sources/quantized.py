@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import CorruptModel, UnsupportedModel, decoding, short
@@ -26,10 +24,6 @@ Array = npt.NDArray[Any]
 Config = Mapping[str, Any]
 
 ADVICE = "import the unquantized model, or a GGUF of it"
-UNQUANTIZED = {
-    "F16": KeptForm("float16", np.dtype(np.float16), 0, bits=16, scaled=False),
-    "BF16": KeptForm("bfloat16", np.dtype(ml_dtypes.bfloat16), 0, bits=16, scaled=False),
-}
 
 
 def open_checkpoint(directory: Path) -> SafetensorsCheckpoint | QuantizedCheckpoint:
@@ -101,10 +95,7 @@ class QuantizedCheckpoint:
     def note(self) -> str | None:
         """What the report says about how the weights are kept."""
         wide = [name for name in self._schemes if name in self._opened and self._opened[name].form is None]
-        widened = (
-            f"{len(wide)} weights have groups of unequal size, or several experts, and are held as numbers: of 32 bits, or of 16 where "
-            "experts have the same numbers so"
-        )
+        widened = f"{len(wide)} weights have groups of unequal size, and are held as numbers of 32 bits"
         return "; ".join(filter(None, (*self._notes, widened if wide else None))) or None
 
     def __contains__(self, name: str) -> bool:
@@ -125,17 +116,10 @@ class QuantizedCheckpoint:
         return self._checkpoint.read_wide(name) if name not in self._schemes else self.read(name)
 
     def form(self, name: str) -> KeptForm | None:
-        if name in self._schemes:
-            return self._packed(name).form
-        return UNQUANTIZED.get(self._checkpoint.dtype(name)) if len(self._checkpoint.shape(name)) == 2 else None
+        return self._packed(name).form if name in self._schemes else self._checkpoint.form(name)
 
     def kept(self, name: str) -> Kept:
-        if name in self._schemes:
-            return self._packed(name).kept()
-        form = self.form(name)
-        if form is None:
-            raise UnsupportedModel(f"tensor {name} is not quantized")
-        return Kept(form, self._checkpoint.read(name))
+        return self._packed(name).kept() if name in self._schemes else self._checkpoint.kept(name)
 
     def release(self) -> None:
         """Nothing is held between reads."""

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.passes.nbits import group_order
+from mesh.importer.sources.gguf_blocks import TWICE_FP4, half_powers
 from mesh.importer.sources.safetensors_file import SafetensorsCheckpoint
 from mesh.importer.write.kept import Kept, KeptForm
 
@@ -51,11 +52,6 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where the outputs of a word lie in it, in fours of bits."""
-
-TWICE_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-"""Twice what a float of 4 bits (e2m1) stands for, by its bits."""
-
-_E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +92,8 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantized weight [out, in]. `form`: how a block holds it; None: it cannot, and only `numbers` is of use.
+    """A quantized weight [out, in], or those of experts: their numbers are [experts, in, out], and they are kept one after the other, as
+    [experts * out, in]. `form`: how a block holds it; None: it cannot, and only `numbers` is of use.
 
     The functions read it: what is in memory between their calls is the order of the inputs at most.
     """
@@ -360,7 +357,7 @@ def four_bit_floats(parts: Parts) -> Packed:
     def kept() -> Kept:
         stored = parts.read("weight_scale")
         if shared:
-            scale = _powers(stored.view(np.uint8))
+            scale = half_powers(stored.view(np.uint8))
         else:
             scale = stored.astype(np.float32) / parts.read("weight_global_scale").astype(np.float32).reshape(()) * np.float32(0.5)
         return Kept(form, _twice(parts.read("weight_packed")), (scale, None))
@@ -369,26 +366,29 @@ def four_bit_floats(parts: Parts) -> Packed:
 
 
 def four_bit_experts(parts: Parts) -> Packed:
-    """Experts as blocks of 32 floats of 4 bits, each with a power of two as its scale. A block of ours holds them as numbers."""
+    """Experts as blocks of 32 floats of 4 bits, each with a power of two as its scale."""
     shape = parts.shape("blocks")
     if parts.dtype("blocks") != "U8" or len(shape) != 4 or shape[-1] != 16 or not all(shape):
         raise UnsupportedModel(f"tensor {parts.name}{parts.joint}blocks is {parts.dtype('blocks')} of shape {list(shape)}: not supported")
     parts.expect("scales", shape[:-1])
     experts, out, groups, _ = shape
 
+    form = KeptForm("MXFP4", _INT8, 32, bits=4.25)
+
     def numbers() -> Array:
         return experts_of_blocks(parts.read("blocks"), parts.read("scales").view(np.uint8))
 
-    def none() -> Kept:
-        raise UnsupportedModel(f"tensor {parts.name} has several experts: a block holds such tensors as numbers")
+    def kept() -> Kept:
+        scales = half_powers(parts.read("scales").view(np.uint8)).reshape(-1, groups)
+        return Kept(form, _twice(parts.read("blocks")).reshape(-1, groups * 32), (scales, None))
 
-    return Packed((experts, groups * 32, out), None, none, numbers)
+    return Packed((experts, groups * 32, out), form, kept, numbers)
 
 
 def experts_of_blocks(blocks: Array, scales: Array) -> Array:
     """The experts of gpt_oss, blocks uint8 [experts, out, groups, 16] and scales uint8 [experts, out, groups] -> [experts, in, out]."""
     codes = _twice(blocks).astype(np.float32)  # [experts, out, groups, 32]
-    codes *= _powers(scales).astype(np.float32)[..., None]
+    codes *= half_powers(scales).astype(np.float32)[..., None]
     return codes.reshape(*codes.shape[:-2], -1).swapaxes(-1, -2)
 
 
@@ -397,8 +397,3 @@ def _twice(packed: Array) -> Array:
     codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.int8)
     codes[..., 0::2], codes[..., 1::2] = TWICE_FP4[packed & 15], TWICE_FP4[packed >> 4]
     return codes
-
-
-def _powers(exponents: Array) -> Array:
-    """Half of the powers of two that e8m0 stands for, bfloat16: exact."""
-    return np.ldexp(np.float32(1), exponents.astype(np.int32) - (_E8M0_BIAS + 1)).astype(_BFLOAT16)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel, decoding, short
 from mesh.host.pages import PIECE_BYTES
 from mesh.importer.sources.place import inside_source, refuse_pointer
-from mesh.importer.write.kept import Kept
+from mesh.importer.write.kept import UNQUANTIZED, Kept, KeptForm
 
 __all__ = ["INDEX", "SINGLE", "SafetensorsCheckpoint", "checkpoint_bytes", "read_json"]
 
@@ -154,11 +154,17 @@ class SafetensorsCheckpoint:
             raise _not_a_number(entry.path, name)
         return array
 
-    def form(self, name: str) -> None:
-        """No tensor is quantized in a way that a block holds."""
+    def form(self, name: str) -> KeptForm | None:
+        """That of a matrix of 16 bits, which keeps them; None for all others."""
+        entry = self._entry(name)
+        dtype = DTYPES.get(entry.dtype)
+        return UNQUANTIZED.get(dtype) if dtype is not None and len(entry.shape) == 2 else None
 
     def kept(self, name: str) -> Kept:
-        raise UnsupportedModel(f"{self._directory}: tensor {name} is not quantized")
+        form = self.form(name)
+        if form is None:
+            raise UnsupportedModel(f"{self._directory}: tensor {name} is not a matrix of 16 bits")
+        return Kept(form, self.read(name))
 
     def release(self) -> None:
         """Nothing is held between reads."""

@@ -13,11 +13,10 @@ from mesh.importer.sources.onnx_file import in_one_form
 from mesh.importer.sources.quantized import QuantizedCheckpoint, open_checkpoint
 from mesh.importer.sources.safetensors_file import checkpoint_bytes
 from mesh.importer.sources.tokenizer import write_huggingface_tokenizer
-from mesh.importer.trace.export import export
+from mesh.importer.trace.export import Reader, export
 from mesh.importer.trace.library import versions
 from mesh.importer.trace.model import TracedModel, open_model
 from mesh.importer.trace.weights import ModelParameters, Parameters
-from mesh.importer.write.kept import SourceMatrix
 from mesh.model.manifest import FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress, no_progress
 
@@ -81,8 +80,8 @@ class TracedSource(OnnxSource):
     @property
     def kept_weights(self) -> WeightsInfo | None:
         tensors = (value.const_value for value in self.graph.model.graph.initializers.values())
-        sources = (getattr(tensor, "source", None) for tensor in tensors)
-        return weights_info([each.form for each in sources if isinstance(each, SourceMatrix) and each.form is not None])
+        read = [tensor for tensor in tensors if isinstance(tensor, Reader) and len(tensor.shape) > 1]
+        return weights_info([None if each.source is None else each.source.form for each in read])
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ from mesh.importer.trace.recurrences import recurrences
 from mesh.importer.trace.states import LayerKeeps, cache_argument, states_of
 from mesh.importer.trace.weights import ModelParameters
 
-__all__ = ["export"]
+__all__ = ["Reader", "export"]
 
 BATCH, CHUNK, PAST = 2, 3, 4
 OPSET = 18
@@ -129,7 +129,7 @@ def _give_weights(model: TracedModel, graph: ir.Model, parameters: ModelParamete
         name = str(value.name).removeprefix(WRAPPER)
         held = getattr(value.const_value, "raw", None)
         if name in parameters:
-            value.const_value = _Reader(name, value, parameters)
+            value.const_value = Reader(name, value, parameters)
         elif name in own:
             parameters.read(name)  # says what is missing
         elif name in buffers:
@@ -143,7 +143,7 @@ def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
     return np.asarray(tensor.contiguous().numpy())
 
 
-class _Reader(ir.LazyTensor):
+class Reader(ir.LazyTensor):
     """A weight that is read anew each time. `source`: as the checkpoint has quantized it."""
 
     def __init__(self, name: str, value: ir.Value, parameters: ModelParameters) -> None:

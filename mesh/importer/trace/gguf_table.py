@@ -24,6 +24,7 @@ __all__ = [
     "LATENT",
     "OF_LATENTS",
     "SIGMOID",
+    "TURNED_EXPERTS",
     "Architecture",
     "Change",
     "Header",
@@ -284,6 +285,10 @@ def _taking_turns(parts: Sequence[Array], config: Any) -> Array:
     """Gates and ups of experts [experts, wide, ...] -> [experts, ..., 2 wide], one of each in turn."""
     both = np.stack(list(parts), axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
     return both if both.ndim == 2 else both.swapaxes(1, 2)
+
+
+TURNED_EXPERTS: frozenset[Change] = frozenset((_turned_experts, _side_by_side, _taking_turns))
+"""Changes that give [experts, in, out]: what they do to rows they do to anything that each output has."""
 
 
 def _one_of(place: int) -> Change:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import CorruptModel, UnsupportedModel
-from mesh.importer.trace.gguf_table import Architecture, Change, halves
+from mesh.importer.trace.gguf_table import TURNED_EXPERTS, Architecture, Change, halves
 from mesh.importer.trace.library import torch_and_transformers
 from mesh.importer.trace.model import TracedModel
 from mesh.importer.trace.weights import ModelParameters, NamedTensors
-from mesh.importer.write.kept import SourceMatrix
+from mesh.importer.write.kept import SourceMatrix, joined_experts, one_form
 
 __all__ = ["GgufParameters", "divide_frequencies"]
 
@@ -106,18 +106,41 @@ class GgufParameters(ModelParameters):
         return halves if own is None and self._architecture.pairs and name.endswith(HALVED) else own
 
     def _matrix(self, name: str) -> SourceMatrix | None:
-        tensors, change = self._tensors.get(name, ()), self._change(name)
-        moved = (None, halves, *self._architecture.moves.values())
-        if len(tensors) != 1 or len(self._state[name].shape) != 2 or change not in moved:
+        if name in self._numbers:
             return None
-        form = self._checkpoint.form(tensors[0])
-        if form is None:
+        tensors, change = self._tensors[name], self._change(name)
+        if len(self._state[name].shape) == 3:
+            return self._experts(name)
+        form, same = self._checkpoint.form(tensors[0]), self._checkpoint.shape(tensors[0]) == tuple(self._state[name].shape)
+        moved = change in (None, halves, *self._architecture.moves.values())
+        if form is None or not same or len(tensors) > 1 or not moved:
             return None
 
         def rows(array: Array) -> Array:
             return array if change is None else change([array], self._config)
 
         return SourceMatrix(lambda: self.read(name), form, lambda: self._checkpoint.kept(tensors[0]).rows(rows))
+
+    def _experts(self, name: str) -> SourceMatrix | None:
+        """Weights of experts, of one tensor [experts, out, in] or several that a change brings together without turning their rows."""
+        tensors, change, wanted = self._tensors[name], self._change(name), tuple(self._state[name].shape)
+        shapes = [self._checkpoint.shape(tensor) for tensor in tensors]
+        turned = change in TURNED_EXPERTS
+        form = one_form([self._checkpoint.form(tensor) for tensor in tensors], shapes)
+        experts, out, depth = shapes[0][0], sum(shape[1] for shape in shapes if len(shape) == 3), shapes[0][-1]
+        if form is None or (change is not None and not turned) or wanted != ((experts, depth, out) if turned else (experts, out, depth)):
+            return None
+
+        def join(parts: Sequence[Array]) -> Array:
+            return np.concatenate(parts, axis=1) if change is None else change(parts, self._config).swapaxes(1, 2)
+
+        return SourceMatrix(
+            lambda: self.read(name).swapaxes(1, 2) if turned else self.read(name),
+            form,
+            lambda: joined_experts([self._checkpoint.kept(tensor) for tensor in tensors], experts, join),
+            (experts, out, depth),
+            turned,
+        )
 
 
 def _names(architecture: str, layers: int) -> Callable[[str], str | None]:

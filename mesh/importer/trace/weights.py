@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mesh.errors import CorruptModel
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.model import TracedModel
-from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
+from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix, joined, one_form
 
 __all__ = ["ModelParameters", "Parameters"]
 
@@ -31,6 +31,7 @@ class NamedTensors(Protocol):
     """Tensors by name; `form` and `kept`: as a block can hold a quantized one, see mesh/importer/families/tensors.py."""
 
     def __iter__(self) -> Iterator[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
     def form(self, name: str) -> KeptForm | None: ...
     def kept(self, name: str) -> Kept: ...
 
@@ -148,12 +149,52 @@ class Parameters(ModelParameters):
         return name in self._recipes
 
     def _matrix(self, name: str) -> SourceMatrix | None:
-        recipe = self._recipes[name]
-        if recipe.converter is not None:
+        recipe, wanted = self._recipes[name], tuple(self._state[name].shape)
+        tensors = [tensor for _, tensor in recipe.tensors]
+        forms = [self._checkpoint.form(tensor) for tensor in tensors]
+        form = forms[0]
+        if form is None or any(each != form for each in forms):
             return None
-        tensor = recipe.tensors[0][1]
-        form = self._checkpoint.form(tensor)
-        return None if form is None else SourceMatrix(lambda: self.read(name), form, lambda: self._checkpoint.kept(tensor))
+        if recipe.converter is not None and len(wanted) == 3:
+            return self._experts(name, recipe, form)
+        if recipe.converter is not None:
+            plain = len(wanted) == 2 and not form.scaled
+            return SourceMatrix(lambda: self.read(name), form, lambda: self._narrowed(name, form)) if plain else None
+        if self._checkpoint.shape(tensors[0]) != wanted:
+            return None  # reading it says what is wrong
+        if len(wanted) == 2:
+            return SourceMatrix(lambda: self.read(name), form, lambda: self._checkpoint.kept(tensors[0]))
+        experts, depth, out = wanted
+        return SourceMatrix(
+            lambda: self.read(name).swapaxes(1, 2), form, lambda: self._checkpoint.kept(tensors[0]), (experts, out, depth), turned=True
+        )
+
+    def _experts(self, name: str, recipe: _Recipe, form: KeptForm) -> SourceMatrix | None:
+        """The weights of experts [experts, out, in] that a conversion only stacks: a tensor for each expert, or several (a gate and what it
+        opens), whose outputs come one after the other."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        kinds = [(type(each), getattr(each, "dim", None)) for each in recipe.converter.operations]
+        if kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+            return None
+        by_pattern = ([tensor for own, tensor in recipe.tensors if own == pattern] for pattern in recipe.converter.source_patterns)
+        of_each = [names for names in by_pattern if names]
+        experts, out, depth = self._state[name].shape
+        if any(len(names) != experts for names in of_each) or (len(kinds) == 1 and len(of_each) > 1):
+            return None
+        tensors = [tensor for group in zip(*of_each, strict=True) for tensor in group]
+        shapes = [self._checkpoint.shape(tensor) for tensor in tensors]
+        if one_form([form], shapes) is None or shapes[0] != (out // len(of_each), depth):
+            return None
+        return SourceMatrix(
+            lambda: self.read(name), form, lambda: joined([self._checkpoint.kept(tensor) for tensor in tensors]), (experts, out, depth)
+        )
+
+    def _narrowed(self, name: str, form: KeptForm) -> Kept:
+        """What a conversion makes of tensors of 16 bits, in 16 bits again if these are the same numbers."""
+        wide = self.read(name)
+        narrow = wide.astype(form.codes)
+        return Kept(form, narrow if (narrow.astype(np.float32) == wide).all() else wide)
 
     def _made(self, name: str) -> Array:
         torch, _ = torch_and_transformers()

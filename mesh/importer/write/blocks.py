@@ -104,8 +104,8 @@ class GraphBuilder:
         options, produce = self.options, as_callable(weight)
         own = self._own(weight)
         if own is not None:
-            return self._kept(name, *own)
-        if options.bits == 32 and experts and options.dtype == "float32":
+            return self.op("Transpose", self._kept_outputs(name, *own), perm=[1, 0])
+        if options.keep and experts:
             return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, exact_type)), to=TensorProto.FLOAT)
         if options.bits == 32:
             return self.parameter(f"{name}.weight", weight)
@@ -121,6 +121,14 @@ class GraphBuilder:
         if options.group_size is not None:
             return self.op("DequantizeLinear", values, scale, axis=0, block_size=options.group_size)
         return self.op("DequantizeLinear", values, scale, axis=1)
+
+    def experts(self, name: str, weight: WeightValue) -> tuple[str, bool]:
+        """The weights of experts that a gather chooses from, and whether they are [experts, out, in] in place of [experts, in, out]: those
+        that are kept."""
+        own = self._own(weight)
+        if own is None or not isinstance(weight, SourceMatrix) or weight.experts is None:
+            return self.matrix(name, weight, experts=True), False
+        return self.op("Reshape", self._kept_outputs(name, *own), self.const(weight.experts)), True
 
     def embedding(self, ids: str, name: str, table: WeightValue, *, out: str | None = None) -> str:
         """Rows `ids` [...] of table [vocab, width]: [..., width]. At 8 and 4 bits rows are int8 with a scale each.
@@ -150,11 +158,11 @@ class GraphBuilder:
             return None
         return weight.form, weight.keep
 
-    def _kept(self, name: str, form: KeptForm, keep: Callable[[], Kept]) -> str:
-        """A MatMul weight as its source has quantized it, stored [out, in]; returns its value [in, out]."""
+    def _kept_outputs(self, name: str, form: KeptForm, keep: Callable[[], Kept]) -> str:
+        """A weight as its source has quantized it, stored [out, in]; returns its value [out, in]."""
         stored = self._stored(name, form, keep)
         if stored.scale is None:
-            return self.op("Transpose", self.op("Cast", stored.codes, to=TensorProto.FLOAT), perm=[1, 0])
+            return self.op("Cast", stored.codes, to=TensorProto.FLOAT)
         zero = [] if stored.zero is None else [stored.zero]
         axis, group = (1, form.group) if form.group else (0, None)
         values = self.op("DequantizeLinear", stored.codes, self._factors(form, *stored.scale), *zero, axis=axis, block_size=group)
@@ -163,7 +171,7 @@ class GraphBuilder:
             grouped = self.op("Reshape", values, self.const([0, -1, form.group]))
             shifted = self.op("Add" if form.minimum == "add" else "Sub", grouped, lifted)
             values = self.op("Reshape", shifted, self.const([0, -1]))
-        return self.op("Transpose", values, perm=[1, 0])
+        return values
 
     def _kept_rows(self, ids: str, name: str, form: KeptForm, keep: Callable[[], Kept], out: str | None) -> str:
         """Rows `ids` of a table as its source has quantized it. Its codes are bytes: Gather has no smaller ones everywhere."""

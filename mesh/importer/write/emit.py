@@ -202,9 +202,9 @@ class Emitter:
         turned = _turned(node.outputs[0], rank)
         if turned is None:
             return False
-        matrix = values.experts(table, turned=turned)
+        matrix, outputs_first = values.experts(table, turned=turned)
         name = self.builder.op(node.op_type, matrix, self._input(node, 1))
-        if not turned:
+        if turned == outputs_first:
             name = self.builder.op("Transpose", name, perm=[*range(rank - 2), rank - 1, rank - 2])
         values.names[node.outputs[0]], values.types[name] = name, values.compute
         return True

@@ -61,6 +61,7 @@ class Values:
         self._sizes: dict[tuple[int, int, int, int], str] = {}
         self._casts: dict[tuple[str, str], str] = {}
         self._weights: dict[tuple[int, str], str] = {}
+        self._experts: dict[ir.Value, tuple[str, bool]] = {}
         self.uses_positions = False
 
     def place(self, node: ir.Node, inputs: list[str], attributes: dict[str, Any]) -> None:
@@ -326,19 +327,38 @@ class Values:
             self.types[self._weights[key]] = self.compute
         return self._weights[key]
 
-    def experts(self, value: ir.Value, *, turned: bool) -> str:
-        """A tensor of experts [experts, in, out] (`turned`), or [experts, out, in], as [experts, in, out]."""
-        return self.matrix(value, lambda: self.fold(value) if turned else self.fold(value).swapaxes(1, 2), True, "experts")
+    def experts(self, value: ir.Value, *, turned: bool) -> tuple[str, bool]:
+        """A tensor of experts [experts, in, out] (`turned`), or [experts, out, in], and whether the block has it as [experts, out, in]."""
+        if value not in self._experts:
+            own = self.source_experts(value, turned=turned)
+            weight = own or Weight(lambda: self.fold(value) if turned else self.fold(value).swapaxes(1, 2))
+            self._experts[value] = self.builder.experts(self.fresh_name(str(value.name)), weight)
+        return self._experts[value]
+
+    def source_experts(self, value: ir.Value, *, turned: bool) -> SourceMatrix | None:
+        """Weights of experts as their checkpoint has them, where the graph has these as [experts, out, in], or (`turned`) as
+        [experts, in, out]."""
+        swapped = False
+        while (node := value.producer()) is not None and node.op_type == "Transpose":
+            perm = list(attributes_of(node).get("perm", ()))
+            if perm not in ([0, 1, 2], [0, 2, 1]):  # exporters write the first too, which changes nothing
+                return None
+            value, swapped = input_of(node, 0), swapped ^ (perm == [0, 2, 1])
+        found = getattr(value.const_value, "source", None)
+        if not isinstance(found, SourceMatrix) or found.experts is None or (found.turned ^ swapped) != turned:
+            return None
+        return found
 
     def source_matrix(self, value: ir.Value, *, turned: bool) -> SourceMatrix | None:
-        """A weight as a quantized checkpoint has it, [out, in], where the graph has that, or (`turned`) its transpose."""
-        if turned:
-            node = value.producer()
-            if node is None or node.op_type != "Transpose" or list(attributes_of(node).get("perm", (1, 0))) != [1, 0]:
-                return None
+        """A weight as its checkpoint has it, where the graph has that as [out, in], or (`turned`) as [in, out]."""
+        node = value.producer()
+        swapped = node is not None and node.op_type == "Transpose" and list(attributes_of(node).get("perm", (1, 0))) == [1, 0]
+        if node is not None and swapped:
             value = input_of(node, 0)
         found = getattr(value.const_value, "source", None)
-        return found if isinstance(found, SourceMatrix) else None
+        if not isinstance(found, SourceMatrix) or found.experts is not None:
+            return None
+        return found if swapped == turned else found.transposed()
 
     def kept(self, value: ir.Value) -> bool:
         """Whether a block keeps the nodes that compute a constant: a weight that the source stores quantized stays quantized."""

@@ -82,6 +82,9 @@ struct Arguments {
   }
 };
 
+// Whether the input of this weight is read as whole numbers.
+bool reads_whole(const Weight& w) { return best().reads_whole && best().reads_whole(w); }
+
 // How one weight is described: see mesh/kernels/calls.py.
 enum Field { kKindField, kOutField, kInField, kGroupField, kOffsetField, kScaleField, kZeroField, kMinimumField, kBiasField, kFields };
 
@@ -103,9 +106,10 @@ Weight weight(Arguments& args, const int64_t* field) {
   w.kind = (Kind)field[kKindField], w.out = field[kOutField], w.in = field[kInField];
   w.group = field[kGroupField], w.offset = (float)field[kOffsetField];
   const bool packed = w.kind >= kNibbles;
-  if (w.kind < kFloat32 || w.kind > kSixBits || w.out < 1 || w.in < 1 || w.group < 0) args.miss("a weight is described wrongly");
+  if (w.kind < kFloat32 || w.kind > kTiles || w.out < 1 || w.in < 1 || w.group < 0) args.miss("a weight is described wrongly");
   if (packed && w.in % (w.kind == kSixBits ? 64 : 32)) args.miss("a weight of packed codes is not made of whole blocks");
   if (w.group && w.group < w.in && (w.group & (w.group - 1) || w.group < 16)) args.miss("a group is no power of two from 16 on");
+  if (w.kind == kTiles && (w.out % 16 || !reads_whole(w))) args.miss("these kernels read no tiles, or not of this weight");
   if (!args.ok) return w;
   Kind kind = w.kind;
   int64_t found = 0;
@@ -125,7 +129,7 @@ Weight weight(Arguments& args, const int64_t* field) {
 }
 
 int64_t bytes_of(const Weight& w) {
-  static const int bits[] = {32, 16, 16, 8, 8, 4, 5, 6};
+  static const int bits[] = {32, 16, 16, 8, 8, 4, 5, 6, 4};
   return w.out * w.in * bits[w.kind] / 8;
 }
 
@@ -142,6 +146,9 @@ int64_t outputs_of(int64_t out, int64_t bytes, int64_t piece_bytes, bool few) {
   return outputs < kOutputsStep ? kOutputsStep : outputs;
 }
 
+// Whole numbers of `rows` rows, in floats of scratch memory.
+int64_t whole_size(int64_t rows, int64_t in) { return rows * (in / 32) * (int64_t)(sizeof(Whole) / sizeof(float)); }
+
 enum Prologue : int64_t { kAsGiven, kRmsNorm, kGatedSilu, kGatedGelu };
 
 struct Products {
@@ -154,12 +161,21 @@ struct Products {
   const float *x, *second, *residual;
   float epsilon;
   int64_t rows, in, stride;
-  float* prepared;
+  float* prepared;  // nullptr: the input is read as it is given
+  Whole* whole;     // nullptr: no weight reads it so
 
   static constexpr int64_t kRowsAPiece = 4;
 
+  const float* input() const { return prepared ? prepared : x; }
+
   void prepare(int64_t piece) const {
     const int64_t first = piece * kRowsAPiece, some = rows - first < kRowsAPiece ? rows - first : kRowsAPiece;
+    if (prepared) copy(first, some);
+    if (whole)
+      for (int64_t r = first; r < first + some; r++) best().to_whole(input() + r * stride, in, whole + r * (in / 32));
+  }
+
+  void copy(int64_t first, int64_t some) const {
     const float *from = x + first * in, *up = second + first * in;
     float* to = prepared + first * stride;
     if (prologue == kRmsNorm) return best().rms_norm(from, second, epsilon, some, in, stride, to);
@@ -174,7 +190,7 @@ struct Products {
     const Weight& w = weights[i];
     const int64_t first = (piece - firsts[i]) * outputs[i];
     const int64_t last = first + outputs[i] < w.out ? first + outputs[i] : w.out;
-    best().tile(Tile{&w, first, last, prepared ? prepared : x, rows, stride, results[i], residual});
+    best().tile(Tile{&w, first, last, input(), rows, stride, results[i], residual, reads_whole(w) ? whole : nullptr});
   }
 };
 
@@ -209,9 +225,14 @@ ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Rema
   if (real) rows = call.rows = *real;
   if (!rows) return ffi::Error::Success();
 
-  const bool prepares = prologue != kAsGiven || call.stride != call.in;
-  call.prepared = prepares ? scratch(0, rows * call.stride) : nullptr;
-  if (prepares && !call.prepared) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for the input of a product");
+  bool whole = false;
+  for (int i = 0; i < call.count; i++) whole |= reads_whole(call.weights[i]);
+  const bool copies = prologue != kAsGiven || call.stride != call.in, prepares = copies || whole;
+  const int64_t copied = copies ? rows * call.stride : 0;
+  float* memory = prepares ? scratch(0, copied + (whole ? whole_size(rows, call.in) : 0)) : nullptr;
+  call.prepared = copies ? memory : nullptr;
+  call.whole = whole ? (Whole*)(memory + copied) : nullptr;
+  if (prepares && !memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for the input of a product");
   const int64_t most = 8 * (threads.num_threads() + 1);
   const bool alone = size * (rows < 4 ? 1 : rows) < kAloneBytes;
   const int64_t piece_bytes = alone ? size + 1 : size / most > kPieceBytes ? size / most : kPieceBytes;
@@ -263,6 +284,7 @@ struct ExpertProducts {
   int32_t *order, *starts;                                  // [rows], [experts + 1]
   Group* groups;
   int64_t used;
+  Whole* whole;               // of `sorted`, or nullptr
   float *sorted, *products;  // [rows, stride], [rows, out]: in the order of their experts
 
   static constexpr int64_t kRowsAPiece = 4;
@@ -288,14 +310,18 @@ struct ExpertProducts {
   }
 
   void bring(int64_t piece) const {
-    rows_of(piece, [&](int64_t at, int64_t row) { copy_row(x + row * in, in, sorted + at * stride, stride); });
+    rows_of(piece, [&](int64_t at, int64_t row) {
+      copy_row(x + row * in, in, sorted + at * stride, stride);
+      if (whole) best().to_whole(sorted + at * stride, in, whole + at * (in / 32));
+    });
   }
 
   void multiply(int64_t piece) const {
     const Group& g = groups[piece / pieces];
     const int64_t first = piece % pieces * outputs, last = first + outputs < out ? first + outputs : out;
     const Weight w = part(weight, g.expert * out, out);
-    best().tile(Tile{&w, first, last, sorted + g.first * stride, g.count, stride, products + g.first * out, nullptr});
+    const Whole* numbers = whole ? whole + g.first * (in / 32) : nullptr;
+    best().tile(Tile{&w, first, last, sorted + g.first * stride, g.count, stride, products + g.first * out, nullptr, numbers});
   }
 
   void put(int64_t piece) const {
@@ -306,6 +332,7 @@ struct ExpertProducts {
 ffi::Error expert_products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> result,
                            ffi::Span<const int64_t> described, int64_t rows, int64_t experts) {
   if (described.size() != kFields || rows < 1 || rows > INT32_MAX || experts < 1 || experts > INT32_MAX || described[kOutField] % experts ||
+      (described[kKindField] == kTiles && described[kOutField] / experts % 16) ||
       described[kBiasField])
     return wrong("a call of experts is described wrongly");
   ExpertProducts call{};
@@ -321,11 +348,13 @@ ffi::Error expert_products(ffi::ThreadPool threads, ffi::RemainingArgs given, ff
   call.result = (float*)result->untyped_data();
   const int64_t most_used = rows < experts ? rows : experts;
   const int64_t integers = rows + experts + 1 + 3 * most_used;
-  float* memory = scratch(0, rows * (call.stride + call.out) + integers);
+  const int64_t whole = reads_whole(call.weight) ? whole_size(rows, call.in) : 0;
+  float* memory = scratch(0, rows * (call.stride + call.out) + integers + whole);
   if (!memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for the products of experts");
   call.sorted = memory, call.products = memory + rows * call.stride;
   call.order = (int32_t*)(call.products + rows * call.out), call.starts = call.order + rows;
   call.groups = (ExpertProducts::Group*)(call.starts + experts + 1);
+  if (whole) call.whole = (Whole*)(memory + rows * (call.stride + call.out) + integers);
   if (!call.sort()) return wrong("an expert is chosen that there is not");
 
   const int64_t size = bytes_of(call.weight) / experts, most = 8 * (threads.num_threads() + 1);
@@ -498,7 +527,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_likeliest, kernels::likeliest,
                                   .Attr<int64_t>("vocabulary"));
 
 // Of the calls in mesh/kernels/calls.py: changes with what they are given.
-extern "C" int mesh_kernels_version() { return 5; }
+extern "C" int mesh_kernels_version() { return 6; }
 
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 

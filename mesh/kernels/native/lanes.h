@@ -273,6 +273,14 @@ INLINE float half(uint16_t h) {
   return h & 0x8000 ? -f : f;
 }
 
+// 2 to the power of exponent - 127, for a normal float's biased exponent.
+INLINE float power(int exponent) {
+  const uint32_t bits = (uint32_t)exponent << 23;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
 // e^x to 2 units in the last place, for x from -87 to 88; beyond, that of the bound.
 INLINE V exponential(V x) {
   x = smaller(larger(x, all(-87.0f)), all(88.0f));

@@ -6,7 +6,7 @@
 namespace kernels {
 
 // How a number is stored. The first five are types of arrays, the others are codes of a weight.
-enum Kind : int32_t { kFloat32, kFloat16, kBfloat16, kInt8, kUint8, kNibbles, kFiveBits, kSixBits };
+enum Kind : int32_t { kFloat32, kFloat16, kBfloat16, kInt8, kUint8, kNibbles, kFiveBits, kSixBits, kTiles };
 
 // One number for each output or group of a weight, [out, groups]: data, or data * step with a step for `each` numbers in a row.
 struct Numbers {
@@ -22,6 +22,9 @@ struct Numbers {
 // Codes of 4, 5 and 6 bits lie in blocks of 32 along `in`. The 16 bytes of a block have the low four bits of code j and, above them, those
 // of code j + 16. The fifth bits of a block are 32 bits of `high`, the first one lowest. The upper two bits of 64 codes are 16 bytes of
 // `high`: byte j has those of the codes j, j + 16, j + 32 and j + 48, the first ones lowest.
+//
+// Tiles have codes of 4 bits of 16 outputs side by side, for kernels that read them as whole numbers: four bytes of each of the 16, then the
+// next four of each. So have their numbers of groups: the first group's of each of the 16, then the second's. `out` is a multiple of 16 then.
 struct Weight {
   Kind kind = kFloat32;
   int64_t out = 0, in = 0;
@@ -38,6 +41,14 @@ struct Weight {
   bool late() const { return kind == kInt8 && scale.data && groups() == 1 && !scale.step && !zero.data && !minimum.data; }
 };
 
+// 32 numbers of an input as whole numbers of 24 bits: x = (digit 0 + 256 * digit 1 + 65536 * digit 2) * unit, digits from -128 to 127. The
+// unit is a power of two, the smallest in which all 32 have three digits; NaN where one of them is not finite.
+struct Whole {
+  int8_t digits[3][32];
+  int32_t centred;  // what the sum of code * x has more than that of (code - 8) * x, the other way round
+  float unit, units, sum;  // sum: of the 32 numbers, which are so many units
+};
+
 // Some outputs of a product: y[r, o] = x[r] . weight[o] + bias[o] + residual[r, o]
 struct Tile {
   const Weight* weight;
@@ -46,6 +57,7 @@ struct Tile {
   int64_t rows, stride;
   float* y;               // [rows, out]
   const float* residual;  // [rows, out], or nullptr
+  const Whole* whole;     // [rows, in / 32]: x once more, for a weight that is multiplied with whole numbers; else nullptr
 };
 
 // Attention of some tokens over the cache. Each token has its own row and position; a row may have several tokens, one after the other.
@@ -94,8 +106,12 @@ inline int64_t attention_partials(const Attention& a, int64_t tokens, int64_t he
 // The kernels for one kind of processor.
 struct Kernels {
   const char* name;
-  // Every sum is over 16 lanes, lane l adding the elements l, l + 16, ... in order: a row gives the same bits in any company.
+  // Every sum is over 16 lanes, lane l adding the elements l, l + 16, ... in order, or group by group over whole numbers: a row gives the same
+  // bits in any company.
   void (*tile)(const Tile&);
+  // Whether tile() reads the input of this weight as whole numbers. nullptr: of none.
+  bool (*reads_whole)(const Weight&);
+  void (*to_whole)(const float* x, int64_t in, Whole* to);
   // y [rows, stride] = x [rows, in] / rms * scale
   void (*rms_norm)(const float* x, const float* scale, float epsilon, int64_t rows, int64_t in, int64_t stride, float* y);
   // y [rows, stride] = act(gate) * up
@@ -113,6 +129,7 @@ struct Kernels {
 
 enum Activation : int { kSilu, kGeluTanh };
 
+const Kernels* avx512vnni();
 const Kernels* avx512();
 const Kernels* avx2();
 const Kernels* neon();

@@ -17,9 +17,13 @@ from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.importer.options import ImportOptions
+from mesh.importer.run import import_model
 from mesh.importer.sources import gguf_file
 from mesh.importer.sources.gguf import open_source
+from mesh.importer.verify.verify import runtime_logits
 from mesh.importer.write.blocks import BlockWriter
+from mesh.lowering.experts import ExpertWeight
+from mesh.runtime.loading import load_block
 
 BASE = {**LLAMA, "vocab_size": 288, "max_position_embeddings": 128}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,6 +99,27 @@ def test_quantized_tensors_give_the_weights_that_they_stand_for(kind: str, tmp_p
         got = run(tmp_path / "quantized.gguf", tmp_path / "out")
     # rows of q and k are permuted in the file, which quantization of rows does not notice
     assert relative_error(got, logits_of(model, PROMPT)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_experts_stay_quantized_and_give_the_tokens_of_32_bits(kind: str, tmp_path: Path) -> None:
+    """The import compares the blocks with onnxruntime; the other holds the numbers that the codes stand for."""
+    write_gguf(
+        tmp_path / "model.gguf", make_model("Mixtral", {**MODELS["mixtral"][1], "intermediate_size": 96}), gguf.GGMLQuantizationType[kind]
+    )
+    kept = import_model(tmp_path / "model.gguf", tmp_path / "kept")
+    assert kept.weights.kept == kind
+    held = [each for each in load_block(tmp_path / "kept", "layer_001").weights.values() if isinstance(each, ExpertWeight)]
+    assert [(each.codes.group, each.codes.minimum is not None) for each in held] == [(32, kind == "Q4_1")] * 3
+    (tmp_path / "wide").mkdir()
+    blocks = open_source(tmp_path / "model.gguf").write_blocks(BlockWriter(tmp_path / "wide"), ImportOptions(bits=32), lambda *_: None)
+    wide = kept.model_copy(update={"blocks": blocks})
+    tokens = np.asarray(PROMPT, np.int64)
+    got, expected = (np.concatenate(list(runtime_logits(tmp_path / name, each, tokens))) for name, each in (("kept", kept), ("wide", wide)))
+    np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
+    assert relative_error(got, expected) < 1e-5
+    for small, large in zip(kept.blocks, blocks, strict=True):
+        assert small.parameters == large.parameters and small.weight_bytes < 0.4 * large.weight_bytes
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q5_K_M", "Q6_K"])

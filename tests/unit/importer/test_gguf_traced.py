@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from tiny_models import LLAMA, logits_of, make_model
 
 from mesh.errors import CorruptModel, UnsupportedModel
 from mesh.importer.run import import_model
+from mesh.importer.sources.gguf_blocks import FORMS, kept
 from mesh.importer.sources.gguf_file import GgufCheckpoint
 from mesh.importer.trace.gguf_config import architecture_of, configuration
 from mesh.importer.trace.gguf_weights import GgufParameters
 from mesh.importer.trace.model import model_of
 from mesh.importer.trace.reference import TransformersReference
+from mesh.lowering.experts import ExpertWeight
+from mesh.runtime.loading import load_block
 
 BASE = {**LLAMA, "num_hidden_layers": 2}
 HEADS, KV_HEADS = LLAMA["num_attention_heads"], LLAMA["num_key_value_heads"]
@@ -63,9 +66,36 @@ def states(name: str, array: np.ndarray) -> np.ndarray:
     return -np.exp(array) if name.endswith("A_log") else array.squeeze(1) if ".conv" in name and array.ndim == 3 else array
 
 
+def values_apart(name: str, array: np.ndarray) -> np.ndarray:
+    """A gated delta net of 2 key heads with 2 values each as llama.cpp's converter stores it: the first value of both, then the second."""
+
+    def heads(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(4, -1, *rows.shape[1:])[[0, 2, 1, 3]].reshape(rows.shape)
+
+    if name.endswith("norm.weight"):
+        return array if "linear_attn" in name else array + 1
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        return np.concatenate([array[:32], heads(array[32:])]).squeeze()
+    if name.endswith("out_proj.weight"):
+        return heads(array.T).T
+    if name.endswith(("A_log", "dt_bias", "in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight")):
+        return heads(states(name, array))
+    return array
+
+
 def fits(array: Any) -> bool:
-    """Whether a matrix has blocks of 32."""
-    return array.ndim == 2 and array.shape[1] % 32 == 0
+    """Whether a matrix, or one of several, has blocks of 32."""
+    return array.ndim in (2, 3) and array.shape[-1] % 32 == 0
+
+
+def one_by_one(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The parameters of a model with the gates and ups of its experts apart."""
+    for name, value in state.items():
+        if name.endswith(".experts.gate_up_proj"):
+            for part, rows in zip(("gate_proj", "up_proj"), value.chunk(2, dim=1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}.weight"), rows
+        else:
+            yield (f"{name}.weight" if name.endswith(".experts.down_proj") else name), value
 
 
 def write(path: Path, architecture: str, model: Any, keys: Mapping[str, Any], stored: Stored = as_it_is, quantized: bool = False) -> None:
@@ -79,12 +109,12 @@ def write(path: Path, architecture: str, model: Any, keys: Mapping[str, Any], st
             str: writer.add_string,
             list: writer.add_array,
         }
-        add[type(value)](f"{architecture}.{key}", value)
+        add[type(value)](key if key.startswith("xielu.") else f"{architecture}.{key}", value)
     writer.add_tokenizer_model("none")
     kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, 2)
-    for name, value in model.state_dict().items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    for name, value in one_by_one(model.state_dict()):
+        theirs = names.get_name(name.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         if theirs is None or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         array = np.ascontiguousarray(stored(name, value.float().numpy()), np.float32)
@@ -127,6 +157,23 @@ MAMBA = {
 OF_MAMBA = {"vocab_size": LLAMA["vocab_size"], "hidden_size": 64, "num_hidden_layers": 2, "layer_norm_epsilon": 1e-3}
 OF_MAMBA |= {"conv_kernel": 3, "state_size": 8, "time_step_rank": 6}
 LFM2 = {**SIZES, "attention.head_count_kv": [0, KV_HEADS], "attention.layer_norm_rms_epsilon": 1e-3, "shortconv.l_cache": 4}
+QWEN35 = {
+    **{**SIZES, "attention.key_length": 16, "attention.value_length": 16, "attention.layer_norm_rms_epsilon": 1e-6},
+    **{"rope.dimension_count": 4, "rope.dimension_sections": [1, 1, 0, 0], "rope.freq_base": 9000.0},
+    **{"ssm.conv_kernel": 4, "ssm.group_count": 2, "ssm.inner_size": 32, "ssm.state_size": 8, "ssm.time_step_rank": 4},
+    **{"attention.recurrent_layers": [True, False], "full_attention_interval": 4},
+}
+DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 16,
+}
+DELTA |= {"layer_types": ["linear_attention", "full_attention"], "rms_norm_eps": 1e-6}
+DELTA["rope_parameters"] = {"rope_type": "default", "rope_theta": 9000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
+XIELU = {"alpha_n": [-1.0, 0.5], "alpha_p": [0.25, -0.5], "beta": [0.5, 0.5], "eps": [-1e-6, -1e-6]}
+APERTUS = {**SIZES, "attention.layer_norm_rms_epsilon": 1e-5} | {f"xielu.{name}": numbers for name, numbers in XIELU.items()}
 CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     "as they are": ("starcoder2", "Starcoder2", {**BASE, "sliding_window": None, "norm_epsilon": 1e-5}, STARCODER2, as_it_is),
     "pairs, and four scales": (
@@ -156,6 +203,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     ),
     "states": ("mamba", "Mamba", OF_MAMBA, MAMBA, states),
     "states that are normalized": ("mamba", "FalconMamba", {**OF_MAMBA, "mixer_rms_eps": 1e-3}, {**MAMBA, "ssm.dt_b_c_rms": True}, states),
+    "values of key heads apart": ("qwen35", "Qwen3_5Text", {**BASE, **DELTA}, QWEN35, values_apart),
     "layers with a convolution": (
         "lfm2",
         "Lfm2",
@@ -169,7 +217,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
 
 
 def rotary(values: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {**values, "rope_parameters": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}, **values}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -182,6 +230,26 @@ def test_the_configuration_and_the_weights_are_those_of_the_model(case: str, tmp
     traced = model_of(path, configuration(checkpoint, found))
     reference = TransformersReference(traced, GgufParameters(traced, checkpoint, architecture, found), whole=True)
     assert relative_error(reference.logits(PROMPT), logits_of(model, PROMPT.tolist())) < 1e-5
+
+
+def test_parameters_that_a_file_has_among_its_metadata(tmp_path: Path) -> None:
+    import torch
+
+    model, path = make_model("Apertus", rotary(BASE | {"rms_norm_eps": 1e-5}, APERTUS)), tmp_path / "model.gguf"
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if ".act_fn." in name:
+                value.fill_(XIELU[name.rpartition(".")[2]][int(name.split(".")[2])])
+    write(path, "apertus", model, APERTUS)
+    checkpoint = GgufCheckpoint(path)
+    found = architecture_of(checkpoint)
+    traced = model_of(path, configuration(checkpoint, found))
+    parameters = GgufParameters(traced, checkpoint, "apertus", found)
+    reference = TransformersReference(traced, parameters, whole=True)
+    assert relative_error(reference.logits(PROMPT), logits_of(model, PROMPT.tolist())) < 1e-5
+    checkpoint.metadata["xielu.beta"] = [0.5]
+    with pytest.raises(CorruptModel, match=r"xielu\.beta has no number for model\.layers\.1\.mlp\.act_fn\.beta"):
+        parameters.read("model.layers.1.mlp.act_fn.beta")
 
 
 def test_an_import_computes_what_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
@@ -214,12 +282,91 @@ def test_quantized_matrices_stay_as_they_are_with_their_rows_in_another_order(tm
     assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(model, PROMPT.tolist())) < 1e-3
 
 
+def test_experts_stay_as_they_are_and_compute_what_their_codes_stand_for(tmp_path: Path) -> None:
+    architecture, kind, path = "qwen3moe", "Qwen3Moe", tmp_path / "model.gguf"
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "norm_topk_prob": True}
+    model = make_model(kind, rotary({**BASE, **experts, "head_dim": 16, "rms_norm_eps": 1e-6}, {}))
+    keys = {"attention.key_length": 16, "attention.value_length": 16, "attention.layer_norm_rms_epsilon": 1e-6}
+    write(
+        path,
+        architecture,
+        model,
+        {**SIZES, **keys, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
+        quantized=True,
+    )
+    manifest = import_model(path, tmp_path / "model")
+    assert manifest.weights.kept == "Q8_0" and manifest.report["source_greedy_equal"] == 1.0
+    held = [each for each in load_block(tmp_path / "model", "layer_001").weights.values() if isinstance(each, ExpertWeight)]
+    assert [(each.codes.stored_as, each.codes.group) for each in held] == [("int8", 32)] * 2
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    for value in model.state_dict().values():
+        if fits(value):
+            value.copy_(value.new_tensor(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), q8), q8)))
+    assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(model, PROMPT.tolist())) < 1e-4
+
+
+OF_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+class OfExperts:
+    """A file with the experts of one layer, as Q4_K."""
+
+    path = "model.gguf"
+    kind = gguf.GGMLQuantizationType.Q4_K
+
+    def __init__(self) -> None:
+        rng, block = np.random.default_rng(0), gguf.GGML_QUANT_SIZES[self.kind][1]
+        self.blocks = {f"blk.0.{name}.weight": rng.integers(0, 256, (4 * 256, 1, block), np.uint8) for name in OF_EXPERTS}
+        for blocks in self.blocks.values():
+            blocks[..., :4] = rng.standard_normal((4 * 256, 1, 2)).astype(np.float16).view(np.uint8)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.blocks
+
+    def __iter__(self) -> Any:
+        return iter(self.blocks)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (4, 256, 256)
+
+    def form(self, name: str) -> Any:
+        return FORMS[self.kind]
+
+    def kept(self, name: str) -> Any:
+        return kept(self.kind, self.blocks[name])
+
+    def read(self, name: str) -> np.ndarray:
+        return gguf.quants.dequantize(self.blocks[name].reshape(4 * 256, -1), self.kind).reshape(self.shape(name))
+
+
+@pytest.mark.parametrize(("architecture", "config", "values"), [
+    ("qwen3moe", "Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 256, "decoder_sparse_step": 1}),
+    ("gpt-oss", "GptOssConfig", {"num_local_experts": 4, "intermediate_size": 256, "head_dim": 16}),
+    ("llama4", "Llama4TextConfig", {"num_local_experts": 4, "intermediate_size": 256, "interleave_moe_layer_step": 1, "head_dim": 64}),
+])  # fmt: skip
+def test_experts_are_kept_however_a_model_lays_them_out(architecture: str, config: str, values: dict[str, Any]) -> None:
+    """Gates and ups one after the other or in turns, turned or not: codes are those of the numbers."""
+    import transformers
+
+    traced = model_of(Path("model.gguf"), getattr(transformers, config)(**{**LLAMA, "hidden_size": 256, "num_hidden_layers": 1, **values}))
+    file: Any = OfExperts()
+    parameters = GgufParameters(traced, file, architecture, architecture_of(Named(architecture, {})))
+    found = [name for name in traced.module.state_dict() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(found) == 2
+    for name in found:
+        matrix = parameters.matrix(name)
+        assert matrix is not None and matrix.keep is not None and matrix.experts is not None
+        numbers = parameters.read(name)
+        assert matrix.turned == (architecture != "qwen3moe")
+        np.testing.assert_array_equal(matrix.keep().numbers().reshape(matrix.experts), numbers.swapaxes(1, 2) if matrix.turned else numbers)
+
+
 REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "a setting that nothing reads": ("starcoder2", {"attention.scale": 0.5}, r"starcoder2\.attention\.scale \(0\.5\) is a setting that"),
     "scaling that a table does not hold": ("starcoder2", {"rope.scaling.type": "longrope"}, r"rotary positions with starcoder2\.rope\.sc"),
     "layers that differ": ("starcoder2", {"attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv differs between layers"),
     "experts that are chosen otherwise": ("dots1", {"expert_gating_func": 1}, r"expert_gating_func is 1 where dots1 of transformers has 2"),
-    "recurrent state": ("nemotron_h", {"ssm.state_size": 16}, r"'nemotron_h' is not supported: it keeps recurrent .*h\.ssm\.state_size"),
+    "recurrent state": ("plamo2", {"ssm.state_size": 16}, r"'plamo2' is not supported: it keeps recurrent .*2\.ssm\.state_size"),
     "heads that turn in part": ("granitehybrid", {"ssm.state_size": 16}, r"granitehybrid without expert_shared.* is Bamba"),
     "layers that all carry states": ("lfm2moe", {"expert_gating_func": 1}, r"expert_gating_func is 1 where lfm2_moe of transformers has 2"),
     "an encoder": ("bert", {"attention.causal": False}, r"'bert' is not supported: it is an encoder"),
@@ -251,6 +398,14 @@ def test_what_cannot_be_served_is_refused_by_name_from_the_metadata_alone(case: 
     architecture, keys, message = REFUSED[case]
     file = Named(architecture, {**STARCODER2, **keys})
     with pytest.raises(UnsupportedModel, match=message):
+        configuration(file, architecture_of(file))
+
+
+@pytest.mark.parametrize("bias", [0.0, 7.5])
+def test_an_mpt_whose_positions_are_learned_or_whose_bias_is_no_whole_number_is_refused(bias: float) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "attention.head_count_kv"}
+    file = Named("mpt", {**sizes, "attention.layer_norm_epsilon": 1e-5, "attention.max_alibi_bias": bias})
+    with pytest.raises(CorruptModel, match=rf"one of the keys of mpt .*max_alibi_bias is {bias}"):
         configuration(file, architecture_of(file))
 
 

@@ -17,7 +17,9 @@ from tiny_models import LLAMA, logits_of, make_model
 from mesh.errors import UnsupportedModel
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
+from mesh.lowering.experts import ExpertWeight
 from mesh.model.manifest import Manifest
+from mesh.runtime.loading import load_block
 
 torch = pytest.importorskip("torch", reason="the checkpoints are made with torch (the fixtures extra)")
 
@@ -134,7 +136,10 @@ def test_sinks_and_experts_of_four_bits_compute_what_transformers_computes(tmp_p
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
     manifest = import_model(source, tmp_path / "model")
     assert manifest.report["source_error"] < 1e-4 and manifest.report["source_greedy_equal"] == 1.0
-    assert "held as numbers" in manifest.report["note"] and {each.window for each in manifest.cache} == {None, 9}
+    assert manifest.weights.kept == "MXFP4" and "note" not in manifest.report
+    assert {each.window for each in manifest.cache} == {None, 9}
+    held = [each for each in load_block(tmp_path / "model", "layer_001").weights.values() if isinstance(each, ExpertWeight)]
+    assert [each.codes.group for each in held] == [32, 32] and all(each.codes.stored_as in ("5 bits", "int8") for each in held)
     prompt = rng.integers(0, manifest.vocab_size, 23).tolist()
     chain = Chain(tmp_path / "model", manifest.cache)
     expected = logits_of(model, prompt)
@@ -143,6 +148,21 @@ def test_sinks_and_experts_of_four_bits_compute_what_transformers_computes(tmp_p
         for layer in model.model.layers:
             layer.self_attn.sinks.fill_(-1e4)  # as if there were none
     assert relative_error(logits_of(model, prompt), expected) > 1e-2
+
+
+def test_experts_with_a_tensor_each_stay_as_they_are(tmp_path: Path) -> None:
+    """Codes, scales and zero points of all experts of a layer become one weight of the block."""
+    values = {**TINY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "head_dim": 16}
+    model = make_model("Qwen3Moe", values)
+    config = compressed("pack-quantized", scheme(4, "int", "group", group_size=32))
+    write_quantized(tmp_path / "source", model, packed_integers(4, 32, symmetric=False), config)
+    manifest = import_model(tmp_path / "source", tmp_path / "model")
+    assert manifest.report["source_error"] < 1e-4 and manifest.report["source_greedy_equal"] == 1.0
+    assert manifest.weights.kept == "int4, float16"
+    held = [each for each in load_block(tmp_path / "model", "layer_001").weights.values() if isinstance(each, ExpertWeight)]
+    assert [(each.codes.stored_as, each.codes.group, each.codes.zero_point is not None) for each in held] == [("4 bits", 32, True)] * 2
+    prompt = np.random.default_rng(1).integers(0, manifest.vocab_size, 23).tolist()
+    assert relative_error(Chain(tmp_path / "model", manifest.cache)(prompt), logits_of(model, prompt)) < 1e-4
 
 
 @LONG

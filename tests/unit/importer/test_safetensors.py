@@ -120,7 +120,7 @@ def test_prefill_chunks_and_decode_agree_with_transformers(name: str, tmp_path: 
 
 
 def test_shards_and_sixteen_bit_sources_give_the_same_blocks(tmp_path: Path) -> None:
-    """One file or many, bfloat16 widened by us or by torch: the same bytes."""
+    """One file or many, bfloat16 widened by us or by torch: the same bytes, where 32 bits are asked for."""
     make_model("Llama", LLAMA, tmp_path / "one")
     model = make_model("Llama", LLAMA)
     model.bfloat16().save_pretrained(tmp_path / "many", max_shard_size="40KB")
@@ -129,7 +129,7 @@ def test_shards_and_sixteen_bit_sources_give_the_same_blocks(tmp_path: Path) -> 
     digests = {}
     for name in ("one", "many", "widened"):
         (tmp_path / f"{name}.out").mkdir()
-        blocks = open_source(tmp_path / name).write_blocks(BlockWriter(tmp_path / f"{name}.out"), ImportOptions(), lambda *_: None)
+        blocks = open_source(tmp_path / name).write_blocks(BlockWriter(tmp_path / f"{name}.out"), ImportOptions(bits=32), lambda *_: None)
         digests[name] = [file.sha256 for block in blocks for file in block.files]
     assert digests["many"] == digests["widened"] != digests["one"]
 

@@ -109,6 +109,19 @@ def multiplied(x: Any, codes: Codes, variant: str = "kernel") -> np.ndarray:
         return np.asarray(_product(x, codes, variant=variant))
 
 
+@pytest.mark.skipif(not kernels().reads_tiles, reason="the kernels of this processor read no tiles")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("4 bits")])
+def test_tiles_are_the_same_weight(kind: str) -> None:
+    codes = weight(kind, 48, fitting(kind, 96), 32, 7)
+    x = np.random.default_rng(8).standard_normal((5, codes.shape[1])).astype(np.float32)
+    tiles = codes.in_tiles()
+    assert tiles.kernel_kind == "tiles of 4 bits"
+    np.testing.assert_array_equal(tiles.widened(np.float32), codes.widened(np.float32))
+    np.testing.assert_array_equal(multiplied(x, tiles, "dot"), multiplied(x, codes, "dot"))
+    for rows in (1, 2, 5):
+        np.testing.assert_array_equal(multiplied(x[:rows], tiles), multiplied(x[:rows], codes))
+
+
 @settings(max_examples=3, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 300), st.sampled_from((16, 32, 128)), st.integers(1, 40), st.integers(0, 99))
 @pytest.mark.parametrize("kind", KINDS)
