@@ -87,6 +87,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "olmoe": {"num_key_value_heads": 4},
     "phi": {"num_key_value_heads": 4, "intermediate_size": 128},
     "phi3": NO_WINDOW,
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_5": {"text_config": SQUARE | TURNING},
     "qwen3_5_moe": {"text_config": SQUARE | TURNING},
     "qwen3_5_moe_text": SQUARE | TURNING,
@@ -106,6 +107,7 @@ AS_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
     | {"moe_router_activation_func": "sigmoid"},
     "nemotron_h, without experts": dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group"))
     | {"hybrid_override_pattern": "M*-"},
+    "phimoe": {"original_max_position_embeddings": 320},
     "solar_open": {"partial_rotary_factor": 1.0},
 }
 """What configurations of checkpoints say, and transformers 5 writes otherwise: for the converter alone. None: they do not say it."""

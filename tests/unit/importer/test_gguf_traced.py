@@ -282,6 +282,21 @@ def test_quantized_matrices_stay_as_they_are_with_their_rows_in_another_order(tm
     assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(model, PROMPT.tolist())) < 1e-3
 
 
+def test_quantized_rows_of_value_heads_are_moved_and_columns_of_them_are_read_as_numbers(tmp_path: Path) -> None:
+    architecture, kind, values, keys, stored = CASES["values of key heads apart"]
+    path = tmp_path / "model.gguf"
+    write(path, architecture, make_model(kind, rotary(values, keys)), keys, stored, quantized=True)
+    checkpoint = GgufCheckpoint(path)
+    found = architecture_of(checkpoint)
+    parameters = GgufParameters(model_of(path, configuration(checkpoint, found)), checkpoint, architecture, found)
+    inside = "model.layers.0.linear_attn."
+    for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"):
+        matrix = parameters.matrix(f"{inside}{name}.weight")
+        assert matrix is not None and matrix.form is not None and matrix.keep is not None and matrix.form.name == "Q8_0"
+        np.testing.assert_allclose(matrix.keep().numbers(), parameters.read(f"{inside}{name}.weight"), rtol=1e-6)
+    assert parameters.matrix(f"{inside}out_proj.weight") is None
+
+
 def test_experts_stay_as_they_are_and_compute_what_their_codes_stand_for(tmp_path: Path) -> None:
     architecture, kind, path = "qwen3moe", "Qwen3Moe", tmp_path / "model.gguf"
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "norm_topk_prob": True}
