@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import families
@@ -42,6 +43,8 @@ SIGMOID = {"scoring_func": "sigmoid"}  # that configurations of checkpoints have
 TIED = {"tie_word_embeddings": True}  # llama.cpp has no other form of these
 PATTERN = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
 NO_WINDOW = {"sliding_window": None}  # llama.cpp leaves these windows out
+TURNING = {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0], "rope_type": "default"}}
+SQUARE = {"linear_value_head_dim": 8}  # llama.cpp has states as wide as high
 SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3}
 OWN: Mapping[str, Mapping[str, Any]] = {
     "afmoe": PATTERN | {"num_dense_layers": 1, "mup_enabled": True, "route_scale": 1.7, "route_norm": True},
@@ -64,11 +67,13 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "glm": {"seq_length": 320},
     "glm4_moe_lite": SIGMOID,
     "gpt2": {"n_inner": 128},
+    "gpt-sw3": {"n_inner": 128},
     "gpt_bigcode": {"n_inner": 128},
     "granite": SCALES,
     "hunyuan_v1_moe": {"moe_topk": [2, 2], "moe_intermediate_size": [56, 56], "num_shared_expert": [1, 1]},
     "granitemoe": SCALES,
     "granitemoeshared": SCALES | {"shared_intermediate_size": 24},
+    "kimi_linear": {"q_lora_rank": None, "mlp_layer_types": ["sparse"] * 2},  # others are saved by names that the converter lacks
     "lfm2_moe": TIED,
     "llama4_text": {"attention_chunk_size": 8192, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 1}
     | {"layer_types": ["chunked_attention"] * 3 + ["full_attention"]},
@@ -77,19 +82,35 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "minimax_m2": SIGMOID,
     "mistral": NO_WINDOW,
     "mixtral": NO_WINDOW,
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
+    "nemotron_h, without experts": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "olmoe": {"num_key_value_heads": 4},
     "phi": {"num_key_value_heads": 4, "intermediate_size": 128},
     "phi3": NO_WINDOW,
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "qwen3_5": {"text_config": SQUARE | TURNING},
+    "qwen3_5_moe": {"text_config": SQUARE | TURNING},
+    "qwen3_5_moe_text": SQUARE | TURNING,
+    "qwen3_5_text": SQUARE | TURNING,
+    "qwen3_next": SQUARE,
     "qwen3_moe": {"norm_topk_prob": True},
+    "sarvam_mla": SIGMOID,
     "smollm3": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
     "starcoder2": NO_WINDOW,
 }
-"""What the converter or llama.cpp asks of a tiny model besides."""
+"""What the converter or llama.cpp asks of a tiny model besides. After a comma: a second model of the same family."""
+_KDA = {"full_attn_layers": [2], "kda_layers": [1], "head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}
 AS_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "kimi_linear": {"linear_attn_config": _KDA, "first_k_dense_replace": 0, "num_shared_experts": 1}
+    | {"moe_router_activation_func": "sigmoid"},
+    "nemotron_h, without experts": dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group"))
+    | {"hybrid_override_pattern": "M*-"},
+    "phimoe": {"original_max_position_embeddings": 320},
+    "solar_open": {"partial_rotary_factor": 1.0},
 }
-"""What configurations of checkpoints say, and transformers 5 writes otherwise: for the converter alone."""
+"""What configurations of checkpoints say, and transformers 5 writes otherwise: for the converter alone. None: they do not say it."""
 TOKENIZER = {"model": {"vocab": {str(token): token for token in range(96)}}, "added_tokens": []}
 """What the converter counts the tokens of."""
 
@@ -104,7 +125,7 @@ def main() -> None:
     parser.add_argument("--convert", nargs=2, type=Path, metavar=("FROM", "TO"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.convert:
-        convert(options.llama, *options.convert)
+        convert(options.llama, *options.only, *options.convert)
         return
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / RESULTS
@@ -118,15 +139,17 @@ def main() -> None:
 
 
 def convertible(llama: Path) -> list[str]:
-    """Families of transformers whose class the converter has."""
+    """Families of transformers whose class the converter has, and the second models of these."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     code = "import conversion; print(*conversion.TEXT_MODEL_MAP)"
-    known = subprocess.run([sys.executable, "-c", code], env=_with(llama), capture_output=True, text=True, check=True).stdout.split()
-    return sorted(kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in known)
+    ran = subprocess.run([sys.executable, "-c", code], env=_with(llama), capture_output=True, text=True, check=True)
+    known = ran.stdout.lower().split()  # some are spelled otherwise
+    found = {kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name.lower() in known}
+    return sorted(found | {name for name in OWN if name.partition(",")[0] in found})
 
 
-def convert(llama: Path, source: Path, out: Path) -> None:
+def convert(llama: Path, family: str, source: Path, out: Path) -> None:
     """In a process of its own, whose gguf package is the converter's. The converted model says that it has no vocabulary."""
     import gguf
     import torch
@@ -134,7 +157,10 @@ def convert(llama: Path, source: Path, out: Path) -> None:
     conversion = import_module("conversion")
     base = import_module("conversion.base")
     settings = OLDER_NAMES | base.ModelBase.load_hparams(source, False)
-    settings |= AS_CHECKPOINTS.get(settings["model_type"], {})
+    settings |= AS_CHECKPOINTS.get(family, {})
+    settings = {key: value for key, value in settings.items() if value is not None or key not in AS_CHECKPOINTS.get(family, {})}
+    spelled = {name.lower(): name for name in conversion.TEXT_MODEL_MAP}
+    settings["architectures"] = [spelled.get(name.lower(), name) for name in settings["architectures"]]
     kind: Any = conversion.get_model_class(conversion.get_model_architecture(settings, base.ModelType.TEXT))
 
     def without_vocabulary(self: Any) -> None:
@@ -142,9 +168,12 @@ def convert(llama: Path, source: Path, out: Path) -> None:
         if not any(key.endswith(".vocab_size") for part in self.gguf_writer.kv_data for key in part):
             self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
 
-    names = {"set_vocab": without_vocabulary, "model_arch": kind.model_arch}
+    kind.no_mtp = True  # the tiny models guess no tokens ahead
     with torch.inference_mode():
-        type(kind.__name__, (kind,), names)(source, gguf.LlamaFileType.ALL_F32, out, eager=False, hparams=settings).write()
+        made = kind(source, gguf.LlamaFileType.ALL_F32, out, eager=False, hparams=settings)
+        writer = getattr(made, "impl", made)  # some choose the class of the model themselves
+        writer.set_vocab = MethodType(without_vocabulary, writer)
+        made.write()
 
 
 def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -155,11 +184,11 @@ def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     try:
         with quiet():
-            expected = families.wanted(tiny_decoders.make(kind, source, OWN.get(kind, {})))
+            expected = families.wanted(tiny_decoders.make(kind.partition(",")[0], source, OWN.get(kind, {})))
             (source / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     except Exception as error:  # each family has its own demands on its sizes
         return {"outcome": "unmade", "why": families.one_line(error)}
-    call = [sys.executable, __file__, "--work", options.work, "--llama", options.llama, "--convert", source, file]
+    call = [sys.executable, __file__, "--work", options.work, "--llama", options.llama, "--only", kind, "--convert", source, file]
     made = subprocess.run(call, env=_with(options.llama), capture_output=True, text=True)
     if made.returncode:
         return {"outcome": "unconverted", "why": made.stderr.strip().splitlines()[-1][:300]}

@@ -155,8 +155,7 @@ def _config(kind: Any, own: Mapping[str, Any]) -> Any:
     if "layer_types" not in own and (kinds := list(dict.fromkeys(default.to_dict().get("layer_types") or ()))):
         values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]  # one layer of each kind
     for key, inner in _inner(default):
-        if key not in own:
-            values[key] = _config(type(inner), OWN.get(inner.model_type, {})).to_dict()
+        values[key] = _config(type(inner), {**OWN.get(inner.model_type, {}), **own.get(key, {})}).to_dict()
     return kind(**values)
 
 

@@ -9,7 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.errors import UnsupportedModel
-from mesh.importer.trace.gguf_table import BY_SIGMOID, GRANITE_MOE, IN_TWO, Architecture, Change, Header, rows_joined
+from mesh.importer.trace.gguf_table import (
+    BY_SIGMOID,
+    GRANITE_MOE,
+    IN_TWO,
+    KV_B,
+    LATENT,
+    OF_LATENTS,
+    SIGMOID,
+    Architecture,
+    Change,
+    Header,
+    dense_first,
+    latent_widths,
+    row,
+    rows_joined,
+)
 
 __all__ = ["CARRYING"]
 
@@ -136,6 +151,105 @@ def _hybrid(header: Header) -> Architecture:
     )
 
 
+def _delta(header: Header, layers: int) -> Mapping[str, Any]:
+    """Layers with gated delta rules: as the file lists them, else all but one of every few, as llama.cpp has it."""
+    said, every = header.get("attention.recurrent_layers"), header.get("full_attention_interval") or 4
+    carrying = [bool(each) for each in said] if isinstance(said, list) else [(layer + 1) % every != 0 for layer in range(layers)]
+    return {
+        "layer_types": ["linear_attention" if each else "full_attention" for each in carrying[:layers]],
+        "linear_value_head_dim": header.get("ssm.inner_size") // header.get("ssm.time_step_rank"),
+    }
+
+
+def _of_keys(array: Array, config: Any) -> Array:
+    """Rows of the first value of each key head, of the second and so on -> those of all values of a key head together."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    return array.reshape(values // keys, keys, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
+def _values_of_keys(parts: Sequence[Array], config: Any) -> Array:
+    return _of_keys(parts[0], config)
+
+
+def _after_keys(parts: Sequence[Array], config: Any) -> Array:
+    """The same below the rows of queries and keys."""
+    before = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    return np.concatenate([parts[0][:before], _of_keys(parts[0][before:], config)])
+
+
+def _columns_of_keys(parts: Sequence[Array], config: Any) -> Array:
+    return _of_keys(parts[0].T, config).T
+
+
+def _logarithm_of_keys(parts: Sequence[Array], config: Any) -> Array:
+    return _of_keys(_logarithm(parts, config), config)
+
+
+def _each_key_head(parts: Sequence[Array], config: Any) -> Array:
+    """Queries, keys and values, then gates -> the four of each key head together."""
+    joined, gates = parts
+    heads, wide = config.linear_num_key_heads, config.linear_num_key_heads * config.linear_key_head_dim
+    kinds = (joined[:wide], joined[wide : 2 * wide], joined[2 * wide :], gates)
+    return np.concatenate([each.reshape(heads, -1, joined.shape[1]) for each in kinds], axis=1).reshape(-1, joined.shape[1])
+
+
+def _as_it_is(parts: Sequence[Array], config: Any) -> Array:
+    return parts[0]
+
+
+def _delta_net(kind: str, **more: Any) -> Architecture:
+    return Architecture(
+        kind,
+        keys=DELTA_KEYS,
+        implied=("ssm.inner_size", "attention.recurrent_layers", "full_attention_interval", "rope.dimension_sections"),
+        settings=_delta,
+        norm_plus_one=True,
+        **more,
+    )
+
+
+def _nemotron_h(header: Header) -> Architecture:
+    """Layers are one part each: states, attention, or a network, of experts where the file has them."""
+    network = "moe" if header.get("expert_count") else "mlp"
+
+    def settings(header: Header, layers: int) -> Mapping[str, Any]:
+        wide, keys = header.get("feed_forward_length")[:layers], header.get("attention.head_count_kv")[:layers]
+        kinds = [network if size else "full_attention" if count else "linear_attention" for size, count in zip(wide, keys, strict=True)]
+        carrying = kinds.index("linear_attention")
+        return {
+            "layers_block_type": kinds,
+            "num_key_value_heads": max(keys) or header.get("attention.head_count"),
+            "mamba_head_dim": header.get("ssm.inner_size") // header.get("ssm.time_step_rank"),
+            "use_conv_bias": header.has(f"blk.{carrying}.ssm_conv1d.bias"),
+            **({} if network == "moe" else {"intermediate_size": max(wide)}),
+        }
+
+    return Architecture(
+        "nemotron_h",
+        keys=NEMOTRON_KEYS,
+        implied=(*HEADS, "block_count", "ssm.inner_size", "feed_forward_length"),
+        needs={"expert_gating_func": (SIGMOID, None)},
+        settings=settings,
+        tensors={**DT_BIAS, **{f"experts.{each}_proj": (f"blk.{{}}.ffn_{each}_exps.weight",) for each in ("up", "down")}},
+        changes=_STATES,
+    )
+
+
+def _kimi(header: Header, layers: int) -> Mapping[str, Any]:
+    return {
+        **latent_widths(header, layers),
+        **dense_first(header, layers),
+        "layer_types": ["full_attention" if count else "linear_attention" for count in header.get("attention.head_count_kv")[:layers]],
+        "linear_num_heads": header.get("attention.head_count"),
+        **dict.fromkeys(("n_shared_experts", "num_shared_experts"), header.get("expert_shared_count")),
+    }
+
+
+def _one_convolution(parts: Sequence[Array], config: Any) -> Array:
+    """Those of queries, keys and values -> one, [channels, taps]."""
+    return np.concatenate([each.reshape(-1, each.shape[-1]) for each in parts])
+
+
 HEADS = ("attention.head_count_kv",)
 NO_ATTENTION = ("attention.head_count", "context_length", "feed_forward_length")
 KEYS_ALONE = {
@@ -150,8 +264,38 @@ MAMBA_KEYS = {
     "ssm.state_size": "mamba_d_state",
     "ssm.time_step_rank": "mamba_n_heads",
 }
+DELTA_KEYS = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.time_step_rank": "linear_num_value_heads",
+}
+NEMOTRON_KEYS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "moe_shared_expert_intermediate_size",
+    "moe_latent_size": "moe_latent_size",
+    "ssm.conv_kernel": "conv_kernel",
+    "ssm.group_count": "n_groups",
+    "ssm.state_size": "ssm_state_size",
+    "ssm.time_step_rank": "mamba_num_heads",
+}
 DT_BIAS = {".dt_bias": ("blk.{}.ssm_dt.bias",)}
 _STATES: Mapping[str, Change] = {"A_log": _logarithm, "mixer.norm.weight": _flat, "mamba.norm.weight": _flat}
+_GROUPED = {
+    "tensors": DT_BIAS,
+    "changes": {
+        "linear_attn.norm.weight": _as_it_is,
+        "A_log": _logarithm_of_keys,
+        "conv1d.weight": _after_keys,
+        "out_proj.weight": _columns_of_keys,
+        "shared_expert_gate.weight": row,
+    },
+    "moves": {
+        "in_proj_qkv.weight": _after_keys,
+        **dict.fromkeys(("in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight", "dt_bias"), _values_of_keys),
+    },
+}
+"""Of Qwen 3.5, whose files have the values of a key head apart."""
 
 CARRYING: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     "falcon-h1": Architecture(
@@ -170,6 +314,24 @@ CARRYING: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         settings=_jamba,
         tensors=IN_TWO,
         changes={"A_log": _logarithm},
+    ),
+    "kimi-linear": Architecture(
+        "kimi_linear",
+        fixed={"norm_topk_prob": True},
+        keys={"kda.head_dim": "linear_head_dim", "ssm.conv_kernel": "linear_conv_kernel_dim"},
+        implied=(*LATENT, "expert_shared_count", "leading_dense_block_count"),
+        needs=BY_SIGMOID,
+        settings=_kimi,
+        tensors={
+            **KV_B,
+            **DT_BIAS,
+            "forget_gate.A_log": ("blk.{}.ssm_a",),
+            "forget_gate.f_a_proj.weight": ("blk.{}.ssm_f_a.weight",),
+            "forget_gate.f_b_proj.weight": ("blk.{}.ssm_f_b.weight",),
+            "conv1d.weight": tuple(f"blk.{{}}.ssm_conv1d_{each}.weight" for each in "qkv"),
+            "o_norm.weight": ("blk.{}.ssm_norm.weight",),
+        },
+        changes={"A_log": _logarithm, "conv1d.weight": _one_convolution, **OF_LATENTS},
     ),
     "lfm2": Architecture(
         "lfm2",
@@ -195,6 +357,21 @@ CARRYING: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         settings=_mamba2,
         tensors=DT_BIAS,
         changes=_STATES,
+    ),
+    "nemotron_h": _nemotron_h,
+    "nemotron_h_moe": _nemotron_h,
+    "qwen35": _delta_net("qwen3_5_text", **_GROUPED),
+    "qwen35moe": _delta_net("qwen3_5_moe_text", **_GROUPED),
+    "qwen3next": _delta_net(
+        "qwen3_next",
+        fixed={"norm_topk_prob": True},
+        tensors={**DT_BIAS, "in_proj_qkvz.weight": ("blk.{}.attn_qkv.weight", "blk.{}.attn_gate.weight")},
+        changes={
+            "linear_attn.norm.weight": _as_it_is,
+            "A_log": _logarithm,
+            "in_proj_qkvz.weight": _each_key_head,
+            "shared_expert_gate.weight": row,
+        },
     ),
 }
 """By the name in the file. A function chooses by what the file says."""

@@ -162,7 +162,7 @@ def configuration(file: GgufFile, architecture: Architecture) -> Any:
         known = kind()
     values = _values(header, architecture, {*known.to_dict(), *getattr(kind, "attribute_map", {})})
     values |= _rotary(header, known, values, architecture)
-    values |= _of_several(header, architecture, values["num_hidden_layers"]) | dict(architecture.fixed)
+    values |= _of_several(header, architecture, _layers(header)) | dict(architecture.fixed)
     values["vocab_size"] = header.shape("token_embd.weight")[0]
     values["tie_word_embeddings"] = not header.has("output.weight")
     try:
@@ -196,7 +196,7 @@ def _values(header: _Header, architecture: Architecture, known: set[str]) -> dic
             raise UnsupportedModel(
                 f"{header.path}: {header.name}.{key} ({str(value)[:40]}) is a setting that {architecture.kind} of transformers lacks"
             )
-    values["num_hidden_layers"] = header.number("block_count", MOST_LAYERS) - int(header.get("nextn_predict_layers") or 0)
+    values["num_hidden_layers"] = _layers(header)
     values["sliding_window"] = values.get("sliding_window") or None
     unsaid = dict(UNSAID)
     if "attention.head_count" not in architecture.implied:
@@ -207,6 +207,11 @@ def _values(header: _Header, architecture: Architecture, known: set[str]) -> dic
         if name in known:
             values[name] = any(header.has(f"blk.0.{tensor}") for tensor in tensors)
     return {name: value for name, value in values.items() if name in {*known, "head_dim"}} | {"pad_token_id": None}
+
+
+def _layers(header: _Header) -> int:
+    """Without those that guess tokens ahead."""
+    return header.number("block_count", MOST_LAYERS) - int(header.get("nextn_predict_layers") or 0)
 
 
 def _alike(header: _Header, key: str, value: Any) -> Any:
@@ -243,7 +248,7 @@ def _rotary(header: _Header, known: Any, values: Mapping[str, Any], architecture
 
 def _turning(header: _Header, said: dict[str, Any], values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
     """The settings of one kind of layer; takes out of `said` what it has read."""
-    head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    head = values.get("head_dim") or header.number("embedding_length") // header.number("attention.head_count")
     turned = said.pop("rope.dimension_count", head)
     settings: dict[str, Any] = {"rope_type": "default", "rope_theta": float(said.pop("rope.freq_base", 10000.0))}
     if partial or (turned != head and "qk_rope_head_dim" not in values):

@@ -20,11 +20,18 @@ __all__ = [
     "BY_SIGMOID",
     "GRANITE_MOE",
     "IN_TWO",
+    "KV_B",
+    "LATENT",
+    "OF_LATENTS",
+    "SIGMOID",
     "TURNED_EXPERTS",
     "Architecture",
     "Change",
     "Header",
+    "dense_first",
     "halves",
+    "latent_widths",
+    "row",
     "rows_joined",
 ]
 
@@ -60,6 +67,8 @@ class Architecture:
     spread: settings that the library takes and keeps under other names, layer by layer.
     tensors: the tensors of a parameter, {} for its layer, by the end of its name.
     changes: what makes a parameter of its tensors, by the end of its name.
+    moves: the same where it puts the rows of one matrix in another order and does no more.
+    numbers: whole keys that have a number for each layer, of the parameters whose names end so.
     """
 
     kind: str
@@ -74,6 +83,8 @@ class Architecture:
     norm_plus_one: bool = False
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     changes: Mapping[str, Change] = field(default_factory=dict)
+    moves: Mapping[str, Change] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
 
 def halves(parts: Sequence[Array], config: Any) -> Array:
@@ -95,7 +106,7 @@ def _windows(every: int) -> Settings:
     return layer_types
 
 
-def _dense_first(header: Header, layers: int) -> Mapping[str, Any]:
+def dense_first(header: Header, layers: int) -> Mapping[str, Any]:
     """Which layers have experts, for configurations that list them."""
     dense = int(header.get("leading_dense_block_count") or 0)
     return {"mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(layers)]}
@@ -111,7 +122,7 @@ def _scaled_by_head(header: Header, layers: int) -> Mapping[str, Any]:
     return {"query_pre_attn_scalar": share if layers == GEMMA2_27B_LAYERS else header.get("attention.key_length")}
 
 
-def _latent(header: Header, layers: int) -> Mapping[str, Any]:
+def latent_widths(header: Header, layers: int) -> Mapping[str, Any]:
     """Widths of the parts of heads whose keys and values are made of latents."""
     turned = header.get("rope.dimension_count")
     key = header.get("attention.key_length_mla") or header.get("attention.key_length")
@@ -190,22 +201,48 @@ def _gemma4(header: Header, layers: int) -> Mapping[str, Any]:
 def _deepseek(header: Header) -> Architecture:
     """Three generations have one name: the last has no experts, and the middle one chooses them by sigmoids."""
     if header.get("expert_count") is None:
-        return Architecture("youtu", implied=(*LATENT, *EXPERTS), settings=_latent, tensors=KV_B, changes=_KV_B)
+        return Architecture("youtu", implied=(*LATENT, *EXPERTS), settings=latent_widths, tensors=KV_B, changes=OF_LATENTS)
     if header.get("expert_gating_func") == SIGMOID:
-        return Architecture("deepseek_v3", implied=LATENT, needs=BY_SIGMOID, settings=_latent, tensors=KV_B, changes=_KV_B)
+        return Architecture("deepseek_v3", implied=LATENT, needs=BY_SIGMOID, settings=latent_widths, tensors=KV_B, changes=OF_LATENTS)
     return Architecture(
         "deepseek_v2",
         implied=LATENT,
         needs={"expert_gating_func": (SOFTMAX, None)},
-        settings=_both(_latent, _groups),
+        settings=_both(latent_widths, _groups),
         tensors=KV_B,
-        changes=_KV_B,
+        changes=OF_LATENTS,
     )
 
 
 def _olmo(header: Header) -> Architecture:
     """Two generations have one name: the last has windows."""
     return Architecture("olmo3", settings=_windows(4)) if header.get("attention.sliding_window") else Architecture("olmo2")
+
+
+def _dbrx(header: Header, layers: int) -> Mapping[str, Any]:
+    return {
+        "attn_config": {
+            "kv_n_heads": header.get("attention.head_count_kv"),
+            "clip_qkv": header.get("attention.clamp_kqv"),
+            "rope_theta": header.get("rope.freq_base"),
+        },
+        "ffn_config": {
+            "ffn_hidden_size": header.get("feed_forward_length"),
+            "moe_num_experts": header.get("expert_count"),
+            "moe_top_k": header.get("expert_used_count"),
+        },
+    }
+
+
+def _mpt(header: Header, layers: int) -> Mapping[str, Any]:
+    """transformers has no MPT whose positions are learned, which files have as a bias of 0. ValueError: it is that, or no whole number."""
+    bias = header.get("attention.max_alibi_bias")
+    if bias <= 0 or bias != int(bias):
+        raise ValueError(f"max_alibi_bias is {bias}")
+    return {
+        "attn_config": {"clip_qkv": header.get("attention.clamp_kqv"), "alibi_bias_max": int(bias)},
+        "expansion_ratio": header.get("feed_forward_length") // header.get("embedding_length"),
+    }
 
 
 def _expanding(parts: Sequence[Array], config: Any) -> Array:
@@ -259,7 +296,16 @@ def _one_of(place: int) -> Change:
     return lambda parts, config: parts[0][place]
 
 
-def _row(parts: Sequence[Array], config: Any) -> Array:
+def _flat_experts(parts: Sequence[Array], config: Any) -> Array:
+    """Matrices of experts, one below the other."""
+    return parts[0].reshape(-1, parts[0].shape[-1])
+
+
+def _flat_turned_experts(parts: Sequence[Array], config: Any) -> Array:
+    return _flat_experts([parts[0].swapaxes(1, 2)], config)
+
+
+def row(parts: Sequence[Array], config: Any) -> Array:
     return parts[0].reshape(1, -1)
 
 
@@ -275,7 +321,7 @@ LLAMA4_MAVERICK_EXPERTS = 128
 LATENT = ("attention.key_length", "attention.key_length_mla", "attention.value_length_mla", "attention.head_count_kv")
 EXPERTS = ("expert_feed_forward_length", "expert_shared_count", "leading_dense_block_count")
 KV_B = {"kv_b_proj.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight")}
-_KV_B: Mapping[str, Change] = {"kv_b_proj.weight": _expanding}
+OF_LATENTS: Mapping[str, Change] = {"kv_b_proj.weight": _expanding}
 _CONV1D: Mapping[str, Change] = dict.fromkeys(("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight"), _turned)
 _QKV: Mapping[str, Change] = {"query_key_value.weight": _of_heads, "query_key_value.bias": _of_heads}
 IN_TWO = {
@@ -295,6 +341,8 @@ GRANITE_MOE = {
     "shared_mlp.input_linear.weight": ("blk.{}.ffn_gate_shexp.weight", "blk.{}.ffn_up_shexp.weight"),
     "shared_mlp.output_linear.weight": ("blk.{}.ffn_down_shexp.weight",),
 }
+XIELU = ("alpha_n", "alpha_p", "beta", "eps")
+"""What the activation of Apertus has of each layer, as numbers of the file's metadata."""
 _ALTUP = (("altup_projections", "altup_proj.weight"), ("altup_unembed_projections", "altup_unembd_proj.weight"))
 
 ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
@@ -304,11 +352,28 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         needs={"expert_gating_func": (SIGMOID, None), "expert_weights_norm": (True,)},
         settings=_windows(4),
     ),
+    "apertus": Architecture(
+        "apertus",
+        numbers={f"act_fn.{each}": f"xielu.{each}" for each in XIELU},
+    ),
     "arcee": Architecture("arcee", pairs=True),
     "bloom": Architecture("bloom", implied=("context_length", "feed_forward_length", "attention.head_count_kv"), changes=_QKV),
     "chatglm": Architecture("glm"),
     "cohere2": Architecture("cohere2", settings=_windows(4)),
     "command-r": Architecture("cohere"),
+    "dbrx": Architecture(
+        "dbrx",
+        keys={"context_length": "max_seq_len", "embedding_length": "d_model"},
+        implied=(
+            *("attention.head_count_kv", "attention.clamp_kqv"),
+            *("feed_forward_length", "expert_count", "expert_used_count"),
+        ),
+        needs={"attention.layer_norm_epsilon": (np.float32(1e-5),)},
+        settings=_dbrx,
+        spread=("attn_config", "ffn_config"),
+        tensors={f"mlp.{name}": (f"blk.{{}}.ffn_{each}_exps.weight",) for name, each in (("w1", "gate"), ("v1", "up"), ("w2", "down"))},
+        changes={"mlp.w1": _flat_experts, "mlp.v1": _flat_experts, "mlp.w2": _flat_turned_experts},
+    ),
     "deepseek2": _deepseek,
     "dots1": Architecture("dots1", needs=BY_SIGMOID),
     "ernie4_5": Architecture("ernie4_5"),
@@ -329,7 +394,7 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         "exaone_moe",
         implied=("expert_shared_feed_forward_length",),
         needs=BY_SIGMOID,
-        settings=_both(_windows(4), _dense_first),
+        settings=_both(_windows(4), dense_first),
     ),
     "falcon": Architecture(
         "falcon",
@@ -407,9 +472,16 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         "minicpm3",
         fixed={"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4},
         implied=("attention.key_length", "attention.head_count_kv"),
-        settings=_latent,
+        settings=latent_widths,
     ),
     "minimax-m2": Architecture("minimax_m2", needs=BY_SIGMOID),
+    "mpt": Architecture(
+        "mpt",
+        keys={"context_length": "max_seq_len", "embedding_length": "d_model"},
+        implied=("feed_forward_length", "attention.clamp_kqv", "attention.max_alibi_bias"),
+        settings=_mpt,
+        spread=("attn_config",),
+    ),
     "nemotron": Architecture("nemotron", norm_plus_one=True),
     "olmo": Architecture("olmo", pairs=True, needs={"attention.layer_norm_epsilon": (np.float32(1e-5),)}),
     "olmo2": _olmo,
@@ -419,7 +491,7 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     "qwen2moe": Architecture(
         "qwen2_moe",
         fixed={"norm_topk_prob": False, "use_sliding_window": False},
-        changes={"shared_expert_gate.weight": _row},
+        changes={"shared_expert_gate.weight": row},
     ),
     "qwen3moe": Architecture("qwen3_moe", fixed={"norm_topk_prob": True, "use_sliding_window": False}),
     "seed_oss": Architecture("seed_oss"),

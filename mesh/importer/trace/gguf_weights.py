@@ -29,6 +29,7 @@ HALVED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
 
 class GgufTensors(NamedTensors, Protocol):
     path: Any
+    metadata: dict[str, Any]
 
     def __contains__(self, name: str) -> bool: ...
     def read(self, name: str) -> Array: ...
@@ -41,10 +42,13 @@ class GgufParameters(ModelParameters):
         super().__init__(model)
         self._checkpoint, self._architecture, self._config = checkpoint, architecture, model.text
         self._tensors: dict[str, tuple[str, ...]] = {}
+        self._numbers: dict[str, str] = {}
         names = _names(name, model.text.num_hidden_layers)
         for parameter in self._state:
-            found = self._find(parameter, names)
-            if found:
+            key = next((key for end, key in architecture.numbers.items() if parameter.endswith(end)), None)
+            if key is not None:
+                self._numbers[parameter] = key
+            elif found := self._find(parameter, names):
                 self._tensors[parameter] = found
         used = {tensor for tensors in self._tensors.values() for tensor in tensors} | {FREQUENCY_FACTORS}
         self.unused = [tensor for tensor in checkpoint if tensor not in used]
@@ -67,15 +71,27 @@ class GgufParameters(ModelParameters):
         return ()
 
     def _has(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._tensors or name in self._numbers
 
     def _made(self, name: str) -> Array:
+        if name in self._numbers:
+            return self._number(name)
         parts = [np.asarray(self._checkpoint.read(tensor)).astype(np.float32, copy=False) for tensor in self._tensors[name]]
         change = self._change(name)
         array = change(parts, self._config) if change is not None else parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        if self._architecture.norm_plus_one and name.endswith("norm.weight"):
+        if self._architecture.norm_plus_one and change is None and name.endswith("norm.weight"):
             array = array - 1
         return np.ascontiguousarray(array).reshape(self._shape_of(name, array))
+
+    def _number(self, name: str) -> Array:
+        """The number of a layer, which the file has among its metadata. CorruptModel: it has none."""
+        key, layer = self._numbers[name], LAYER.search(name)
+        said = self._checkpoint.metadata.get(key)
+        try:
+            number = float(said[int(layer[1])]) if layer is not None and isinstance(said, list) else float(said)  # type: ignore[arg-type]
+        except (TypeError, ValueError, IndexError):
+            raise CorruptModel(f"{self._checkpoint.path}: {key} has no number for {name}") from None
+        return np.full(tuple(self._state[name].shape), number, np.float32)
 
     def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
         """The parameter's own shape where only sides of 1 differ, which a file leaves out."""
@@ -85,15 +101,19 @@ class GgufParameters(ModelParameters):
 
     def _change(self, name: str) -> Change | None:
         """What makes a parameter of its tensors: the table's, or rotary pairs put back to halves."""
-        own = next((change for end, change in self._architecture.changes.items() if name.endswith(end)), None)
+        known = {**self._architecture.changes, **self._architecture.moves}
+        own = next((change for end, change in known.items() if name.endswith(end)), None)
         return halves if own is None and self._architecture.pairs and name.endswith(HALVED) else own
 
     def _matrix(self, name: str) -> SourceMatrix | None:
+        if name in self._numbers:
+            return None
         tensors, change = self._tensors[name], self._change(name)
         if len(self._state[name].shape) == 3:
             return self._experts(name)
         form, same = self._checkpoint.form(tensors[0]), self._checkpoint.shape(tensors[0]) == tuple(self._state[name].shape)
-        if form is None or not same or len(tensors) > 1 or change not in (None, halves):
+        moved = change in (None, halves, *self._architecture.moves.values())
+        if form is None or not same or len(tensors) > 1 or not moved:
             return None
 
         def rows(array: Array) -> Array:
@@ -128,7 +148,12 @@ def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     table = get_tensor_name_map(next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), layers)
-    return lambda part: table.get_name(part) or table.get_name(part.partition(".")[2])  # some are named without what holds the layers
+
+    def of(part: str) -> str | None:
+        inner = part.partition(".")[2]  # some are named without what holds the layers, or by another name of it
+        return table.get_name(part) or table.get_name(inner) or table.get_name(f"backbone.{inner}")
+
+    return of
 
 
 def _layer(tensor: str) -> int:

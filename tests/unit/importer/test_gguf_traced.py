@@ -66,6 +66,23 @@ def states(name: str, array: np.ndarray) -> np.ndarray:
     return -np.exp(array) if name.endswith("A_log") else array.squeeze(1) if ".conv" in name and array.ndim == 3 else array
 
 
+def values_apart(name: str, array: np.ndarray) -> np.ndarray:
+    """A gated delta net of 2 key heads with 2 values each as llama.cpp's converter stores it: the first value of both, then the second."""
+
+    def heads(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(4, -1, *rows.shape[1:])[[0, 2, 1, 3]].reshape(rows.shape)
+
+    if name.endswith("norm.weight"):
+        return array if "linear_attn" in name else array + 1
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        return np.concatenate([array[:32], heads(array[32:])]).squeeze()
+    if name.endswith("out_proj.weight"):
+        return heads(array.T).T
+    if name.endswith(("A_log", "dt_bias", "in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight")):
+        return heads(states(name, array))
+    return array
+
+
 def fits(array: Any) -> bool:
     """Whether a matrix, or one of several, has blocks of 32."""
     return array.ndim in (2, 3) and array.shape[-1] % 32 == 0
@@ -92,12 +109,12 @@ def write(path: Path, architecture: str, model: Any, keys: Mapping[str, Any], st
             str: writer.add_string,
             list: writer.add_array,
         }
-        add[type(value)](f"{architecture}.{key}", value)
+        add[type(value)](key if key.startswith("xielu.") else f"{architecture}.{key}", value)
     writer.add_tokenizer_model("none")
     kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, 2)
     for name, value in one_by_one(model.state_dict()):
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        theirs = names.get_name(name.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         if theirs is None or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         array = np.ascontiguousarray(stored(name, value.float().numpy()), np.float32)
@@ -140,6 +157,23 @@ MAMBA = {
 OF_MAMBA = {"vocab_size": LLAMA["vocab_size"], "hidden_size": 64, "num_hidden_layers": 2, "layer_norm_epsilon": 1e-3}
 OF_MAMBA |= {"conv_kernel": 3, "state_size": 8, "time_step_rank": 6}
 LFM2 = {**SIZES, "attention.head_count_kv": [0, KV_HEADS], "attention.layer_norm_rms_epsilon": 1e-3, "shortconv.l_cache": 4}
+QWEN35 = {
+    **{**SIZES, "attention.key_length": 16, "attention.value_length": 16, "attention.layer_norm_rms_epsilon": 1e-6},
+    **{"rope.dimension_count": 4, "rope.dimension_sections": [1, 1, 0, 0], "rope.freq_base": 9000.0},
+    **{"ssm.conv_kernel": 4, "ssm.group_count": 2, "ssm.inner_size": 32, "ssm.state_size": 8, "ssm.time_step_rank": 4},
+    **{"attention.recurrent_layers": [True, False], "full_attention_interval": 4},
+}
+DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 16,
+}
+DELTA |= {"layer_types": ["linear_attention", "full_attention"], "rms_norm_eps": 1e-6}
+DELTA["rope_parameters"] = {"rope_type": "default", "rope_theta": 9000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
+XIELU = {"alpha_n": [-1.0, 0.5], "alpha_p": [0.25, -0.5], "beta": [0.5, 0.5], "eps": [-1e-6, -1e-6]}
+APERTUS = {**SIZES, "attention.layer_norm_rms_epsilon": 1e-5} | {f"xielu.{name}": numbers for name, numbers in XIELU.items()}
 CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     "as they are": ("starcoder2", "Starcoder2", {**BASE, "sliding_window": None, "norm_epsilon": 1e-5}, STARCODER2, as_it_is),
     "pairs, and four scales": (
@@ -169,6 +203,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     ),
     "states": ("mamba", "Mamba", OF_MAMBA, MAMBA, states),
     "states that are normalized": ("mamba", "FalconMamba", {**OF_MAMBA, "mixer_rms_eps": 1e-3}, {**MAMBA, "ssm.dt_b_c_rms": True}, states),
+    "values of key heads apart": ("qwen35", "Qwen3_5Text", {**BASE, **DELTA}, QWEN35, values_apart),
     "layers with a convolution": (
         "lfm2",
         "Lfm2",
@@ -182,7 +217,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
 
 
 def rotary(values: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {**values, "rope_parameters": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}, **values}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,6 +230,26 @@ def test_the_configuration_and_the_weights_are_those_of_the_model(case: str, tmp
     traced = model_of(path, configuration(checkpoint, found))
     reference = TransformersReference(traced, GgufParameters(traced, checkpoint, architecture, found), whole=True)
     assert relative_error(reference.logits(PROMPT), logits_of(model, PROMPT.tolist())) < 1e-5
+
+
+def test_parameters_that_a_file_has_among_its_metadata(tmp_path: Path) -> None:
+    import torch
+
+    model, path = make_model("Apertus", rotary(BASE | {"rms_norm_eps": 1e-5}, APERTUS)), tmp_path / "model.gguf"
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if ".act_fn." in name:
+                value.fill_(XIELU[name.rpartition(".")[2]][int(name.split(".")[2])])
+    write(path, "apertus", model, APERTUS)
+    checkpoint = GgufCheckpoint(path)
+    found = architecture_of(checkpoint)
+    traced = model_of(path, configuration(checkpoint, found))
+    parameters = GgufParameters(traced, checkpoint, "apertus", found)
+    reference = TransformersReference(traced, parameters, whole=True)
+    assert relative_error(reference.logits(PROMPT), logits_of(model, PROMPT.tolist())) < 1e-5
+    checkpoint.metadata["xielu.beta"] = [0.5]
+    with pytest.raises(CorruptModel, match=r"xielu\.beta has no number for model\.layers\.1\.mlp\.act_fn\.beta"):
+        parameters.read("model.layers.1.mlp.act_fn.beta")
 
 
 def test_an_import_computes_what_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
@@ -225,6 +280,21 @@ def test_quantized_matrices_stay_as_they_are_with_their_rows_in_another_order(tm
         if fits(value):
             value.copy_(value.new_tensor(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), q8), q8)))
     assert relative_error(Chain(tmp_path / "model", manifest.cache)(PROMPT.tolist()), logits_of(model, PROMPT.tolist())) < 1e-3
+
+
+def test_quantized_rows_of_value_heads_are_moved_and_columns_of_them_are_read_as_numbers(tmp_path: Path) -> None:
+    architecture, kind, values, keys, stored = CASES["values of key heads apart"]
+    path = tmp_path / "model.gguf"
+    write(path, architecture, make_model(kind, rotary(values, keys)), keys, stored, quantized=True)
+    checkpoint = GgufCheckpoint(path)
+    found = architecture_of(checkpoint)
+    parameters = GgufParameters(model_of(path, configuration(checkpoint, found)), checkpoint, architecture, found)
+    inside = "model.layers.0.linear_attn."
+    for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"):
+        matrix = parameters.matrix(f"{inside}{name}.weight")
+        assert matrix is not None and matrix.form is not None and matrix.keep is not None and matrix.form.name == "Q8_0"
+        np.testing.assert_allclose(matrix.keep().numbers(), parameters.read(f"{inside}{name}.weight"), rtol=1e-6)
+    assert parameters.matrix(f"{inside}out_proj.weight") is None
 
 
 def test_experts_stay_as_they_are_and_compute_what_their_codes_stand_for(tmp_path: Path) -> None:
@@ -311,7 +381,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "scaling that a table does not hold": ("starcoder2", {"rope.scaling.type": "longrope"}, r"rotary positions with starcoder2\.rope\.sc"),
     "layers that differ": ("starcoder2", {"attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv differs between layers"),
     "experts that are chosen otherwise": ("dots1", {"expert_gating_func": 1}, r"expert_gating_func is 1 where dots1 of transformers has 2"),
-    "recurrent state": ("nemotron_h", {"ssm.state_size": 16}, r"'nemotron_h' is not supported: it keeps recurrent .*h\.ssm\.state_size"),
+    "recurrent state": ("plamo2", {"ssm.state_size": 16}, r"'plamo2' is not supported: it keeps recurrent .*2\.ssm\.state_size"),
     "heads that turn in part": ("granitehybrid", {"ssm.state_size": 16}, r"granitehybrid without expert_shared.* is Bamba"),
     "layers that all carry states": ("lfm2moe", {"expert_gating_func": 1}, r"expert_gating_func is 1 where lfm2_moe of transformers has 2"),
     "an encoder": ("bert", {"attention.causal": False}, r"'bert' is not supported: it is an encoder"),
@@ -343,6 +413,14 @@ def test_what_cannot_be_served_is_refused_by_name_from_the_metadata_alone(case: 
     architecture, keys, message = REFUSED[case]
     file = Named(architecture, {**STARCODER2, **keys})
     with pytest.raises(UnsupportedModel, match=message):
+        configuration(file, architecture_of(file))
+
+
+@pytest.mark.parametrize("bias", [0.0, 7.5])
+def test_an_mpt_whose_positions_are_learned_or_whose_bias_is_no_whole_number_is_refused(bias: float) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "attention.head_count_kv"}
+    file = Named("mpt", {**sizes, "attention.layer_norm_epsilon": 1e-5, "attention.max_alibi_bias": bias})
+    with pytest.raises(CorruptModel, match=rf"one of the keys of mpt .*max_alibi_bias is {bias}"):
         configuration(file, architecture_of(file))
 
 
