@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,8 +61,10 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": {"head_dim": 8},
     "falcon_mamba": {"intermediate_size": 64, "mixer_rms_eps": 1e-5},
     "gemma": TIED,
+    "gemma3": TIED | {"text_config": TIED | {"query_pre_attn_scalar": 8}},
     "gemma3_text": TIED | {"query_pre_attn_scalar": 8},
     "gemma3n_text": TIED | {"hidden_size_per_layer_input": 256, "laurel_rank": 64},
+    "gemma4": TIED | {"text_config": TIED | {"global_head_dim": 16}},
     "gemma4_text": TIED | {"global_head_dim": 16},
     "gemma2": TIED | {"query_pre_attn_scalar": 8},
     "glm": {"seq_length": 320},
@@ -210,7 +213,7 @@ def imported(file: Path, out: Path, expected: Sequence[int], llama: Sequence[int
         found = {count: families.greedy(out, manifest, expected[: families.PROMPT], count, compiled) for count in counts}
         wrong = [count for count, tokens in found.items() if tokens != expected]
         as_llama = wrong == counts and all(tokens[families.PROMPT :] == llama for tokens in found.values())
-        note = {"note": "llama.cpp's tokens, which are not those of the model that was converted"} if as_llama else {}
+        note = {"note": "; llama.cpp's tokens, which are not those of the model that was converted"} if as_llama else {}
         return {"outcome": "different" if wrong and not as_llama else "equal", "shards": counts, "wrong": wrong, **note, **took}
     except MeshError as error:
         took = {"cpu_seconds": round(time.process_time() - began, 1)}
@@ -225,7 +228,8 @@ def by_llama(program: Path, file: Path, expected: Sequence[int]) -> tuple[str, l
     call = [str(program), str(file), str(len(wanted)), *map(str, prompt)]
     run = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
     if run.returncode:
-        return f"cannot run it: {' '.join(run.stderr.split())[:200]}", []
+        why = re.sub(r"\S*/", "", " ".join(run.stderr.split()))  # without the folders it was built in
+        return f"cannot run it: {why[:200]}", []
     found = [int(line) for line in run.stdout.split()]
     differs = next((f"differs from token {i}" for i in range(len(wanted)) if found[i] != wanted[i]), None)
     return differs or "equal", found
