@@ -21,9 +21,10 @@ Roles = Mapping[str, tuple[str, int | None]]
 past, where it is known."""
 
 
-def session(model: Path | bytes, *, data: Path | None = None) -> Any:
+def session(model: Path | bytes, *, data: Path | None = None, fold: bool = True) -> Any:
     """An onnxruntime session on the CPU. Weights stay mapped files: no packed copies. `data` is the folder of the external data of a
-    model given as bytes. UnsupportedModel if it cannot run the model."""
+    model given as bytes. `fold`: compute what follows from weights alone once, and not at every run; while it does, it has a widened weight
+    in memory twice, beside the weight itself. UnsupportedModel if it cannot run the model."""
     try:
         import onnxruntime as ort
     except ImportError:
@@ -37,7 +38,12 @@ def session(model: Path | bytes, *, data: Path | None = None) -> Any:
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
     try:
-        return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=None if fold else ["ConstantFolding"],
+        )
     except Exception as error:  # onnxruntime raises a class of its own for each status; each says why in its first line
         reason = str(error).splitlines()[0]
         raise UnsupportedModel(f"onnxruntime cannot run {model if isinstance(model, Path) else 'the graph'}: {reason}") from None
@@ -47,7 +53,7 @@ class OrtBlock:
     """One block in stock onnxruntime, with what a layer keeps of one row: a static cache of `slots` positions, and states."""
 
     def __init__(self, directory: Path, name: str, *, slots: int = 0, cache: CacheInfo | None = None, dtype: Any = None):
-        self._session = session(Path(directory) / f"{name}.onnx")
+        self._session = session(Path(directory) / f"{name}.onnx", fold=name != "head")  # the largest weight, and it runs few times
         self.inputs = {item.name for item in self._session.get_inputs()}
         self.output = "logits" if name == "head" else "hidden_out"
         self._past: dict[str, Array] = {}
