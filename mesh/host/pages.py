@@ -1,4 +1,4 @@
-"""Numbers in mapped files, copied so that the file and the copy are not in memory together."""
+"""Memory of large arrays: where it begins, in which pages, and how mapped files are copied so that file and copy are not in it together."""
 
 from __future__ import annotations
 
