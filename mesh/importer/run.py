@@ -14,8 +14,10 @@ from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel
 from mesh.importer.options import ImportOptions
 from mesh.importer.sources.hub import fetch, is_hub_name
 from mesh.importer.sources.place import refuse_pointer
+from mesh.importer.sources.safetensors_file import read_json
 from mesh.importer.sources.source import Source
 from mesh.importer.trace.library import available
+from mesh.importer.trace.refused import refuse_config_file
 from mesh.importer.verify.outside import outside_engine
 from mesh.importer.verify.verify import verify
 from mesh.importer.write.blocks import BlockWriter
@@ -126,6 +128,7 @@ def open_source(path: Path, options: ImportOptions | None = None, progress: Prog
 
     if safetensors.has_family(path):
         return safetensors.open_source(path)
+    refuse_config_file(path / "config.json", read_json(path / "config.json"))
     if not available():
         raise safetensors.unknown_family(path)
     from mesh.importer.sources import traced

@@ -1,7 +1,8 @@
 """What transformers' own implementation of a model computes: its graph, its weights, its logits. Needs the extra `trace`.
 
 library.py     torch and transformers, or how to install them
-model.py       a directory's model without weights in memory, and what is refused by name
+refused.py     families that are refused by what their config.json says, before torch is loaded
+model.py       a directory's model without weights in memory, and what such a model shows that is refused
 weights.py     the model's parameters from the checkpoint, one at a time
 gguf_table.py  what the architectures of GGUF files are in transformers; gguf_config.py makes the configuration of a file's metadata,
                gguf_weights.py its parameters of the tensors; gguf_carrying.py is the table where layers carry states

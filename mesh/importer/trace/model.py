@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,8 @@ from mesh.importer.trace.latent import caches_of
 from mesh.importer.trace.library import quiet, torch_and_transformers
 from mesh.importer.trace.python_forms import python_forms
 from mesh.importer.trace.recurrences import recurrences
-from mesh.importer.trace.states import LayerKeeps, cache_argument, fresh_layers, kept_by
+from mesh.importer.trace.refused import INDEXERS, refuse_described, runs_again
+from mesh.importer.trace.states import LayerKeeps, cache_argument, kept_by
 
 __all__ = ["TracedModel", "cache_shapes", "compute_experts", "model_of", "open_model"]
 
@@ -32,22 +33,6 @@ CARRYING = frozenset(("conv", "linear_attention", "mamba", "mlp"))
 
 DECIDES = ("Tensor.item()", "torch.nonzero()", "Cannot copy out of meta tensor")
 """What torch says of a model that asks for a number where there are none."""
-OTHERWISE: Mapping[str, str] = {
-    "prophetnet": "predicts several tokens ahead, each by a stream of its own beside the text",
-    "reformer": "attends to the positions whose hashes are equal",
-    "xlm": "fills in a mask token that is put after the text",
-    "xlnet": "fills in a token that is put after the text and sees the text in another order",
-}
-"""What families that are no decoders of one text do in place of predicting a token from the one before it."""
-PARTS: Mapping[str, str] = {
-    "DogeCDMoE": "chooses experts for a token by the numbers of other tokens",
-    **dict.fromkeys(
-        ("InklingRelativeLogits", "Inkling2RelativePositionBias", "Inkling2LoopRelativePositionBias"),
-        "adds to its scores a number that each query has for each distance",
-    ),
-    "Qwen4ExpTextNGramEmbedding": "embeds the tokens before each one together with it, and keeps their ids between steps",
-}
-"""What parts of models do that a block has no form for; a trace would find it too, only later."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +93,6 @@ def model_of(path: Path, config: Any, finish: Callable[[Any], None] = lambda _: 
     _refuse_by_config(path, config, text)
     module, config = _built(config, text)
     _refuse_attention(path, config, text, module)
-    _refuse_state(path, config, type(module))
     _fix_rotary(module)
     return TracedModel(path, module, config, text, finish, alone)
 
@@ -164,22 +148,10 @@ def _fix_rotary(module: Any) -> None:
 
 
 def _refuse_by_config(path: Path, config: Any, text: Any) -> None:
-    kind = config.model_type
-    architectures = " ".join(config.architectures or ())
-    if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in architectures:
-        raise UnsupportedModel(f"{path}: {kind} is an encoder with a decoder: only decoders alone are served")
-    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        raise UnsupportedModel(f"{path}: {kind} attends to later positions of its prompt (use_bidirectional_attention): not served")
-    if text.model_type in OTHERWISE:
-        raise UnsupportedModel(f"{path}: {kind} {OTHERWISE[text.model_type]}: not served")
+    refuse_described(path, lambda name: getattr(config, name, None), lambda name: getattr(text, name, None))
     state = sorted({str(each) for each in getattr(text, "layer_types", None) or ()} - ATTENTION - CARRYING - {INDEXED})
     if state:
-        raise _stateful(path, kind, f"its layers are {', '.join(state)}")
-
-
-def _refuse_state(path: Path, config: Any, kind: type) -> None:
-    if getattr(kind, "_is_stateful", False) and fresh_layers(config) is None:
-        raise _stateful(path, config.model_type, f"transformers marks {kind.__name__} as stateful")
+        raise _stateful(path, config.model_type, f"its layers are {', '.join(state)}")
 
 
 def _refuse_attention(path: Path, config: Any, text: Any, module: Any) -> None:
@@ -189,13 +161,8 @@ def _refuse_attention(path: Path, config: Any, text: Any, module: Any) -> None:
             f"{path}: no layer of {config.model_type} makes keys and values of its own: it drafts tokens for another model, and reads "
             "those of that: not served"
         )
-    for part in module.modules():
-        if type(part).__name__ in PARTS:
-            raise UnsupportedModel(f"{path}: {config.model_type} {PARTS[type(part).__name__]}: not served")
     if INDEXED in (getattr(text, "layer_types", None) or ()) and positions_chosen(module) is None:
-        raise UnsupportedModel(
-            f"{path}: {config.model_type} has indexers that choose what its attention reads, of a form that is not known: not served"
-        )
+        raise UnsupportedModel(f"{path}: {config.model_type} {INDEXERS}: not served")
 
 
 def _stateful(path: Path, kind: str, seen: str) -> UnsupportedModel:
@@ -294,10 +261,7 @@ def cache_shapes(model: TracedModel) -> list[LayerKeeps]:
             ) from None
         raise UnsupportedModel(f"{path}: {kind} does not run on token ids and a cache ({_first(error)})") from None
     if max(calls.values(), default=0) > 1:
-        raise UnsupportedModel(
-            f"{path}: the layers of {kind} run {max(calls.values())} times for each token, on what the last time has made: they cannot be "
-            "divided between shards"
-        )
+        raise runs_again(path, kind, max(calls.values()))
     library = transformers.cache_utils
     served = (library.DynamicLayer, library.LinearAttentionLayer, library.LinearAttentionAndFullAttentionLayer)
     shapes = [kept_by(layer) for layer in cache.layers]
