@@ -59,8 +59,10 @@ def add_parser(subparsers: Any) -> None:
 def import_command(args: argparse.Namespace) -> int:
     from mesh.host.process import give_memory_back
     from mesh.importer.options import ImportOptions
-    from mesh.importer.run import import_model
-    from mesh.runtime.device import prepare
+    from mesh.importer.run import import_model, refuse_by_name
+
+    refuse_by_name(args.source)
+    from mesh.runtime.device import prepare  # loads JAX
 
     give_memory_back()
     prepare()

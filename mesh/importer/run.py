@@ -18,13 +18,10 @@ from mesh.importer.sources.safetensors_file import read_json
 from mesh.importer.sources.source import Source
 from mesh.importer.trace.library import available
 from mesh.importer.trace.refused import refuse_config_file
-from mesh.importer.verify.outside import outside_engine
-from mesh.importer.verify.verify import verify
-from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import HiddenInfo, Manifest
 from mesh.types import Progress, no_progress
 
-__all__ = ["detect", "import_model"]
+__all__ = ["detect", "import_model", "refuse_by_name"]
 
 
 def import_model(
@@ -55,6 +52,9 @@ def import_model(
             f"{out.parent} cannot be made ({error.strerror}): give a model directory in a folder that can be written"
         ) from None
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    from mesh.importer.verify.outside import outside_engine
+    from mesh.importer.verify.verify import verify
+
     try:
         manifest = _write(opened, staging, options, name, progress)
         outside, notes = outside_engine(opened)
@@ -113,6 +113,13 @@ def detect(path: Path) -> str:
     raise ModelNotFound(f"{path} has no .onnx, no .gguf and no config.json with .safetensors: give the directory of a model")
 
 
+def refuse_by_name(source: Path) -> None:
+    """UnsupportedModel where `source` is a directory whose config.json says that no import serves it. Loads neither torch nor JAX."""
+    path = Path(source) / "config.json"
+    if path.is_file():
+        refuse_config_file(path, read_json(path))
+
+
 def open_source(path: Path, options: ImportOptions | None = None, progress: Progress = no_progress) -> Source:
     """Open a source of any kind; reads its description only. A decoder that no family builds is traced."""
     kind = detect(path)
@@ -126,9 +133,9 @@ def open_source(path: Path, options: ImportOptions | None = None, progress: Prog
         return gguf.open_source(path if path.is_file() else next(path.glob("*.gguf")), progress)
     from mesh.importer.sources import safetensors
 
+    refuse_by_name(path)
     if safetensors.has_family(path):
         return safetensors.open_source(path)
-    refuse_config_file(path / "config.json", read_json(path / "config.json"))
     if not available():
         raise safetensors.unknown_family(path)
     from mesh.importer.sources import traced
@@ -137,6 +144,8 @@ def open_source(path: Path, options: ImportOptions | None = None, progress: Prog
 
 
 def _write(source: Source, staging: Path, options: ImportOptions, name: str | None, progress: Progress) -> Manifest:
+    from mesh.importer.write.blocks import BlockWriter
+
     blocks = source.write_blocks(BlockWriter(staging), options, progress)
     tokenizer, extra = source.write_tokenizer(staging)
     manifest = Manifest(

@@ -25,6 +25,7 @@ MOST_LINES = 700
 """Of a file in mesh."""
 
 FRESH_INTERPRETERS = {
+    "tests/unit/importer/test_refused.py",
     "tests/unit/test_imports.py",
     "tests/unit/commands/test_cli.py",
     "tests/unit/commands/test_entry.py",

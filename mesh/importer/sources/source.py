@@ -7,12 +7,14 @@ only. Weights are read while `write_blocks` runs, one tensor at a time.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mesh.importer.options import ImportOptions
-from mesh.importer.write.writer import BlockWriter
 from mesh.model.manifest import BlockInfo, CacheInfo, FileInfo, TokenizerInfo, WeightsInfo
 from mesh.types import Progress
+
+if TYPE_CHECKING:  # it loads onnx_ir, which a source that is refused by its name need not wait for
+    from mesh.importer.write.writer import BlockWriter
 
 __all__ = ["Source"]
 
