@@ -73,9 +73,10 @@ the `gguf` package's tables name the tensors, the metadata become a configuratio
 refuses the file ([how](model-format.md#traced-models)).
 
 The table is written by `bench/gguf_families.py`: llama.cpp's own converter makes files of tiny models with random weights, and 24 greedy
-tokens of the imported file are compared with those of the model that was converted, at every number of shards. The last column says the
-same of llama.cpp's tokens from the file. Of the {all} families tried {equal} import with equal tokens and {refused} are refused; {others}
-cannot be converted, or the attempt ended otherwise.
+tokens of the imported file are compared with those of the model that was converted, at every number of shards; where layers carry states,
+also after a prompt that goes past a checkpoint of them. Of models of images and text the files hold the text decoder. The last column says
+the same of llama.cpp's tokens from the file. Of the {all} families tried {equal} import with equal tokens and {refused} are refused;
+{others} cannot be converted, or the attempt ended otherwise.
 """
 
 

@@ -5,7 +5,8 @@
 Each family that llama.cpp's converter knows is a tiny model with random weights (bench/tiny_decoders.py), made by transformers and
 converted by `SRC/conversion`, which a source distribution of llama-cpp-python has (vendor/llama.cpp). Three engines add 24 tokens to one
 prompt: transformers from the model itself, llama.cpp from the file, and our runtime from the imported file at every number of shards. The
-models have no vocabulary. Results go to DIR/gguf.jsonl; bench/families.py --table writes them into docs/models.md.
+models have no vocabulary. Where layers carry states, tokens past a checkpoint of them (a prompt of 280) are compared with the model's own
+too. Results go to DIR/gguf.jsonl; bench/families.py --table writes them into docs/models.md.
 
 PROGRAM is bench/llama_tokens.cpp, built against llama.cpp:
 
@@ -47,6 +48,10 @@ NO_WINDOW = {"sliding_window": None}  # llama.cpp leaves these windows out
 TURNING = {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0], "rope_type": "default"}}
 SQUARE = {"linear_value_head_dim": 8}  # llama.cpp has states as wide as high
 SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 20.0, "original_max_position_embeddings": 16, "beta_fast": 32.0}
+LATER = NO_WINDOW | {"rope_parameters": YARN | {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}}
+CHUNKS = {"attention_chunk_size": 8192, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 1}
+LLAMA4 = CHUNKS | {"layer_types": ["chunked_attention"] * 3 + ["full_attention"]}
 OWN: Mapping[str, Mapping[str, Any]] = {
     "afmoe": PATTERN | {"num_dense_layers": 1, "mup_enabled": True, "route_scale": 1.7, "route_norm": True},
     "bitnet": TIED,
@@ -62,13 +67,19 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "falcon_mamba": {"intermediate_size": 64, "mixer_rms_eps": 1e-5},
     "gemma": TIED,
     "gemma3": TIED | {"text_config": TIED | {"query_pre_attn_scalar": 8}},
+    "gemma3, with images": TIED | {"text_config": TIED | {"query_pre_attn_scalar": 8}},
     "gemma3_text": TIED | {"query_pre_attn_scalar": 8},
+    "gemma3n": TIED | {"text_config": TIED | {"hidden_size_per_layer_input": 256, "laurel_rank": 64}},
     "gemma3n_text": TIED | {"hidden_size_per_layer_input": 256, "laurel_rank": 64},
     "gemma4": TIED | {"text_config": TIED | {"global_head_dim": 16}},
+    "gemma4, with images": TIED | {"text_config": TIED | {"global_head_dim": 16}},
     "gemma4_text": TIED | {"global_head_dim": 16},
+    "gemma4_unified": TIED | {"text_config": TIED | {"global_head_dim": 16}},
     "gemma2": TIED | {"query_pre_attn_scalar": 8},
     "glm": {"seq_length": 320},
     "glm4_moe_lite": SIGMOID,
+    "glm4v, with images": {"text_config": TURNING},
+    "glm4v_moe, with images": {"text_config": TURNING},
     "gpt2": {"n_inner": 128},
     "gpt-sw3": {"n_inner": 128},
     "gpt_bigcode": {"n_inner": 128},
@@ -78,25 +89,33 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "granitemoeshared": SCALES | {"shared_intermediate_size": 24},
     "kimi_linear": {"q_lora_rank": None, "mlp_layer_types": ["sparse"] * 2},  # others are saved by names that the converter lacks
     "lfm2_moe": TIED,
-    "llama4_text": {"attention_chunk_size": 8192, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 1}
-    | {"layer_types": ["chunked_attention"] * 3 + ["full_attention"]},
+    "llama4": {"text_config": LLAMA4},
+    "llama4, with images": {"text_config": LLAMA4},
+    "llama4_text": LLAMA4,
     "mamba": {"intermediate_size": 64},
     "mellum": PATTERN,
     "minimax_m2": SIGMOID,
+    "ministral3": LATER,
     "mistral": NO_WINDOW,
+    "mistral3, of the last generation": {"text_config": LATER | {"model_type": "ministral3"}},
+    "mistral3, with images": {"text_config": NO_WINDOW},
     "mixtral": NO_WINDOW,
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
     "nemotron_h, without experts": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "olmoe": {"num_key_value_heads": 4},
     "phi": {"num_key_value_heads": 4, "intermediate_size": 128},
     "phi3": NO_WINDOW,
-    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "phimoe": NO_WINDOW | {"attention_bias": True, "lm_head_bias": True},
     "qwen3_5": {"text_config": SQUARE | TURNING},
+    "qwen3_5, with images": {"text_config": SQUARE | TURNING},
     "qwen3_5_moe": {"text_config": SQUARE | TURNING},
+    "qwen3_5_moe, with images": {"text_config": SQUARE | TURNING},
     "qwen3_5_moe_text": SQUARE | TURNING,
     "qwen3_5_text": SQUARE | TURNING,
     "qwen3_next": SQUARE,
     "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_vl, with images": {"text_config": {"num_hidden_layers": 4}},  # more than layers that images come into
+    "qwen3_vl_moe, with images": {"text_config": {"num_hidden_layers": 4, "norm_topk_prob": True}},
     "sarvam_mla": SIGMOID,
     "smollm3": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
     "starcoder2": NO_WINDOW,
@@ -114,6 +133,10 @@ AS_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
     "solar_open": {"partial_rotary_factor": 1.0},
 }
 """What configurations of checkpoints say, and transformers 5 writes otherwise: for the converter alone. None: they do not say it."""
+OTHERWISE: Mapping[str, str] = {
+    "phimoe": "its norms do not subtract the mean, and a softmax weighs experts; with these two in transformers they are equal",
+}
+"""Why llama.cpp's tokens are not the model's, where that is known."""
 TOKENIZER = {"model": {"vocab": {str(token): token for token in range(96)}}, "added_tokens": []}
 """What the converter counts the tokens of."""
 
@@ -142,14 +165,16 @@ def main() -> None:
 
 
 def convertible(llama: Path) -> list[str]:
-    """Families of transformers whose class the converter has, and the second models of these."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Families of transformers whose class the converter has, alone or as a model of images and text, and the second models of these."""
+    from transformers.models.auto import modeling_auto as auto
 
     code = "import conversion; print(*conversion.TEXT_MODEL_MAP)"
     ran = subprocess.run([sys.executable, "-c", code], env=_with(llama), capture_output=True, text=True, check=True)
     known = ran.stdout.lower().split()  # some are spelled otherwise
-    found = {kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name.lower() in known}
-    return sorted(found | {name for name in OWN if name.partition(",")[0] in found})
+    causal, both = dict(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), dict(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    found = {kind for kind, name in causal.items() if name.lower() in known}
+    images = {f"{kind}{families.WITH_IMAGES}" for kind in tiny_decoders.families(True) if both[kind].lower() in known}
+    return sorted(found | images | {name for name in OWN if name.partition(",")[0] in found})
 
 
 def convert(llama: Path, family: str, source: Path, out: Path) -> None:
@@ -187,7 +212,9 @@ def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     try:
         with quiet():
-            expected = families.wanted(tiny_decoders.make(kind.partition(",")[0], source, OWN.get(kind, {})))
+            own, images = OWN.get(kind, {}), kind.endswith(families.WITH_IMAGES)
+            model = tiny_decoders.make(kind.partition(",")[0], source, own, multimodal=images)
+            expected = families.wanted(model)
             (source / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     except Exception as error:  # each family has its own demands on its sizes
         return {"outcome": "unmade", "why": families.one_line(error)}
@@ -196,14 +223,17 @@ def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     if made.returncode:
         return {"outcome": "unconverted", "why": made.stderr.strip().splitlines()[-1][:300]}
     said, llama = by_llama(options.tokens, file, expected) if options.tokens else ("not run", [])
-    result = {"architecture": _architecture(file), "llama": said, **imported(file, out, expected, llama)}
+    if kind in OTHERWISE and said.startswith("differs"):
+        said = f"{said}: {OTHERWISE[kind]}"
+    result = {"architecture": _architecture(file), "llama": said, **imported(file, out, model, expected, llama)}
     if result["outcome"] == "equal":
         file.unlink()
     return result
 
 
-def imported(file: Path, out: Path, expected: Sequence[int], llama: Sequence[int]) -> dict[str, Any]:
-    """How the import went. Tokens of llama.cpp that are not the model's show what the converter has lost: ours have to be these."""
+def imported(file: Path, out: Path, model: Any, expected: Sequence[int], llama: Sequence[int]) -> dict[str, Any]:
+    """How the import went. Tokens of llama.cpp that are not the model's show what the converter has lost: ours have to be these. Where
+    layers carry states, tokens past a checkpoint of them are compared with those of `model` too."""
     began = time.process_time()
     try:
         manifest = import_model(file, out, ImportOptions())
@@ -212,6 +242,8 @@ def imported(file: Path, out: Path, expected: Sequence[int], llama: Sequence[int
         compiled: Compiled = {}
         found = {count: families.greedy(out, manifest, expected[: families.PROMPT], count, compiled) for count in counts}
         wrong = [count for count, tokens in found.items() if tokens != expected]
+        if manifest.has_states and not wrong:
+            wrong = families.wrong_past_a_checkpoint(model, out, manifest, compiled)
         as_llama = wrong == counts and all(tokens[families.PROMPT :] == llama for tokens in found.values())
         note = {"note": "; llama.cpp's tokens, which are not those of the model that was converted"} if as_llama else {}
         return {"outcome": "different" if wrong and not as_llama else "equal", "shards": counts, "wrong": wrong, **note, **took}

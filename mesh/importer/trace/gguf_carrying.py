@@ -15,6 +15,7 @@ from mesh.importer.trace.gguf_table import (
     IN_TWO,
     KV_B,
     LATENT,
+    OF_IMAGES,
     OF_LATENTS,
     SIGMOID,
     Architecture,
@@ -201,7 +202,7 @@ def _delta_net(kind: str, **more: Any) -> Architecture:
     return Architecture(
         kind,
         keys=DELTA_KEYS,
-        implied=("ssm.inner_size", "attention.recurrent_layers", "full_attention_interval", "rope.dimension_sections"),
+        implied=("ssm.inner_size", "attention.recurrent_layers", "full_attention_interval", *OF_IMAGES),
         settings=_delta,
         norm_plus_one=True,
         **more,

@@ -2,7 +2,7 @@
 
 Names come from the libraries: those of tensors from the gguf package's tables (gguf_weights.py), those of most numbers from the keys that
 all architectures share (gguf_config.py). Here stands the rest. An architecture is added when bench/gguf_families.py has found its tokens
-equal to those of the model that was converted, and to llama.cpp's.
+equal to those of the model that was converted, and to llama.cpp's, or when it is known why the latter are not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mesh.errors import UnsupportedModel
+
 __all__ = [
     "ARCHITECTURES",
     "BY_SIGMOID",
@@ -22,6 +24,7 @@ __all__ = [
     "IN_TWO",
     "KV_B",
     "LATENT",
+    "OF_IMAGES",
     "OF_LATENTS",
     "SIGMOID",
     "TURNED_EXPERTS",
@@ -219,6 +222,43 @@ def _olmo(header: Header) -> Architecture:
     return Architecture("olmo3", settings=_windows(4)) if header.get("attention.sliding_window") else Architecture("olmo2")
 
 
+def _glm4(header: Header) -> Architecture:
+    """The text decoder of a model of images: its rows are sorted for positions of several axes, which text has only one of."""
+    if header.get("rope.dimension_sections") is None:
+        return Architecture("glm4")
+    turned = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+    return Architecture("glm4", implied=OF_IMAGES, moves=dict.fromkeys(turned, _pairs))
+
+
+def _mistral3(header: Header) -> Architecture:
+    """Two generations have one name: the last scales its queries by their positions. The converter leaves out mscale, which is 1."""
+    scale = header.get("attention.temperature_scale")
+    if scale is None:
+        return Architecture("mistral", pairs=True)
+    return Architecture(
+        "ministral3",
+        rotary={"llama_4_scaling_beta": scale, "mscale": 1.0, "mscale_all_dim": header.get("rope.scaling.yarn_log_multiplier", 1.0)},
+        implied=("attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
+        needs={"rope.scaling.type": ("yarn",)},
+        pairs=True,
+    )
+
+
+def _phimoe(header: Header) -> Architecture:
+    """transformers weighs the two experts of a token by its sparse mixer, and its norms subtract the mean; llama.cpp does neither."""
+    if header.has("rope_factors_short.weight"):
+        raise UnsupportedModel(
+            f"{header.path}: files of phimoe lose by how much longer rotary positions scale what they turn (short_mscale): import the "
+            "Hugging Face directory that the file was made from"
+        )
+    return Architecture(
+        "phimoe",
+        fixed={"router_jitter_noise": 0.01, "lm_head_bias": header.has("output.bias")},
+        implied=("rope.scaling.original_context_length",),
+        tensors=IN_TWO,
+    )
+
+
 def _dbrx(header: Header, layers: int) -> Mapping[str, Any]:
     return {
         "attn_config": {
@@ -243,6 +283,15 @@ def _mpt(header: Header, layers: int) -> Mapping[str, Any]:
         "attn_config": {"clip_qkv": header.get("attention.clamp_kqv"), "alibi_bias_max": int(bias)},
         "expansion_ratio": header.get("feed_forward_length") // header.get("embedding_length"),
     }
+
+
+def _pairs(parts: Sequence[Array], config: Any) -> Array:
+    """Rows of a query or key, of whose turned part the first of all pairs come first -> the two of a pair side by side."""
+    (array,) = parts
+    rows = array.reshape(-1, config.head_dim, *array.shape[1:])
+    turned = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+    pairs = rows[:, :turned].reshape(len(rows), 2, turned // 2, *array.shape[1:]).swapaxes(1, 2)
+    return np.concatenate([pairs.reshape(len(rows), turned, *array.shape[1:]), rows[:, turned:]], axis=1).reshape(array.shape)
 
 
 def _expanding(parts: Sequence[Array], config: Any) -> Array:
@@ -318,6 +367,8 @@ SOFTMAX, SIGMOID = 1, 2
 BY_SIGMOID: Mapping[str, tuple[Any, ...]] = {"expert_gating_func": (SIGMOID,)}
 GEMMA2_27B_LAYERS = 46
 LLAMA4_MAVERICK_EXPERTS = 128
+OF_IMAGES = ("rope.dimension_sections", "n_deepstack_layers")
+"""What text decoders of models of images say of images: which axis each rotary pair turns by, and where features are added."""
 LATENT = ("attention.key_length", "attention.key_length_mla", "attention.value_length_mla", "attention.head_count_kv")
 EXPERTS = ("expert_feed_forward_length", "expert_shared_count", "leading_dense_block_count")
 KV_B = {"kv_b_proj.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight")}
@@ -434,8 +485,8 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         spread=("per_layer_config", "head_dim", "num_key_value_heads"),
         tensors={"router.scale": ("blk.{}.ffn_gate_inp.scale",), "router.per_expert_scale": ("blk.{}.ffn_down_exps.scale",)},
     ),
-    "glm4": Architecture("glm4"),
-    "glm4moe": Architecture("glm4_moe", needs={"expert_gating_func": (SIGMOID, None)}),
+    "glm4": _glm4,
+    "glm4moe": Architecture("glm4_moe", implied=OF_IMAGES, needs={"expert_gating_func": (SIGMOID, None)}),
     "gpt2": Architecture("gpt2", changes=_CONV1D, implied=("attention.head_count_kv",)),
     "gpt-oss": Architecture(
         "gpt_oss",
@@ -475,6 +526,7 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
         settings=latent_widths,
     ),
     "minimax-m2": Architecture("minimax_m2", needs=BY_SIGMOID),
+    "mistral3": _mistral3,
     "mpt": Architecture(
         "mpt",
         keys={"context_length": "max_seq_len", "embedding_length": "d_model"},
@@ -486,14 +538,19 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Header], Architecture]] = {
     "olmo": Architecture("olmo", pairs=True, needs={"attention.layer_norm_epsilon": (np.float32(1e-5),)}),
     "olmo2": _olmo,
     "olmoe": Architecture("olmoe", fixed={"norm_topk_prob": False}),
+    "paddleocr": Architecture("llama", implied=OF_IMAGES),
     "phi2": Architecture("phi"),
     "phi3": Architecture("phi3", keys={"rope.scaling.original_context_length": "original_max_position_embeddings"}),
+    "phimoe": _phimoe,
     "qwen2moe": Architecture(
         "qwen2_moe",
         fixed={"norm_topk_prob": False, "use_sliding_window": False},
         changes={"shared_expert_gate.weight": row},
     ),
+    "qwen2vl": Architecture("qwen2", fixed={"use_sliding_window": False}, implied=OF_IMAGES),
     "qwen3moe": Architecture("qwen3_moe", fixed={"norm_topk_prob": True, "use_sliding_window": False}),
+    "qwen3vl": Architecture("qwen3", fixed={"use_sliding_window": False}, implied=OF_IMAGES),
+    "qwen3vlmoe": Architecture("qwen3_moe", fixed={"norm_topk_prob": True, "use_sliding_window": False}, implied=OF_IMAGES),
     "seed_oss": Architecture("seed_oss"),
     "smollm3": Architecture("smollm3", fixed={"no_rope_layer_interval": 4, "use_sliding_window": False}, pairs=True),
     "stablelm": Architecture("stablelm"),

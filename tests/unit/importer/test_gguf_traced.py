@@ -83,6 +83,14 @@ def values_apart(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
+def turned_apart(name: str, array: np.ndarray) -> np.ndarray:
+    """Queries and keys of GLM-4V as they are stored: of the turned half of a head the first of all pairs, then the second."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+        return array
+    heads = array.reshape(HEADS if "q_proj" in name else KV_HEADS, 16, -1)
+    return np.concatenate([heads[:, 0:8:2], heads[:, 1:8:2], heads[:, 8:]], axis=1).reshape(array.shape)
+
+
 def fits(array: Any) -> bool:
     """Whether a matrix, or one of several, has blocks of 32."""
     return array.ndim in (2, 3) and array.shape[-1] % 32 == 0
@@ -174,6 +182,13 @@ DELTA |= {"layer_types": ["linear_attention", "full_attention"], "rms_norm_eps":
 DELTA["rope_parameters"] = {"rope_type": "default", "rope_theta": 9000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
 XIELU = {"alpha_n": [-1.0, 0.5], "alpha_p": [0.25, -0.5], "beta": [0.5, 0.5], "eps": [-1e-6, -1e-6]}
 APERTUS = {**SIZES, "attention.layer_norm_rms_epsilon": 1e-5} | {f"xielu.{name}": numbers for name, numbers in XIELU.items()}
+OF_HEADS = {**SIZES, "attention.key_length": 16, "attention.value_length": 16, "attention.layer_norm_rms_epsilon": 1e-5}
+OF_IMAGES = OF_HEADS | {"rope.dimension_count": 16, "rope.dimension_sections": [4, 2, 2, 0], "rope.freq_base": 9000.0}
+EXPERTS = {"expert_count": 4, "expert_used_count": 2}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 8, "rope.freq_base": 9000.0}
+YARN |= {"rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": 1.0}
+MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 9000.0, "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 4.0}
+MINISTRAL3 |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.25}
 CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     "as they are": ("starcoder2", "Starcoder2", {**BASE, "sliding_window": None, "norm_epsilon": 1e-5}, STARCODER2, as_it_is),
     "pairs, and four scales": (
@@ -204,6 +219,54 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], Stored]] = {
     "states": ("mamba", "Mamba", OF_MAMBA, MAMBA, states),
     "states that are normalized": ("mamba", "FalconMamba", {**OF_MAMBA, "mixer_rms_eps": 1e-3}, {**MAMBA, "ssm.dt_b_c_rms": True}, states),
     "values of key heads apart": ("qwen35", "Qwen3_5Text", {**BASE, **DELTA}, QWEN35, values_apart),
+    "the text decoder of a model of images": (
+        "qwen3vl",
+        "Qwen3",
+        BASE | {"head_dim": 16, "rms_norm_eps": 1e-5},
+        OF_IMAGES | {"n_deepstack_layers": 3},
+        as_it_is,
+    ),
+    "the same with experts": (
+        "qwen3vlmoe",
+        "Qwen3Moe",
+        BASE
+        | {"head_dim": 16, "rms_norm_eps": 1e-5, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"norm_topk_prob": True},
+        OF_IMAGES | EXPERTS | {"expert_feed_forward_length": 24, "n_deepstack_layers": 3},
+        as_it_is,
+    ),
+    "the same with a bias": ("qwen2vl", "Qwen2", BASE | {"rms_norm_eps": 1e-5}, OF_IMAGES, as_it_is),
+    "the same of paddleocr": ("paddleocr", "Llama", BASE | {"head_dim": 16, "rms_norm_eps": 1e-5}, OF_IMAGES, as_it_is),
+    "positions of several axes": (
+        "glm4",
+        "Glm4",
+        BASE
+        | {"head_dim": 16, "rms_norm_eps": 1e-5, "attention_bias": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 9000.0, "partial_rotary_factor": 0.5}},
+        OF_IMAGES | {"rope.dimension_count": 8},
+        turned_apart,
+    ),
+    "queries that are scaled by their positions": (
+        "mistral3",
+        "Ministral3",
+        BASE | {"head_dim": 16, "rms_norm_eps": 1e-5, "rope_parameters": MINISTRAL3},
+        OF_HEADS | YARN | {"attention.temperature_scale": 0.25},
+        in_pairs,
+    ),
+    "the generation before": (
+        "mistral3",
+        "Mistral",
+        BASE | {"head_dim": 16, "rms_norm_eps": 1e-5, "sliding_window": None},
+        OF_HEADS,
+        in_pairs,
+    ),
+    "two experts that are weighed one after the other": (
+        "phimoe",
+        "Phimoe",
+        BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True, "rms_norm_eps": 1e-5},
+        {**SIZES, **EXPERTS, "attention.layer_norm_rms_epsilon": 1e-5, "rope.scaling.original_context_length": 256},
+        as_it_is,
+    ),
     "layers with a convolution": (
         "lfm2",
         "Lfm2",
@@ -383,6 +446,11 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "experts that are chosen otherwise": ("dots1", {"expert_gating_func": 1}, r"expert_gating_func is 1 where dots1 of transformers has 2"),
     "recurrent state": ("plamo2", {"ssm.state_size": 16}, r"'plamo2' is not supported: it keeps recurrent .*2\.ssm\.state_size"),
     "heads that turn in part": ("granitehybrid", {"ssm.state_size": 16}, r"granitehybrid without expert_shared.* is Bamba"),
+    "queries that are scaled otherwise": (
+        "mistral3",
+        {"attention.temperature_scale": 0.1},
+        r"mistral3\.rope\.scaling\.type is None where ministral3 of transformers has 'yarn' alone",
+    ),
     "layers that all carry states": ("lfm2moe", {"expert_gating_func": 1}, r"expert_gating_func is 1 where lfm2_moe of transformers has 2"),
     "an encoder": ("bert", {"attention.causal": False}, r"'bert' is not supported: it is an encoder"),
     "one that is not described": ("grok", {}, r"'grok' is not supported: what its metadata .* any decoder family is traced there"),
@@ -414,6 +482,13 @@ def test_what_cannot_be_served_is_refused_by_name_from_the_metadata_alone(case: 
     file = Named(architecture, {**STARCODER2, **keys})
     with pytest.raises(UnsupportedModel, match=message):
         configuration(file, architecture_of(file))
+
+
+def test_a_phimoe_whose_positions_are_scaled_is_refused_since_its_files_lose_by_how_much() -> None:
+    file: Any = Holding("rope_factors_short.weight")
+    file.metadata = {"general.architecture": "phimoe"}
+    with pytest.raises(UnsupportedModel, match=r"files of phimoe lose by how much .* \(short_mscale\): import the Hugging Face directory"):
+        architecture_of(file)
 
 
 @pytest.mark.parametrize("bias", [0.0, 7.5])
