@@ -61,9 +61,9 @@ The table is written by `bench/families.py`, which tries every model_type that t
 causal language model, or as a model of images and text with one inside: tiny models with random weights, 24 greedy tokens compared with
 those that transformers generates, at every number of shards; where layers carry states, also after a prompt that goes past a checkpoint of
 them, and after a replay from there. Of the {all} families that have been tried so far {equal} import with equal tokens and {refused} are
-refused, the slowest {slowest} s after torch and transformers were loaded; for {others} the tiny model cannot be made, or the
-attempt ended otherwise. A family that is not in the table has not been tried: `mesh import` says what it finds, and writes no model whose
-logits differ from transformers' in its own check.
+refused, where `config.json` tells it before torch and transformers are loaded (the slowest in {slowest} s where they were); for {others}
+the tiny model cannot be made, or the attempt ended otherwise. A family that is not in the table has not been tried: `mesh import` says
+what it finds, and writes no model whose logits differ from transformers' in its own check.
 """
 GGUF_HEAD = """
 ## GGUF files
@@ -74,9 +74,9 @@ refuses the file ([how](model-format.md#traced-models)).
 
 The table is written by `bench/gguf_families.py`: llama.cpp's own converter makes files of tiny models with random weights, and 24 greedy
 tokens of the imported file are compared with those of the model that was converted, at every number of shards; where layers carry states,
-also after a prompt that goes past a checkpoint of them. Of models of images and text the files hold the text decoder. The last column says
-the same of llama.cpp's tokens from the file. Of the {all} families tried {equal} import with equal tokens and {refused} are refused;
-{others} cannot be converted, or the attempt ended otherwise.
+also after a prompt that goes past a checkpoint of them (in rows since that was added). Of models of images and text the files hold the
+text decoder. The last column says the same of llama.cpp's tokens from the file. Of the {all} families tried {equal} import with equal
+tokens and {refused} are refused; {others} cannot be converted, or the attempt ended otherwise.
 """
 
 

@@ -97,7 +97,6 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "minimax_m2": SIGMOID,
     "ministral3": LATER,
     "mistral": NO_WINDOW,
-    "mistral3, of the last generation": {"text_config": LATER | {"model_type": "ministral3"}},
     "mistral3, with images": {"text_config": NO_WINDOW},
     "mixtral": NO_WINDOW,
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
@@ -133,6 +132,8 @@ AS_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
     "solar_open": {"partial_rotary_factor": 1.0},
 }
 """What configurations of checkpoints say, and transformers 5 writes otherwise: for the converter alone. None: they do not say it."""
+TURNED = ("qwen3_vl_moe, with images",)
+"""Families whose checkpoints have experts as [experts, in, out], which transformers 5 saves turned."""
 OTHERWISE: Mapping[str, str] = {
     "phimoe": "its norms do not subtract the mean, and a softmax weighs experts; with these two in transformers they are equal",
 }
@@ -182,6 +183,8 @@ def convert(llama: Path, family: str, source: Path, out: Path) -> None:
     import gguf
     import torch
 
+    if family in TURNED:
+        turn_experts(source / "model.safetensors")
     conversion = import_module("conversion")
     base = import_module("conversion.base")
     settings = OLDER_NAMES | base.ModelBase.load_hparams(source, False)
@@ -202,6 +205,14 @@ def convert(llama: Path, family: str, source: Path, out: Path) -> None:
         writer = getattr(made, "impl", made)  # some choose the class of the model themselves
         writer.set_vocab = MethodType(without_vocabulary, writer)
         made.write()
+
+
+def turn_experts(path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    ends = (".experts.gate_up_proj", ".experts.down_proj")
+    turned = {name: each.swapaxes(1, 2).copy() if name.endswith(ends) else each for name, each in load_file(path).items()}
+    save_file(turned, path, metadata={"format": "pt"})
 
 
 def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -93,6 +93,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
     "nemotron_h": {"chunk_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8},
     "olmo_hybrid": _DELTA,
+    "paddleocr_vl_text": _SECTIONS,
     "qwen2_5_vl_text": _SECTIONS,
     "qwen2_vl_text": _SECTIONS,
     "qwen3_5_moe_text": _DELTA,
