@@ -44,7 +44,7 @@ PROMPT = 20
 LONG_PROMPT = EVERY + 24
 TOKENS = 24
 LONGEST_S = 600
-_DIFFERS = "; transformers' `generate` differs there from its own logits without a cache, which ours equal"
+DIFFERS = "; transformers' `generate` differs there from its own logits without a cache, which ours equal"
 WITH_IMAGES = ", with images"
 """After a family's name: the model of images and text, whose text decoder is imported."""
 GREEDY = SamplingParams(temperature=0.0)
@@ -142,7 +142,7 @@ def tried(kind: str, work: Path, multimodal: bool = False) -> dict[str, Any]:
         compiled: Compiled = {}
         found = {count: greedy(out, manifest, expected[:PROMPT], count, compiled) for count in counts}
         if all(tokens == found[1] for tokens in found.values()) and found[1] != expected and found[1] == uncached(made, expected[:PROMPT]):
-            expected, took = found[1], took | {"note": _DIFFERS}
+            expected, took = found[1], took | {"note": DIFFERS}
         wrong = [count for count, tokens in found.items() if tokens != expected]
         if manifest.has_states and not wrong:
             wrong = wrong_past_a_checkpoint(made, out, manifest, compiled)

@@ -225,7 +225,8 @@ def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         with quiet():
             own, images = OWN.get(kind, {}), kind.endswith(families.WITH_IMAGES)
             model = tiny_decoders.make(kind.partition(",")[0], source, own, multimodal=images)
-            expected = families.wanted(model)
+            generated = families.wanted(model)
+            expected = families.uncached(model, generated[: families.PROMPT])
             (source / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     except Exception as error:  # each family has its own demands on its sizes
         return {"outcome": "unmade", "why": families.one_line(error)}
@@ -237,6 +238,8 @@ def tried(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     if kind in OTHERWISE and said.startswith("differs"):
         said = f"{said}: {OTHERWISE[kind]}"
     result = {"architecture": _architecture(file), "llama": said, **imported(file, out, model, expected, llama)}
+    if expected != generated:
+        result.setdefault("note", families.DIFFERS)
     if result["outcome"] == "equal":
         file.unlink()
     return result
