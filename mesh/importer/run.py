@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel
@@ -15,8 +16,10 @@ from mesh.importer.options import ImportOptions
 from mesh.importer.sources.hub import fetch, is_hub_name
 from mesh.importer.sources.place import refuse_pointer
 from mesh.importer.sources.source import Source
+from mesh.importer.survey import choices
 from mesh.importer.trace.library import available
 from mesh.importer.verify.outside import outside_engine
+from mesh.importer.verify.size import bits_per_weight
 from mesh.importer.verify.verify import verify
 from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import HiddenInfo, Manifest
@@ -57,6 +60,7 @@ def import_model(
         manifest = _write(opened, staging, options, name, progress)
         outside, notes = outside_engine(opened)
         measured = verify(staging, manifest, outside=outside, progress=progress) | notes
+        measured["bits_per_weight"] = bits_per_weight(staging, manifest)
         manifest = manifest.model_copy(update={"report": measured})
         manifest.save(staging)
         if report:
@@ -134,7 +138,10 @@ def open_source(path: Path, options: ImportOptions | None = None, progress: Prog
 
 
 def _write(source: Source, staging: Path, options: ImportOptions, name: str | None, progress: Progress) -> Manifest:
-    blocks = source.write_blocks(BlockWriter(staging), options, progress)
+    with tempfile.TemporaryDirectory(prefix=f"{staging.name}.survey-", dir=staging.parent) as scratch:
+        if options.bits == 4:
+            options = replace(options, choices=choices(source, options, Path(scratch), progress))
+        blocks = source.write_blocks(BlockWriter(staging), options, progress)
     tokenizer, extra = source.write_tokenizer(staging)
     manifest = Manifest(
         name=_name(name or source.name),
