@@ -26,7 +26,8 @@ from mesh.importer.sources.source import Source
 from mesh.importer.verify.oracle import OrtBlock
 from mesh.importer.write.writer import BlockWriter, Weight, WeightValue, as_callable
 from mesh.model.manifest import BlockInfo, block_name
-from mesh.model.tokenizer import Tokenizer
+from mesh.model.tokenizer import TOKENIZER_FILE, Tokenizer
+from mesh.model.tokenizer_file import read_backend
 from mesh.types import Progress
 
 __all__ = ["choices", "read_calibration"]
@@ -72,7 +73,8 @@ def read_calibration(source: Source, path: Path, scratch: Path) -> list[Array]:
     info, _ = source.write_tokenizer(scratch)
     if info is None:
         raise ConfigError("this model has no tokenizer, so that no text can be calibrated with: leave out --calibrate")
-    tokens = np.asarray(Tokenizer.load(scratch).encode(text), np.int64)[: MOST_SEQUENCES * SEQUENCE]
+    file = scratch / TOKENIZER_FILE
+    tokens = np.asarray(Tokenizer(read_backend(file.read_bytes(), file), info).encode(text), np.int64)[: MOST_SEQUENCES * SEQUENCE]
     if len(tokens) < LEAST_TOKENS:
         raise ConfigError(f"the calibration text {path} has {len(tokens)} tokens: give at least {LEAST_TOKENS}, better some thousand")
     size = min(SEQUENCE, source.context_length)

@@ -156,7 +156,7 @@ class Finder:
             return None
         if not (self._is(joined.inputs[1], [0, -1]) and self._is(masked.inputs[1], mask) and self._is(divided.inputs[1], [0, -1, 1, 16])):
             return None
-        if not self._is(shifted.inputs[1], [[[each] for each in shifts]]):
+        if not self._is(shifted.inputs[1], [[each] for each in shifts]):
             return None
         source = self._initializer(divided.inputs[0])
         return None if source is None or len(self._shape(source.name)) != 2 else source.name

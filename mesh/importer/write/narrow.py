@@ -160,20 +160,24 @@ def _fit_4(w: Any, h: Any, *, each: int, step: Any) -> Any:
     """w [group, out, groups], h [group, 1, groups] -> codes [group, out, groups], (scale, its step, minimum, its step)."""
     low = jnp.minimum(w.min(0), 0)
     span = jnp.maximum(w.max(0) - low, 0)
-    counts, first = h.sum(0), (h * w).sum(0)
+    counts, first, squares = _sums(w, h, lambda x, weight: (weight, weight * x, weight * x * x))
 
-    def squares(codes: Any) -> tuple[Any, Any]:
-        """The scale and the minimum with the least error for these codes; no minimum is below 0."""
-        weighted = h * codes
-        c, cc, cw = weighted.sum(0), (weighted * codes).sum(0), (weighted * w).sum(0)
-        scale = (counts * cw - first * c) * _inverse(counts * cc - c * c)
-        minimum = (scale * c - first) / counts
-        return jnp.where(minimum < 0, cw * _inverse(cc), scale), jnp.maximum(minimum, 0)
+    def coded(x: Any, minimum: Any, inverse: Any) -> Any:
+        return jnp.clip(jnp.round((x + minimum) * inverse), 0, 15)
 
     def attempt(index: Any, best: Any) -> Any:
-        codes = jnp.clip(jnp.round((w - low) * (_inverse(span) * (15 + jnp.asarray(STRETCHES_4)[index]))), 0, 15)
-        scale, minimum = squares(codes)
-        error = (h * jnp.square(codes * scale - minimum - w)).sum(0)
+        """Codes for one range, and the scale and the minimum with the least error for these codes; no minimum is below 0."""
+        inverse = _inverse(span) * (15 + jnp.asarray(STRETCHES_4)[index])
+
+        def terms(x: Any, weight: Any) -> Any:
+            code = coded(x, -low, inverse)
+            return weight * code, weight * code * code, weight * code * x
+
+        c, cc, cw = _sums(w, h, terms)
+        scale = (counts * cw - first * c) * _inverse(counts * cc - c * c)
+        minimum = (scale * c - first) / counts
+        scale, minimum = jnp.where(minimum < 0, cw * _inverse(cc), scale), jnp.maximum(minimum, 0)
+        error = squares + scale * (scale * cc - 2 * cw - 2 * minimum * c) + minimum * (minimum * counts + 2 * first)
         better = (error < best[0]) & (scale > 0)
         return tuple(jnp.where(better, new, old) for new, old in zip((error, scale, minimum), best, strict=True))
 
@@ -184,26 +188,35 @@ def _fit_4(w: Any, h: Any, *, each: int, step: Any) -> Any:
         scale_code, scale_step, scale = _in_steps(scale, each, step)
         inverse = _inverse(scale)
         if again:
-            codes = jnp.clip(jnp.round((w + minimum) * inverse), 0, 15)
-            minimum = jnp.maximum((scale * (h * codes).sum(0) - first) / counts, 0)
+            (c,) = _sums(w, h, lambda x, weight: (weight * coded(x, minimum, inverse),))
+            minimum = jnp.maximum((scale * c - first) / counts, 0)
         minimum_code, minimum_step, minimum = _in_steps(minimum, each, step)
-        codes = jnp.clip(jnp.round((w + minimum) * inverse), 0, 15)
-        error = (h * jnp.square(codes * scale - minimum - w)).sum(0)
-        return error, codes, (scale_code, scale_step, minimum_code, minimum_step)
+        (error,) = _sums(w, h, lambda x, weight: (weight * jnp.square(coded(x, minimum, inverse) * scale - minimum - x),))
+        return error, (scale, minimum), (scale_code, scale_step, minimum_code, minimum_step)
 
-    return _better(stored(scale, minimum, True), stored(span / 15, -low, False), each)
+    (scale, minimum), factors = _better(stored(scale, minimum, True), stored(span / 15, -low, False), each)
+    return coded(w, minimum, _inverse(scale)).astype(np.uint8), factors
 
 
 @partial(jax.jit, static_argnames=("each", "step"))
 def _fit_6(w: Any, h: Any, *, each: int, step: Any) -> Any:
     """w [group, out, groups], h [group, 1, groups] -> codes [group, out, groups], (scale, its step)."""
     largest = jnp.abs(w).max(0)
+    (squares,) = _sums(w, h, lambda x, weight: (weight * x * x,))
+
+    def coded(x: Any, inverse: Any) -> Any:
+        return jnp.clip(jnp.round(x * inverse), -32, 31)
 
     def attempt(index: Any, best: Any) -> Any:
-        codes = jnp.clip(jnp.round(w * (_inverse(largest) * (31 + jnp.asarray(STRETCHES_6)[index]))), -32, 31)
-        weighted = h * codes
-        scale = (weighted * w).sum(0) * _inverse((weighted * codes).sum(0))
-        error = (h * jnp.square(codes * scale - w)).sum(0)
+        inverse = _inverse(largest) * (31 + jnp.asarray(STRETCHES_6)[index])
+
+        def terms(x: Any, weight: Any) -> Any:
+            code = coded(x, inverse)
+            return weight * code * code, weight * code * x
+
+        cc, cw = _sums(w, h, terms)
+        scale = cw * _inverse(cc)
+        error = squares - scale * cw
         better = error < best[0]
         return tuple(jnp.where(better, new, old) for new, old in zip((error, scale), best, strict=True))
 
@@ -212,11 +225,23 @@ def _fit_6(w: Any, h: Any, *, each: int, step: Any) -> Any:
 
     def stored(scale: Any) -> Any:
         scale_code, scale_step, scale = _in_steps(scale, each, step)
-        codes = jnp.clip(jnp.round(w * _inverse(scale)), -32, 31)
-        error = (h * jnp.square(codes * scale - w)).sum(0)
-        return error, codes + SIX_ZERO, (scale_code, scale_step)
+        inverse = _inverse(scale)
+        (error,) = _sums(w, h, lambda x, weight: (weight * jnp.square(coded(x, inverse) * scale - x),))
+        return error, (scale,), (scale_code, scale_step)
 
-    return _better(stored(scale), stored(largest / 31), each)
+    (scale,), factors = _better(stored(scale), stored(largest / 31), each)
+    return (coded(w, _inverse(scale)) + SIX_ZERO).astype(np.uint8), factors
+
+
+def _sums(w: Any, h: Any, terms: Callable[[Any, Any], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Sums over the elements of each group [out, groups], one element of all groups at a time: XLA would add up along the first axis number
+    by number, ten times as slowly."""
+
+    def add(index: Any, sums: Any) -> Any:
+        return tuple(total + more for total, more in zip(sums, terms(w[index], jnp.broadcast_to(h[index], w.shape[1:])), strict=True))
+
+    count = len(jax.eval_shape(terms, w[0], w[0]))
+    return jax.lax.fori_loop(0, w.shape[0], add, (jnp.zeros(w.shape[1:], np.float32),) * count)  # type: ignore[no-any-return]
 
 
 def _in_steps(numbers: Any, each: int, step: Any) -> tuple[Any, Any, Any]:
@@ -230,17 +255,18 @@ def _in_steps(numbers: Any, each: int, step: Any) -> tuple[Any, Any, Any]:
 
 
 def _better(ours: Any, plain: Any, each: int) -> Any:
-    """The codes and numbers with the smaller error, for each step."""
+    """The numbers of groups and how they are stored, of whichever has the smaller error, for each step."""
 
     def of_steps(array: Any) -> Any:
         return array.reshape(array.shape[0], -1, each).sum(-1)
 
     better = of_steps(ours[0]) <= of_steps(plain[0])  # [out, groups / each]
     groups = jnp.repeat(better, each, axis=1)
-    factors = tuple(
-        jnp.where(better if mine.shape == better.shape else groups, mine, other) for mine, other in zip(ours[2], plain[2], strict=True)
-    )
-    return jnp.where(groups, ours[1], plain[1]).astype(np.uint8), factors
+
+    def choice(mine: Any, other: Any) -> Any:
+        return jnp.where(better if mine.shape == better.shape else groups, mine, other)
+
+    return tuple(tuple(map(choice, mine, other)) for mine, other in zip(ours[1:], plain[1:], strict=True))
 
 
 def _inverse(x: Any) -> Any:

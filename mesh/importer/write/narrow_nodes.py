@@ -105,10 +105,9 @@ def _packed(builder: Builder, name: str, bits: NarrowBits, produce: Callable[[],
 def _whole(builder: Builder, low: str, high: str | None = None, *, lead: int) -> str:
     """Codes [..., in] as uint8, of bytes with `lead` axes before the last one."""
     same = [0] * lead
-    rank = lead + 3
 
     def parts(each: str, shifts: list[int], mask: int) -> str:
-        by = np.array(shifts, np.uint8).reshape(*[1] * (rank - 2), len(shifts), 1)
+        by = np.array(shifts, np.uint8)[:, None]  # bytes [..., 1, 16] -> their parts [..., n, 16]
         lifted = builder.op("Reshape", each, builder.const([*same, -1, 1, 16]))
         shifted = builder.op("BitShift", lifted, builder.const(by, np.uint8), direction="RIGHT")
         masked = builder.op("BitwiseAnd", shifted, builder.const(np.uint8(mask), np.uint8))

@@ -189,6 +189,11 @@ def test_a_model_of_4_bits_is_nearer_to_its_source_than_plain_rounding(tmp_path:
 def test_a_calibration_text_brings_a_model_nearer_to_its_source(tmp_path: Path) -> None:
     sizes = {**LLAMA, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 400}
     model = make_model("Llama", sizes, tmp_path / "source")
+    with torch.no_grad():  # channels of very different sizes, as trained models have them
+        for layer in model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.mul_(torch.exp(1.5 * torch.randn(128)))
+    model.save_pretrained(tmp_path / "source")
     text_tokens = write_tokenizer(tmp_path / "source")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(np.random.default_rng(0).choice(text_tokens, 2000)))
