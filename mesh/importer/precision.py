@@ -1,7 +1,7 @@
 """Which weights of a model are held at 4 bits and which at 6, under `--bits 4`.
 
-The rule asks for shapes alone, so it is the same for every family and source. All matrices and tables begin at 4 bits. Then, as long as the
-whole model (every weight, scales and minima included, a table that is tied to the head once) stays within BUDGET bits a weight, these get 6:
+The rule asks for shapes alone, so it is the same for every family and source. All matrices and tables begin at 4 bits. Then these get 6, as
+long as the whole model (every weight, scales and minima included, a table that is tied to the head once) stays within BUDGET bits a weight:
 
 1. the head, and the table with it where they are tied: its error reaches every logit undamped;
 2. tables of positions, which are small;
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-__all__ = ["BUDGET", "NARROW_GROUP", "Rounding", "NarrowBits", "Surveyed", "bits_of", "choose", "fits", "groups_of_a_step"]
+__all__ = ["BUDGET", "NARROW_GROUP", "NarrowBits", "Rounding", "Surveyed", "bits_of", "choose", "fits", "groups_of_a_step"]
 
 NarrowBits = Literal[4, 6]
 

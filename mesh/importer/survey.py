@@ -1,4 +1,4 @@
-"""What `--bits 4` knows before it rounds: the shape of every weight, and over a calibration text the activations that each is multiplied with.
+"""What `--bits 4` knows before rounding: the shape of every weight, and the activations of a calibration text that it is multiplied with.
 
     choices                 how each weight is rounded (mesh/importer/precision.py)
     read_calibration        the text, as tokens
@@ -73,8 +73,8 @@ def read_calibration(source: Source, path: Path, scratch: Path) -> list[Array]:
     info, _ = source.write_tokenizer(scratch)
     if info is None:
         raise ConfigError("this model has no tokenizer, so that no text can be calibrated with: leave out --calibrate")
-    file = scratch / TOKENIZER_FILE
-    tokens = np.asarray(Tokenizer(read_backend(file.read_bytes(), file), info).encode(text), np.int64)[: MOST_SEQUENCES * SEQUENCE]
+    stored = scratch / TOKENIZER_FILE
+    tokens = np.asarray(Tokenizer(read_backend(stored.read_bytes(), stored), info).encode(text), np.int64)[: MOST_SEQUENCES * SEQUENCE]
     if len(tokens) < LEAST_TOKENS:
         raise ConfigError(f"the calibration text {path} has {len(tokens)} tokens: give at least {LEAST_TOKENS}, better some thousand")
     size = min(SEQUENCE, source.context_length)
@@ -181,4 +181,5 @@ def _equal(a: Array, b: Array) -> bool:
     """Whether two matrices hold the same numbers; compared slice by slice, so that neither is copied."""
     if a.shape != b.shape:
         return False
-    return all(np.array_equal(a[start : start + COMPARED_ROWS], b[start : start + COMPARED_ROWS]) for start in range(0, len(a), COMPARED_ROWS))
+    parts = (slice(start, start + COMPARED_ROWS) for start in range(0, len(a), COMPARED_ROWS))
+    return all(np.array_equal(a[part], b[part]) for part in parts)

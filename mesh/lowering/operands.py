@@ -147,7 +147,7 @@ class Finder:
         return RightOperand(low, (out, 2 * width), high=high) if upper == (out, width // 2) and width % 32 == 0 else None
 
     def _unpacked(self, name: str, shifts: tuple[int, ...], mask: int) -> str | None:
-        """The initializer [out, n] of bytes whose parts, `mask` wide and in blocks of 16 bytes, a value [out, m] has one after the other."""
+        """The initializer [out, n] of bytes whose parts, `mask` wide and in blocks of 16 bytes, a value has one after the other."""
         joined = self._only(name, "Reshape")
         masked = None if joined is None else self._only(joined.inputs[0], "BitwiseAnd")
         shifted = None if masked is None else self._only(masked.inputs[0], "BitShift")

@@ -30,7 +30,8 @@ def _head_has_table(directory: Path) -> bool:
     def same(a: TensorProto, b: TensorProto) -> bool:
         if a.data_type != b.data_type or list(a.dims) != list(b.dims):
             return False
-        return np.array_equal(*(reader.read(each).reshape(-1).view(np.uint8) for each in (a, b)))
+        first, second = (reader.read(each).reshape(-1).view(np.uint8) for each in (a, b))
+        return np.array_equal(first, second)
 
     return bool(embed) and all(any(same(each, other) for other in head) for each in embed)
 

@@ -165,9 +165,7 @@ class GraphBuilder:
         if options.bits == 4:
             choice = self._choice(name, produce, axis=-1)
             if choice.bits != 8:
-                return narrow_rows(
-                    self, ids, name, choice.bits, self._group, choice.shape[-1], self._rounded(choice, produce), out
-                )
+                return narrow_rows(self, ids, name, choice.bits, self._group, choice.shape[-1], self._rounded(choice, produce), out)
         quantized = _Once(lambda: quantize_rows(produce(), options), uses=2)
         codes = self.op("Gather", self.weight(f"{name}.weight", lambda: quantized.get()[0]), ids)
         scale = self.op("Gather", self.weight(f"{name}.scale", lambda: quantized.get()[1]), ids)

@@ -35,7 +35,9 @@ Array = npt.NDArray[Any]
 
 LEVELS = 255  # of a scale or a minimum
 SIX_ZERO = 32
-SLICE_ELEMENTS = 1 << 19
+SLICE_GROUPS = 1 << 13
+THREADS = 2
+RANGE_4, RANGE_6 = (0, 15), (-SIX_ZERO, SIX_ZERO - 1)
 # Ranges that are tried: how many steps more than there are the elements of a group are stretched to, so that the outermost are clipped.
 STRETCHES_4 = np.array([0.0, -0.8, -0.4, 0.4, 0.8, 1.2, 1.7, 2.3], np.float32)
 STRETCHES_6 = np.array([0.0, -0.4, 0.5, 1.2, 2.0, 3.0], np.float32)
@@ -80,28 +82,25 @@ def fit(weight: Array, bits: NarrowBits, group: int, step: np.dtype[Any], import
     the steps."""
     out, depth = weight.shape
     groups = depth // group
-    each = groups_of_a_step(groups)
-    height = max(1, SLICE_ELEMENTS // depth)
-    counts = _importance(importance, depth).reshape(groups, group).T[:, None, :]  # [group, 1, groups]
+    height = max(1, SLICE_GROUPS // groups)
+    wide = max(SLICE_GROUPS, groups)  # groups of a slice, filled up, so that one program serves weights of all sizes
+    counts = np.ones((group, wide), np.float32)
+    counts[:, : height * groups] = np.tile(_importance(importance, depth).reshape(groups, group).T, height)
     codes = np.empty((out, depth), np.uint8)
-    names = ("scale", "scale_step") if bits == 6 else ("scale", "scale_step", "minimum", "minimum_step")
-    factors = {
-        name: np.empty((out, groups // each), step) if name.endswith("step") else np.empty((out, groups), np.uint8) for name in names
-    }
-    run = partial(_fit_4 if bits == 4 else _fit_6, each=each, step=np.dtype(step))
+    factors: dict[int, tuple[Array, ...]] = {}
+    run = _fit_4 if bits == 4 else _fit_6
 
     def part(start: int) -> None:
-        rows = np.zeros((height, depth), np.float32)  # the last slice is filled up, so that one program serves all
-        given = np.asarray(weight[start : start + height], np.float32)
-        rows[: len(given)] = given
-        found, numbers = run(np.ascontiguousarray(rows.reshape(-1, groups, group).transpose(2, 0, 1)), counts)
-        stop = start + len(given)
-        codes[start:stop] = np.asarray(found).transpose(1, 2, 0).reshape(height, depth)[: len(given)]
-        for name, array in zip(names, numbers, strict=True):
-            factors[name][start:stop] = np.asarray(array)[: len(given)]
+        rows = np.asarray(weight[start : start + height], np.float32)
+        flat = np.zeros((group, wide), np.float32)
+        flat[:, : len(rows) * groups] = rows.reshape(-1, group).T
+        found, factors[start] = run(flat, counts, partial(_in_steps, shape=(len(rows), groups), step=step))
+        codes[start : start + height] = found[:, : len(rows) * groups].T.reshape(rows.shape)
 
-    _each(part, range(0, out, height))
-    return Narrow(bits, group, codes, **factors)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(part, range(0, out, height)))
+    in_order = [factors[start] for start in sorted(factors)]
+    return Narrow(bits, group, codes, *(np.concatenate(parts) for parts in zip(*in_order, strict=True)))
 
 
 def compensated(weight: Array, narrow: Narrow, moments: Array) -> Narrow:
@@ -150,27 +149,49 @@ def _importance(importance: Array | None, depth: int) -> Array:
     return np.asarray(importance / mean + 1e-3, np.float32)
 
 
-def _each(part: Callable[[int], None], starts: range) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(part, starts))
+InSteps = Callable[[Array], tuple[Array, Array, Array]]
 
 
-@partial(jax.jit, static_argnames=("each", "step"))
-def _fit_4(w: Any, h: Any, *, each: int, step: Any) -> Any:
-    """w [group, out, groups], h [group, 1, groups] -> codes [group, out, groups], (scale, its step, minimum, its step)."""
+def _fit_4(w: Array, h: Array, in_steps: InSteps) -> tuple[Array, tuple[Array, ...]]:
+    """w, h [group, n]: the weights of n groups, and what their errors count -> codes [group, n], (scale, its step, minimum, its step)."""
+
+    def stored(scale: Array, minimum: Array, again: bool) -> tuple[Any, ...]:
+        scale_code, scale_step, scale = in_steps(np.asarray(scale))
+        minimum = np.asarray(_minimum_for(w, h, scale, minimum) if again else minimum)
+        minimum_code, minimum_step, minimum = in_steps(minimum)
+        return (np.asarray(_error(w, h, scale, minimum, *RANGE_4)), (scale_code, scale_step, minimum_code, minimum_step), scale, minimum)
+
+    (plain_scale, plain_minimum), (scale, minimum) = _search_4(w, h)
+    factors, scale, minimum = _better(stored(scale, minimum, True), stored(plain_scale, plain_minimum, False))
+    return np.asarray(_coded(w, scale, minimum, *RANGE_4)), factors
+
+
+def _fit_6(w: Array, h: Array, in_steps: InSteps) -> tuple[Array, tuple[Array, ...]]:
+    """The same without minima: codes [group, n], (scale, its step)."""
+    none = np.zeros(w.shape[1], np.float32)
+
+    def stored(scale: Any) -> tuple[Any, ...]:
+        scale_code, scale_step, scale = in_steps(np.asarray(scale))
+        return np.asarray(_error(w, h, scale, none, *RANGE_6)), (scale_code, scale_step), scale
+
+    plain, searched = _search_6(w, h)
+    factors, scale = _better(stored(searched), stored(plain))
+    return np.asarray(_coded(w, scale, none, *RANGE_6)) + np.uint8(SIX_ZERO), factors
+
+
+@jax.jit
+def _search_4(w: Any, h: Any) -> Any:
+    """Scales and minima [n]: those of plain rounding, and the best."""
     low = jnp.minimum(w.min(0), 0)
     span = jnp.maximum(w.max(0) - low, 0)
     counts, first, squares = _sums(w, h, lambda x, weight: (weight, weight * x, weight * x * x))
-
-    def coded(x: Any, minimum: Any, inverse: Any) -> Any:
-        return jnp.clip(jnp.round((x + minimum) * inverse), 0, 15)
 
     def attempt(index: Any, best: Any) -> Any:
         """Codes for one range, and the scale and the minimum with the least error for these codes; no minimum is below 0."""
         inverse = _inverse(span) * (15 + jnp.asarray(STRETCHES_4)[index])
 
         def terms(x: Any, weight: Any) -> Any:
-            code = coded(x, -low, inverse)
+            code = jnp.clip(jnp.round((x - low) * inverse), *RANGE_4)
             return weight * code, weight * code * code, weight * code * x
 
         c, cc, cw = _sums(w, h, terms)
@@ -181,37 +202,22 @@ def _fit_4(w: Any, h: Any, *, each: int, step: Any) -> Any:
         better = (error < best[0]) & (scale > 0)
         return tuple(jnp.where(better, new, old) for new, old in zip((error, scale, minimum), best, strict=True))
 
-    start = (jnp.full(span.shape, jnp.inf, np.float32), span / 15, -low)
-    _, scale, minimum = jax.lax.fori_loop(0, len(STRETCHES_4), attempt, start)
-
-    def stored(scale: Any, minimum: Any, again: bool) -> Any:
-        scale_code, scale_step, scale = _in_steps(scale, each, step)
-        inverse = _inverse(scale)
-        if again:
-            (c,) = _sums(w, h, lambda x, weight: (weight * coded(x, minimum, inverse),))
-            minimum = jnp.maximum((scale * c - first) / counts, 0)
-        minimum_code, minimum_step, minimum = _in_steps(minimum, each, step)
-        (error,) = _sums(w, h, lambda x, weight: (weight * jnp.square(coded(x, minimum, inverse) * scale - minimum - x),))
-        return error, (scale, minimum), (scale_code, scale_step, minimum_code, minimum_step)
-
-    (scale, minimum), factors = _better(stored(scale, minimum, True), stored(span / 15, -low, False), each)
-    return coded(w, minimum, _inverse(scale)).astype(np.uint8), factors
+    plain = (span / 15, -low)
+    found = jax.lax.fori_loop(0, len(STRETCHES_4), attempt, (jnp.full(span.shape, jnp.inf, np.float32), *plain))
+    return plain, found[1:]
 
 
-@partial(jax.jit, static_argnames=("each", "step"))
-def _fit_6(w: Any, h: Any, *, each: int, step: Any) -> Any:
-    """w [group, out, groups], h [group, 1, groups] -> codes [group, out, groups], (scale, its step)."""
+@jax.jit
+def _search_6(w: Any, h: Any) -> Any:
+    """Scales [n]: that of plain rounding, and the best."""
     largest = jnp.abs(w).max(0)
     (squares,) = _sums(w, h, lambda x, weight: (weight * x * x,))
-
-    def coded(x: Any, inverse: Any) -> Any:
-        return jnp.clip(jnp.round(x * inverse), -32, 31)
 
     def attempt(index: Any, best: Any) -> Any:
         inverse = _inverse(largest) * (31 + jnp.asarray(STRETCHES_6)[index])
 
         def terms(x: Any, weight: Any) -> Any:
-            code = coded(x, inverse)
+            code = jnp.clip(jnp.round(x * inverse), *RANGE_6)
             return weight * code * code, weight * code * x
 
         cc, cw = _sums(w, h, terms)
@@ -220,53 +226,79 @@ def _fit_6(w: Any, h: Any, *, each: int, step: Any) -> Any:
         better = error < best[0]
         return tuple(jnp.where(better, new, old) for new, old in zip((error, scale), best, strict=True))
 
-    start = (jnp.full(largest.shape, jnp.inf, np.float32), largest / 31)
-    _, scale = jax.lax.fori_loop(0, len(STRETCHES_6), attempt, start)
+    plain = largest / 31
+    return plain, jax.lax.fori_loop(0, len(STRETCHES_6), attempt, (jnp.full(plain.shape, jnp.inf, np.float32), plain))[1]
 
-    def stored(scale: Any) -> Any:
-        scale_code, scale_step, scale = _in_steps(scale, each, step)
-        inverse = _inverse(scale)
-        (error,) = _sums(w, h, lambda x, weight: (weight * jnp.square(coded(x, inverse) * scale - x),))
-        return error, (scale,), (scale_code, scale_step)
 
-    (scale,), factors = _better(stored(scale), stored(largest / 31), each)
-    return (coded(w, _inverse(scale)) + SIX_ZERO).astype(np.uint8), factors
+@jax.jit
+def _minimum_for(w: Any, h: Any, scale: Any, minimum: Any) -> Any:
+    """The best minimum for the codes that these two give."""
+    inverse = _inverse(scale)
+
+    def terms(x: Any, weight: Any) -> Any:
+        return weight, weight * x, weight * jnp.clip(jnp.round((x + minimum) * inverse), *RANGE_4)
+
+    counts, first, c = _sums(w, h, terms)
+    return jnp.maximum((scale * c - first) / counts, 0)
+
+
+@partial(jax.jit, static_argnames=("least", "most"))
+def _error(w: Any, h: Any, scale: Any, minimum: Any, least: int, most: int) -> Any:
+    """The error of each group [n]."""
+    inverse = _inverse(scale)
+
+    def terms(x: Any, weight: Any) -> Any:
+        code = jnp.clip(jnp.round((x + minimum) * inverse), least, most)
+        return (weight * jnp.square(code * scale - minimum - x),)
+
+    return _sums(w, h, terms)[0]
+
+
+@partial(jax.jit, static_argnames=("least", "most"))
+def _coded(w: Any, scale: Any, minimum: Any, least: int, most: int) -> Any:
+    """Codes [group, n]; those below 0 wrap around."""
+    return jnp.clip(jnp.round((w + minimum) * _inverse(scale)), least, most).astype(np.int8).astype(np.uint8)
 
 
 def _sums(w: Any, h: Any, terms: Callable[[Any, Any], tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Sums over the elements of each group [out, groups], one element of all groups at a time: XLA would add up along the first axis number
-    by number, ten times as slowly."""
+    """Sums over the elements of each group [n], one element of all groups at a time: XLA would add up along the first axis number by
+    number, several times as slowly."""
 
     def add(index: Any, sums: Any) -> Any:
-        return tuple(total + more for total, more in zip(sums, terms(w[index], jnp.broadcast_to(h[index], w.shape[1:])), strict=True))
+        return tuple(total + more for total, more in zip(sums, terms(w[index], h[index]), strict=True))
 
-    count = len(jax.eval_shape(terms, w[0], w[0]))
-    return jax.lax.fori_loop(0, w.shape[0], add, (jnp.zeros(w.shape[1:], np.float32),) * count)  # type: ignore[no-any-return]
+    count = len(jax.eval_shape(terms, w[0], h[0]))
+    return jax.lax.fori_loop(0, w.shape[0], add, (jnp.zeros(w.shape[1:], np.float32),) * count)
 
 
-def _in_steps(numbers: Any, each: int, step: Any) -> tuple[Any, Any, Any]:
-    """Numbers [out, groups] in whole steps: codes uint8 [out, groups], the steps [out, groups / each], and what they stand for."""
-    out, groups = numbers.shape
-    grouped = numbers.reshape(out, groups // each, each)
+def _in_steps(numbers: Array, *, shape: tuple[int, int], step: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    """Numbers of groups [n], of which the first are those of [out, groups] = `shape`, in whole steps: codes uint8 [out, groups], the steps
+    [out, groups / each], and what they stand for [n]."""
+    out, groups = shape
+    grouped = numbers[: out * groups].reshape(out, -1, groups_of_a_step(groups))
     steps = (grouped.max(-1) / LEVELS).astype(step)
     wide = steps.astype(np.float32)[..., None]
-    codes = jnp.clip(jnp.round(grouped * _inverse(wide)), 0, LEVELS)
-    return codes.reshape(out, groups).astype(np.uint8), steps, (codes * wide).reshape(out, groups)
+    codes = np.rint(grouped / np.where(wide > 0, wide, np.inf)).clip(0, LEVELS)
+    stands_for = np.zeros_like(numbers)
+    stands_for[: out * groups] = (codes * wide).reshape(-1)
+    return codes.reshape(out, groups).astype(np.uint8), steps, stands_for
 
 
-def _better(ours: Any, plain: Any, each: int) -> Any:
-    """The numbers of groups and how they are stored, of whichever has the smaller error, for each step."""
-
-    def of_steps(array: Any) -> Any:
-        return array.reshape(array.shape[0], -1, each).sum(-1)
-
-    better = of_steps(ours[0]) <= of_steps(plain[0])  # [out, groups / each]
-    groups = jnp.repeat(better, each, axis=1)
-
-    def choice(mine: Any, other: Any) -> Any:
-        return jnp.where(better if mine.shape == better.shape else groups, mine, other)
-
-    return tuple(tuple(map(choice, mine, other)) for mine, other in zip(ours[1:], plain[1:], strict=True))
+def _better(ours: tuple[Any, ...], plain: tuple[Any, ...]) -> list[Any]:
+    """How groups are stored, and the numbers of groups, of whichever has the smaller error, for each step."""
+    codes, steps = ours[1][:2]
+    out, groups = codes.shape
+    sums = [each[0][: out * groups].reshape(*steps.shape, -1).sum(-1) for each in (ours, plain)]
+    better = sums[0] <= sums[1]  # [out, groups / each]
+    of_groups = np.repeat(better, groups // better.shape[1], axis=1)
+    stored = tuple(
+        np.where(better if place % 2 else of_groups, mine, other) for place, (mine, other) in enumerate(zip(ours[1], plain[1], strict=True))
+    )
+    numbers = []
+    for mine, other in zip(ours[2:], plain[2:], strict=True):
+        numbers.append(np.zeros_like(mine))
+        numbers[-1][: out * groups] = np.where(of_groups.reshape(-1), mine[: out * groups], other[: out * groups])
+    return [stored, *numbers]
 
 
 def _inverse(x: Any) -> Any:

@@ -1,7 +1,7 @@
 """The nodes of a weight of 4 or 6 bits of this package's own (mesh/importer/write/narrow.py), in standard ONNX.
 
-A matrix of 4 bits is uint4 through DequantizeLinear, less the minima. The codes of 6 bits, and those of a table, are bytes that hold several:
-shifts and masks give them back. Tables are gathered first: a step reads few rows of them.
+A matrix of 4 bits is uint4 through DequantizeLinear, less the minima. Codes of 6 bits, and those of a table, lie several to a byte: shifts and masks
+give them back. Tables are gathered first: a step reads few rows of them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,14 @@ class Builder(Protocol):
     def weight(self, name: str, value: Weight) -> str: ...
 
 
-def narrow_matrix(
-    builder: Builder, name: str, bits: NarrowBits, group: int, shape: tuple[int, int], produce: Callable[[], Narrow]
-) -> str:
+def narrow_matrix(builder: Builder, name: str, bits: NarrowBits, group: int, shape: tuple[int, int], produce: Callable[[], Narrow]) -> str:
     """The value [out, in] of a weight of that `shape`, in the compute type."""
     out, depth = shape
     groups = depth // group
     scale = _numbers(builder, name, "scale", groups, produce)
     if bits == 6:
         codes = _whole(builder, *_packed(builder, name, bits, produce), lead=1)
-        zero = builder.op(
-            "ConstantOfShape", builder.const([out, groups]), value=helper.make_tensor("zero", _type(UINT8), [1], [SIX_ZERO])
-        )
+        zero = builder.op("ConstantOfShape", builder.const([out, groups]), value=helper.make_tensor("zero", _type(UINT8), [1], [SIX_ZERO]))
         return builder.op("DequantizeLinear", codes, scale, zero, axis=1, block_size=group)
     codes = builder.weight(f"{name}.weight", Weight(lambda: produce().codes, UINT4, counted=1))
     values = builder.op("DequantizeLinear", codes, scale, axis=1, block_size=group)

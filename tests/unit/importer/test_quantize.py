@@ -47,7 +47,7 @@ def stored(weight: np.ndarray, options: ImportOptions) -> np.ndarray:
 
 
 def narrowed(rows: np.ndarray, options: ImportOptions, *, wide: bool) -> np.ndarray | None:
-    """[..., out, in] as a block of 4 bits gives it back, where it holds it in 4 bits, or 6 if `wide`. None: its inputs are no whole groups."""
+    """[..., out, in] as a block gives it back that holds it in 4 bits, or 6 if `wide`. None: its inputs are no whole groups."""
     assert options.group_size is not None
     depth = rows.shape[-1]
     bits: Literal[4, 6] = 6 if wide and fits(depth, options.group_size, 6) else 4
