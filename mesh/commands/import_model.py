@@ -37,9 +37,16 @@ def add_parser(subparsers: Any) -> None:
         "--bits",
         type=int,
         choices=(32, 16, 8, 4),
-        help="stored width of the weights (default: as the source has them)",
+        help="stored width of the weights (default: as the source has them); 4 are at most 5.0 bits a weight, all told: the head and other "
+        "sensitive weights get 6",
     )
     parser.add_argument("--group-size", type=int, metavar="N", help="number of inputs that share a scale, at 8 and 4 bits")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="a text (UTF-8; 4,096 tokens of it are read): at --bits 4, round so that what the model computes of it changes least",
+    )
     parser.add_argument(
         "--kv-cache",
         choices=("float32", "float16"),
@@ -67,7 +74,12 @@ def import_command(args: argparse.Namespace) -> int:
     give_memory_back()
     prepare()
     options = ImportOptions(
-        dtype=args.dtype, bits=args.bits, group_size=args.group_size, trust_remote_code=args.trust_remote_code, kv_cache=args.kv_cache
+        dtype=args.dtype,
+        bits=args.bits,
+        group_size=args.group_size,
+        trust_remote_code=args.trust_remote_code,
+        kv_cache=args.kv_cache,
+        calibrate=args.calibrate,
     )
     began = time.perf_counter()
     with progress_bar(quiet=args.quiet) as progress:
@@ -100,7 +112,8 @@ def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
         width += ", of 16 where experts have the same numbers so"
     report = manifest.report
     print(f"{manifest.name} ({manifest.architecture}) in {out}, {format_seconds(seconds)}")
-    print(f"  {manifest.layers} layers, {format_count(parameters)} parameters, {format_bytes(stored)} of {width}")
+    each = f" ({report['bits_per_weight']:.2f} bits a weight, all told)" if "bits_per_weight" in report else ""
+    print(f"  {manifest.layers} layers, {format_count(parameters)} parameters, {format_bytes(stored)} of {width}{each}")
     print(f"  context {manifest.context_length:,} tokens, vocabulary {manifest.vocab_size:,}, {manifest.hidden.dtype} arithmetic")
     checked = f"  verified over {report['positions']} positions"
     if report.get("oracle_error") is not None:

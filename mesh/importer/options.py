@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import ConfigError
+from mesh.importer.precision import NARROW_GROUP, Rounding
 from mesh.model.manifest import WeightsInfo
 from mesh.types import DType
 
@@ -21,11 +24,14 @@ class ImportOptions:
 
     dtype: type of the hidden state, the cache and all arithmetic.
     kv_cache: type of the cache where it is another: float16 under float32 arithmetic holds twice the positions.
-    bits: width of the stored MatMul weights and embedding tables (at least 8 for tables and the output projection); 32 under
-    16-bit compute means 16. None: as the source has them. Weights that it has quantized, and its matrices and tables of 16 bits, are kept
-    as they are under float32 compute; all others are 32 bits.
+    bits: width of the stored MatMul weights and embedding tables; 4 are 4 or 6, as mesh/importer/precision.py chooses; 32 under 16-bit
+    compute means 16. None: as the source has them. Weights that it has quantized, and its matrices and tables of 16 bits, are kept as they
+    are under float32 compute; all others are 32 bits.
     group_size: input elements that share a scale, for 8 and 4 bits; None is one scale an output channel at 8 bits and
     groups of 32 at 4 bits.
+    calibrate: a text; weights of 4 and 6 bits are rounded so that the model's own activations of it change least.
+    choices: how each weight is rounded, by its block and name, once they have been chosen; a weight that is not there gets 4 bits, in embed
+    and head 6.
     trust_remote_code: whether code of the model's directory may run, where tracing it needs that.
 
     ConfigError if a value is not one of these.
@@ -37,6 +43,8 @@ class ImportOptions:
     group_size: int | None = None
     trust_remote_code: bool = False
     kv_cache: DType | None = None
+    calibrate: Path | None = None
+    choices: Mapping[tuple[str, str], Rounding] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in NUMPY_DTYPES:
@@ -56,19 +64,18 @@ class ImportOptions:
             if self.group_size < 16 or self.group_size & (self.group_size - 1):
                 raise ConfigError(f"group_size {self.group_size} is not a power of two of at least 16: use 32, 64 or 128")
         elif self.bits == 4:
-            object.__setattr__(self, "group_size", 32)
+            object.__setattr__(self, "group_size", NARROW_GROUP)
+        if self.calibrate is not None and self.bits != 4:
+            raise ConfigError("calibrate is for weights of 4 bits: give --bits 4 with it")
 
     @property
     def compute(self) -> np.dtype:
         """The compute type as a numpy dtype (ml_dtypes for bfloat16)."""
         return NUMPY_DTYPES[self.dtype]
 
-    def for_head(self) -> ImportOptions:
-        """The options of the output projection: never fewer than 8 bits.
-
-        It decides between tokens directly, so that its error reaches every logit undamped.
-        """
-        return replace(self, bits=8, group_size=None) if self.bits == 4 else self
+    def eight_bits(self) -> ImportOptions:
+        """The options of a weight whose inputs are no whole groups."""
+        return replace(self, bits=8, group_size=None, calibrate=None)
 
     @property
     def width(self) -> Literal[32, 16, 8, 4]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from mesh.errors import ConfigError, ModelNotFound, UnsupportedModel
@@ -53,12 +54,14 @@ def import_model(
         ) from None
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     from mesh.importer.verify.outside import outside_engine
+    from mesh.importer.verify.size import bits_per_weight
     from mesh.importer.verify.verify import verify
 
     try:
         manifest = _write(opened, staging, options, name, progress)
         outside, notes = outside_engine(opened)
         measured = verify(staging, manifest, outside=outside, progress=progress) | notes
+        measured["bits_per_weight"] = bits_per_weight(staging, manifest)
         manifest = manifest.model_copy(update={"report": measured})
         manifest.save(staging)
         if report:
@@ -144,9 +147,13 @@ def open_source(path: Path, options: ImportOptions | None = None, progress: Prog
 
 
 def _write(source: Source, staging: Path, options: ImportOptions, name: str | None, progress: Progress) -> Manifest:
+    from mesh.importer.survey import choices
     from mesh.importer.write.blocks import BlockWriter
 
-    blocks = source.write_blocks(BlockWriter(staging), options, progress)
+    with tempfile.TemporaryDirectory(prefix=f"{staging.name}.survey-", dir=staging.parent) as scratch:
+        if options.bits == 4:
+            options = replace(options, choices=choices(source, options, Path(scratch), progress))
+        blocks = source.write_blocks(BlockWriter(staging), options, progress)
     tokenizer, extra = source.write_tokenizer(staging)
     manifest = Manifest(
         name=_name(name or source.name),

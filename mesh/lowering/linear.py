@@ -127,7 +127,9 @@ class Codes:
             return jax.device_put(turned.view(np.uint8).reshape(out, width), may_alias=True)
 
         codes, high = tiles(self.data), None if self.high is None else tiles(self.high)
-        turned: Any = {name: _turned(each, back=False) for name, each in self._factors()}
+        # by numpy: XLA would compile and start a program for each of many small arrays
+        known = {name: jax.tree.map(np.asarray, each) for name, each in self._factors()}
+        turned: Any = {name: jax.device_put(_turned(each, back=False)) for name, each in known.items()}
         return replace(self, data=codes, high=high, tiles=True, **turned)
 
     def _factors(self) -> list[tuple[str, Factors]]:

@@ -5,6 +5,7 @@ A block says how its weights are stored in standard ONNX, before the product tha
     W [in, out]                                       as it is
     Cast(W)                                           16 bits
     DequantizeLinear(W, scale, zero)                  8 or 4 bits, a scale for each output or each group of inputs
+    DequantizeLinear(BitwiseOr(L, H), scale, 32)      6 bits: L and H are the low and the upper bits, unpacked from bytes
     Transpose(...)                                    any of these, stored [out, in]
     Reshape(Add or Sub(Reshape(...), Unsqueeze(m)))   a minimum for each group, of a weight stored [out, in]
 
@@ -41,7 +42,8 @@ class Stored:
 @dataclass(frozen=True)
 class RightOperand:
     """A weight: (codes - zero) * scale - minimum. `turned`: stored [out, in]. `pending`: so far the graph has it as [out, in] as well.
-    `sign`: what the minimum is multiplied with to be subtracted. `dtype`: what it is widened to (None: the codes' own type)."""
+    `sign`: what the minimum is multiplied with to be subtracted. `dtype`: what it is widened to (None: the codes' own type). `high`: the
+    codes are bytes with their low four bits, and this has the upper two, both in the order of mesh/kernels/native/weight.h."""
 
     codes: str
     shape: tuple[int, int]  # as it is stored
@@ -53,6 +55,7 @@ class RightOperand:
     minimum: Stored | None = None
     sign: int = 1
     group: int = 0
+    high: str | None = None
 
     @property
     def depth(self) -> int:
@@ -66,7 +69,8 @@ class RightOperand:
     def names(self) -> tuple[str, ...]:
         """The initializers that it is made of."""
         factors = (each for each in (self.scale, self.zero, self.minimum) if each is not None)
-        return (self.codes, *(name for each in factors for name in (each.name, each.step) if name is not None))
+        codes = (self.codes,) if self.high is None else (self.codes, self.high)
+        return (*codes, *(name for each in factors for name in (each.name, each.step) if name is not None))
 
 
 def operands(lowered: Lowered) -> tuple[Graph, dict[str, RightOperand]]:
@@ -113,13 +117,14 @@ class Finder:
         return replace(inner, dtype=numpy_type(node.attributes["to"]))
 
     def _dequantize(self, node: GraphNode) -> RightOperand | None:
-        inner = self.operand(node.inputs[0])
+        inner = self._six_bits(node) or self.operand(node.inputs[0])
         if inner is None or inner.dtype is not None or inner.turned or set(node.attributes) - {"axis", "block_size"}:
             return None
         axis, group = node.attributes.get("axis", 1) % 2, node.attributes.get("block_size", 0)
         scale = self._factors(node.inputs[1], axis)
-        zero = self._initializer(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
-        if scale is None or (len(node.inputs) > 2 and node.inputs[2] and zero is None):
+        given = len(node.inputs) > 2 and bool(node.inputs[2]) and inner.high is None
+        zero = self._initializer(node.inputs[2]) if given else None
+        if scale is None or (given and zero is None):
             return None
         rank = len(self._shape(scale.name))
         if group and rank != 2:
@@ -128,6 +133,48 @@ class Finder:
         turned = axis == (1 if group else 0) and self._size(scale.name) > 1
         dtype = self._type_of(node.inputs[1])
         return replace(inner, dtype=dtype, scale=scale, zero=zero, group=group, turned=turned, pending=turned)
+
+    def _six_bits(self, node: GraphNode) -> RightOperand | None:
+        """The codes of a DequantizeLinear around 32, where they are BitwiseOr(low bits, BitShift(upper bits, 4))."""
+        both = self._only(node.inputs[0], "BitwiseOr")
+        lifted = None if both is None else self._only(both.inputs[1], "BitShift")
+        if both is None or lifted is None or lifted.attributes["direction"] != "LEFT" or not self._is(lifted.inputs[1], 4):
+            return None
+        low, high = self._unpacked(both.inputs[0], (0, 4), 15), self._unpacked(lifted.inputs[0], (0, 2, 4, 6), 3)
+        if low is None or high is None or len(node.inputs) < 3 or not self._is_zero_of_six(node.inputs[2]):
+            return None
+        (out, width), upper = self._shape(low), self._shape(high)
+        return RightOperand(low, (out, 2 * width), high=high) if upper == (out, width // 2) and width % 32 == 0 else None
+
+    def _unpacked(self, name: str, shifts: tuple[int, ...], mask: int) -> str | None:
+        """The initializer [out, n] of bytes whose parts, `mask` wide and in blocks of 16 bytes, a value has one after the other."""
+        joined = self._only(name, "Reshape")
+        masked = None if joined is None else self._only(joined.inputs[0], "BitwiseAnd")
+        shifted = None if masked is None else self._only(masked.inputs[0], "BitShift")
+        divided = None if shifted is None else self._only(shifted.inputs[0], "Reshape")
+        if joined is None or masked is None or shifted is None or divided is None or shifted.attributes["direction"] != "RIGHT":
+            return None
+        if not (self._is(joined.inputs[1], [0, -1]) and self._is(masked.inputs[1], mask) and self._is(divided.inputs[1], [0, -1, 1, 16])):
+            return None
+        if not self._is(shifted.inputs[1], [[each] for each in shifts]):
+            return None
+        source = self._initializer(divided.inputs[0])
+        return None if source is None or len(self._shape(source.name)) != 2 else source.name
+
+    def _only(self, name: str, op_type: str) -> GraphNode | None:
+        """The node of that kind that gives a value which nothing else reads."""
+        node = self._made_by.get(name)
+        return node if node is not None and node.op.op_type == op_type and self._uses[name] == 1 else None
+
+    def _is(self, name: str, value: Any) -> bool:
+        known = self._constants.get(name)
+        return known is not None and known.tolist() == value
+
+    def _is_zero_of_six(self, name: str) -> bool:
+        """Whether a zero point is 32 everywhere."""
+        node = self._made_by.get(name)
+        value = self._constants.get(name) if node is None else node.attributes.get("value")
+        return value is not None and (node is None or node.op.op_type == "ConstantOfShape") and bool((np.asarray(value) == 32).all())
 
     def _transpose(self, node: GraphNode) -> RightOperand | None:
         return self.outputs_first(node.inputs[0]) if tuple(node.attributes.get("perm", (1, 0))) == (1, 0) else None

@@ -78,6 +78,23 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
     """Operands of one kind as one weight: their outputs one after the other. `read` gives an initializer, as stored, and its format if its
     elements are smaller than a byte. `experts`: how many equal parts are multiplied each by itself."""
     first = parts[0]
+    factors = {name: _factors([getattr(part, name) for part in parts], first, read) for name in ("scale", "zero", "minimum")}
+    minimum = factors["minimum"]
+    if minimum is not None and first.sign < 0:
+        minimum = Factors(-minimum.data) if minimum.step is None else Factors(minimum.data, -minimum.step)
+    packed = replace(
+        _codes(parts, read), dtype=first.dtype, scale=factors["scale"], zero_point=factors["zero"], minimum=minimum, group=first.group
+    )
+    return PackedWeight(packed.in_tiles() if fits_tiles(packed, experts) else packed)
+
+
+def _codes(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, PackedFormat | None]]) -> Codes:
+    """The codes of operands of one kind."""
+    first = parts[0]
+    if first.high is not None:
+        low, high = (np.concatenate([read(name)[0] for name in names]) for names in _low_and_high(parts))
+        six = Codes(jax.device_put(low), high=jax.device_put(high), bits=6, offset=1 << 5)
+        return six if kernels().name is not None else Codes(six.integers(np.int8))  # XLA's forms are faster with whole bytes
     stored, layout = [], read(first.codes)[1]
     for part in parts:
         array, format_ = read(part.codes)
@@ -88,19 +105,12 @@ def pack(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Packe
         own = codes[start : start + part.out]
         copy_mapped(array, own if part.turned else own.T)
         start += part.out
-    factors = {name: _factors([getattr(part, name) for part in parts], first, read) for name in ("scale", "zero", "minimum")}
-    minimum = factors["minimum"]
-    if minimum is not None and first.sign < 0:
-        minimum = Factors(-minimum.data) if minimum.step is None else Factors(minimum.data, -minimum.step)
-    packed = replace(
-        stored_codes(codes, layout, grouped=bool(first.group)),
-        dtype=first.dtype,
-        scale=factors["scale"],
-        zero_point=factors["zero"],
-        minimum=minimum,
-        group=first.group,
-    )
-    return PackedWeight(packed.in_tiles() if fits_tiles(packed, experts) else packed)
+    return stored_codes(codes, layout, grouped=bool(first.group))
+
+
+def _low_and_high(parts: Sequence[RightOperand]) -> tuple[list[str], list[str]]:
+    """The names of the bytes with the low bits of codes, and of those with the upper ones."""
+    return [part.codes for part in parts], [part.high for part in parts if part.high is not None]
 
 
 def fits_tiles(codes: Codes, experts: int = 1) -> bool:

@@ -23,7 +23,7 @@ from mesh.model.manifest import Manifest, TokenizerInfo
 from mesh.model.tokenizer_file import read_backend, unreadable
 from mesh.protocol.tools import ToolFormat, format_of
 
-__all__ = ["Piece", "TextStream", "Tokenizer", "check_template"]
+__all__ = ["TOKENIZER_FILE", "Piece", "TextStream", "Tokenizer", "check_template"]
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"

@@ -140,4 +140,4 @@ def _stored_as(lowered: Lowered, operand: RightOperand) -> tuple[Any, ...]:
         return array.dtype, array.ndim if array.size > 1 else array.tobytes()
 
     factors = (None if each is None else (of(each.name), of(each.step)) for each in (operand.scale, operand.zero, operand.minimum))
-    return (of(operand.codes), operand.dtype, operand.group, operand.sign, *factors)
+    return (of(operand.codes), of(operand.high), operand.dtype, operand.group, operand.sign, *factors)

@@ -105,7 +105,7 @@ def build_layer(spec: DecoderSpec, index: int, weights: LayerWeights, options: I
 
 def build_head(spec: DecoderSpec, weights: HeadWeights, options: ImportOptions) -> GraphBuilder:
     """hidden_in [B, T, D] -> logits [B, T, V]."""
-    builder = GraphBuilder(block_name("head"), options.for_head())
+    builder = GraphBuilder(block_name("head"), options)
     hidden = builder.input("hidden_in", [BATCH, CHUNK, spec.hidden_size])
     if weights.norm is not None:
         hidden = _norm(builder, spec, hidden, "norm", weights.norm)

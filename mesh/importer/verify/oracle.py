@@ -56,6 +56,7 @@ class OrtBlock:
         self._session = session(Path(directory) / f"{name}.onnx", fold=name != "head")  # the largest weight, and it runs few times
         self.inputs = {item.name for item in self._session.get_inputs()}
         self.output = "logits" if name == "head" else "hidden_out"
+        self.also: dict[str, Array] = {}
         self._past: dict[str, Array] = {}
         if cache is not None and cache.attends:
             for which, width in (("key", cache.key_dim), ("value", cache.value_dim)):
@@ -68,8 +69,14 @@ class OrtBlock:
         for which, array in (("key", key), ("value", value)):
             self._past[which][0, :, : array.shape[1]] = array
 
-    def run(self, x: Array, start: int) -> Array:
-        """x: token ids [T] for embed, hidden [T, D] otherwise, at positions from `start` -> hidden [T, D] or logits [T, V]."""
+    def forget(self) -> None:
+        """Begin another row: its states are zeros. Slots of the cache that it has not written are hidden from it."""
+        for which in [each for each in self._past if each.startswith("state_")]:
+            self._past[which] = np.zeros_like(self._past[which])
+
+    def run(self, x: Array, start: int, *, also: Sequence[str] = ()) -> Array:
+        """x: token ids [T] for embed, hidden [T, D] otherwise, at positions from `start` -> hidden [T, D] or logits [T, V]. `also`: other
+        values that the block gives out; they are in the attribute of that name then."""
         positions = np.arange(start, start + len(x), dtype=np.int64)[None]
         given = {
             "input_ids": x[None],
@@ -79,12 +86,14 @@ class OrtBlock:
             **{f"past_{which}": array for which, array in self._past.items()},
         }
         names = [self.output, *(f"present_{which}" for which in self._past)]
+        asked = [name for name in also if name not in self.inputs]
         try:
-            results = self._session.run(names, {name: given[name] for name in self.inputs})
+            results = self._session.run([*names, *asked], {name: given[name] for name in self.inputs})
         except Exception as error:  # some kernels are found missing only when a session first runs
             raise UnsupportedModel(f"onnxruntime cannot run the block: {str(error).splitlines()[0]}") from None
-        for which, array in zip(self._past, results[1:], strict=True):
+        for which, array in zip(self._past, results[1 : len(names)], strict=True):
             self._past[which] = array
+        self.also = dict(zip(asked, results[len(names) :], strict=True))
         return np.asarray(results[0][0])
 
 

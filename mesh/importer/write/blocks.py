@@ -18,11 +18,16 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.importer.options import ImportOptions
+from mesh.importer.precision import Rounding, fits
 from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
+from mesh.importer.write.narrow import Narrow, compensated, fit
+from mesh.importer.write.narrow_nodes import narrow_matrix, narrow_rows
 from mesh.importer.write.quantize import EXPERT_GROUP, exact_type, half_type, quantize_rows, quantize_weight
 from mesh.importer.write.writer import INLINE_BYTES, BlockWriter, Weight, WeightValue, as_callable, block_model
-from mesh.model.manifest import BlockInfo
+from mesh.model.manifest import BlockInfo, block_name
 from mesh.types import DType
+
+Array = npt.NDArray[Any]
 
 __all__ = ["INLINE_BYTES", "BlockWriter", "GraphBuilder", "Weight", "WeightValue", "attention_block"]
 
@@ -93,7 +98,7 @@ class GraphBuilder:
         """x [..., in] @ weight [in, out] + bias [out], the weight stored as the options say."""
         own = self._own(weight)
         if own is not None and own[0].order is not None:
-            x = self.op("Gather", x, self.weight(f"{name}.order", Weight(as_callable(own[0].order), counted=False)), axis=-1)
+            x = self.op("Gather", x, self.weight(f"{name}.order", Weight(as_callable(own[0].order), counted=0)), axis=-1)
         if bias is None:
             return self.op("MatMul", x, self.matrix(name, weight), out=out)
         product = self.op("MatMul", x, self.matrix(name, weight))
@@ -108,11 +113,17 @@ class GraphBuilder:
         if options.keep and experts:
             return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, exact_type)), to=TensorProto.FLOAT)
         if options.bits == 32:
-            return self.parameter(f"{name}.weight", weight)
+            return self.weight(f"{name}.weight", Weight(produce, options.compute, narrows=True))
         if options.bits == 16:
             if options.dtype != "float32":
                 return self.parameter(f"{name}.weight", weight)
             return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, half_type)), to=TensorProto.FLOAT)
+        if options.bits == 4:
+            choice = self._choice(name, produce, axis=-2)
+            if choice.bits != 8:
+                perm = [0, 2, 1] if experts else [1, 0]
+                return self.op("Transpose", self._narrow_outputs(name, choice, produce), perm=perm)
+            options = options.eight_bits()
         quantized = _Once(lambda: quantize_weight(produce(), options), uses=2)
         values = self.weight(f"{name}.weight", lambda: quantized.get().values)
         scale = self.weight(f"{name}.scale", lambda: quantized.get().scale)
@@ -127,11 +138,15 @@ class GraphBuilder:
         that are kept."""
         own = self._own(weight)
         if own is None or not isinstance(weight, SourceMatrix) or weight.experts is None:
+            if self.options.bits == 4:
+                choice = self._choice(name, as_callable(weight), axis=-2)
+                if choice.bits != 8:
+                    return self._narrow_outputs(name, choice, as_callable(weight)), True
             return self.matrix(name, weight, experts=True), False
         return self.op("Reshape", self._kept_outputs(name, *own), self.const(weight.experts)), True
 
     def embedding(self, ids: str, name: str, table: WeightValue, *, out: str | None = None) -> str:
-        """Rows `ids` [...] of table [vocab, width]: [..., width]. At 8 and 4 bits rows are int8 with a scale each.
+        """Rows `ids` [...] of table [vocab, width]: [..., width]. At 8 bits rows are int8 with a scale each.
 
         Only the rows asked for are converted: a table is large and a step reads few rows of it.
         """
@@ -143,14 +158,57 @@ class GraphBuilder:
             table = table.read
         produce = as_callable(table)
         if options.bits == 32 or (options.bits == 16 and options.dtype != "float32"):
-            return self.op("Gather", self.parameter(f"{name}.weight", table), ids, out=out)
+            return self.op("Gather", self.weight(f"{name}.weight", Weight(produce, options.compute, narrows=True)), ids, out=out)
         if options.bits == 16:
             rows = self.op("Gather", self.weight(f"{name}.weight", Weight(produce, half_type)), ids)
             return self.op("Cast", rows, to=TensorProto.FLOAT, out=out)
+        if options.bits == 4:
+            choice = self._choice(name, produce, axis=-1)
+            if choice.bits != 8:
+                return narrow_rows(self, ids, name, choice.bits, self._group, choice.shape[-1], self._rounded(choice, produce), out)
         quantized = _Once(lambda: quantize_rows(produce(), options), uses=2)
         codes = self.op("Gather", self.weight(f"{name}.weight", lambda: quantized.get()[0]), ids)
         scale = self.op("Gather", self.weight(f"{name}.scale", lambda: quantized.get()[1]), ids)
         return self.op("Mul", self.op("Cast", codes, to=self._type(None)), scale, out=out)
+
+    def _choice(self, name: str, produce: Callable[[], Array], *, axis: int) -> Rounding:
+        """How a weight is rounded. axis: of its inputs."""
+        known = self.options.choices.get((self.name, name))
+        if known is not None:
+            return known
+        shape = np.shape(produce())
+        wide = self.name in (block_name("embed"), block_name("head")) and fits(shape[axis], self._group, 6)
+        return Rounding(6 if wide else 4 if fits(shape[axis], self._group, 4) else 8, shape)
+
+    def _narrow_outputs(self, name: str, choice: Rounding, produce: Callable[[], Array]) -> str:
+        """A weight of 4 or 6 bits, stored [out, in]; returns its value [out, in], or [experts, out, in]."""
+        assert choice.bits != 8
+        *lead, depth, out = choice.shape
+        rows = self._rounded(choice, lambda: _outputs_first(produce()))
+        value = narrow_matrix(self, name, choice.bits, self._group, (int(np.prod(lead, dtype=int)) * out, depth), rows)
+        return self.op("Reshape", value, self.const([*lead, out, depth])) if lead else value
+
+    def _rounded(self, choice: Rounding, produce: Callable[[], Array]) -> Callable[[], Narrow]:
+        """What rounds a weight [out, in], once for the arrays that it is stored as."""
+        bits, step = choice.bits, self.options.compute
+        assert bits != 8
+
+        def rounded() -> Narrow:
+            weight = produce()
+            narrow = fit(weight, bits, self._group, step, choice.importance)
+            return narrow if choice.moments is None else compensated(weight, narrow, choice.moments)
+
+        return _Once(rounded, uses=5 if bits == 4 else 4).get
+
+    @property
+    def _group(self) -> int:
+        assert self.options.group_size is not None  # at 4 bits
+        return self.options.group_size
+
+    @property
+    def compute_type(self) -> int:
+        """TensorProto type of the compute type."""
+        return tensor_type(self.options.dtype)
 
     def _own(self, weight: WeightValue) -> tuple[KeptForm, Callable[[], Kept]] | None:
         """How the source quantized the weight, and what reads it so, if that is to be kept."""
@@ -202,16 +260,16 @@ class GraphBuilder:
         self.kept.append(form)
 
         def factors(what: str) -> tuple[str, str | None]:
-            data = self.weight(f"{name}.{what}", Weight(lambda: getattr(source.get(), what)[0], counted=False))
+            data = self.weight(f"{name}.{what}", Weight(lambda: getattr(source.get(), what)[0], counted=0))
             if form.each is None:
                 return data, None
-            return data, self.weight(f"{name}.{what}_step", Weight(lambda: getattr(source.get(), what)[1], counted=False))
+            return data, self.weight(f"{name}.{what}_step", Weight(lambda: getattr(source.get(), what)[1], counted=0))
 
         return _Stored(
-            codes=self.weight(f"{name}.weight", Weight(lambda: source.get().codes, codes, counted=True)),
+            codes=self.weight(f"{name}.weight", Weight(lambda: source.get().codes, codes, counted=1)),
             scale=factors("scale") if form.scaled else None,
             minimum=None if form.minimum is None else factors("minimum"),
-            zero=self.weight(f"{name}.zero", Weight(lambda: source.get().zero, counted=False)) if form.zero else None,
+            zero=self.weight(f"{name}.zero", Weight(lambda: source.get().zero, counted=0)) if form.zero else None,
         )
 
     def _factors(self, form: KeptForm, data: str, step: str | None) -> str:
@@ -312,6 +370,12 @@ class _Stored:
     scale: tuple[str, str | None] | None
     minimum: tuple[str, str | None] | None
     zero: str | None
+
+
+def _outputs_first(weight: Array) -> Array:
+    """[in, out] -> [out, in], [experts, in, out] -> [experts * out, in]"""
+    turned = weight.swapaxes(-1, -2)
+    return turned if turned.ndim == 2 else turned.reshape(-1, turned.shape[-1])
 
 
 class _Once:

@@ -4,10 +4,8 @@ A weight is [in, out] (or [experts, in, out]). Scales belong to output channels,
 of one output channel, so that `DequantizeLinear(values, scale)` gives the weight back in the compute type:
 
     8 bits   int8, symmetric; one scale an output channel, or one a group
-    4 bits   int4, symmetric; one scale a group
 
-The scale of a group is searched, not taken from its largest element: at 4 bits clipping an outlier costs less than coarser
-steps for everything else.
+Weights of 4 and 6 bits are those of mesh/importer/write/narrow.py.
 """
 
 from __future__ import annotations
@@ -28,9 +26,6 @@ Array = npt.NDArray[Any]
 # Columns are quantized in slices of this many elements: the float32 working copies stay small whatever the weight's size.
 SLICE_ELEMENTS = 1 << 20
 
-# Candidates for the largest magnitude a 4-bit scale must reach, as a fraction of the group's largest element. Negative ones
-# give that element the code -8, which positive ones cannot use.
-FRACTIONS_4 = (1.0, 0.93, 0.86, 0.79, -1.0, -0.93, -0.86, -0.79)
 FLOAT16_MAX = 65504.0
 
 # DequantizeLinear cannot say "one scale an output channel" of a weight that has an expert axis too: groups instead.
@@ -39,7 +34,7 @@ EXPERT_GROUP = 128
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """`values` [..., in, out] int8 or int4; `scale` [out], or [..., groups, out] when `block_size` is given; compute type.
+    """`values` [..., in, out] int8; `scale` [out], or [..., groups, out] when `block_size` is given; compute type.
 
     `axis` and `block_size` are the attributes of DequantizeLinear; block_size None is one scale an output channel.
     """
@@ -51,7 +46,7 @@ class QuantizedWeight:
 
 
 def quantize_weight(weight: Array, options: ImportOptions) -> QuantizedWeight:
-    """Quantize `weight` [in, out] or [experts, in, out] of any float type to `options.bits` (8 or 4).
+    """Quantize `weight` [in, out] or [experts, in, out] of any float type to 8 bits.
 
     The last group of an input length that is no multiple of the group size is shorter, as DequantizeLinear allows.
     """
@@ -60,15 +55,14 @@ def quantize_weight(weight: Array, options: ImportOptions) -> QuantizedWeight:
     per_channel = group is None
     block = rows if group is None else min(group, rows)
     groups = -(-rows // block)
-    storage = np.dtype(ml_dtypes.int4) if options.bits == 4 else np.dtype(np.int8)
-    values = np.empty(weight.shape, storage)
+    values = np.empty(weight.shape, np.int8)
     scale = np.empty((*lead, groups, columns), options.compute)
     width = max(1, SLICE_ELEMENTS // rows)
     for index in np.ndindex(*lead):
         for start in range(0, columns, width):
             part = (*index, slice(None), slice(start, start + width))
             codes, scales = _quantize_columns(np.asarray(weight[part], np.float32), block, options)
-            values[part] = codes.astype(storage)
+            values[part] = codes.astype(np.int8)
             scale[part] = scales
     axis = len(lead) if not per_channel else 1
     return QuantizedWeight(values, scale.reshape(columns) if per_channel else scale, axis, None if per_channel else block)
@@ -133,30 +127,9 @@ def _quantize_columns(weight: Array, block: int, options: ImportOptions) -> tupl
     if rows % block:
         weight = np.concatenate([weight, np.zeros((groups * block - rows, columns), np.float32)])
     grouped = weight.reshape(groups, block, columns)
-    largest = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=1)[:, None, :], axis=1)  # signed, [groups, 1, out]
-    if options.bits == 8:
-        scale = _stored(np.abs(largest) / 127, options)
-        codes = np.rint(grouped * _inverse(scale)).clip(-127, 127)
-    else:
-        scale, codes = _search_4(grouped, largest, options)
+    scale = _stored(np.abs(grouped).max(axis=1, keepdims=True) / 127, options)  # [groups, 1, out]
+    codes = np.rint(grouped * _inverse(scale)).clip(-127, 127)
     return codes.reshape(groups * block, columns)[:rows], scale[:, 0, :]
-
-
-def _search_4(grouped: Array, largest: Array, options: ImportOptions) -> tuple[Array, Array]:
-    """The scale [groups, 1, out] with the smallest squared error among the candidates, each refined by least squares."""
-    best_error = np.full(largest.shape, np.inf, np.float32)
-    best_scale = np.zeros_like(largest)
-    for fraction in FRACTIONS_4:
-        # a positive fraction maps the largest element to +7 or -7, a negative one to -8
-        scale = np.abs(largest) * (fraction / 7) if fraction > 0 else largest * (fraction / 8)
-        codes = np.rint(grouped * _inverse(scale)).clip(-8, 7)
-        norm = (codes * codes).sum(axis=1, keepdims=True)
-        scale = _stored(np.divide((grouped * codes).sum(axis=1, keepdims=True), norm, out=np.zeros_like(norm), where=norm > 0), options)
-        error = np.square(grouped - codes * scale).sum(axis=1, keepdims=True)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best_scale = np.where(better, scale, best_scale)
-    return best_scale, np.rint(grouped * _inverse(best_scale)).clip(-8, 7)
 
 
 def _stored(scale: Array, options: ImportOptions) -> Array:

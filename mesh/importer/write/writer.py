@@ -36,13 +36,15 @@ Array = npt.NDArray[Any]
 class Weight:
     """A weight that is produced only when it is written: an array of any strides, stored as `dtype` (None: its own type).
 
-    Conversion and transposition happen slice by slice while writing, so `produce` may return a view of a mapped file. `counted`: whether
-    its elements are parameters of the model (None: what it is used for says it).
+    Conversion and transposition happen slice by slice while writing, so `produce` may return a view of a mapped file. `counted`: how many
+    parameters of the model each element is (None: one or none, as what it is used for says). `narrows`: it is one of those that `--bits`
+    stores narrower.
     """
 
     produce: Callable[[], Array]
     dtype: np.dtype[Any] | Callable[[Array], np.dtype[Any]] | None = None
-    counted: bool | None = None
+    counted: int | None = None
+    narrows: bool = False
 
 
 WeightValue = Array | Callable[[], Array] | Weight
@@ -83,8 +85,7 @@ class BlockWriter:
                 counted = value.counted if isinstance(value, Weight) else None
                 if counted is None:
                     counted = weight_name not in scales and (weight_name in quantized or _is_float(tensor.data_type))
-                if counted:
-                    parameters += int(np.prod(tensor.dims, dtype=np.int64))
+                parameters += int(counted) * int(np.prod(tensor.dims, dtype=np.int64))
         finally:
             data.close()
         path = self.directory / f"{name}.onnx"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,8 +14,10 @@ from tiny_models import LLAMA, logits_of, make_model, torch
 
 from mesh.errors import ConfigError
 from mesh.importer.options import ImportOptions
+from mesh.importer.precision import fits
 from mesh.importer.sources.safetensors import open_source
 from mesh.importer.write.blocks import BlockWriter
+from mesh.importer.write.narrow import fit
 from mesh.importer.write.quantize import dequantize, half_type, quantize_rows, quantize_weight
 
 GPT2 = {"vocab_size": 199, "hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 5, "tie_word_embeddings": False}
@@ -30,6 +32,7 @@ STORAGE = {
     "8-32": (ImportOptions(bits=8, group_size=32), 1e-4),
     "4": (ImportOptions(bits=4), 1e-4),
     "4-64": (ImportOptions(bits=4, group_size=64), 1e-4),
+    "float16-4": (ImportOptions("float16", bits=4), 2e-2),
     # 16-bit arithmetic differs by itself; so does what it adds up
     "float16": (ImportOptions("float16"), 2e-2),
     "float16-8": (ImportOptions("float16", bits=8), 2e-2),
@@ -40,7 +43,17 @@ def stored(weight: np.ndarray, options: ImportOptions) -> np.ndarray:
     """[in, out] or [experts, in, out] as its block gives it back."""
     if options.bits == 16:
         return weight.astype(options.compute if options.dtype != "float32" else half_type(weight)).astype(np.float32)
-    return dequantize(quantize_weight(weight, options))
+    return dequantize(quantize_weight(weight, options.eight_bits() if options.bits == 4 else options))
+
+
+def narrowed(rows: np.ndarray, options: ImportOptions, *, wide: bool) -> np.ndarray | None:
+    """[..., out, in] as a block gives it back that holds it in 4 bits, or 6 if `wide`. None: its inputs are no whole groups."""
+    assert options.group_size is not None
+    depth = rows.shape[-1]
+    bits: Literal[4, 6] = 6 if wide and fits(depth, options.group_size, 6) else 4
+    if options.bits != 4 or not fits(depth, options.group_size, bits):
+        return None
+    return fit(rows.reshape(-1, depth), bits, options.group_size, options.compute).numbers().reshape(rows.shape)
 
 
 def rounded(model: Any, options: ImportOptions) -> Any:
@@ -50,15 +63,20 @@ def rounded(model: Any, options: ImportOptions) -> Any:
             array = parameter.numpy()
             if array.ndim < 2 or name.endswith("mlp.gate.weight"):  # norms, biases and routers stay
                 continue
-            if name == "lm_head.weight":
-                new = stored(array.T, options.for_head()).T
-            elif name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight")):
+            table = name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight"))
+            turned = ".c_" in name  # GPT-2 keeps [in, out]
+            narrow = None
+            if options.bits == 4:
+                narrow = narrowed(array.T if turned else array, options, wide=table or name == "lm_head.weight")
+            if narrow is not None:
+                new = narrow.T if turned else narrow
+            elif table:
                 if options.width <= 8:
                     codes, scale = quantize_rows(array, options)
                     new = codes.astype(np.float32) * scale.astype(np.float32)
                 else:
                     new = stored(array, options)
-            elif ".c_" in name:  # GPT-2 keeps [in, out]
+            elif turned:
                 new = stored(array, options)
             else:
                 new = stored(array.swapaxes(-1, -2), options).swapaxes(-1, -2)
@@ -81,8 +99,6 @@ SHAPES = st.lists(st.integers(1, 70), min_size=2, max_size=3).map(tuple)
 OPTIONS = [
     ImportOptions(bits=8),
     ImportOptions(bits=8, group_size=16),
-    ImportOptions(bits=4),
-    ImportOptions(bits=4, group_size=16),
 ]
 
 
@@ -104,21 +120,7 @@ def test_every_element_is_within_its_groups_step(shape: tuple[int, ...], seed: i
         group = weight[..., start : start + block, :]
         error = np.abs(back[..., start : start + block, :] - group)
         largest = np.abs(group).max(axis=-2, keepdims=True)
-        if options.bits == 8:
-            assert (error <= largest / 127 * 0.501 + 1e-6).all()
-        else:
-            # never worse than the plain choice of scale, in the mean square
-            plain = np.where(largest > 0, largest / 7, 1)
-            naive = np.rint(group / plain).clip(-8, 7) * plain
-            assert ((error**2).sum(axis=-2) <= ((naive - group) ** 2).sum(axis=-2) * (1 + 1e-5) + 1e-9).all()
-
-
-def test_the_searched_scale_beats_the_largest_element_on_random_weights() -> None:
-    weight = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
-    back = dequantize(quantize_weight(weight, ImportOptions(bits=4)))
-    largest = np.abs(weight.reshape(-1, 32, 64)).max(axis=1, keepdims=True) / 7
-    naive = (np.rint(weight.reshape(-1, 32, 64) / largest) * largest).reshape(weight.shape)
-    assert np.square(back - weight).sum() < 0.8 * np.square(naive - weight).sum()
+        assert (error <= largest / 127 * 0.501 + 1e-6).all()
 
 
 def test_options_say_what_is_wrong_with_them() -> None:
