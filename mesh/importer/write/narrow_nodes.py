@@ -1,7 +1,7 @@
 """The nodes of a weight of 4 or 6 bits of this package's own (mesh/importer/write/narrow.py), in standard ONNX.
 
-A matrix of 4 bits is uint4 through DequantizeLinear, less the minima. Codes of 6 bits, and those of a table, lie several to a byte: shifts and masks
-give them back. Tables are gathered first: a step reads few rows of them.
+A matrix of 4 bits is uint4 through DequantizeLinear, less the minima. Codes of 6 bits, and those of a table, lie several to a byte: shifts
+and masks give them back. Tables are gathered first: a step reads few rows of them.
 """
 
 from __future__ import annotations

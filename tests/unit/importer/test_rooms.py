@@ -12,7 +12,7 @@ import mesh.importer
 ROOT = Path(mesh.importer.__file__).parent
 
 # From the top down, in the order of the docstring.
-ROOMS = ["run", "verify", "sources", "families", "trace", "write", "analysis", "passes", "graph", "options"]
+ROOMS = ["run", "survey", "verify", "sources", "families", "trace", "write", "analysis", "passes", "graph", "options", "precision"]
 
 
 def room(path: Path) -> str:
