@@ -147,7 +147,7 @@ class _Surveyor(BlockWriter):
         del block
         for file in info.files:
             (self.directory / file.name).unlink()
-        means = {each: total.means(self.directory / f"{name}.{number}.npy") for number, (each, total) in enumerate(sums.items())}
+        means = {each: total.means(self.directory / f"{name}.{number}.moments") for number, (each, total) in enumerate(sums.items())}
         return {key: means[each] for key, each in inputs.items()}
 
 
@@ -173,8 +173,8 @@ class _Sums:
         if isinstance(self._products, int):
             return self._squares / self._count, None
         products = self._products / self._count
-        np.save(path, products)
-        return np.diag(products).copy(), np.load(path, mmap_mode="r")
+        products.tofile(path)
+        return np.diag(products).copy(), np.memmap(path, products.dtype, "r", shape=products.shape)
 
 
 def _equal(a: Array, b: Array) -> bool:
