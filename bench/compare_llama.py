@@ -20,9 +20,11 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from compare_engines import peak_bytes
 
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "ggml-rpc-server")
 PACKAGE = "llama-cpp-python>=0.3.16"
@@ -66,13 +68,16 @@ class Llama:
         command = [str(self.bin / tool), "-t", str(self.threads), *rpc, *arguments]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             process = subprocess.Popen(command, stdout=out, stderr=err)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            peak = 0
+            while process.returncode is None:
+                peak = max(peak, peak_bytes(process.pid))
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
             out.seek(0), err.seek(0)
             said = out.read(), err.read()
         if process.returncode:
             raise RuntimeError(f"{tool} ended with {process.returncode}: {said[1][-400:]}")
-        return *said, used.ru_maxrss * 1024
+        return *said, peak
 
     def prefill(self, gguf: Path, lengths: Sequence[int]) -> dict[int, float]:
         """Seconds for a prompt of each length, by llama-bench."""
