@@ -99,7 +99,7 @@ def detect(path: Path) -> str:
         raise ModelNotFound(f"{path} does not exist: give an .onnx or .gguf file, or a Hugging Face directory")
     if (path / "manifest.json").is_file():
         raise ModelNotFound(f"{path} is a model directory already: use it as it is")
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors*")):
+    if _is_hugging_face(path):
         return "safetensors"
     if any(path.glob("*.onnx")) or any((path / "onnx").glob("*.onnx")):
         return "onnx"
@@ -117,10 +117,15 @@ def detect(path: Path) -> str:
 
 
 def refuse_by_name(source: Path) -> None:
-    """UnsupportedModel where `source` is a directory whose config.json says that no import serves it. Loads neither torch nor JAX."""
-    path = Path(source) / "config.json"
-    if path.is_file():
-        refuse_config_file(path, read_json(path))
+    """UnsupportedModel where `source` is a Hugging Face directory whose config.json says that no import serves it. Loads neither torch nor
+    JAX."""
+    path = Path(source)
+    if _is_hugging_face(path):
+        refuse_config_file(path / "config.json", read_json(path / "config.json"))
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
 
 
 def open_source(path: Path, options: ImportOptions | None = None, progress: Progress = no_progress) -> Source:

@@ -13,6 +13,7 @@ import transformers
 from tiny_models import LLAMA
 
 from mesh.errors import UnsupportedModel
+from mesh.importer.run import refuse_by_name
 from mesh.importer.trace import refused
 from mesh.importer.trace.model import cache_shapes, open_model
 
@@ -133,3 +134,11 @@ def test_an_indexer_of_a_family_that_no_list_names_is_refused_when_the_model_is_
 )
 def test_what_a_setting_makes_a_decoder_is_not_refused(kind: str, values: dict[str, Any]) -> None:
     refused.refuse_config_file(Path("config.json"), json.loads(json.dumps({"model_type": kind, **values})))
+
+
+def test_a_directory_with_an_export_is_not_refused_by_the_configuration_beside_it(tmp_path: Path) -> None:
+    directory = saved("rwkv", {}, tmp_path / "rwkv")
+    with pytest.raises(UnsupportedModel, match="rwkv keeps a state"):
+        refuse_by_name(directory)
+    (directory / "model.safetensors").rename(directory / "model.onnx")
+    refuse_by_name(directory)
