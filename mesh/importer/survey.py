@@ -24,6 +24,7 @@ from mesh.importer.options import ImportOptions
 from mesh.importer.precision import Rounding, Surveyed, choose
 from mesh.importer.sources.source import Source
 from mesh.importer.verify.oracle import OrtBlock
+from mesh.importer.verify.size import equal
 from mesh.importer.write.writer import BlockWriter, Weight, WeightValue, as_callable
 from mesh.model.manifest import BlockInfo, block_name
 from mesh.model.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -39,7 +40,6 @@ MOST_SEQUENCES = 8
 LEAST_TOKENS = 64
 MOST_BYTES = 1 << 20
 MOST_MOMENTS = 4096  # inputs; of more only the mean squares are used: mean products take the square of them in memory
-COMPARED_ROWS = 4096
 
 
 def choices(source: Source, options: ImportOptions, scratch: Path, progress: Progress) -> Mapping[tuple[str, str], Rounding]:
@@ -111,7 +111,7 @@ class _Surveyor(BlockWriter):
             if role == "tokens":
                 self._table = value
             elif role == "head" and self._table is not None:
-                self.tied = _equal(as_callable(self._table)(), array.T)
+                self.tied = equal(as_callable(self._table)(), array.T)
         return BlockInfo(name=name, files=(), weight_bytes=0, parameters=0)
 
     def _role(self, name: str, graph: GraphProto, key: str, shape: Sequence[int]) -> Any:
@@ -175,11 +175,3 @@ class _Sums:
         products = self._products / self._count
         products.tofile(path)
         return np.diag(products).copy(), np.memmap(path, products.dtype, "r", shape=products.shape)
-
-
-def _equal(a: Array, b: Array) -> bool:
-    """Whether two matrices hold the same numbers; compared slice by slice, so that neither is copied."""
-    if a.shape != b.shape:
-        return False
-    parts = (slice(start, start + COMPARED_ROWS) for start in range(0, len(a), COMPARED_ROWS))
-    return all(np.array_equal(a[part], b[part]) for part in parts)
