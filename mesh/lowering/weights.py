@@ -92,7 +92,8 @@ def _codes(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Pac
     """The codes of operands of one kind."""
     first = parts[0]
     if first.high is not None:
-        low, high = (np.concatenate([read(name)[0] for name in names]) for names in _low_and_high(parts))
+        low = np.concatenate([read(part.codes)[0] for part in parts])
+        high = np.concatenate([read(part.high)[0] for part in parts if part.high is not None])
         six = Codes(jax.device_put(low), high=jax.device_put(high), bits=6, offset=1 << 5)
         return six if kernels().name is not None else Codes(six.integers(np.int8))  # XLA's forms are faster with whole bytes
     stored, layout = [], read(first.codes)[1]
@@ -106,11 +107,6 @@ def _codes(parts: Sequence[RightOperand], read: Callable[[str], tuple[Array, Pac
         copy_mapped(array, own if part.turned else own.T)
         start += part.out
     return stored_codes(codes, layout, grouped=bool(first.group))
-
-
-def _low_and_high(parts: Sequence[RightOperand]) -> tuple[list[str], list[str]]:
-    """The names of the bytes with the low bits of codes, and of those with the upper ones."""
-    return [part.codes for part in parts], [part.high for part in parts if part.high is not None]
 
 
 def fits_tiles(codes: Codes, experts: int = 1) -> bool:

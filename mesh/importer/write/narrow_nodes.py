@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from onnx import helper
+from onnx import TensorProto, helper
 
 from mesh.importer.precision import NarrowBits, groups_of_a_step
 from mesh.importer.write.narrow import SIX_ZERO, Narrow, packed
@@ -21,7 +21,6 @@ from mesh.importer.write.writer import Weight
 __all__ = ["narrow_matrix", "narrow_rows"]
 
 Array = npt.NDArray[Any]
-UINT8 = np.dtype(np.uint8)
 UINT4 = np.dtype(ml_dtypes.uint4)
 
 
@@ -42,7 +41,9 @@ def narrow_matrix(builder: Builder, name: str, bits: NarrowBits, group: int, sha
     scale = _numbers(builder, name, "scale", groups, produce)
     if bits == 6:
         codes = _whole(builder, *_packed(builder, name, bits, produce), lead=1)
-        zero = builder.op("ConstantOfShape", builder.const([out, groups]), value=helper.make_tensor("zero", _type(UINT8), [1], [SIX_ZERO]))
+        zero = builder.op(
+            "ConstantOfShape", builder.const([out, groups]), value=helper.make_tensor("zero", TensorProto.UINT8, [1], [SIX_ZERO])
+        )
         return builder.op("DequantizeLinear", codes, scale, zero, axis=1, block_size=group)
     codes = builder.weight(f"{name}.weight", Weight(lambda: produce().codes, UINT4, counted=1))
     values = builder.op("DequantizeLinear", codes, scale, axis=1, block_size=group)
@@ -114,7 +115,3 @@ def _whole(builder: Builder, low: str, high: str | None = None, *, lead: int) ->
         return codes
     upper = builder.op("BitShift", parts(high, [0, 2, 4, 6], 3), builder.const(np.uint8(4), np.uint8), direction="LEFT")
     return builder.op("BitwiseOr", codes, upper)
-
-
-def _type(dtype: np.dtype[Any]) -> int:
-    return int(helper.np_dtype_to_tensor_dtype(dtype))
