@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from resident import memory
 
 PROMPT = list(range(100, 116))
 STEPS = 64
@@ -74,11 +75,7 @@ def measure(step: Callable[[int, np.ndarray], object], rows: int, steps: int = S
 def peak_bytes(pid: int | None = None) -> int:
     """The most that was resident of a process, this one by default; 0 where it has ended. The system's own count for ended processes begins
     with what the process that started them has held."""
-    try:
-        status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    return memory(pid or "self", "VmHWM")[0]
 
 
 def ours(model: Path, work: Workload) -> Figures:

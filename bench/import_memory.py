@@ -11,13 +11,14 @@ mapped files included. Each step of the import has its own. Linux only.
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from resident import memory
 
 GB = 1e9
 
@@ -36,11 +37,7 @@ def tree(root: int) -> Iterator[int]:
 
 def resident(pid: int) -> tuple[int, int]:
     """Bytes that are its own, and all of them with mapped files; zeros where it has ended."""
-    try:
-        said = dict(re.findall(r"^(RssAnon|RssShmem|RssFile):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M))
-    except OSError:
-        return 0, 0
-    anonymous, shared, mapped = (int(said.get(name, 0)) << 10 for name in ("RssAnon", "RssShmem", "RssFile"))
+    anonymous, shared, mapped = memory(pid, "RssAnon", "RssShmem", "RssFile")
     return anonymous + shared, anonymous + shared + mapped
 
 

@@ -12,6 +12,8 @@ import argparse
 import asyncio
 from pathlib import Path
 
+from resident import memory
+
 from mesh.client import AsyncMeshClient
 from mesh.local.mesh import LocalMesh, LocalOptions
 
@@ -21,8 +23,8 @@ TOKENS = 64
 
 def resident(pid: int) -> tuple[float, float]:
     """Megabytes of a process: all that is resident, and what no other process has."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return tuple(int(fields[name].split()[0]) * 1024 / MB for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
+    everything, own = memory(pid, "VmRSS", "RssAnon")
+    return everything / MB, own / MB
 
 
 async def use_every_row(mesh: LocalMesh, rows: int, context: int) -> None:
