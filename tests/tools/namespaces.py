@@ -83,14 +83,17 @@ def host_of_its_own(here: str, there: str) -> Iterator[Host]:
     make_first(name)
     try:
         ip("link", "add", line, "type", "veth", "peer", "name", "mesh1", "netns", name)
-        ip("addr", "add", f"{here}/30", "dev", line)
-        ip("link", "set", line, "up")
-        ip("-n", name, "addr", "add", f"{there}/30", "dev", "mesh1")
-        ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", name, "link", "set", "mesh1", "up")
-        yield Host(name)
+        try:
+            ip("addr", "add", f"{here}/30", "dev", line)
+            ip("link", "set", line, "up")
+            ip("-n", name, "addr", "add", f"{there}/30", "dev", "mesh1")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "mesh1", "up")
+            yield Host(name)
+        finally:
+            ip("link", "del", line)  # a namespace that is removed loses it only some time later
     finally:
-        ip("netns", "del", name)  # and the line with it
+        ip("netns", "del", name)
 
 
 @contextmanager
