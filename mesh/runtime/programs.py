@@ -23,7 +23,18 @@ from mesh.runtime.sampling import RowTable, Sampled, sample
 from mesh.runtime.shaping import Shaping, choose, mask_shape, shape_logits, table_shapes
 from mesh.runtime.step import LayerCache
 
-__all__ = ["Compiled", "Group", "Pick", "Programs", "ShapeBucket", "chunk_numbers", "decode_numbers", "packed_numbers", "to_host"]
+__all__ = [
+    "Compiled",
+    "Group",
+    "Pick",
+    "Programs",
+    "ShapeBucket",
+    "chunk_numbers",
+    "decode_numbers",
+    "grouped",
+    "packed_numbers",
+    "to_host",
+]
 
 _SEEN, _SEEN_FACTOR = 2048, 4
 """Penalties look back over this many tokens, or a power of the factor times as many: few programs, for 0.02 ms more with penalties."""
@@ -153,7 +164,7 @@ class Programs:
         self._embed, self._head = embed, head
         self._layers = tuple(layers)
         self._own = own or slice(0, len(layers))
-        self._grouped = [replace(group, first=group.first + self._own.start) for group in _groups(self._layers[self._own])]
+        self._grouped = [replace(group, first=group.first + self._own.start) for group in grouped(self._layers[self._own])]
         alone = {block.signature: Group((block,), index) for index, block in enumerate(self._layers)}
         self._alone = tuple(alone.values()) if len(self._layers) > self._own.stop - self._own.start else ()
         self._hidden = hidden
@@ -409,12 +420,19 @@ def _relevant(kind: str, bucket: ShapeBucket, state: Any) -> ShapeBucket:
     return bucket
 
 
-def _groups(layers: Sequence[Block]) -> Iterator[Group]:
-    """Runs of equal layers, cut evenly. Unlike neighbours (of a pattern of windows, say) are put together up to the same number."""
-    runs = [list(run) for _, run in groupby(layers, key=lambda block: block.signature)]
+def grouped(layers: Sequence[Block]) -> Iterator[Group]:
+    """Runs of equal layers, cut evenly. Neighbouring runs that fill no program (of a pattern of windows or of bits, say) are cut as one."""
+    runs: list[list[Block]] = []
+    open_ended = False  # whether the last of `runs` takes another short one
+    for _, equal in groupby(layers, key=lambda block: block.signature):
+        run = list(equal)
+        short = len(run) < step.GROUP_LAYERS
+        if short and open_ended:
+            runs[-1] += run
+        else:
+            runs.append(run)
+        open_ended = short
     first = 0
-    if max(map(len, runs)) < step.GROUP_LAYERS:
-        runs = [list(layers)]
     for run in runs:
         start = 0
         for size in step.group_sizes(len(run)):
