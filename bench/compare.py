@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -181,6 +182,19 @@ def table(width: str, found: dict[str, list[Figures]], floor_s: float) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def processor() -> str:
+    """Its name, and which of the instruction sets that matter here it has."""
+    try:
+        facts = dict(
+            line.split("\t: ", 1) for line in re.sub(r"\t+:", "\t:", Path("/proc/cpuinfo").read_text()).splitlines() if "\t: " in line
+        )
+    except OSError:
+        return platform.processor() or platform.machine()
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+    return ", ".join([facts.get("model name", platform.machine()), *(each for each in known if each in flags)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: tuple(int(part) for part in text.split(",") if part)  # noqa: E731
@@ -200,7 +214,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     llama = Llama(args.llama, THREADS) if args.llama else None
     work = Workload(args.rows, args.prompts, args.depths)
-    results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": THREADS, "widths": {}}
+    results: dict[str, Any] = {"model": args.gguf.stem, "machine": processor(), "threads": THREADS, "widths": {}}
     for width in args.widths.split(","):
         gguf = source_of(width, args.gguf, args.work, llama)
         with ExitStack() as stack:
@@ -210,9 +224,9 @@ def main() -> None:
         floor_s = gguf.stat().st_size / speed
         print(f"\n{gguf.stat().st_size / 1e6:.0f} MB, memory {speed / 1e9:.1f} GB/s\n{table(width, found, floor_s)}", flush=True)
         results["widths"][width] = {"floor_s": floor_s, "engines": {name: [asdict(each) for each in all_] for name, all_ in found.items()}}
-    if llama is not None:
-        results["llama.cpp"] = llama.path_taken(gguf)
-        print(f"\nllama.cpp took: {results['llama.cpp']}")
+        if llama is not None:
+            results["widths"][width]["llama.cpp"] = llama.path_taken(gguf)
+            print(f"llama.cpp held its weights: {results['widths'][width]['llama.cpp']}", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1))

@@ -100,10 +100,13 @@ class Llama:
         return {test["pl"]: {"prefill": test["t_pp"], "step": test["t_tg"] / steps} for test in tests}, peak
 
     def path_taken(self, gguf: Path) -> str:
-        """What it says of the instruction sets it uses."""
-        out, err, _ = self._run("llama-batched-bench", "-m", str(gguf), "-c", "128", "-npp", "8", "-ntg", "2", "-npl", "1")
-        found = re.search(r"system_info:(.*)", out + err)
-        return found[1].strip() if found else "it did not say"
+        """How it holds the weights, by the buffers that it says it fills: for AMX, repacked for this processor, or generic."""
+        out, err, _ = self._run("llama-bench", "-m", str(gguf), "-p", "0", "-n", "1", "-r", "1", "-v")
+        sizes: dict[str, float] = {}
+        for buffer, size in re.findall(r"(\S+) model buffer size\s*=\s*([\d.]+) MiB", out + err):
+            path = "AMX" if "AMX" in buffer else "repacked" if "REPACK" in buffer else "generic"
+            sizes[path] = sizes.get(path, 0) + float(size)
+        return ", ".join(f"{path} {size:.0f} MiB" for path, size in sizes.items()) or "it did not say"
 
     def quantize(self, source: Path, out: Path, kind: str) -> None:
         command = [str(self.bin / "llama-quantize"), str(source), str(out), kind, str(self.threads)]

@@ -53,14 +53,14 @@ def panel(x: float, y: float, title: str, rates: dict[str, Sequence[float]], col
     return drawn
 
 
-def picture(width: str, machine: str, found: dict[str, Any]) -> str:
-    """The SVG of one width, whose figures are `found`: `engines`, the rounds of each, and `floor_s`."""
+def picture(title: str, found: dict[str, Any]) -> str:
+    """The SVG of one width, with `title` above it, whose figures are `found`: `engines`, the rounds of each, and `floor_s`."""
     engines = {name: [Figures.of(each) for each in rounds] for name, rounds in found["engines"].items()}
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(engines)}
     cells = sorted({cell for rounds in engines.values() for each in rounds for cell in each.cells()})
     lines = -(-len(cells) // MOST)
     wide, high = 20 + PANEL * max(min(len(cells), MOST), 3), TOP + lines * (BARS + GAP + 24)
-    drawn = [text(12, 20, f"{width}: tokens a second, {machine}", size=14)]
+    drawn = [text(12, 20, title, size=14)]
     for place, (name, colour) in enumerate(colours.items()):
         drawn.append(f'<rect x="{12 + 110 * place}" y="30" width="10" height="10" fill="{colour}"/>' + text(26 + 110 * place, 39, name))
     for place, cell in enumerate(cells):
@@ -83,7 +83,8 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     for width, found in results["widths"].items():
         path = args.folder / f"{width}.svg"
-        path.write_text(picture(width, f"{results['machine']}, {results['threads']} threads", found))
+        machine = results["machine"].split(",")[0]  # without its instruction sets
+        path.write_text(picture(f"{results['model']}, {width}: tokens a second, {machine}, {results['threads']} threads", found))
         print(path)
 
 
