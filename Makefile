@@ -36,7 +36,7 @@ demo: | models/smollm2
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	MESH_KERNELS=none $(BIN)/python -m pytest -n 2 tests/unit/runtime/test_stage.py tests/unit/runtime/test_cache.py tests/unit/lowering/test_join_products.py
+	MESH_KERNELS=none $(BIN)/python -m pytest -n 2 tests/unit/runtime/test_stage.py tests/unit/runtime/test_cache.py tests/unit/lowering/test_join_products.py tests/unit/lowering/test_product_forms.py
 
 # The sanitizers end the program at the first fault; each seed makes other shapes.
 SANITIZED := /tmp/mesh-kernels-$(shell id -u)

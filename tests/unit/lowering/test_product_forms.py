@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mesh.kernels.library import kernels
 from mesh.lowering import linear
 from mesh.lowering.linear import Codes
 
+only_with_kernels = pytest.mark.skipif(kernels().name is None, reason=f"kernels: {kernels()}")
+VARIANTS = [pytest.param(each, marks=only_with_kernels if each == "kernel" else ()) for each in linear.VARIANTS]
 
-@pytest.mark.parametrize("variant", linear.VARIANTS)
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(1536, 192), (1031, 130), (96, 64)])  # parts, no parts as it is a prime, too small for parts
 def test_every_form_is_the_product(variant: str, rows: int, shape: tuple[int, int]) -> None:
