@@ -8,10 +8,13 @@ from typing import Literal
 
 from mesh.errors import BadRequest
 
-__all__ = ["DType", "LayerRange", "Progress", "even_ranges", "no_progress"]
+__all__ = ["CacheDType", "DType", "LayerRange", "Progress", "even_ranges", "no_progress"]
 
 DType = Literal["float32", "bfloat16", "float16"]
 """The name of an element type that a model computes in. mesh/dtypes.py has the numpy type of each."""
+
+CacheDType = Literal["float32", "bfloat16", "float16", "int8"]
+"""The name of a type that keys and values are held in."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) as long work goes on."""

@@ -49,8 +49,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--kv-cache",
-        choices=("float32", "float16"),
-        help="type of keys and values: float16 halves the memory of each position, and long answers read half (default: that of --dtype)",
+        choices=("float32", "float16", "int8"),
+        help="type of keys and values: float16 halves the memory of each position, and long answers read half; int8 takes a quarter, with "
+        "a scale for each key and value of a head (default: that of --dtype)",
     )
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
     parser.add_argument(

@@ -13,7 +13,7 @@ from mesh.dtypes import NUMPY_DTYPES
 from mesh.errors import ConfigError
 from mesh.importer.precision import NARROW_GROUP, Rounding
 from mesh.model.manifest import WeightsInfo
-from mesh.types import DType
+from mesh.types import CacheDType, DType
 
 __all__ = ["ImportOptions"]
 
@@ -23,7 +23,7 @@ class ImportOptions:
     """How blocks compute and how they store their weights.
 
     dtype: type of the hidden state, the cache and all arithmetic.
-    kv_cache: type of the cache where it is another: float16 under float32 arithmetic holds twice the positions.
+    kv_cache: type of the cache where it is another: float16 and int8 under float32 arithmetic hold twice and four times the positions.
     bits: width of the stored MatMul weights and embedding tables; 4 are 4 or 6, as mesh/importer/precision.py chooses; 32 under 16-bit
     compute means 16. None: as the source has them. Weights that it has quantized, and its matrices and tables of 16 bits, are kept as they
     are under float32 compute; all others are 32 bits.
@@ -42,15 +42,16 @@ class ImportOptions:
     keep: bool = field(default=False, init=False)
     group_size: int | None = None
     trust_remote_code: bool = False
-    kv_cache: DType | None = None
+    kv_cache: CacheDType | None = None
     calibrate: Path | None = None
     choices: Mapping[tuple[str, str], Rounding] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in NUMPY_DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not known: use one of {', '.join(NUMPY_DTYPES)}")
-        if self.kv_cache not in (None, self.dtype, "float16") or (self.kv_cache == "float16" and self.dtype == "bfloat16"):
-            raise ConfigError(f"a cache of {self.kv_cache} does not go with {self.dtype}: use {self.dtype}, or float16 under float32")
+        narrower = ("float16", "int8") if self.dtype == "float32" else ()
+        if self.kv_cache not in (None, self.dtype, *narrower):
+            raise ConfigError(f"a cache of {self.kv_cache} does not go with {self.dtype}: use {self.dtype}; float16 or int8 under float32")
         if self.bits is None:
             object.__setattr__(self, "keep", self.dtype == "float32")
             object.__setattr__(self, "bits", 32)

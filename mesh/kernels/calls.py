@@ -167,7 +167,8 @@ def attention(
     """Tokens of any rows: rotate them, write their keys and values into the caches, and attend over them.
 
     q [tokens, heads, dim], k, v [tokens, kv_heads, dim] float32; rotation: cosines and sines [tokens, pairs]; steps: positions, writes and
-    rows [tokens], and how many of the tokens are real, int32; caches: keys and values [R, kv_heads, slots, dim], float32 or float16.
+    rows [tokens], and how many of the tokens are real, int32; caches: keys and values [R, kv_heads, slots, dim], float32 or float16, or
+    int8 [R, kv_heads, slots, dim + 4] with the scale of each at its end.
     Returns (context [tokens, heads, dim], keys, values); donated caches are written in place, all before any is read. A token sees the
     positions of its row up to its own, `window` of them at most. It has the same bits whatever other tokens there are.
     """

@@ -16,7 +16,7 @@ __all__ = ["Kernels", "kernels"]
 
 _LIBRARY = Path(__file__).with_name("native") / "kernels.so"
 _TARGETS = ("mesh_products", "mesh_expert_products", "mesh_attention", "mesh_likeliest")
-_VERSION = 6
+_VERSION = 7
 """Of the calls in calls.py. handlers.cpp has the same number: a library that was built from other sources is not used."""
 _SLOWER = "narrow weights are multiplied several times slower"
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from mesh.errors import BadLayerRange, CorruptModel, ModelNotFound, decoding
 from mesh.host.paths import open_inside
 from mesh.protocol.documents import problem
-from mesh.types import DType, LayerRange
+from mesh.types import CacheDType, DType, LayerRange
 
 __all__ = [
     "EXTRA_FILES",
@@ -83,8 +83,8 @@ class StateInfo(_Strict):
 
 
 class CacheInfo(_Strict):
-    """What one layer keeps of a row: keys and values of each position, states, or both. Bytes for a token in a row: kv_heads * (key_dim +
-    value_dim) * itemsize. A layer without attention has none of these three."""
+    """What one layer keeps of a row: keys and values of each position, states, or both. Numbers for a token in a row: kv_heads * (key_dim +
+    value_dim). A layer without attention has none of these three."""
 
     kv_heads: Count
     key_dim: Count
@@ -154,7 +154,7 @@ class Manifest(_Strict):
     context_length: int = Field(ge=1, lt=2**31)  # the most positions a row may have
     hidden: HiddenInfo
     cache: Annotated[tuple[CacheInfo, ...], Field(max_length=MAX_LAYERS)]  # one a layer
-    cache_dtype: DType
+    cache_dtype: CacheDType
     weights: WeightsInfo
     blocks: Annotated[tuple[BlockInfo, ...], Field(max_length=MAX_LAYERS + 2)]  # embed, the layers in order, head
     tokenizer: TokenizerInfo | None = None

@@ -35,10 +35,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from mesh.dtypes import NUMPY_DTYPES
+from mesh.dtypes import CACHE_DTYPES, NUMPY_DTYPES, cache_width
 from mesh.errors import BadLayerRange, PlanError
 from mesh.model.manifest import CacheInfo, Manifest
-from mesh.types import LayerRange
+from mesh.types import CacheDType, LayerRange
 
 __all__ = ["CACHE_SLACK", "DEFAULT_CHUNK", "SHARED_BYTES", "BlockShape", "MemoryNeed", "ModelShape", "predict", "stored_bytes"]
 
@@ -105,7 +105,7 @@ class ModelShape:
     context_length: int
     bits: int
     compute_itemsize: int
-    cache_itemsize: int
+    cache_dtype: CacheDType
     model_hash: str | None = None  # None: not imported
     notes: tuple[str, ...] = ()  # what was assumed
 
@@ -124,7 +124,7 @@ class ModelShape:
             context_length=manifest.context_length,
             bits=manifest.weights.bits,
             compute_itemsize=NUMPY_DTYPES[manifest.hidden.dtype].itemsize,
-            cache_itemsize=NUMPY_DTYPES[manifest.cache_dtype].itemsize,
+            cache_dtype=manifest.cache_dtype,
             model_hash=manifest.model_hash,
         )
 
@@ -166,7 +166,8 @@ class ModelShape:
                 f"{name}: {parameters:,} parameters are fewer than its embedding and output matrix alone "
                 f"(2 x {vocab_size:,} x {hidden_size:,}): check total_parameters, vocab_size and hidden_size"
             )
-        itemsize = 4 if bits == 32 else 2
+        dtype: CacheDType = "float32" if bits == 32 else "bfloat16"
+        itemsize = CACHE_DTYPES[dtype].itemsize
         per_layer = [inner // layers + (1 if i < inner % layers else 0) for i in range(layers)]
         return cls(
             name=name,
@@ -179,7 +180,7 @@ class ModelShape:
             context_length=context_length,
             bits=bits,
             compute_itemsize=itemsize,
-            cache_itemsize=itemsize,
+            cache_dtype=dtype,
             notes=tuple(notes),
         )
 
@@ -223,8 +224,9 @@ class ModelShape:
     @cached_property
     def cache_per_token(self) -> tuple[int, ...]:
         """Prefix sums of the cache bytes of one token in one row."""
-        each = (info.kv_heads * (info.key_dim + info.value_dim) * self.cache_itemsize for info in self.cache)
-        return tuple(accumulate(each, initial=0))
+        size = CACHE_DTYPES[self.cache_dtype].itemsize
+        widths = (sum(cache_width(self.cache_dtype, dim) for dim in (info.key_dim, info.value_dim)) for info in self.cache)
+        return tuple(accumulate((info.kv_heads * width * size for info, width in zip(self.cache, widths, strict=True)), initial=0))
 
     @cached_property
     def query_heads(self) -> tuple[int, ...]:
@@ -299,7 +301,7 @@ def predict(
     width = max(shape.widths[first:stop])
     activations = (4 * shape.hidden_size + 3 * width) * _FLOAT32
     scores = 0 if in_blocks else 2 * max(shape.query_heads[first:stop]) * context * _FLOAT32
-    reads = 0 if in_blocks else largest // shape.cache_itemsize * context * _FLOAT32
+    reads = 0 if in_blocks else largest // CACHE_DTYPES[shape.cache_dtype].itemsize * context * _FLOAT32
     prefill_tokens = prefill_rows * max(CACHE_SLACK, min(chunk, context))
     steps = ((rows, rows), (prefill_tokens, prefill_rows))  # (tokens, rows)
     step = max(tokens * (activations + scores) + step_rows * reads for tokens, step_rows in steps)

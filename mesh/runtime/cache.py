@@ -1,6 +1,6 @@
 """The KV cache of one layer on one shard, and how a block's own ops read and write it in place.
 
-    array [R, Hkv, S, D]    R rows (sessions), S positions: the key or value of each position of a row
+    array [R, Hkv, S, D]    R rows (sessions), S positions: the key or value of each position of a row; of int8 with its scale at the end
 
 A block takes `past_key`, scatters into it with TensorScatter and reads the result with Attention (docs/model-format.md). Run literally,
 that would gather the rows of a step and copy them back. Instead a CacheView stands in the lowered graph in place of the past, and
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh.dtypes import INT8_SCALE
 from mesh.kernels import calls
 from mesh.lowering.ops.attention import rotate
 
@@ -34,6 +35,7 @@ COARSE, FINE = 1024, 128
 blocks take fewer iterations."""
 _BLOCK_BYTES = 3 << 20
 """The most a coarse block of keys should take, so that its copy stays in the processor's caches."""
+_TINY = 1e-30  # smaller numbers are 0 in int8
 _HIDDEN = -1e30  # finite, so that a row that sees nothing stays finite
 _LOWEST = -1e20  # below the score of every visible position, and so far above a hidden one that the hidden one's weight is 0
 
@@ -51,8 +53,8 @@ class _View:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        _, heads, _, dim = self.array.shape
-        return (self.row_count, heads, self.length, dim)
+        _, heads, _, width = self.array.shape
+        return (self.row_count, heads, self.length, width - INT8_SCALE if self.array.dtype == jnp.int8 else width)
 
     @property
     def ndim(self) -> int:
@@ -60,7 +62,8 @@ class _View:
 
     @property
     def dtype(self) -> Any:
-        return self.array.dtype
+        """Of the numbers that are read."""
+        return jnp.dtype(jnp.float32) if self.array.dtype == jnp.int8 else self.array.dtype
 
     def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
         if op_type == "Shape":
@@ -96,12 +99,12 @@ class CacheView(_View):
     def read(self, start: Any, size: int) -> jax.Array:
         """Positions start .. start + size - 1 as float32 [rows, Hkv, size, D]; a copy of just that, where XLA does not fuse it into its
         reader."""
-        rows, heads, _, dim = self.shape
-        return jax.lax.dynamic_slice(self.array, (self.row, 0, start, 0), (rows, heads, size, dim)).astype(jnp.float32)
+        _, heads, _, width = self.array.shape
+        return _read(jax.lax.dynamic_slice(self.array, (self.row, 0, start, 0), (self.rows, heads, size, width)))
 
     def write(self, update: jax.Array, indices: jax.Array) -> CacheView:
         """Write update [rows, Hkv, T, D] at positions indices[b] .. indices[b] + T - 1."""
-        update = jnp.nan_to_num(update.astype(self.array.dtype))  # a weight of 0 does not remove a NaN
+        update = _stored(update, self.array.dtype)
         if update.shape[2] > 1:
             if self.rows > 1:
                 raise ValueError("several tokens are written to one row at a time")
@@ -122,6 +125,26 @@ class CacheView(_View):
         if op_type == "Pad" and np.asarray(args[1]).tolist() == [0, 0, 0, 0, 0, 0, 1, 0]:
             return _PaddedView(self)
         return NotImplemented
+
+
+def _stored(update: jax.Array, dtype: Any) -> jax.Array:
+    """What a cache of that type holds of keys or values [..., D]. All numbers are finite: a weight of 0 does not remove a NaN. Of int8
+    [..., D + INT8_SCALE]: the largest number of each is 127 times its scale. The kernels compute the same (products.inc)."""
+    if dtype != jnp.int8:
+        return jnp.nan_to_num(update.astype(dtype))
+    numbers = jnp.nan_to_num(update.astype(jnp.float32))
+    most = jnp.max(jnp.abs(numbers), axis=-1, keepdims=True)
+    codes = jnp.rint(numbers * jnp.where(most > _TINY, 127 / most, 0)).astype(jnp.int8)
+    scale = jax.lax.bitcast_convert_type(most * np.float32(1 / 127), jnp.int8)
+    return jnp.concatenate([codes, scale.reshape(*codes.shape[:-1], INT8_SCALE)], axis=-1)
+
+
+def _read(stored: jax.Array) -> jax.Array:
+    """The keys or values [..., D] as float32."""
+    if stored.dtype != jnp.int8:
+        return stored.astype(jnp.float32)
+    scale = jax.lax.bitcast_convert_type(stored[..., -INT8_SCALE:], jnp.float32)
+    return stored[..., :-INT8_SCALE].astype(jnp.float32) * scale[..., None]
 
 
 @dataclass(frozen=True)
@@ -197,9 +220,10 @@ def _decode_step(args: tuple[Any, ...], attrs: Mapping[str, Any]) -> tuple[Any, 
 
 
 def _in_kernel(q: Any, keys: CacheView, values: CacheView) -> bool:
-    """Whether a kernel attends over these caches: float32 or float16, keys as large as values."""
-    floats = np.dtype(q.dtype) == np.float32 and all(np.dtype(each.dtype) in (np.float32, np.float16) for each in (keys, values))
-    return floats and keys.dtype == values.dtype and keys.array.shape == values.array.shape
+    """Whether a kernel attends over these caches: float32, float16 or int8, keys as large as values."""
+    of = np.dtype(keys.array.dtype)
+    known = np.dtype(q.dtype) == np.float32 and of in (np.float32, np.float16, np.int8)
+    return known and of == values.array.dtype and keys.array.shape == values.array.shape
 
 
 def _decode_step_in_parts(

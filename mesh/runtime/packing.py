@@ -36,7 +36,7 @@ def can_pack(blocks: Sequence[Block], manifest: Manifest, layers: Sequence[int])
     caches = [manifest.cache[layer] for layer in layers]
     if any(cache.states for cache in caches):  # tokens of one row would have to be computed one after the other
         return False
-    floats = manifest.hidden.dtype == "float32" and manifest.cache_dtype in ("float32", "float16")
+    floats = manifest.hidden.dtype == "float32" and manifest.cache_dtype in ("float32", "float16", "int8")
     sizes = all(cache.key_dim == cache.value_dim for cache in caches)
     return floats and sizes and all(map(_attention_is_one_call, blocks))
 

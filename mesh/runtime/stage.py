@@ -28,7 +28,7 @@ from typing import Any, Final
 import jax.numpy as jnp
 import numpy as np
 
-from mesh.dtypes import NUMPY_DTYPES
+from mesh.dtypes import CACHE_DTYPES, NUMPY_DTYPES, cache_width
 from mesh.errors import BadLayerRange, BadRequest, DoesNotFit, PromptTooLong
 from mesh.model.arrivals import Arrivals
 from mesh.model.grammar import Vocabulary
@@ -612,9 +612,9 @@ class Stage:
         return tokens
 
     def _fresh_cache(self, layer: int, slots: int) -> LayerCache:
-        info, dtype = self.manifest.cache[layer], NUMPY_DTYPES[self.manifest.cache_dtype]
-        shapes = ((self.rows, info.kv_heads, slots, dim) for dim in (info.key_dim, info.value_dim))
-        key, value = (jnp.zeros(shape, dtype) if info.attends else None for shape in shapes)
+        info, dtype = self.manifest.cache[layer], self.manifest.cache_dtype
+        shapes = ((self.rows, info.kv_heads, slots, cache_width(dtype, dim)) for dim in (info.key_dim, info.value_dim))
+        key, value = (jnp.zeros(shape, CACHE_DTYPES[dtype]) if info.attends else None for shape in shapes)
         places = self.rows * STATE_PLACES + SPARE_STATES
         return LayerCache(key, value, tuple(jnp.zeros((places, *state.shape), jnp.float32) for state in info.states))
 

@@ -330,27 +330,47 @@ void check_alone(const Attention& all, const float* context) {
   if (std::memcmp(out.get(), context, out.count * 4)) fail("a token alone differs from the same token among others", t, all.tokens);
 }
 
-// A cache of floats or of 16-bit floats.
+// A cache of floats, of 16-bit floats, or of codes with a scale after each `dim` of them.
 struct Cache {
-  bool halves;
+  Kind kind;
+  size_t dim;
   Exact<float> floats;
   Exact<uint16_t> words;
-  Cache(bool halves, size_t count) : halves(halves), floats(halves ? 0 : count), words(halves ? count : 0) {
+  Exact<int8_t> codes;
+  Cache(Kind kind, size_t heads, size_t dim)
+      : kind(kind), dim(dim), floats(kind == kFloat32 ? heads * dim : 0), words(kind == kFloat16 ? heads * dim : 0), codes(kind == kInt8 ? heads * (dim + 4) : 0) {
     for (size_t i = 0; i < floats.count; i++) floats[i] = normal();
+    for (size_t i = 0; i < codes.count; i++) codes[i] = (int8_t)(below(255) - 127);
+    for (size_t head = 0; codes.count && head < heads; head++) {
+      const float scale = std::fabs(normal()) / 64;
+      std::memcpy(&codes[head * (dim + 4) + dim], &scale, 4);
+    }
     for (size_t i = 0; i < words.count; i++) words[i] = (uint16_t)(0x2c00 + below(0x1400)) | (uint16_t)(below(2) << 15);  // 1/16 .. 4
   }
-  void* get() { return halves ? (void*)words.get() : (void*)floats.get(); }
-  double operator[](size_t i) { return halves ? of_half(words[i]) : floats[i]; }
+  void* get() { return kind == kInt8 ? (void*)codes.get() : kind == kFloat16 ? (void*)words.get() : (void*)floats.get(); }
+  double scale(size_t head) {
+    float f;
+    std::memcpy(&f, &codes[head * (dim + 4) + dim], 4);
+    return f;
+  }
+  double operator[](size_t i) {
+    if (kind == kInt8) return codes[i / dim * (dim + 4) + i % dim] * scale(i / dim);
+    return kind == kFloat16 ? of_half(words[i]) : floats[i];
+  }
   // Whether `written` is what a cache keeps of `value`, which is known to some 1e-6.
   void check(size_t i, double value) {
-    if (!halves) return compare("key", floats[i], value, 2 + std::fabs(value));
+    if (kind == kFloat32) return compare("key", floats[i], value, 2 + std::fabs(value));
+    if (kind == kInt8) {
+      if (std::fabs((*this)[i] - value) > scale(i / dim) * 0.5001 + 1e-5 * (2 + std::fabs(value))) fail("a key of 8 bits is not the nearest", (*this)[i], value);
+      return;
+    }
     const double step = std::fmax(std::ldexp(1, -24), std::ldexp(1, std::ilogb(value ? value : 1e-30) - 10));
     if (std::fabs(of_half(words[i]) - value) > step / 2 + 1e-5 * (2 + std::fabs(value))) fail("a key of 16 bits is not the nearest", (int64_t)i, words[i]);
   }
 };
 
 void attention() {
-  for (int round = 0; round < 60; round++) {
+  for (int round = 0; round < 90; round++) {
     Attention a{};
     a.tokens = 1 + below(below(3) ? 40 : 3), a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(6));
     a.dim = below(2) ? 16 * (1 + below(6)) : 2 + below(99);
@@ -358,9 +378,10 @@ void attention() {
     a.half = below(3) ? a.dim / 2 : below((int)a.dim / 2) + 1;
     a.interleaved = below(2), a.window = below(3) ? 0 : 1 + below(300), a.softcap = below(3) ? 0 : 20, a.scale = 0.2f;
     Exact<float> q(a.tokens * a.heads * a.dim), k(a.tokens * a.kv_heads * a.dim), v(k.count), cos(a.tokens * a.half), sin(cos.count);
-    const size_t size = a.cache_rows * a.kv_heads * a.slots * a.dim;
-    a.halves = below(2);
-    Cache keys(a.halves, size), values(a.halves, size);
+    const Kind kinds[] = {kFloat32, kFloat16, kInt8};
+    a.cache = kinds[below(3)];
+    const size_t held = a.cache_rows * a.kv_heads * a.slots;
+    Cache keys(a.cache, held, a.dim), values(a.cache, held, a.dim);
     Exact<float> out(q.count), other(q.count), queries(q.count);
     for (auto* array : {&q, &k, &v, &cos, &sin})
       for (size_t i = 0; i < array->count; i++) (*array)[i] = normal();

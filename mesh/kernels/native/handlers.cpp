@@ -379,11 +379,12 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Res
   Attention a{};
   const auto cache = keys_out->dimensions();
   const ffi::DataType type = keys_out->element_type();
-  if (cache.size() != 4 || (type != ffi::DataType::F32 && type != ffi::DataType::F16) || values_out->element_type() != type ||
+  const bool floats = type == ffi::DataType::F32, codes = type == ffi::DataType::S8;
+  if (cache.size() != 4 || (!floats && !codes && type != ffi::DataType::F16) || values_out->element_type() != type ||
       keys_out->element_count() != values_out->element_count())
-    return wrong("a cache is float32 or float16 [rows, heads, positions, size], keys like values");
-  a.halves = type == ffi::DataType::F16;
-  a.cache_rows = cache[0], a.kv_heads = cache[1], a.slots = cache[2], a.dim = cache[3];
+    return wrong("a cache is float32, float16 or int8 [rows, heads, positions, size], keys like values");
+  a.cache = floats ? kFloat32 : codes ? kInt8 : kFloat16;
+  a.cache_rows = cache[0], a.kv_heads = cache[1], a.slots = cache[2], a.dim = cache[3] - (codes ? (int64_t)sizeof(float) : 0);
   a.heads = heads, a.half = rotated_pairs, a.interleaved = interleaved != 0;
   a.length = length, a.window = window, a.scale = scale, a.softcap = softcap;
   if (tokens < 1 || tokens > kMostTokens || a.kv_heads < 1 || heads < a.kv_heads || heads % a.kv_heads || a.dim < 1 ||
@@ -529,7 +530,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_likeliest, kernels::likeliest,
                                   .Attr<int64_t>("vocabulary"));
 
 // Of the calls in mesh/kernels/calls.py: changes with what they are given.
-extern "C" int mesh_kernels_version() { return 6; }
+extern "C" int mesh_kernels_version() { return 7; }
 
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 

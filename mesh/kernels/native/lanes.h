@@ -312,5 +312,6 @@ INLINE uint16_t to_half(float f) {
 // Sixteen numbers of a cache, which is of floats or of 16-bit floats.
 INLINE V entries(const float* p) { return load(p); }
 INLINE V entries(const uint16_t* p) { return from_float16(p); }
+INLINE V entries(const int8_t* p) { return from_int8(p); }
 INLINE void enter(float* p, float f) { *p = f; }
 INLINE void enter(uint16_t* p, float f) { *p = to_half(f); }

@@ -72,7 +72,7 @@ struct Attention {
   const int32_t* blocks;                       // [block_count + 1]: where each block begins; see attention_blocks
   int64_t block_count;
   void *keys, *values;                   // the cache [all rows, kv_heads, slots, dim], written in place
-  bool halves;                           // it is of 16-bit floats, else of floats
+  Kind cache;                            // kFloat32, kFloat16; kInt8: each key and value is `dim` codes, and then their scale, a float
   int64_t cache_rows, slots, length;     // length: the most positions that are read
   int64_t window;                        // positions that a token sees, its own included; 0: all
   float scale, softcap;

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from places import EXPORTS
 
+from mesh.dtypes import CACHE_DTYPES, cache_width
 from mesh.errors import ConfigError, CorruptModel, ModelNotFound, UnsupportedModel, VerificationFailed
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
@@ -18,7 +19,7 @@ from mesh.importer.write.blocks import BlockWriter
 from mesh.model.manifest import Manifest
 from mesh.model.memory import predict
 from mesh.runtime.stage import Stage, StageConfig
-from mesh.types import LayerRange
+from mesh.types import CacheDType, LayerRange
 
 
 @pytest.mark.parametrize("export", ["llama-dynamo", "genai-llama", "bloom-nopast"])
@@ -82,17 +83,21 @@ def test_narrower_models_are_close_to_their_source_and_say_how_close(tmp_path: P
     assert report["perplexity"] == pytest.approx(report["perplexity_float32"], rel=0.3)
 
 
-def test_a_cache_of_16_bits_takes_half_and_its_error_is_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv_cache", "error"), [("float16", 2e-3), ("int8", 2e-2)])
+def test_a_narrow_cache_takes_less_and_its_error_is_measured(kv_cache: CacheDType, error: float, tmp_path: Path) -> None:
     export = EXPORTS / "llama-dynamo.onnx"
     plain = import_model(export, tmp_path / "plain")
-    half = import_model(export, tmp_path / "half", ImportOptions(kv_cache="float16"))
-    assert (half.cache_dtype, half.hidden.dtype, half.model_hash) == ("float16", "float32", plain.model_hash)
-    assert half.report["source_greedy_equal"] == 1.0, "the blocks are compared with their own type of cache"
-    assert 0 < half.report["kv_cache_logits_error"] < 2e-3 and half.report["kv_cache_greedy_equal"] > 0.95
-    need = [predict(each, LayerRange(0, each.layers), embed=True, head=True, rows=4, context=200).cache_bytes for each in (plain, half)]
-    assert need[0] == 2 * need[1]
-    stage = Stage.load(tmp_path / "half", StageConfig(LayerRange(0, half.layers), rows=2, context=32))
-    assert {array.dtype for cache in stage._caches for array in (cache.key, cache.value)} == {np.dtype(np.float16)}
+    narrow = import_model(export, tmp_path / "narrow", ImportOptions(kv_cache=kv_cache))
+    assert (narrow.cache_dtype, narrow.hidden.dtype, narrow.model_hash) == (kv_cache, "float32", plain.model_hash)
+    assert narrow.report["source_greedy_equal"] == 1.0, "the blocks are compared with their own type of cache"
+    assert 0 < narrow.report["kv_cache_logits_error"] < error and narrow.report["kv_cache_greedy_equal"] > 0.95
+    need = [predict(each, LayerRange(0, each.layers), embed=True, head=True, rows=4, context=200).cache_bytes for each in (plain, narrow)]
+    dim = plain.cache[0].key_dim
+    assert need[0] * cache_width(kv_cache, dim) * CACHE_DTYPES[kv_cache].itemsize == need[1] * dim * 4
+    stage = Stage.load(tmp_path / "narrow", StageConfig(LayerRange(0, narrow.layers), rows=4, context=200))
+    arrays = [array for cache in stage._caches for array in (cache.key, cache.value)]
+    assert {array.dtype for array in arrays} == {CACHE_DTYPES[kv_cache]}
+    assert sum(array.nbytes for array in arrays) == need[1]
 
 
 @pytest.mark.parametrize("values", [{"kv_cache": "bfloat16"}, {"dtype": "bfloat16", "kv_cache": "float16"}, {"kv_cache": "int3"}])

@@ -115,7 +115,7 @@ def test_a_large_wrong_message_costs_little_and_gets_a_short_error(name: str, ba
     with pytest.raises(MessageRejected) as caught:
         (BatchSubmit if batch else Generate).parse(data)
     took_s = time.process_time() - began
-    assert took_s < 0.25, f"{took_s:.3f} s"  # 0.01 to 0.06 on an idle machine; without the bounds 1 to 10 s
+    assert took_s < 0.5, f"{took_s:.3f} s"  # 0.01 to 0.06 on an idle machine, 0.3 on a full one; without the bounds 1 to 10 s
     assert len(str(caught.value)) < 1000 and len(caught.value.field) < 300
 
 
@@ -131,7 +131,7 @@ def test_a_body_of_http_is_read_by_the_same_bounds(name: str, model: type[BaseMo
         with pytest.raises(ValueError) as caught:
             model.model_validate(document)
         assert len(caught.value.errors(include_input=False)) < 20  # type: ignore[attr-defined]
-    assert time.process_time() - began < 0.25
+    assert time.process_time() - began < 0.5
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.dtypes import INT8_SCALE
+from mesh.kernels import calls
+from mesh.kernels.library import kernels
 from mesh.runtime import cache
 from mesh.runtime.cache import SLACK, CacheView, attend
 
@@ -119,3 +122,39 @@ def test_a_cache_holds_finite_numbers_only() -> None:
         most = np.finfo(np.float16).max
         np.testing.assert_array_equal(written[1, 0, 4 : 4 + tokens], np.resize([0, most, -most], (tokens, 3)))
         assert not written[0].any()
+
+
+def test_a_cache_of_8_bits_holds_the_nearest_of_255_numbers() -> None:
+    """Of each key: the largest number is 127 steps, and no number is more than half a step off."""
+    array = jnp.zeros((2, HEADS, 32 + SLACK, DIM + INT8_SCALE), jnp.int8)
+    view = CacheView(array, jnp.int32(1), jnp.int32(32), 1, 32)
+    assert view.shape == (1, HEADS, 32, DIM)
+    assert view.dtype == np.float32
+    keys = np.random.default_rng(5).standard_normal((1, HEADS, 16, DIM)).astype(np.float32)
+    keys[0, 0, 0] = 0
+    keys[0, 0, 1] = np.resize([np.nan, np.inf, -np.inf, 1], DIM)
+    keys[0, 0, 2] *= 1e-34
+    expected = np.nan_to_num(keys)
+    expected[0, 0, 2] = 0
+    step = np.abs(expected).max(-1, keepdims=True) / 127
+    for tokens in (16, 1):  # a prefill chunk, and a token of a decode step
+        written = view.write(jnp.asarray(keys[:, :, :tokens]), jnp.array([4]))
+        read = np.asarray(written.read(4, tokens))
+        assert np.isfinite(read).all()
+        assert (np.abs(read - expected[:, :, :tokens]) <= step[:, :, :tokens] * 0.50001).all()
+        assert not np.asarray(written.array)[0].any()
+
+
+@pytest.mark.skipif(kernels().name is None, reason=f"kernels: {kernels()}")
+@pytest.mark.parametrize("dim", [16, 20, 64])
+def test_the_kernels_write_the_same_8_bits(dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((3, HEADS, dim)) * 10.0 ** rng.integers(-8, 8, (3, HEADS, 1)), jnp.float32) for _ in range(3)
+    )
+    empty = jnp.zeros((3, HEADS, 32 + SLACK, dim + INT8_SCALE), jnp.int8)
+    at, rows = jnp.array([4, 0, 31], jnp.int32), jnp.arange(3, dtype=jnp.int32)
+    _, *written = calls.attention(q, k, v, None, (at, at, rows, jnp.int32(3)), (empty, empty), length=32, scale=1.0)
+    for array, new in zip(written, (k, v), strict=True):
+        expected = CacheView(empty, jnp.int32(0), jnp.int32(32), 3, 32).write(new[:, :, None], at)
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(expected.array))
