@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -110,8 +111,10 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
                 f"{path}: the model is code of its own directory, which is not run: read it, then give --trust-remote-code"
             ) from None
         if "does not recognize this architecture" in text or "model type" in text:
+            named = re.search(r"model type `([^`]*)`", text)
             raise UnsupportedModel(
-                f"{path}: transformers {transformers.__version__} does not know this model_type ({text[:200]})"
+                f"{path}: transformers {transformers.__version__} does not know the model_type {named[1] if named else 'of this file'}: "
+                "install a version that does, or export the model to ONNX and import that"
             ) from None
         raise CorruptModel(f"{path} is refused by transformers ({type(error).__name__}: {text[:300]})") from None
 
