@@ -5,6 +5,7 @@
 # make test-containers   the image is built, deploy/docker and deploy/kubernetes run in podman; some six minutes, not part of CI
 # make test-provision   Terraform and Ansible for real: AWS against moto, five systemd hosts, faults, upgrade, restore; an hour, as root
 # make wheelhouse  dist/wheels: every package for machines that reach no index
+# make wheels      dist: the package for Linux on x86-64 and on 64-bit Arm, with the kernels; for machines that have no compiler
 # make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes
 # make test-quantized    tiny models by GPTQ, AWQ, compressed-tensors, fp8, and 20 outputs of onnxruntime-genai's builder; five minutes
 # make test-structured   260 kills of shards and coordinators while answers of a form and tool calls are generated; half an hour; not part of CI
@@ -30,7 +31,7 @@ FIND_GGUF := import importlib.util as u, pathlib as p; print(next(p.Path(u.find_
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet
 
-.PHONY: families demo test test-structured test-prefixes test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse check chaos soak fuzz lock licences sbom audit smollm2 install test-quantized
+.PHONY: families demo test test-structured test-prefixes test-kernels test-monitoring test-machines test-containers test-provision provision-tools wheelhouse wheels check chaos soak fuzz lock licences sbom audit smollm2 install test-quantized
 demo: | models/smollm2
 	$(BIN)/mesh up models/smollm2 --shards 3 --context 1024 --rows 4 --ask "$(QUESTION)"
 
@@ -85,6 +86,16 @@ test-provision: install | $(PROVISION)
 
 wheelhouse: install
 	deploy/provision/wheelhouse.sh dist/wheels $(BIN)/python
+
+# zig is a C++ compiler for both processors; it lives in a folder of its own.
+WHEEL_TOOLS := .venv-wheels
+$(WHEEL_TOOLS):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet "auditwheel>=6,<7" "build>=1.2,<2" "jaxlib>=0.10,<0.12" "setuptools>=77" "ziglang>=0.13,<1"
+
+wheels: | $(WHEEL_TOOLS)
+	deploy/wheels.sh dist $(WHEEL_TOOLS)/bin/python
+	for each in dist/stagemesh-*-manylinux*.whl; do $(WHEEL_TOOLS)/bin/python -m auditwheel show $$each || exit 1; done
 
 check: install
 	$(BIN)/ruff check .
