@@ -17,3 +17,11 @@ for machine in x86_64 aarch64; do
             "$python" -m build --wheel --no-isolation --outdir "$out" "-C--build-option=--plat-name=manylinux_2_28_$machine"
     )
 done
+# What the wheel for this processor would choose here.
+"$python" - "$out"/stagemesh-*_"$(uname -m)".whl << 'END'
+import ctypes, sys, tempfile, zipfile
+with tempfile.TemporaryDirectory() as folder:
+    library = ctypes.CDLL(zipfile.ZipFile(sys.argv[1]).extract("mesh/kernels/native/kernels.so", folder))
+    library.mesh_kernels_name.restype = ctypes.c_char_p
+    print(f"{sys.argv[1]}: kernels {library.mesh_kernels_name().decode()}")
+END

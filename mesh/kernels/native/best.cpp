@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "weight.h"
 
 namespace kernels {
@@ -9,12 +13,26 @@ namespace kernels {
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
-}
-bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+// What the processor can do and the system saves the registers of. __builtin_cpu_supports is not asked: some compilers that can build this
+// link a form of it that always says no.
+struct Processor {
+  unsigned basic = 0, extended = 0, more = 0;  // ECX of leaf 1, EBX and ECX of leaf 7
+  unsigned saved = 0;                          // of XCR0
+
+  Processor() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(1, &a, &b, &c, &d)) basic = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) extended = b, more = c;
+    if (basic & bit_OSXSAVE) __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  }
+  static bool all(unsigned bits, unsigned of) { return (bits & of) == bits; }
+  bool avx2() const { return all(6, saved) && all(bit_FMA | bit_F16C, basic) && all(bit_AVX2, extended); }
+  bool avx512() const { return all(0xe6, saved) && avx2() && all(bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ, extended); }
+  bool vnni() const { return avx512() && all(bit_AVX512VNNI, more); }
+};
+bool has_avx512() { return Processor().avx512(); }
+bool has_vnni() { return Processor().vnni(); }
+bool has_avx2() { return Processor().avx2(); }
 #else
 bool has_avx512() { return false; }
 bool has_vnni() { return false; }
