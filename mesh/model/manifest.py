@@ -169,11 +169,14 @@ class Manifest(_Strict):
 
     @property
     def model_hash(self) -> str:
-        """16 hex digits, equal if and only if every block is equal. A stage refuses frames that carry another hash."""
+        """16 hex digits, equal if and only if every block is equal, and the type of keys and values: tokens depend on nothing else. A stage
+        refuses frames that carry another hash."""
         digest = hashlib.sha256()
         for block in self.blocks:
             for file in block.files:
                 digest.update(file.sha256.encode())
+        if self.cache_dtype != self.hidden.dtype:
+            digest.update(self.cache_dtype.encode())
         return digest.hexdigest()[:16]
 
     def signed_bytes(self) -> bytes:
