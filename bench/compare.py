@@ -17,8 +17,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -33,6 +31,7 @@ from compare_engines import PROMPT, STEPS, Figures, Workload, bandwidth, dequant
 from compare_llama import Llama, rpc_servers
 from mesh_overhead import through_the_mesh
 
+from mesh.host.machine import machine
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
 from mesh.local.mesh import LocalMesh, LocalOptions
@@ -182,19 +181,6 @@ def table(width: str, found: dict[str, list[Figures]], floor_s: float) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def processor() -> str:
-    """Its name, and which of the instruction sets that matter here it has."""
-    try:
-        facts = dict(
-            line.split("\t: ", 1) for line in re.sub(r"\t+:", "\t:", Path("/proc/cpuinfo").read_text()).splitlines() if "\t: " in line
-        )
-    except OSError:
-        return platform.processor() or platform.machine()
-    flags = set(facts.get("flags", facts.get("Features", "")).split())
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
-    return ", ".join([facts.get("model name", platform.machine()), *(each for each in known if each in flags)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: tuple(int(part) for part in text.split(",") if part)  # noqa: E731
@@ -214,7 +200,13 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     llama = Llama(args.llama, THREADS) if args.llama else None
     work = Workload(args.rows, args.prompts, args.depths)
-    results: dict[str, Any] = {"model": args.gguf.stem, "machine": processor(), "threads": THREADS, "widths": {}}
+    here = machine()
+    results: dict[str, Any] = {
+        "model": args.gguf.stem,
+        "machine": ", ".join([here.processor, *here.features]),
+        "threads": THREADS,
+        "widths": {},
+    }
     for width in args.widths.split(","):
         gguf = source_of(width, args.gguf, args.work, llama)
         with ExitStack() as stack:
