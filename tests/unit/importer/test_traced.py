@@ -124,7 +124,7 @@ def test_what_cannot_be_traced_is_refused_by_name_before_anything_is_written(tmp
     make_model("StableLm", LLAMA, source)
     whole = (source / "config.json").read_text()
     edit_config(source, model_type="nothing_known")
-    with pytest.raises(UnsupportedModel, match=r"transformers 5\.\S+ does not know the model_type"):
+    with pytest.raises(UnsupportedModel, match=r"transformers 5\.\S+ does not know the model_type nothing_known: install"):
         import_model(source, out)
     edit_config(source, auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
     (source / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

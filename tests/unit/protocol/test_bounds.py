@@ -6,7 +6,7 @@ import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -107,31 +107,44 @@ RAW = {
 }
 
 
+def processor_seconds(work: Callable[[], None]) -> float:
+    """The least of three runs: other processes slow some of them."""
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        work()
+        seconds.append(time.process_time() - began)
+    return min(seconds)
+
+
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("batch", [False, True], ids=["alone", "in a batch"])
 def test_a_large_wrong_message_costs_little_and_gets_a_short_error(name: str, batch: bool) -> None:
     data = b'{"requests": [' + RAW[name] + b"]}" if batch else RAW[name]
-    began = time.process_time()
-    with pytest.raises(MessageRejected) as caught:
-        (BatchSubmit if batch else Generate).parse(data)
-    took_s = time.process_time() - began
-    assert took_s < 0.5, f"{took_s:.3f} s"  # 0.01 to 0.06 on an idle machine, 0.3 on a full one; without the bounds 1 to 10 s
-    assert len(str(caught.value)) < 1000 and len(caught.value.field) < 300
+
+    def parse() -> None:
+        with pytest.raises(MessageRejected) as caught:
+            (BatchSubmit if batch else Generate).parse(data)
+        assert len(str(caught.value)) < 1000 and len(caught.value.field) < 300
+
+    took_s = processor_seconds(parse)
+    assert took_s < 0.25, f"{took_s:.3f} s"  # 0.01 to 0.06 on an idle machine; without the bounds 1 to 10 s
 
 
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("model", BODIES, ids=lambda each: each.__name__)
 def test_a_body_of_http_is_read_by_the_same_bounds(name: str, model: type[BaseModel]) -> None:
-    began = time.process_time()
-    try:
-        document = documents.read(model, RAW[name], limit_bytes=len(RAW[name]))
-    except MessageRejected as error:
-        assert len(str(error)) < 1000
-    else:
-        with pytest.raises(ValueError) as caught:
-            model.model_validate(document)
-        assert len(caught.value.errors(include_input=False)) < 20  # type: ignore[attr-defined]
-    assert time.process_time() - began < 0.5
+    def read() -> None:
+        try:
+            document = documents.read(model, RAW[name], limit_bytes=len(RAW[name]))
+        except MessageRejected as error:
+            assert len(str(error)) < 1000
+        else:
+            with pytest.raises(ValueError) as caught:
+                model.model_validate(document)
+            assert len(caught.value.errors(include_input=False)) < 20  # type: ignore[attr-defined]
+
+    assert processor_seconds(read) < 0.25
 
 
 @pytest.mark.parametrize(

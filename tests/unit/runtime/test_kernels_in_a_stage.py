@@ -15,6 +15,7 @@ import pytest
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
 from mesh.kernels.library import kernels
+from mesh.model.manifest import Manifest
 from mesh.runtime.generate import Pipeline
 from mesh.runtime.loading import load_block
 from mesh.runtime.sampling import SamplingParams
@@ -96,10 +97,11 @@ def test_a_row_has_the_same_bits_alone_and_among_others(imported: Path) -> None:
 
 def test_nothing_of_a_cache_is_copied(imported: Path) -> None:
     """The caches are written where they lie: the temporaries of a step are smaller than one cache."""
-    stage = Pipeline.load(imported, rows=12, context=112, chunk=16).stages[0]
+    rows = 12 if Manifest.load(imported).cache_dtype == "int8" else 4  # so that a cache is larger than the activations of a step
+    stage = Pipeline.load(imported, rows=rows, context=112, chunk=16).stages[0]
     stage.warm_up()
     cache = stage._caches[0].key.nbytes
-    steps = [program for key, program in stage.programs._compiled.items() if key[0] == "layers" and not key[1].prefill and key[1].size <= 4]
+    steps = [program for key, program in stage.programs._compiled.items() if key[0] == "layers" and not key[1].prefill]
     assert steps
     for program in steps:
         assert program.memory_analysis().temp_size_in_bytes < cache
