@@ -91,7 +91,7 @@ wheelhouse: install
 WHEEL_TOOLS := .venv-wheels
 $(WHEEL_TOOLS):
 	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet "auditwheel>=6,<7" "build>=1.2,<2" "jaxlib>=0.10,<0.12" "setuptools>=77" "ziglang>=0.13,<1"
+	$@/bin/python -m pip install --quiet "auditwheel>=6,<7" "build>=1.2,<2" "jaxlib>=0.10,<0.12" "setuptools>=77" "ziglang>=0.17,<1"
 
 wheels: | $(WHEEL_TOOLS)
 	deploy/wheels.sh dist $(WHEEL_TOOLS)/bin/python

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Wheels of the last commit with the kernels, for Linux on x86-64 and on 64-bit Arm: deploy/wheels.sh OUT PYTHON
 #
-# PYTHON has build, setuptools 77 and later, jaxlib (its header) and ziglang: a C++ compiler that makes code for both processors on either, and links
-# against the symbols of glibc 2.28. So the wheels are manylinux_2_28, and no container and no second machine is needed.
+# PYTHON has build, setuptools 77 and later, jaxlib (its header) and ziglang: a C++ compiler that makes code for both processors on
+# either, and links against the symbols of glibc 2.28. So the wheels are manylinux_2_28, and no container and no second machine is needed.
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")

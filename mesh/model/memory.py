@@ -4,9 +4,10 @@ The planner places layers with these figures and the runtime refuses a range wit
 fits is a placement which loads. Weights and KV cache are exact; workspace is an upper estimate from what a manifest knows.
 
     weights     the blocks' `weight_bytes`: as stored, quantized ones at their stored width
-    KV cache    rows * (context + slack) * kv_heads * (key_dim + value_dim) * itemsize, summed over the layers. A layer with a
-                sliding window holds the whole context too: its cache is addressed by absolute position. Without a cache: that of one
-                row, and rows * context * (D * itemsize + 4) for the input of every row (4 alone on the first stage: tokens).
+    KV cache    rows * (context + slack) * kv_heads * (key_dim + value_dim) * itemsize, summed over the layers; of int8 each
+                key and value has 4 bytes more, its scale. A layer with a sliding window holds the whole context too: its cache
+                is addressed by absolute position. Without a cache: that of one row, and rows * context * (D * itemsize + 4)
+                for the input of every row (4 alone on the first stage: tokens).
                 A layer with states has (rows * STATE_PLACES + 2) times their bytes, whatever the context
     workspace   of the larger step, a decode batch (a token for each row) or a prefill chunk of `prefill_rows`:
                   activations   tokens * (4 D + 3 W) * 4 bytes: residual, normed, attention's in and out; gate, up and product

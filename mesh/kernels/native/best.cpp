@@ -12,10 +12,10 @@ namespace kernels {
 
 namespace {
 
-#if defined(__x86_64__)
 // What the processor can do and the system saves the registers of. __builtin_cpu_supports is not asked: some compilers that can build this
 // link a form of it that always says no.
 struct Processor {
+#if defined(__x86_64__)
   unsigned basic = 0, extended = 0, more = 0;  // ECX of leaf 1, EBX and ECX of leaf 7
   unsigned saved = 0;                          // of XCR0
 
@@ -29,18 +29,16 @@ struct Processor {
   bool avx2() const { return all(6, saved) && all(bit_FMA | bit_F16C, basic) && all(bit_AVX2, extended); }
   bool avx512() const { return all(0xe6, saved) && avx2() && all(bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ, extended); }
   bool vnni() const { return avx512() && all(bit_AVX512VNNI, more); }
-};
-bool has_avx512() { return Processor().avx512(); }
-bool has_vnni() { return Processor().vnni(); }
-bool has_avx2() { return Processor().avx2(); }
 #else
-bool has_avx512() { return false; }
-bool has_vnni() { return false; }
-bool has_avx2() { return false; }
+  bool avx2() const { return false; }
+  bool avx512() const { return false; }
+  bool vnni() const { return false; }
 #endif
+};
 
 const Kernels& choose() {
-  const Kernels* usable[] = {has_vnni() ? avx512vnni() : nullptr, has_avx512() ? avx512() : nullptr, has_avx2() ? avx2() : nullptr, neon(), portable()};
+  const Processor has;
+  const Kernels* usable[] = {has.vnni() ? avx512vnni() : nullptr, has.avx512() ? avx512() : nullptr, has.avx2() ? avx2() : nullptr, neon(), portable()};
   const char* wanted = std::getenv("MESH_KERNELS");
   for (const Kernels* each : usable)
     if (each && wanted && !std::strcmp(each->name, wanted)) return *each;

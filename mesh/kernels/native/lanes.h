@@ -309,7 +309,7 @@ INLINE uint16_t to_half(float f) {
   return (uint16_t)(sign | (down + (rest > middle || (rest == middle && (down & 1)))));
 }
 
-// Sixteen numbers of a cache, which is of floats or of 16-bit floats.
+// Sixteen numbers of a cache, which is of floats, of 16-bit floats or of codes of 8 bits.
 INLINE V entries(const float* p) { return load(p); }
 INLINE V entries(const uint16_t* p) { return from_float16(p); }
 INLINE V entries(const int8_t* p) { return from_int8(p); }
