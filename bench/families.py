@@ -33,6 +33,7 @@ from mesh.importer.run import import_model
 from mesh.importer.sources.safetensors import has_family
 from mesh.importer.trace.library import quiet, torch_and_transformers, versions
 from mesh.importer.trace.model import open_model
+from mesh.importer.trace.refused import refuse_config_file
 from mesh.model.manifest import Manifest
 from mesh.runtime.programs import Compiled
 from mesh.runtime.row_states import EVERY
@@ -157,8 +158,11 @@ def tried(kind: str, work: Path, multimodal: bool = False) -> dict[str, Any]:
 
 
 def refused_by_name(kind: str, directory: Path) -> dict[str, Any] | None:
-    """How a family whose model cannot be made is refused for its configuration alone; None where it is not, or that cannot be made."""
+    """How a family whose model cannot be made is refused for its configuration alone, or, where that cannot be made either, for its name;
+    None where it is not."""
+    began = time.monotonic()
     try:
+        refuse_config_file(directory / "config.json", {"model_type": kind})
         tiny_decoders.configuration(kind).save_pretrained(directory)
         began = time.monotonic()
         open_model(directory)

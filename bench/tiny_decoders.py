@@ -71,8 +71,8 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
     | {"layer_types": ["sliding_attention", "mlp", "sliding_attention", "mlp", "full_attention", "mlp"]},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
-    "dots3_note_audio_encoder": {"adapter_input_size": 32},
-    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32, "adapter_out_dim": 32},
     "gemma3n_text": {**_SHARING, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": _SHARING,
     "gemma4_unified_text": _SHARING,
