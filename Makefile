@@ -6,7 +6,7 @@
 # make test-provision   Terraform and Ansible for real: AWS against moto, five systemd hosts, faults, upgrade, restore; an hour, as root
 # make wheelhouse  dist/wheels: every package for machines that reach no index
 # make wheels      dist: the package for Linux on x86-64 and on 64-bit Arm, with the kernels; for machines that have no compiler
-# make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets; needs g++; two minutes
+# make test-kernels      the kernels under sanitizers, for each of this processor's instruction sets, tiles imitated; needs g++; five minutes
 # make test-quantized    tiny models by GPTQ, AWQ, compressed-tensors, fp8, and 20 outputs of onnxruntime-genai's builder; five minutes
 # make test-structured   260 kills of shards and coordinators while answers of a form and tool calls are generated; half an hour; not part of CI
 # make test-prefixes    2,000 requests of chats that share beginnings, with kills between them; half an hour; not part of CI
@@ -39,13 +39,16 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	MESH_KERNELS=none $(BIN)/python -m pytest -n 2 tests/unit/runtime/test_stage.py tests/unit/runtime/test_cache.py tests/unit/lowering/test_join_products.py tests/unit/lowering/test_product_forms.py
 
-# The sanitizers end the program at the first fault; each seed makes other shapes.
+# The sanitizers end the program at the first fault; each seed makes other shapes. Tiles of AMX are imitated, on what has AVX-512 BF16.
 SANITIZED := /tmp/mesh-kernels-$(shell id -u)
 SANITIZERS := -std=c++17 -O1 -g -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-psabi
 test-kernels:
 	mkdir -p $(SANITIZED)
 	g++ $(SANITIZERS) tests/native/check_kernels.cpp $(filter-out %/handlers.cpp,$(wildcard mesh/kernels/native/*.cpp)) -pthread -o $(SANITIZED)/check
-	for each in avx512vnni avx512 avx2 portable; do MESH_KERNELS=$$each $(SANITIZED)/check $(SEED) || exit 1; done
+	g++ $(SANITIZERS) -include tests/native/imitated_tiles.h tests/native/check_kernels.cpp \
+		$(filter-out %/handlers.cpp,$(wildcard mesh/kernels/native/*.cpp)) -pthread -o $(SANITIZED)/check-tiles
+	for each in avx512bf16 avx512vnni avx512 avx2 portable; do MESH_KERNELS=$$each $(SANITIZED)/check $(SEED) || exit 1; done
+	$(SANITIZED)/check-tiles $(SEED)
 
 test-monitoring: install
 	MESH_TEST_PROMETHEUS=1 $(BIN)/python -m pytest -s tests/system/test_prometheus.py tests/component/test_monitoring_files.py tests/unit/test_monitoring.py

@@ -53,6 +53,12 @@ def add_parser(subparsers: Any) -> None:
         help="type of keys and values: float16 halves the memory of each position, and long answers read half; int8 takes a quarter, with "
         "a scale for each key and value of a head (default: that of --dtype)",
     )
+    parser.add_argument(
+        "--products",
+        choices=("float32", "bfloat16"),
+        help="type of the inputs of products and of their weights of 16 bits: bfloat16 is twice as fast for prompts and many requests on "
+        "processors that multiply it, and less exact; weights of 8 and 4 bits are multiplied as they are (default float32)",
+    )
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
     parser.add_argument(
         "--trust-remote-code",
@@ -81,6 +87,7 @@ def import_command(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
         kv_cache=args.kv_cache,
         calibrate=args.calibrate,
+        products="bfloat16" if args.products == "bfloat16" else None,
     )
     began = time.perf_counter()
     with progress_bar(quiet=args.quiet) as progress:
@@ -111,6 +118,8 @@ def _describe(manifest: Manifest, out: Path, seconds: float) -> None:
         width = f"weights as the source has them ({weights.kept})"
     elif weights.bits == 32 and stored < 4 * parameters:
         width += ", of 16 where experts have the same numbers so"
+    if weights.inputs is not None:
+        width += f", products of {weights.inputs}"
     report = manifest.report
     print(f"{manifest.name} ({manifest.architecture}) in {out}, {format_seconds(seconds)}")
     each = f" ({report['bits_per_weight']:.2f} bits a weight, all told)" if "bits_per_weight" in report else ""

@@ -160,6 +160,7 @@ def _write(source: Source, staging: Path, options: ImportOptions, name: str | No
             options = replace(options, choices=choices(source, options, Path(scratch), progress))
         blocks = source.write_blocks(BlockWriter(staging), options, progress)
     tokenizer, extra = source.write_tokenizer(staging)
+    weights = source.kept_weights or options.weights if options.keep else options.weights
     manifest = Manifest(
         name=_name(name or source.name),
         architecture=source.architecture,
@@ -170,7 +171,7 @@ def _write(source: Source, staging: Path, options: ImportOptions, name: str | No
         hidden=HiddenInfo(size=source.hidden_size, dtype=options.dtype),
         cache=source.cache,
         cache_dtype=options.dtype,
-        weights=source.kept_weights or options.weights if options.keep else options.weights,
+        weights=weights.model_copy(update={"inputs": options.products}),
         blocks=blocks,
         tokenizer=tokenizer,
         extra_files=extra,

@@ -111,10 +111,17 @@ class Gated:
 
 
 def products(
-    x: Any, weights: Sequence[KernelWeight], *, before: InputNorm | Gated | None = None, residual: Any = None, count: Any = None
+    x: Any,
+    weights: Sequence[KernelWeight],
+    *,
+    before: InputNorm | Gated | None = None,
+    rounds: bool = False,
+    residual: Any = None,
+    count: Any = None,
 ) -> list[Any]:
-    """x [rows, in], normalised or gated, times each weight -> [rows, out] float32 of each; `residual` is added to the only one. `count`
-    (int32 scalar): so many rows are computed, and the others are left as they are in memory."""
+    """x [rows, in], normalised or gated, times each weight -> [rows, out] float32 of each; `residual` is added to the only one. `rounds`:
+    what is multiplied is rounded to bfloat16 before. `count` (int32 scalar): so many rows are computed, and the others are left as they are
+    in memory."""
     first: tuple[Any, ...] = ()
     prologue, epsilon = _AS_GIVEN, 0.0
     if isinstance(before, InputNorm):
@@ -135,6 +142,7 @@ def products(
         rows=np.int64(rows),
         prologue=np.int64(prologue),
         epsilon=np.float32(epsilon),
+        rounds=np.int64(rounds),
         residual=np.int64(residual is not None),
         counted=np.int64(count is not None),
     )

@@ -16,14 +16,15 @@ __all__ = ["Kernels", "kernels"]
 
 _LIBRARY = Path(__file__).with_name("native") / "kernels.so"
 _TARGETS = ("mesh_products", "mesh_expert_products", "mesh_attention", "mesh_likeliest")
-_VERSION = 7
+_VERSION = 8
 """Of the calls in calls.py. handlers.cpp has the same number: a library that was built from other sources is not used."""
+_WITH_TILES = ("amx", "avx512bf16", "avx512vnni")
 _SLOWER = "narrow weights are multiplied several times slower"
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What this process multiplies with. `name`: the processor's kernels, such as avx512vnni; None: XLA's forms, and `reason` says why.
+    """What this process multiplies with. `name`: the processor's kernels, such as avx512bf16; None: XLA's forms, and `reason` says why.
     `digest`: changes whenever compiled programs have to."""
 
     name: str | None
@@ -33,7 +34,7 @@ class Kernels:
     @property
     def reads_tiles(self) -> bool:
         """Whether codes of 4, 6 and 8 bits are best laid out in tiles (mesh/kernels/native/weight.h)."""
-        return self.name == "avx512vnni"
+        return self.name in _WITH_TILES
 
     def __str__(self) -> str:
         return self.name or f"none ({self.reason}): {_SLOWER}"
@@ -43,8 +44,8 @@ _lock = threading.Lock()
 
 
 def kernels() -> Kernels:
-    """The kernels of this process. MESH_KERNELS chooses among those that the processor has (avx512vnni, avx512, avx2, neon, portable), or
-    none."""
+    """The kernels of this process. MESH_KERNELS names others that the processor has (amx, avx512bf16, avx512vnni, avx512, avx2, neon,
+    portable), or none."""
     with _lock:  # XLA is told once, whichever of several stages that load at the same time is first
         return _found()
 

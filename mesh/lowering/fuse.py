@@ -5,6 +5,7 @@ lowered graph, become one call each (mesh/kernels/calls.py):
 
     products    RMSNormalization(x) --> MatMul, MatMul ...      the products of one input, which is normalised on the way
                 Mul(act(gate), up)  --> MatMul                  gated on the way
+                Cast(Cast(x))       --> MatMul                  rounded to bfloat16 on the way, after either of these
                                         MatMul --> Add(x)       with the residual added to the sums
     attention   RotaryEmbedding(q), RotaryEmbedding(k), TensorScatter of k and v, Attention with a causal mask
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from mesh.kernels import calls
 from mesh.lowering import registry
+from mesh.lowering.op_helpers import numpy_type
 from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.registry import register
 from mesh.lowering.weights import PackedWeight
@@ -40,10 +42,10 @@ to a compiled size, for which the calls compute nothing."""
 
 
 @register(domain=KERNELS)
-def Products(*inputs: Any, weights: int, before: str, epsilon: float, residual: int, counted: int) -> tuple[Any, ...]:
+def Products(*inputs: Any, weights: int, before: str, epsilon: float, rounds: int, residual: int, counted: int) -> tuple[Any, ...]:
     """x [..., in], what comes before (the scale of a norm, or the other side of a gate), the weights, maybe a residual, and maybe how many
     tokens are real -> the products [..., out]."""
-    x, rest = inputs[0], list(inputs[1:])
+    x, rest = jnp.asarray(inputs[0], jnp.float32), list(inputs[1:])
     first: Any = None
     if before == "norm":
         first = calls.InputNorm(jnp.broadcast_to(jnp.asarray(rest.pop(0)), x.shape[-1:]), epsilon)
@@ -60,7 +62,7 @@ def Products(*inputs: Any, weights: int, before: str, epsilon: float, residual: 
     shape = (*lead, packed[0].shape[1])
     inside = added is not None and added.shape == shape
     flat = None if added is None or not inside else added.reshape(-1, shape[-1])
-    results = calls.products(x.reshape(-1, size), known, before=first, residual=flat, count=count)
+    results = calls.products(x.reshape(-1, size), known, before=first, rounds=bool(rounds), residual=flat, count=count)
     whole = [y.reshape(*lead, y.shape[-1]) for y in results]
     if added is not None and not inside:
         whole[0] = whole[0] + added
@@ -115,6 +117,14 @@ class _Made:
     def only(self, name: str, op_type: str) -> GraphNode | None:
         """The same, if the value is read once."""
         return self.node(name, op_type) if self.uses[name] == 1 else None
+
+    def before_rounding(self, name: str) -> str | None:
+        """The value that was rounded to bfloat16 to make this one, which is float32 again; None if it was not made so."""
+        wide = self.node(name, "Cast")
+        narrow = None if wide is None else self.node(wide.inputs[0], "Cast")
+        if wide is None or narrow is None or numpy_type(wide.attributes["to"]) != np.float32:
+            return None
+        return narrow.inputs[0] if numpy_type(narrow.attributes["to"]).name == "bfloat16" else None
 
     def constant(self, name: str) -> Any:
         """The value as a list or a number, if it is known."""
@@ -171,6 +181,7 @@ class _Call:
     inputs: tuple[str, ...]
     before: str = ""
     epsilon: float = 0.0
+    rounds: bool = False
 
 
 def _products(graph: Graph, made: _Made, readable: set[str], *, counted: bool) -> Graph:
@@ -196,6 +207,7 @@ def _products(graph: Graph, made: _Made, readable: set[str], *, counted: bool) -
                 "weights": len(weights),
                 "before": call.before,
                 "epsilon": call.epsilon,
+                "rounds": int(call.rounds),
                 "residual": len(residual),
                 "counted": int(counted),
             }
@@ -207,18 +219,23 @@ def _products(graph: Graph, made: _Made, readable: set[str], *, counted: bool) -
 
 def _prepared(made: _Made, x: str, products: list[tuple[int, GraphNode]], *, alone: bool) -> _Call:
     """The products with what computes their input, where nothing else reads that."""
-    plain = _Call(products, (x,))
-    if not alone or made.uses[x] != len(products):
+    given = made.before_rounding(x)
+    rounds = given is not None
+    plain = _Call(products, (x if given is None else given,), rounds=rounds)
+    alone = alone and made.uses[x] == len(products)
+    if given is not None:
+        alone, x = alone and made.uses[made.by[x].inputs[0]] == made.uses[given] == 1, given
+    if not alone:
         return plain
     norm = made.node(x, "RMSNormalization")
     if norm is not None and norm.attributes.get("axis", -1) == -1 and norm.attributes.get("stash_type", 1) == 1:
-        return _Call(products, norm.inputs[:2], "norm", float(norm.attributes.get("epsilon", 1e-5)))
+        return _Call(products, norm.inputs[:2], "norm", float(norm.attributes.get("epsilon", 1e-5)), rounds)
     gated = made.node(x, "Mul")
     if gated is not None:
         for gate, up in (gated.inputs, gated.inputs[::-1]):
             activated = _activated(made, gate)
             if activated is not None:
-                return _Call(products, (activated[0], up), activated[1])
+                return _Call(products, (activated[0], up), activated[1], rounds=rounds)
     return plain
 
 

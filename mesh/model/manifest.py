@@ -113,11 +113,13 @@ class HiddenInfo(_Strict):
 
 class WeightsInfo(_Strict):
     """How weights are stored: bits 32, 16, 8 or 4; group_size None: per output channel (or not quantized). `kept`: the names of the
-    source's own quantization, which most of the weights have; `bits` is then the nearest width."""
+    source's own quantization, which most of the weights have; `bits` is then the nearest width. `inputs`: what products round their inputs
+    to (None: nothing); the blocks say it, and this is for readers."""
 
     bits: Literal[32, 16, 8, 4]
     group_size: Positive | None = None
     kept: Annotated[str, Field(max_length=200)] | None = None
+    inputs: Literal["bfloat16"] | None = None
 
 
 class TokenizerInfo(_Strict):

@@ -186,12 +186,26 @@ Stored stored(Kind kind, int64_t out, int64_t in, int64_t group, int form, int m
   return s;
 }
 
-void check_product(const Stored& s, int64_t rows) {
+// What to_bfloat16() has to make of a number: the nearest, to even between two.
+float nearest_bfloat16(float f) {
+  if (!std::isfinite(f)) return f;
+  const double step = std::ldexp(1, std::max(std::ilogb(f ? f : 1e-38f), -126) - 7);
+  return (float)(std::nearbyint(f / step) * step);
+}
+
+// `rounds`: the input is rounded to bfloat16.
+void check_product(const Stored& s, int64_t rows, bool rounds = false) {
   const Weight& w = s.weight;
   const int64_t stride = (w.in + 15) / 16 * 16;
   Exact<float> x(rows * stride), y(rows * w.out), alone(w.out), residual(rows * w.out), bias(w.out);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t k = 0; k < w.in; k++) x[r * stride + k] = normal();
+  if (rounds) {
+    Exact<float> before(x.count);
+    std::copy(x.get(), x.get() + x.count, before.get());
+    best().round(x.get(), (int64_t)x.count);
+    for (size_t i = 0; i < x.count; i++) compare("rounded", x[i], nearest_bfloat16(before[i]), 0);
+  }
   for (size_t i = 0; i < residual.count; i++) residual[i] = normal();
   for (size_t i = 0; i < bias.count; i++) bias[i] = normal();
   Weight biased = w;
@@ -199,9 +213,12 @@ void check_product(const Stored& s, int64_t rows) {
   const bool whole = best().reads_whole && best().reads_whole(w);
   Exact<Whole> numbers(whole ? rows * (w.in / 32) : 0);
   for (int64_t r = 0; whole && r < rows; r++) best().to_whole(x.get() + r * stride, w.in, numbers.get() + r * (w.in / 32));
+  const bool pairs = rounds && best().reads_rounded && best().reads_rounded(w);
+  Exact<uint16_t> rounded(pairs ? (rows + 15) / 16 * 16 * w.in : 0), own(pairs ? 16 * w.in : 0);
+  for (int64_t r = 0; pairs && r < rows; r++) best().to_rounded(x.get() + r * stride, w.in, r, rounded.get());
   const int64_t middle = below((int)w.out + 1) / (w.kind >= kTiles ? 16 : 1) * (w.kind >= kTiles ? 16 : 1);
   for (auto [first, last] : {std::pair<int64_t, int64_t>{0, middle}, {middle, w.out}})
-    best().tile(Tile{&biased, first, last, x.get(), rows, stride, y.get(), residual.get(), whole ? numbers.get() : nullptr});
+    best().tile(Tile{&biased, first, last, x.get(), rows, stride, y.get(), residual.get(), whole ? numbers.get() : nullptr, pairs ? rounded.get() : nullptr});
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t o = 0; o < w.out; o++) {
       double want = bias[o] + residual[r * w.out + o], scale = std::fabs(want);
@@ -213,8 +230,9 @@ void check_product(const Stored& s, int64_t rows) {
     }
   }
   const int64_t r = below((int)rows);
+  if (pairs) best().to_rounded(x.get() + r * stride, w.in, 0, own.get());
   best().tile(Tile{&biased, 0, w.out, x.get() + r * stride, 1, stride, alone.get(), residual.get() + r * w.out,
-                   whole ? numbers.get() + r * (w.in / 32) : nullptr});
+                   whole ? numbers.get() + r * (w.in / 32) : nullptr, pairs ? own.get() : nullptr});
   if (std::memcmp(alone.get(), y.get() + r * w.out, w.out * 4)) fail("a row alone differs from the same row among others", r, rows);
 }
 
@@ -223,6 +241,10 @@ void products() {
   for (int round = 0; round < 40; round++) {
     const int64_t out = 1 + below(37), odd = 1 + below(150), blocks = 64 * (1 + below(4));
     for (Kind kind : {kFloat32, kFloat16, kBfloat16}) check_product(stored(kind, out, odd, 0, -1, 0), rows[below(8)]);
+    check_product(stored(kBfloat16, out, odd, 0, -1, 0), rows[below(8)], true);
+    check_product(stored(kBfloat16, out, 32 * (1 + below(9)), 0, -1, 0), rows[below(8)], true);
+    check_product(stored(kBfloat16, 1 + below(100), 32 * (1 + below(9)), 0, -1, 0), 1 + below(70), true);
+    check_product(stored(kInt8, out, odd, 0, below(2), 0), rows[below(8)], true);
     check_product(stored(kInt8, out, odd, 0, below(2), 0), rows[below(8)]);
     for (int64_t group : {16, 32, 64}) {
       check_product(stored(kInt8, out, odd, group, below(2), 0), rows[below(8)]);

@@ -73,7 +73,7 @@ def test_the_image_is_small_and_runs_as_nobody_on_a_read_only_root(image: int) -
     assert podman(*hardened, "--entrypoint", "nats-server", IMAGE, "--version").startswith("nats-server")
     assert podman(*hardened, "--entrypoint", "id", IMAGE, "-u").strip() == "10001"
     named = podman(*hardened, "--entrypoint", "python", IMAGE, "-c", "from mesh.kernels.library import kernels; print(kernels())").strip()
-    assert named in ("avx512vnni", "avx512", "avx2", "neon", "portable")
+    assert named in ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "neon", "portable")
     print(f"\nimage: {image / 1e6:.0f} MB, kernels: {named}")
     assert image < 900_000_000
 

@@ -126,7 +126,7 @@ def verify(
     """
     reference, parts = outside.greedy, outside.parts
     sequences = _sequences(manifest, reference, seed)
-    tolerance = TOLERANCE[manifest.hidden.dtype]
+    tolerance = TOLERANCE[manifest.weights.inputs or manifest.hidden.dtype]
     oracle_runs = True
     ours: list[Array] = [np.asarray(tokens, np.int64) for tokens in sequences.tokens]  # tokens, then hidden [T, D]
     theirs: list[Array] = list(ours)
@@ -447,7 +447,7 @@ def _first_layer(
     directory: Path, manifest: Manifest, group: LayerRange, sequences: Sequences, *, fallback: float
 ) -> tuple[int | None, float]:
     """The first layer of a group that differs, and by how much. Each runs alone, on the input that the oracle computed."""
-    tolerance = TOLERANCE[manifest.hidden.dtype]
+    tolerance = TOLERANCE[manifest.weights.inputs or manifest.hidden.dtype]
     rows: list[Array] = [np.asarray(tokens, np.int64) for tokens in sequences.tokens]
     for layer in range(group.stop):
         one = LayerRange(layer, layer + 1)

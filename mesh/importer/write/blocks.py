@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -19,7 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from mesh.dtypes import NUMPY_DTYPES
 from mesh.importer.options import ImportOptions
 from mesh.importer.precision import Rounding, fits
-from mesh.importer.write.kept import Kept, KeptForm, SourceMatrix
+from mesh.importer.write.kept import UNQUANTIZED, Kept, KeptForm, SourceMatrix
 from mesh.importer.write.narrow import Narrow, compensated, fit
 from mesh.importer.write.narrow_nodes import narrow_matrix, narrow_rows
 from mesh.importer.write.quantize import EXPERT_GROUP, exact_type, half_type, quantize_rows, quantize_weight
@@ -28,6 +29,7 @@ from mesh.model.manifest import BlockInfo, block_name
 from mesh.types import DType
 
 Array = npt.NDArray[Any]
+_BFLOAT16, _FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 
 __all__ = ["INLINE_BYTES", "BlockWriter", "GraphBuilder", "Weight", "WeightValue", "attention_block"]
 
@@ -49,6 +51,7 @@ class GraphBuilder:
         self.outputs: list[onnx.ValueInfoProto] = []
         self.weights: dict[str, WeightValue] = {}
         self.kept: list[KeptForm] = []
+        self._rounding: set[str] = set()  # values of weights whose products round their inputs
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._count = 0
 
@@ -109,7 +112,8 @@ class GraphBuilder:
         options, produce = self.options, as_callable(weight)
         own = self._own(weight)
         if own is not None:
-            return self.op("Transpose", self._kept_outputs(name, *own), perm=[1, 0])
+            value = self.op("Transpose", self._kept_outputs(name, *own), perm=[1, 0])
+            return self._rounds(value) if own[0] == UNQUANTIZED[_BFLOAT16] else value
         if options.keep and experts:
             return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, exact_type)), to=TensorProto.FLOAT)
         if options.bits == 32:
@@ -117,7 +121,8 @@ class GraphBuilder:
         if options.bits == 16:
             if options.dtype != "float32":
                 return self.parameter(f"{name}.weight", weight)
-            return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, half_type)), to=TensorProto.FLOAT)
+            stored = half_type if options.products is None else _BFLOAT16
+            return self._rounds(self.op("Cast", self.weight(f"{name}.weight", Weight(produce, stored)), to=TensorProto.FLOAT))
         if options.bits == 4:
             choice = self._choice(name, produce, axis=-2)
             if choice.bits != 8:
@@ -214,7 +219,30 @@ class GraphBuilder:
         """How the source quantized the weight, and what reads it so, if that is to be kept."""
         if not self.options.keep or not isinstance(weight, SourceMatrix) or weight.form is None or weight.keep is None:
             return None
+        if self.options.products is not None and weight.form == UNQUANTIZED[_FLOAT16]:
+            return None
         return weight.form, weight.keep
+
+    def _rounds(self, weight: str) -> str:
+        """The value of a weight, whose products round their inputs if the options say so."""
+        if self.options.products is not None:
+            self._rounding.add(weight)
+        return weight
+
+    def _with_rounding(self) -> list[NodeProto]:
+        """The nodes, with two Casts before each input that products round: to bfloat16 and back."""
+        nodes: list[NodeProto] = []
+        rounded: dict[str, str] = {}
+        for node in self.nodes:
+            if node.op_type == "MatMul" and node.input[1] in self._rounding:
+                x = node.input[0]
+                if x not in rounded:
+                    rounded[x] = f"{x}.rounded"
+                    nodes.append(helper.make_node("Cast", [x], [f"{x}.bfloat16"], to=TensorProto.BFLOAT16))
+                    nodes.append(helper.make_node("Cast", [f"{x}.bfloat16"], [rounded[x]], to=TensorProto.FLOAT))
+                node = helper.make_node("MatMul", [rounded[x], node.input[1]], node.output, name=node.name)
+            nodes.append(node)
+        return nodes
 
     def _kept_outputs(self, name: str, form: KeptForm, keep: Callable[[], Kept]) -> str:
         """A weight as its source has quantized it, stored [out, in]; returns its value [out, in]."""
@@ -280,7 +308,7 @@ class GraphBuilder:
 
     def model(self) -> ModelProto:
         """The graph without its weights, which BlockWriter adds."""
-        return block_model(helper.make_graph(self.nodes, self.name, self.inputs, self.outputs))
+        return block_model(helper.make_graph(self._with_rounding(), self.name, self.inputs, self.outputs))
 
     def write(self, writer: BlockWriter) -> BlockInfo:
         """Write the block under its name."""

@@ -85,6 +85,9 @@ struct Arguments {
 // Whether the input of this weight is read as whole numbers.
 bool reads_whole(const Weight& w) { return best().reads_whole && best().reads_whole(w); }
 
+// Whether a rounded input of this weight is read in bfloat16.
+bool reads_rounded(const Weight& w) { return best().reads_rounded && best().reads_rounded(w); }
+
 // How one weight is described: see mesh/kernels/calls.py.
 enum Field { kKindField, kOutField, kInField, kGroupField, kOffsetField, kScaleField, kZeroField, kMinimumField, kBiasField, kFields };
 
@@ -152,6 +155,9 @@ int64_t outputs_of(int64_t out, int64_t bytes, int64_t piece_bytes, bool few) {
 // Whole numbers of `rows` rows, in floats of scratch memory.
 int64_t whole_size(int64_t rows, int64_t in) { return rows * (in / 32) * (int64_t)(sizeof(Whole) / sizeof(float)); }
 
+// An input in bfloat16, in floats of scratch memory.
+int64_t rounded_size(int64_t rows, int64_t in) { return (rows + 15) / 16 * 16 * ((in + 31) / 32 * 16); }
+
 enum Prologue : int64_t { kAsGiven, kRmsNorm, kGatedSilu, kGatedGelu };
 
 struct Products {
@@ -166,6 +172,8 @@ struct Products {
   int64_t rows, in, stride;
   float* prepared;  // nullptr: the input is read as it is given
   Whole* whole;     // nullptr: no weight reads it so
+  bool rounds;         // the input, to bfloat16
+  uint16_t* rounded;   // nullptr: no weight reads it so
 
   static constexpr int64_t kRowsAPiece = 4;
 
@@ -174,8 +182,11 @@ struct Products {
   void prepare(int64_t piece) const {
     const int64_t first = piece * kRowsAPiece, some = rows - first < kRowsAPiece ? rows - first : kRowsAPiece;
     if (prepared) copy(first, some);
-    if (whole)
-      for (int64_t r = first; r < first + some; r++) best().to_whole(input() + r * stride, in, whole + r * (in / 32));
+    if (rounds) best().round(prepared + first * stride, some * stride);
+    for (int64_t r = first; r < first + some; r++) {
+      if (whole) best().to_whole(input() + r * stride, in, whole + r * (in / 32));
+      if (rounded) best().to_rounded(input() + r * stride, in, r, rounded);
+    }
   }
 
   void copy(int64_t first, int64_t some) const {
@@ -193,12 +204,13 @@ struct Products {
     const Weight& w = weights[i];
     const int64_t first = (piece - firsts[i]) * outputs[i];
     const int64_t last = first + outputs[i] < w.out ? first + outputs[i] : w.out;
-    best().tile(Tile{&w, first, last, input(), rows, stride, results[i], residual, reads_whole(w) ? whole : nullptr});
+    best().tile(Tile{&w, first, last, input(), rows, stride, results[i], residual, reads_whole(w) ? whole : nullptr,
+                     reads_rounded(w) ? rounded : nullptr});
   }
 };
 
 ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::RemainingRets results, ffi::Span<const int64_t> described,
-                    int64_t rows, int64_t prologue, float epsilon, int64_t residual, int64_t counted) {
+                    int64_t rows, int64_t prologue, float epsilon, int64_t rounds, int64_t residual, int64_t counted) {
   Products call;
   call.count = (int)(described.size() / kFields);
   if (call.count < 1 || call.count > kMostWeights || described.size() % kFields || results.size() != (size_t)call.count || rows < 1)
@@ -228,13 +240,14 @@ ffi::Error products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Rema
   if (real) rows = call.rows = *real;
   if (!rows) return ffi::Error::Success();
 
-  bool whole = false;
-  for (int i = 0; i < call.count; i++) whole |= reads_whole(call.weights[i]);
-  const bool copies = prologue != kAsGiven || call.stride != call.in, prepares = copies || whole;
-  const int64_t copied = copies ? rows * call.stride : 0;
-  float* memory = prepares ? scratch(0, copied + (whole ? whole_size(rows, call.in) : 0)) : nullptr;
+  bool whole = false, rounded = false;
+  for (int i = 0; i < call.count; i++) whole |= reads_whole(call.weights[i]), rounded |= rounds && reads_rounded(call.weights[i]);
+  const bool copies = prologue != kAsGiven || call.stride != call.in || rounds, prepares = copies || whole;
+  const int64_t copied = copies ? rows * call.stride : 0, halved = rounded ? rounded_size(rows, call.in) : 0;
+  float* memory = prepares ? scratch(0, copied + halved + (whole ? whole_size(rows, call.in) : 0)) : nullptr;
   call.prepared = copies ? memory : nullptr;
-  call.whole = whole ? (Whole*)(memory + copied) : nullptr;
+  call.rounds = rounds, call.rounded = rounded ? (uint16_t*)(memory + copied) : nullptr;
+  call.whole = whole ? (Whole*)(memory + copied + halved) : nullptr;
   if (prepares && !memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for the input of a product");
   const int64_t most = 8 * (threads.num_threads() + 1);
   const bool alone = size * (rows < 4 ? 1 : rows) < kAloneBytes;
@@ -323,7 +336,7 @@ struct ExpertProducts {
     const int64_t first = piece % pieces * outputs, last = first + outputs < out ? first + outputs : out;
     const Weight w = part(weight, g.expert * out, out);
     const Whole* numbers = whole ? whole + g.first * (in / 32) : nullptr;
-    best().tile(Tile{&w, first, last, sorted + g.first * stride, g.count, stride, products + g.first * out, nullptr, numbers});
+    best().tile(Tile{&w, first, last, sorted + g.first * stride, g.count, stride, products + g.first * out, nullptr, numbers, nullptr});
   }
 
   void put(int64_t piece) const {
@@ -493,6 +506,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_products, kernels::products,
                                   .Attr<int64_t>("rows")
                                   .Attr<int64_t>("prologue")
                                   .Attr<float>("epsilon")
+                                  .Attr<int64_t>("rounds")
                                   .Attr<int64_t>("residual")
                                   .Attr<int64_t>("counted"));
 
@@ -530,7 +544,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_likeliest, kernels::likeliest,
                                   .Attr<int64_t>("vocabulary"));
 
 // Of the calls in mesh/kernels/calls.py: changes with what they are given.
-extern "C" int mesh_kernels_version() { return 7; }
+extern "C" int mesh_kernels_version() { return 8; }
 
 extern "C" const char* mesh_kernels_name() { return kernels::best().name; }
 

@@ -56,6 +56,15 @@ INLINE I sixteens(uint32_t bits) {
   const __m256i above = _mm256_slli_epi32(each, 8), high = _mm256_cmpeq_epi32(_mm256_and_si256(set, above), above);
   return I{low, high} & 16;
 }
+// To the nearest bfloat16, to even between two.
+INLINE __m256 eight_rounded(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i near = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));  // what is no number stays so
+  const __m256 all = _mm256_blendv_ps(_mm256_castsi256_ps(near), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_and_ps(all, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000)));
+}
+INLINE V to_bfloat16(V v) { return {eight_rounded(v.low), eight_rounded(v.high)}; }
 // v * 2^n for whole numbers n
 INLINE V times_power(V v, V n) {
   const __m256i low = _mm256_slli_epi32(_mm256_cvtps_epi32(n.low), 23), high = _mm256_slli_epi32(_mm256_cvtps_epi32(n.high), 23);
@@ -138,6 +147,12 @@ INLINE I sixteens(uint32_t bits) {
   auto set = [&](uint32_t four) { return vandq_u32(vtstq_u32(vdupq_n_u32(four), each), vdupq_n_u32(16)); };
   return {{set(bits), set(bits >> 4), set(bits >> 8), set(bits >> 12)}};
 }
+INLINE float32x4_t four_rounded(float32x4_t v) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t near = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  return vreinterpretq_f32_u32(vandq_u32(vbslq_u32(vceqq_f32(v, v), near, quiet), vdupq_n_u32(0xffff0000)));
+}
+INLINE V to_bfloat16(V v) { return {{four_rounded(v.v[0]), four_rounded(v.v[1]), four_rounded(v.v[2]), four_rounded(v.v[3])}}; }
 INLINE float32x4_t four_power(float32x4_t v, float32x4_t n) {
   return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(v), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
 }
@@ -169,6 +184,10 @@ INLINE void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE V all(float f) { return V{f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f}; }
 INLINE float first(V v) { return v[0]; }
 INLINE V madd(V a, V b, V c) { return a * b + c; }  // rounded once where the processor can
+INLINE V to_bfloat16(V v) {
+  const I bits = (I)v, near = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+  return (V)((v == v ? near : quiet) & (int32_t)0xffff0000);
+}
 
 #if defined(LANES_AVX512)
 INLINE V larger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }

@@ -60,6 +60,7 @@ struct Tile {
   float* y;               // [rows, out]
   const float* residual;  // [rows, out], or nullptr
   const Whole* whole;     // [rows, in / 32]: x once more, for a weight that is multiplied with whole numbers; else nullptr
+  const uint16_t* rounded;  // x once more, in bfloat16 as to_rounded() lays it out, for a weight that is multiplied with that; else nullptr
 };
 
 // Attention of some tokens over the cache. Each token has its own row and position; a row may have several tokens, one after the other.
@@ -114,6 +115,12 @@ struct Kernels {
   // Whether tile() reads the input of this weight as whole numbers. nullptr: of none.
   bool (*reads_whole)(const Weight&);
   void (*to_whole)(const float* x, int64_t in, Whole* to);
+  // x [count] to the nearest bfloat16, to even between two; `count` is a multiple of 16
+  void (*round)(float* x, int64_t count);
+  // Whether tile() takes the input of this weight in bfloat16, if it is rounded. nullptr: of none.
+  bool (*reads_rounded)(const Weight&);
+  // Row number `row` of an input, which is rounded already. `to` has room for a multiple of 16 rows.
+  void (*to_rounded)(const float* x, int64_t in, int64_t row, uint16_t* to);
   // y [rows, stride] = x [rows, in] / rms * scale
   void (*rms_norm)(const float* x, const float* scale, float epsilon, int64_t rows, int64_t in, int64_t stride, float* y);
   // y [rows, stride] = act(gate) * up
@@ -131,6 +138,9 @@ struct Kernels {
 
 enum Activation : int { kSilu, kGeluTanh };
 
+const Kernels* amx();         // avx512bf16() with products of tiles
+bool amx_works();             // whether this process can use them; a child tries it
+const Kernels* avx512bf16();  // avx512vnni() with products of bfloat16
 const Kernels* avx512vnni();
 const Kernels* avx512();
 const Kernels* avx2();

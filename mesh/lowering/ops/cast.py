@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -13,6 +14,7 @@ from mesh.lowering.registry import register
 _FLOAT8 = {
     np.dtype(kind) for kind in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz)
 }
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _SMALL_INTEGERS = {
     np.dtype(kind): bits for kind, bits in ((ml_dtypes.int4, 4), (ml_dtypes.uint4, 4), (ml_dtypes.int2, 2), (ml_dtypes.uint2, 2))
@@ -33,6 +35,8 @@ def convert(x: Array, dtype: Any, *, saturate: bool = True, round_mode: str = "u
         return _low_bits(xp, x.astype(xp.int32), dtype)
     if dtype.kind == "b":
         return x != 0
+    if xp is not np and dtype == _BFLOAT16 and x.dtype == np.float32:
+        x = jax.lax.reduce_precision(x, 8, 7)  # XLA leaves out a conversion there and back: it takes more precise numbers for as good
     return x.astype(dtype)
 
 

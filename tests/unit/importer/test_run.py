@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from places import EXPORTS
 
@@ -106,6 +107,30 @@ def test_a_narrow_cache_takes_less_and_its_error_is_measured(kv_cache: CacheDTyp
 def test_a_cache_that_does_not_go_with_the_arithmetic_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="a cache of"):
         ImportOptions(**values)
+
+
+def test_products_of_bfloat16_are_what_the_blocks_say(tmp_path: Path) -> None:
+    """Two Casts before the products of an input: onnxruntime and XLA round as the kernels do."""
+    export = EXPORTS / "llama-dynamo.onnx"
+    plain = import_model(export, tmp_path / "plain", ImportOptions(bits=16))
+    manifest = import_model(export, tmp_path / "model", ImportOptions(products="bfloat16"), report=True)
+    assert (manifest.weights.inputs, manifest.weights.bits, manifest.hidden.dtype) == ("bfloat16", 16, "float32")
+    assert Manifest.load(tmp_path / "model") == manifest and plain.weights.inputs is None
+    assert manifest.model_hash != plain.model_hash, "one mesh does not mix them: its tokens would change with a failure"
+    assert 1e-4 < manifest.report["logits_error_float32"] < 3e-2 and manifest.report["source_greedy_equal"] > 0.9
+    graph = onnx.load(str(tmp_path / "model" / "layer_000.onnx")).graph
+    made = {name: node for node in graph.node for name in node.output}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in made and made[node.input[1]].input[0] in types]
+    assert len(products) == 7 and {types[made[node.input[1]].input[0]] for node in products} == {onnx.TensorProto.BFLOAT16}
+    assert [made[made[node.input[0]].input[0]].attribute[0].i for node in products] == [onnx.TensorProto.BFLOAT16] * 7
+    assert len({node.input[0] for node in products}) == 4, "q, k and v share one, and so do gate and up"
+
+
+@pytest.mark.parametrize("values", [{"bits": 8}, {"bits": 4}, {"bits": 32}, {"dtype": "bfloat16"}, {"dtype": "float16", "bits": 16}])
+def test_products_of_bfloat16_have_weights_of_16_bits(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="products of bfloat16 have weights of 16 bits"):
+        ImportOptions(products="bfloat16", **values)
 
 
 def test_a_source_that_is_missing_or_unknown_is_refused(tmp_path: Path) -> None:

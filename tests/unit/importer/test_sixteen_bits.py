@@ -121,6 +121,35 @@ def test_an_import_gives_the_tokens_of_32_bits_with_kernels_and_without(case: st
         np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.parametrize("case", ["one table for both ends", "fused, a part each", "heads side by side", "traced, with biases"])
+def test_products_of_bfloat16_keep_weights_of_bfloat16_and_round_others(case: str, tmp_path: Path) -> None:
+    narrow_type = source_of(case, tmp_path / "source")
+    source = open_source(tmp_path / "source")
+    (tmp_path / "ours").mkdir()
+    blocks = source.write_blocks(BlockWriter(tmp_path / "ours"), ImportOptions(products="bfloat16"), lambda *_: None)
+    wide = matrices(tmp_path / "wide", written(source, tmp_path / "wide", 32))
+    ours = matrices(tmp_path / "ours", blocks)
+    used = {}
+    for block in blocks:
+        graph = onnx.load(str(tmp_path / "ours" / f"{block.name}.onnx")).graph
+        made = {name: node for node in graph.node for name in node.output}
+        for node in graph.node:
+            if node.op_type == "MatMul" and (weight := behind(made, node.input[1], {key for _, key in ours})) is not None:
+                used[block.name, weight] = made[made[node.input[0]].input[0]].attribute[0].i
+    assert used and set(used.values()) == {onnx.TensorProto.BFLOAT16}
+    for key in used:
+        assert ours[key].dtype.name == "bfloat16"
+        same_numbers = same(ours[key], wide[key].astype(ours[key].dtype).astype(np.float32))
+        assert same_numbers and (narrow_type.name != "bfloat16" or same(ours[key], wide[key]))
+
+
+def behind(made: dict[str, onnx.NodeProto], name: str, weights: set[str]) -> str | None:
+    """The weight that a value is made of by Cast and Transpose alone."""
+    while name in made and made[name].op_type in ("Cast", "Transpose"):
+        name = made[name].input[0]
+    return name if name in weights else None
+
+
 def test_a_checkpoint_with_few_matrices_of_16_bits_is_said_to_have_32(tmp_path: Path) -> None:
     model = make_model("Llama", {**TINY, "num_hidden_layers": 1})
     model.model.layers[0].self_attn.q_proj.bfloat16()

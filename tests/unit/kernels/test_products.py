@@ -182,6 +182,33 @@ def test_what_comes_before_and_after_a_product(before: str, rows: int, depth: in
     np.testing.assert_allclose(got, np.asarray(expected) @ w.T + bias + residual, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("before", ["nothing", "norm", "silu"])
+@pytest.mark.parametrize(("kind", "depth"), [("bfloat16", 96), ("bfloat16", 50), ("int8", 96), ("float32", 33)])
+def test_inputs_are_rounded_to_bfloat16(kind: str, depth: int, before: str) -> None:
+    """Whatever multiplies them: a row has the same bits in any company, and what is not a number stays so."""
+    rng = np.random.default_rng(9)
+    codes = weight(kind, 37, depth, 32, 10)
+    x, up = (rng.standard_normal((33, depth)).astype(np.float32) for _ in range(2))
+    first = {"nothing": None, "norm": calls.InputNorm(np.ones(depth, np.float32), 1e-5), "silu": calls.Gated("silu", up)}[before]
+
+    def products(rows: int) -> np.ndarray:
+        given = calls.Gated("silu", up[:rows]) if before == "silu" else first
+        call = jax.jit(lambda x: calls.products(x, [codes.for_kernels()], before=given, rounds=True))
+        return np.asarray(call(x[:rows])[0])
+
+    identity = calls.KernelWeight("float32", (depth, depth), np.eye(depth, dtype=np.float32))
+    (given,) = jax.jit(lambda x: calls.products(x, [identity], before=first))(x)
+    rounded = np.asarray(given).astype(jnp.bfloat16).astype(np.float64)
+    assert np.abs(rounded - np.asarray(given)).max() > 1e-4
+    wide = numbers(codes)
+    among = products(33)
+    assert np.all(np.abs(among - rounded @ wide.T) <= 2e-6 * (np.abs(rounded) @ np.abs(wide).T) + 1e-30)
+    for rows in (1, 2, 3, 7, 17, 32):
+        np.testing.assert_array_equal(products(rows), among[:rows])
+    x[5, 3] = np.nan
+    assert np.isnan(products(33)[5]).all() and np.isfinite(np.delete(products(33), 5, axis=0)).all()
+
+
 def test_several_weights_of_one_input() -> None:
     x = np.random.default_rng(6).standard_normal((3, 256)).astype(np.float32)
     several = [

@@ -30,11 +30,18 @@ WIDTHS = {
     "4": ImportOptions(bits=4),
     "4 and a cache of 16": ImportOptions(bits=4, kv_cache="float16"),
     "a cache of 8": ImportOptions(kv_cache="int8"),
+    "products of bfloat16": ImportOptions(products="bfloat16"),
     "heads of 20": ImportOptions(),
+    "heads of 20 and products of bfloat16": ImportOptions(products="bfloat16"),
     "heads of 24 and a cache of 16": ImportOptions(kv_cache="float16"),
     "heads of 24 and a cache of 8": ImportOptions(bits=4, kv_cache="int8"),
 }
-HEADS = {"heads of 20": 20, "heads of 24 and a cache of 16": 24, "heads of 24 and a cache of 8": 24}
+HEADS = {
+    "heads of 20": 20,
+    "heads of 20 and products of bfloat16": 20,
+    "heads of 24 and a cache of 16": 24,
+    "heads of 24 and a cache of 8": 24,
+}
 """Others have 16 numbers a head: one vector of the kernels."""
 
 
@@ -73,6 +80,8 @@ def test_a_layer_is_five_calls(imported: Path) -> None:
     ours = [node.op.op_type for node in graph.nodes if node.op.domain == "mesh.kernels"]
     assert ours == ["Products", "CachedAttention", "Products", "Products", "Products"]
     assert {node.op.op_type for node in graph.nodes} <= {"Products", "CachedAttention", "Cast", "Unsqueeze", "Mul", "Cos", "Sin"}
+    rounds = {node.attributes["rounds"] for node in graph.nodes if node.op.op_type == "Products"}
+    assert rounds == {int(Manifest.load(imported).weights.inputs == "bfloat16")}
 
 
 def test_a_row_has_the_same_bits_alone_and_among_others(imported: Path) -> None:
