@@ -149,13 +149,13 @@ def products(
     return list(results)
 
 
-def expert_products(x: Any, chosen: Any, weight: KernelWeight, experts: int) -> Any:
+def expert_products(x: Any, chosen: Any, weight: KernelWeight, experts: int, *, rounds: bool = False) -> Any:
     """x [rows, in], chosen int32 [rows], the weights of all experts one after the other [experts * out, in] -> [rows, out] float32: row r
-    times the weight of expert chosen[r]. A row has the same bits in any company."""
+    times the weight of expert chosen[r]. A row has the same bits in any company. `rounds`: x is rounded to bfloat16 before."""
     rows, out = x.shape[0], weight.shape[0] // experts
     call = jax.ffi.ffi_call("mesh_expert_products", jax.ShapeDtypeStruct((rows, out), np.float32))
     described = np.array(weight.described, np.int64)
-    return call(x, chosen, *weight.arrays, weights=described, rows=np.int64(rows), experts=np.int64(experts))
+    return call(x, chosen, *weight.arrays, weights=described, rows=np.int64(rows), experts=np.int64(experts), rounds=np.int64(rounds))
 
 
 def attention(

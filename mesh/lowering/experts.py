@@ -31,6 +31,7 @@ from mesh.lowering.lower import Lowered
 from mesh.lowering.op_helpers import numpy_type
 from mesh.lowering.operands import Finder, RightOperand
 from mesh.lowering.prepare import Graph, GraphNode, with_nodes
+from mesh.lowering.rounding import before_rounding
 from mesh.lowering.tensors import PackedFormat, unpack
 from mesh.lowering.weights import fits_tiles, pack, stored_codes
 
@@ -48,7 +49,7 @@ Array = np.ndarray[Any, Any]
 @dataclass(frozen=True)
 class ExpertOperand:
     """What a weight of experts is made of: (codes - zero) * scale. `shape`: as it is stored. `depth`: the axis that a product sums over, 1
-    or 2. `dtype`: what it is widened to (None: its own type)."""
+    or 2. `dtype`: what it is widened to (None: its own type). `rounds`: what it is multiplied with is rounded to bfloat16."""
 
     codes: str
     shape: tuple[int, int, int]
@@ -58,6 +59,7 @@ class ExpertOperand:
     zero: str | None = None
     axis: int = 0  # of the groups; 0: there are none
     group: int = 0
+    rounds: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,6 +73,7 @@ class KeptExperts:
 
     weight: RightOperand
     experts: int
+    rounds: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,11 +85,13 @@ class KeptExperts:
 @dataclass(frozen=True)
 class ExpertWeight:
     """The weights of all experts, one after the other: `codes` [experts * out, in]. Takes the place of a tensor of experts in a lowered
-    graph, which sees each of them as [in, out] where `turned`, else as [out, in]."""
+    graph, which sees each of them as [in, out] where `turned`, else as [out, in]. `rounds`: what it is multiplied with is rounded to
+    bfloat16 in any case."""
 
     codes: Codes
     experts: int = field(metadata={"static": True})
     turned: bool = field(metadata={"static": True})
+    rounds: bool = field(default=False, metadata={"static": True})
 
     def __lower_op__(self, op_type: str, args: tuple[Any, ...], attrs: Mapping[str, Any]) -> Any:
         if op_type not in _GATHERS or args[0] is not self:
@@ -99,7 +104,7 @@ class ExpertWeight:
         chosen = chosen.astype(jnp.int32)
         chosen = jnp.where(chosen < 0, chosen + self.experts, chosen)  # as ONNX counts
         if linear.in_kernel(x.dtype, self.codes):
-            return calls.expert_products(x, chosen, self.codes.for_kernels(), self.experts)
+            return calls.expert_products(x, chosen, self.codes.for_kernels(), self.experts, rounds=self.rounds)
         each = jax.tree.map(self._divided, self.codes.in_rows())
 
         def one(row: Any, expert: Any) -> Any:
@@ -182,7 +187,8 @@ def expert_operands(lowered: Lowered, graph: Graph) -> tuple[Graph, dict[str, Ex
             if operand.axis not in (0, depth):
                 continue
             codes, operand = operand.codes, replace(operand, depth=depth)
-        found[codes] = operand
+        rounded = (before_rounding(made_by, other) is not None for node in nodes for other in _others(node.outputs[0], readers))
+        found[codes] = replace(operand, rounds=all(rounded))
         replaced |= {id(node): replace(node, inputs=(codes, *node.inputs[1:])) for node in nodes}
     if not found:
         return graph, found
@@ -208,6 +214,14 @@ def _turned(graph: Graph, value: str, readers: Mapping[str, Sequence[GraphNode]]
         else:
             found.add(None)
     return _one(found)
+
+
+def _others(value: str, readers: Mapping[str, Sequence[GraphNode]]) -> list[str]:
+    """What chosen experts are multiplied with, where they are only transposed before."""
+    found: list[str] = []
+    for node in readers[value]:
+        found += _others(node.outputs[0], readers) if node.op.op_type == "Transpose" else [each for each in node.inputs if each != value]
+    return found
 
 
 def _one(found: set[bool | None]) -> bool | None:
@@ -265,7 +279,9 @@ def _stored(
 def pack_experts(operand: ExpertOperand | KeptExperts, read: Callable[[str], tuple[Array, PackedFormat | None]]) -> ExpertWeight:
     """The weight as the runtime holds it. `read` gives an initializer as stored, and its format if its elements are smaller than bytes."""
     if isinstance(operand, KeptExperts):
-        return ExpertWeight(pack([operand.weight], read, experts=operand.experts).codes, operand.experts, turned=False)
+        return ExpertWeight(
+            pack([operand.weight], read, experts=operand.experts).codes, operand.experts, turned=False, rounds=operand.rounds
+        )
     turned = operand.depth == 1
 
     def numbers(name: str) -> Array:
@@ -293,4 +309,4 @@ def pack_experts(operand: ExpertOperand | KeptExperts, read: Callable[[str], tup
 
     held = stored_codes(codes, read(operand.codes)[1], grouped=operand.scale is not None)
     held = replace(held, dtype=operand.dtype, scale=factors(operand.scale), zero_point=factors(operand.zero), group=operand.group)
-    return ExpertWeight(held.in_tiles() if fits_tiles(held, experts) else held, experts, turned)
+    return ExpertWeight(held.in_tiles() if fits_tiles(held, experts) else held, experts, turned, operand.rounds)

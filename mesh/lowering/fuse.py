@@ -26,9 +26,9 @@ import numpy as np
 
 from mesh.kernels import calls
 from mesh.lowering import registry
-from mesh.lowering.op_helpers import numpy_type
 from mesh.lowering.prepare import Graph, GraphNode, with_nodes
 from mesh.lowering.registry import register
+from mesh.lowering.rounding import before_rounding
 from mesh.lowering.weights import PackedWeight
 
 __all__ = ["COUNT", "KERNELS", "fuse"]
@@ -117,14 +117,6 @@ class _Made:
     def only(self, name: str, op_type: str) -> GraphNode | None:
         """The same, if the value is read once."""
         return self.node(name, op_type) if self.uses[name] == 1 else None
-
-    def before_rounding(self, name: str) -> str | None:
-        """The value that was rounded to bfloat16 to make this one, which is float32 again; None if it was not made so."""
-        wide = self.node(name, "Cast")
-        narrow = None if wide is None else self.node(wide.inputs[0], "Cast")
-        if wide is None or narrow is None or numpy_type(wide.attributes["to"]) != np.float32:
-            return None
-        return narrow.inputs[0] if numpy_type(narrow.attributes["to"]).name == "bfloat16" else None
 
     def constant(self, name: str) -> Any:
         """The value as a list or a number, if it is known."""
@@ -219,7 +211,7 @@ def _products(graph: Graph, made: _Made, readable: set[str], *, counted: bool) -
 
 def _prepared(made: _Made, x: str, products: list[tuple[int, GraphNode]], *, alone: bool) -> _Call:
     """The products with what computes their input, where nothing else reads that."""
-    given = made.before_rounding(x)
+    given = before_rounding(made.by, x)
     rounds = given is not None
     plain = _Call(products, (x if given is None else given,), rounds=rounds)
     alone = alone and made.uses[x] == len(products)

@@ -29,6 +29,7 @@ from mesh.model.manifest import BlockInfo, block_name
 from mesh.types import DType
 
 Array = npt.NDArray[Any]
+_PICKS = ("Gather", "GatherND", "Reshape", "Transpose")
 _BFLOAT16, _FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 
 __all__ = ["INLINE_BYTES", "BlockWriter", "GraphBuilder", "Weight", "WeightValue", "attention_block"]
@@ -115,7 +116,8 @@ class GraphBuilder:
             value = self.op("Transpose", self._kept_outputs(name, *own), perm=[1, 0])
             return self._rounds(value) if own[0] == UNQUANTIZED[_BFLOAT16] else value
         if options.keep and experts:
-            return self.op("Cast", self.weight(f"{name}.weight", Weight(produce, exact_type)), to=TensorProto.FLOAT)
+            stored = exact_type if options.products is None else _BFLOAT16
+            return self._rounds(self.op("Cast", self.weight(f"{name}.weight", Weight(produce, stored)), to=TensorProto.FLOAT))
         if options.bits == 32:
             return self.weight(f"{name}.weight", Weight(produce, options.compute, narrows=True))
         if options.bits == 16:
@@ -148,7 +150,8 @@ class GraphBuilder:
                 if choice.bits != 8:
                     return self._narrow_outputs(name, choice, as_callable(weight)), True
             return self.matrix(name, weight, experts=True), False
-        return self.op("Reshape", self._kept_outputs(name, *own), self.const(weight.experts)), True
+        value = self.op("Reshape", self._kept_outputs(name, *own), self.const(weight.experts))
+        return self._rounds(value) if own[0] == UNQUANTIZED[_BFLOAT16] else value, True
 
     def embedding(self, ids: str, name: str, table: WeightValue, *, out: str | None = None) -> str:
         """Rows `ids` [...] of table [vocab, width]: [..., width]. At 8 bits rows are int8 with a scale each.
@@ -232,15 +235,20 @@ class GraphBuilder:
     def _with_rounding(self) -> list[NodeProto]:
         """The nodes, with two Casts before each input that products round: to bfloat16 and back."""
         nodes: list[NodeProto] = []
+        rounding = set(self._rounding)  # with what is picked from such weights
         rounded: dict[str, str] = {}
         for node in self.nodes:
-            if node.op_type == "MatMul" and node.input[1] in self._rounding:
-                x = node.input[0]
+            if node.op_type in _PICKS and node.input[0] in rounding:
+                rounding.update(node.output)
+            others = [each for each in node.input if each not in rounding]
+            if node.op_type == "MatMul" and len(others) == 1:
+                [x] = others
                 if x not in rounded:
                     rounded[x] = f"{x}.rounded"
                     nodes.append(helper.make_node("Cast", [x], [f"{x}.bfloat16"], to=TensorProto.BFLOAT16))
                     nodes.append(helper.make_node("Cast", [f"{x}.bfloat16"], [rounded[x]], to=TensorProto.FLOAT))
-                node = helper.make_node("MatMul", [rounded[x], node.input[1]], node.output, name=node.name)
+                inputs = [rounded[x] if each == x else each for each in node.input]
+                node = helper.make_node("MatMul", inputs, node.output, name=node.name)
             nodes.append(node)
         return nodes
 

@@ -290,6 +290,7 @@ Weight part(const Weight& w, int64_t first, int64_t count) {
 struct ExpertProducts {
   struct Group {
     int32_t expert, first, count;  // rows first .. first + count - 1 of those in the order of their experts
+    int32_t place;                 // of the first one in `rounded`
   };
   Weight weight;  // of all experts, one after the other: [experts * out, in]
   const float* x;
@@ -297,9 +298,12 @@ struct ExpertProducts {
   float* result;
   int64_t experts, out, rows, in, stride, outputs, pieces;  // outputs: of a piece; pieces: of an expert
   int32_t *order, *starts;                                  // [rows], [experts + 1]
+  int32_t* places;                                          // [rows]: where `rounded` has each of `sorted`
   Group* groups;
   int64_t used;
   Whole* whole;               // of `sorted`, or nullptr
+  bool rounds;
+  uint16_t* rounded;         // of `sorted`, each group in panels of its own, or nullptr
   float *sorted, *products;  // [rows, stride], [rows, out]: in the order of their experts
 
   static constexpr int64_t kRowsAPiece = 4;
@@ -311,8 +315,11 @@ struct ExpertProducts {
       starts[chosen[r] + 1]++;
     }
     used = 0;
+    int32_t place = 0;
     for (int64_t e = 0; e < experts; e++) {
-      if (starts[e + 1]) groups[used++] = {(int32_t)e, starts[e], starts[e + 1]};
+      const int32_t count = starts[e + 1];
+      for (int32_t i = 0; i < count; i++) places[starts[e] + i] = place + i;
+      if (count) groups[used++] = {(int32_t)e, starts[e], count, place}, place += (count + 15) / 16 * 16;
       starts[e + 1] += starts[e];
     }
     for (int64_t r = 0; r < rows; r++) order[starts[chosen[r]]++] = (int32_t)r;
@@ -327,7 +334,9 @@ struct ExpertProducts {
   void bring(int64_t piece) const {
     rows_of(piece, [&](int64_t at, int64_t row) {
       copy_row(x + row * in, in, sorted + at * stride, stride);
+      if (rounds) best().round(sorted + at * stride, stride);
       if (whole) best().to_whole(sorted + at * stride, in, whole + at * (in / 32));
+      if (rounded) best().to_rounded(sorted + at * stride, in, places[at], rounded);
     });
   }
 
@@ -336,7 +345,8 @@ struct ExpertProducts {
     const int64_t first = piece % pieces * outputs, last = first + outputs < out ? first + outputs : out;
     const Weight w = part(weight, g.expert * out, out);
     const Whole* numbers = whole ? whole + g.first * (in / 32) : nullptr;
-    best().tile(Tile{&w, first, last, sorted + g.first * stride, g.count, stride, products + g.first * out, nullptr, numbers, nullptr});
+    best().tile(Tile{&w, first, last, sorted + g.first * stride, g.count, stride, products + g.first * out, nullptr, numbers,
+                     rounded ? rounded + g.place * in : nullptr});
   }
 
   void put(int64_t piece) const {
@@ -345,7 +355,7 @@ struct ExpertProducts {
 };
 
 ffi::Error expert_products(ffi::ThreadPool threads, ffi::RemainingArgs given, ffi::Result<ffi::AnyBuffer> result,
-                           ffi::Span<const int64_t> described, int64_t rows, int64_t experts) {
+                           ffi::Span<const int64_t> described, int64_t rows, int64_t experts, int64_t rounds) {
   if (described.size() != kFields || rows < 1 || rows > INT32_MAX || experts < 1 || experts > INT32_MAX || described[kOutField] % experts ||
       (described[kKindField] >= kTiles && described[kOutField] / experts % 16) ||
       described[kBiasField])
@@ -362,14 +372,18 @@ ffi::Error expert_products(ffi::ThreadPool threads, ffi::RemainingArgs given, ff
     return wrong("a result has another size than its product");
   call.result = (float*)result->untyped_data();
   const int64_t most_used = rows < experts ? rows : experts;
-  const int64_t integers = rows + experts + 1 + 3 * most_used;
+  const int64_t integers = 2 * rows + experts + 1 + 4 * most_used;
   const int64_t whole = reads_whole(call.weight) ? whole_size(rows, call.in) : 0;
-  float* memory = scratch(0, rows * (call.stride + call.out) + integers + whole);
+  const int64_t rounded = rounds && reads_rounded(call.weight) ? rounded_size(rows + 15 * most_used, call.in) : 0;
+  float* memory = scratch(0, rows * (call.stride + call.out) + integers + whole + rounded);
   if (!memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mesh kernels: no memory for the products of experts");
   call.sorted = memory, call.products = memory + rows * call.stride;
-  call.order = (int32_t*)(call.products + rows * call.out), call.starts = call.order + rows;
+  call.order = (int32_t*)(call.products + rows * call.out), call.places = call.order + rows, call.starts = call.places + rows;
   call.groups = (ExpertProducts::Group*)(call.starts + experts + 1);
-  if (whole) call.whole = (Whole*)(memory + rows * (call.stride + call.out) + integers);
+  float* after = memory + rows * (call.stride + call.out) + integers;
+  if (whole) call.whole = (Whole*)after;
+  if (rounded) call.rounded = (uint16_t*)(after + whole);
+  call.rounds = rounds;
   if (!call.sort()) return wrong("an expert is chosen that there is not");
 
   const int64_t size = bytes_of(call.weight) / experts, most = 8 * (threads.num_threads() + 1);
@@ -517,7 +531,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_expert_products, kernels::expert_products,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<ffi::Span<const int64_t>>("weights")
                                   .Attr<int64_t>("rows")
-                                  .Attr<int64_t>("experts"));
+                                  .Attr<int64_t>("experts")
+                                  .Attr<int64_t>("rounds"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mesh_attention, kernels::attention,
                               ffi::Ffi::Bind()

@@ -25,9 +25,9 @@ EXPERTS, OUT, DEPTH, GROUP = 6, 24, 64, 32
 STORED = ("float32", "float16", "bfloat16", "int8", "int4")
 
 
-def graph(stored: str, *, turned: bool, gather: str, swap: bool = False, more: bool = False) -> onnx.ModelProto:
+def graph(stored: str, *, turned: bool, gather: str, swap: bool = False, more: bool = False, rounds: bool = False) -> onnx.ModelProto:
     """x [S, in], chosen [S] -> y [S, out]. `turned`: experts are stored [in, out]; `swap`: a Transpose stands between gather and product;
-    `more`: something else reads what was gathered."""
+    `more`: something else reads what was gathered; `rounds`: x is rounded to bfloat16."""
     rng = np.random.default_rng(3)
     weight = rng.standard_normal((EXPERTS, DEPTH, OUT) if turned else (EXPERTS, OUT, DEPTH)).astype(np.float32)
     axis = 1 if turned else 2
@@ -59,6 +59,10 @@ def graph(stored: str, *, turned: bool, gather: str, swap: bool = False, more: b
     axes = [1] if seen_turned else [2]
     initializers.append(numpy_helper.from_array(np.array(axes), "axes"))
     nodes.append(helper.make_node("Unsqueeze", ["x", "axes"], ["column"]))
+    if rounds:
+        nodes[-1].output[0] = "before"
+        nodes.append(helper.make_node("Cast", ["before"], ["narrow"], to=TensorProto.BFLOAT16))
+        nodes.append(helper.make_node("Cast", ["narrow"], ["column"], to=TensorProto.FLOAT))
     nodes.append(helper.make_node("MatMul", ["column", each] if seen_turned else [each, "column"], ["product"]))
     nodes.append(helper.make_node("Squeeze", ["product", "axes"], ["y"]))
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["s", OUT])]
@@ -116,6 +120,34 @@ def test_products_are_those_of_the_standard(
         given = inputs(rows, rows)
         (expected,) = session.run(["y"], given)
         np.testing.assert_allclose(run(lowered, weights, given), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["kernels", "XLA"])
+@pytest.mark.parametrize(("turned", "swap"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_inputs_are_rounded_to_bfloat16_where_the_block_rounds_them(
+    stored: str, turned: bool, swap: bool, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    if engine == "kernels" and kernels().name is None:
+        pytest.skip(f"kernels: {kernels()}")
+    if engine == "XLA":
+        monkeypatch.setattr(linear, "in_kernel", lambda *_: False)
+    model = graph(stored, turned=turned, gather="Gather", swap=swap, rounds=True)
+    lowered, weights = loaded(model, tmp_path)
+    assert [each.rounds for each in weights.values() if isinstance(each, ExpertWeight)] == [True]
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    exact = ort.InferenceSession(graph(stored, turned=turned, gather="Gather", swap=swap).SerializeToString())
+    for rows in (1, 7, 100):
+        given = inputs(rows, rows)
+        (expected,), got = session.run(["y"], given), run(lowered, weights, given)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+        assert np.abs(exact.run(["y"], given)[0] - expected).max() > 1e-4
+        if engine == "kernels" and rows > 1:
+            alone = np.concatenate(
+                [run(lowered, weights, {"x": given["x"][r : r + 1], "chosen": given["chosen"][r : r + 1]}) for r in range(5)]
+            )
+            np.testing.assert_array_equal(got[:5], alone)
 
 
 @pytest.mark.parametrize("stored", STORED)
