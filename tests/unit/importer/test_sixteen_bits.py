@@ -140,7 +140,7 @@ def test_products_of_bfloat16_keep_weights_of_bfloat16_and_round_others(case: st
             sides = [behind(made, name, {key for _, key in ours}) for name in node.input[:2]]
             if node.op_type == "MatMul" and any(sides):
                 other = node.input[sides.index(None)]
-                used[block.name, sides[0] or sides[1]] = made[made[other].input[0]].attribute[0].i
+                used[block.name, next(filter(None, sides))] = made[made[other].input[0]].attribute[0].i
     assert used and set(used.values()) == {onnx.TensorProto.BFLOAT16}
     for key in used:
         assert ours[key].dtype.name == "bfloat16"
