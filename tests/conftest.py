@@ -14,6 +14,9 @@ from running import Run
 T = TypeVar("T")
 DEADLINE_S = 300.0
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for cores that the other workers have
+
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
