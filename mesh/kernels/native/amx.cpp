@@ -157,7 +157,7 @@ constexpr int64_t kLeastRows = 8;  // that are worth tiles
 
 // `rows` rows from r on, with 16 outputs whose codes are in the processor's cache, [blocks, 8] times 64 bytes.
 template <int kind>
-static void rows_of_codes(const Tile& t, Shapes& shapes, const Lanes<kind>& lanes, const B* codes, int64_t r, int rows, int64_t o) {
+static void rows_of_codes(const Tile& t, Shapes& shapes, Lanes<kind>& lanes, const B* codes, int64_t r, int rows, int64_t o) {
   const int64_t blocks = t.weight->in / 32, apart = blocks * (int64_t)sizeof(Whole);
   const Whole* x = t.whole + r * blocks;
   const int parts = kind == kSixBitTiles && lanes.shift == 4 ? 2 : 1, words = 8 / parts;
@@ -165,7 +165,7 @@ static void rows_of_codes(const Tile& t, Shapes& shapes, const Lanes<kind>& lane
   V acc[16];
   for (int i = 0; i < rows; i++) acc[i] = zero();
   for (int64_t block = 0; block < blocks; block++) {
-    const Factored of = lanes.of_block(block);
+    const Factored of = lanes.template of_block<true>(block);
     for (int part = 0; part < parts; part++) {
       alignas(64) int32_t sums[3][16][16];
       const int8_t* digits = x[block].digits[0] + part * words * 4;
@@ -201,7 +201,7 @@ template <int kind>
 static void products_of_codes(const Tile& t) {
   Shapes shapes;
   for (int64_t o = t.first; o < t.last; o += 16) {
-    const Lanes<kind> lanes(*t.weight, o, 16);
+    Lanes<kind> lanes(*t.weight, o, 16);
     B* codes = (B*)unpacked.of(t.weight->in / 32 * 8 * 16);
     blocks_of<kind>(t, lanes, o, [&](int64_t block, const B(&some)[8]) __attribute__((always_inline)) {
       UNROLL for (int i = 0; i < 8; i++) codes[block * 8 + i] = some[i];
