@@ -21,10 +21,11 @@ Roles = Mapping[str, tuple[str, int | None]]
 past, where it is known."""
 
 
-def session(model: Path | bytes, *, data: Path | None = None, fold: bool = True) -> Any:
+def session(model: Path | bytes, *, data: Path | None = None, fold: bool = True, widen: bool = False) -> Any:
     """An onnxruntime session on the CPU. Weights stay mapped files: no packed copies. `data` is the folder of the external data of a
     model given as bytes. `fold`: compute what follows from weights alone once, and not at every run; while it does, it has a widened weight
-    in memory twice, beside the weight itself. UnsupportedModel if it cannot run the model."""
+    in memory twice, beside the weight itself. `widen`: quantized weights too, which it would widen at every run. UnsupportedModel if it
+    cannot run the model."""
     try:
         import onnxruntime as ort
     except ImportError:
@@ -33,6 +34,8 @@ def session(model: Path | bytes, *, data: Path | None = None, fold: bool = True)
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # activations stay float32
+    if widen:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if data is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data.resolve()))
     options.enable_mem_pattern = False
@@ -52,8 +55,11 @@ def session(model: Path | bytes, *, data: Path | None = None, fold: bool = True)
 class OrtBlock:
     """One block in stock onnxruntime, with what a layer keeps of one row: a static cache of `slots` positions, and states."""
 
-    def __init__(self, directory: Path, name: str, *, slots: int = 0, cache: CacheInfo | None = None, dtype: Any = None):
-        self._session = session(Path(directory) / f"{name}.onnx", fold=name != "head")  # the largest weight, and it runs few times
+    def __init__(
+        self, directory: Path, name: str, *, slots: int = 0, cache: CacheInfo | None = None, dtype: Any = None, widen: bool = False
+    ) -> None:
+        fold = name != "head"  # the largest weight, and it runs few times
+        self._session = session(Path(directory) / f"{name}.onnx", fold=fold, widen=widen and fold)
         self.inputs = {item.name for item in self._session.get_inputs()}
         self.output = "logits" if name == "head" else "hidden_out"
         self.also: dict[str, Array] = {}

@@ -290,7 +290,7 @@ def _groups(manifest: Manifest) -> Iterator[LayerRange]:
 def _oracle_group(directory: Path, manifest: Manifest, group: LayerRange, rows: list[Array]) -> list[Array]:
     names = ([block_name("embed")] if group.start == 0 else []) + [block_name(i) for i in group]
     for name in names:
-        rows = [_oracle_block(directory, manifest, name, row) for row in _distinct(rows)]
+        rows = _oracle_block(directory, manifest, name, _distinct(rows))
         rows.append(rows[0])
     return rows
 
@@ -300,15 +300,20 @@ def _distinct(rows: list[Array]) -> list[Array]:
     return rows[:-1]
 
 
-def _oracle_block(directory: Path, manifest: Manifest, name: str, row: Array) -> Array:
-    """One row through one block: a first chunk, then the rest on the cache it left. A large block takes few tokens at a time: where it has
-    experts, onnxruntime copies the weights of each expert that a token has chosen."""
+def _oracle_block(directory: Path, manifest: Manifest, name: str, rows: Sequence[Array]) -> list[Array]:
+    """Rows through one block, one after the other: a first chunk of each, then the rest on the cache it left. A large block takes few
+    tokens at a time: where it has experts, onnxruntime copies the weights of each expert that a token has chosen."""
     cache = None if name == "embed" else manifest.cache[int(name.removeprefix("layer_"))]
-    dtype = jnp.dtype(manifest.cache_dtype)
-    block = OrtBlock(directory, name, slots=len(row) + 3, cache=cache, dtype=dtype)
-    most = ORACLE_TOKENS if manifest.block(name).weight_bytes > LARGE_BLOCK else len(row)
-    size = min(most, max(1, len(row) // 2))
-    return np.concatenate([block.run(row[start : start + size], start) for start in range(0, len(row), size)])
+    widen = 4 * manifest.block(name).parameters <= LARGE_BLOCK  # it is run several times, and a small one is no matter in memory
+    slots = max(map(len, rows)) + 3
+    block = OrtBlock(directory, name, slots=slots, cache=cache, dtype=jnp.dtype(manifest.cache_dtype), widen=widen)
+    results = []
+    for row in rows:
+        block.forget()
+        most = ORACLE_TOKENS if manifest.block(name).weight_bytes > LARGE_BLOCK else len(row)
+        size = min(most, max(1, len(row) // 2))
+        results.append(np.concatenate([block.run(row[start : start + size], start) for start in range(0, len(row), size)]))
+    return results
 
 
 def _runtime_group(
@@ -415,7 +420,7 @@ def _first_layer_of_source(
     rows = parts.run(0, tokens, tokens)
     for layer in range(manifest.layers):
         given = [row.astype(jnp.dtype(manifest.hidden.dtype)) for row in rows]
-        ours = [_oracle_block(directory, manifest, block_name(layer), row) for row in given]
+        ours = _oracle_block(directory, manifest, block_name(layer), given)
         rows = parts.run(layer + 1, tokens, rows)
         error = _error(ours, rows)
         if not error <= tolerance:
