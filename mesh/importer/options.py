@@ -31,7 +31,7 @@ class ImportOptions:
     groups of 32 at 4 bits.
     calibrate: a text; weights of 4 and 6 bits are rounded so that the model's own activations of it change least.
     products: bfloat16: products round their inputs to it and have weights of it, where these are not kept in fewer bits; sums stay float32.
-    Processors that multiply bfloat16 do that twice as fast and more.
+    Processors that multiply bfloat16 do that up to twice as fast.
     choices: how each weight is rounded, by its block and name, once they have been chosen; a weight that is not there gets 4 bits, in embed
     and head 6.
     trust_remote_code: whether code of the model's directory may run, where tracing it needs that.
