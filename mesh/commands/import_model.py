@@ -56,8 +56,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--products",
         choices=("float32", "bfloat16"),
-        help="type of the inputs of products and of their weights of 16 bits: bfloat16 is up to twice as fast for prompts and many requests, "
-        "on processors that multiply it, and less exact; weights of 8 and 4 bits are multiplied as they are (default float32)",
+        help="type of the inputs of products and of their weights of 16 bits: bfloat16 is up to twice as fast for prompts and many "
+        "requests, on processors that multiply it, and less exact; weights of 8 and 4 bits are multiplied as they are (default float32)",
     )
     parser.add_argument("--report", action="store_true", help="also measure the error against 32-bit weights: perplexity of a fixed text")
     parser.add_argument(

@@ -9,6 +9,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <immintrin.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -278,6 +279,8 @@ bool amx_works() {
   const pid_t child = fork();
   if (child < 0) return false;
   if (!child) {
+    const rlimit none = {0, 0};
+    setrlimit(RLIMIT_CORE, &none);
     signal(SIGILL, SIG_DFL), signal(SIGSEGV, SIG_DFL);
     _exit(in_amx::are_right() ? 0 : 1);
   }
