@@ -93,6 +93,8 @@ def import_command(args: argparse.Namespace) -> int:
     with progress_bar(quiet=args.quiet) as progress:
         manifest = import_model(args.source, args.out, options, name=args.name, report=args.report, force=args.force, progress=progress)
     _describe(manifest, args.out, time.perf_counter() - began)
+    if options.products != manifest.weights.inputs:
+        print("  note: no weights of 16 bits are here, so products stay float32: give --bits 16 too")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mesh.importer.sources.safetensors_file import read_json
 from mesh.importer.sources.source import Source
 from mesh.importer.trace.library import available
 from mesh.importer.trace.refused import refuse_config_file
-from mesh.model.manifest import HiddenInfo, Manifest
+from mesh.model.manifest import BlockInfo, HiddenInfo, Manifest
 from mesh.types import Progress, no_progress
 
 __all__ = ["detect", "import_model", "refuse_by_name"]
@@ -171,13 +172,24 @@ def _write(source: Source, staging: Path, options: ImportOptions, name: str | No
         hidden=HiddenInfo(size=source.hidden_size, dtype=options.dtype),
         cache=source.cache,
         cache_dtype=options.dtype,
-        weights=weights.model_copy(update={"inputs": options.products}),
+        weights=weights.model_copy(update={"inputs": options.products if options.products and _rounds(staging, blocks) else None}),
         blocks=blocks,
         tokenizer=tokenizer,
         extra_files=extra,
     )
     manifest.save(staging)
     return manifest
+
+
+def _rounds(directory: Path, blocks: Sequence[BlockInfo]) -> bool:
+    """Whether some block rounds the inputs of its products to bfloat16: none does where all weights have fewer bits."""
+    from onnx import TensorProto
+
+    from mesh.runtime.loading import read_model
+
+    graphs = (read_model(directory / f"{block.name}.onnx").graph for block in blocks)
+    casts = (node for graph in graphs for node in graph.node if node.op_type == "Cast")
+    return any(attribute.i == TensorProto.BFLOAT16 for node in casts for attribute in node.attribute if attribute.name == "to")
 
 
 def _name(text: str) -> str:

@@ -15,6 +15,7 @@ from ort_chain import Chain, relative_error
 from tiny_gguf import write_gguf
 from tiny_models import LLAMA, logits_of, make_model
 
+from mesh.cli import main
 from mesh.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from mesh.importer.options import ImportOptions
 from mesh.importer.run import import_model
@@ -23,6 +24,7 @@ from mesh.importer.sources.gguf import open_source
 from mesh.importer.verify.verify import runtime_logits
 from mesh.importer.write.blocks import BlockWriter
 from mesh.lowering.experts import ExpertWeight
+from mesh.model.manifest import Manifest
 from mesh.runtime.loading import load_block
 
 BASE = {**LLAMA, "vocab_size": 288, "max_position_embeddings": 128}
@@ -99,6 +101,14 @@ def test_quantized_tensors_give_the_weights_that_they_stand_for(kind: str, tmp_p
         got = run(tmp_path / "quantized.gguf", tmp_path / "out")
     # rows of q and k are permuted in the file, which quantization of rows does not notice
     assert relative_error(got, logits_of(model, PROMPT)) < 1e-4
+
+
+def test_a_file_whose_weights_all_have_fewer_bits_is_said_to_round_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tmp_path / "model.gguf", make_model("Llama", {**BASE, "intermediate_size": 96}), gguf.GGMLQuantizationType.Q8_0)
+    assert main(["import", str(tmp_path / "model.gguf"), str(tmp_path / "model"), "--products", "bfloat16", "--quiet"]) == 0
+    assert Manifest.load(tmp_path / "model").weights.inputs is None
+    printed = capsys.readouterr().out
+    assert "no weights of 16 bits are here, so products stay float32: give --bits 16 too" in printed and "products of" not in printed
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
