@@ -11,6 +11,7 @@ operands    what the right operand of a product is made of
 experts     products with the weights of the experts that each token has chosen
 join        several products of one input become one
 states      the part of a head before its product with the vocabulary
+rounding    inputs that are rounded to bfloat16 before a product
 fuse        what stands beside the products goes into the calls of the kernels
 linear      x @ W in several variants, and the choice among them
 weights     a matmul weight as the runtime holds it
