@@ -95,23 +95,26 @@ def by_name(lowered: Lowered, given: dict[str, np.ndarray]) -> dict[str, np.ndar
     return dict(zip(lowered.inputs, given.values(), strict=False))
 
 
+@pytest.fixture(params=["kernels", "XLA"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies."""
+    if request.param == "kernels" and kernels().name is None:
+        pytest.skip(f"kernels: {kernels()}")
+    if request.param == "XLA":
+        monkeypatch.setattr(linear, "in_kernel", lambda *_: False)
+    return str(request.param)
+
+
 def run(lowered: Lowered, weights: dict[str, Any], given: dict[str, np.ndarray]) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         return np.asarray(jax.jit(lambda w, x: lowered(w, x))(weights, by_name(lowered, given))[lowered.outputs[0]])
 
 
-@pytest.mark.parametrize("engine", ["kernels", "XLA"])
 @pytest.mark.parametrize("gather", ["Gather", "GatherND"])
 @pytest.mark.parametrize(("turned", "swap"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("stored", STORED)
-def test_products_are_those_of_the_standard(
-    stored: str, turned: bool, swap: bool, gather: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_are_those_of_the_standard(stored: str, turned: bool, swap: bool, gather: str, engine: str, tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
-    if engine == "kernels" and kernels().name is None:
-        pytest.skip(f"kernels: {kernels()}")
-    if engine == "XLA":
-        monkeypatch.setattr(linear, "in_kernel", lambda *_: False)
     model = graph(stored, turned=turned, gather=gather, swap=swap)
     lowered, weights = loaded(model, tmp_path)
     assert [type(each) for each in weights.values() if isinstance(each, ExpertWeight)] == [ExpertWeight]
@@ -122,17 +125,12 @@ def test_products_are_those_of_the_standard(
         np.testing.assert_allclose(run(lowered, weights, given), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["kernels", "XLA"])
 @pytest.mark.parametrize(("turned", "swap"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 def test_inputs_are_rounded_to_bfloat16_where_the_block_rounds_them(
-    stored: str, turned: bool, swap: bool, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: str, turned: bool, swap: bool, engine: str, tmp_path: Path
 ) -> None:
     ort = pytest.importorskip("onnxruntime")
-    if engine == "kernels" and kernels().name is None:
-        pytest.skip(f"kernels: {kernels()}")
-    if engine == "XLA":
-        monkeypatch.setattr(linear, "in_kernel", lambda *_: False)
     model = graph(stored, turned=turned, gather="Gather", swap=swap, rounds=True)
     lowered, weights = loaded(model, tmp_path)
     assert [each.rounds for each in weights.values() if isinstance(each, ExpertWeight)] == [True]
@@ -177,7 +175,6 @@ def test_a_weight_that_something_else_reads_stays_as_it_is(tmp_path: Path) -> No
     assert run(lowered, weights, inputs(3)).shape == (3, OUT)
 
 
-@pytest.mark.parametrize("engine", ["kernels", "XLA"])
 def test_no_expert_is_copied_for_every_token(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """1,024 tokens of experts of 256 KiB: 256 MiB as it is written."""
     if engine == "kernels" and kernels().name is None:
