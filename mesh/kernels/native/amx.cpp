@@ -186,9 +186,9 @@ static void rows_of_codes(const Tile& t, Shapes& shapes, Lanes<kind>& lanes, con
       for (int i = 0; i < rows; i++) {
         const Whole& w = x[i * blocks + block];
         B sum[3];
-        begin<kind>(w, part * words, (part + 1) * words, sum);
+        begin<kind>(w, part * words, (part + 1) * words, of.plain, sum);
         UNROLL for (int d = 0; d < 3; d++) sum[d] = _mm512_add_epi32(sum[d], _mm512_load_si512(sums[d][i]));
-        add_sums<kind>(joined<kind>(sum), w, of, part, acc[i]);
+        add_sums<kind>(joined<kind>(sum, of.plain), w, of, part, acc[i]);
       }
     }
   }
