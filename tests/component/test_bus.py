@@ -196,12 +196,15 @@ def test_no_value_ends_a_lease_table(run: Run, server: NatsServer) -> None:
             await table.start()
             await bucket.put("kept", Heartbeat(coordinator="c").to_bytes())
             assert await told.get() == "kept"
-            for odd in (b"", b"null", b"[]", b"\xff\x00", b'{"coordinator": 1}'):
+            for number, odd in enumerate((b"", b"null", b"[]", b"\xff\x00", b'{"coordinator": 1}')):
                 await bucket.put("kept", odd)
+                await bucket.put(f"after_{number}", Heartbeat(coordinator="c").to_bytes())  # a bucket keeps the last value of a key alone,
+                assert await told.get() == f"after_{number}"  # so each odd one has to be read before the next is put
             for key in ("unlucky", "later"):
                 await bucket.put(key, Heartbeat(coordinator="c").to_bytes())
             assert await told.get() == "unlucky" and await told.get() == "later"
-            assert set(table.leases) == {"kept", "unlucky", "later"} and (table.rejected, table.failed) == (5, 1)
+            assert set(table.leases) == {"kept", "unlucky", "later", *(f"after_{number}" for number in range(5))}
+            assert (table.rejected, table.failed) == (5, 1)
             await table.stop()
 
     run(work())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import shutil
 import socket
 import subprocess
@@ -245,27 +246,31 @@ def test_a_full_mesh_is_429_with_a_time_at_once(http: httpx.Client) -> None:
         assert int(response.headers["retry-after"]) >= 1 and response.json()["error"]["code"] == "busy"
 
 
-def test_a_stream_that_waits_for_a_row_says_so(mesh: LocalMesh, run: Run) -> None:
-    """4 rows are taken; the fifth stream hears comments until it has one."""
-    with edge(mesh.url, limits={"keep_alive_s": 0.05}) as url, httpx.Client(base_url=url, timeout=60) as http:
-        begun = threading.Barrier(5)
+def test_a_stream_that_waits_for_a_row_says_so(mesh: LocalMesh) -> None:
+    """8 callers ask again and again for 4 rows; a stream behind them hears comments until it has one."""
+    enough = threading.Event()
+    answered: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with edge(mesh.url, limits={"keep_alive_s": 0.02}) as url, httpx.Client(base_url=url, timeout=60) as http:
+        begun = threading.Barrier(9)
 
         def hold() -> None:
-            with httpx.stream("POST", f"{url}/api/v1/inference", json={**LONG, "max_tokens": 250, "stream": True}, timeout=60) as answer:
-                coming = events(answer)
-                next(coming)
-                begun.wait(60)
-                assert json.loads(list(coming)[-1])["done"]
+            begun.wait(60)
+            with httpx.Client(base_url=url, timeout=60) as client:
+                while not enough.is_set():
+                    answered.put(client.post("/api/v1/inference", json={**LONG, "max_tokens": 250}).status_code)
 
-        holding = [threading.Thread(target=hold) for _ in range(4)]
+        holding = [threading.Thread(target=hold) for _ in range(8)]
         for thread in holding:
             thread.start()
         begun.wait(60)
+        assert [answered.get(timeout=60) for _ in range(4)] == [200] * 4  # the other 4 have the rows now, and these wait again
         with http.stream("POST", "/api/v1/inference", json={**LONG, "max_tokens": 5, "stream": True}) as answer:
             lines = [line for line in answer.iter_lines() if line]
+        enough.set()
         for thread in holding:
             thread.join()
         assert answer.status_code == 200 and lines[0] == ": waiting" and json.loads(lines[-1].removeprefix("data: "))["done"]
+        assert {answered.get() for _ in range(answered.qsize())} == {200}
 
 
 def test_an_error_after_the_first_token_is_the_last_event(mesh: LocalMesh) -> None:
