@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,22 +124,22 @@ async def restore_streams(bus: Bus, folder: Path, *, replace: bool = False, prog
         )
     for stream in wanted:
         if there[stream.name] is not None:
-            await _api(bus, f"DELETE.{stream.name}", {})
+            await _api(bus, f"STREAM.DELETE.{stream.name}", {})
         await _restore(bus, stream, folder, progress)
     for stream in wanted:
-        await _settled(bus, stream.name, int(stream.state["last_seq"]))
+        await _settled(bus, stream)
     return [stream.name for stream in wanted]
 
 
 async def _names(bus: Bus) -> list[str]:
-    said = await _api(bus, "NAMES", {"offset": 0})
+    said = await _api(bus, "STREAM.NAMES", {"offset": 0})
     return sorted(said.get("streams") or [])
 
 
 async def _messages(bus: Bus, name: str) -> int | None:
     """How many messages a stream has; None if there is no such stream."""
     try:
-        said = await _api(bus, f"INFO.{name}", {})
+        said = await _api(bus, f"STREAM.INFO.{name}", {})
     except ApiRefused as error:
         if error.number == _NO_STREAM:
             return None
@@ -154,7 +155,7 @@ async def _save(bus: Bus, name: str, folder: Path, progress: Progress) -> SavedS
     file = folder / f"{name}.snapshot"
     try:
         await bus.flush()
-        said = await _api(bus, f"SNAPSHOT.{name}", {"deliver_subject": inbox, "chunk_size": _CHUNK_BYTES, "jsck": True})
+        said = await _api(bus, f"STREAM.SNAPSHOT.{name}", {"deliver_subject": inbox, "chunk_size": _CHUNK_BYTES, "jsck": True})
         expected = int(said["state"]["bytes"])
         with await asyncio.to_thread(file.open, "wb") as opened:
             sink = _Sink(opened)
@@ -192,7 +193,7 @@ async def _next(chunks: asyncio.Queue[Received], name: str) -> Received | None:
 
 
 async def _restore(bus: Bus, stream: SavedStream, folder: Path, progress: Progress) -> None:
-    said = await _api(bus, f"RESTORE.{stream.name}", {"config": stream.config, "state": stream.state})
+    said = await _api(bus, f"STREAM.RESTORE.{stream.name}", {"config": stream.config, "state": stream.state})
     to, done = str(said["deliver_subject"]), 0
     with await asyncio.to_thread((folder / f"{stream.name}.snapshot").open, "rb") as file:
         while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
@@ -205,21 +206,44 @@ async def _restore(bus: Bus, stream: SavedStream, folder: Path, progress: Progre
         raise ServiceError(f"{stream.name} has {messages} messages after it was restored, and had {stream.messages}")
 
 
-async def _settled(bus: Bus, name: str, last: int) -> None:
-    """Wait until every server of the cluster that keeps the stream has all of it, up to the message of the number `last`: each of them
-    answers reads. A server that has just been made the leader may say that all are current, and have nothing yet."""
+async def _settled(bus: Bus, stream: SavedStream) -> None:
+    """Wait until every server of the cluster that keeps the stream has all of it: each of them answers reads."""
     deadline = time.monotonic() + _COPIES_S
-    while True:
-        said = await _api(bus, f"INFO.{name}", {})
-        cluster = said.get("cluster") or {}
-        copies = cluster.get("replicas") or []
-        led = int(said["state"]["last_seq"]) >= last and (not copies or cluster.get("leader"))
-        if led and all(copy.get("current") and not copy.get("lag") for copy in copies):
-            return
+    complete: set[str] = set()
+    while behind := await _behind(bus, stream, complete):
         if time.monotonic() > deadline:
-            behind = ", ".join(str(copy.get("name")) for copy in copies if not copy.get("current") or copy.get("lag"))
-            raise DeadlineExceeded(f"{name} is restored, and {behind or 'its leader'} has not all of it after {_COPIES_S:g} s")
-        await asyncio.sleep(0.2)  # a server tells nobody when its copy is complete
+            raise DeadlineExceeded(f"{stream.name} is restored, and {', '.join(behind)} has not all of it after {_COPIES_S:g} s")
+        await asyncio.sleep(0.05)  # a server tells nobody when its copy is complete
+
+
+async def _behind(bus: Bus, stream: SavedStream, complete: set[str]) -> list[str]:
+    """The servers that are not known to have all of a stream. Each may be called current before it has anything; so one reader is opened,
+    which is given one of them, and that one is `complete` if the reader finds everything there."""
+    said = await _api(bus, f"STREAM.INFO.{stream.name}", {})
+    cluster = said.get("cluster") or {}
+    copies = cluster.get("replicas") or []
+    if int(said["state"]["last_seq"]) < int(stream.state["last_seq"]) or (copies and not cluster.get("leader")):
+        return ["its leader"]
+    late = [str(copy["name"]) for copy in copies if not copy.get("current") or copy.get("lag")]
+    if late or not copies or said["config"]["retention"] != "limits":  # readers of a queue wait for what is not there yet
+        return late
+    server, found = await _reader(bus, stream.name)
+    if found >= int(said["state"]["messages"]):
+        complete.add(server)
+    else:
+        complete.discard(server)
+    return sorted({str(cluster["leader"]), *(str(copy["name"]) for copy in copies)} - complete)
+
+
+async def _reader(bus: Bus, stream: str) -> tuple[str, int]:
+    """The server that a new reader of a stream is given, and how many messages it has for it."""
+    name = f"restored-{secrets.token_hex(8)}"
+    config = {"name": name, "deliver_policy": "all", "ack_policy": "none", "mem_storage": True, "num_replicas": 1}
+    config["inactive_threshold"] = int(_API_S * 1e9)
+    request = {"stream_name": stream, "action": "create", "config": config}
+    said = await _api(bus, f"CONSUMER.CREATE.{stream}.{name}", request)
+    await _api(bus, f"CONSUMER.DELETE.{stream}.{name}", {})
+    return str(said["cluster"]["leader"]), int(said["num_pending"])
 
 
 def _check(folder: Path, stream: SavedStream) -> None:
@@ -234,12 +258,12 @@ def _check(folder: Path, stream: SavedStream) -> None:
 
 
 async def _api(bus: Bus, what: str, request: dict[str, Any]) -> dict[str, Any]:
-    """An answer of JetStream about streams. A cluster that has just lost a server chooses a leader first: it is asked again for some
+    """An answer of JetStream. A cluster that has just lost a server chooses a leader first: it is asked again for some
     seconds."""
     deadline = time.monotonic() + _SILENCE_S
     while True:
         try:
-            return await ask_api(bus, f"STREAM.{what}", request, timeout_s=_API_S)
+            return await ask_api(bus, what, request, timeout_s=_API_S)
         except ApiRefused as error:
             if error.number not in _NOT_READY or time.monotonic() > deadline:
                 raise
