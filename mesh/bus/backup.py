@@ -20,7 +20,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mesh.bus.connection import Bus, Received
-from mesh.bus.jetstream import ApiRefused, answer_of, ask_api
+from mesh.bus.jetstream import ApiRefused, answer_of, ask_api, passing_consumer
 from mesh.errors import BadRequest, ConfigError, DeadlineExceeded, ServiceError
 from mesh.protocol import subjects
 from mesh.types import Progress, no_progress
@@ -230,17 +230,13 @@ async def _behind(bus: Bus, stream: SavedStream, complete: set[str]) -> list[str
     server, found = await _reader(bus, stream.name)
     if found >= int(said["state"]["messages"]):
         complete.add(server)
-    else:
-        complete.discard(server)
     return sorted({str(cluster["leader"]), *(str(copy["name"]) for copy in copies)} - complete)
 
 
 async def _reader(bus: Bus, stream: str) -> tuple[str, int]:
     """The server that a new reader of a stream is given, and how many messages it has for it."""
     name = f"restored-{secrets.token_hex(8)}"
-    config = {"name": name, "deliver_policy": "all", "ack_policy": "none", "mem_storage": True, "num_replicas": 1}
-    config["inactive_threshold"] = int(_API_S * 1e9)
-    request = {"stream_name": stream, "action": "create", "config": config}
+    request = {"stream_name": stream, "config": passing_consumer(name, _API_S)}
     said = await _api(bus, f"CONSUMER.CREATE.{stream}.{name}", request)
     await _api(bus, f"CONSUMER.DELETE.{stream}.{name}", {})
     return str(said["cluster"]["leader"]), int(said["num_pending"])
@@ -258,8 +254,7 @@ def _check(folder: Path, stream: SavedStream) -> None:
 
 
 async def _api(bus: Bus, what: str, request: dict[str, Any]) -> dict[str, Any]:
-    """An answer of JetStream. A cluster that has just lost a server chooses a leader first: it is asked again for some
-    seconds."""
+    """An answer of JetStream. A cluster that has just lost a server chooses a leader first: it is asked again for some seconds."""
     deadline = time.monotonic() + _SILENCE_S
     while True:
         try:

@@ -21,7 +21,7 @@ from typing import Any, Final
 import orjson
 
 from mesh.bus.connection import Bus
-from mesh.bus.jetstream import API, ApiRefused, ask_api
+from mesh.bus.jetstream import API, ApiRefused, ask_api, passing_consumer
 from mesh.errors import CorruptModel, DeadlineExceeded, MeshError, Unavailable
 
 __all__ = ["WINDOW_BYTES", "Chunks", "StoredObject", "missing_chunks", "reading"]
@@ -149,17 +149,8 @@ async def _begin(bus: Bus, object_: StoredObject, consumer: str, first: int) -> 
 
 async def _create(bus: Bus, object_: StoredObject, consumer: str, start: int) -> int:
     """Make a consumer of the chunks from sequence `start` on. Returns how many there are."""
-    config: dict[str, Any] = {
-        "name": consumer,
-        "filter_subject": object_.subject,
-        "ack_policy": "none",
-        "deliver_policy": "by_start_sequence" if start else "all",
-        "inactive_threshold": round(_FORGOTTEN_S * _NS),
-        "num_replicas": 1,
-        "mem_storage": True,
-    }
-    if start:
-        config["opt_start_seq"] = start
+    since = {"deliver_policy": "by_start_sequence", "opt_start_seq": start} if start else {}
+    config = passing_consumer(consumer, _FORGOTTEN_S, filter_subject=object_.subject, **since)
     made = await _call(
         bus,
         f"CONSUMER.CREATE.{object_.stream}.{consumer}.{object_.subject}",

@@ -1,4 +1,4 @@
-"""One request of JetStream's API, where nats-py has none for it or hides what is needed."""
+"""Requests of JetStream's API, where nats-py has none for it or hides what is needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import orjson
 from mesh.bus.connection import Bus
 from mesh.errors import ServiceError
 
-__all__ = ["API", "ApiRefused", "answer_of", "ask_api"]
+__all__ = ["API", "ApiRefused", "answer_of", "ask_api", "passing_consumer"]
 
 API: Final = "$JS.API"
 
@@ -27,6 +27,12 @@ async def ask_api(bus: Bus, what: str, body: dict[str, Any] | None = None, *, ti
     """The answer to `what`, such as STREAM.INFO.NAME. ApiRefused: it is an error. ServiceError: it cannot be read."""
     answer = await bus.ask(f"{API}.{what}", b"" if body is None else orjson.dumps(body), timeout_s=timeout_s)
     return answer_of(answer.data, what)
+
+
+def passing_consumer(name: str, unused_s: float, **more: Any) -> dict[str, Any]:
+    """The configuration of a consumer in the memory of one server, which forgets it once unused for so long. Nothing is acknowledged."""
+    config = {"name": name, "ack_policy": "none", "deliver_policy": "all", "num_replicas": 1, "mem_storage": True}
+    return {**config, "inactive_threshold": round(unused_s * 1e9), **more}
 
 
 def answer_of(data: bytes, what: str) -> dict[str, Any]:
