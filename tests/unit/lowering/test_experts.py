@@ -175,12 +175,9 @@ def test_a_weight_that_something_else_reads_stays_as_it_is(tmp_path: Path) -> No
     assert run(lowered, weights, inputs(3)).shape == (3, OUT)
 
 
-def test_no_expert_is_copied_for_every_token(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("engine")
+def test_no_expert_is_copied_for_every_token() -> None:
     """1,024 tokens of experts of 256 KiB: 256 MiB as it is written."""
-    if engine == "kernels" and kernels().name is None:
-        pytest.skip(f"kernels: {kernels()}")
-    if engine == "XLA":
-        monkeypatch.setattr(linear, "in_kernel", lambda *_: False)
     weight = ExpertWeight(linear.Codes(jnp.zeros((8 * 256, 256), jnp.float32)), 8, False)
     x, chosen = jnp.zeros((1024, 256)), jnp.zeros(1024, jnp.int32)
     compiled = jax.jit(lambda w, x, c: w.product(x, c)).lower(weight, x, chosen).compile()
