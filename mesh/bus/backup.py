@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mesh.bus.connection import Bus, Received
 from mesh.bus.jetstream import ApiRefused, answer_of, ask_api, passing_consumer
-from mesh.errors import BadRequest, ConfigError, DeadlineExceeded, ServiceError
+from mesh.errors import BadRequest, ConfigError, DeadlineExceeded, NobodyListens, ServiceError
 from mesh.protocol import subjects
 from mesh.types import Progress, no_progress
 
@@ -197,13 +197,25 @@ async def _restore(bus: Bus, stream: SavedStream, folder: Path, progress: Progre
     to, done = str(said["deliver_subject"]), 0
     with await asyncio.to_thread((folder / f"{stream.name}.snapshot").open, "rb") as file:
         while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
-            answer_of((await bus.ask(to, chunk, timeout_s=_SILENCE_S)).data, f"restoring {stream.name}")
+            await _sent(bus, to, chunk, stream.name)
             done += len(chunk)
             progress(stream.name, done, stream.bytes)
-    restored = answer_of((await bus.ask(to, b"", timeout_s=_SILENCE_S)).data, f"restoring {stream.name}")
+    restored = await _sent(bus, to, b"", stream.name)
     messages = int(restored["state"]["messages"])
     if messages != stream.messages:
         raise ServiceError(f"{stream.name} has {messages} messages after it was restored, and had {stream.messages}")
+
+
+async def _sent(bus: Bus, to: str, chunk: bytes, name: str) -> dict[str, Any]:
+    """The answer to a chunk. The server that waits for it may be another one than ours, which hears of that a moment later."""
+    deadline = time.monotonic() + _API_S
+    while True:
+        try:
+            return answer_of((await bus.ask(to, chunk, timeout_s=_SILENCE_S)).data, f"restoring {name}")
+        except NobodyListens:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.05)
 
 
 async def _settled(bus: Bus, stream: SavedStream) -> None:
